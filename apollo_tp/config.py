@@ -1,0 +1,165 @@
+"""The options, as Hydra structured configs: one dataclass per owner, a help line per field, checks in __post_init__.
+
+No torch here: the launcher reads its options before anything heavy is imported.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+from apollo_tp.errors import ConfigError
+
+
+def option(default: Any, help_text: str) -> Any:
+    """A dataclass field with its ``--help`` line. A callable default is a factory."""
+    metadata = {"help": help_text}
+    if callable(default) and not isinstance(default, Enum):
+        return field(default_factory=default, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+def check(condition: bool, name: str, got: object, expected: str) -> None:
+    """Raise ConfigError naming the option unless ``condition`` holds."""
+    if not condition:
+        raise ConfigError(f"{name}: got {got!r}, expected {expected}")
+
+
+class OptimizerKind(Enum):
+    apollo = "apollo"
+    apollo_mini = "apollo_mini"
+    adamw = "adamw"
+
+
+class EmbeddingMode(Enum):
+    adamw = "adamw"
+    project = "project"
+    frozen = "frozen"
+
+
+class Schedule(Enum):
+    constant = "constant"
+    linear = "linear"
+    cosine = "cosine"
+
+
+class Precision(Enum):
+    remainder = "remainder"
+    stochastic = "stochastic"
+    nearest = "nearest"
+
+
+class GradientMode(Enum):
+    auto = "auto"
+    stored = "stored"
+    fused = "fused"
+
+
+class Projection(Enum):
+    rademacher = "rademacher"
+    gaussian = "gaussian"
+
+
+@dataclass(kw_only=True)
+class OptimConfig:
+    kind: OptimizerKind = option(OptimizerKind.apollo, "apollo | apollo_mini | adamw")
+    rank: int = option(64, "rank of the projected moments, one constant for all matrices")
+    lr: float = option(1e-5, "learning rate (AdamW's scale when scale=auto)")
+    scale: str = option("auto", "'auto' (small side / rank: the AdamW-equivalent step) or a number")
+    betas: tuple[float, float] = option((0.9, 0.999), "decay of the first and second moments")
+    eps: float = option(1e-8, "added to the root of the second moment")
+    weight_decay: float = option(0.0, "decoupled weight decay, applied before the update")
+    max_grad_norm: float | None = option(1.0, "clip the global gradient norm to this; null switches clipping off")
+    refresh_every: int = option(200, "steps between two projections of a matrix")
+    projection: Projection = option(Projection.rademacher, "rademacher | gaussian")
+    norm_growth_limit: float | None = option(1.01, "norm-growth limiter's gamma; null switches it off")
+    embeddings: EmbeddingMode = option(EmbeddingMode.project, "embedding and head: project | adamw | frozen")
+    schedule: Schedule = option(Schedule.constant, "constant | linear | cosine; counts steps over all jobs")
+    warmup_steps: int = option(0, "steps of linear warm-up, counted over all jobs")
+    total_steps: int | None = option(None, "where linear and cosine schedules end")
+    max_relative_update: float = option(0.1, "refuse a step that would move a matrix by more than this share of its norm")
+    max_skipped_steps: int = option(5, "a job fails after this many skipped (non-finite) steps in a row")
+    check_replicas_every: int = option(50, "steps between two checks that replicas are bit-identical; 0 is never")
+    seed: int = option(0, "seed of projections and stochastic rounding")
+    reset_state: bool = option(False, "start with fresh optimizer state when the saved one does not fit")
+
+    def __post_init__(self) -> None:
+        check(self.rank >= 1, "optim.rank", self.rank, "an integer >= 1")
+        check(self.lr > 0, "optim.lr", self.lr, "a number > 0")
+        check(all(0 <= b < 1 for b in self.betas), "optim.betas", self.betas, "two numbers in [0, 1)")
+        check(self.refresh_every >= 1, "optim.refresh_every", self.refresh_every, "an integer >= 1")
+        check(self.scale == "auto" or _is_positive(self.scale), "optim.scale", self.scale, "'auto' or a number > 0")
+        check(
+            self.schedule is Schedule.constant or self.total_steps is not None,
+            "optim.total_steps",
+            self.total_steps,
+            f"the number of steps, which schedule={self.schedule.value} needs",
+        )
+
+
+@dataclass(kw_only=True)
+class ServerConfig:
+    instance: str | None = option(None, "instance id of the vLLM server; null takes the only live one")
+    runtime_dir: str | None = option(None, "folder of manifests and sockets; null: $APOLLO_TP_RUNTIME_DIR or the default")
+    wait_seconds: float = option(120.0, "how long to wait for the server's manifests at start-up")
+    verify_tensors: int = option(8, "checkpoint tensors compared bit for bit with the mapped memory; -1 is all")
+
+
+@dataclass(kw_only=True)
+class TrainConfig:
+    max_micro_batch_tokens: int = option(2048, "tokens packed into one micro-batch")
+    max_sequence_tokens: int = option(2048, "longest accepted sequence")
+    gradient_checkpointing: bool = option(False, "recompute activations in the backward pass")
+    gradients: GradientMode = option(GradientMode.auto, "auto | stored | fused (update inside the backward pass)")
+    precision: Precision = option(Precision.remainder, "bf16 writes: remainder | stochastic | nearest")
+    threads: int | None = option(None, "CPU threads per rank; null leaves torch's default")
+
+    def __post_init__(self) -> None:
+        check(
+            2 <= self.max_sequence_tokens <= self.max_micro_batch_tokens,
+            "train.max_sequence_tokens",
+            self.max_sequence_tokens,
+            f"2 to train.max_micro_batch_tokens ({self.max_micro_batch_tokens})",
+        )
+
+
+@dataclass(kw_only=True)
+class HttpConfig:
+    host: str = option("127.0.0.1", "address of the coordinator's HTTP endpoint")
+    port: int = option(8300, "port of the coordinator's HTTP endpoint; 0 takes a free one")
+
+
+@dataclass(kw_only=True)
+class ServiceConfig:
+    http: HttpConfig = option(HttpConfig, "the coordinator's HTTP endpoint")
+    state_dir: str = option("apollo_tp_state", "folder of jobs, uploaded files and logs")
+    max_queued_jobs: int = option(64, "further jobs are answered 429")
+    max_body_bytes: int = option(64 * 2**20, "larger request bodies are answered 413")
+    token_file: str | None = option(None, "file with the bearer token(s); null: $APOLLO_TP_TOKEN, else none")
+    rank_timeout_seconds: float = option(30.0, "no heartbeat of rank 0 for this long means that the ranks are gone")
+
+
+@dataclass(kw_only=True)
+class CheckpointConfig:
+    dir: str = option("apollo_tp_checkpoints", "folder that checkpoints are written below")
+    after_idle_seconds: float | None = option(300.0, "write one this long after the last job; null is never")
+    keep: int = option(3, "complete checkpoints kept; older ones are removed")
+    resume: bool = option(True, "load the optimizer state of the latest checkpoint of this model at start-up")
+
+
+@dataclass(kw_only=True)
+class Config:
+    server: ServerConfig = option(ServerConfig, "which vLLM server to train")
+    optim: OptimConfig = option(OptimConfig, "APOLLO and its relatives")
+    train: TrainConfig = option(TrainConfig, "batches, memory, precision")
+    service: ServiceConfig = option(ServiceConfig, "the coordinator")
+    checkpoint: CheckpointConfig = option(CheckpointConfig, "when and where checkpoints are written")
+    command_timeout_seconds: float = option(600.0, "deadline of one collective between trainer ranks")
+
+
+def _is_positive(text: str) -> bool:
+    try:
+        return float(text) > 0
+    except ValueError:
+        return False

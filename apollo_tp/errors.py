@@ -1,0 +1,78 @@
+"""Every error that apollo_tp raises on purpose.
+
+    ApolloTpError
+    ├── ConfigError            an option is unknown, ill-typed or contradicts another
+    ├── RequestError           a client asked for something that cannot be done (HTTP 4xx)
+    ├── ManifestError          what the server published is missing, stale, or does not agree over ranks
+    │   └── NoServerError      no live server published anything
+    ├── UnsupportedModelError  tensors that cannot be trained in place, each with its reason
+    ├── MappingError           the server's memory could not be mapped, or is not what the manifest says
+    ├── TrainerBusyError       another trainer holds this server
+    ├── ServerGoneError        the vLLM process that owns the weights ended
+    ├── RankFailedError        a trainer rank raised; carries that rank and its traceback
+    ├── DeadlineError          a wait ran out; says for whom
+    └── CheckpointError        a checkpoint cannot be written or resumed from
+
+Every message has three parts: what was got, what was expected, what to do; it names rank and tensor where there is one.
+"""
+
+from __future__ import annotations
+
+
+class ApolloTpError(Exception):
+    """Base of all errors raised on purpose by this package."""
+
+
+class ConfigError(ApolloTpError):
+    """An option is unknown, ill-typed, or contradicts another option."""
+
+
+class RequestError(ApolloTpError):
+    """A request was refused. ``status`` is the HTTP status; the body names the field, what was got and expected."""
+
+    def __init__(self, message: str, *, field: str | None = None, status: int = 400, code: str = "invalid_request"):
+        super().__init__(message)
+        self.field = field
+        self.status = status
+        self.code = code
+
+
+class ManifestError(ApolloTpError):
+    """What the server published is missing, stale, or does not agree over its ranks."""
+
+
+class NoServerError(ManifestError):
+    """No live server with the apollo plugin was found."""
+
+
+class UnsupportedModelError(ApolloTpError):
+    """Some tensors cannot be trained in place. The message lists each with its reason."""
+
+
+class MappingError(ApolloTpError):
+    """The server's memory could not be mapped, or does not hold what the manifest says."""
+
+
+class TrainerBusyError(ApolloTpError):
+    """Another trainer holds this server."""
+
+
+class ServerGoneError(ApolloTpError):
+    """A vLLM process that owns the weights ended."""
+
+
+class RankFailedError(ApolloTpError):
+    """A trainer rank raised. ``rank`` is where it began, ``traceback`` what that rank printed."""
+
+    def __init__(self, message: str, *, rank: int, traceback: str):
+        super().__init__(message)
+        self.rank = rank
+        self.traceback = traceback
+
+
+class DeadlineError(ApolloTpError):
+    """A wait ran out. The message says who was missing."""
+
+
+class CheckpointError(ApolloTpError):
+    """A checkpoint cannot be written, or cannot be resumed from."""
