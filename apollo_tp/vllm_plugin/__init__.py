@@ -2,4 +2,13 @@
 
 
 def register() -> None:
-    """Called by vLLM in every process it starts, more than once per process tree."""
+    """Called by vLLM in every process that it starts, more than once per process tree; safe to call again."""
+    from apollo_tp.vllm_plugin import compat
+
+    if not compat.asked_for():
+        return
+    from apollo_tp import runtime
+    from apollo_tp.vllm_plugin.export import on_loaded
+
+    runtime.ensure_instance_id()
+    compat.install_hooks(on_loaded)

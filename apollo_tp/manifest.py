@@ -1,0 +1,207 @@
+"""The record that rank r of a vLLM server publishes: what it holds, where, and how it relates to the checkpoint.
+
+JSON, one file per rank, schema-versioned; no torch, no pickle. Exporter and mapper share only this file and ``layout``.
+All shapes, strides and offsets are in elements unless the name says bytes. A rank whose export failed publishes a
+manifest with ``error`` set, so that the trainer can say why instead of waiting.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+
+from apollo_tp import runtime
+from apollo_tp.errors import ManifestError, NoServerError
+
+SCHEMA_VERSION = 1
+
+
+class Allocation(msgspec.Struct, frozen=True, kw_only=True):
+    """A block of memory that another process of this user can map.
+
+    ``handle``: for cuda_ipc the 64 bytes of cudaIpcMemHandle_t in base64, for memfd the file descriptor's number in the
+    exporting process.
+    """
+
+    kind: Literal["cuda_ipc", "memfd"]
+    handle: str
+    num_bytes: int
+
+
+class ServedTensor(msgspec.Struct, frozen=True, kw_only=True):
+    """A parameter as vLLM holds it on this rank (local shape); ``aliases`` are its further names (tied weights)."""
+
+    name: str
+    allocation: int
+    offset_bytes: int
+    shape: list[int]
+    stride: list[int]
+    dtype: str
+    aliases: list[str] = []
+
+
+class CheckpointTensor(msgspec.Struct, frozen=True, kw_only=True):
+    """A tensor of the Hugging Face folder (global shape); ``file`` is empty if the server was started without one."""
+
+    name: str
+    shape: list[int]
+    dtype: str
+    file: str = ""
+
+
+class SegmentRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """A box of a checkpoint tensor, and the view of a served tensor that holds it.
+
+    ``view_offset`` counts elements from the start of the served tensor; view dimensions are in checkpoint order.
+    """
+
+    checkpoint: str
+    box_offset: list[int]
+    box_shape: list[int]
+    served: str
+    view_offset: int
+    view_stride: list[int]
+
+
+class Refusal(msgspec.Struct, frozen=True, kw_only=True):
+    """A tensor that cannot be trained in place, and why."""
+
+    name: str
+    reason: str
+
+
+class Manifest(msgspec.Struct, frozen=True, kw_only=True):
+    """All that a trainer needs to know about one rank of a server."""
+
+    schema_version: int
+    instance_id: str
+    created_at: float
+    vllm_version: str
+    model_path: str
+    served_model_names: list[str]
+    dtype: str
+    tp_rank: int
+    tp_size: int
+    host: str
+    pid: int
+    pid_start_ticks: int
+    pid_namespace: str
+    device: Literal["cpu", "cuda"]
+    device_uuid: str = ""
+    max_model_len: int = 0
+    trace_seconds: float = 0.0
+    publish_seconds: float = 0.0
+    allocations: list[Allocation] = []
+    served: list[ServedTensor] = []
+    checkpoint: list[CheckpointTensor] = []
+    segments: list[SegmentRecord] = []
+    not_served: list[str] = []
+    """Checkpoint tensors that the server's loader passes over (vision towers, MTP heads): carried into checkpoints."""
+    refusals: list[Refusal] = []
+    error: str = ""
+
+    @property
+    def process(self) -> runtime.ProcessId:
+        return runtime.ProcessId(self.pid, self.pid_start_ticks)
+
+
+_encoder = msgspec.json.Encoder()
+_decoder = msgspec.json.Decoder(Manifest)
+
+
+def publish(manifest: Manifest, folder: Path) -> Path:
+    """Write ``rank<r>.json`` (0600), complete or not at all."""
+    path = folder / f"rank{manifest.tp_rank}.json"
+    runtime.write_private(path, _encoder.encode(manifest))
+    return path
+
+
+def read(path: Path) -> Manifest:
+    """Decode one manifest. Raises ManifestError on anything but this schema version."""
+    content = path.read_bytes()
+    try:
+        version = msgspec.json.decode(content, type=_Versioned).schema_version
+        if version != SCHEMA_VERSION:
+            raise ManifestError(
+                f"{path}: got schema version {version}, expected {SCHEMA_VERSION}; "
+                "use the same apollo_tp release for the server and the trainer"
+            )
+        return _decoder.decode(content)
+    except msgspec.DecodeError as error:
+        raise ManifestError(f"{path}: got an unreadable manifest ({error}), expected JSON; restart the server") from None
+
+
+class _Versioned(msgspec.Struct):
+    schema_version: int
+
+
+def read_instance(folder: Path) -> list[Manifest]:
+    """Manifests present in one server's folder, by rank; possibly not all of them yet."""
+    return sorted((read(path) for path in folder.glob("rank*.json")), key=lambda m: m.tp_rank)
+
+
+def live_instances(base: Path) -> tuple[list[str], list[str]]:
+    """(live, stale) instance ids below ``base``. Stale: a process that published a manifest has ended."""
+    live, stale = [], []
+    for folder in sorted(p for p in base.iterdir() if p.is_dir()):
+        manifests = read_instance(folder)
+        if manifests and manifests[0].pid_namespace == runtime.pid_namespace():
+            (live if all(m.process.alive() for m in manifests) else stale).append(folder.name)
+        elif manifests:
+            live.append(folder.name)  # cannot be judged from here; check_agreement names the cure
+    return live, stale
+
+
+def check_agreement(manifests: list[Manifest]) -> None:
+    """Raise ManifestError unless these are the p manifests of one live server, none of them failed."""
+    first = manifests[0]
+    problems = [f"rank {m.tp_rank}: export failed in the server: {m.error.strip()}" for m in manifests if m.error]
+    ranks = [m.tp_rank for m in manifests]
+    if ranks != list(range(first.tp_size)):
+        problems.append(f"got manifests of ranks {ranks}, expected 0 to {first.tp_size - 1}")
+    for field in ("instance_id", "tp_size", "model_path", "dtype", "vllm_version", "host", "pid_namespace"):
+        values = {getattr(m, field) for m in manifests}
+        if len(values) > 1:
+            problems.append(f"{field} differs over ranks: {sorted(map(str, values))}")
+    if first.pid_namespace != runtime.pid_namespace():
+        problems.append(
+            f"got a server in PID namespace {first.pid_namespace}, expected this process's {runtime.pid_namespace()}; "
+            "run both in one container, or start the trainer's with --pid=container:NAME of the server's"
+        )
+    else:
+        problems += [
+            f"rank {m.tp_rank}: stale, its process {m.pid} has ended; start the server again"
+            for m in manifests
+            if not m.process.alive()
+        ]
+    if problems:
+        raise ManifestError(f"server {first.instance_id}: " + "; ".join(problems))
+
+
+def wait_for_server(base: Path, instance: str | None, wait_seconds: float) -> list[Manifest]:
+    """Manifests of the named server (or of the only live one), once all its ranks have published.
+
+    Raises NoServerError when the time is over, ManifestError if several servers are live and none was named, or if the
+    manifests do not agree.
+    """
+    deadline = time.monotonic() + wait_seconds
+    while True:
+        live, stale = live_instances(base)
+        if instance is None and len(live) > 1:
+            raise ManifestError(f"got {len(live)} live servers {live}, expected one; choose with server.instance=...")
+        name = instance or (live[0] if live else None)
+        manifests = read_instance(base / name) if name and (base / name).is_dir() else []
+        if manifests and (len(manifests) == manifests[0].tp_size or any(m.error for m in manifests)):
+            check_agreement(manifests)
+            return manifests
+        if time.monotonic() > deadline:
+            have = [m.tp_rank for m in manifests]
+            raise NoServerError(
+                f"waited {wait_seconds:.0f} s for server {instance or '(any)'} in {base}: got manifests of ranks {have}, "
+                f"live servers {live}, stale ones {stale}, expected one complete live server. Start vLLM with "
+                "VLLM_PLUGINS=apollo and look for 'apollo_tp' in its log"
+            )
+        time.sleep(0.1)

