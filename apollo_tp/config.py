@@ -130,14 +130,36 @@ class HttpConfig:
     port: int = option(8300, "port of the coordinator's HTTP endpoint; 0 takes a free one")
 
 
+class OnCrash(Enum):
+    resume = "resume"
+    fail = "fail"
+
+
+@dataclass(kw_only=True)
+class WriterConfig:
+    tensorboard_dir: str | None = option(None, "folder for TensorBoard event files; null writes none")
+    wandb_project: str | None = option(None, "Weights & Biases project; null writes none")
+    wandb_mode: str = option("offline", "offline | online")
+
+
 @dataclass(kw_only=True)
 class ServiceConfig:
     http: HttpConfig = option(HttpConfig, "the coordinator's HTTP endpoint")
     state_dir: str = option("apollo_tp_state", "folder of jobs, uploaded files and logs")
     max_queued_jobs: int = option(64, "further jobs are answered 429")
     max_body_bytes: int = option(64 * 2**20, "larger request bodies are answered 413")
+    max_file_bytes: int = option(512 * 2**20, "larger uploaded files are answered 413")
+    max_files: int = option(1000, "further uploads are answered 400 until some are deleted")
+    max_state_bytes: int = option(16 * 2**30, "disk use of uploaded files and of jobs' samples, together")
     token_file: str | None = option(None, "file with the bearer token(s); null: $APOLLO_TP_TOKEN, else none")
     rank_timeout_seconds: float = option(30.0, "no heartbeat of rank 0 for this long means that the ranks are gone")
+    on_crash: OnCrash = option(OnCrash.resume, "an interrupted job: resume (from its last completed step) | fail")
+    writers: WriterConfig = option(WriterConfig, "curves for other tools")
+
+    def __post_init__(self) -> None:
+        check(self.max_queued_jobs >= 1, "service.max_queued_jobs", self.max_queued_jobs, "an integer >= 1")
+        check(self.max_body_bytes >= 1024, "service.max_body_bytes", self.max_body_bytes, "an integer >= 1024")
+        check(self.rank_timeout_seconds > 0, "service.rank_timeout_seconds", self.rank_timeout_seconds, "a number > 0")
 
 
 @dataclass(kw_only=True)

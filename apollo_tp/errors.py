@@ -30,9 +30,20 @@ class ConfigError(ApolloTpError):
 class RequestError(ApolloTpError):
     """A request was refused. ``status`` is the HTTP status; the body names the field, what was got and expected."""
 
-    def __init__(self, message: str, *, field: str | None = None, status: int = 400, code: str = "invalid_request"):
+    def __init__(
+        self,
+        message: str,
+        *,
+        field: str | None = None,
+        got: str | None = None,
+        expected: str | None = None,
+        status: int = 400,
+        code: str = "invalid_request",
+    ):
         super().__init__(message)
         self.field = field
+        self.got = got
+        self.expected = expected
         self.status = status
         self.code = code
 

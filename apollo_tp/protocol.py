@@ -81,7 +81,15 @@ class Shutdown(Command, frozen=True):
     reason: str
 
 
-AnyCommand = Step | PreferenceStep | Score | SaveCheckpoint | Shutdown
+class Identify(Command, frozen=True):
+    """Answer with ``Hello`` (repeating ``id``), in order with the other commands.
+
+    A coordinator that restarted sends it first. Because it is answered in order, everything that the coordinator's former
+    life had sent is over by then, and ``Hello.last_job_step`` says how far the interrupted job really came.
+    """
+
+
+AnyCommand = Step | PreferenceStep | Score | SaveCheckpoint | Shutdown | Identify
 
 # --- replies and notices, rank 0 -> coordinator --------------------------------------------------------------------
 
@@ -93,7 +101,11 @@ class Reply(msgspec.Struct, frozen=True, tag=True, omit_defaults=True, kw_only=T
 
 
 class Hello(Reply, frozen=True):
-    """First message of rank 0: what is being trained, and the limits that requests are checked against."""
+    """First message of rank 0 and reply to ``Identify``: what is being trained, and the limits of requests.
+
+    ``last_job_id`` and ``last_job_step`` name the last Step or PreferenceStep that these ranks completed ("" and 0 when
+    none): after a crash of the coordinator they keep a step whose reply was lost from being run twice.
+    """
 
     protocol_version: int
     instance_id: str
@@ -108,6 +120,8 @@ class Hello(Reply, frozen=True):
     gradients: str
     layout: list[dict[str, str | int | list[int]]] = []
     """Rows for the layout view: checkpoint tensor, rank, served tensor, part; may be empty."""
+    last_job_id: str = ""
+    last_job_step: int = 0
 
 
 class StepDone(Reply, frozen=True):
@@ -195,3 +209,69 @@ def decode_command(frame: bytes) -> AnyCommand:
 def decode_reply(frame: bytes) -> AnyReply:
     """Inverse of ``encode`` for replies. Raises msgspec.DecodeError on anything else."""
     return _reply_decoder.decode(frame)
+
+
+# --- the tunnel: vLLM's endpoint plugin (DEALER) <-> coordinator (ROUTER) --------------------------------------------
+#
+# Plain HTTP in small frames, so that the coordinator has one route table. ``id`` is unique per plugin socket.
+
+
+class TunnelRequest(msgspec.Struct, frozen=True, tag=True):
+    """Head of one HTTP request. ``query`` is the raw query string; ``headers`` are name, value pairs (latin-1 bytes)."""
+
+    id: int
+    method: str
+    path: str
+    query: bytes
+    headers: list[tuple[bytes, bytes]]
+
+
+class TunnelBody(msgspec.Struct, frozen=True, tag=True):
+    """A part of a body, of the request or of the response; ``more`` is false on the last one."""
+
+    id: int
+    data: bytes
+    more: bool
+
+
+class TunnelHead(msgspec.Struct, frozen=True, tag=True):
+    """Status and headers of the response."""
+
+    id: int
+    status: int
+    headers: list[tuple[bytes, bytes]]
+
+
+class TunnelAlive(msgspec.Struct, frozen=True, tag=True):
+    """The coordinator works on this request: sent at once, and every TUNNEL_ALIVE_SECONDS while nothing else is."""
+
+    id: int
+
+
+class TunnelCancel(msgspec.Struct, frozen=True, tag=True):
+    """The client of the server went away: drop the request."""
+
+    id: int
+
+
+TUNNEL_ALIVE_SECONDS = 2.0
+TunnelUp = TunnelRequest | TunnelBody | TunnelCancel
+TunnelDown = TunnelHead | TunnelBody | TunnelAlive
+
+_tunnel_up_decoder = msgspec.msgpack.Decoder(TunnelUp)
+_tunnel_down_decoder = msgspec.msgpack.Decoder(TunnelDown)
+
+
+def encode_tunnel(message: TunnelUp | TunnelDown) -> bytes:
+    """Msgpack bytes of a tunnel frame."""
+    return _encoder.encode(message)
+
+
+def decode_tunnel_up(frame: bytes) -> TunnelUp:
+    """Inverse of ``encode_tunnel``, plugin -> coordinator. Raises msgspec.DecodeError on anything else."""
+    return _tunnel_up_decoder.decode(frame)
+
+
+def decode_tunnel_down(frame: bytes) -> TunnelDown:
+    """Inverse of ``encode_tunnel``, coordinator -> plugin. Raises msgspec.DecodeError on anything else."""
+    return _tunnel_down_decoder.decode(frame)
