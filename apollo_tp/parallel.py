@@ -6,6 +6,7 @@ the same code. ``traffic`` counts payload bytes per kind of collective, for test
 
 from __future__ import annotations
 
+import datetime
 from collections import Counter
 from dataclasses import dataclass, field
 
@@ -14,19 +15,57 @@ import torch.distributed as dist
 from torch import Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class TPGroup:
-    """Rank and size within a group of trainer ranks, and the process group that joins them (None at size 1)."""
+    """Rank and size within a group of trainer ranks, and the process group that joins them (None at size 1).
+
+    A rank that fails leaves the others waiting in a collective. ``dissolve`` wakes them (its connections close), and
+    ``form`` joins all again: whoever holds this object goes on with the new process group.
+    """
 
     rank: int
     size: int
     group: dist.ProcessGroup | None = None
-    traffic: Counter[str] = field(default_factory=Counter, compare=False, repr=False)
+    traffic: Counter[str] = field(default_factory=Counter, repr=False)
+    _children: dict[tuple[int, ...], TPGroup] = field(default_factory=dict, repr=False)
 
     @classmethod
     def single(cls) -> TPGroup:
         """The group of one process, for reference runs."""
         return cls(rank=0, size=1)
+
+    @classmethod
+    def world(cls, backend: str, timeout: datetime.timedelta) -> TPGroup:
+        """A group of its own over all ranks of the initialised default group. Collective."""
+        tp = cls(dist.get_rank(), dist.get_world_size())
+        tp.form(backend, timeout)
+        return tp
+
+    def subgroup(self, ranks: tuple[int, ...]) -> TPGroup:
+        """The part of this group with these ranks (ascending). Collective over the whole group; outsiders have rank -1."""
+        if ranks == tuple(range(self.size)):
+            return self
+        if ranks not in self._children:
+            child = TPGroup(ranks.index(self.rank) if self.rank in ranks else -1, len(ranks), traffic=self.traffic)
+            members = dist.get_process_group_ranks(self.group)
+            child.group = dist.new_group([members[r] for r in ranks])
+            self._children[ranks] = child
+        return self._children[ranks]
+
+    def dissolve(self) -> None:
+        """Leave this group and its parts at once; peers that wait in a collective of them fail. Not collective."""
+        for tp in (*self._children.values(), self):
+            group, tp.group = tp.group, None
+            if group is not None and group is not dist.group.WORLD and tp.rank >= 0:
+                dist.destroy_process_group(group)
+
+    def form(self, backend: str, timeout: datetime.timedelta) -> None:
+        """Join a new process group over the default group, and new ones for the parts. Collective."""
+        if self.size == 1:
+            return
+        self.group = dist.new_group(backend=backend, timeout=timeout)
+        for ranks, child in self._children.items():
+            child.group = dist.new_group(list(ranks), backend=backend, timeout=timeout)
 
     def all_reduce_(self, tensor: Tensor, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
         """Reduce ``tensor`` over the group, in place; returns it. One all-reduce."""

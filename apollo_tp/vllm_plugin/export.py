@@ -8,6 +8,7 @@ import os
 import socket
 import time
 import traceback
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -108,18 +109,12 @@ def _export(model: nn.Module, vllm_config: Any, model_config: Any, header: dict[
         served=served,
         checkpoint=checkpoint,
         segments=segments,
-        not_served=[t.name for t in traces if not t.copies and not t.refusal and not _rank_holds_none(t, checkpoint, header)],
+        not_served=[t.name for t in traces if not t.served and not t.refusal],
         refusals=refusals,
     )
 
 
-def _rank_holds_none(trace: Trace, checkpoint: list[CheckpointTensor], header: dict[str, Any]) -> bool:
-    return False
-
-
 def _checkpoint_tensors(model_config: Any, vllm_config: Any, header: dict[str, Any]) -> list[CheckpointTensor]:
-    from pathlib import Path
-
     folder = Path(header["model_path"])
     found = checkpoint_index.read_index(folder) if folder.is_dir() else []
     if found:

@@ -37,6 +37,8 @@ class Trace:
 
     name: str
     copies: list[Copy] = field(default_factory=list)
+    served: bool = False
+    """The loader copied something of it; perhaps nothing, on a rank that holds only padding of a vocabulary."""
     refusal: str = ""
 
 
@@ -95,6 +97,7 @@ def _record(destination: Tensor, probe: Probe) -> None:
     if destination.shape != probe.shape:
         raise TransformedError(f"vLLM's loader broadcasts {tuple(probe.shape)} into {tuple(destination.shape)}")
     box, order = _box_of(probe)
+    probe.trace.served = True
     if box.numel:  # a rank may hold none of a padded vocabulary
         stride = tuple(0 if d is None else destination.stride(d) for d in order)
         probe.trace.copies.append(Copy(box, destination.data_ptr(), stride))
@@ -146,7 +149,7 @@ def trace_loader(
 ) -> list[Trace]:
     """Trace ``model.load_weights`` (or ``load``) for each checkpoint tensor (name, global shape, dtype).
 
-    Nothing is written into the model. A trace with neither copies nor refusal is a tensor that the loader passes over.
+    Nothing is written into the model. A trace neither served nor refused is a tensor that the loader passes over.
     """
     load = load or model.load_weights  # type: ignore[assignment]
     storages = {p.untyped_storage().data_ptr() for p in model.parameters()}
