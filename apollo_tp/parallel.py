@@ -9,6 +9,7 @@ from __future__ import annotations
 import datetime
 from collections import Counter
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -97,12 +98,12 @@ class _CopyToRegion(torch.autograd.Function):
     """Megatron's f: identity forward, all-reduce backward."""
 
     @staticmethod
-    def forward(ctx, tensor: Tensor, tp: TPGroup) -> Tensor:  # type: ignore[no-untyped-def]
+    def forward(ctx: Any, tensor: Tensor, tp: TPGroup) -> Tensor:
         ctx.tp = tp
         return tensor.view_as(tensor)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[no-untyped-def]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return ctx.tp.all_reduce_(grad.contiguous()), None
 
 
@@ -110,12 +111,12 @@ class _ReduceFromRegion(torch.autograd.Function):
     """Megatron's g: all-reduce forward, identity backward."""
 
     @staticmethod
-    def forward(ctx, tensor: Tensor, tp: TPGroup) -> Tensor:  # type: ignore[no-untyped-def]
+    def forward(ctx: Any, tensor: Tensor, tp: TPGroup) -> Tensor:
         # clone: the input may be saved by the op before (a matmul's output is not, but a caller's may be)
         return tp.all_reduce_(tensor.clone(memory_format=torch.contiguous_format))
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[no-untyped-def]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return grad, None
 
 

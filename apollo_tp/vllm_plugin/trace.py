@@ -54,7 +54,7 @@ class Probe(Tensor):
     trace: Trace
 
     @staticmethod
-    def __new__(cls, meta: Tensor, root: Tensor, trace: Trace) -> Probe:
+    def __new__(cls: type[Probe], meta: Tensor, root: Tensor, trace: Trace) -> Probe:
         probe = Tensor._make_wrapper_subclass(
             cls, meta.shape, strides=meta.stride(), storage_offset=meta.storage_offset(), dtype=meta.dtype, device="cpu"
         )

@@ -1,0 +1,189 @@
+"""One rank's trainer: samples in, optimizer step on the served weights, figures out. No sockets, no Hydra.
+
+All methods are collective: every rank calls them with the same arguments in the same order.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from apollo_tp.data import PackedBatch, empty_share, pack, pack_pairs
+from apollo_tp.loss import preference_loss
+from apollo_tp.model import BoundModel
+from apollo_tp.optim import Optimizer, StepOutcome
+from apollo_tp.parallel import TPGroup
+from apollo_tp.protocol import PreferencePair, Sample
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one step did, the same on every rank but for times (seconds) and memory (bytes), which are this rank's.
+
+    ``loss`` is the weighted mean negative log-likelihood in nats (or the mean DPO loss) before the update.
+    """
+
+    loss: float
+    num_tokens: int
+    num_loss_tokens: int
+    padding_share: float
+    num_micro_batches: int
+    token_accuracy: float
+    outcome: StepOutcome
+    weight_version: int
+    step_seconds: float
+    forward_seconds: float
+    backward_seconds: float
+    optimizer_seconds: float
+    peak_memory_bytes: int
+    metrics: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ScoreResult:
+    """Per sample, in the order given: weighted log-probability in nats, sum of weights, weighted arg-max hits."""
+
+    logprobs: list[float]
+    weights: list[float]
+    num_correct: list[float]
+
+
+class Trainer:
+    """Steps a bound model. ``weight_version`` counts completed updates over the life of the server.
+
+    ``before_write`` is called on every rank between the backward pass and the update, ``after_write`` behind it.
+    """
+
+    def __init__(
+        self,
+        model: BoundModel,
+        optimizer: Optimizer,
+        tp: TPGroup,
+        *,
+        device: torch.device,
+        max_micro_batch_tokens: int,
+        weight_version: int = 0,
+        before_write: Callable[[], None] | None = None,
+        after_write: Callable[[int], None] | None = None,
+    ) -> None:
+        self.model = model
+        self.optimizer = optimizer
+        self.tp = tp
+        self.device = device
+        self.max_micro_batch_tokens = max_micro_batch_tokens
+        self.weight_version = weight_version
+        self._before_write = before_write or (lambda: None)
+        self._after_write = after_write or (lambda version: None)
+
+    def step(self, samples: Sequence[Sample], learning_rate_scale: float = 1.0) -> StepResult:
+        """One supervised step: weighted mean cross-entropy over all samples, accumulated over micro-batches."""
+        batches = pack(samples, self.max_micro_batch_tokens)
+        total_weight = sum(batch.weight_sum for batch in batches)
+
+        def loss_of(batch: PackedBatch) -> tuple[Tensor, Tensor]:
+            sums = self.model.forward_loss(batch)
+            return sums.loss / total_weight, sums.correct
+
+        return self._step(batches, loss_of, learning_rate_scale)
+
+    def preference_step(
+        self, pairs: Sequence[PreferencePair], beta: float, learning_rate_scale: float = 1.0
+    ) -> StepResult:
+        """One DPO step (Rafailov et al. 2023, eq. 7): mean over pairs. Both sides of a pair share a micro-batch."""
+        batches = pack_pairs(pairs, self.max_micro_batch_tokens)
+        reference = torch.tensor([(p.reference_preferred, p.reference_rejected) for p in pairs], device=self.device)
+        margins: list[Tensor] = []
+
+        def loss_of(batch: PackedBatch) -> tuple[Tensor, Tensor]:
+            scored = self.model.sequence_logprobs(batch)
+            members = [index // 2 for index in batch.sample_index[::2]]
+            policy = scored.sequences.view(-1, 2)
+            losses, margin = preference_loss(policy, reference[members], beta)
+            margins.append(margin.detach())
+            return losses.sum() / len(pairs), scored.correct.sum()
+
+        result = self._step(batches, loss_of, learning_rate_scale)
+        margin = torch.cat(margins)
+        result.metrics["reward_margin"] = float(margin.mean())
+        result.metrics["reward_accuracy"] = float((margin > 0).float().mean())
+        return result
+
+    def _step(
+        self,
+        batches: Sequence[PackedBatch],
+        loss_of: Callable[[PackedBatch], tuple[Tensor, Tensor]],
+        learning_rate_scale: float,
+    ) -> StepResult:
+        clock = _Clock(self.device)
+        self.model.zero_grad()
+        loss_sum = torch.zeros((), device=self.device)
+        correct = torch.zeros((), device=self.device)
+        for batch in batches:
+            loss, hits = loss_of(batch.to(self.device))
+            clock.mark("forward")
+            loss.backward()
+            clock.mark("backward")
+            loss_sum += loss.detach()
+            correct += hits.detach()
+        self.model.finish_gradients()
+        clock.mark("backward")
+        self._before_write()
+        try:
+            outcome = self.optimizer.step(learning_rate_scale, loss_sum)
+            if not outcome.skipped:
+                self.weight_version += 1
+        finally:
+            self._after_write(self.weight_version)
+        self.model.zero_grad()
+        clock.mark("optimizer")
+        num_loss_tokens = sum(batch.num_loss_tokens for batch in batches)
+        return StepResult(
+            loss=float(loss_sum),
+            num_tokens=sum(batch.num_tokens for batch in batches),
+            num_loss_tokens=num_loss_tokens,
+            padding_share=empty_share(batches, self.max_micro_batch_tokens),
+            num_micro_batches=len(batches),
+            token_accuracy=float(correct) / max(num_loss_tokens, 1),
+            outcome=outcome,
+            weight_version=self.weight_version,
+            step_seconds=clock.total(),
+            forward_seconds=clock.seconds["forward"],
+            backward_seconds=clock.seconds["backward"],
+            optimizer_seconds=clock.seconds["optimizer"],
+            peak_memory_bytes=torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else 0,
+        )
+
+    @torch.no_grad()
+    def score(self, samples: Sequence[Sample]) -> ScoreResult:
+        """Log-probabilities of ``samples`` under the weights of this moment; nothing changes."""
+        logprobs, correct = [0.0] * len(samples), [0.0] * len(samples)
+        for batch in pack(samples, self.max_micro_batch_tokens):
+            scored = self.model.sequence_logprobs(batch.to(self.device))
+            for place, logprob, hits in zip(
+                batch.sample_index, scored.sequences.tolist(), scored.correct.tolist(), strict=True
+            ):
+                logprobs[place], correct[place] = logprob, hits
+        return ScoreResult(logprobs, [sum(s.weights) for s in samples], correct)
+
+
+class _Clock:
+    """Wall time per phase. On CUDA the phases are those of the host, which runs ahead; the total is exact."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.seconds = {"forward": 0.0, "backward": 0.0, "optimizer": 0.0}
+        self._start = self._last = time.perf_counter()
+        self._device = device
+
+    def mark(self, phase: str) -> None:
+        now = time.perf_counter()
+        self.seconds[phase] += now - self._last
+        self._last = now
+
+    def total(self) -> float:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        return time.perf_counter() - self._start
