@@ -42,7 +42,7 @@ class Command(msgspec.Struct, frozen=True, tag=True, omit_defaults=True, kw_only
 
 
 class Step(Command, frozen=True):
-    """One optimizer step of supervised fine-tuning on ``samples`` (the global batch; micro-batches are cut by the ranks).
+    """One optimizer step of supervised fine-tuning on ``samples`` (the global batch; the ranks cut micro-batches).
 
     ``job_step`` counts from 1 within the job. ``learning_rate_scale`` multiplies the configured learning rate.
     """
@@ -84,7 +84,7 @@ class Shutdown(Command, frozen=True):
 class Identify(Command, frozen=True):
     """Answer with ``Hello`` (repeating ``id``), in order with the other commands.
 
-    A coordinator that restarted sends it first. Because it is answered in order, everything that the coordinator's former
+    A coordinator that restarted sends it first. It is answered in order, so everything that the coordinator's former
     life had sent is over by then, and ``Hello.last_job_step`` says how far the interrupted job really came.
     """
 
@@ -192,8 +192,8 @@ class Goodbye(Reply, frozen=True):
 AnyReply = Hello | StepDone | ScoreDone | CheckpointDone | CommandFailed | Heartbeat | Goodbye
 
 _encoder = msgspec.msgpack.Encoder()
-_command_decoder = msgspec.msgpack.Decoder(AnyCommand)
-_reply_decoder = msgspec.msgpack.Decoder(AnyReply)
+_command_decoder: msgspec.msgpack.Decoder[AnyCommand] = msgspec.msgpack.Decoder(AnyCommand)
+_reply_decoder: msgspec.msgpack.Decoder[AnyReply] = msgspec.msgpack.Decoder(AnyReply)
 
 
 def encode(message: AnyCommand | AnyReply) -> bytes:
@@ -217,7 +217,7 @@ def decode_reply(frame: bytes) -> AnyReply:
 
 
 class TunnelRequest(msgspec.Struct, frozen=True, tag=True):
-    """Head of one HTTP request. ``query`` is the raw query string; ``headers`` are name, value pairs (latin-1 bytes)."""
+    """Head of one HTTP request. ``query`` is the raw query string; ``headers`` are pairs of latin-1 bytes."""
 
     id: int
     method: str
@@ -258,8 +258,8 @@ TUNNEL_ALIVE_SECONDS = 2.0
 TunnelUp = TunnelRequest | TunnelBody | TunnelCancel
 TunnelDown = TunnelHead | TunnelBody | TunnelAlive
 
-_tunnel_up_decoder = msgspec.msgpack.Decoder(TunnelUp)
-_tunnel_down_decoder = msgspec.msgpack.Decoder(TunnelDown)
+_tunnel_up_decoder: msgspec.msgpack.Decoder[TunnelUp] = msgspec.msgpack.Decoder(TunnelUp)
+_tunnel_down_decoder: msgspec.msgpack.Decoder[TunnelDown] = msgspec.msgpack.Decoder(TunnelDown)
 
 
 def encode_tunnel(message: TunnelUp | TunnelDown) -> bytes:

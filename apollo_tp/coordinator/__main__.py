@@ -1,0 +1,173 @@
+"""``python -m apollo_tp.coordinator --config FILE.json``: composition root of the coordinator process."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import logging
+import os
+import signal
+import socket
+import sys
+import time
+from pathlib import Path
+
+import uvicorn
+import zmq.asyncio
+
+from apollo_tp import runtime
+from apollo_tp.coordinator.auth import load_access
+from apollo_tp.coordinator.edge import log_format
+from apollo_tp.coordinator.http import build_app
+from apollo_tp.coordinator.ranks import RankLink
+from apollo_tp.coordinator.render import Renderer
+from apollo_tp.coordinator.scheduler import Scheduler
+from apollo_tp.coordinator.settings import Settings, load
+from apollo_tp.coordinator.store import Store
+from apollo_tp.coordinator.train_api import Service, model_vocab_size
+from apollo_tp.coordinator.tunnel import Tunnel
+from apollo_tp.coordinator.views import Changes
+from apollo_tp.errors import ApolloTpError, ConfigError
+
+log = logging.getLogger("apollo_tp.coordinator")
+ADDRESS_FILE = "coordinator.json"
+
+
+def main() -> int:
+    """Run until told to stop, or until the parent process is gone. Returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m apollo_tp.coordinator", description=__doc__)
+    parser.add_argument("--config", type=Path, required=True, help="settings file written by apollo_tp.launch")
+    _set_up_logging()
+    # 50 clients are answered between two slices of a thread that renders samples
+    sys.setswitchinterval(0.001)
+    try:
+        asyncio.run(serve(load(parser.parse_args().config)))
+    except ApolloTpError as error:
+        log.error("%s", error)
+        return 1
+    return 0
+
+
+def _set_up_logging() -> None:
+    class JsonFormatter(logging.Formatter):
+        def format(self, record: logging.LogRecord) -> str:
+            return log_format(record)
+
+    handler = logging.StreamHandler()
+    handler.setFormatter(JsonFormatter())
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
+    logging.getLogger("uvicorn").setLevel(logging.WARNING)
+
+
+async def serve(settings: Settings) -> None:
+    """Bind everything, then run the parts until one ends or the process is told to stop."""
+    access = load_access(settings.service)
+    changes = Changes()
+    store = Store(Path(settings.service.state_dir), changes.notify)
+    context = zmq.asyncio.Context()
+    listener = bind_http(settings.service.http.host, settings.service.http.port)
+    scheduler = _build_scheduler(settings, store, context, changes)
+    service = Service(
+        settings, store, scheduler, changes, _renderer(settings), model_vocab_size(Path(settings.model_path))
+    )
+    app = build_app(service, access)
+    tunnel = Tunnel(context, runtime.socket_path(Path(settings.instance_dir), "coordinator.sock"), app)
+    config = uvicorn.Config(app, log_config=None, access_log=False, lifespan="off", timeout_graceful_shutdown=2)
+    server = uvicorn.Server(config)
+    server.install_signal_handlers = lambda: None  # type: ignore[attr-defined]
+    stop = asyncio.Event()
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(signum, stop.set)
+    _publish_address(settings, listener)
+    parts = [
+        asyncio.create_task(coroutine, name=name)
+        for name, coroutine in {
+            "http": server.serve(sockets=[listener]),
+            "tunnel": tunnel.run(),
+            "ranks": scheduler.link.run(),
+            "scheduler": scheduler.run(),
+            "wal": _fold_wal(store),
+            "parent": _watch_parent(settings.parent_pid),
+            "stop": stop.wait(),
+        }.items()
+    ]
+    try:
+        done, _ = await asyncio.wait(parts, return_when=asyncio.FIRST_COMPLETED)
+        for task in done:
+            log.info("stopping: %s ended", task.get_name())
+            task.result()
+    finally:
+        server.should_exit = True
+        for task in parts[1:]:
+            task.cancel()
+        await asyncio.gather(*parts, return_exceptions=True)
+        store.close()
+        context.destroy(linger=0)
+
+
+def _build_scheduler(settings: Settings, store: Store, context: zmq.asyncio.Context, changes: Changes) -> Scheduler:
+    link = RankLink(
+        context,
+        runtime.socket_path(Path(settings.instance_dir), "ranks.sock"),
+        timeout_seconds=settings.service.rank_timeout_seconds,
+        on_change=changes.notify,
+    )
+    scheduler = Scheduler(settings, store, link)
+    link.attach(on_hello=scheduler.reconcile, on_stray=scheduler.stray, needs_barrier=scheduler.needs_barrier)
+    store.remove_orphans()
+    scheduler.recover()
+    return scheduler
+
+
+def bind_http(host: str, port: int) -> socket.socket:
+    """A listening TCP socket. Raises ConfigError naming the option if the address cannot be bound."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+    except OSError as error:
+        listener.close()
+        raise ConfigError(
+            f"service.http.host and port: got {host}:{port}, which cannot be bound ({error.strerror}); "
+            "expected a free port: set service.http.port, or 0 for any"
+        ) from error
+    listener.listen(128)
+    listener.setblocking(False)
+    return listener
+
+
+def _renderer(settings: Settings) -> Renderer | None:
+    if not settings.model_path:
+        return None
+    try:
+        return Renderer(Path(settings.model_path))
+    except ConfigError as error:
+        log.warning("%s", error)
+        return None
+
+
+def _publish_address(settings: Settings, listener: socket.socket) -> None:
+    """Say where we listen, for the command line and for tests: the port may have been 0."""
+    host, port = listener.getsockname()[:2]
+    url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    content = json.dumps({"url": url, "pid": os.getpid(), "started_at": time.time()}).encode()
+    runtime.write_private(Path(settings.instance_dir) / ADDRESS_FILE, content)
+    log.info("coordinator at %s, state in %s", url, settings.service.state_dir)
+
+
+async def _fold_wal(store: Store) -> None:
+    while True:
+        await asyncio.sleep(10)
+        await asyncio.to_thread(store.checkpoint_wal)
+
+
+async def _watch_parent(parent_pid: int | None) -> None:
+    while parent_pid is None or os.getppid() == parent_pid:  # noqa: ASYNC110 - nothing tells of a parent's end
+        await asyncio.sleep(0.5)
+    log.warning("the trainer process %d is gone", parent_pid)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,131 @@
+"""Who may call what: bearer tokens with a ``read`` or a ``train`` scope, compared in constant time."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+import hmac
+import ipaddress
+import os
+import stat
+from collections.abc import Mapping
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from apollo_tp.config import ServiceConfig
+from apollo_tp.errors import ConfigError, RequestError
+
+TOKEN_VARIABLE = "APOLLO_TP_TOKEN"
+READ, TRAIN = "read", "train"
+
+
+class Access:
+    """The known tokens, kept as digests. Without tokens everything on this (loopback) address is allowed."""
+
+    def __init__(self, tokens: list[tuple[str, str]]) -> None:
+        self._digests = [(scope, hashlib.sha256(token.encode()).digest()) for scope, token in tokens]
+
+    def check(self, method: str, path: str, headers: Mapping[str, str]) -> None:
+        """Raise RequestError 401 or 403 unless this request is allowed. /health is open."""
+        self._check_origin(method, headers)
+        if path == "/health" or not self._digests:
+            return
+        token = _presented(headers)
+        if token is None:
+            raise RequestError(
+                "got no token, expected the header 'Authorization: Bearer TOKEN'", field="Authorization",
+                got="no token", expected="a bearer token", status=401, code="no_token",
+            )  # fmt: skip
+        digest = hashlib.sha256(token.encode()).digest()
+        # every digest is compared, so that the time tells nothing about which one matched
+        scopes = {scope for scope, known in self._digests if hmac.compare_digest(known, digest)}
+        if not scopes:
+            raise RequestError(
+                "got an unknown token, expected one of the trainer's", field="Authorization", got="an unknown token",
+                expected="a known token", status=401, code="bad_token",
+            )  # fmt: skip
+        if TRAIN not in scopes and method not in ("GET", "HEAD"):
+            raise RequestError(
+                f"got a token of scope 'read' for {method}, expected one of scope 'train'", field="Authorization",
+                got="a token of scope 'read'", expected="a token of scope 'train'", status=403, code="scope",
+            )  # fmt: skip
+
+    def _check_origin(self, method: str, headers: Mapping[str, str]) -> None:
+        """Another site's page, open in a browser on this machine, must not be able to start training here."""
+        origin = headers.get("origin")
+        if method in ("GET", "HEAD") or origin is None or urlsplit(origin).netloc == headers.get("host"):
+            return
+        raise RequestError(
+            f"got a request from the page of another site ({origin[:80]!r}), expected this server's own", field="Origin",
+            got=origin[:80], expected="the origin of this server", status=403, code="cross_origin",
+        )  # fmt: skip
+
+
+def _presented(headers: Mapping[str, str]) -> str | None:
+    """The token of a request: Bearer, X-Apollo-Token (beside a server's own API key), or Basic (what a browser asks for)."""
+    if token := headers.get("x-apollo-token"):
+        return token
+    scheme, _, value = headers.get("authorization", "").partition(" ")
+    if scheme.lower() == "bearer" and value:
+        return value.strip()
+    if scheme.lower() == "basic":
+        try:
+            return base64.b64decode(value, validate=True).decode().partition(":")[2] or None
+        except (binascii.Error, UnicodeDecodeError):
+            return None
+    return None
+
+
+def load_access(service: ServiceConfig) -> Access:
+    """Tokens of ``service.token_file``, else of $APOLLO_TP_TOKEN: one per line, ``read:TOKEN`` or ``train:TOKEN`` (or
+    TOKEN alone, which trains).
+
+    Raises ConfigError if others can read the file, a line is not a token, or a non-loopback address has none.
+    """
+    if service.token_file is not None:
+        text = _read_private(Path(service.token_file))
+        source = service.token_file
+    else:
+        text, source = os.environ.get(TOKEN_VARIABLE, ""), f"${TOKEN_VARIABLE}"
+    tokens = []
+    for number, line in enumerate(text.splitlines(), 1):
+        if not line.strip() or line.startswith("#"):
+            continue
+        scope, colon, token = line.strip().partition(":")
+        scope, token = (scope, token) if colon else (TRAIN, scope)
+        if scope not in (READ, TRAIN) or len(token) < 16:
+            raise ConfigError(
+                f"{source}, line {number}: got scope {scope!r} and a token of {len(token)} characters, expected "
+                "'read:' or 'train:' and at least 16 characters"
+            )
+        tokens.append((scope, token))
+    if service.token_file is not None and not tokens:
+        raise ConfigError(f"{source}: got no token, expected at least one line")
+    if not tokens and not is_loopback(service.http.host):
+        raise ConfigError(
+            f"service.http.host: got {service.http.host!r} without a token, expected a loopback address; "
+            f"set service.token_file or ${TOKEN_VARIABLE}"
+        )
+    return Access(tokens)
+
+
+def _read_private(path: Path) -> str:
+    try:
+        mode = path.stat().st_mode
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"service.token_file: cannot read {path}: {error}") from error
+    if mode & 0o077:
+        raise ConfigError(f"service.token_file {path}: got mode {stat.filemode(mode)}, expected 0600: chmod 600 {path}")
+    return text
+
+
+def is_loopback(host: str) -> bool:
+    """True if only this machine can reach ``host``."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

@@ -1,0 +1,56 @@
+"""A job's samples on disk: length-indexed msgpack records in one file, written once, read a batch at a time."""
+
+from __future__ import annotations
+
+import os
+import struct
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+import msgspec
+
+T = TypeVar("T")
+_OFFSET = struct.Struct("<Q")
+_FOOTER = struct.Struct("<QQ8s")  # where the index begins, number of records, magic
+_MAGIC = b"apollo01"
+
+
+def write_records(path: Path, records: Iterable[object]) -> int:
+    """Write records, complete or not at all (0600, fsync, rename). Returns how many there were."""
+    encoder, offsets, position = msgspec.msgpack.Encoder(), [], 0
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with open(os.open(temporary, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o600), "wb") as file:
+            for record in records:
+                data = encoder.encode(record)
+                offsets.append(position)
+                position += file.write(data)
+            file.write(b"".join(_OFFSET.pack(offset) for offset in (*offsets, position)))
+            file.write(_FOOTER.pack(position, len(offsets), _MAGIC))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    return len(offsets)
+
+
+def read_records(path: Path, indices: Sequence[int], type: type[T]) -> list[T]:
+    """The records at these positions. Raises IndexError for a position outside, ValueError for another kind of file."""
+    decoder = msgspec.msgpack.Decoder(type)
+    with open(path, "rb") as file:
+        file.seek(-_FOOTER.size, os.SEEK_END)
+        start, count, magic = _FOOTER.unpack(file.read(_FOOTER.size))
+        if magic != _MAGIC:
+            raise ValueError(f"{path} is not a complete file of samples")
+        records = []
+        for index in indices:
+            if not 0 <= index < count:
+                raise IndexError(f"{path}: got record {index}, expected 0 to {count - 1}")
+            file.seek(start + index * _OFFSET.size)
+            begin, end = struct.unpack("<QQ", file.read(2 * _OFFSET.size))
+            file.seek(begin)
+            records.append(decoder.decode(file.read(end - begin)))
+    return records

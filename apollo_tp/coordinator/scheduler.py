@@ -1,0 +1,389 @@
+"""The one writer of job progress: it decides which command rank 0 gets next, and records what came back.
+
+At most two steps of a job are in flight, so that the ranks never wait for this process; cancel and pause are "do not
+send the next one". After a crash the job goes on behind its last completed step: of commands whose replies were lost,
+rank 0's Hello says the last that was completed (see protocol.Identify).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import collections
+import contextlib
+import logging
+import secrets
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from apollo_tp import protocol
+from apollo_tp.config import OnCrash
+from apollo_tp.coordinator.evaluation import Evaluator
+from apollo_tp.coordinator.jobs import Job, JobError, State, batch_indices
+from apollo_tp.coordinator.ranks import RankLink, RanksGoneError
+from apollo_tp.coordinator.samples import read_records
+from apollo_tp.coordinator.settings import Settings
+from apollo_tp.coordinator.store import Checkpoint, Store
+from apollo_tp.errors import ApolloTpError, DeadlineError, RankFailedError
+
+log = logging.getLogger(__name__)
+
+STEPS_IN_FLIGHT = 2
+OnStep = Callable[[Job, protocol.StepDone], None]
+Pending = tuple[int, asyncio.Future[protocol.AnyReply]]
+
+
+@dataclass
+class Progress:
+    """Speed of the running job, from the times at which its steps ended."""
+
+    job_id: str = ""
+    recent: collections.deque[tuple[float, int]] = field(default_factory=lambda: collections.deque(maxlen=32))
+
+    def tokens_per_second(self) -> float | None:
+        """Over the last steps; None until two have ended."""
+        if len(self.recent) < 2:
+            return None
+        seconds = self.recent[-1][0] - self.recent[0][0]
+        return sum(tokens for _, tokens in list(self.recent)[1:]) / max(seconds, 1e-9)
+
+    def seconds_left(self, steps: int) -> float | None:
+        """For so many further steps; None until two have ended."""
+        if len(self.recent) < 2:
+            return None
+        return steps * (self.recent[-1][0] - self.recent[0][0]) / (len(self.recent) - 1)
+
+
+class Scheduler:
+    """Runs jobs one after the other, checkpoints between steps, and an automatic checkpoint when idle.
+
+    ``on_step(job, done)`` is told of every completed step (metrics, writers).
+    """
+
+    def __init__(self, settings: Settings, store: Store, link: RankLink) -> None:
+        self.settings, self.store, self.link = settings, store, link
+        self.progress = Progress()
+        self.running: Job | None = None
+        self.on_step: list[OnStep] = []
+        self.recent_losses: collections.deque[tuple[str, int, float]] = collections.deque(maxlen=50)
+        self._wake = asyncio.Event()
+        self._idle_since = time.monotonic()
+        self._saving: dict[str, asyncio.Task[None]] = {}
+        self._last_failure = 0.0
+
+    # --- what HTTP handlers call -------------------------------------------------------------------------------------
+
+    def wake(self) -> None:
+        """Something was stored that may need a command."""
+        self._wake.set()
+
+    def live(self, job_id: str) -> Job | None:
+        """The job as the running record if it runs, else as stored."""
+        if self.running is not None and self.running.id == job_id:
+            return self.running
+        return self.store.job(job_id)
+
+    def request_checkpoint(
+        self,
+        reason: str,
+        job: Job | None = None,
+        metrics: dict[str, float] | None = None,
+        idempotency: tuple[str, str, str] | None = None,
+    ) -> Checkpoint:
+        """Store a request for a checkpoint; it is sent between two steps."""
+        now = time.time()
+        stamp = time.strftime("%Y%m%d-%H%M%S", time.gmtime(now))
+        checkpoint = Checkpoint(
+            id=f"ckpt-{secrets.token_hex(8)}",
+            name=f"{stamp}-{secrets.token_hex(3)}",
+            state="queued",
+            reason=reason,
+            created_at=now,
+            job_id=job.id if job else "",
+            step=job.step if job else 0,
+            metrics=metrics or {},
+        )
+        self.store.save_checkpoint(checkpoint, idempotency)
+        self.wake()
+        return checkpoint
+
+    # --- life ---------------------------------------------------------------------------------------------------------
+
+    def needs_barrier(self) -> bool:
+        """True if a step of some job may have been sent without its reply being recorded."""
+        return any(job.resumable for job in self.store.jobs(State.queued, State.paused))
+
+    def recover(self) -> None:
+        """At start: what was running when the last coordinator died is resumed or failed."""
+        for job in self.store.jobs(State.running):
+            self._interrupt(job, "the coordinator ended while the job ran")
+        for checkpoint in self.store.checkpoints(state="queued"):
+            checkpoint.name += "-again"  # the first one may have been written, or may still be
+            self.store.save_checkpoint(checkpoint)
+
+    def _interrupt(self, job: Job, reason: str) -> None:
+        wanted, job.wanted = job.wanted, ""
+        if wanted == "cancel":
+            self._finish(job, State.cancelled, "Job cancelled")
+        elif self.settings.service.on_crash is OnCrash.fail:
+            self._fail(job, JobError(code="interrupted", message=f"{reason}, after step {job.step}"))
+        else:
+            job.state = State.paused if wanted == "pause" else State.queued
+            job.resumable = True
+            self.store.save_job(
+                job, f"Interrupted after step {job.step}: {reason}; it will go on from there", level="warn"
+            )
+
+    def reconcile(self, hello: protocol.Hello) -> None:
+        """Rank 0 said how far it came: count completed steps whose replies were lost, so that none runs twice."""
+        for job in self.store.jobs(State.queued, State.paused):
+            if not job.resumable:
+                continue
+            if job.id == hello.last_job_id and job.step < hello.last_job_step and job.instance_id == hello.instance_id:
+                lost = hello.last_job_step - job.step
+                job.step = hello.last_job_step
+                self.store.save_job(
+                    job,
+                    f"{lost} completed step(s) up to step {job.step} were counted; their figures were lost",
+                    level="warn",
+                )
+            job.resumable = job.state is State.queued and job.step > 0
+            self.store.save_job(job)
+        if self.store.get_meta("instance") != hello.instance_id:
+            self.store.set_meta("instance", hello.instance_id)
+            self.store.set_meta("unsaved", "")
+
+    def stray(self, reply: protocol.AnyReply) -> None:
+        """A reply to a command of a former life: a completed step counts if it is the next one of its job."""
+        if not isinstance(reply, protocol.StepDone):
+            return
+        job_id, _, step = reply.id.rpartition("/")
+        job = self.store.job(job_id) if job_id else None
+        if job is not None and not job.terminal and job is not self.running and step == str(job.step + 1):
+            self._record_step(job, reply)
+
+    async def run(self) -> None:
+        """Work until cancelled."""
+        while True:
+            self._wake.clear()
+            await self.link.ready()
+            try:
+                await self._work()
+            except RanksGoneError as error:
+                log.warning("waiting for the trainer: %s", error)
+
+    async def _work(self) -> None:
+        self._send_checkpoints()
+        queued = self.store.jobs(State.queued)
+        if queued:
+            await self._run_job(queued[0])
+            self._idle_since = time.monotonic()
+            return
+        after = self.settings.checkpoint_after_idle_seconds
+        timeout = None
+        if after is not None and self.store.get_meta("unsaved") and not self._saving:
+            timeout = max(self._idle_since, self._last_failure) + after - time.monotonic()
+            if timeout <= 0:
+                self.request_checkpoint("idle")
+                return
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._wake.wait(), timeout)
+
+    # --- one job ------------------------------------------------------------------------------------------------------
+
+    async def _run_job(self, job: Job) -> None:
+        hello = self.link.hello
+        assert hello is not None  # no await between reading the queue and `self.running = job`: see jobs' actions
+        if job.step > 0 and job.instance_id != hello.instance_id:
+            message = (
+                f"step {job.step} was trained into server {job.instance_id}, whose weights are gone; "
+                f"got server {hello.instance_id}. Start the job again"
+            )
+            self._fail(job, JobError(code="server_restarted", message=message))
+            return
+        self.running = job
+        self.progress = Progress(job.id)
+        resumed = job.step > 0
+        job.state, job.instance_id, job.resumable, job.wanted = State.running, hello.instance_id, False, ""
+        job.started_at = job.started_at or time.time()
+        self.store.save_job(job, f"Job running from step {job.step + 1}" if resumed else "Job running")
+        try:
+            await self._train(job)
+        except RanksGoneError as error:
+            self._interrupt(job, str(error))
+            raise
+        except RankFailedError as error:
+            failure = JobError(code="rank_failed", message=str(error), rank=error.rank, traceback=error.traceback)
+            self._fail(job, failure)
+        except ApolloTpError as error:
+            self._fail(job, JobError(code=type(error).__name__, message=str(error)))
+        finally:
+            self.running = None
+            self.store.on_change()
+
+    async def _train(self, job: Job) -> None:
+        evaluator = Evaluator(job, self.store, self._ask)
+        await evaluator.prepare()
+        pending: collections.deque[Pending] = collections.deque()
+        try:
+            while True:
+                self._send_checkpoints()
+                limit = min(job.total_steps, evaluator.next_evaluation())
+                while len(pending) < STEPS_IN_FLIGHT and not job.wanted and job.step + len(pending) < limit:
+                    step = job.step + len(pending) + 1
+                    pending.append((step, await self._send_step(job, step, evaluator)))
+                if not pending:
+                    if job.wanted or job.step >= job.total_steps:
+                        break
+                    await evaluator.evaluate()
+                    continue
+                done = await self._reply(pending.popleft()[1])
+                assert isinstance(done, protocol.StepDone)
+                self._record_step(job, done)
+                self._check_skips(job, done)
+        except BaseException:
+            await self._drain(job, pending)
+            raise
+        await self._end(job, evaluator)
+
+    async def _end(self, job: Job, evaluator: Evaluator) -> None:
+        if job.wanted == "cancel":
+            self._finish(job, State.cancelled, "Job cancelled")
+        elif job.wanted == "pause":
+            job.state, job.wanted = State.paused, ""
+            self.store.save_job(job, f"Job paused after step {job.step}")
+        else:
+            await evaluator.evaluate()
+            if job.spec.save_at_end:
+                metrics = {"step": float(job.step), "train_loss": job.loss, "train_mean_token_accuracy": job.token_accuracy,
+                           "valid_loss": job.valid_loss, "valid_mean_token_accuracy": job.valid_token_accuracy}  # fmt: skip
+                known = {name: value for name, value in metrics.items() if value is not None}
+                await self._save(self.request_checkpoint("job", job, known))
+            self._finish(job, State.succeeded, "The job has successfully completed")
+
+    async def _send_step(self, job: Job, step: int, evaluator: Evaluator) -> asyncio.Future[protocol.AnyReply]:
+        indices = batch_indices(job.spec, job.num_samples, step)
+        path = self.store.samples_dir / f"{job.id}.train"
+        identity, scale = f"{job.id}/{step}", job.spec.learning_rate_scale
+        command: protocol.AnyCommand
+        if job.spec.method == "dpo":
+            pairs = evaluator.pairs("train", indices)
+            command = protocol.PreferenceStep(
+                id=identity, job_id=job.id, job_step=step, pairs=pairs, beta=job.spec.beta, learning_rate_scale=scale
+            )
+        else:
+            samples = await asyncio.to_thread(read_records, path, indices, protocol.Sample)
+            command = protocol.Step(
+                id=identity, job_id=job.id, job_step=step, samples=samples, learning_rate_scale=scale
+            )
+        return await self.link.send(command)
+
+    async def _ask(self, command: protocol.AnyCommand) -> protocol.AnyReply:
+        return await self._reply(await self.link.send(command))
+
+    async def _reply(self, future: asyncio.Future[protocol.AnyReply]) -> protocol.AnyReply:
+        # the ranks have their own deadline for a collective; this one is for a rank 0 that beats but never answers
+        seconds = STEPS_IN_FLIGHT * self.settings.command_timeout_seconds + self.settings.service.rank_timeout_seconds
+        try:
+            return await asyncio.wait_for(asyncio.shield(future), seconds)
+        except TimeoutError:
+            raise DeadlineError(
+                f"rank 0 sent heartbeats but no reply for {seconds:.0f} s; restart the trainer"
+            ) from None
+
+    async def _drain(self, job: Job, pending: collections.deque[Pending]) -> None:
+        """Wait for the steps in flight: what they wrote is in the weights, so it is recorded."""
+        while pending:
+            with contextlib.suppress(ApolloTpError):
+                done = await self._reply(pending.popleft()[1])
+                assert isinstance(done, protocol.StepDone)
+                self._record_step(job, done)
+
+    def _record_step(self, job: Job, done: protocol.StepDone) -> None:
+        job.step = int(done.id.rpartition("/")[2])
+        job.tokens += done.num_tokens
+        job.loss_tokens += done.num_loss_tokens
+        job.weight_version, job.padding_share = done.weight_version, done.padding_share
+        job.training_seconds += done.step_seconds
+        job.skipped_steps = job.skipped_steps + 1 if done.skipped else 0
+        data: dict[str, object] = {"step": job.step, "total_steps": job.total_steps, "num_tokens": done.num_tokens}
+        if done.skipped:
+            message = f"Step {job.step}/{job.total_steps}: skipped, {done.skipped}"
+            data["skipped"] = done.skipped
+        else:
+            job.loss, job.token_accuracy = done.loss, done.token_accuracy
+            self.recent_losses.append((job.id, job.step, done.loss))
+            message = f"Step {job.step}/{job.total_steps}: training loss={done.loss:.4f}"
+            self.store.set_meta("unsaved", "1")
+        self.progress.recent.append((time.monotonic(), done.num_tokens))
+        data |= {
+            "train_loss": done.loss, "train_mean_token_accuracy": done.token_accuracy, "grad_norm": done.grad_norm,
+            "learning_rate": done.learning_rate, "weight_version": done.weight_version,
+            "padding_share": done.padding_share, "step_seconds": done.step_seconds,
+            "tokens_per_second": self.progress.tokens_per_second(), **done.metrics,
+        }  # fmt: skip
+        self.store.save_job(job, message, type="metrics", level="warn" if done.skipped else "info", data=data)
+        for listener in self.on_step:
+            listener(job, done)
+
+    def _check_skips(self, job: Job, done: protocol.StepDone) -> None:
+        if done.skipped and job.skipped_steps >= self.settings.max_skipped_steps:
+            raise TooManySkipsError(
+                f"{job.skipped_steps} steps in a row were skipped ({done.skipped}), expected fewer than "
+                f"{self.settings.max_skipped_steps}; lower the learning rate or look at the data"
+            )
+
+    def _finish(
+        self, job: Job, state: State, message: str, *, level: str = "info", data: dict[str, object] | None = None
+    ) -> None:
+        job.state, job.finished_at, job.wanted, job.resumable = state, time.time(), "", False
+        self.store.save_job(job, message, level=level, data={"state": state.value} | (data or {}))
+        for part in ("train", "valid", "ref"):
+            (self.store.samples_dir / f"{job.id}.{part}").unlink(missing_ok=True)
+
+    def _fail(self, job: Job, error: JobError) -> None:
+        log.error("job %s failed: %s", job.id, error.message)
+        job.error = error
+        details: dict[str, object] = {"code": error.code}
+        if error.rank is not None:
+            details |= {"rank": error.rank, "traceback": error.traceback}
+        self._finish(job, State.failed, f"Job failed: {error.message}", level="error", data=details)
+
+    # --- checkpoints ----------------------------------------------------------------------------------------------------
+
+    def _send_checkpoints(self) -> None:
+        for checkpoint in self.store.checkpoints(state="queued"):
+            if checkpoint.id not in self._saving:
+                self._saving[checkpoint.id] = asyncio.create_task(self._save(checkpoint))
+
+    async def _save(self, checkpoint: Checkpoint) -> None:
+        """Ask for a checkpoint and record how that went. A failed one does not raise: training goes on."""
+        if checkpoint.id in self._saving and self._saving[checkpoint.id] is not asyncio.current_task():
+            return await self._saving[checkpoint.id]
+        self._saving[checkpoint.id] = asyncio.current_task()  # type: ignore[assignment]
+        try:
+            done = await self._ask(protocol.SaveCheckpoint(id=self.link.new_id("save"), name=checkpoint.name))
+            assert isinstance(done, protocol.CheckpointDone)
+            checkpoint.state, checkpoint.path, checkpoint.num_bytes = "succeeded", done.path, done.num_bytes
+            checkpoint.seconds, checkpoint.weight_version = done.seconds, done.weight_version
+            if done.weight_version == self.link.weight_version:
+                self.store.set_meta("unsaved", "")
+        except ApolloTpError as error:
+            log.error("checkpoint %s failed: %s", checkpoint.name, error)
+            checkpoint.state, checkpoint.error = "failed", str(error)
+            self._last_failure = time.monotonic()
+        finally:
+            del self._saving[checkpoint.id]
+        checkpoint.finished_at = time.time()
+        self.store.save_checkpoint(checkpoint)
+        job = self.live(checkpoint.job_id) if checkpoint.job_id else None
+        if job is not None:
+            ok = checkpoint.state == "succeeded"
+            message = f"Checkpoint written: {checkpoint.path}" if ok else f"Checkpoint failed: {checkpoint.error}"
+            data = {"checkpoint_id": checkpoint.id, "path": checkpoint.path}
+            self.store.save_job(job, message, type="checkpoint", level="info" if ok else "warn", data=data)
+        self.wake()
+
+
+class TooManySkipsError(ApolloTpError):
+    """Too many steps in a row wrote nothing because a value was not finite."""

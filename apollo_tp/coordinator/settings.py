@@ -1,0 +1,40 @@
+"""What ``apollo_tp.launch`` tells the coordinator, as a JSON file (0600) named on the command line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+
+from apollo_tp.config import ServiceConfig
+from apollo_tp.errors import ConfigError
+
+
+class Settings(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+    """Everything the coordinator process is told. ``instance_dir`` is the server's private folder (see runtime.py).
+
+    ``model_path`` is a local folder with tokenizer.json; "" means that only token ids are accepted. ``parent_pid`` is
+    the process whose end ends this one; None for a coordinator that runs alone (tests).
+    """
+
+    service: ServiceConfig = msgspec.field(default_factory=ServiceConfig)
+    instance_dir: str
+    model_path: str = ""
+    server_url: str = ""
+    """vLLM's own address, for the latency figures of the page; "" when it is not known."""
+    max_sequence_tokens: int = 2048
+    """Used until rank 0 has said what it takes."""
+    max_skipped_steps: int = 5
+    command_timeout_seconds: float = 600.0
+    checkpoint_after_idle_seconds: float | None = 300.0
+    parent_pid: int | None = None
+
+
+def load(path: Path) -> Settings:
+    """Read the settings file. Raises ConfigError naming the field that is wrong."""
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=Settings)
+    except (OSError, msgspec.MsgspecError) as error:
+        raise ConfigError(
+            f"coordinator settings {path}: {error}; expected the JSON file that launch.py writes"
+        ) from error

@@ -1,0 +1,294 @@
+"""The routes of the trainer's own surface: /train, its jobs and events, /checkpoint, /health."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+
+from apollo_tp.coordinator.intake import Intake, Limits, refuse, spec_of
+from apollo_tp.coordinator.jobs import Job, State, Truncate, check_action, new_job, plan_total_steps
+from apollo_tp.coordinator.render import Renderer
+from apollo_tp.coordinator.samples import write_records
+from apollo_tp.coordinator.scheduler import Scheduler
+from apollo_tp.coordinator.schema import CheckpointBody, TrainBody, decode
+from apollo_tp.coordinator.settings import Settings
+from apollo_tp.coordinator.store import Checkpoint, Store
+from apollo_tp.coordinator.views import Changes, event_stream, event_view, job_view, status_view
+from apollo_tp.errors import RequestError
+from apollo_tp.protocol import Sample
+
+MAX_PAGE = 100
+
+
+@dataclass
+class Service:
+    """The parts that every route needs. ``model_vocab_size`` is the model folder's, until rank 0 has said its own."""
+
+    settings: Settings
+    store: Store
+    scheduler: Scheduler
+    changes: Changes
+    renderer: Renderer | None
+    model_vocab_size: int | None
+
+    def intake(self, truncate: Truncate) -> Intake:
+        """Checks and renders samples under the limits of this moment."""
+        hello = self.scheduler.link.hello
+        if hello is not None:
+            return Intake(self.renderer, Limits(hello.vocab_size, hello.max_sequence_tokens), truncate)
+        return Intake(self.renderer, Limits(self.model_vocab_size, self.settings.max_sequence_tokens), truncate)
+
+    def find(self, job_id: str) -> Job:
+        """The job of this id. Raises RequestError 404."""
+        job = self.scheduler.live(job_id)
+        if job is None:
+            raise RequestError(f"got job {job_id[:64]!r}, expected the id of a job", field="job_id", got=job_id[:64],
+                               expected="the id of a job", status=404, code="no_such_job")  # fmt: skip
+        return job
+
+    def check_disk(self, more: int) -> None:
+        """Raise RequestError 413 if ``more`` bytes would exceed the quota."""
+        limit = self.settings.service.max_state_bytes
+        if (used := self.store.used_bytes()) + more > limit:
+            raise refuse("body", f"{more} bytes beside {used} in use", f"at most {limit} together; delete files",
+                         status=413, code="disk_quota")  # fmt: skip
+
+    def act(self, job: Job, action: str) -> Job:
+        """Cancel, pause or resume. A running job takes it at its next step. Raises RequestError 409."""
+        if job.state is State.cancelled and action == "cancel":
+            return job
+        check_action(job, action)
+        if job.state is State.running:
+            job.wanted = "" if action == "resume" else action
+            message = "The pause is withdrawn" if action == "resume" else f"Will {action} after the steps in flight"
+            self.store.save_job(job, message)
+            return job
+        if action == "cancel":
+            job.state, job.finished_at = State.cancelled, time.time()
+        else:
+            job.state = State.paused if action == "pause" else State.queued
+        self.store.save_job(job, f"Job {job.state.value}")
+        self.scheduler.wake()
+        return job
+
+    async def wait(self, done: Callable[[], bool], seconds: float) -> bool:
+        """Wait until ``done()``; False if that took too long."""
+        deadline = time.monotonic() + seconds
+        while not done():
+            if (left := deadline - time.monotonic()) <= 0:
+                return False
+            await self.changes.wait(min(left, 5.0))
+        return True
+
+
+class TrainApi:
+    """Handlers of /train and /checkpoint."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+
+    def routes(self) -> list[Route]:
+        """The route table of this surface."""
+        return [
+            Route("/train", self.train, methods=["POST"]),
+            Route("/train/status", self.status, methods=["GET"]),
+            Route("/train/layout", self.layout, methods=["GET"]),
+            Route("/train/jobs", self.jobs, methods=["GET"]),
+            Route("/train/jobs/{job_id}", self.job, methods=["GET"]),
+            Route("/train/jobs/{job_id}/events", self.events, methods=["GET"]),
+            *(Route(f"/train/jobs/{{job_id}}/{action}", self._action(action), methods=["POST"])
+              for action in ("cancel", "pause", "resume")),
+            Route("/checkpoint", self.checkpoint, methods=["POST"]),
+            Route("/checkpoint/{checkpoint_id}", self.checkpoint_state, methods=["GET"]),
+            Route("/checkpoints", self.checkpoints, methods=["GET"]),
+            Route("/health", self.health, methods=["GET"]),
+        ]  # fmt: skip
+
+    async def train(self, request: Request) -> Response:
+        """Queue a job (202), or wait for its end (200); ``?dry_run=true`` only shows the tokens and their weights."""
+        service, data = self._service, await request.body()
+        dry_run = _flag(request, "dry_run")
+        key = _idempotency(request, "/train", data)
+        if not dry_run and key and (known := service.store.repeated(*key)):
+            return self._accepted(service.find(known), 200, {"Idempotent-Replay": "true"})
+        if not dry_run:
+            service.store.check_room(service.settings.service.max_queued_jobs)
+            service.check_disk(len(data))
+        body, samples = await asyncio.to_thread(self._read, data)
+        if dry_run:
+            return JSONResponse(await asyncio.to_thread(self._dry_run, body, samples))
+        job = await self._store(body, samples, key)
+        if not body.wait and not _flag(request, "wait"):
+            return self._accepted(job, 202)
+        ended = await service.wait(lambda: service.find(job.id).terminal, body.wait_seconds)
+        return self._accepted(service.find(job.id), 200 if ended else 202)
+
+    def _read(self, data: bytes) -> tuple[TrainBody, list[Sample]]:
+        body = decode(data, TrainBody)
+        return body, self._service.intake(body.truncate).train_samples(body)
+
+    async def _store(self, body: TrainBody, samples: list[Sample], key: tuple[str, str, str] | None) -> Job:
+        service = self._service
+        job = new_job("train", spec_of(body), State.queued)
+        job.num_samples, job.total_steps = len(samples), plan_total_steps(job.spec, len(samples))
+        path = service.store.samples_dir / f"{job.id}.train"
+        await asyncio.to_thread(write_records, path, samples)
+        try:
+            if key and (known := service.store.repeated(*key)):  # the same request may have come twice at once
+                path.unlink()
+                return service.find(known)
+            service.store.add_job(job, max_queued=service.settings.service.max_queued_jobs, idempotency=key)
+        except RequestError:
+            path.unlink()
+            raise
+        service.scheduler.wake()
+        return job
+
+    def _dry_run(self, body: TrainBody, samples: list[Sample]) -> dict[str, Any]:
+        renderer = self._service.renderer
+        spec = spec_of(body)
+        shown = [
+            {"token_ids": sample.token_ids, "weights": sample.weights,
+             "tokens": renderer.decode(sample.token_ids) if renderer else None} for sample in samples
+        ]  # fmt: skip
+        return {
+            "object": "train.dry_run",
+            "samples": shown,
+            "num_tokens": sum(len(sample.token_ids) for sample in samples),
+            "num_loss_tokens": sum(weight > 0 for sample in samples for weight in sample.weights),
+            "total_steps": plan_total_steps(spec, len(samples)),
+        }
+
+    def _accepted(self, job: Job, status: int, headers: dict[str, str] | None = None) -> Response:
+        headers = {"Location": f"/train/jobs/{job.id}"} | (headers or {})
+        return JSONResponse(job_view(job, self._service.scheduler), status_code=status, headers=headers)
+
+    async def status(self, request: Request) -> Response:
+        """What runs, waits and is done; the last losses; the trainer."""
+        return JSONResponse(status_view(self._service.scheduler, self._service.store))
+
+    async def layout(self, request: Request) -> Response:
+        """Which part of which checkpoint tensor lies on which rank."""
+        hello = self._service.scheduler.link.hello
+        return JSONResponse({"object": "list", "data": hello.layout if hello else []})
+
+    async def jobs(self, request: Request) -> Response:
+        """Newest first; ``after`` is the last id of the page before, ``limit`` up to 100."""
+        after, limit = page_of(request)
+        jobs, more = self._service.store.page_of_jobs(after=after, limit=limit)
+        live = [self._service.find(job.id) for job in jobs]
+        data = [job_view(job, self._service.scheduler) for job in live]
+        return JSONResponse({"object": "list", "data": data, "has_more": more})
+
+    async def job(self, request: Request) -> Response:
+        """One job."""
+        job = self._service.find(request.path_params["job_id"])
+        return JSONResponse(job_view(job, self._service.scheduler))
+
+    async def events(self, request: Request) -> Response:
+        """Events of a job: a JSON list, or server-sent events with ``?stream=true`` or Accept: text/event-stream."""
+        job = self._service.find(request.path_params["job_id"])
+        after = _whole(request.headers.get("last-event-id") or request.query_params.get("after") or "0", "after")
+        if _flag(request, "stream") or "text/event-stream" in request.headers.get("accept", ""):
+            stream = event_stream(self._service.store, self._service.changes, job.id, after)
+            return StreamingResponse(stream, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
+        limit = _whole(request.query_params.get("limit") or "1000", "limit", 1, 10_000)
+        events = self._service.store.events(job.id, after=after, limit=limit + 1)
+        data = [event_view(event) for event in events[:limit]]
+        return JSONResponse({"object": "list", "data": data, "has_more": len(events) > limit})
+
+    def _action(self, action: str) -> Callable[[Request], Any]:
+        async def handler(request: Request) -> Response:
+            job = self._service.act(self._service.find(request.path_params["job_id"]), action)
+            return JSONResponse(job_view(job, self._service.scheduler))
+
+        handler.__name__ = action
+        handler.__doc__ = f"{action.capitalize()} a job; a running one at its next step."
+        return handler
+
+    async def checkpoint(self, request: Request) -> Response:
+        """Write the live weights and the optimizer state: 202 with an id, or 200 once it is written (``wait``)."""
+        service, data = self._service, await request.body()
+        body = decode(data or b"{}", CheckpointBody)
+        key = _idempotency(request, "/checkpoint", data)
+        if key and (known := service.store.repeated(*key)):
+            return _checkpoint_response(self._checkpoint(known), 200)
+        checkpoint = service.scheduler.request_checkpoint("request", idempotency=key)
+        if not body.wait and not _flag(request, "wait"):
+            return _checkpoint_response(checkpoint, 202)
+        ended = await service.wait(lambda: self._checkpoint(checkpoint.id).state != "queued", body.wait_seconds)
+        return _checkpoint_response(self._checkpoint(checkpoint.id), 200 if ended else 202)
+
+    def _checkpoint(self, checkpoint_id: str) -> Checkpoint:
+        checkpoint = self._service.store.checkpoint(checkpoint_id)
+        if checkpoint is None:
+            raise RequestError(f"got checkpoint {checkpoint_id[:64]!r}, expected the id of one", field="checkpoint_id",
+                               got=checkpoint_id[:64], expected="the id of a checkpoint", status=404,
+                               code="no_such_checkpoint")  # fmt: skip
+        return checkpoint
+
+    async def checkpoint_state(self, request: Request) -> Response:
+        """One checkpoint."""
+        return _checkpoint_response(self._checkpoint(request.path_params["checkpoint_id"]), 200)
+
+    async def checkpoints(self, request: Request) -> Response:
+        """Checkpoints, newest first."""
+        limit = page_of(request)[1]
+        data = [msgspec.to_builtins(checkpoint) for checkpoint in self._service.store.checkpoints(limit=limit)]
+        return JSONResponse({"object": "list", "data": data})
+
+    async def health(self, request: Request) -> Response:
+        """200 while this process answers; ``trainer`` says whether the ranks are there. Needs no token."""
+        return JSONResponse({"status": "ok", "trainer": self._service.scheduler.link.connected})
+
+
+def _checkpoint_response(checkpoint: Checkpoint, status: int) -> Response:
+    return JSONResponse({"object": "train.checkpoint"} | msgspec.to_builtins(checkpoint), status_code=status)
+
+
+def _flag(request: Request, name: str) -> bool:
+    value = request.query_params.get(name, "false").lower()
+    if value not in ("true", "false", "1", "0"):
+        raise refuse(name, repr(value[:40]), "true or false")
+    return value in ("true", "1")
+
+
+def _whole(text: str, name: str, least: int = 0, most: int = 2**62) -> int:
+    if not (text.isascii() and text.isdigit() and len(text) < 20 and least <= int(text) <= most):
+        raise refuse(name, repr(text[:40]), f"a whole number from {least} to {most}")
+    return int(text)
+
+
+def page_of(request: Request) -> tuple[str | None, int]:
+    """``after`` and ``limit`` of a list request."""
+    limit = _whole(request.query_params.get("limit") or "20", "limit", 1, MAX_PAGE)
+    return request.query_params.get("after") or None, limit
+
+
+def _idempotency(request: Request, route: str, data: bytes) -> tuple[str, str, str] | None:
+    key = request.headers.get("idempotency-key")
+    if key is None:
+        return None
+    if not 1 <= len(key) <= 255:
+        raise refuse("Idempotency-Key", f"{len(key)} characters", "1 to 255")
+    return route, key, hashlib.sha256(data).hexdigest()
+
+
+def model_vocab_size(model_path: Path) -> int | None:
+    """Vocabulary of the model folder's config.json, or None."""
+    try:
+        config = msgspec.json.decode((model_path / "config.json").read_bytes(), type=dict[str, Any])
+    except (OSError, msgspec.DecodeError):
+        return None
+    size = config.get("vocab_size") or (config.get("text_config") or {}).get("vocab_size")
+    return size if isinstance(size, int) else None

@@ -1,0 +1,140 @@
+"""Requests that arrive on vLLM's own port: the plugin there forwards them over ZMQ, and the same routes answer them.
+
+A ROUTER on a 0600 unix socket. A request is one asyncio task; frames that cannot be decoded, or belong to no request,
+are dropped. The body of a request waits in a bounded way: the edge refuses it as soon as it is over the limit.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import zmq
+import zmq.asyncio
+from starlette.types import ASGIApp, Message
+
+from apollo_tp import protocol
+from apollo_tp.coordinator.ranks import bind_private
+
+log = logging.getLogger(__name__)
+
+MAX_FRAME_BYTES = 4 * 2**20
+MAX_REQUESTS = 512
+SEND_SECONDS = 10.0
+Key = tuple[bytes, int]
+
+
+class Tunnel:
+    """Serves ``app`` on a ROUTER socket."""
+
+    def __init__(self, context: zmq.asyncio.Context, path: Path, app: ASGIApp) -> None:
+        self._socket = context.socket(zmq.ROUTER)
+        self._socket.setsockopt(zmq.LINGER, 0)
+        self._socket.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME_BYTES)
+        bind_private(self._socket, path)
+        self._app = app
+        self._bodies: dict[Key, asyncio.Queue[protocol.TunnelBody | None]] = {}
+        self._tasks: dict[Key, asyncio.Task[None]] = {}
+
+    async def run(self) -> None:
+        """Receive until cancelled."""
+        try:
+            while True:
+                frames = await self._socket.recv_multipart()
+                if len(frames) != 2:
+                    log.warning("dropped a message of %d frames on the tunnel, expected 2", len(frames))
+                    continue
+                try:
+                    self._received(frames[0], protocol.decode_tunnel_up(frames[1]))
+                except msgspec.MsgspecError as error:
+                    log.warning("dropped %d bytes on the tunnel: %s", len(frames[1]), error)
+        finally:
+            for task in self._tasks.values():
+                task.cancel()
+            self._socket.close(0)
+
+    def _received(self, peer: bytes, message: protocol.TunnelUp) -> None:
+        key = (peer, message.id)
+        if isinstance(message, protocol.TunnelRequest):
+            if key in self._tasks or len(self._tasks) >= MAX_REQUESTS:
+                log.warning(
+                    "dropped a tunnelled request: %d are open, expected at most %d", len(self._tasks), MAX_REQUESTS
+                )
+                return
+            self._bodies[key] = asyncio.Queue()
+            self._tasks[key] = asyncio.create_task(self._serve(key, message))
+        elif isinstance(message, protocol.TunnelBody):
+            if key in self._bodies:
+                self._bodies[key].put_nowait(message)
+        elif key in self._tasks:
+            self._bodies[key].put_nowait(None)
+            self._tasks[key].cancel()
+
+    async def _serve(self, key: Key, request: protocol.TunnelRequest) -> None:
+        beat = asyncio.create_task(self._beat(key))
+        try:
+            await self._app(_scope(request), self._receiver(key), self._sender(key))
+        except TimeoutError:
+            log.warning("the server's plugin takes no answer of %s %s", request.method, request.path)
+        finally:
+            beat.cancel()
+            del self._tasks[key], self._bodies[key]
+
+    async def _beat(self, key: Key) -> None:
+        while True:
+            await self._send(key, protocol.TunnelAlive(key[1]))
+            await asyncio.sleep(protocol.TUNNEL_ALIVE_SECONDS)
+
+    async def _send(self, key: Key, message: protocol.TunnelDown) -> None:
+        await asyncio.wait_for(self._socket.send_multipart([key[0], protocol.encode_tunnel(message)]), SEND_SECONDS)
+
+    def _receiver(self, key: Key) -> Any:
+        ended = False
+
+        async def receive() -> Message:
+            nonlocal ended
+            part = None if ended else await self._bodies[key].get()
+            if ended:
+                await asyncio.Event().wait()  # until the client goes, which cancels this task
+            if part is None:
+                return {"type": "http.disconnect"}
+            ended = not part.more
+            return {"type": "http.request", "body": part.data, "more_body": part.more}
+
+        return receive
+
+    def _sender(self, key: Key) -> Any:
+        async def send(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                headers = [(bytes(name), bytes(value)) for name, value in message.get("headers", [])]
+                await self._send(key, protocol.TunnelHead(key[1], message["status"], headers))
+            elif message["type"] == "http.response.body":
+                body, more = message.get("body", b""), message.get("more_body", False)
+                step = MAX_FRAME_BYTES // 4
+                for start in range(0, max(len(body), 1), step):
+                    last = start + step >= len(body)
+                    part = protocol.TunnelBody(key[1], body[start : start + step], more or not last)
+                    await self._send(key, part)
+
+        return send
+
+
+def _scope(request: protocol.TunnelRequest) -> dict[str, Any]:
+    return {
+        "type": "http",
+        "asgi": {"version": "3.0"},
+        "http_version": "1.1",
+        "scheme": "http",
+        "method": request.method,
+        "path": request.path,
+        "raw_path": request.path.encode(),
+        "query_string": request.query,
+        "root_path": "",
+        "headers": [(name.lower(), value) for name, value in request.headers],
+        "client": None,
+        "server": None,
+        "state": {},
+    }

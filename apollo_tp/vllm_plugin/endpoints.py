@@ -1,0 +1,208 @@
+"""The trainer's HTTP routes on vLLM's own port (``vllm.endpoint_plugins``), forwarded to the coordinator over ZMQ.
+
+vLLM's event loop never waits here: everything is async, and every wait has a deadline. When no trainer runs, the answer
+is 503. Nothing heavy is imported, and nothing of vLLM. Works with the plugin interface of vLLM 0.26 to 0.32.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import json
+import os
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import zmq
+import zmq.asyncio
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response, StreamingResponse
+
+from apollo_tp import protocol, runtime
+from apollo_tp.errors import ConfigError
+
+# the coordinator says at once that it has a request; a busy machine may take this long
+ACCEPT_SECONDS = 10.0
+ALIVE_SECONDS = 15.0
+CHUNK_BYTES = 256 * 1024
+HOP_HEADERS = {b"connection", b"keep-alive", b"transfer-encoding", b"upgrade", b"te", b"trailer", b"content-length"}
+PATHS = {
+    "/train": ["POST"],
+    "/train/{rest:path}": ["GET", "POST"],
+    "/checkpoint": ["POST"],
+    "/checkpoint/{rest:path}": ["GET"],
+    "/checkpoints": ["GET"],
+    "/v1/files": ["GET", "POST"],
+    "/v1/files/{rest:path}": ["GET", "DELETE"],
+    "/v1/fine_tuning/{rest:path}": ["GET", "POST"],
+}
+Frame = protocol.TunnelDown
+
+
+class UnavailableError(Exception):
+    """No coordinator answers. Becomes a 503 here, at the edge."""
+
+
+class Tunnel:
+    """One DEALER to the coordinator, made on first use, shared by all requests of this event loop."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._ids = itertools.count(1)
+        self._open: dict[int, asyncio.Queue[Frame]] = {}
+        self._socket: zmq.asyncio.Socket | None = None
+        self._reader: asyncio.Task[None] | None = None
+
+    def _connected(self) -> zmq.asyncio.Socket:
+        if self._socket is None:
+            self._socket = zmq.asyncio.Context.instance().socket(zmq.DEALER)
+            self._socket.setsockopt(zmq.LINGER, 0)
+            # only send over a live connection: a request that was answered 503 must not be delivered later
+            self._socket.setsockopt(zmq.IMMEDIATE, 1)
+            self._socket.setsockopt(zmq.RECONNECT_IVL, 100)
+            self._socket.setsockopt(zmq.RECONNECT_IVL_MAX, 1000)
+            self._socket.connect(f"ipc://{self._path}")
+        if self._reader is None or self._reader.done():
+            self._reader = asyncio.create_task(self._read(self._socket))
+        return self._socket
+
+    async def _read(self, socket: zmq.asyncio.Socket) -> None:
+        while True:
+            frame = await socket.recv()
+            with contextlib.suppress(msgspec.MsgspecError):
+                message = protocol.decode_tunnel_down(frame)
+                if message.id in self._open:
+                    self._open[message.id].put_nowait(message)
+
+    def begin(self) -> int:
+        """A new request id with a queue for its answer."""
+        if not self._path.exists():
+            raise UnavailableError("no trainer is running beside this server; start one: torchrun -m apollo_tp.launch")
+        identity = next(self._ids)
+        self._open[identity] = asyncio.Queue()
+        return identity
+
+    async def send(self, message: protocol.TunnelUp) -> None:
+        """Send one frame. Raises UnavailableError if nobody takes it in time."""
+        try:
+            await asyncio.wait_for(self._connected().send(protocol.encode_tunnel(message)), ACCEPT_SECONDS)
+        except (TimeoutError, zmq.ZMQError) as error:
+            raise UnavailableError(f"the trainer's coordinator does not answer at {self._path}") from error
+
+    async def next(self, identity: int, seconds: float) -> Frame:
+        """The next frame of an answer. Raises UnavailableError if none comes in time."""
+        try:
+            return await asyncio.wait_for(self._open[identity].get(), seconds)
+        except TimeoutError:
+            raise UnavailableError(f"the trainer's coordinator was silent for {seconds:.0f} s") from None
+
+    async def close(self, identity: int, *, finished: bool) -> None:
+        """Forget a request; tell the coordinator if it was not answered to its end."""
+        self._open.pop(identity, None)
+        if not finished:
+            with contextlib.suppress(UnavailableError):
+                await self.send(protocol.TunnelCancel(identity))
+
+
+class ApolloEndpoints:
+    """What vLLM's ``vllm.endpoint_plugins`` group expects: a name, the tasks it needs, and two hooks."""
+
+    name = "apollo"
+    required_tasks = ("generate",)
+
+    def __init__(self) -> None:
+        self._tunnel: Tunnel | None = None
+
+    def attach_router(self, app: Any) -> None:
+        """Add the forwarded routes to vLLM's application. Raises nothing: the server's start must not depend on us."""
+        for path, methods in PATHS.items():
+            app.add_route(path, self._forward, methods=methods, include_in_schema=False)
+
+    async def init_state(self, engine_client: Any, state: Any, args: Any) -> None:
+        """Nothing to set up: the socket is opened by the first request."""
+
+    def _find(self) -> Tunnel:
+        if self._tunnel is None:
+            instance = os.environ.get(runtime.INSTANCE_VARIABLE)
+            if not instance:
+                raise UnavailableError(
+                    f"${runtime.INSTANCE_VARIABLE} is not set in this server: the plugin did not load"
+                )
+            try:
+                folder = runtime.instance_dir(instance)
+                self._tunnel = Tunnel(runtime.socket_path(folder, "coordinator.sock"))
+            except (ConfigError, OSError) as error:
+                raise UnavailableError(str(error)) from error
+        return self._tunnel
+
+    async def _forward(self, request: Request) -> Response:
+        """One request, through the coordinator."""
+        try:
+            tunnel = self._find()
+            identity = tunnel.begin()
+        except UnavailableError as error:
+            return _unavailable(error)
+        answer: Response | None = None
+        upload = asyncio.create_task(self._upload(tunnel, identity, request))
+        try:
+            answer = await self._answer(tunnel, identity, upload)
+            return answer
+        except UnavailableError as error:
+            return _unavailable(error)
+        finally:
+            if answer is None:
+                upload.cancel()
+                await tunnel.close(identity, finished=False)
+
+    async def _upload(self, tunnel: Tunnel, identity: int, request: Request) -> None:
+        path, query, headers = request.url.path, request.scope["query_string"], request.headers.raw
+        await tunnel.send(protocol.TunnelRequest(identity, request.method, path, query, list(headers)))
+        async for part in request.stream():
+            for start in range(0, len(part), CHUNK_BYTES):
+                await tunnel.send(protocol.TunnelBody(identity, part[start : start + CHUNK_BYTES], True))
+        await tunnel.send(protocol.TunnelBody(identity, b"", False))
+
+    async def _answer(self, tunnel: Tunnel, identity: int, upload: asyncio.Task[None]) -> Response:
+        seconds = ACCEPT_SECONDS
+        while True:
+            frame = asyncio.create_task(tunnel.next(identity, seconds))
+            try:
+                await asyncio.wait({frame, upload}, return_when=asyncio.FIRST_COMPLETED)
+                if not frame.done():
+                    upload.result()  # raises if sending failed
+                head = await frame
+            except ClientDisconnect as error:
+                raise UnavailableError("the client went away") from error
+            finally:
+                frame.cancel()
+            seconds = ALIVE_SECONDS
+            if isinstance(head, protocol.TunnelHead):
+                break
+        if not upload.done():
+            upload.cancel()  # refused before its end; from here on the response listens for the client's disconnect
+        headers = [(name, value) for name, value in head.headers if name.lower() not in HOP_HEADERS]
+        response = StreamingResponse(self._body(tunnel, identity, upload), status_code=head.status)
+        response.raw_headers = headers
+        return response
+
+    async def _body(self, tunnel: Tunnel, identity: int, upload: asyncio.Task[None]) -> AsyncIterator[bytes]:
+        finished = False
+        try:
+            while not finished:
+                frame = await tunnel.next(identity, ALIVE_SECONDS)
+                if isinstance(frame, protocol.TunnelBody):
+                    finished = not frame.more
+                    yield frame.data
+        finally:
+            upload.cancel()
+            await tunnel.close(identity, finished=finished)
+
+
+def _unavailable(error: Exception) -> Response:
+    details = {"message": str(error), "type": "server_error", "param": None, "code": "no_trainer"}
+    return Response(
+        json.dumps({"error": details}), status_code=503, media_type="application/json", headers={"Retry-After": "5"}
+    )
