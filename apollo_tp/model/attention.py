@@ -1,0 +1,100 @@
+"""Causal attention over packed sequences, registered with transformers as ``apollo_packed``.
+
+transformers builds no mask for an implementation whose masks it does not know; the sequence boundaries arrive here as
+``cu_seq_lens_q``. On CUDA in bf16 or fp16 this is torch's variable-length FlashAttention; everything else (CPU, fp32, soft-
+capped scores, wide heads) goes sequence by sequence through scaled_dot_product_attention or plain matrix products.
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface
+
+from apollo_tp.errors import UnsupportedModelError
+
+NAME = "apollo_packed"
+_MAX_FLASH_HEAD_DIM = 256
+
+
+def packed_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    cu_seq_lens_q: Tensor,
+    max_length_q: int,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention within each packed sequence; local heads only, no collective.
+
+    ``query`` [1, q_heads, T, D], ``key`` and ``value`` [1, kv_heads, T, D]; ``cu_seq_lens_q`` int32 [S + 1]. A token sees
+    itself and the ``sliding_window - 1`` tokens before it (all before it without a window). Returns [1, T, q_heads, D].
+    """
+    if kwargs.get("s_aux") is not None:
+        raise UnsupportedModelError(f"{type(module).__name__}: attention sinks are not supported; train another model")
+    heads = query[0], key[0], value[0]
+    flash = (
+        query.is_cuda and query.dtype != torch.float32 and softcap is None and query.shape[-1] <= _MAX_FLASH_HEAD_DIM
+    )
+    if flash:
+        return _flash(*heads, cu_seq_lens_q, max_length_q, scaling, sliding_window)[None], None
+    bounds = cu_seq_lens_q.tolist()
+    parts = [
+        _one_sequence(*(t[:, start:stop] for t in heads), scaling, sliding_window, softcap)
+        for start, stop in itertools.pairwise(bounds)
+    ]
+    return torch.cat(parts, dim=1).transpose(0, 1)[None], None
+
+
+def _flash(
+    query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, longest: int, scale: float | None, window: int | None
+) -> Tensor:
+    """[heads, T, D] to [T, heads, D] through FlashAttention."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    query, key, value = (t.transpose(0, 1).contiguous() for t in (query, key, value))
+    return varlen_attn(
+        query,
+        key,
+        value,
+        cu_seqlens,
+        cu_seqlens,
+        longest,
+        longest,
+        scale=scale,
+        window_size=(-1 if window is None else window - 1, 0),
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+
+
+def _one_sequence(
+    query: Tensor, key: Tensor, value: Tensor, scale: float | None, window: int | None, softcap: float | None
+) -> Tensor:
+    """Causal attention of one sequence: [heads, t, D] to [q_heads, t, D]."""
+    length = query.shape[1]
+    windowed = window is not None and length > window
+    if softcap is None and not windowed:
+        return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=True)
+    visible = torch.ones(length, length, dtype=torch.bool, device=query.device).tril_()
+    if windowed:
+        visible &= ~torch.ones_like(visible).tril_(-window)  # type: ignore[operator]
+    if softcap is None:
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=visible, scale=scale, enable_gqa=True)
+    groups = query.shape[0] // key.shape[0]
+    key, value = (t.repeat_interleave(groups, dim=0) for t in (key, value))
+    scores = query @ key.transpose(1, 2) * (query.shape[-1] ** -0.5 if scale is None else scale)
+    scores = (softcap * torch.tanh(scores / softcap)).masked_fill(~visible, -torch.inf)
+    return torch.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype) @ value
+
+
+AttentionInterface.register(NAME, packed_attention)

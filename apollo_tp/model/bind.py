@@ -1,0 +1,230 @@
+"""bind_model: the Hugging Face model of a checkpoint over the memory that a vLLM rank serves from."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from apollo_tp.errors import UnsupportedModelError
+from apollo_tp.layout import Shard
+from apollo_tp.loss import VocabShard
+from apollo_tp.model.bound import BoundModel, BoundParameter, Role
+from apollo_tp.model.families import logits_transform
+from apollo_tp.model.gradients import GradientSync
+from apollo_tp.model.names import NameMap, map_names
+from apollo_tp.model.narrow import build_on_meta
+from apollo_tp.model.regions import RowParallelLinear, inside, install_regions
+from apollo_tp.model.vocabulary import VocabParallelEmbedding
+from apollo_tp.parallel import TPGroup
+
+Shards = dict[str, tuple[Shard, Tensor]]
+Index = tuple[int | slice, ...]
+
+
+def bind_model(
+    config: PretrainedConfig, shards: Shards, tp: TPGroup, *, gradient_checkpointing: bool = False
+) -> BoundModel:
+    """Put this rank's ``shards`` in as the parameters of the model of ``config``, without a copy.
+
+    ``shards`` maps checkpoint names to the shard record and the local tensor (shape ``shard.local_shape``, a view of the
+    served memory; vocabulary-parallel tensors without padding rows). Collective over ``tp``: see GradientSync. Raises
+    UnsupportedModelError that lists every tensor and parameter that does not fit.
+    """
+    tied = not any(name.endswith("lm_head.weight") for name in shards)
+    module = build_on_meta(config, tp.size, _dtype(shards), tied=tied)
+    names = map_names(module, config, shards)
+    vocabulary = _VocabularyNames.of(module, tied=tied)
+    transform = logits_transform(module)
+    leaves = _fill(module, names, shards, vocabulary, tp)
+    vocab = _install_vocabulary(module, shards[names.parts[vocabulary.embedding][0][0]][0], vocabulary, tp, transform)
+    regions = install_regions(module, _cut_last(leaves), tp)
+    _check_cuts_in_regions(leaves, regions, vocabulary, tp)
+    module.to(next(iter(leaves.values())).parameter.device)  # buffers: the parameters are there already
+    if gradient_checkpointing:
+        module.gradient_checkpointing_enable({"use_reentrant": False})
+    sync = GradientSync(
+        [
+            (shard, leaf.parameter, index)
+            for name, leaf in leaves.items()
+            if inside(name, regions) and not _is_row_parallel_bias(module, name)
+            for shard, index in leaf.parts
+        ],
+        tp,
+    )
+    return BoundModel(
+        module=module,
+        parameters=_bound_parameters(leaves, vocabulary, sync),
+        untouched=tuple(names.untouched),
+        tp=tp,
+        head_weight=leaves[vocabulary.embedding if tied else vocabulary.head].parameter,
+        vocab=vocab,
+        gradient_sync=sync,
+    )
+
+
+@dataclass(frozen=True)
+class _Leaf:
+    """A module parameter and the checkpoint tensors it is made of: (shard, index into the parameter)."""
+
+    parameter: nn.Parameter
+    parts: list[tuple[Shard, Index]]
+
+
+@dataclass(frozen=True)
+class _VocabularyNames:
+    """Parameter names of the embedding and the head."""
+
+    embedding: str
+    head: str
+    tied: bool
+
+    @classmethod
+    def of(cls, module: PreTrainedModel, *, tied: bool) -> _VocabularyNames:
+        head = module.get_output_embeddings()
+        if head is None or head.bias is not None:
+            raise UnsupportedModelError(
+                f"{type(module).__name__}: got no plain head, expected a linear one without bias"
+            )
+        found = {id(child): name for name, child in module.named_modules()}
+        return cls(f"{found[id(module.get_input_embeddings())]}.weight", f"{found[id(head)]}.weight", tied)
+
+    def __contains__(self, name: str) -> bool:
+        return name in (self.embedding, self.head)
+
+
+def _dtype(shards: Shards) -> torch.dtype:
+    """The dtype most matrices have."""
+    counts = Counter(tensor.dtype for _, tensor in shards.values() if tensor.ndim >= 2)
+    if not counts:
+        raise UnsupportedModelError("got no matrices to train, expected the tensors of a language model")
+    return counts.most_common(1)[0][0]
+
+
+def _fill(
+    module: PreTrainedModel, names: NameMap, shards: Shards, vocabulary: _VocabularyNames, tp: TPGroup
+) -> dict[str, _Leaf]:
+    """Replace every meta parameter by one over the local tensors; in the module's order, the tied head left out."""
+    problems = [f"{name}: {reason}" for name, reason in names.refused.items()]
+    leaves: dict[str, _Leaf] = {}
+    for name, meta in list(module.named_parameters()):
+        if vocabulary.tied and name == vocabulary.head:
+            continue
+        if name not in names.parts:
+            problems.append(f"{name}: the model has this parameter, but no checkpoint tensor for it is served")
+            continue
+        expected = tuple(meta.shape)
+        if name in vocabulary:
+            expected = (shards[names.parts[name][0][0]][0].local_shape[0], *expected[1:])
+        leaf = _assemble(names.parts[name], shards, expected)
+        if isinstance(leaf, str):
+            problems.append(f"{name}: {leaf}")
+            continue
+        leaves[name] = leaf
+        owner, _, attribute = name.rpartition(".")
+        module.get_submodule(owner).register_parameter(attribute, leaf.parameter)
+    if problems:
+        raise UnsupportedModelError(
+            f"rank {tp.rank} of {tp.size}: {len(problems)} tensors do not fit {type(module).__name__} at this rank's "
+            "width; serve a supported model unquantised:\n  " + "\n  ".join(problems)
+        )
+    return leaves
+
+
+def _assemble(parts: list[list[str]], shards: Shards, expected: tuple[int, ...]) -> _Leaf | str:
+    """One parameter of shape ``expected`` over the named local tensors, or why that is not possible."""
+    for name in (name for part in parts for name in part):
+        shard, tensor = shards[name]
+        if tuple(tensor.shape) != shard.local_shape:
+            return f"got {name} of local shape {tuple(tensor.shape)}, its shard says {shard.local_shape}"
+    first_shard, first = shards[parts[0][0]]
+    if len(parts) == 1 and len(parts[0]) == 1:
+        if tuple(first.shape) != expected:
+            return f"got local shape {tuple(first.shape)}, expected {expected} (global {first_shard.global_shape})"
+        return _Leaf(nn.Parameter(first), [(first_shard, ())])
+    return _stack(parts, shards, expected)
+
+
+def _stack(parts: list[list[str]], shards: Shards, expected: tuple[int, ...]) -> _Leaf | str:
+    """Experts [E, parts x rows, columns] as one parameter over tensors that lie so in the served memory already."""
+    experts, rows = len(parts[0]), expected[1] // len(parts)
+    if experts != expected[0] or any(len(part) != experts for part in parts):
+        return f"got {[len(part) for part in parts]} expert tensors, expected {expected[0]} for each part"
+    first = shards[parts[0][0]][1]
+    stride = shards[parts[0][1]][1].storage_offset() - first.storage_offset() if experts > 1 else first.numel()
+    stacked = first.as_strided(expected, (stride, *first.stride()), first.storage_offset())
+    places: list[tuple[Shard, Index]] = []
+    for expert in range(experts):
+        for j, part in enumerate(parts):
+            shard, tensor = shards[part[expert]]
+            index: Index = (expert, slice(j * rows, (j + 1) * rows)) if len(parts) > 1 else (expert,)
+            view = stacked[index]
+            if (view.shape, view.stride(), view.data_ptr()) != (tensor.shape, tensor.stride(), tensor.data_ptr()):
+                return (
+                    f"got {part[expert]} {tuple(tensor.shape)} at another place than its neighbours say, expected stacked "
+                    f"experts {expected}; serve with --moe-backend triton and without expert parallelism"
+                )
+            places.append((shard, index))
+    return _Leaf(nn.Parameter(stacked), places)
+
+
+def _install_vocabulary(
+    module: PreTrainedModel, shard: Shard, vocabulary: _VocabularyNames, tp: TPGroup, transform: object
+) -> VocabShard:
+    """Swap the embedding for the vocabulary-parallel one; the head stays a holder of its weight."""
+    cut = shard.dim == 0
+    start = shard.ranges[0][0] if cut and shard.ranges else 0
+    vocab = VocabShard(start, tp if cut else TPGroup.single(), transform)  # type: ignore[arg-type]
+    replaced = module.get_input_embeddings()
+    module.set_input_embeddings(VocabParallelEmbedding(replaced, replaced.weight, vocab))
+    if vocabulary.tied:
+        module.get_output_embeddings().weight = replaced.weight
+    return vocab
+
+
+def _cut_last(leaves: dict[str, _Leaf]) -> list[str]:
+    """Parameters cut on their last dimension, which is not their first."""
+    return [
+        name
+        for name, leaf in leaves.items()
+        if (shard := leaf.parts[0][0]).dim is not None and shard.dim == len(shard.global_shape) - 1 > 0
+    ]
+
+
+def _check_cuts_in_regions(
+    leaves: dict[str, _Leaf], regions: list[str], vocabulary: _VocabularyNames, tp: TPGroup
+) -> None:
+    stray = [
+        f"{name} (cut on dimension {leaf.parts[0][0].dim})"
+        for name, leaf in leaves.items()
+        if leaf.parts[0][0].dim is not None and name not in vocabulary and not inside(name, regions)
+    ]
+    if stray:
+        raise UnsupportedModelError(
+            f"rank {tp.rank} of {tp.size}: tensors are cut outside of any block with a row-parallel product, so it is "
+            "unknown where their outputs are summed:\n  " + "\n  ".join(stray)
+        )
+
+
+def _is_row_parallel_bias(module: PreTrainedModel, name: str) -> bool:
+    """True for a bias that is added after the reduction: its gradient is whole on every rank."""
+    owner, _, attribute = name.rpartition(".")
+    return attribute == "bias" and isinstance(module.get_submodule(owner), RowParallelLinear)
+
+
+def _bound_parameters(
+    leaves: dict[str, _Leaf], vocabulary: _VocabularyNames, sync: GradientSync
+) -> list[BoundParameter]:
+    bound = []
+    for name, leaf in leaves.items():
+        for shard, index in leaf.parts:
+            role: Role = "other"
+            if name in vocabulary:
+                role = "embedding"
+            elif len(shard.global_shape) == 2:
+                role = "matrix"
+            bound.append(BoundParameter(shard.name, shard, role, leaf.parameter, index, shard.name in sync.partial))
+    return bound

@@ -1,0 +1,136 @@
+"""A bound model: the Hugging Face module over served memory, its losses, and its gradients."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from apollo_tp.data import PackedBatch
+from apollo_tp.layout import Shard
+from apollo_tp.loss import VocabShard, target_logprobs
+from apollo_tp.model.gradients import GradientSync
+from apollo_tp.parallel import TPGroup
+
+Role = Literal["matrix", "embedding", "other"]
+
+
+@dataclass(frozen=True, eq=False)
+class BoundParameter:
+    """One checkpoint tensor of this rank. ``leaf[index]`` is it; ``index`` is empty unless experts are stacked.
+
+    ``partial_gradient``: its gradient is only complete after ``BoundModel.finish_gradients``.
+    """
+
+    name: str
+    shard: Shard
+    role: Role
+    leaf: nn.Parameter
+    index: tuple[int | slice, ...] = ()
+    partial_gradient: bool = False
+
+    @property
+    def tensor(self) -> Tensor:
+        """The served values, shape ``shard.local_shape``: writing to it changes what is served."""
+        return self.leaf.detach()[self.index]
+
+    @property
+    def grad(self) -> Tensor | None:
+        """The accumulated local gradient (a view), or None before the first backward pass."""
+        return None if self.leaf.grad is None else self.leaf.grad[self.index]
+
+
+@dataclass(frozen=True)
+class LossSums:
+    """Sums over a micro-batch, the same on all ranks. Divide by the whole step's weight before the backward pass.
+
+    ``loss``: sum of weight x negative log-likelihood (nats, fp32 scalar, differentiable); ``weight``: sum of weights;
+    ``correct``: number of loss tokens that are the arg max (fp32 scalar); ``num_loss_tokens``: tokens with a weight.
+    """
+
+    loss: Tensor
+    weight: float
+    correct: Tensor
+    num_loss_tokens: int
+
+
+@dataclass(frozen=True)
+class SequenceLogprobs:
+    """Log-probabilities of a micro-batch of S sequences and T tokens, the same on all ranks, in nats.
+
+    ``tokens`` fp32 [T] (differentiable): at position t that of ``batch.targets[t]``, 0 where ``batch.weights[t]`` is 0.
+    ``sequences`` fp32 [S] (differentiable): sums of weight x log-probability, in the order of ``batch.sample_index``.
+    ``correct`` fp32 [S]: weighted tokens that are the arg max.
+    """
+
+    tokens: Tensor
+    sequences: Tensor
+    correct: Tensor
+
+
+@dataclass(eq=False)
+class BoundModel:
+    """The model of this rank. ``parameters`` has the same names in the same order on every rank, tied tensors once."""
+
+    module: PreTrainedModel
+    parameters: list[BoundParameter]
+    untouched: tuple[str, ...]
+    tp: TPGroup
+    head_weight: nn.Parameter
+    vocab: VocabShard
+    gradient_sync: GradientSync
+
+    def hidden_states(self, batch: PackedBatch) -> Tensor:
+        """Final hidden states [T, H] of the packed tokens, the same on all ranks."""
+        longest = max(batch.lengths)
+        output = self.module.base_model(
+            input_ids=batch.token_ids[None],
+            position_ids=batch.position_ids[None],
+            use_cache=False,
+            cu_seq_lens_q=batch.cu_seqlens,
+            cu_seq_lens_k=batch.cu_seqlens,
+            max_length_q=longest,
+            max_length_k=longest,
+        )
+        return output.last_hidden_state[0]
+
+    def _loss_token_logprobs(self, batch: PackedBatch) -> tuple[Tensor, Tensor]:
+        """Log-probability and arg-max hit at ``batch.loss_positions`` alone: the head never sees context tokens."""
+        hidden = self.hidden_states(batch)[batch.loss_positions]
+        return target_logprobs(hidden, self.head_weight, batch.targets[batch.loss_positions], self.vocab)
+
+    def forward_loss(self, batch: PackedBatch) -> LossSums:
+        """Weighted negative log-likelihood of the micro-batch, summed. ``batch`` must be on the parameters' device."""
+        logprobs, correct = self._loss_token_logprobs(batch)
+        loss = -(batch.weights[batch.loss_positions] * logprobs).sum()
+        return LossSums(loss, batch.weight_sum, correct.float().sum(), batch.num_loss_tokens)
+
+    def sequence_logprobs(self, batch: PackedBatch) -> SequenceLogprobs:
+        """Per-token and per-sequence log-probabilities; under ``torch.no_grad`` nothing is kept for a backward pass."""
+        logprobs, correct = self._loss_token_logprobs(batch)
+        tokens = batch.weights.new_zeros(batch.num_tokens).index_put((batch.loss_positions,), logprobs)
+        hits = torch.zeros_like(batch.weights).index_put((batch.loss_positions,), correct.float())
+        starts, stops = batch.cu_seqlens[:-1].long(), batch.cu_seqlens[1:].long()
+        sequence = torch.repeat_interleave(
+            torch.arange(len(batch.lengths), device=tokens.device), stops - starts, output_size=batch.num_tokens
+        )
+        zeros = tokens.new_zeros(len(batch.lengths))
+        return SequenceLogprobs(
+            tokens=tokens,
+            sequences=zeros.index_add(0, sequence, batch.weights * tokens),
+            correct=zeros.index_add(0, sequence, hits),
+        )
+
+    def finish_gradients(self) -> None:
+        """Once per optimizer step, after the last backward pass: complete the gradients that are partial sums.
+
+        Collectives: see GradientSync. Calling it twice in a step would count gradients twice.
+        """
+        self.gradient_sync.finish()
+
+    def zero_grad(self) -> None:
+        """Forget all gradients."""
+        self.module.zero_grad(set_to_none=True)

@@ -1,0 +1,75 @@
+"""What differs between architectures and cannot be read off the shards: one table, a reason per row.
+
+Everything else (which layers exist, where collectives go, what is replicated) follows from the checkpoint's config and the
+shards. The head's row is checked against the model's own forward pass when a model is bound.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import MoeModelOutputWithPast
+
+from apollo_tp.errors import UnsupportedModelError
+from apollo_tp.loss import LogitsTransform
+
+
+@dataclass(frozen=True)
+class LogitsRow:
+    """A config field that changes the logits, what it does, and why it must be named here."""
+
+    field: str
+    apply: Callable[[LogitsTransform, float], LogitsTransform]
+    reason: str
+
+
+LOGITS = (
+    LogitsRow(
+        "final_logit_softcapping",
+        lambda transform, value: LogitsTransform(transform.scale, value),
+        "Gemma 2 caps its logits with a tanh: the loss must undo it in its own backward pass",
+    ),
+    LogitsRow(
+        "logits_scaling",
+        lambda transform, value: LogitsTransform(transform.scale / value, transform.softcap),
+        "Granite divides its logits by a constant after the head",
+    ),
+    LogitsRow(
+        "logit_scale",
+        lambda transform, value: LogitsTransform(transform.scale * value, transform.softcap),
+        "Cohere multiplies its logits by a constant after the head",
+    ),
+)
+
+
+def logits_transform(module: PreTrainedModel) -> LogitsTransform:
+    """What ``module`` does to the output of its head.
+
+    Raises UnsupportedModelError if the table does not reproduce the model's own forward pass on a probe.
+    """
+    transform = LogitsTransform()
+    for row in LOGITS:
+        value = getattr(module.config, row.field, None)
+        if value is not None:
+            transform = row.apply(transform, float(value))
+    probe = torch.linspace(-40.0, 40.0, 9).view(1, 1, 9)
+    if not torch.allclose(_logits_of_probe(module, probe), transform(probe), rtol=1e-4):
+        raise UnsupportedModelError(
+            f"{type(module).__name__}: its forward pass changes the logits in a way that apollo_tp.model.families.LOGITS "
+            "does not know; add a row for it"
+        )
+    return transform
+
+
+def _logits_of_probe(module: PreTrainedModel, probe: torch.Tensor) -> torch.Tensor:
+    """The model's logits if its head puts out ``probe`` [1, 1, n]."""
+    base, head = module.base_model, module.get_output_embeddings()
+    try:
+        base.forward = lambda *_, **__: MoeModelOutputWithPast(last_hidden_state=probe)
+        head.forward = lambda _: probe
+        return module(input_ids=torch.zeros(1, 1, dtype=torch.int64)).logits  # type: ignore[no-any-return]
+    finally:
+        del base.forward, head.forward

@@ -1,0 +1,71 @@
+"""Where collectives go, read off the shards: no table per architecture.
+
+A parameter cut on its last dimension belongs to a row-parallel product whose outputs are partial sums. The block around it
+(attention, MLP, mixer, stacked experts) is a *parallel region*: identity forward and all-reduce backward at its inputs
+(Megatron's f), all-reduce forward after the row-parallel product (Megatron's g).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from apollo_tp.errors import UnsupportedModelError
+from apollo_tp.parallel import TPGroup, copy_to_region, reduce_from_region
+
+
+class RowParallelLinear(nn.Module):
+    """``x_local @ weight_local.T`` summed over TP, then the bias, once. One all-reduce forward, none backward."""
+
+    def __init__(self, linear: nn.Linear, tp: TPGroup) -> None:
+        super().__init__()
+        self.weight = linear.weight
+        self.bias = linear.bias
+        self.tp = tp
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = reduce_from_region(F.linear(x, self.weight), self.tp)
+        return out if self.bias is None else out + self.bias
+
+
+def install_regions(module: nn.Module, cut_last: list[str], tp: TPGroup) -> list[str]:
+    """Turn the blocks around the parameters ``cut_last`` (names, cut on their last dimension) into parallel regions.
+
+    Returns the names of the region modules. Raises UnsupportedModelError if such a parameter is neither the weight of a
+    linear layer nor of stacked experts.
+    """
+    regions: list[str] = []
+    for name in cut_last:
+        owner_name, _, leaf = name.rpartition(".")
+        owner = module.get_submodule(owner_name)
+        if isinstance(owner, nn.Linear) and leaf == "weight":
+            region_name, _, child = owner_name.rpartition(".")
+            region = module.get_submodule(region_name)
+            setattr(region, child, RowParallelLinear(owner, tp))
+        elif owner.get_parameter(leaf).ndim == 3:
+            region_name, region = owner_name, owner
+            region.register_forward_hook(lambda _module, _args, output: reduce_from_region(output, tp))
+        else:
+            raise UnsupportedModelError(
+                f"{name}: got a parameter of {type(owner).__name__} cut on its last dimension, expected that of a linear "
+                "layer or of stacked experts; this architecture has no known way to run tensor-parallel here"
+            )
+        if region_name not in regions:
+            region.register_forward_pre_hook(_enter_hook(tp), with_kwargs=True)
+            regions.append(region_name)
+    return regions
+
+
+def inside(name: str, regions: list[str]) -> bool:
+    """True if the parameter ``name`` lies in one of ``regions`` (module names)."""
+    return any(name.startswith(f"{region}.") for region in regions)
+
+
+def _enter_hook(tp: TPGroup) -> Any:
+    def enter(_module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        return pytree.tree_map_only(Tensor, lambda t: copy_to_region(t, tp) if t.requires_grad else t, (args, kwargs))
+
+    return enter
