@@ -22,7 +22,7 @@ from apollo_tp.protocol import PreferencePair, Sample
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one step did, the same on every rank but for times (seconds) and memory (bytes), which are this rank's.
+    """What one step did, the same on every rank but for times (seconds), which are this rank's.
 
     ``loss`` is the weighted mean negative log-likelihood in nats (or the mean DPO loss) before the update.
     """
@@ -39,7 +39,6 @@ class StepResult:
     forward_seconds: float
     backward_seconds: float
     optimizer_seconds: float
-    peak_memory_bytes: int
     metrics: dict[str, float] = field(default_factory=dict)
 
 
@@ -154,7 +153,6 @@ class Trainer:
             forward_seconds=clock.seconds["forward"],
             backward_seconds=clock.seconds["backward"],
             optimizer_seconds=clock.seconds["optimizer"],
-            peak_memory_bytes=torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else 0,
         )
 
     @torch.no_grad()
@@ -168,6 +166,10 @@ class Trainer:
             ):
                 logprobs[place], correct[place] = logprob, hits
         return ScoreResult(logprobs, [sum(s.weights) for s in samples], correct)
+
+    def peak_memory_bytes(self) -> int:
+        """Peak GPU memory of this rank beyond the served weights since its start; 0 on CPU."""
+        return torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else 0
 
 
 class _Clock:

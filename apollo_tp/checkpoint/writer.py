@@ -1,0 +1,207 @@
+"""Write a Hugging Face folder from served weights: every rank its own boxes, straight into the final file layout."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import msgspec
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from apollo_tp.checkpoint import folder as folders
+from apollo_tp.checkpoint.folder import CheckpointInfo
+from apollo_tp.checkpoint.safetensors_file import DTYPES, Entry, create, plan, write_box
+from apollo_tp.errors import CheckpointError
+from apollo_tp.layout import Box, Shard
+from apollo_tp.manifest import CheckpointTensor
+from apollo_tp.parallel import TPGroup
+
+MAX_FILE_BYTES = 5 * 10**9
+"""File split of a checkpoint that never was on disk (a server started with dummy weights)."""
+
+
+class SavesState(Protocol):
+    """An optimizer: writes its state below a folder, collectively."""
+
+    def save(self, folder: Path) -> None: ...
+
+    def describe(self) -> str: ...
+
+
+@dataclass(frozen=True)
+class _File:
+    name: str
+    header: bytes
+    entries: dict[str, Entry]
+    trained: bool
+    """False if the server holds none of its tensors: the file is linked, not written."""
+
+
+class CheckpointWriter:
+    """Writes checkpoints of one served model. ``tensors``: checkpoint name -> (shard, local served view).
+
+    ``hf_config`` is saved where the model has no folder on disk. All methods are collective over ``tp``.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        model_path: str,
+        checkpoint: Sequence[CheckpointTensor],
+        tensors: dict[str, tuple[Shard, Tensor]],
+        tp: TPGroup,
+        *,
+        keep: int,
+        save_config: Callable[[Path], None],
+    ) -> None:
+        self._root, self._source, self._tensors, self._tp, self._keep = root, Path(model_path), tensors, tp, keep
+        self._save_config = save_config
+        self._files = _plan_files(checkpoint, {name: local.dtype for name, (_, local) in tensors.items()})
+
+    def save(self, name: str, optimizer: SavesState, weight_version: int) -> tuple[Path, int]:
+        """Write checkpoint ``name``; returns its folder and size in bytes.
+
+        Two all-reduces of one flag besides the optimizer's own collectives. Raises CheckpointError on all ranks if one
+        could not write; nothing appears then.
+        """
+        partial = folders.partial_path(self._root, name)
+        self._together(lambda: self._prepare(name) if self._tp.rank == 0 else None)
+        self._together(lambda: self._write_own_boxes(partial))
+        optimizer.save(partial / folders.OPTIMIZER_DIR)
+        info = CheckpointInfo(
+            weight_version=weight_version,
+            model_path=str(self._source),
+            optimizer=optimizer.describe(),
+            num_ranks=self._tp.size,
+            created_at=time.time(),
+        )
+        self._together(lambda: self._finish(name, info) if self._tp.rank == 0 else None)
+        final = self._root / name
+        return final, sum(path.stat().st_size for path in final.rglob("*") if path.is_file())
+
+    def _together(self, action: Callable[[], object]) -> None:
+        """Run ``action`` here and agree on success. One all-reduce."""
+        error: Exception | None = None
+        try:
+            action()
+        except (OSError, CheckpointError) as caught:
+            error = caught
+        device = next(iter(self._tensors.values()))[1].device
+        failed = torch.tensor([float(error is not None)], device=device)
+        self._tp.all_reduce_(failed)
+        if error is not None:
+            raise CheckpointError(f"rank {self._tp.rank}: {error}") from error
+        if failed.item():
+            raise CheckpointError(f"got a failure on {int(failed.item())} other rank(s), expected all ranks to write")
+
+    def _prepare(self, name: str) -> None:
+        partial = folders.begin(self._root, name)
+        for file in self._files:
+            if file.trained:
+                create(partial / file.name, file.header, file.entries)
+                self._carry_over(partial, file)
+            else:
+                _link_or_copy(self._source / file.name, partial / file.name)
+        if self._source.is_dir():
+            for path in self._source.iterdir():
+                if path.is_file() and path.suffix not in (".safetensors", ".bin", ".pth", ".pt"):
+                    _copy_private(path, partial / path.name)
+        else:
+            self._save_config(partial)
+        (partial / folders.INFO_FILE).unlink(missing_ok=True)
+        if len(self._files) > 1:
+            _write_index(partial, self._files)
+
+    def _carry_over(self, partial: Path, file: _File) -> None:
+        """Tensors that the server does not hold keep the values of the source."""
+        missing = [entry for name, entry in file.entries.items() if name not in self._tensors]
+        if missing:
+            with safe_open(self._source / file.name, framework="pt") as source:
+                for entry in missing:
+                    whole = Box((0,) * len(entry.shape), entry.shape)
+                    write_box(partial / file.name, entry, whole, source.get_tensor(entry.name))
+
+    def _write_own_boxes(self, partial: Path) -> None:
+        for file in self._files:
+            for name, entry in file.entries.items():
+                if name not in self._tensors:
+                    continue
+                shard, local = self._tensors[name]
+                if shard.replica_ranks[0] != self._tp.rank:
+                    continue
+                for box, start in shard.boxes:
+                    part = local if shard.dim is None else local.narrow(shard.dim, start, box.shape[shard.dim])
+                    write_box(partial / file.name, entry, box, part)
+
+    def _finish(self, name: str, info: CheckpointInfo) -> None:
+        partial = folders.partial_path(self._root, name)
+        path = partial / folders.INFO_FILE
+        with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT, 0o600), "wb") as file:
+            file.write(msgspec.json.format(msgspec.json.encode(info), indent=2))
+        folders.complete(self._root, name, self._keep)
+
+
+def _plan_files(checkpoint: Sequence[CheckpointTensor], served: dict[str, torch.dtype]) -> list[_File]:
+    """The original file split. A tensor keeps its dtype on disk unless the server holds it in a wider one."""
+    groups: dict[str, list[CheckpointTensor]] = {}
+    if all(tensor.file for tensor in checkpoint):
+        for tensor in checkpoint:
+            groups.setdefault(tensor.file, []).append(tensor)
+    else:
+        groups = _split(checkpoint)
+    files = []
+    for name, tensors in groups.items():
+        specs = []
+        for tensor in tensors:
+            on_disk = DTYPES[tensor.dtype]
+            wider = torch.promote_types(on_disk, served[tensor.name]) if tensor.name in served else on_disk
+            specs.append((tensor.name, tuple(tensor.shape), wider))
+        header, entries = plan(specs)
+        files.append(_File(name, header, entries, any(tensor.name in served for tensor in tensors)))
+    return files
+
+
+def _split(checkpoint: Sequence[CheckpointTensor]) -> dict[str, list[CheckpointTensor]]:
+    parts: list[list[CheckpointTensor]] = [[]]
+    room = MAX_FILE_BYTES
+    for tensor in checkpoint:
+        num_bytes = torch.Size(tensor.shape).numel() * DTYPES[tensor.dtype].itemsize
+        if parts[-1] and num_bytes > room:
+            parts.append([])
+            room = MAX_FILE_BYTES
+        parts[-1].append(tensor)
+        room -= num_bytes
+    if len(parts) == 1:
+        return {"model.safetensors": parts[0]}
+    return {f"model-{i + 1:05}-of-{len(parts):05}.safetensors": part for i, part in enumerate(parts)}
+
+
+def _write_index(partial: Path, files: list[_File]) -> None:
+    weight_map = {name: file.name for file in files for name in file.entries}
+    total = sum(entry.num_bytes for file in files for entry in file.entries.values())
+    content = json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2)
+    path = partial / "model.safetensors.index.json"
+    path.unlink(missing_ok=True)
+    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT, 0o600), "w") as file:
+        file.write(content)
+
+
+def _link_or_copy(source: Path, target: Path) -> None:
+    """Unchanged files share their blocks with the source where the file system can (hard link)."""
+    try:
+        os.link(source.resolve(), target)
+    except OSError:
+        _copy_private(source, target)
+
+
+def _copy_private(source: Path, target: Path) -> None:
+    shutil.copyfile(source, target)
+    target.chmod(0o600)

@@ -1,0 +1,347 @@
+"""On every trainer rank: take commands in order, call the trainer, answer. One of the two places that catch exceptions.
+
+Rank 0 holds the socket; commands reach the other ranks as msgpack bytes over the control group (gloo on the default
+process group), which nothing else uses. Idle ranks wait in a broadcast that rank 0 answers at least once a second, so a
+dead rank 0 is noticed by the group's timeout. A rank that raises in the middle of a command leaves the compute group; the
+others, waiting for it in a collective, fail with a closed connection; all agree on who was first, and form the group again.
+"""
+
+from __future__ import annotations
+
+import datetime
+import gc
+import logging
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Protocol
+
+import msgspec
+import torch
+import torch.distributed as dist
+import zmq
+
+from apollo_tp import protocol
+from apollo_tp.errors import ServerGoneError
+from apollo_tp.manifest import Manifest
+from apollo_tp.parallel import TPGroup
+from apollo_tp.trainer import StepResult, Trainer
+
+log = logging.getLogger(__name__)
+
+POLL_SECONDS = 0.5
+HEARTBEAT_SECONDS = 1.0
+
+
+class Failure(msgspec.Struct, frozen=True):
+    """What a rank says of a command that raised. ``secondary``: it only lost its peer in a collective."""
+
+    rank: int
+    error: str
+    message: str
+    traceback: str
+    secondary: bool
+
+
+class Verdict(msgspec.Struct, frozen=True):
+    """What every rank tells every other at the end of a command."""
+
+    failure: Failure | None
+    weight_version: int
+    peak_memory_bytes: int
+
+
+class SavesCheckpoints(Protocol):
+    """Writes a checkpoint of all ranks; collective. Returns (folder, bytes)."""
+
+    def save(self, name: str) -> tuple[str, int]: ...
+
+
+class Control:
+    """Messages between ranks over the control group: bytes from rank 0 to all, and from all to all."""
+
+    def __init__(self, rank: int, size: int) -> None:
+        self.rank, self.size = rank, size
+
+    def broadcast(self, payload: bytes) -> bytes:
+        """Rank 0's payload on every rank. Two broadcasts."""
+        if self.size == 1:
+            return payload
+        length = torch.tensor([len(payload)])
+        dist.broadcast(length, 0)
+        if not length:
+            return b""
+        content = _as_tensor(payload, int(length))
+        dist.broadcast(content, 0)
+        return content.numpy().tobytes()
+
+    def gather(self, payload: bytes) -> list[bytes]:
+        """The payload of every rank, on every rank. One max all-reduce and one all-gather."""
+        if self.size == 1:
+            return [payload]
+        lengths = torch.zeros(self.size, dtype=torch.int64)
+        lengths[self.rank] = len(payload)
+        dist.all_reduce(lengths)
+        widest = int(lengths.max())
+        mine = _as_tensor(payload, widest)
+        parts = [torch.empty(widest, dtype=torch.uint8) for _ in range(self.size)]
+        dist.all_gather(parts, mine)
+        return [part.numpy().tobytes()[: int(n)] for part, n in zip(parts, lengths, strict=True)]
+
+
+def _as_tensor(payload: bytes, num_bytes: int) -> torch.Tensor:
+    """``payload`` in a uint8 tensor of ``num_bytes``, filled up with zeros."""
+    return torch.frombuffer(bytearray(payload.ljust(num_bytes, b"\0")), dtype=torch.uint8)
+
+
+class RankLoop:
+    """Executes commands until Shutdown. ``link`` is rank 0's DEALER to the coordinator, None elsewhere."""
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        checkpoints: SavesCheckpoints,
+        control: Control,
+        hello: Callable[[str, int], protocol.Hello],
+        link: Link | None,
+        *,
+        form_group: Callable[[], None],
+        on_step: Callable[[protocol.AnyCommand, protocol.StepDone], None] = lambda command, done: None,
+    ) -> None:
+        self.trainer = trainer
+        self.checkpoints = checkpoints
+        self.control = control
+        self.link = link
+        self._hello = hello
+        self._form_group = form_group
+        self._on_step = on_step
+        self._last_step = ("", 0)
+
+    def run(self) -> str:
+        """Until a Shutdown command or ``stop``; returns the reason. Collective over the control group."""
+        if self.link:
+            self.link.send(self._hello(*self._last_step))
+        while True:
+            frame = self.control.broadcast(self.link.receive(POLL_SECONDS) if self.link else b"")
+            if not frame:
+                continue
+            command = protocol.decode_command(frame)
+            if isinstance(command, protocol.Shutdown):
+                return command.reason
+            reply = self._execute(command)
+            if self.link:
+                self.link.send(reply)
+
+    def _execute(self, command: protocol.AnyCommand) -> protocol.AnyReply:
+        if self.link:
+            self.link.working_on(command.id, self.trainer.weight_version)
+        failure: Failure | None = None
+        reply: protocol.AnyReply | None = None
+        try:
+            reply = self._dispatch(command)
+        # Whatever a model, kernel or collective raises must become the job's failure on all ranks, not their end.
+        except Exception as error:  # noqa: BLE001
+            failure = self._describe(error)
+            traceback.clear_frames(error.__traceback__)
+        if failure is not None:
+            # Frames of the failed step keep the process group alive; only its end wakes ranks that wait for this one.
+            gc.collect()
+            self.trainer.tp.dissolve()
+        verdicts = self._agree(failure)
+        self.trainer.weight_version = max(v.weight_version for v in verdicts)
+        failures = [v.failure for v in verdicts if v.failure]
+        if failures:
+            self._recover()
+            reply = _failed(command, failures)
+        elif isinstance(reply, protocol.StepDone) and isinstance(command, protocol.Step | protocol.PreferenceStep):
+            reply = msgspec.structs.replace(reply, peak_memory_bytes=[v.peak_memory_bytes for v in verdicts])
+            self._last_step = (command.job_id, command.job_step)
+            self._on_step(command, reply)
+        assert reply is not None
+        if self.link:
+            self.link.working_on("", self.trainer.weight_version)
+        return reply
+
+    def _describe(self, error: Exception) -> Failure:
+        lost_peer = isinstance(error, dist.DistError) or "onnection" in str(error) or "pair.cc" in str(error)
+        return Failure(
+            rank=self.control.rank,
+            error=type(error).__name__,
+            message=str(error),
+            traceback=traceback.format_exc(),
+            secondary=self.control.size > 1 and lost_peer,
+        )
+
+    def _agree(self, failure: Failure | None) -> list[Verdict]:
+        verdict = Verdict(failure, self.trainer.weight_version, self.trainer.peak_memory_bytes())
+        answers = self.control.gather(msgspec.msgpack.encode(verdict))
+        return [msgspec.msgpack.decode(answer, type=Verdict) for answer in answers]
+
+    def _recover(self) -> None:
+        """All ranks: forget the failed step and join a new compute group."""
+        self.trainer.tp.dissolve()
+        self.trainer.model.zero_grad()
+        gc.collect()
+        if self.trainer.device.type == "cuda":
+            torch.cuda.empty_cache()
+        self._form_group()
+
+    def _dispatch(self, command: protocol.AnyCommand) -> protocol.AnyReply:
+        match command:
+            case protocol.Step():
+                result = self.trainer.step(command.samples, command.learning_rate_scale)
+                return _step_done(command, result)
+            case protocol.PreferenceStep():
+                result = self.trainer.preference_step(command.pairs, command.beta, command.learning_rate_scale)
+                return _step_done(command, result)
+            case protocol.Score():
+                scores = self.trainer.score(command.samples)
+                return protocol.ScoreDone(
+                    id=command.id, logprobs=scores.logprobs, weights=scores.weights, num_correct=scores.num_correct
+                )
+            case protocol.SaveCheckpoint():
+                started = time.monotonic()
+                path, num_bytes = self.checkpoints.save(command.name)
+                return protocol.CheckpointDone(
+                    id=command.id,
+                    path=path,
+                    num_bytes=num_bytes,
+                    seconds=time.monotonic() - started,
+                    weight_version=self.trainer.weight_version,
+                )
+            case protocol.Identify():
+                return msgspec.structs.replace(self._hello(*self._last_step), id=command.id)
+            case _:
+                raise TypeError(f"got command {type(command).__name__}, expected one of protocol.AnyCommand")
+
+
+def _step_done(command: protocol.AnyCommand, result: StepResult) -> protocol.StepDone:
+    return protocol.StepDone(
+        id=command.id,
+        loss=result.loss,
+        num_tokens=result.num_tokens,
+        num_loss_tokens=result.num_loss_tokens,
+        padding_share=result.padding_share,
+        num_micro_batches=result.num_micro_batches,
+        grad_norm=result.outcome.grad_norm,
+        learning_rate=result.outcome.learning_rate,
+        weight_version=result.weight_version,
+        step_seconds=result.step_seconds,
+        forward_seconds=result.forward_seconds,
+        backward_seconds=result.backward_seconds,
+        optimizer_seconds=result.optimizer_seconds,
+        token_accuracy=result.token_accuracy,
+        skipped=result.outcome.skipped,
+        metrics=result.metrics,
+    )
+
+
+def _failed(command: protocol.AnyCommand, failures: list[Failure]) -> protocol.CommandFailed:
+    """The failure that began it: a rank that lost its peer in a collective is not to blame."""
+    first = min(failures, key=lambda f: (f.secondary, f.rank))
+    log.error("command %s failed on rank %d: %s: %s", command.id, first.rank, first.error, first.message)
+    return protocol.CommandFailed(
+        id=command.id, rank=first.rank, error=first.error, message=first.message, traceback=first.traceback
+    )
+
+
+class Link:
+    """Rank 0's DEALER to the coordinator, with a thread of its own that sends heartbeats whatever the ranks do.
+
+    ZMQ sockets belong to one thread: the thread owns the DEALER, and passes frames through two inproc pairs.
+    """
+
+    def __init__(self, address: str) -> None:
+        self._context = zmq.Context()
+        self._pair = self._context.socket(zmq.PAIR)
+        self._pair.bind("inproc://link")
+        self._state = ("", 0)
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._relay, args=(address,), name="coordinator-link", daemon=True)
+        self._thread.start()
+
+    def send(self, reply: protocol.AnyReply) -> None:
+        """Queue a reply for the coordinator."""
+        self._pair.send(protocol.encode(reply))
+
+    def receive(self, timeout_seconds: float) -> bytes:
+        """The next command's frame, or b"" after ``timeout_seconds``."""
+        return self._pair.recv() if self._pair.poll(int(timeout_seconds * 1000)) else b""
+
+    def working_on(self, command_id: str, weight_version: int) -> None:
+        """What heartbeats say from now on."""
+        self._state = (command_id, weight_version)
+
+    def close(self, goodbye: protocol.Goodbye) -> None:
+        """Say why the ranks leave, and end the thread."""
+        self.send(goodbye)
+        self._stop.set()
+        self._thread.join(5)
+        self._pair.close(0)
+        self._context.destroy(linger=1000)
+
+    def _relay(self, address: str) -> None:
+        dealer, pair = self._context.socket(zmq.DEALER), self._context.socket(zmq.PAIR)
+        dealer.setsockopt(zmq.LINGER, 1000)
+        dealer.connect(address)
+        pair.connect("inproc://link")
+        poller = zmq.Poller()
+        poller.register(dealer, zmq.POLLIN)
+        poller.register(pair, zmq.POLLIN)
+        next_beat = time.monotonic() + HEARTBEAT_SECONDS
+        while True:
+            ready = dict(poller.poll(100))
+            if dealer in ready:
+                pair.send(dealer.recv())
+            if pair in ready:
+                dealer.send(pair.recv())
+            elif self._stop.is_set():
+                break
+            if time.monotonic() >= next_beat:
+                next_beat = time.monotonic() + HEARTBEAT_SECONDS
+                with suppress(zmq.Again):  # the coordinator is gone or slow: heartbeats may be lost
+                    busy, version = self._state
+                    dealer.send(
+                        protocol.encode(protocol.Heartbeat(weight_version=version, busy_with=busy)), zmq.NOBLOCK
+                    )
+        dealer.close()
+        pair.close(0)
+
+
+class ServerWatch:
+    """A thread per rank that notices within about a second that a vLLM worker has ended.
+
+    ``on_gone`` runs in that thread: the main thread may be inside a collective or a kernel for long.
+    """
+
+    def __init__(self, manifests: list[Manifest], on_gone: Callable[[ServerGoneError], None]) -> None:
+        self._manifests = manifests
+        self._on_gone = on_gone
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="server-watch", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        self._stop.set()
+        self._thread.join(5)
+
+    def _watch(self) -> None:
+        while not self._stop.wait(1.0):
+            gone = [m for m in self._manifests if not m.process.alive()]
+            if gone:
+                ranks = ", ".join(f"rank {m.tp_rank} (process {m.pid})" for m in gone)
+                self._on_gone(
+                    ServerGoneError(
+                        f"server {gone[0].instance_id}: got the end of {ranks}, expected a running vLLM; the weights went "
+                        "with it. Start the server, then the trainer"
+                    )
+                )
+                return
+
+
+def compute_group(tp: TPGroup, device: torch.device, timeout_seconds: float) -> None:
+    """Form ``tp``'s process group for ``device``: NCCL on CUDA, gloo on CPU. Collective."""
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    tp.form(backend, datetime.timedelta(seconds=timeout_seconds))
