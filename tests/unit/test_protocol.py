@@ -1,0 +1,62 @@
+"""The wire between coordinator, ranks and the server's plugin."""
+
+import msgspec
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from apollo_tp import protocol as p
+
+SAMPLE = p.Sample(token_ids=[1, 2], weights=[0.0, 1.0])
+COMMANDS = [
+    p.Step(id="a/1", job_id="a", job_step=1, samples=[SAMPLE], learning_rate_scale=0.5),
+    p.PreferenceStep(id="a/2", job_id="a", job_step=2, pairs=[p.PreferencePair(SAMPLE, SAMPLE, -1.0, -2.0)], beta=0.3),
+    p.Score(id="s", samples=[SAMPLE]),
+    p.SaveCheckpoint(id="c", name="n"),
+    p.Shutdown(id="x", reason="done"),
+    p.Identify(id="i"),
+]
+REPLIES = [
+    p.ScoreDone(id="s", logprobs=[-1.0], weights=[1.0], num_correct=[1.0]),
+    p.CheckpointDone(id="c", path="/x", num_bytes=1, seconds=0.1, weight_version=2),
+    p.CommandFailed(id="a/1", rank=1, error="E", message="m", traceback="t"),
+    p.Heartbeat(weight_version=3, busy_with="a/1"),
+    p.Goodbye(reason="r", failed=True),
+]
+TUNNEL_UP = [p.TunnelRequest(1, "GET", "/x", b"a=1", [(b"a", b"b")]), p.TunnelBody(1, b"x", False), p.TunnelCancel(1)]
+TUNNEL_DOWN = [p.TunnelHead(1, 200, [(b"a", b"b")]), p.TunnelBody(1, b"x", True), p.TunnelAlive(1)]
+
+
+@pytest.mark.parametrize(
+    ("messages", "encode", "decode"),
+    [
+        (COMMANDS, p.encode, p.decode_command),
+        (REPLIES, p.encode, p.decode_reply),
+        (TUNNEL_UP, p.encode_tunnel, p.decode_tunnel_up),
+        (TUNNEL_DOWN, p.encode_tunnel, p.decode_tunnel_down),
+    ],
+)
+def test_every_message_survives_the_wire(messages, encode, decode):
+    """decode(encode(m)) == m, with its type, for every message of each direction."""
+    for message in messages:
+        again = decode(encode(message))
+        assert again == message
+        assert type(again) is type(message)
+
+
+def test_a_command_is_no_reply():
+    """A frame of one direction is refused in the other: a confused peer cannot be taken for rank 0."""
+    for command in COMMANDS:
+        with pytest.raises(msgspec.ValidationError):
+            p.decode_reply(p.encode(command))
+
+
+@given(st.binary(max_size=200))
+@settings(max_examples=300, deadline=None)
+def test_noise_raises_only_msgspec_errors(frame):
+    """Any bytes either decode to a message or raise MsgspecError: nothing else has to be caught by a receiver."""
+    for decode in (p.decode_command, p.decode_reply, p.decode_tunnel_up, p.decode_tunnel_down):
+        try:
+            decode(frame)
+        except msgspec.MsgspecError:
+            pass
