@@ -44,12 +44,13 @@ class Command(msgspec.Struct, frozen=True, tag=True, omit_defaults=True, kw_only
 class Step(Command, frozen=True):
     """One optimizer step of supervised fine-tuning on ``samples`` (the global batch; the ranks cut micro-batches).
 
-    ``job_step`` counts from 1 within the job. ``learning_rate_scale`` multiplies the configured learning rate.
+    ``job_step`` counts from 1 to ``num_job_steps`` within the job. ``learning_rate_scale`` multiplies the configured learning rate.
     """
 
     job_id: str
     job_step: int
     samples: list[Sample]
+    num_job_steps: int = 0
     learning_rate_scale: float = 1.0
 
 
@@ -59,6 +60,7 @@ class PreferenceStep(Command, frozen=True):
     job_id: str
     job_step: int
     pairs: list[PreferencePair]
+    num_job_steps: int = 0
     beta: float = 0.1
     learning_rate_scale: float = 1.0
 

@@ -269,12 +269,23 @@ class Scheduler:
         if job.spec.method == "dpo":
             pairs = evaluator.pairs("train", indices)
             command = protocol.PreferenceStep(
-                id=identity, job_id=job.id, job_step=step, pairs=pairs, beta=job.spec.beta, learning_rate_scale=scale
+                id=identity,
+                job_id=job.id,
+                job_step=step,
+                num_job_steps=job.total_steps,
+                pairs=pairs,
+                beta=job.spec.beta,
+                learning_rate_scale=scale,
             )
         else:
             samples = await asyncio.to_thread(read_records, path, indices, protocol.Sample)
             command = protocol.Step(
-                id=identity, job_id=job.id, job_step=step, samples=samples, learning_rate_scale=scale
+                id=identity,
+                job_id=job.id,
+                job_step=step,
+                num_job_steps=job.total_steps,
+                samples=samples,
+                learning_rate_scale=scale,
             )
         return await self.link.send(command)
 

@@ -1,0 +1,49 @@
+"""Entry point of one trainer rank. Options are read before torch is imported."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+
+from apollo_tp.errors import ApolloTpError, ServerGoneError
+from apollo_tp.launch.compose import help_text, read_config
+
+EXIT_FAILED = 1
+EXIT_OPTIONS = 2
+EXIT_SERVER_GONE = 3
+
+
+def main(arguments: list[str]) -> int:
+    """Run this rank; returns its exit status."""
+    if {"-h", "--help"} & set(arguments):
+        print(help_text())
+        return 0
+    os.umask(0o077)  # nothing that we write is for others to read
+    rank = os.environ.get("RANK") or os.environ.get("OMPI_COMM_WORLD_RANK") or os.environ.get("PMI_RANK") or "0"
+    logging.basicConfig(level=logging.INFO, format=f"%(asctime)s rank {rank} %(levelname)s %(message)s")
+    try:
+        config = read_config(arguments)
+    except ApolloTpError as error:
+        if rank == "0":
+            print(f"apollo_tp.launch: {error}", file=sys.stderr)
+        return EXIT_OPTIONS
+    from apollo_tp.launch.session import run
+
+    try:
+        run(config, on_server_gone=_leave)
+    except ApolloTpError as error:
+        logging.error("%s: %s", type(error).__name__, error)
+        return EXIT_SERVER_GONE if isinstance(error, ServerGoneError) else EXIT_FAILED
+    return 0
+
+
+def _leave(error: ServerGoneError) -> None:
+    """Called in a thread while the main one may sit in a collective or a kernel for long: end the process from here."""
+    logging.error("%s", error)
+    logging.shutdown()
+    os._exit(EXIT_SERVER_GONE)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

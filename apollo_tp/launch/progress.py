@@ -1,0 +1,53 @@
+"""Training progress on the terminal of rank 0: a rich bar where there is one, a log line per step elsewhere."""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from apollo_tp import protocol
+
+log = logging.getLogger("apollo_tp")
+
+
+class StepProgress:
+    """Called on rank 0 after each step."""
+
+    def __init__(self) -> None:
+        self._bar: Progress | None = None
+        self._task = None
+        self._job = ""
+
+    def __call__(self, command: protocol.Step | protocol.PreferenceStep, done: protocol.StepDone) -> None:
+        speed = done.num_tokens / done.step_seconds if done.step_seconds else 0.0
+        if not sys.stderr.isatty():
+            log.info(
+                "job %s step %d of %d: loss %.4f, %.0f tokens/s, weight version %d%s",
+                command.job_id, command.job_step, command.num_job_steps, done.loss, speed, done.weight_version,
+                f", skipped: {done.skipped}" if done.skipped else "",
+            )  # fmt: skip
+            return
+        if self._bar is None or self._job != command.job_id:
+            self.close()
+            self._job = command.job_id
+            self._bar = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeRemainingColumn(),
+                TextColumn("loss {task.fields[loss]:.4f}  {task.fields[speed]:.0f} tokens/s"),
+            )
+            self._bar.start()
+            self._task = self._bar.add_task(f"job {command.job_id}", total=command.num_job_steps or None, loss=0, speed=0)
+        assert self._task is not None
+        self._bar.update(self._task, completed=command.job_step, loss=done.loss, speed=speed)
+        if command.job_step == command.num_job_steps:
+            self.close()
+
+    def close(self) -> None:
+        """Give the terminal back."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
