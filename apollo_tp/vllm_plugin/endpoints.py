@@ -24,7 +24,9 @@ from starlette.responses import Response, StreamingResponse
 from apollo_tp import protocol, runtime
 from apollo_tp.errors import ConfigError
 
-# the coordinator says at once that it has a request; a busy machine may take this long
+# a live coordinator is connected, or is again within the second that ZMQ takes to reconnect
+CONNECT_SECONDS = 3.0
+# it says at once that it has a request; a busy machine may take this long
 ACCEPT_SECONDS = 10.0
 ALIVE_SECONDS = 15.0
 CHUNK_BYTES = 256 * 1024
@@ -88,7 +90,7 @@ class Tunnel:
     async def send(self, message: protocol.TunnelUp) -> None:
         """Send one frame. Raises UnavailableError if nobody takes it in time."""
         try:
-            await asyncio.wait_for(self._connected().send(protocol.encode_tunnel(message)), ACCEPT_SECONDS)
+            await asyncio.wait_for(self._connected().send(protocol.encode_tunnel(message)), CONNECT_SECONDS)
         except (TimeoutError, zmq.ZMQError) as error:
             raise UnavailableError(f"the trainer's coordinator does not answer at {self._path}") from error
 
@@ -103,8 +105,8 @@ class Tunnel:
         """Forget a request; tell the coordinator if it was not answered to its end."""
         self._open.pop(identity, None)
         if not finished:
-            with contextlib.suppress(UnavailableError):
-                await self.send(protocol.TunnelCancel(identity))
+            with contextlib.suppress(zmq.ZMQError):  # nobody there: nothing to cancel
+                await self._connected().send(protocol.encode_tunnel(protocol.TunnelCancel(identity)), zmq.NOBLOCK)
 
 
 class ApolloEndpoints:
