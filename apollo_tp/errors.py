@@ -9,6 +9,7 @@
     ├── MappingError           the server's memory could not be mapped, or is not what the manifest says
     ├── TrainerBusyError       another trainer holds this server
     ├── ServerGoneError        the vLLM process that owns the weights ended
+    ├── ReplicaError           ranks that hold the same part of a weight hold different bits
     ├── RankFailedError        a trainer rank raised; carries that rank and its traceback
     ├── DeadlineError          a wait ran out; says for whom
     └── CheckpointError        a checkpoint cannot be written or resumed from
@@ -70,6 +71,10 @@ class TrainerBusyError(ApolloTpError):
 
 class ServerGoneError(ApolloTpError):
     """A vLLM process that owns the weights ended."""
+
+
+class ReplicaError(ApolloTpError):
+    """Ranks that hold the same part of a weight hold different bits."""
 
 
 class RankFailedError(ApolloTpError):

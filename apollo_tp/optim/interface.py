@@ -27,6 +27,11 @@ class OptimParameter:
     def name(self) -> str:
         return self.shard.name
 
+    @property
+    def grad(self) -> torch.Tensor | None:
+        """The local gradient. Anything with these five attributes can be trained; a slice of a stacked leaf too."""
+        return self.tensor.grad
+
 
 @dataclass(frozen=True)
 class StepOutcome:

@@ -46,7 +46,7 @@ class ReferenceOptimizer:
         clip = 1.0 if self.config.max_grad_norm is None else min(1.0, self.config.max_grad_norm / (norm + 1e-6))
         lr = learning_rate(self.config, self.step_count) * learning_rate_scale
         plan = {name: self._update(name, g * clip) for name, g in trained.items() if bool(g.any())}
-        for name, (state, update) in plan.items():
+        for name, (_, update) in plan.items():
             weight = self.weights[name]
             if (
                 weight.ndim > 1
@@ -92,7 +92,8 @@ class ReferenceOptimizer:
 
     def _adamw(self, name: str, gradient: Tensor) -> tuple[_State, Tensor]:
         state, (beta1, beta2) = self._moments(name, gradient), self.config.betas
-        assert state.exp_avg is not None and state.exp_avg_sq is not None
+        assert state.exp_avg is not None
+        assert state.exp_avg_sq is not None
         corrected = (state.exp_avg_sq / (1 - beta2**state.step)).sqrt() + self.config.eps
         return state, state.exp_avg / (1 - beta1**state.step) / corrected
 
@@ -105,7 +106,8 @@ class ReferenceOptimizer:
         matrix = projection_matrix(config.seed, name, refresh, torch.arange(small), rank, config.projection.value)
         projected = by_channel @ matrix.to(by_channel.device)  # (big, rank)
         state = self._moments(name, projected)
-        assert state.exp_avg is not None and state.exp_avg_sq is not None
+        assert state.exp_avg is not None
+        assert state.exp_avg_sq is not None
         adapted = state.exp_avg / (state.exp_avg_sq.sqrt() + config.eps)
         if config.kind is OptimizerKind.apollo_mini:
             scales = adapted.norm() / (projected.norm() + 1e-8)

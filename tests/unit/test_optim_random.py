@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+
 from apollo_tp.config import Precision
 from apollo_tp.optim import projection, rounding
 

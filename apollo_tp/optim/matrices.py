@@ -1,0 +1,167 @@
+"""Projected matrices of one rank, and how their gradients meet: the four sharding cases of a tensor-parallel matrix.
+
+The *channels* of a matrix are its larger GLOBAL dimension (rows if square); the other one is *contracted* with the random
+projection. Both come from the checkpoint shape alone, never from a shard.
+
+    cut along the channels     every rank projects its own channels completely; no matrix collective
+    cut along the contracted   every rank has a partial projection of all channels: one reduce-scatter along the channels
+    not cut                    every rank does the same
+
+So the moments are always sharded along channels, (channels, rank) in fp32. A ``MatrixGroup`` lays the matrices of one
+kind side by side along the channel axis, so that the moment arithmetic and each collective run once per group.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from apollo_tp.config import OptimConfig, OptimizerKind, Projection
+from apollo_tp.optim.projection import gaussian, num_words, sign_words, stream_key, unpack_signs
+from apollo_tp.optim.weight import Weight, range_indices
+from apollo_tp.parallel import TPGroup
+
+
+def moment_rank(config: OptimConfig) -> int:
+    """Rows of the projection: the configured rank, or one for APOLLO-Mini."""
+    return 1 if config.kind is OptimizerKind.apollo_mini else config.rank
+
+
+class Matrix:
+    """A projected matrix on this rank. ``index`` is its place among all trained parameters.
+
+    ``num_rows`` state rows (channels) live here; ``state_ranges`` are their global channel ranges in local order. They
+    may be fewer than ``num_rows`` in an exchanged matrix whose channels do not divide by the number of ranks.
+    """
+
+    def __init__(self, index: int, weight: Weight, config: OptimConfig, tp: TPGroup) -> None:
+        shape, cut = weight.shard.global_shape, weight.shard.dim
+        self.index, self.weight = index, weight
+        self.channel_dim = 0 if shape[0] >= shape[1] else 1
+        self.num_channels, self.num_contracted = max(shape), min(shape)
+        self.exchanged = tp.size > 1 and cut == 1 - self.channel_dim
+        self.represents = weight.represents
+        contracted = weight.shard.ranges if cut == 1 - self.channel_dim else ((0, self.num_contracted),)
+        self.columns = range_indices(contracted)
+        self.per_rank = -(-self.num_channels // tp.size)  # channels of a rank in an exchange, padded
+        if self.exchanged:
+            start = min(tp.rank * self.per_rank, self.num_channels)
+            self.state_ranges = ((start, min(start + self.per_rank, self.num_channels)),)
+            self.num_rows = self.per_rank
+        else:
+            along = cut == self.channel_dim
+            self.state_ranges = weight.shard.ranges if along else ((0, self.num_channels),)
+            self.num_rows = sum(stop - start for start, stop in self.state_ranges)
+        scale = self.num_contracted / moment_rank(config) if config.scale == "auto" else float(config.scale)
+        self.root_scale = math.sqrt(scale)
+        self.projection_key = stream_key(config.seed, weight.name, "projection")
+        self.refresh = -1
+        self.words: Tensor | None = None
+        self.dense: Tensor | None = None
+
+    def channels_first(self, local: Tensor) -> Tensor:
+        """A (rows, columns) local tensor as (channels, contracted); a view."""
+        return local if self.channel_dim == 0 else local.t()
+
+    def projection(self, rank: int) -> Tensor:
+        """(local contracted, rank) fp32 of unit variance; the caller divides by sqrt(rank)."""
+        if self.dense is not None:
+            return self.dense
+        assert self.words is not None  # refresh_projections ran
+        return unpack_signs(self.words, rank)
+
+
+def refresh_projections(matrices: Sequence[Matrix], due: Sequence[int], config: OptimConfig) -> None:
+    """Bring the projection of each matrix to interval ``due[i]``: packed sign bits, all new ones in one batch.
+
+    A few integers per contracted column stay in memory between refreshes; none are checkpointed.
+    """
+    rank = moment_rank(config)
+    stale = [(m, refresh) for m, refresh in zip(matrices, due, strict=True) if m.refresh != refresh]
+    if not stale:
+        return
+    device = stale[0][0].weight.data.device
+    for matrix, refresh in stale:
+        matrix.refresh = refresh
+    if config.projection is Projection.gaussian:
+        for matrix, refresh in stale:
+            matrix.dense = gaussian(matrix.projection_key, refresh, matrix.columns.to(device), rank)
+        return
+    lengths = torch.tensor([m.columns.numel() for m, _ in stale])
+    rows = torch.tensor([[*m.projection_key, refresh] for m, refresh in stale], dtype=torch.int64)
+    key0, key1, refreshes = rows.repeat_interleave(lengths, dim=0).to(device).unbind(1)
+    columns = torch.cat([m.columns for m, _ in stale]).to(device)
+    words = sign_words((key0, key1), refreshes, columns, rank)
+    for (matrix, _), part in zip(stale, words.split(lengths.tolist()), strict=True):
+        matrix.words = part
+        assert part.shape[1] == num_words(rank)
+
+
+class MatrixGroup:
+    """Matrices side by side along the channel axis: state, and the buffers of one step.
+
+    State, LOCAL, fp32: ``exp_avg``, ``exp_avg_sq`` (rows, rank). Per step: ``projected`` (rows, rank), the projected
+    gradient; ``energy`` (rows,), the squared norm of each channel; ``scales`` (rows,), each channel's factor.
+    """
+
+    def __init__(self, matrices: Sequence[Matrix], rank: int, exchanged: bool, tp: TPGroup) -> None:
+        self.matrices, self.rank, self.exchanged, self.tp = list(matrices), rank, exchanged, tp
+        self.device = matrices[0].weight.data.device
+        self.lengths = [m.num_rows for m in matrices]
+        self.starts = [sum(self.lengths[:i]) for i in range(len(self.lengths))]
+        self.num_rows = sum(self.lengths)
+        self.exp_avg = torch.zeros(self.num_rows, rank, device=self.device)
+        self.exp_avg_sq = torch.zeros(self.num_rows, rank, device=self.device)
+        self.index = torch.tensor([m.index for m in matrices], device=self.device)
+        # After an exchange each rank holds other channels; otherwise replicas hold the same ones and one of them counts.
+        self.counts = torch.tensor([float(exchanged or m.represents) for m in matrices], device=self.device)
+        self.segments = torch.tensor(self.lengths, device=self.device)
+
+    def rows(self, position: int) -> slice:
+        """State rows of the matrix at ``position``."""
+        return slice(self.starts[position], self.starts[position] + self.lengths[position])
+
+    def new_buffers(self) -> None:
+        """Fresh ``projected`` and ``energy``: of the own rows, or of all ranks' rows before an exchange."""
+        ranks = self.tp.size if self.exchanged else 1
+        self.flat = torch.zeros(ranks, self.num_rows * (self.rank + 1), device=self.device)
+        self._name_parts()
+
+    def _name_parts(self) -> None:
+        split = self.num_rows * self.rank
+        self.all_projected = self.flat[:, :split].unflatten(1, (self.num_rows, self.rank))
+        self.all_energy = self.flat[:, split:]
+
+    def exchange(self) -> None:
+        """Sum the partial projections over ranks and keep the own channels. One reduce-scatter if cut contracted."""
+        if self.exchanged:
+            self.flat = self.tp.reduce_scatter(self.flat)
+            self._name_parts()
+        self.projected, self.energy = self.all_projected[0], self.all_energy[0]
+
+    def segment_sum(self, values: Tensor) -> Tensor:
+        """Sum of (rows,) per matrix, (matrices,), each replicated channel counted on one rank only."""
+        return torch.segment_reduce(values, "sum", lengths=self.segments, unsafe=True) * self.counts
+
+    def release(self) -> None:
+        """Drop the buffers of the step."""
+        del self.flat, self.all_projected, self.all_energy, self.projected, self.energy, self.scales
+
+
+def make_groups(matrices: Sequence[Matrix], rank: int, tp: TPGroup, bucket_bytes: int) -> list[MatrixGroup]:
+    """One group of all matrices that need no exchange, and exchange groups whose buffers stay below ``bucket_bytes``."""
+    local = [m for m in matrices if not m.exchanged]
+    groups = [MatrixGroup(local, rank, False, tp)] if local else []
+    bucket: list[Matrix] = []
+    size = 0
+    for matrix in (m for m in matrices if m.exchanged):
+        need = 4 * tp.size * matrix.per_rank * (rank + 1)
+        if bucket and size + need > bucket_bytes:
+            groups.append(MatrixGroup(bucket, rank, True, tp))
+            bucket, size = [], 0
+        bucket.append(matrix)
+        size += need
+    return [*groups, MatrixGroup(bucket, rank, True, tp)] if bucket else groups

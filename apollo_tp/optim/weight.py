@@ -1,0 +1,99 @@
+"""One trained tensor of this rank: its rows and columns in the checkpoint tensor, and how an fp32 result is written."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from apollo_tp.config import Precision
+from apollo_tp.errors import UnsupportedModelError
+from apollo_tp.layout import Shard
+from apollo_tp.optim import rounding
+from apollo_tp.optim.interface import OptimParameter
+from apollo_tp.optim.projection import stream_key
+
+_CHUNK_ELEMENTS = 1 << 24
+"""Elements written at a time by the plain torch path, to bound its fp32 temporaries to some hundred MB."""
+
+
+class Weight:
+    """LOCAL tensor ``data`` seen as (rows, columns): all dimensions but the last are folded into rows.
+
+    ``represents`` is True on exactly one of the ranks that hold the same content: sums over ranks count it there.
+    """
+
+    def __init__(self, parameter: OptimParameter, precision: Precision, seed: int, rank: int) -> None:
+        self.parameter = parameter
+        self.shard = parameter.shard
+        self.name = parameter.name
+        self.represents = rank == min(self.shard.replica_ranks, default=rank)
+        data = parameter.tensor.data
+        if data.dtype not in (torch.bfloat16, torch.float32):
+            raise UnsupportedModelError(
+                f"{self.name}: got weights of {data.dtype}, expected torch.bfloat16 or torch.float32; "
+                "serve the model with --dtype bfloat16"
+            )
+        if tuple(data.shape) != self.shard.local_shape:
+            raise UnsupportedModelError(
+                f"{self.name}: got a local tensor of shape {tuple(data.shape)}, expected {self.shard.local_shape} "
+                f"from global shape {self.shard.global_shape} cut on dimension {self.shard.dim}"
+            )
+        self.local_2d = fold(tuple(data.shape))
+        self.data = data.view(self.local_2d)
+        self.precision = precision
+        self.remainder: Tensor | None = None
+        if rounding.needs_remainder(data.dtype, precision):
+            self.remainder = torch.zeros(self.local_2d, dtype=torch.int8, device=data.device)
+        self.rounding_key = stream_key(seed, self.name, "rounding")
+
+    def gradient(self) -> Tensor:
+        """The local gradient as (rows, columns); zeros where backward left none."""
+        gradient = self.parameter.grad
+        if gradient is None:
+            return torch.zeros_like(self.data)
+        return gradient.view(self.local_2d) if gradient.is_contiguous() else gradient.reshape(self.local_2d)
+
+    def apply(self, step: int, decay: float, update: Callable[[slice], Tensor]) -> None:
+        """Write ``decay * weight - update(rows)`` for all rows, in place. ``update`` returns fp32 (rows, columns).
+
+        ``step`` counts this parameter's updates from 0: it addresses the random bits of stochastic rounding.
+        """
+        num_rows, num_columns = self.local_2d
+        if self.data.numel() == 0:
+            return
+        stochastic = self.precision is Precision.stochastic and self.data.dtype is torch.bfloat16
+        rows, columns = global_indices(self.shard, self.data.device) if stochastic else (None, None)
+        chunk = max(1, _CHUNK_ELEMENTS // num_columns)
+        for start in range(0, num_rows, chunk):
+            part = slice(start, min(start + chunk, num_rows))
+            rest = None if self.remainder is None else self.remainder[part]
+            value = rounding.join(self.data[part], rest).mul_(decay).sub_(update(part))
+            bits = None
+            if rows is not None and columns is not None:
+                bits = rounding.random_bits(self.rounding_key, step, rows[part], columns)
+            rounding.store(self.data[part], rest, value, bits)
+
+
+def fold(shape: tuple[int, ...]) -> tuple[int, int]:
+    """(rows, columns) of a tensor whose dimensions but the last are folded into rows."""
+    return math.prod(shape[:-1]), shape[-1]
+
+
+def range_indices(ranges: tuple[tuple[int, int], ...], device: torch.device | str = "cpu") -> Tensor:
+    """Global indices, int64, of half-open ``ranges`` in local order."""
+    return torch.cat([torch.arange(a, b, device=device) for a, b in ranges] or [torch.arange(0, device=device)])
+
+
+def global_indices(shard: Shard, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Global row and column numbers (int64) of the local tensor folded to two dimensions."""
+    shape = shard.global_shape
+    along = [torch.arange(n, device=device) for n in shape]
+    if shard.dim is not None:
+        along[shard.dim] = range_indices(shard.ranges, device)
+    rows = torch.zeros(1, dtype=torch.int64, device=device)
+    for extent, index in zip(shape[:-1], along[:-1], strict=True):
+        rows = (rows[:, None] * extent + index[None, :]).flatten()
+    return rows, along[-1]
