@@ -75,7 +75,7 @@ class OptimConfig:
     projection: Projection = option(Projection.rademacher, "rademacher | gaussian")
     norm_growth_limit: float | None = option(1.01, "norm-growth limiter's gamma; null switches it off")
     embeddings: EmbeddingMode = option(EmbeddingMode.project, "embedding and head: project | adamw | frozen")
-    schedule: Schedule = option(Schedule.constant, "constant | linear | cosine; counts steps over all jobs")
+    schedule: Schedule = option(Schedule.constant, "constant | linear (to 0) | cosine (to a tenth); counts steps over all jobs")
     warmup_steps: int = option(0, "steps of linear warm-up, counted over all jobs")
     total_steps: int | None = option(None, "where linear and cosine schedules end")
     max_relative_update: float = option(0.1, "refuse a step that would move a matrix by more than this share of its norm")
@@ -90,6 +90,13 @@ class OptimConfig:
         check(all(0 <= b < 1 for b in self.betas), "optim.betas", self.betas, "two numbers in [0, 1)")
         check(self.refresh_every >= 1, "optim.refresh_every", self.refresh_every, "an integer >= 1")
         check(self.scale == "auto" or _is_positive(self.scale), "optim.scale", self.scale, "'auto' or a number > 0")
+        check(self.eps > 0, "optim.eps", self.eps, "a number > 0")
+        check(self.weight_decay >= 0, "optim.weight_decay", self.weight_decay, "a number >= 0")
+        check(self.max_relative_update > 0, "optim.max_relative_update", self.max_relative_update, "a number > 0")
+        check(self.warmup_steps >= 0, "optim.warmup_steps", self.warmup_steps, "an integer >= 0")
+        limit, clip = self.norm_growth_limit, self.max_grad_norm
+        check(limit is None or limit > 1, "optim.norm_growth_limit", limit, "a number > 1, or null")
+        check(clip is None or clip > 0, "optim.max_grad_norm", clip, "a number > 0, or null")
         check(
             self.schedule is Schedule.constant or self.total_steps is not None,
             "optim.total_steps",
