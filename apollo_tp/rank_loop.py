@@ -84,7 +84,7 @@ class Control:
         lengths = torch.zeros(self.size, dtype=torch.int64)
         lengths[self.rank] = len(payload)
         dist.all_reduce(lengths)
-        widest = int(lengths.max())
+        widest = max(int(lengths.max()), 1)  # torch has no empty buffers
         mine = _as_tensor(payload, widest)
         parts = [torch.empty(widest, dtype=torch.uint8) for _ in range(self.size)]
         dist.all_gather(parts, mine)
@@ -253,7 +253,8 @@ class Link:
     ZMQ sockets belong to one thread: the thread owns the DEALER, and passes frames through two inproc pairs.
     """
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, alive: Callable[[], None]) -> None:
+        self._alive = alive
         self._context = zmq.Context()
         self._pair = self._context.socket(zmq.PAIR)
         self._pair.bind("inproc://link")
@@ -267,7 +268,8 @@ class Link:
         self._pair.send(protocol.encode(reply))
 
     def receive(self, timeout_seconds: float) -> bytes:
-        """The next command's frame, or b"" after ``timeout_seconds``."""
+        """The next command's frame, or b"" after ``timeout_seconds``. Raises what ``alive`` raises."""
+        self._alive()
         return self._pair.recv() if self._pair.poll(int(timeout_seconds * 1000)) else b""
 
     def working_on(self, command_id: str, weight_version: int) -> None:

@@ -40,7 +40,9 @@ class StepProgress:
                 TextColumn("loss {task.fields[loss]:.4f}  {task.fields[speed]:.0f} tokens/s"),
             )
             self._bar.start()
-            self._task = self._bar.add_task(f"job {command.job_id}", total=command.num_job_steps or None, loss=0, speed=0)
+            self._task = self._bar.add_task(
+                f"job {command.job_id}", total=command.num_job_steps or None, loss=0, speed=0
+            )
         assert self._task is not None
         self._bar.update(self._task, completed=command.job_step, loss=done.loss, speed=speed)
         if command.job_step == command.num_job_steps:

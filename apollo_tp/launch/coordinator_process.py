@@ -1,0 +1,55 @@
+"""Rank 0's child: the coordinator. It has no torch, so it answers within milliseconds whatever the ranks do."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import msgspec
+
+from apollo_tp import runtime
+from apollo_tp.config import Config
+from apollo_tp.coordinator.settings import Settings
+from apollo_tp.errors import ConfigError
+from apollo_tp.manifest import Manifest
+
+STOP_SECONDS = 10.0
+
+
+class CoordinatorProcess:
+    """Starts ``python -m apollo_tp.coordinator`` with its settings in a 0600 file of the instance's folder."""
+
+    def __init__(self, config: Config, folder: Path, manifest: Manifest) -> None:
+        settings = Settings(
+            service=config.service,
+            instance_dir=str(folder),
+            model_path=manifest.model_path if Path(manifest.model_path, "tokenizer.json").is_file() else "",
+            max_sequence_tokens=config.train.max_sequence_tokens,
+            max_skipped_steps=config.optim.max_skipped_steps,
+            command_timeout_seconds=config.command_timeout_seconds,
+            checkpoint_after_idle_seconds=config.checkpoint.after_idle_seconds,
+            parent_pid=os.getpid(),
+        )
+        path = folder / "coordinator_settings.json"
+        runtime.write_private(path, msgspec.json.encode(settings))
+        # A session of its own: Ctrl-C reaches the ranks first, which then stop it in order.
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "apollo_tp.coordinator", "--config", str(path)], start_new_session=True
+        )
+
+    def check(self) -> None:
+        """Raise ConfigError if it ended by itself: its log above says why."""
+        status = self._process.poll()
+        if status is not None:
+            raise ConfigError(f"coordinator: got exit status {status}, expected it to run; its log lines say why")
+
+    def stop(self) -> None:
+        """Ask it to end, and wait; kill it if it does not."""
+        self._process.terminate()
+        try:
+            self._process.wait(STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait(STOP_SECONDS)

@@ -1,0 +1,284 @@
+"""One rank's life: join, find the server, map, bind, resume, serve commands, leave in order."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+import torch
+import torch.distributed as dist
+from transformers import AutoConfig, PretrainedConfig
+
+from apollo_tp import protocol, runtime
+from apollo_tp.checkpoint import CheckpointWriter, read_info
+from apollo_tp.checkpoint.folder import OPTIMIZER_DIR
+from apollo_tp.config import Config
+from apollo_tp.errors import ConfigError, ManifestError, RankFailedError, ServerGoneError
+from apollo_tp.launch.coordinator_process import CoordinatorProcess
+from apollo_tp.launch.distributed import World, join
+from apollo_tp.launch.progress import StepProgress
+from apollo_tp.manifest import Manifest, check_agreement, read_instance, wait_for_server
+from apollo_tp.mapping import MappedRank, map_rank, verify_against_checkpoint
+from apollo_tp.model import BoundModel, bind_model
+from apollo_tp.optim import Optimizer, build_optimizer
+from apollo_tp.parallel import TPGroup
+from apollo_tp.rank_loop import Control, Link, RankLoop, ServerWatch, compute_group
+from apollo_tp.trainer import Trainer
+
+log = logging.getLogger("apollo_tp")
+
+LINEAGE_FILE = "weights.json"
+
+
+class Lineage(msgspec.Struct, frozen=True):
+    """What has become of the served weights since the server loaded them; kept in the instance's folder."""
+
+    weight_version: int = 0
+    checkpoint: str = ""
+    """The last checkpoint written of them: where a restarted trainer finds the optimizer state."""
+
+
+def run(config: Config, on_server_gone: Callable[[ServerGoneError], None]) -> None:
+    """Train one server until told to stop. Every rank calls it. Raises ApolloTpError with what is wrong and what to do."""
+    if config.train.threads:
+        torch.set_num_threads(config.train.threads)
+    world = join(2 * config.command_timeout_seconds)
+    control = Control(world.rank, world.size)
+    try:
+        with contextlib.ExitStack() as stack:
+            _run(config, world, control, stack, on_server_gone)
+    finally:
+        dist.destroy_process_group()
+
+
+def _run(
+    config: Config,
+    world: World,
+    control: Control,
+    stack: contextlib.ExitStack,
+    on_server_gone: Callable[[ServerGoneError], None],
+) -> None:
+    manifests, folder = _find_server(config, world, control, stack)
+    watch = ServerWatch(manifests, on_server_gone)
+    stack.callback(watch.stop)
+    with _together(control):
+        mapped = map_rank(manifests, world.rank)
+    lineage = _read_lineage(folder, manifests[0])
+    with _together(control):
+        if not (folder / LINEAGE_FILE).exists():  # nobody has trained this server yet
+            compared = verify_against_checkpoint(mapped, config.server.verify_tensors)
+            log.info("%d checkpoint tensors equal the served memory bit for bit", compared)
+    if mapped.device.type == "cuda":
+        torch.cuda.set_device(mapped.device)
+    tp = TPGroup(world.rank, world.size)
+
+    def form() -> None:
+        compute_group(tp, mapped.device, config.command_timeout_seconds)
+
+    form()
+    with _together(control):
+        hf_config = AutoConfig.from_pretrained(manifests[0].model_path)
+        model = bind_model(hf_config, mapped.tensors, tp, gradient_checkpointing=config.train.gradient_checkpointing)
+        optimizer = build_optimizer(config.optim, config.train.precision, model.parameters, tp)
+    with _together(control):
+        _resume(config, optimizer, lineage)
+    log.info("optimizer: %s", optimizer.describe())
+    trainer = Trainer(
+        model,
+        optimizer,
+        tp,
+        device=mapped.device,
+        max_micro_batch_tokens=config.train.max_micro_batch_tokens,
+        weight_version=lineage.weight_version,
+        after_write=lambda version: _write_lineage(world, folder, Lineage(version, checkpoints.last)),
+    )
+    checkpoints = _Checkpoints(config, mapped, tp, hf_config, trainer, folder, world, lineage.checkpoint)
+    _serve(config, world, control, folder, manifests, model, trainer, checkpoints, form, stack)
+
+
+def _find_server(
+    config: Config, world: World, control: Control, stack: contextlib.ExitStack
+) -> tuple[list[Manifest], Path]:
+    """The one server to train, locked by rank 0 and read by every rank."""
+    base = runtime.base_dir(config.server.runtime_dir)
+    name = ""
+    with _together(control):
+        if world.rank == 0:
+            name = wait_for_server(base, config.server.instance, config.server.wait_seconds)[0].instance_id
+            stack.enter_context(runtime.trainer_lock(runtime.instance_dir(name, base)))
+    folder = base / control.broadcast(name.encode()).decode()
+    with _together(control):
+        manifests = read_instance(folder)
+        check_agreement(manifests)
+        if len(manifests) != world.size:
+            raise ConfigError(
+                f"trainer ranks: got {world.size}, expected {len(manifests)}, the server's tensor-parallel size; "
+                f"start torchrun with --nproc-per-node {len(manifests)}"
+            )
+    if world.rank == 0:
+        log.info("training server %s: %s, TP %d", folder.name, manifests[0].model_path, world.size)
+    return manifests, folder
+
+
+@contextlib.contextmanager
+def _together(control: Control):  # type: ignore[no-untyped-def]  # noqa: ANN202
+    """A part of the start-up that all ranks finish, or all fail: nobody waits for a rank that raised."""
+    error: Exception | None = None
+    try:
+        yield
+    except Exception as caught:  # noqa: BLE001 - whatever it is, the other ranks must hear of it; raised again below
+        error = caught
+    answers = control.gather(str(error).encode() if error else b"")
+    if error is not None:
+        raise error
+    failed = [(rank, text.decode()) for rank, text in enumerate(answers) if text]
+    if failed:
+        raise RankFailedError(f"rank {failed[0][0]} failed: {failed[0][1]}", rank=failed[0][0], traceback="")
+
+
+def _read_lineage(folder: Path, manifest: Manifest) -> Lineage:
+    """What this instance's folder says, else what the served folder says of itself if it is a checkpoint of ours."""
+    path = folder / LINEAGE_FILE
+    if not path.exists():
+        info = read_info(Path(manifest.model_path))
+        return Lineage(info.weight_version, manifest.model_path) if info else Lineage()
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=Lineage)
+    except msgspec.DecodeError as error:
+        raise ManifestError(f"{path}: got an unreadable record ({error}); remove it to train without it") from None
+
+
+def _write_lineage(world: World, folder: Path, lineage: Lineage) -> None:
+    if world.rank == 0:
+        runtime.write_private(folder / LINEAGE_FILE, msgspec.json.encode(lineage))
+
+
+def _resume(config: Config, optimizer: Optimizer, lineage: Lineage) -> None:
+    """Load the optimizer state that belongs to the served weights: of this instance's last checkpoint, or of the
+    checkpoint that the server was started from."""
+    source = Path(lineage.checkpoint)
+    wanted = lineage.checkpoint and config.checkpoint.resume and not config.optim.reset_state
+    if not wanted or not (source / OPTIMIZER_DIR).is_dir():
+        return
+    optimizer.load(source / OPTIMIZER_DIR)
+    info = read_info(source)
+    log.info("optimizer state of %s (weight version %s) loaded", source, info.weight_version if info else "?")
+
+
+class _Checkpoints:
+    """The rank loop's way to write checkpoints; remembers the last one for the next trainer of this server."""
+
+    def __init__(
+        self,
+        config: Config,
+        mapped: MappedRank,
+        tp: TPGroup,
+        hf_config: PretrainedConfig,
+        trainer: Trainer,
+        folder: Path,
+        world: World,
+        last: str,
+    ) -> None:
+        self.last = last
+        self._trainer, self._folder, self._world = trainer, folder, world
+        self._writer = CheckpointWriter(
+            Path(config.checkpoint.dir).resolve(),
+            mapped.manifest.model_path,
+            mapped.manifest.checkpoint,
+            mapped.tensors,
+            tp,
+            keep=config.checkpoint.keep,
+            save_config=hf_config.save_pretrained,
+        )
+
+    def save(self, name: str) -> tuple[str, int]:
+        trainer = self._trainer
+        path, num_bytes = self._writer.save(name, trainer.optimizer, trainer.weight_version)
+        self.last = str(path)
+        _write_lineage(self._world, self._folder, Lineage(trainer.weight_version, self.last))
+        return self.last, num_bytes
+
+
+def _serve(
+    config: Config,
+    world: World,
+    control: Control,
+    folder: Path,
+    manifests: list[Manifest],
+    model: BoundModel,
+    trainer: Trainer,
+    checkpoints: _Checkpoints,
+    form: Callable[[], None],
+    stack: contextlib.ExitStack,
+) -> None:
+    link: Link | None = None
+    if world.rank == 0:
+        coordinator = CoordinatorProcess(config, folder, manifests[0])
+        stack.callback(coordinator.stop)
+        link = Link(f"ipc://{runtime.socket_path(folder, 'ranks.sock')}", alive=coordinator.check)
+    progress = StepProgress()
+    loop = RankLoop(
+        trainer,
+        checkpoints,
+        control,
+        _hello(config, manifests, model, trainer),
+        link,
+        form_group=form,
+        on_step=progress if world.rank == 0 else lambda command, done: None,
+    )
+    goodbye = protocol.Goodbye(reason="the trainer raised", failed=True)
+    try:
+        goodbye = protocol.Goodbye(reason=loop.run())
+    except KeyboardInterrupt:
+        goodbye = protocol.Goodbye(reason="interrupted")
+    finally:
+        progress.close()
+        if link:
+            link.close(goodbye)
+
+
+def _hello(
+    config: Config, manifests: list[Manifest], model: BoundModel, trainer: Trainer
+) -> Callable[[str, int], protocol.Hello]:
+    first = manifests[0]
+    rows: list[dict[str, str | int | list[int]]] = [
+        {
+            "checkpoint": s.checkpoint,
+            "rank": m.tp_rank,
+            "served": s.served,
+            "offset": s.box_offset,
+            "shape": s.box_shape,
+        }
+        for m in manifests
+        for s in m.segments
+    ]
+    limit = config.train.max_sequence_tokens
+    shapes = {p.name: p.shard.global_shape for p in model.parameters}
+
+    def hello(last_job_id: str, last_job_step: int) -> protocol.Hello:
+        return protocol.Hello(
+            protocol_version=protocol.PROTOCOL_VERSION,
+            instance_id=first.instance_id,
+            model_path=first.model_path,
+            served_model_names=first.served_model_names,
+            num_ranks=len(manifests),
+            vocab_size=model.module.config.get_text_config().vocab_size,
+            max_sequence_tokens=min(limit, first.max_model_len) if first.max_model_len else limit,
+            weight_version=trainer.weight_version,
+            num_parameters=sum(torch.Size(shape).numel() for shape in shapes.values()),
+            optimizer=trainer.optimizer.describe(),
+            gradients="stored",
+            layout=rows,
+            last_job_id=last_job_id,
+            last_job_step=last_job_step,
+        )
+
+    return hello
+
+
+if sys.platform != "linux":  # memfd, /proc and flock are what this is made of
+    raise ConfigError(f"platform: got {sys.platform}, expected linux; run the server and the trainer there")
