@@ -17,7 +17,14 @@ from apollo_tp.model.families import logits_transform
 from apollo_tp.model.gradients import GradientSync
 from apollo_tp.model.names import NameMap, map_names
 from apollo_tp.model.narrow import build_on_meta
-from apollo_tp.model.regions import RowParallelLinear, inside, install_regions
+from apollo_tp.model.recurrent import respect_boundaries
+from apollo_tp.model.regions import (
+    FullWidthRMSNorm,
+    RowParallelLinear,
+    inside,
+    install_full_width_norms,
+    install_regions,
+)
 from apollo_tp.model.vocabulary import VocabParallelEmbedding
 from apollo_tp.parallel import TPGroup
 
@@ -39,8 +46,10 @@ def bind_model(
     names = map_names(module, config, shards)
     vocabulary = _VocabularyNames.of(module, tied=tied)
     transform = logits_transform(module)
+    install_full_width_norms(module, tp)
     leaves = _fill(module, names, shards, vocabulary, tp)
     vocab = _install_vocabulary(module, shards[names.parts[vocabulary.embedding][0][0]][0], vocabulary, tp, transform)
+    respect_boundaries(module)
     regions = install_regions(module, _cut_last(leaves), tp)
     _check_cuts_in_regions(leaves, regions, vocabulary, tp)
     module.to(next(iter(leaves.values())).parameter.device)  # buffers: the parameters are there already
@@ -117,14 +126,14 @@ def _fill(
             problems.append(f"{name}: the model has this parameter, but no checkpoint tensor for it is served")
             continue
         expected = tuple(meta.shape)
-        if name in vocabulary:
+        owner, _, attribute = name.rpartition(".")
+        if name in vocabulary or isinstance(module.get_submodule(owner), FullWidthRMSNorm):
             expected = (shards[names.parts[name][0][0]][0].local_shape[0], *expected[1:])
         leaf = _assemble(names.parts[name], shards, expected)
         if isinstance(leaf, str):
             problems.append(f"{name}: {leaf}")
             continue
         leaves[name] = leaf
-        owner, _, attribute = name.rpartition(".")
         module.get_submodule(owner).register_parameter(attribute, leaf.parameter)
     if problems:
         raise UnsupportedModelError(

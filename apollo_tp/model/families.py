@@ -44,6 +44,12 @@ LOGITS = (
     ),
 )
 
+FULL_WIDTH_NORMS = {
+    "Olmo2RMSNorm": "OLMo-2 normalises queries and keys over all heads: a rank's mean square covers its own heads only",
+    "Olmo3RMSNorm": "as OLMo-2",
+}
+"""Norms inside parallel regions whose mean square spans ranks, by class name, and why; see regions.FullWidthRMSNorm."""
+
 
 def logits_transform(module: PreTrainedModel) -> LogitsTransform:
     """What ``module`` does to the output of its head.

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from apollo_tp.errors import UnsupportedModelError
+from apollo_tp.model.families import FULL_WIDTH_NORMS
 from apollo_tp.parallel import TPGroup, copy_to_region, reduce_from_region
 
 
@@ -29,6 +31,46 @@ class RowParallelLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         out = reduce_from_region(F.linear(x, self.weight), self.tp)
         return out if self.bias is None else out + self.bias
+
+
+class FullWidthRMSNorm(nn.Module):
+    """RMS norm whose mean square runs over the heads of all ranks, replicated ones counted once.
+
+    Input local [..., w]; ``weight`` is either local [w] or, as vLLM keeps it, the whole [W] on each rank, of which rank r
+    uses its own w. One all-reduce of the mean squares [...] forward, one backward.
+    """
+
+    def __init__(self, replaced: nn.Module, tp: TPGroup) -> None:
+        super().__init__()
+        self.weight = replaced.weight
+        self.width = self.weight.shape[0]
+        self.eps = replaced.variance_epsilon
+        self.tp = tp
+
+    def _local_weight(self) -> Tensor:
+        whole = self.weight.shape[0]
+        if whole == self.width:
+            return self.weight
+        replicas = self.tp.size * self.width // whole
+        start = self.tp.rank // replicas * self.width
+        return self.weight[start : start + self.width]
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.float()
+        mean_square = wide.pow(2).mean(-1, keepdim=True) / self.tp.size
+        mean_square = copy_to_region(reduce_from_region(mean_square, self.tp), self.tp)
+        return (self._local_weight() * (wide * torch.rsqrt(mean_square + self.eps))).to(x.dtype)
+
+
+def install_full_width_norms(module: nn.Module, tp: TPGroup) -> None:
+    """Put FullWidthRMSNorm in the place of query and key norms that span the heads of all ranks."""
+    if tp.size == 1:
+        return
+    for block in list(module.modules()):
+        for name in ("q_norm", "k_norm"):
+            norm = getattr(block, name, None)
+            if type(norm).__name__ in FULL_WIDTH_NORMS:
+                setattr(block, name, FullWidthRMSNorm(norm, tp))
 
 
 def install_regions(module: nn.Module, cut_last: list[str], tp: TPGroup) -> list[str]:

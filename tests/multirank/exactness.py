@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import random
-from typing import Any
+from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
 
 from apollo_tp.data import PackedBatch, pack
 from apollo_tp.layout import Shard
 from apollo_tp.model import BoundModel, bind_model
 from apollo_tp.parallel import TPGroup
 from apollo_tp.protocol import Sample
-from tests.multirank.cutter import cut
-from tests.unit.families import FAMILIES, VOCAB_SIZE, build
+from tests.multirank.served import map_case
+from tests.unit.families import VOCAB_SIZE, Case
 
 LENGTHS = (37, 5, 20, 29, 2, 41, 11)
 
@@ -41,14 +42,15 @@ def reference_logprobs(model: PreTrainedModel, batch: list[Sample]) -> list[Tens
 
 
 def reference_gradients(model: PreTrainedModel, batch: list[Sample]) -> tuple[float, dict[str, Tensor]]:
-    """Weighted mean loss, and its gradient by parameter name."""
+    """Weighted mean loss, and its gradient by checkpoint tensor name."""
     model.zero_grad()
     total = sum(sum(sample.weights) for sample in batch)
     loss = torch.zeros(())
     for sample, logprobs in zip(batch, reference_logprobs(model, batch), strict=True):
         loss = loss - (torch.tensor(sample.weights[1:]) * logprobs).sum() / total
     loss.backward()
-    return float(loss.detach()), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return float(loss.detach()), revert_weight_conversion(model, gradients)
 
 
 def train_gradients(bound: BoundModel, batches: list[PackedBatch]) -> float:
@@ -76,25 +78,24 @@ def relative_error(got: Tensor, expected: Tensor, scale: float) -> float:
     return float((got - expected).norm() / max(float(expected.norm()), scale))
 
 
-def compare(
-    tp: TPGroup, family: str, changes: dict[str, Any], max_tokens: int, gradient_checkpointing: bool
-) -> dict[str, float]:
+def compare(tp: TPGroup, case: Case, checkpoint: Path) -> dict[str, float]:
     """Relative errors by name ("loss", "logprobs" and every checkpoint tensor) on this rank."""
-    config = FAMILIES[family].config(**changes)
-    model = build(config)
+    config = AutoConfig.from_pretrained(checkpoint)
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32, attn_implementation="eager")
     batch = samples(config.vocab_size)
     loss, gradients = reference_gradients(model, batch)
     with torch.no_grad():
         logprobs = reference_logprobs(model, batch)
-    shards = cut(dict(model.named_parameters()), config, tp.rank, tp.size)
-    bound = bind_model(config, shards, tp, gradient_checkpointing=gradient_checkpointing)
-    batches = pack(batch, max_tokens)
+    mapped = map_case(checkpoint, tp)
+    bound = bind_model(config, mapped.tensors, tp, gradient_checkpointing=case.gradient_checkpointing)
+    batches = pack(batch, case.max_tokens)
     got = train_gradients(bound, batches)
     errors = {"loss": abs(got - loss) / abs(loss), "logprobs": _logprob_error(bound, batches, batch, logprobs)}
     for parameter in bound.parameters:
         expected = gradients[parameter.name]
         part = local_part(expected, parameter.shard)
-        assert parameter.tensor.data_ptr() == shards[parameter.name][1].data_ptr(), f"{parameter.name} was copied"
+        served = mapped.tensors[parameter.name][1]
+        assert parameter.tensor.data_ptr() == served.data_ptr(), f"{parameter.name} was copied"
         assert parameter.grad is not None, parameter.name
         errors[parameter.name] = relative_error(parameter.grad, part, 1e-3 * float(expected.norm()))
     assert set(errors) - {"loss", "logprobs"} == set(gradients), "a gradient is missing"

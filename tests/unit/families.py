@@ -25,6 +25,25 @@ _DENSE: dict[str, Any] = {
     "tie_word_embeddings": False,
 }
 
+_GEMMA: dict[str, Any] = {
+    "head_dim": 32,
+    "query_pre_attn_scalar": 32,
+    "sliding_window": 8,
+    "tie_word_embeddings": True,
+    "pad_token_id": 0,
+}
+_MOE: dict[str, Any] = {"num_experts": 4, "num_experts_per_tok": 2, "decoder_sparse_step": 1, "mlp_only_layers": []}
+_GDN: dict[str, Any] = {
+    "head_dim": 32,
+    "layer_types": ["linear_attention", "full_attention"],
+    "linear_num_key_heads": 4,
+    "linear_num_value_heads": 8,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+    "shared_expert_intermediate_size": 32,
+}
+GDN_TOLERANCE = 1e-4  # the chunked recurrence multiplies many exponentials; a shard's sums run in another order
+
 
 @dataclass(frozen=True)
 class Family:
@@ -58,6 +77,53 @@ FAMILIES = {
     ),
     "llama-biases": Family("llama", {"attention_bias": True, "mlp_bias": True}),
     "qwen2": Family("qwen2"),
+    "mistral-window": Family("mistral", {"sliding_window": 8, "head_dim": 16}),
+    "gemma2": Family("gemma2", _GEMMA | {"attn_logit_softcapping": 5.0, "final_logit_softcapping": 3.0}),
+    "gemma3": Family("gemma3_text", _GEMMA | {"layer_types": ["sliding_attention", "full_attention"]}),
+    "phi3": Family("phi3", {"num_key_value_heads": 2}),
+    "olmo2": Family("olmo2"),
+    "granite": Family(
+        "granite",
+        {"logits_scaling": 4.0, "embedding_multiplier": 3.0, "residual_multiplier": 0.5, "attention_multiplier": 0.2},
+    ),
+    "smollm3": Family("smollm3", {"no_rope_layers": [1, 0], "tie_word_embeddings": True}),
+    "qwen3-moe": Family("qwen3_moe", _MOE | {"moe_intermediate_size": 32, "norm_topk_prob": True, "head_dim": 16}),
+    "mixtral": Family("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None}),
+    "qwen3-next": Family("qwen3_next", _GDN | _MOE | {"moe_intermediate_size": 32}, GDN_TOLERANCE),
+    "qwen3.5": Family("qwen3_5_text", _GDN, GDN_TOLERANCE),
+}
+
+
+SIZES = (1, 2, 4)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A family with changes to its config, and how it is trained: tokens per micro-batch (the samples hold 145)."""
+
+    family: str
+    changes: dict[str, Any] = field(default_factory=dict)
+    max_tokens: int = 256
+    gradient_checkpointing: bool = False
+
+    def config(self) -> PretrainedConfig:
+        return FAMILIES[self.family].config(**self.changes)
+
+    @property
+    def tolerance(self) -> float:
+        return FAMILIES[self.family].tolerance
+
+
+CASES = {name: Case(name) for name in FAMILIES} | {
+    "3 micro-batches": Case("qwen3", max_tokens=64),
+    "3 micro-batches, checkpointing, tied": Case("qwen3-tied", {}, 64, True),
+    "checkpointing": Case("llama-biases", {}, 256, True),
+    "a rank without vocabulary rows": Case("llama", {"vocab_size": 70}),
+    "one KV head": Case("qwen3", {"num_key_value_heads": 1}, 64),
+    "padding token in the text": Case("llama", {"pad_token_id": 7}),
+    "fused rows replicated in part": Case("phi3", {"num_key_value_heads": 1}, 64),
+    "experts and checkpointing": Case("qwen3-moe", {}, 64, True),
+    "recurrence and checkpointing": Case("qwen3.5", {}, 64, True),
 }
 
 
