@@ -154,6 +154,10 @@ class CoordinatorProcess:
         self.folder = Path(folder)
         self.instance_dir = self.folder / "i"
         self.instance_dir.mkdir(mode=0o700, exist_ok=True)
+        if not model_path:
+            model_path = self.folder / "model"
+            model_path.mkdir(exist_ok=True)
+            (model_path / "config.json").write_text(json.dumps({"vocab_size": VOCAB_SIZE}))
         service = {"rank_timeout_seconds": 1.0} | service
         self.settings = Settings(
             service=ServiceConfig(http=HttpConfig(port=0), state_dir=str(self.folder / "state"), **service),

@@ -1,0 +1,159 @@
+"""Which tokens of a sample are learned from: exact against transformers, or refused."""
+
+import pytest
+from transformers import AutoTokenizer
+
+from apollo_tp.coordinator.intake import Intake, Limits
+from apollo_tp.coordinator.jobs import Truncate
+from apollo_tp.coordinator.render import Renderer
+from apollo_tp.coordinator.schema import Message, SampleBody
+from apollo_tp.errors import ConfigError, RequestError
+from tests.unit.chat_model import CHATML, COUNTING, INST, MARKED, THINKING, write_model
+
+TURNS = [
+    {"role": "user", "content": "Hello there"},
+    {"role": "assistant", "content": "I am fine, thanks."},
+    {"role": "user", "content": "how are you? é 漢字 "},
+    {"role": "assistant", "content": " the answer\nis 42. "},
+]
+
+
+@pytest.fixture(params={"chatml": CHATML, "thinking": THINKING, "marked": MARKED, "inst": INST}.items(), ids=lambda p: p[0])
+def named(request, tmp_path):
+    name, template = request.param
+    folder = write_model(tmp_path / "m", template)
+    return name, Renderer(folder), AutoTokenizer.from_pretrained(folder)
+
+
+def learned(renderer, messages, weights=None):
+    """The text of each run of learned tokens."""
+    weights = weights or [1.0 if m["role"] == "assistant" else -1.0 for m in messages]
+    ids, values = renderer.chat(messages, weights, None)
+    runs, last = [], 0.0
+    for token, value in zip(ids, values, strict=True):
+        if value:
+            runs = runs if last else [*runs, []]
+            runs[-1].append(token)
+        last = value
+    return [renderer._tokenizer.decode(run, skip_special_tokens=False) for run in runs], ids
+
+
+def test_tokens_are_those_of_transformers(named):
+    """The same ids as transformers' apply_chat_template, for every template: what is trained is what is served."""
+    _, renderer, reference = named
+    assert learned(renderer, TURNS)[1] == reference.apply_chat_template(TURNS, return_dict=False)
+
+
+def test_assistant_turns_and_nothing_else_are_learned(named):
+    """Every assistant turn with its end-of-turn token; no user text, no header, no white space behind the end."""
+    name, renderer, _ = named
+    expected = {
+        "chatml": ["I am fine, thanks.<|im_end|>", " the answer\nis 42. <|im_end|>"],
+        "marked": ["I am fine, thanks.<|im_end|>", " the answer\nis 42. <|im_end|>"],
+        "thinking": ["I am fine, thanks.<|im_end|>", "<think>\n\n</think>\n\n the answer\nis 42. <|im_end|>"],
+        "inst": [" I am fine, thanks.<|im_end|>", " the answer\nis 42.<|im_end|>"],
+    }
+    assert learned(renderer, TURNS)[0] == expected[name]
+
+
+def test_marks_agree_with_transformers_mask(tmp_path):
+    """With {% generation %} marks, the mask is transformers' own assistant mask.
+
+    Contents without outer spaces: transformers loses a turn whose first character is one that trimmed offsets skip.
+    """
+    folder = write_model(tmp_path, MARKED)
+    turns = [turn | {"content": turn["content"].strip()} for turn in TURNS]
+    answer = AutoTokenizer.from_pretrained(folder).apply_chat_template(
+        turns, return_assistant_tokens_mask=True, return_dict=True
+    )
+    ids, weights = Renderer(folder).chat(turns, [-1.0, 1.0, -1.0, 1.0], None)
+    assert ids == answer["input_ids"]
+    assert [int(weight > 0) for weight in weights] == answer["assistant_masks"]
+
+
+def test_reasoning_that_the_template_drops_is_not_learned(tmp_path):
+    """Earlier turns lose their reasoning in the rendering; what is left of them is still told exactly."""
+    renderer = Renderer(write_model(tmp_path, THINKING))
+    turns = [dict(turn) for turn in TURNS]
+    turns[1]["content"] = "<think>\nbecause\n</think>\n\nI am fine"
+    turns[3]["content"] = "<think>\nreason\n</think>\n\n42"
+    assert learned(renderer, turns)[0] == ["I am fine<|im_end|>", "<think>\nreason\n</think>\n\n42<|im_end|>"]
+
+
+def test_weights_per_message(tmp_path):
+    """A weight scales its own turn's tokens; 0 makes it context."""
+    renderer = Renderer(write_model(tmp_path))
+    _, values = renderer.chat(TURNS, [-1.0, 0.0, -1.0, 0.5], None)
+    assert set(values) == {0.0, 0.5}
+    assert learned(renderer, TURNS, [-1.0, 0.0, -1.0, 0.5])[0] == [" the answer\nis 42. <|im_end|>"]
+
+
+def test_an_untellable_template_is_refused(tmp_path):
+    """A template whose beginning depends on its end is refused with the reason, not guessed."""
+    with pytest.raises(RequestError, match="cannot be told exactly") as error:
+        learned(Renderer(write_model(tmp_path, COUNTING)), TURNS)
+    assert error.value.field == "messages"
+
+
+def test_a_templates_own_refusal_is_a_request_error(tmp_path):
+    """raise_exception of a template becomes a 4xx with its text."""
+    renderer = Renderer(write_model(tmp_path, INST))
+    with pytest.raises(RequestError, match="no role system"):
+        learned(renderer, [{"role": "system", "content": "x"}, *TURNS])
+
+
+def test_templates_run_in_a_sandbox(tmp_path):
+    """A template cannot reach Python's internals."""
+    renderer = Renderer(write_model(tmp_path, "{{ messages.__class__.__mro__[1].__subclasses__() }}"))
+    with pytest.raises(RequestError, match="refused"):
+        learned(renderer, TURNS)
+
+
+def test_no_template_no_tokenizer(tmp_path):
+    """Without a chat template messages are refused, text is not; without tokenizer.json there is no renderer."""
+    renderer = Renderer(write_model(tmp_path / "a", None))
+    with pytest.raises(RequestError, match="no chat template"):
+        learned(renderer, TURNS)
+    assert renderer.text("Hello", append_eos=True)[0][-1] == renderer.eos_id
+    with pytest.raises(ConfigError, match=r"tokenizer\.json"):
+        Renderer(tmp_path / "nothing")
+
+
+def test_prompt_completion_and_text(tmp_path):
+    """Prompt and completion are tokenised apart; the end-of-text token is learned unless switched off."""
+    renderer = Renderer(write_model(tmp_path))
+    intake = Intake(renderer, Limits(400, 64), Truncate.refuse)
+    prompt, completion = renderer.encode("Hello", special=True), renderer.encode(" there", special=False)
+    sample = intake.sample(SampleBody(prompt="Hello", completion=" there"), "")
+    assert sample.token_ids == [*prompt, *completion, renderer.eos_id]
+    assert sample.weights == [0.0] * len(prompt) + [1.0] * (len(completion) + 1)
+    sample = intake.sample(SampleBody(prompt="Hello", completion=" there", append_eos=False, weight=2.0), "")
+    assert sample.token_ids == [*prompt, *completion]
+    assert set(sample.weights) == {0.0, 2.0}
+    sample = intake.sample(SampleBody(text="Hello there"), "")
+    assert sample.token_ids == [*renderer.encode("Hello there", special=True), renderer.eos_id]
+    assert sample.weights == [0.0] + [1.0] * (len(sample.token_ids) - 1)
+
+
+@pytest.mark.parametrize(
+    ("body", "field"),
+    [
+        (SampleBody(prompt="x"), "completion"),
+        (SampleBody(prompt="x", completion=""), "completion"),
+        (SampleBody(messages=[Message(role="user", content="x")]), "messages"),
+        (SampleBody(messages=[Message(role="assistant", content="x", weight=0)]), "messages"),
+        (SampleBody(messages=[Message(role="user", content="x", weight=1)]), "messages[0].weight"),
+        (SampleBody(text="x" * 500), "text"),
+        (SampleBody(text="", append_eos=False), "text"),
+        (SampleBody(text="x", tools=[{}]), "tools"),
+        (SampleBody(messages=[Message(role="assistant", content=[{"type": "image_url"}])]), "messages"),
+    ],
+)
+def test_bad_samples_name_their_field(tmp_path, body, field):
+    """Every refusal says field, got and expected."""
+    intake = Intake(Renderer(write_model(tmp_path)), Limits(400, 64), Truncate.refuse)
+    with pytest.raises(RequestError) as error:
+        intake.sample(body, "samples[3].")
+    assert error.value.field == f"samples[3].{field}"
+    assert error.value.got
+    assert error.value.expected
