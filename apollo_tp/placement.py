@@ -94,11 +94,18 @@ def _place_one(
         merge_ranges((s.box_offset[dim], s.box_offset[dim] + s.box_shape[dim]) for s in mine) if dim is not None else ()
         for mine in ordered
     ]
+    # Fused or replicated tensors may be copied in several parts and yet be whole on every rank.
+    whole = dim is None or all(mine == ((0, shape[dim]),) for mine in ranges)
     return [
         _placement(
             Shard(
-                tensor.name, shape, dim, ranges[rank], tuple(r for r, other in enumerate(ranges) if other == ranges[rank])
+                tensor.name,
+                shape,
+                None if whole else dim,
+                () if whole else ranges[rank],
+                tuple(r for r, other in enumerate(ranges) if other == ranges[rank]),
             ),
+            dim,
             ordered[rank],
             served[rank],
         )
@@ -106,7 +113,10 @@ def _place_one(
     ]
 
 
-def _placement(shard: Shard, segments: list[SegmentRecord], served: dict[str, ServedTensor]) -> Placement:
+def _placement(
+    shard: Shard, dim: int | None, segments: list[SegmentRecord], served: dict[str, ServedTensor]
+) -> Placement:
+    """``dim`` is the one along which the segments lie side by side, even where they make up the whole tensor."""
     if not segments:
         return Placement(shard, next(iter(served.values())).dtype, "", 0, (0,) * len(shard.global_shape))
     first = segments[0]
@@ -115,7 +125,9 @@ def _placement(shard: Shard, segments: list[SegmentRecord], served: dict[str, Se
     expected = first.view_offset
     for segment in segments:
         if segment.view_offset != expected or (len(segments) > 1 and segment.view_stride != first.view_stride):
-            raise UnsupportedModelError(f"got parts of {segment.served} that do not lie side by side, expected one view")
-        if shard.dim is not None:
-            expected += segment.box_shape[shard.dim] * segment.view_stride[shard.dim]
+            raise UnsupportedModelError(
+                f"got parts of {segment.served} that do not lie side by side, expected one view"
+            )
+        if dim is not None:
+            expected += segment.box_shape[dim] * segment.view_stride[dim]
     return Placement(shard, served[first.served].dtype, first.served, first.view_offset, tuple(first.view_stride))
