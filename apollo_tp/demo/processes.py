@@ -1,0 +1,143 @@
+"""Start a real vLLM server and a trainer on this machine, notice when one dies, and stop what was started."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import httpx
+
+from apollo_tp.errors import DeadlineError, ServerGoneError
+
+STOP_SECONDS = 20.0
+
+
+class ManagedProcess:
+    """A child in a process group of its own, with its output in ``log``."""
+
+    def __init__(self, command: Sequence[str], environment: dict[str, str], log: Path) -> None:
+        self.log = log
+        with os.fdopen(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "wb") as output:
+            self.process = subprocess.Popen(
+                command, env=os.environ | environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+            )
+
+    def check(self) -> None:
+        """Raise ServerGoneError with the end of its log if it has ended."""
+        if (status := self.process.poll()) is not None:
+            raise ServerGoneError(
+                f"{self.log.stem}: got exit status {status}, expected it to run. Last lines of {self.log}:\n{self.tail()}"
+            )
+
+    def tail(self, lines: int = 30) -> str:
+        """The last lines of its output."""
+        return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
+
+    def wait_for(self, url: str, seconds: float) -> None:
+        """Until ``url`` answers 200. Raises ServerGoneError if the process ends first, DeadlineError after ``seconds``."""
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            self.check()
+            try:
+                if httpx.get(url, timeout=5).status_code == 200:
+                    return
+            except httpx.TransportError:
+                pass
+            time.sleep(0.25)
+        raise DeadlineError(f"{url}: no answer for {seconds:.0f} s. Last lines of {self.log}:\n{self.tail()}")
+
+    def stop(self, signum: int = signal.SIGTERM) -> int:
+        """End the process and its children; returns its exit status."""
+        if self.process.poll() is None:
+            self.process.send_signal(signum)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(STOP_SECONDS)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)  # whatever it left behind
+        return self.process.wait(STOP_SECONDS)
+
+
+def start_server(
+    model: Path,
+    port: int,
+    runtime_dir: Path,
+    log: Path,
+    *,
+    tensor_parallel: int = 2,
+    instance: str = "demo",
+    extra: Sequence[str] = (),
+    environment: dict[str, str] | None = None,
+) -> ManagedProcess:
+    """vLLM on CPU, tensor-parallel, with the plugin: an ordinary server command but for VLLM_PLUGINS."""
+    command = [
+        sys.executable, "-m", "vllm.entrypoints.openai.api_server",
+        "--model", str(model), "--served-model-name", "demo",
+        "--tensor-parallel-size", str(tensor_parallel),
+        "--host", "127.0.0.1", "--port", str(port),
+        "--max-model-len", "512", "--max-num-seqs", "8", "--gpu-memory-utilization", "0.3", "--enforce-eager",
+        *extra,
+    ]  # fmt: skip
+    return ManagedProcess(
+        command,
+        {
+            "VLLM_PLUGINS": "apollo",
+            "APOLLO_TP_RUNTIME_DIR": str(runtime_dir),
+            "APOLLO_TP_INSTANCE": instance,
+            # one NUMA node: ranks get a core each, or share what there is
+            "VLLM_CPU_OMP_THREADS_BIND": "|".join(str(r % (os.cpu_count() or 1)) for r in range(tensor_parallel)),
+            "VLLM_CPU_KVCACHE_SPACE": "1",
+            "VLLM_NO_USAGE_STATS": "1",
+            "HF_HUB_OFFLINE": "1",
+        }
+        | (environment or {}),
+        log,
+    )
+
+
+def start_trainer(
+    runtime_dir: Path,
+    state_dir: Path,
+    log: Path,
+    *,
+    num_ranks: int = 2,
+    overrides: Sequence[str] = (),
+    environment: dict[str, str] | None = None,
+) -> ManagedProcess:
+    """``torchrun -m apollo_tp.launch`` with a free HTTP port; ``coordinator_url`` tells which."""
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_ranks),
+        "-m", "apollo_tp.launch",
+        "service.http.port=0", f"service.state_dir={state_dir}/service", f"checkpoint.dir={state_dir}/checkpoints",
+        "train.threads=1", *overrides,
+    ]  # fmt: skip
+    settings = {"APOLLO_TP_RUNTIME_DIR": str(runtime_dir), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    return ManagedProcess(command, settings | (environment or {}), log)
+
+
+def coordinator_url(runtime_dir: Path, trainer: ManagedProcess, *, instance: str = "demo", seconds: float = 180) -> str:
+    """Address of the trainer's coordinator, once the ranks have connected to it."""
+    path = runtime_dir / instance / "coordinator.json"
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        trainer.check()
+        if path.exists() and path.stat().st_mtime > _started(trainer):
+            url = str(json.loads(path.read_text())["url"])
+            try:
+                if httpx.get(f"{url}/train/status", timeout=5).json()["trainer"]["connected"]:
+                    return url
+            except httpx.TransportError:
+                pass
+        time.sleep(0.25)
+    raise DeadlineError(f"no coordinator for {seconds:.0f} s. Last lines of {trainer.log}:\n{trainer.tail()}")
+
+
+def _started(process: ManagedProcess) -> float:
+    """Unix time at which a process was started."""
+    return Path(f"/proc/{process.process.pid}").stat().st_mtime
