@@ -75,7 +75,7 @@ class OptimConfig:
     projection: Projection = option(Projection.rademacher, "rademacher | gaussian")
     norm_growth_limit: float | None = option(1.01, "norm-growth limiter's gamma; null switches it off")
     embeddings: EmbeddingMode = option(EmbeddingMode.project, "embedding and head: project | adamw | frozen")
-    schedule: Schedule = option(Schedule.constant, "constant | linear (to 0) | cosine (to a tenth); counts steps over all jobs")
+    schedule: Schedule = option(Schedule.constant, "constant | linear (to 0) | cosine (to 10 %), over all jobs")
     warmup_steps: int = option(0, "steps of linear warm-up, counted over all jobs")
     total_steps: int | None = option(None, "where linear and cosine schedules end")
     max_relative_update: float = option(0.1, "refuse a step that would move a matrix by more than this share of its norm")
@@ -161,6 +161,7 @@ class ServiceConfig:
     token_file: str | None = option(None, "file with the bearer token(s); null: $APOLLO_TP_TOKEN, else none")
     rank_timeout_seconds: float = option(30.0, "no heartbeat of rank 0 for this long means that the ranks are gone")
     on_crash: OnCrash = option(OnCrash.resume, "an interrupted job: resume (from its last completed step) | fail")
+    server_url: str | None = option(None, "the model server's address, for the page's latency figures")
     writers: WriterConfig = option(WriterConfig, "curves for other tools")
 
     def __post_init__(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import json
 import logging
 import os
@@ -20,14 +21,17 @@ from apollo_tp import runtime
 from apollo_tp.coordinator.auth import load_access
 from apollo_tp.coordinator.edge import log_format
 from apollo_tp.coordinator.http import build_app
+from apollo_tp.coordinator.metrics import Metrics
+from apollo_tp.coordinator.openai_jobs import FineTuningApi
 from apollo_tp.coordinator.ranks import RankLink
 from apollo_tp.coordinator.render import Renderer
 from apollo_tp.coordinator.scheduler import Scheduler
+from apollo_tp.coordinator.service import Service, model_vocab_size
 from apollo_tp.coordinator.settings import Settings, load
 from apollo_tp.coordinator.store import Store
-from apollo_tp.coordinator.train_api import Service, model_vocab_size
 from apollo_tp.coordinator.tunnel import Tunnel
 from apollo_tp.coordinator.views import Changes
+from apollo_tp.coordinator.writers import open_writers
 from apollo_tp.errors import ApolloTpError, ConfigError
 
 log = logging.getLogger("apollo_tp.coordinator")
@@ -71,7 +75,11 @@ async def serve(settings: Settings) -> None:
     service = Service(
         settings, store, scheduler, changes, _renderer(settings), model_vocab_size(Path(settings.model_path))
     )
-    app = build_app(service, access)
+    metrics = Metrics(scheduler, store)
+    fine_tuning = FineTuningApi(service)
+    app = build_app(service, access, metrics, fine_tuning)
+    stack = contextlib.ExitStack()
+    scheduler.on_step += [stack.enter_context(writer) for writer in open_writers(settings.service)]
     tunnel = Tunnel(context, runtime.socket_path(Path(settings.instance_dir), "coordinator.sock"), app)
     config = uvicorn.Config(app, log_config=None, access_log=False, lifespan="off", timeout_graceful_shutdown=2)
     server = uvicorn.Server(config)
@@ -80,6 +88,7 @@ async def serve(settings: Settings) -> None:
     for signum in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(signum, stop.set)
     _publish_address(settings, listener)
+    fine_tuning.resume_validation()
     parts = [
         asyncio.create_task(coroutine, name=name)
         for name, coroutine in {
@@ -102,6 +111,7 @@ async def serve(settings: Settings) -> None:
         for task in parts[1:]:
             task.cancel()
         await asyncio.gather(*parts, return_exceptions=True)
+        stack.close()
         store.close()
         context.destroy(linger=0)
 

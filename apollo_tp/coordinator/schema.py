@@ -78,11 +78,9 @@ class Preference(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     parallel_tool_calls: bool | None = None
 
 
-class ChatLine(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
-    """A line of a supervised JSONL file."""
+class SupervisedLine(SampleBody, kw_only=True, forbid_unknown_fields=True):
+    """A line of a supervised JSONL file: a chat, or any other form of a sample."""
 
-    messages: Annotated[list[Message], Meta(min_length=1)]
-    tools: list[dict[str, Any]] | None = None
     parallel_tool_calls: bool | None = None
 
 

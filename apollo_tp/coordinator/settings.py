@@ -20,8 +20,6 @@ class Settings(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     service: ServiceConfig = msgspec.field(default_factory=ServiceConfig)
     instance_dir: str
     model_path: str = ""
-    server_url: str = ""
-    """vLLM's own address, for the latency figures of the page; "" when it is not known."""
     max_sequence_tokens: int = 2048
     """Used until rank 0 has said what it takes."""
     max_skipped_steps: int = 5

@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -15,80 +11,15 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from apollo_tp.coordinator.intake import Intake, Limits, refuse, spec_of
-from apollo_tp.coordinator.jobs import Job, State, Truncate, check_action, new_job, plan_total_steps
-from apollo_tp.coordinator.render import Renderer
+from apollo_tp.coordinator.intake import spec_of
+from apollo_tp.coordinator.jobs import Job, State, new_job, plan_total_steps
 from apollo_tp.coordinator.samples import write_records
-from apollo_tp.coordinator.scheduler import Scheduler
 from apollo_tp.coordinator.schema import CheckpointBody, TrainBody, decode
-from apollo_tp.coordinator.settings import Settings
-from apollo_tp.coordinator.store import Checkpoint, Store
-from apollo_tp.coordinator.views import Changes, event_stream, event_view, job_view, status_view
+from apollo_tp.coordinator.service import Service, flag, idempotency, page_of, whole
+from apollo_tp.coordinator.store import Checkpoint
+from apollo_tp.coordinator.views import event_stream, event_view, job_view, status_view
 from apollo_tp.errors import RequestError
 from apollo_tp.protocol import Sample
-
-MAX_PAGE = 100
-
-
-@dataclass
-class Service:
-    """The parts that every route needs. ``model_vocab_size`` is the model folder's, until rank 0 has said its own."""
-
-    settings: Settings
-    store: Store
-    scheduler: Scheduler
-    changes: Changes
-    renderer: Renderer | None
-    model_vocab_size: int | None
-
-    def intake(self, truncate: Truncate) -> Intake:
-        """Checks and renders samples under the limits of this moment."""
-        hello = self.scheduler.link.hello
-        if hello is not None:
-            return Intake(self.renderer, Limits(hello.vocab_size, hello.max_sequence_tokens), truncate)
-        return Intake(self.renderer, Limits(self.model_vocab_size, self.settings.max_sequence_tokens), truncate)
-
-    def find(self, job_id: str) -> Job:
-        """The job of this id. Raises RequestError 404."""
-        job = self.scheduler.live(job_id)
-        if job is None:
-            raise RequestError(f"got job {job_id[:64]!r}, expected the id of a job", field="job_id", got=job_id[:64],
-                               expected="the id of a job", status=404, code="no_such_job")  # fmt: skip
-        return job
-
-    def check_disk(self, more: int) -> None:
-        """Raise RequestError 413 if ``more`` bytes would exceed the quota."""
-        limit = self.settings.service.max_state_bytes
-        if (used := self.store.used_bytes()) + more > limit:
-            raise refuse("body", f"{more} bytes beside {used} in use", f"at most {limit} together; delete files",
-                         status=413, code="disk_quota")  # fmt: skip
-
-    def act(self, job: Job, action: str) -> Job:
-        """Cancel, pause or resume. A running job takes it at its next step. Raises RequestError 409."""
-        if job.state is State.cancelled and action == "cancel":
-            return job
-        check_action(job, action)
-        if job.state is State.running:
-            job.wanted = "" if action == "resume" else action
-            message = "The pause is withdrawn" if action == "resume" else f"Will {action} after the steps in flight"
-            self.store.save_job(job, message)
-            return job
-        if action == "cancel":
-            job.state, job.finished_at = State.cancelled, time.time()
-        else:
-            job.state = State.paused if action == "pause" else State.queued
-        self.store.save_job(job, f"Job {job.state.value}")
-        self.scheduler.wake()
-        return job
-
-    async def wait(self, done: Callable[[], bool], seconds: float) -> bool:
-        """Wait until ``done()``; False if that took too long."""
-        deadline = time.monotonic() + seconds
-        while not done():
-            if (left := deadline - time.monotonic()) <= 0:
-                return False
-            await self.changes.wait(min(left, 5.0))
-        return True
 
 
 class TrainApi:
@@ -117,8 +48,8 @@ class TrainApi:
     async def train(self, request: Request) -> Response:
         """Queue a job (202), or wait for its end (200); ``?dry_run=true`` only shows the tokens and their weights."""
         service, data = self._service, await request.body()
-        dry_run = _flag(request, "dry_run")
-        key = _idempotency(request, "/train", data)
+        dry_run = flag(request, "dry_run")
+        key = idempotency(request, "/train", data)
         if not dry_run and key and (known := service.store.repeated(*key)):
             return self._accepted(service.find(known), 200, {"Idempotent-Replay": "true"})
         if not dry_run:
@@ -128,7 +59,7 @@ class TrainApi:
         if dry_run:
             return JSONResponse(await asyncio.to_thread(self._dry_run, body, samples))
         job = await self._store(body, samples, key)
-        if not body.wait and not _flag(request, "wait"):
+        if not body.wait and not flag(request, "wait"):
             return self._accepted(job, 202)
         ended = await service.wait(lambda: service.find(job.id).terminal, body.wait_seconds)
         return self._accepted(service.find(job.id), 200 if ended else 202)
@@ -198,11 +129,11 @@ class TrainApi:
     async def events(self, request: Request) -> Response:
         """Events of a job: a JSON list, or server-sent events with ``?stream=true`` or Accept: text/event-stream."""
         job = self._service.find(request.path_params["job_id"])
-        after = _whole(request.headers.get("last-event-id") or request.query_params.get("after") or "0", "after")
-        if _flag(request, "stream") or "text/event-stream" in request.headers.get("accept", ""):
+        after = whole(request.headers.get("last-event-id") or request.query_params.get("after") or "0", "after")
+        if flag(request, "stream") or "text/event-stream" in request.headers.get("accept", ""):
             stream = event_stream(self._service.store, self._service.changes, job.id, after)
             return StreamingResponse(stream, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
-        limit = _whole(request.query_params.get("limit") or "1000", "limit", 1, 10_000)
+        limit = whole(request.query_params.get("limit") or "1000", "limit", 1, 10_000)
         events = self._service.store.events(job.id, after=after, limit=limit + 1)
         data = [event_view(event) for event in events[:limit]]
         return JSONResponse({"object": "list", "data": data, "has_more": len(events) > limit})
@@ -220,11 +151,11 @@ class TrainApi:
         """Write the live weights and the optimizer state: 202 with an id, or 200 once it is written (``wait``)."""
         service, data = self._service, await request.body()
         body = decode(data or b"{}", CheckpointBody)
-        key = _idempotency(request, "/checkpoint", data)
+        key = idempotency(request, "/checkpoint", data)
         if key and (known := service.store.repeated(*key)):
             return _checkpoint_response(self._checkpoint(known), 200)
         checkpoint = service.scheduler.request_checkpoint("request", idempotency=key)
-        if not body.wait and not _flag(request, "wait"):
+        if not body.wait and not flag(request, "wait"):
             return _checkpoint_response(checkpoint, 202)
         ended = await service.wait(lambda: self._checkpoint(checkpoint.id).state != "queued", body.wait_seconds)
         return _checkpoint_response(self._checkpoint(checkpoint.id), 200 if ended else 202)
@@ -254,41 +185,3 @@ class TrainApi:
 
 def _checkpoint_response(checkpoint: Checkpoint, status: int) -> Response:
     return JSONResponse({"object": "train.checkpoint"} | msgspec.to_builtins(checkpoint), status_code=status)
-
-
-def _flag(request: Request, name: str) -> bool:
-    value = request.query_params.get(name, "false").lower()
-    if value not in ("true", "false", "1", "0"):
-        raise refuse(name, repr(value[:40]), "true or false")
-    return value in ("true", "1")
-
-
-def _whole(text: str, name: str, least: int = 0, most: int = 2**62) -> int:
-    if not (text.isascii() and text.isdigit() and len(text) < 20 and least <= int(text) <= most):
-        raise refuse(name, repr(text[:40]), f"a whole number from {least} to {most}")
-    return int(text)
-
-
-def page_of(request: Request) -> tuple[str | None, int]:
-    """``after`` and ``limit`` of a list request."""
-    limit = _whole(request.query_params.get("limit") or "20", "limit", 1, MAX_PAGE)
-    return request.query_params.get("after") or None, limit
-
-
-def _idempotency(request: Request, route: str, data: bytes) -> tuple[str, str, str] | None:
-    key = request.headers.get("idempotency-key")
-    if key is None:
-        return None
-    if not 1 <= len(key) <= 255:
-        raise refuse("Idempotency-Key", f"{len(key)} characters", "1 to 255")
-    return route, key, hashlib.sha256(data).hexdigest()
-
-
-def model_vocab_size(model_path: Path) -> int | None:
-    """Vocabulary of the model folder's config.json, or None."""
-    try:
-        config = msgspec.json.decode((model_path / "config.json").read_bytes(), type=dict[str, Any])
-    except (OSError, msgspec.DecodeError):
-        return None
-    size = config.get("vocab_size") or (config.get("text_config") or {}).get("vocab_size")
-    return size if isinstance(size, int) else None

@@ -6,7 +6,9 @@ import json
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-TEXT = ["user assistant system Hello there, how are you? I am fine, thanks. think reason because the answer is 42.\n\n"] * 4
+TEXT = [
+    "user assistant system Hello there, how are you? I am fine, thanks. think reason because the answer is 42.\n\n"
+] * 4
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
