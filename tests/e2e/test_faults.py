@@ -1,0 +1,135 @@
+"""Faults beside a real server: a rank that raises, a killed trainer, a killed server, and mpirun in place of torchrun."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from apollo_tp.demo.processes import ManagedProcess, coordinator_url, start_server, start_trainer
+from apollo_tp.errors import ManifestError, NoServerError
+from apollo_tp.manifest import live_instances, wait_for_server
+from tests.e2e.conftest import START_SECONDS, Server, Trainer, free_port
+from tests.e2e.faulty_launch import FAULTY_TOKEN
+
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]
+
+OVERRIDES = ["server.instance=main", "optim.lr=1e-3", "train.max_sequence_tokens=256"]
+GOOD = {"samples": [{"context_ids": [5], "continuation_ids": [6, 7, 8]}], "wait": True}
+FAULTY = {"samples": [{"context_ids": [FAULTY_TOKEN], "continuation_ids": [6, 7, 8]}], "wait": True}
+
+
+@pytest.fixture
+def faulty(server: Server, tmp_path: Path) -> Iterator[Trainer]:
+    """A trainer whose rank 1 raises when told to; killed hard at the end."""
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+        "-m", "tests.e2e.faulty_launch", *_settings(tmp_path),
+    ]  # fmt: skip
+    process = ManagedProcess(command, _environment(server), tmp_path / "trainer.log")
+    try:
+        yield Trainer(coordinator_url(server.runtime_dir, process, instance="main"), tmp_path, process)
+    finally:
+        process.stop()
+
+
+def _settings(folder: Path) -> list[str]:
+    return [
+        "service.http.port=0", f"service.state_dir={folder}/service", f"checkpoint.dir={folder}/checkpoints",
+        "train.threads=1", *OVERRIDES,
+    ]  # fmt: skip
+
+
+def _environment(server: Server) -> dict[str, str]:
+    return {"APOLLO_TP_RUNTIME_DIR": str(server.runtime_dir), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+
+
+def test_a_rank_that_raises_fails_its_job_and_nothing_else(server: Server, faulty: Trainer) -> None:
+    """The job's events carry that rank's traceback, the other rank does not hang, server and next job go on."""
+    assert faulty.post("/train", GOOD)["state"] == "succeeded"
+    started = time.monotonic()
+    job = faulty.post("/train", FAULTY)
+    assert job["state"] == "failed"
+    assert time.monotonic() - started < 30
+    events = str(faulty.get(f"/train/jobs/{job['id']}/events"))
+    assert "injected on rank 1" in events
+    assert "faulty_launch.py" in events
+    assert httpx.get(f"{server.url}/health", timeout=10).status_code == 200
+    for _ in range(2):  # the compute group was formed again, and can fail again
+        assert faulty.post("/train", GOOD)["state"] == "succeeded"
+        assert faulty.post("/train", FAULTY)["state"] == "failed"
+
+
+def test_a_killed_rank_leaves_server_and_weights_usable(server: Server, tmp_path: Path) -> None:
+    """kill -9 of one rank: the trainer ends non-zero, the server keeps serving, the next trainer maps again."""
+    first = start_trainer(server.runtime_dir, tmp_path, tmp_path / "first.log", overrides=OVERRIDES)
+    coordinator_url(server.runtime_dir, first, instance="main")
+    os.kill(_children(first.process.pid)[1], signal.SIGKILL)
+    assert first.process.wait(60) != 0
+    first.stop()
+    assert all(value > -1e4 for value in server.logprobs([5, 6, 7, 8]))
+    second = start_trainer(server.runtime_dir, tmp_path, tmp_path / "second.log", overrides=OVERRIDES)
+    try:
+        trainer = Trainer(coordinator_url(server.runtime_dir, second, instance="main"), tmp_path, second)
+        assert trainer.post("/train", GOOD)["state"] == "succeeded"
+    finally:
+        second.stop()
+
+
+def _children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def test_mpirun_joins_the_ranks(server: Server, tmp_path: Path) -> None:
+    """`mpirun -n 2 python -m apollo_tp.launch`: rank, size and rendezvous come from MPI."""
+    mpirun = shutil.which("mpirun", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    assert mpirun, "the lock file installs openmpi"
+    allow = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+    command = [mpirun, "-n", "2", "--oversubscribe", sys.executable, "-m", "apollo_tp.launch", *_settings(tmp_path)]
+    process = ManagedProcess(command, _environment(server) | allow, tmp_path / "trainer.log")
+    try:
+        trainer = Trainer(coordinator_url(server.runtime_dir, process, instance="main"), tmp_path, process)
+        assert trainer.get("/train/status")["trainer"]["num_ranks"] == 2
+        assert trainer.post("/train", GOOD)["state"] == "succeeded"
+    finally:
+        process.stop()
+
+
+def test_wrong_number_of_ranks_is_refused(server: Server, tmp_path: Path) -> None:
+    """One rank for a server of two: the error says how many are needed."""
+    process = start_trainer(server.runtime_dir, tmp_path, tmp_path / "t.log", num_ranks=1, overrides=OVERRIDES)
+    try:
+        assert process.process.wait(180) != 0
+    finally:
+        process.stop()
+    assert "--nproc-per-node 2" in process.log.read_text()
+
+
+def test_a_dead_server_ends_the_trainer_and_is_recognised_as_stale(server: Server, tmp_path: Path) -> None:
+    """vLLM killed: the trainer says so within 10 s and exits non-zero; its manifests are stale afterwards."""
+    port = free_port()
+    victim = start_server(server.model, port, server.runtime_dir, tmp_path / "server.log", instance="victim")
+    try:
+        victim.wait_for(f"http://127.0.0.1:{port}/health", START_SECONDS)
+        overrides = [*OVERRIDES[1:], "server.instance=victim"]
+        trainer = start_trainer(server.runtime_dir, tmp_path, tmp_path / "trainer.log", overrides=overrides)
+        coordinator_url(server.runtime_dir, trainer, instance="victim")
+        os.killpg(victim.process.pid, signal.SIGKILL)
+        killed = time.monotonic()
+        assert trainer.process.wait(15) != 0
+        # torchrun itself needs a moment after the ranks have left
+        assert time.monotonic() - killed < 10
+        assert "ServerGoneError" in trainer.log.read_text() or "expected a running vLLM" in trainer.log.read_text()
+        trainer.stop()
+    finally:
+        victim.stop()
+    assert "victim" in live_instances(server.runtime_dir)[1]
+    with pytest.raises((ManifestError, NoServerError), match="stale"):
+        wait_for_server(server.runtime_dir, "victim", 1)
