@@ -1,0 +1,309 @@
+"""``apollo-tp``: the coordinator from a shell. Thin over HTTP; nothing here that another HTTP client could not do.
+
+Exit status: 0 done; 1 the request was refused or the job failed; 2 wrong usage; 3 no coordinator answers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from apollo_tp import runtime
+from apollo_tp.errors import ConfigError
+
+URL_VARIABLE = "APOLLO_TP_URL"
+TOKEN_VARIABLE = "APOLLO_TP_TOKEN"
+DEFAULT_URL = "http://127.0.0.1:8300"
+OK, REFUSED, USAGE, UNREACHABLE = 0, 1, 2, 3
+
+out, err = Console(highlight=False), Console(stderr=True, highlight=False)
+
+
+class RefusedError(Exception):
+    """The coordinator answered with an error."""
+
+
+class Client:
+    """HTTP calls with the token, and errors as sentences."""
+
+    def __init__(self, url: str, token: str | None) -> None:
+        headers = {"Authorization": f"Bearer {token}"} if token else {}
+        # a job's step can take minutes: only connecting has a short deadline
+        self._http = httpx.Client(base_url=url, headers=headers, timeout=httpx.Timeout(60, connect=5), trust_env=False)
+
+    def call(self, method: str, path: str, **options: Any) -> Any:
+        """The JSON answer. Raises RefusedError with the server's message."""
+        answer = self._http.request(method, path, **options)
+        _check(answer)
+        return answer.json()
+
+    def events(self, job_id: str) -> Iterator[dict[str, Any]]:
+        """Events as they happen, until the job is over; reconnects where it was."""
+        headers = {"Accept": "text/event-stream"}
+        while True:
+            try:
+                with self._http.stream("GET", f"/train/jobs/{job_id}/events", headers=headers) as stream:
+                    if stream.is_error:
+                        stream.read()
+                    _check(stream)
+                    for line in stream.iter_lines():
+                        if line == "event: end":
+                            return
+                        if line.startswith("data: ") and (event := json.loads(line[6:])):
+                            headers["Last-Event-ID"] = str(event["id"])
+                            yield event
+            except (httpx.RemoteProtocolError, httpx.ReadError, httpx.ReadTimeout):
+                err.print("[dim]the connection broke; going on where it was[/dim]")
+
+
+def _check(answer: httpx.Response) -> None:
+    if not answer.is_error:
+        return
+    try:
+        message = answer.json()["error"]["message"]
+    except (ValueError, KeyError, TypeError):
+        message = answer.text[:300]
+    raise RefusedError(f"{answer.status_code}: {message}")
+
+
+def find_url() -> str:
+    """$APOLLO_TP_URL, else the address that the only running coordinator wrote down, else the default."""
+    if url := os.environ.get(URL_VARIABLE):
+        return url
+    try:
+        files = sorted(runtime.base_dir().glob("*/coordinator.json"))
+        found = [json.loads(file.read_text()) for file in files]
+    except (ConfigError, OSError, ValueError):
+        return DEFAULT_URL
+    alive = [entry["url"] for entry in found if runtime.ProcessId.of(entry["pid"]) is not None]
+    if len(alive) > 1:
+        raise RefusedError(f"{len(alive)} coordinators run here: choose one with --url: {', '.join(alive)}")
+    return str(alive[0]) if alive else DEFAULT_URL
+
+
+# --- commands: each takes the client and the parsed arguments, and returns the exit status -----------------------------
+
+
+def status(client: Client, args: argparse.Namespace) -> int:
+    """What runs, waits and is done."""
+    answer = client.call("GET", "/train/status")
+    if _json(args, answer):
+        return OK
+    trainer, job = answer["trainer"], answer["running"]
+    if trainer["connected"]:
+        out.print(f"[green]●[/green] {trainer['model']} on {trainer['num_ranks']} ranks, {trainer['optimizer']}")
+    else:
+        out.print(f"[red]●[/red] no trainer: {trainer.get('reason')}")
+    out.print(f"weight version {trainer['weight_version']}, {'not yet saved' if answer['unsaved'] else 'saved'}")
+    if job:
+        left = f", {job['seconds_left']:.0f} s left" if job.get("seconds_left") is not None else ""
+        speed = f", {job['tokens_per_second']:.0f} tokens/s" if job.get("tokens_per_second") else ""
+        out.print(f"running {job['id']}: step {job['step']}/{job['total_steps']}{_loss(job)}{speed}{left}")
+    for waiting in answer["queue"]:
+        out.print(f"{waiting['state']:8} {waiting['id']}: step {waiting['step']}/{waiting['total_steps']}")
+    return OK
+
+
+def train(client: Client, args: argparse.Namespace) -> int:
+    """Train on a JSONL file of samples."""
+    body: dict[str, Any] = {"samples": list(_samples(args.file))}
+    for name in ("epochs", "batch_size", "learning_rate_scale", "seed", "max_steps", "truncate"):
+        if (value := getattr(args, name)) is not None:
+            body[name] = value
+    query = {"dry_run": "true"} if args.dry_run else {}
+    answer = client.call("POST", "/train", json=body, params=query)
+    if args.dry_run:
+        if not _json(args, answer):
+            _show_dry_run(answer)
+        return OK
+    if not args.follow:
+        if not _json(args, answer):
+            out.print(answer["id"])
+        return OK
+    return _follow(client, answer["id"], args)
+
+
+def checkpoint(client: Client, args: argparse.Namespace) -> int:
+    """Write the served weights and the optimizer state to disk, and wait for it."""
+    with err.status("writing"):
+        answer = client.call("POST", "/checkpoint", json={"wait": True}, timeout=None)
+    if not _json(args, answer):
+        out.print(answer["path"] or f"{answer['state']}: {answer['error']}")
+    return OK if answer["state"] == "succeeded" else REFUSED
+
+
+def jobs(client: Client, args: argparse.Namespace) -> int:
+    """The latest jobs."""
+    answer = client.call("GET", "/train/jobs", params={"limit": args.limit})
+    if _json(args, answer["data"]):
+        return OK
+    table = Table("job", "state", "step", "loss", "tokens", box=None)
+    for job in answer["data"]:
+        loss = "" if job["loss"] is None else f"{job['loss']:.4f}"
+        table.add_row(job["id"], job["state"], f"{job['step']}/{job['total_steps']}", loss, str(job["tokens"]))
+    out.print(table)
+    return OK
+
+
+def events(client: Client, args: argparse.Namespace) -> int:
+    """The events of a job."""
+    if args.follow:
+        return _follow(client, args.id, args)
+    for event in client.call("GET", f"/train/jobs/{args.id}/events", params={"limit": 10_000})["data"]:
+        if not _json(args, event):
+            out.print(f"{event['id']:6} {event['level']:5} {event['message']}", markup=False)
+    return OK
+
+
+def act(client: Client, args: argparse.Namespace) -> int:
+    """Cancel, pause or resume a job."""
+    answer = client.call("POST", f"/train/jobs/{args.id}/{args.command}")
+    if not _json(args, answer):
+        out.print(f"{answer['id']}: {answer['state']}{', ' + answer['wanted'] + ' asked' if answer['wanted'] else ''}")
+    return OK
+
+
+def inspect(client: Client, args: argparse.Namespace) -> int:
+    """Which part of which checkpoint tensor lies on which rank."""
+    rows = client.call("GET", "/train/layout")["data"]
+    if _json(args, rows):
+        return OK
+    if not rows:
+        out.print("the trainer has not said; without a trainer: python -m apollo_tp.inspect")
+        return REFUSED
+    table = Table(*rows[0], box=None)
+    for row in rows:
+        table.add_row(*(":".join(map(str, cell)) if isinstance(cell, list) else str(cell) for cell in row.values()))
+    out.print(table)
+    return OK
+
+
+def _follow(client: Client, job_id: str, args: argparse.Namespace) -> int:
+    if args.json:
+        for event in client.events(job_id):
+            print(json.dumps(event), flush=True)
+    else:
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        with Progress(*columns, TextColumn("{task.fields[figures]}"), console=err) as bar:
+            task = bar.add_task(job_id, total=None, figures="")
+            for event in client.events(job_id):
+                data = event["data"]
+                if event["type"] == "metrics" and "train_loss" in data:
+                    speed = data.get("tokens_per_second")
+                    figures = f"loss {data['train_loss']:.4f}" + (f", {speed:.0f} tokens/s" if speed else "")
+                    bar.update(task, completed=data["step"], total=data["total_steps"], figures=figures)
+                else:
+                    bar.console.print(event["message"], markup=False)
+    job = client.call("GET", f"/train/jobs/{job_id}")
+    if not args.json:
+        out.print(f"{job_id}: {job['state']}{_loss(job)}")
+    return OK if job["state"] == "succeeded" else REFUSED
+
+
+def _samples(path: Path) -> Iterator[dict[str, Any]]:
+    with sys.stdin if str(path) == "-" else open(path, encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                yield json.loads(line)
+            except ValueError as error:
+                raise RefusedError(
+                    f"{path}, line {number}: got malformed JSON ({error}), expected one object"
+                ) from error
+
+
+def _show_dry_run(answer: dict[str, Any]) -> None:
+    for sample in answer["samples"]:
+        shown = sample["tokens"] or [f"{token} " for token in sample["token_ids"]]
+        for token, weight in zip(shown, sample["weights"], strict=True):
+            out.print(token, style="green" if weight else "dim", end="", markup=False)
+        out.print()
+    out.print(f"{answer['num_tokens']} tokens, {answer['num_loss_tokens']} learned from; {answer['total_steps']} steps")
+
+
+def _loss(job: dict[str, Any]) -> str:
+    return "" if job["loss"] is None else f", loss {job['loss']:.4f}"
+
+
+def _json(args: argparse.Namespace, answer: Any) -> bool:
+    if args.json:
+        print(json.dumps(answer))
+    return bool(args.json)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="apollo-tp", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--json", action="store_true", help="print JSON")
+    common.add_argument("--url", help=f"the coordinator; default ${URL_VARIABLE}, or the one that runs here")
+    common.add_argument("--token-file", type=Path, help=f"file with a token; default ${TOKEN_VARIABLE}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def add(name: str, function: Any) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=function.__doc__.partition("\n")[0], parents=[common])
+        command.set_defaults(function=function)
+        return command
+
+    add("status", status)
+    add("checkpoint", checkpoint)
+    add("inspect", inspect)
+    add("jobs", jobs).add_argument("--limit", type=int, default=20)
+    for name in ("cancel", "pause", "resume"):
+        add(name, act).add_argument("id", metavar="ID")
+    shown = add("events", events)
+    shown.add_argument("id", metavar="ID")
+    shown.add_argument("--follow", action="store_true", help="wait for further ones until the job is over")
+    trained = add("train", train)
+    trained.add_argument("file", metavar="FILE.jsonl", type=Path, help="one sample per line; - is standard input")
+    trained.add_argument("--follow", action="store_true", help="show progress until the job is over")
+    trained.add_argument("--dry-run", action="store_true", help="only show the tokens and which are learned from")
+    for name, kind in {
+        "epochs": int,
+        "batch-size": int,
+        "learning-rate-scale": float,
+        "seed": int,
+        "max-steps": int,
+    }.items():
+        trained.add_argument(f"--{name}", type=kind)
+    trained.add_argument("--truncate", choices=["refuse", "left", "right"])
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point of ``apollo-tp``."""
+    args = _parser().parse_args(argv)
+    try:
+        token = args.token_file.read_text() if args.token_file else os.environ.get(TOKEN_VARIABLE, "")
+        # the same file serves the coordinator: the last token of it, without its scope
+        token = (token.strip().splitlines() or [""])[-1].rpartition(":")[2]
+        client = Client(args.url or find_url(), token or None)
+        status_code: int = args.function(client, args)
+        return status_code
+    except RefusedError as error:
+        err.print(f"apollo-tp: {error}", markup=False)
+        return REFUSED
+    except (OSError, httpx.InvalidURL) as error:
+        err.print(f"apollo-tp: {error}", markup=False)
+        return USAGE
+    except httpx.TransportError as error:
+        err.print(f"apollo-tp: no coordinator answers ({error}); is the trainer running? See --url", markup=False)
+        return UNREACHABLE
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

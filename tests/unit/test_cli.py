@@ -1,0 +1,101 @@
+"""``apollo-tp`` as a subprocess against a real coordinator with a fake rank 0."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tests.unit.chat_model import write_model
+from tests.unit.fakes import CoordinatorProcess, FakeRanks, wait_for
+
+
+@pytest.fixture(scope="module")
+def stack(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cli")
+    folder.chmod(0o700)
+    with (
+        CoordinatorProcess(folder, model_path=write_model(folder / "model")) as coordinator,
+        coordinator.client() as http,FakeRanks(coordinator.ranks_socket, folder / "journal", step_seconds=0.01) as ranks
+    ):
+        wait_for(lambda: http.get("/health").json()["trainer"])
+        yield coordinator, ranks
+
+
+def run(stack, *arguments, env=None, text=None):
+    folder = str(stack[0].folder)  # the coordinator is found through the runtime folder
+    environment = os.environ | {"APOLLO_TP_RUNTIME_DIR": folder, "TERM": "dumb", "COLUMNS": "200"} | (env or {})
+    command = [sys.executable, "-m", "apollo_tp.cli", *map(str, arguments)]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=30, input=text)
+
+
+@pytest.fixture
+def data(tmp_path):
+    path = tmp_path / "data.jsonl"
+    lines = [
+        {"text": "Hello there"},
+        {"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]},
+    ]
+    path.write_text("\n".join(map(json.dumps, lines)))
+    return path
+
+
+def test_train_and_follow(stack, data):
+    """train --follow ends with the job, shows its end, and exits 0; the job is in jobs, events and status."""
+    done = run(stack, "train", data, "--follow", "--epochs", 4, "--batch-size", 1)
+    assert done.returncode == 0, done.stderr
+    job = done.stdout.split(":")[0]
+    assert "succeeded" in done.stdout
+    listed = json.loads(run(stack, "jobs", "--json").stdout)
+    assert (listed[0]["id"], listed[0]["step"]) == (job, 8)
+    assert job in run(stack, "jobs").stdout
+    lines = run(stack, "events", job, "--json").stdout.splitlines()
+    assert [json.loads(line)["data"]["step"] for line in lines if '"metrics"' in line] == list(range(1, 9))
+    assert "weight version" in run(stack, "status").stdout
+    assert json.loads(run(stack, "status", "--json").stdout)["trainer"]["connected"]
+
+
+def test_a_failing_job_exits_one(stack, data):
+    """--follow of a job that fails exits 1 and shows why."""
+    stack[1].fail_at = {1}
+    failed = run(stack, "train", data, "--follow")
+    stack[1].fail_at = set()
+    assert failed.returncode == 1
+    assert "boom" in failed.stderr
+
+
+def test_dry_run_checkpoint_inspect_and_stdin(stack, data):
+    """The remaining commands, and a file from standard input."""
+    assert "learned from" in run(stack, "train", data, "--dry-run").stdout
+    assert run(stack, "checkpoint").stdout.startswith("/ckpt/")
+    assert "embed_tokens" in run(stack, "inspect").stdout
+    assert run(stack, "train", "-", "--follow", "--json", text='{"text": "Hello"}\n').returncode == 0
+
+
+def test_cancel(stack, data):
+    """cancel ends a running job; cancelling what is over is refused with exit status 1."""
+    job = json.loads(run(stack, "train", data, "--epochs", 5000, "--json").stdout)["id"]
+    assert run(stack, "cancel", job).returncode == 0
+    assert run(stack, "events", job, "--follow").returncode == 1
+    again = run(stack, "resume", job)
+    assert again.returncode == 1
+    assert "409" in again.stderr
+
+
+def test_errors_are_sentences(stack, data, tmp_path):
+    """No traceback for what a user can get wrong; the exit status tells the kinds apart."""
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"text": "x"}\n{')
+    for arguments, status, words in [
+        (("train", bad), 1, "line 2"),
+        (("train", tmp_path / "none"), 2, "No such file"),
+        (("status", "--url", "http://127.0.0.1:9"), 3, "no coordinator answers"),
+        (("events", "job-x"), 1, "404"),
+        (("train", data, "--epochs", "0"), 1, "epochs"),
+        (("nonsense",), 2, "invalid choice"),
+    ]:
+        done = run(stack, *arguments)
+        assert done.returncode == status, done
+        assert words in done.stderr
+        assert "Traceback" not in done.stderr
