@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import shlex
 import shutil
 import socket
 import tempfile
@@ -25,7 +26,7 @@ from apollo_tp.manifest import read_instance
 from apollo_tp.mapping import map_rank
 
 NUM_RANKS = 2
-SAMPLE_CHARS = 700
+SAMPLE_CHARS = 450
 NUM_HELDOUT = 6
 console = Console(stderr=True)
 
@@ -34,7 +35,8 @@ def main() -> int:
     """Run the demo; returns 0 if every promise held."""
     parser = argparse.ArgumentParser(prog="python -m apollo_tp.demo", description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("out/demo"), help="folder of logs, model and result.json")
-    parser.add_argument("--steps", type=int, default=60, help="optimizer steps")
+    parser.add_argument("--steps", type=int, default=50, help="optimizer steps")
+    parser.add_argument("--server-args", default="", help="further options of the vLLM server, in one string")
     arguments = parser.parse_args()
     logging.getLogger("httpx").setLevel(logging.WARNING)
     shutil.rmtree(arguments.out, ignore_errors=True)
@@ -42,20 +44,22 @@ def main() -> int:
     started = time.monotonic()
     # Unix socket paths are short: the runtime folder cannot lie deep in a checkout.
     with tempfile.TemporaryDirectory(prefix="apollo_tp-") as runtime_dir:
-        result = run(arguments.out.resolve(), Path(runtime_dir), arguments.steps)
+        result = run(arguments.out.resolve(), Path(runtime_dir), arguments.steps, shlex.split(arguments.server_args))
     result["wall_s"] = round(time.monotonic() - started, 1)
     (arguments.out / "result.json").write_text(json.dumps(result, indent=2) + "\n")
     _print(result)
     return 0 if _promises_held(result) else 1
 
 
-def run(out: Path, runtime_dir: Path, num_steps: int) -> dict[str, Any]:
+def run(out: Path, runtime_dir: Path, num_steps: int, server_args: list[str]) -> dict[str, Any]:
     """Everything between an empty folder and the figures."""
     train_texts, heldout = _texts()
     num_parameters = make_model(out / "model", train_texts)
     console.print(f"model: {num_parameters / 1e6:.1f}M parameters in {out / 'model'}")
     port = _free_port()
-    server = start_server(out / "model", port, runtime_dir, out / "server.log", tensor_parallel=NUM_RANKS)
+    server = start_server(
+        out / "model", port, runtime_dir, out / "server.log", tensor_parallel=NUM_RANKS, extra=server_args
+    )
     url, trainer, load = f"http://127.0.0.1:{port}", None, None
     try:
         console.print("server: starting vLLM, TP = 2 ...")
@@ -147,7 +151,7 @@ def _bit_identical(folder: Path, instance: Path) -> bool:
             for box, start in shard.boxes:
                 part = state[name][tuple(slice(o, o + n) for o, n in zip(box.offset, box.shape, strict=True))]
                 mine = local if shard.dim is None else local.narrow(shard.dim, start, box.shape[shard.dim])
-                if not torch.equal(part, mine):
+                if not torch.equal(part, mine.cpu()):
                     return False
     return True
 

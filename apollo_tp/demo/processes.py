@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import httpx
+import torch
 
 from apollo_tp.errors import DeadlineError, ServerGoneError
 
@@ -75,30 +76,27 @@ def start_server(
     extra: Sequence[str] = (),
     environment: dict[str, str] | None = None,
 ) -> ManagedProcess:
-    """vLLM on CPU, tensor-parallel, with the plugin: an ordinary server command but for VLLM_PLUGINS."""
+    """vLLM with the plugin: an ordinary server command but for VLLM_PLUGINS. Eager on CPU, its default mode on GPUs."""
+    cpu = not torch.cuda.is_available()
     command = [
         sys.executable, "-m", "vllm.entrypoints.openai.api_server",
         "--model", str(model), "--served-model-name", "demo",
         "--tensor-parallel-size", str(tensor_parallel),
         "--host", "127.0.0.1", "--port", str(port),
-        "--max-model-len", "512", "--max-num-seqs", "8", "--gpu-memory-utilization", "0.3", "--enforce-eager",
-        *extra,
+        "--max-model-len", "512", "--max-num-seqs", "8", "--gpu-memory-utilization", "0.3",
+        *(["--enforce-eager"] if cpu else []), *extra,
     ]  # fmt: skip
-    return ManagedProcess(
-        command,
-        {
-            "VLLM_PLUGINS": "apollo",
-            "APOLLO_TP_RUNTIME_DIR": str(runtime_dir),
-            "APOLLO_TP_INSTANCE": instance,
-            # one NUMA node: ranks get a core each, or share what there is
-            "VLLM_CPU_OMP_THREADS_BIND": "|".join(str(r % (os.cpu_count() or 1)) for r in range(tensor_parallel)),
-            "VLLM_CPU_KVCACHE_SPACE": "1",
-            "VLLM_NO_USAGE_STATS": "1",
-            "HF_HUB_OFFLINE": "1",
-        }
-        | (environment or {}),
-        log,
-    )
+    settings = {
+        "VLLM_PLUGINS": "apollo",
+        "APOLLO_TP_RUNTIME_DIR": str(runtime_dir),
+        "APOLLO_TP_INSTANCE": instance,
+        "VLLM_NO_USAGE_STATS": "1",
+        "HF_HUB_OFFLINE": "1",
+    }
+    if cpu:  # one NUMA node: ranks get a core each, or share what there is
+        cores = "|".join(str(rank % (os.cpu_count() or 1)) for rank in range(tensor_parallel))
+        settings |= {"VLLM_CPU_OMP_THREADS_BIND": cores, "VLLM_CPU_KVCACHE_SPACE": "1"}
+    return ManagedProcess(command, settings | (environment or {}), log)
 
 
 def start_trainer(

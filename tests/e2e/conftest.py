@@ -14,6 +14,7 @@ import pytest
 from apollo_tp.demo.model import make_model, standard_library_text
 from apollo_tp.demo.processes import ManagedProcess, coordinator_url, start_server, start_trainer
 from apollo_tp.manifest import Manifest, read_instance
+from apollo_tp.mapping import map_rank, verify_against_checkpoint
 
 START_SECONDS = 400.0
 
@@ -27,6 +28,8 @@ class Server:
     runtime_dir: Path
     instance: str
     process: ManagedProcess
+    num_verified: tuple[int, ...] = ()
+    """Per rank, checkpoint tensors that equalled the served memory bit for bit before anybody trained."""
 
     @property
     def manifests(self) -> list[Manifest]:
@@ -85,7 +88,9 @@ def server(tmp_path_factory: pytest.TempPathFactory, runtime_dir: Path) -> Itera
     process = start_server(model, port, runtime_dir, folder / "server.log", instance="main")
     try:
         process.wait_for(f"http://127.0.0.1:{port}/health", START_SECONDS)
-        yield Server(f"http://127.0.0.1:{port}", model, runtime_dir, "main", process)
+        started = Server(f"http://127.0.0.1:{port}", model, runtime_dir, "main", process)
+        started.num_verified = tuple(verify_against_checkpoint(map_rank(started.manifests, r), -1) for r in range(2))
+        yield started
     finally:
         process.stop()
 
