@@ -163,20 +163,23 @@ def _stack(parts: list[list[str]], shards: Shards, expected: tuple[int, ...]) ->
     if experts != expected[0] or any(len(part) != experts for part in parts):
         return f"got {[len(part) for part in parts]} expert tensors, expected {expected[0]} for each part"
     first = shards[parts[0][0]][1]
-    stride = shards[parts[0][1]][1].storage_offset() - first.storage_offset() if experts > 1 else first.numel()
-    stacked = first.as_strided(expected, (stride, *first.stride()), first.storage_offset())
+    storage = first.untyped_storage().data_ptr()
+    stride = (
+        shards[parts[0][1]][1].storage_offset() - first.storage_offset() if experts > 1 else expected[1] * expected[2]
+    )
     places: list[tuple[Shard, Index]] = []
     for expert in range(experts):
         for j, part in enumerate(parts):
             shard, tensor = shards[part[expert]]
-            index: Index = (expert, slice(j * rows, (j + 1) * rows)) if len(parts) > 1 else (expert,)
-            view = stacked[index]
-            if (view.shape, view.stride(), view.data_ptr()) != (tensor.shape, tensor.stride(), tensor.data_ptr()):
+            offset = first.storage_offset() + expert * stride + j * rows * first.stride(0)
+            found = (tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tensor.shape, tensor.stride())
+            if found != (storage, offset, (rows, expected[2]), first.stride()):
                 return (
                     f"got {part[expert]} {tuple(tensor.shape)} at another place than its neighbours say, expected stacked "
                     f"experts {expected}; serve with --moe-backend triton and without expert parallelism"
                 )
-            places.append((shard, index))
+            places.append((shard, (expert, slice(j * rows, (j + 1) * rows)) if len(parts) > 1 else (expert,)))
+    stacked = first.as_strided(expected, (stride, *first.stride()), first.storage_offset())
     return _Leaf(nn.Parameter(stacked), places)
 
 

@@ -37,11 +37,6 @@ LOGITS = (
         lambda transform, value: LogitsTransform(transform.scale / value, transform.softcap),
         "Granite divides its logits by a constant after the head",
     ),
-    LogitsRow(
-        "logit_scale",
-        lambda transform, value: LogitsTransform(transform.scale * value, transform.softcap),
-        "Cohere multiplies its logits by a constant after the head",
-    ),
 )
 
 FULL_WIDTH_NORMS = {

@@ -9,6 +9,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from safetensors.torch import load_file, save_file
+
 from apollo_tp.manifest import publish
 from tests.unit.families import CASES, SIZES, build
 
@@ -20,11 +22,20 @@ def trace_cases(folder: Path) -> None:
     for name, case in CASES.items():
         checkpoint = folder / name
         build(case.config()).save_pretrained(checkpoint)
+        _restore_published_names(checkpoint / "model.safetensors")
         for size in SIZES:
             for manifest in offline_manifests(str(checkpoint), size, dtype="float32"):
                 target = checkpoint / f"tp{size}"
                 target.mkdir(exist_ok=True)
                 publish(manifest, target)
+
+
+def _restore_published_names(path: Path) -> None:
+    """Published Gemma 3 checkpoints, and vLLM, call the vision tower's tensors otherwise than transformers 5 saves them."""
+    tensors = load_file(path)
+    published = {name.replace("vision_tower.", "vision_tower.vision_model."): t for name, t in tensors.items()}
+    if published.keys() != tensors.keys():
+        save_file(published, path, {"format": "pt"})
 
 
 if __name__ == "__main__":

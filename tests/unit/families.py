@@ -6,9 +6,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 
 VOCAB_SIZE = 1003  # no multiple of 64: vLLM pads it to 1024, so the last of 4 ranks holds 235 rows
+FIRST_SPECIAL_TOKEN = 998  # image tokens of the models with a vision tower
 
 _DENSE: dict[str, Any] = {
     "vocab_size": VOCAB_SIZE,
@@ -42,6 +49,38 @@ _GDN: dict[str, Any] = {
     "linear_value_head_dim": 16,
     "shared_expert_intermediate_size": 32,
 }
+_GEMMA3 = _GEMMA | {"layer_types": ["sliding_attention", "full_attention"]}
+_QWEN_VISION: dict[str, Any] = {
+    "vision_config": {
+        "depth": 1,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_heads": 4,
+        "out_hidden_size": 64,
+        "patch_size": 4,
+        "num_position_embeddings": 16,
+        "deepstack_visual_indexes": [],
+    },
+    "vision_start_token_id": 998,
+    "vision_end_token_id": 999,
+    "image_token_id": 1000,
+    "video_token_id": 1001,
+    "tie_word_embeddings": False,
+}
+_GEMMA_VISION: dict[str, Any] = {
+    "vision_config": {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "image_size": 16,
+        "patch_size": 4,
+    },
+    "mm_tokens_per_image": 4,
+    "boi_token_index": 998,
+    "eoi_token_index": 999,
+    "image_token_index": 1000,
+}
 GDN_TOLERANCE = 1e-4  # the chunked recurrence multiplies many exponentials; a shard's sums run in another order
 
 
@@ -52,9 +91,16 @@ class Family:
     model_type: str
     fields: dict[str, Any] = field(default_factory=dict)
     tolerance: float = 1e-5
+    wrapper: dict[str, Any] = field(default_factory=dict)
+    """Fields of the config around ``text_config`` for models with a vision tower, which is not trained."""
 
     def config(self, **changes: Any) -> PretrainedConfig:
-        return AutoConfig.for_model(self.model_type, **{**_DENSE, **self.fields, **changes})
+        text = {**_DENSE, **self.fields, **changes}
+        if self.wrapper:
+            return AutoConfig.for_model(
+                self.model_type, text_config=text, initializer_range=text["initializer_range"], **self.wrapper
+            )
+        return AutoConfig.for_model(self.model_type, **text)
 
 
 FAMILIES = {
@@ -79,7 +125,7 @@ FAMILIES = {
     "qwen2": Family("qwen2"),
     "mistral-window": Family("mistral", {"sliding_window": 8, "head_dim": 16}),
     "gemma2": Family("gemma2", _GEMMA | {"attn_logit_softcapping": 5.0, "final_logit_softcapping": 3.0}),
-    "gemma3": Family("gemma3_text", _GEMMA | {"layer_types": ["sliding_attention", "full_attention"]}),
+    "gemma3": Family("gemma3_text", _GEMMA3),
     "phi3": Family("phi3", {"num_key_value_heads": 2}),
     "olmo2": Family("olmo2"),
     "granite": Family(
@@ -91,6 +137,9 @@ FAMILIES = {
     "mixtral": Family("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None}),
     "qwen3-next": Family("qwen3_next", _GDN | _MOE | {"moe_intermediate_size": 32}, GDN_TOLERANCE),
     "qwen3.5": Family("qwen3_5_text", _GDN, GDN_TOLERANCE),
+    "qwen3.5-vision": Family("qwen3_5", _GDN, GDN_TOLERANCE, _QWEN_VISION),
+    "qwen3.5-moe": Family("qwen3_5_moe_text", _GDN | _MOE | {"moe_intermediate_size": 32}, GDN_TOLERANCE),
+    "gemma3-vision": Family("gemma3", _GEMMA3, wrapper=_GEMMA_VISION),
 }
 
 
@@ -130,7 +179,8 @@ CASES = {name: Case(name) for name in FAMILIES} | {
 def build(config: PretrainedConfig, seed: int = 0) -> PreTrainedModel:
     """The single-process reference in fp32 with eager attention and random weights, norms and biases included."""
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager")
+    kind = AutoModelForCausalLM if config.get_text_config() is config else AutoModelForImageTextToText
+    model = kind.from_config(config, dtype=torch.float32, attn_implementation="eager")
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 1:  # norms and biases start at 1 and 0, which would hide a wrong shard

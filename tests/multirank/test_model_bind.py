@@ -1,0 +1,155 @@
+"""What bind_model refuses, and properties of a bound model that one process shows."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
+
+from apollo_tp.data import pack
+from apollo_tp.errors import UnsupportedModelError
+from apollo_tp.layout import Shard
+from apollo_tp.model import bind_model
+from apollo_tp.model.narrow import narrow_config
+from apollo_tp.parallel import TPGroup
+from apollo_tp.protocol import Sample
+from tests.multirank.exactness import samples, train_gradients
+from tests.unit.families import FAMILIES, build
+
+WHOLE = TPGroup.single()
+
+
+def _shards(model: PreTrainedModel) -> dict[str, tuple[Shard, torch.Tensor]]:
+    """Everything of ``model`` on one rank, by checkpoint name; experts are views of the stacked tensor."""
+    state = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    return {
+        name: (
+            Shard(name, tuple(tensor.shape), None, (), (0,)),
+            _expert(name, state) if ".experts." in name else tensor,
+        )
+        for name, tensor in revert_weight_conversion(model, state).items()
+    }
+
+
+def _expert(name: str, state: dict[str, torch.Tensor]) -> torch.Tensor:
+    """The view of a stacked parameter that a checkpoint's ``...experts.<e>.<projection>.weight`` is."""
+    block, _, rest = name.replace(".block_sparse_moe.", ".mlp.").partition(".experts.")
+    expert, projection, _ = rest.split(".")
+    if projection in ("down_proj", "w2"):
+        return state[f"{block}.experts.down_proj"][int(expert)]
+    gate, up = state[f"{block}.experts.gate_up_proj"][int(expert)].chunk(2)
+    return gate if projection in ("gate_proj", "w1") else up
+
+
+def test_one_error_lists_all_that_does_not_fit() -> None:
+    """Missing, unknown and ill-shaped tensors are all named at once, with shapes and the cure."""
+    config = FAMILIES["llama"].config()
+    shards = _shards(build(config))
+    del shards["model.layers.0.mlp.up_proj.weight"]
+    shards["model.layers.0.mlp.side_proj.weight"] = shards["model.layers.0.mlp.gate_proj.weight"]
+    norm = "model.layers.1.input_layernorm.weight"
+    shards[norm] = (Shard(norm, (63,), None, (), (0,)), torch.ones(63))
+    wrong_view = "model.layers.1.mlp.down_proj.weight"
+    shards[wrong_view] = (shards[wrong_view][0], torch.ones(3, 3))
+    with pytest.raises(UnsupportedModelError) as caught:
+        bind_model(config, shards, WHOLE)
+    message = str(caught.value)
+    assert "rank 0 of 1: 4 tensors do not fit LlamaForCausalLM" in message
+    assert "model.layers.0.mlp.up_proj.weight: the model has this parameter, but no checkpoint tensor" in message
+    assert "model.layers.0.mlp.side_proj.weight: LlamaForCausalLM has no parameter for it" in message
+    assert f"{norm}: got local shape (63,), expected (64,)" in message
+    assert f"{wrong_view}: got {wrong_view} of local shape (3, 3), its shard says (64, 96)" in message
+
+
+def test_experts_that_do_not_lie_stacked_are_refused() -> None:
+    """One parameter over all experts needs them side by side; a copy would cut the tie to the served memory."""
+    config = FAMILIES["qwen3-moe"].config()
+    shards = _shards(build(config))
+    name = "model.layers.0.mlp.experts.2.up_proj.weight"
+    shards[name] = (shards[name][0], shards[name][1].clone())
+    with pytest.raises(UnsupportedModelError, match=r"experts.2.up_proj.weight .* --moe-backend triton"):
+        bind_model(config, shards, WHOLE)
+
+
+def test_a_width_that_does_not_divide_is_refused() -> None:
+    config = FAMILIES["llama"].config(num_attention_heads=6, num_key_value_heads=2, hidden_size=96)
+    with pytest.raises(UnsupportedModelError, match=r"num_attention_heads: got 6, expected a multiple of .* 4"):
+        narrow_config(config, 4)
+
+
+def test_an_unknown_change_of_the_logits_is_refused() -> None:
+    """Cohere scales its logits; no row of the table says so, and the probe of its own forward pass notices."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.for_model(
+        "cohere", vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
+        logit_scale=0.0625,
+    )  # fmt: skip
+    with pytest.raises(UnsupportedModelError, match=r"CohereForCausalLM: .*families.LOGITS"):
+        bind_model(config, _shards(build(config)), WHOLE)
+
+
+@pytest.mark.parametrize("family", ["qwen3", "mistral-window", "gemma2", "qwen3-next", "qwen3.5"])
+def test_nothing_leaks_between_packed_sequences(family: str) -> None:
+    """Log-probabilities of a sequence do not change by a bit when its neighbours in the pack do."""
+    config = FAMILIES[family].config()
+    bound = bind_model(config, _shards(build(config)), WHOLE)
+
+    def of_the_middle_one(seed: int) -> torch.Tensor:
+        around = samples(seed=seed, lengths=(33, 21, 40))
+        middle = samples(seed=7, lengths=(21,))[0]
+        (batch,) = pack([around[0], middle, around[2]], 256)
+        with torch.no_grad():
+            tokens = bound.sequence_logprobs(batch).tokens
+        return tokens[33 : 33 + 21]
+
+    first, second = of_the_middle_one(1), of_the_middle_one(2)
+    assert first.any()
+    assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("family", ["qwen3-moe", "mixtral"])
+def test_an_expert_without_tokens_has_an_exactly_zero_gradient(family: str) -> None:
+    """An exactly zero gradient is what tells the optimizer to leave a matrix and its state alone."""
+    config = FAMILIES[family].config()
+    bound = bind_model(config, _shards(build(config)), WHOLE)
+    train_gradients(bound, pack([Sample([5, 6], [0.0, 1.0])], 64))  # 2 tokens x 2 of 4 experts: some may get none
+    routed = {}
+    for parameter in bound.parameters:
+        if ".experts." in parameter.name:
+            assert parameter.grad is not None
+            assert parameter.grad.shape == parameter.shard.local_shape
+            expert = parameter.name.rsplit(".", 2)[0]
+            routed.setdefault(expert, set()).add(bool(parameter.grad.any()))
+    assert all(len(kinds) == 1 for kinds in routed.values()), "all matrices of an expert get tokens, or none does"
+    assert {True, False} <= {kind for kinds in routed.values() for kind in kinds}
+
+
+def test_fp32_parameters_stay_fp32_in_a_bf16_model() -> None:
+    """vLLM serves A_log in fp32 within a bf16 model: it is trained as it is served."""
+    config = FAMILIES["qwen3.5"].config()
+    model = build(config).to(torch.bfloat16)
+    shards = {
+        name: (shard, tensor.float() if name.endswith("A_log") else tensor)
+        for name, (shard, tensor) in _shards(model).items()
+    }
+    bound = bind_model(config, shards, WHOLE)
+    train_gradients(bound, pack(samples(), 256))
+    for parameter in bound.parameters:
+        expected = torch.float32 if parameter.name.endswith("A_log") else torch.bfloat16
+        assert parameter.tensor.dtype == expected, parameter.name
+        assert parameter.grad is not None
+        assert parameter.grad.dtype == expected
+        assert torch.isfinite(parameter.grad).all()
+
+
+def test_writing_a_bound_tensor_changes_the_model() -> None:
+    """Parameters are the given memory: a write through one shows in the other, stacked experts included."""
+    config = FAMILIES["qwen3-moe"].config()
+    shards = _shards(build(config))
+    bound = bind_model(config, shards, WHOLE)
+    for parameter in bound.parameters:
+        shards[parameter.name][1].fill_(0.25)
+        assert bool((parameter.tensor == 0.25).all()), parameter.name
+    assert all(bool((p == 0.25).all()) for p in bound.module.parameters())

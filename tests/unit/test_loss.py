@@ -1,0 +1,88 @@
+"""The chunked, recomputing log-probabilities equal log_softmax and its gradients in one process."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from apollo_tp import loss
+from apollo_tp.loss import LogitsTransform, VocabShard, target_logprobs
+from apollo_tp.parallel import TPGroup
+
+TOKENS, ROWS, WIDTH = 13, 29, 8
+
+
+def _inputs() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(TOKENS, WIDTH, generator=generator, dtype=torch.float32, requires_grad=True)
+    weight = torch.randn(ROWS, WIDTH, generator=generator, requires_grad=True)
+    targets = torch.randint(ROWS, (TOKENS,), generator=generator)
+    return hidden, weight, targets, torch.randn(TOKENS, generator=generator)
+
+
+@pytest.mark.parametrize("chunk_tokens", [1, 5, 100])
+@pytest.mark.parametrize(
+    "transform",
+    [LogitsTransform(), LogitsTransform(scale=0.25), LogitsTransform(softcap=2.0), LogitsTransform(0.5, 3.0)],
+)
+def test_values_and_gradients_equal_log_softmax(
+    chunk_tokens: int, transform: LogitsTransform, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """fp32; chunks only change the order of sums."""
+    monkeypatch.setattr(loss, "CHUNK_BYTES", 4 * ROWS * chunk_tokens)
+    hidden, weight, targets, upstream = _inputs()
+    expected = transform(hidden @ weight.T).log_softmax(-1).gather(1, targets[:, None])[:, 0]
+    expected_grads = torch.autograd.grad(expected, (hidden, weight), upstream)
+    got, correct = target_logprobs(hidden, weight, targets, VocabShard(0, TPGroup.single(), transform))
+    grads = torch.autograd.grad(got, (hidden, weight), upstream)
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
+    for mine, reference in zip(grads, expected_grads, strict=True):
+        torch.testing.assert_close(mine, reference, rtol=1e-4, atol=1e-5)
+    assert torch.equal(correct, (hidden @ weight.T).argmax(-1) == targets)
+
+
+def test_large_logits_stay_finite() -> None:
+    """The maximum is taken out before exponentials: logits of 1e4 neither overflow nor lose the target."""
+    hidden, weight, targets, _ = _inputs()
+    got, _ = target_logprobs(hidden * 1e4, weight, targets, VocabShard(0, TPGroup.single()))
+    expected = (hidden * 1e4 @ weight.T).log_softmax(-1).gather(1, targets[:, None])[:, 0]
+    assert torch.isfinite(got).all()
+    torch.testing.assert_close(got, expected)
+
+
+def test_no_tokens_give_zero_gradients() -> None:
+    """A micro-batch of context alone still has a backward pass."""
+    hidden, weight, targets, _ = _inputs()
+    got, _ = target_logprobs(hidden[:0], weight, targets[:0], VocabShard(0, TPGroup.single()))
+    got.sum().backward()
+    assert weight.grad is not None
+    assert not weight.grad.any()
+    assert hidden.grad is not None
+    assert not hidden.grad.any()
+
+
+def test_logits_of_all_tokens_never_exist(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No tensor as large as [tokens, vocabulary] is allocated, forward or backward."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    tokens, rows = 64, 512
+    monkeypatch.setattr(loss, "CHUNK_BYTES", 4 * rows * 8)
+    largest = 0
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            nonlocal largest
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, Tensor):
+                largest = max(largest, out.numel())
+            return out
+
+    hidden = torch.randn(tokens, 4, requires_grad=True)
+    weight = torch.randn(rows, 4, requires_grad=True)
+    with Watch():
+        got, _ = target_logprobs(
+            hidden, weight, torch.zeros(tokens, dtype=torch.int64), VocabShard(0, TPGroup.single())
+        )
+        got.sum().backward()
+    assert largest == 8 * rows, "a chunk of 8 tokens is the largest tensor"
