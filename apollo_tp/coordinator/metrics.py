@@ -10,7 +10,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from apollo_tp.coordinator.jobs import Job, State
+from apollo_tp.coordinator.jobs import Job
 from apollo_tp.coordinator.scheduler import Scheduler
 from apollo_tp.coordinator.store import Store
 from apollo_tp.protocol import StepDone
@@ -70,8 +70,8 @@ class Metrics:
     def collect(self) -> Iterator[GaugeMetricFamily]:
         """What is read at scrape time (prometheus_client's collector protocol)."""
         jobs = GaugeMetricFamily("apollo_jobs", "Jobs by state", labels=["state"])
-        for state in State:
-            jobs.add_metric([state.value], self._store.count_jobs(state))
+        for state, count in self._store.count_jobs().items():
+            jobs.add_metric([state.value], count)
         yield jobs
         link = self._scheduler.link
         yield GaugeMetricFamily("apollo_trainer_connected", "1 while rank 0 is there", value=float(link.connected))

@@ -241,7 +241,7 @@ class Scheduler:
                 assert isinstance(done, protocol.StepDone)
                 self._record_step(job, done)
                 self._check_skips(job, done)
-        except BaseException:
+        except ApolloTpError:
             await self._drain(job, pending)
             raise
         await self._end(job, evaluator)

@@ -141,7 +141,8 @@ class Store:
 
     def check_room(self, max_queued: int) -> None:
         """Raise RequestError 429 if ``max_queued`` jobs wait already."""
-        waiting = self.count_jobs(State.queued) + self.count_jobs(State.validating_files)
+        counts = self.count_jobs()
+        waiting = counts[State.queued] + counts[State.validating_files]
         if waiting >= max_queued:
             raise RequestError(
                 f"the queue is full: got {waiting} waiting jobs, expected at most {max_queued}; try again later",
@@ -199,9 +200,10 @@ class Store:
         ).fetchall()
         return [msgspec.json.decode(row[0], type=Job) for row in rows[:limit]], len(rows) > limit
 
-    def count_jobs(self, state: State) -> int:
-        """Number of jobs in this state."""
-        return int(self._db.execute("SELECT COUNT(*) FROM jobs WHERE state=?", (state.value,)).fetchone()[0])
+    def count_jobs(self) -> dict[State, int]:
+        """Number of jobs by state."""
+        counts = dict(self._db.execute("SELECT state, COUNT(*) FROM jobs GROUP BY state"))
+        return {state: counts.get(state.value, 0) for state in State}
 
     def events(self, job_id: str, *, after: int = 0, limit: int = 1000) -> list[Event]:
         """Events of a job with ids above ``after``, oldest first."""

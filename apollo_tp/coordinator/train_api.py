@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -21,12 +22,15 @@ from apollo_tp.coordinator.views import event_stream, event_view, job_view, stat
 from apollo_tp.errors import RequestError
 from apollo_tp.protocol import Sample
 
+STATUS_SECONDS = 0.2  # heartbeats are no change
+
 
 class TrainApi:
     """Handlers of /train and /checkpoint."""
 
     def __init__(self, service: Service) -> None:
         self._service = service
+        self._status: tuple[int, float, bytes] = (-1, 0.0, b"")
 
     def routes(self) -> list[Route]:
         """The route table of this surface."""
@@ -57,7 +61,8 @@ class TrainApi:
             service.check_disk(len(data))
         body, samples = await asyncio.to_thread(self._read, data)
         if dry_run:
-            return JSONResponse(await asyncio.to_thread(self._dry_run, body, samples))
+            shown = await asyncio.to_thread(self._dry_run, body, samples)
+            return Response(shown, media_type="application/json")
         job = await self._store(body, samples, key)
         if not body.wait and not flag(request, "wait"):
             return self._accepted(job, 202)
@@ -85,20 +90,21 @@ class TrainApi:
         service.scheduler.wake()
         return job
 
-    def _dry_run(self, body: TrainBody, samples: list[Sample]) -> dict[str, Any]:
+    def _dry_run(self, body: TrainBody, samples: list[Sample]) -> bytes:
         renderer = self._service.renderer
         spec = spec_of(body)
         shown = [
             {"token_ids": sample.token_ids, "weights": sample.weights,
              "tokens": renderer.decode(sample.token_ids) if renderer else None} for sample in samples
         ]  # fmt: skip
-        return {
+        answer = {
             "object": "train.dry_run",
             "samples": shown,
             "num_tokens": sum(len(sample.token_ids) for sample in samples),
             "num_loss_tokens": sum(weight > 0 for sample in samples for weight in sample.weights),
             "total_steps": plan_total_steps(spec, len(samples)),
         }
+        return msgspec.json.encode(answer)
 
     def _accepted(self, job: Job, status: int, headers: dict[str, str] | None = None) -> Response:
         headers = {"Location": f"/train/jobs/{job.id}"} | (headers or {})
@@ -106,7 +112,14 @@ class TrainApi:
 
     async def status(self, request: Request) -> Response:
         """What runs, waits and is done; the last losses; the trainer."""
-        return JSONResponse(status_view(self._service.scheduler, self._service.store))
+        version, made, body = self._status
+        now = time.monotonic()
+        # made once per change, not once per client: 50 polling clients cost as much as one
+        if version != self._service.changes.version or now - made > STATUS_SECONDS:
+            view = status_view(self._service.scheduler, self._service.store)
+            body = msgspec.json.encode(view)
+            self._status = (self._service.changes.version, now, body)
+        return Response(body, media_type="application/json")
 
     async def layout(self, request: Request) -> Response:
         """Which part of which checkpoint tensor lies on which rank."""

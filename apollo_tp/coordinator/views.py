@@ -85,7 +85,7 @@ def status_view(scheduler: Scheduler, store: Store) -> dict[str, Any]:
             }
             for job in waiting[:100]
         ],
-        "counts": {state.value: store.count_jobs(state) for state in State},
+        "counts": {state.value: count for state, count in store.count_jobs().items()},
         "last_losses": [{"job_id": j, "step": step, "loss": loss} for j, step, loss in scheduler.recent_losses],
         "last_checkpoint": msgspec.to_builtins(checkpoints[0]) if checkpoints else None,
         "unsaved": bool(store.get_meta("unsaved")),
