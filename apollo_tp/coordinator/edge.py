@@ -54,8 +54,6 @@ def error_response(error: Exception) -> Response:
         details |= {"got": error.got, "expected": error.expected}
     if status in (429, 503):
         headers["Retry-After"] = "5"
-    if status == 413:
-        headers["Connection"] = "close"  # the rest of the body is not read
     return _body(status, details, headers)
 
 

@@ -94,7 +94,7 @@ def test_a_running_jobs_curve_moves(stack, dark):
 
 def test_a_lost_coordinator_is_said(stack):
     """When the coordinator stops answering, the page says so, and comes back by itself."""
-    coordinator, client = stack
+    coordinator, _client = stack
     with browser(False) as driver:
         driver.get(coordinator.url)
         wait_for(lambda: driver.execute_script("return document.getElementById('dot').className") == "dot on")

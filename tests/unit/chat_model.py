@@ -1,4 +1,4 @@
-"""A tiny model folder with a real byte-level BPE tokenizer and a chat template of choice; and templates as models have them."""
+"""A tiny model folder with a byte-level BPE tokenizer and a chat template of choice; templates as models have them."""
 
 from __future__ import annotations
 

@@ -113,7 +113,8 @@ class FakeRanks:
             self.scored.append(len(self.applied()))
             weights = [sum(sample.weights) for sample in command.samples]
             logprobs = [
-                -0.5 * weight * (1 + 0.01 * sample.token_ids[-1]) for weight, sample in zip(weights, command.samples)
+                -0.5 * weight * (1 + 0.01 * sample.token_ids[-1])
+                for weight, sample in zip(weights, command.samples, strict=True)
             ]
             return protocol.ScoreDone(
                 id=command.id, logprobs=logprobs, weights=weights, num_correct=[w / 2 for w in weights]

@@ -17,7 +17,8 @@ def stack(tmp_path_factory):
     folder.chmod(0o700)
     with (
         CoordinatorProcess(folder, model_path=write_model(folder / "model")) as coordinator,
-        coordinator.client() as http,FakeRanks(coordinator.ranks_socket, folder / "journal", step_seconds=0.01) as ranks
+        coordinator.client() as http,
+        FakeRanks(coordinator.ranks_socket, folder / "journal", step_seconds=0.01) as ranks,
     ):
         wait_for(lambda: http.get("/health").json()["trainer"])
         yield coordinator, ranks

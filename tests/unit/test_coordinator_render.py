@@ -18,7 +18,9 @@ TURNS = [
 ]
 
 
-@pytest.fixture(params={"chatml": CHATML, "thinking": THINKING, "marked": MARKED, "inst": INST}.items(), ids=lambda p: p[0])
+@pytest.fixture(
+    params={"chatml": CHATML, "thinking": THINKING, "marked": MARKED, "inst": INST}.items(), ids=lambda p: p[0]
+)
 def named(request, tmp_path):
     name, template = request.param
     folder = write_model(tmp_path / "m", template)

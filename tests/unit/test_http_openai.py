@@ -11,7 +11,12 @@ from tests.unit.fakes import CoordinatorProcess, FakeRanks, wait_for
 
 
 def chat(i):
-    return {"messages": [{"role": "user", "content": f"Hello {i}"}, {"role": "assistant", "content": "I am fine", "weight": 1}]}
+    return {
+        "messages": [
+            {"role": "user", "content": f"Hello {i}"},
+            {"role": "assistant", "content": "I am fine", "weight": 1},
+        ]
+    }
 
 
 def preference(i):
@@ -77,7 +82,10 @@ def test_a_supervised_job_from_upload_to_checkpoint(stack):
 def test_validation_loss_at_intervals(stack):
     """valid_loss appears at intervals and at the end, computed from the ranks' log-probabilities."""
     client, ranks, _ = stack
-    train, valid = upload(client, [chat(i) for i in range(40)]), upload(client, [chat(i) for i in range(3)], "valid.jsonl")
+    train, valid = (
+        upload(client, [chat(i) for i in range(40)]),
+        upload(client, [chat(i) for i in range(3)], "valid.jsonl"),
+    )
     job = client.fine_tuning.jobs.create(
         model="fake", training_file=train.id, validation_file=valid.id, hyperparameters={"n_epochs": 1, "batch_size": 2}
     )

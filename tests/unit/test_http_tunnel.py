@@ -108,7 +108,9 @@ def test_the_servers_other_routes_do_not_wait_for_us(stack):
     """While a tunnelled request waits, the server's own routes answer: its event loop is never blocked."""
     client, *_ = stack
     job = client.post("/train", json=ONE | {"epochs": 1000}).json()["id"]
-    waiting = threading.Thread(target=client.post, args=("/train",), kwargs={"json": ONE | {"wait": True, "wait_seconds": 3}})
+    waiting = threading.Thread(
+        target=client.post, args=("/train",), kwargs={"json": ONE | {"wait": True, "wait_seconds": 3}}
+    )
     waiting.start()
     time.sleep(0.2)
     start = time.monotonic()
@@ -121,7 +123,7 @@ def test_the_servers_other_routes_do_not_wait_for_us(stack):
 
 def test_without_a_coordinator_the_answer_is_503_and_comes_back(stack):
     """A dead coordinator gives 503 with a clear body, in bounded time; a request answered 503 is never run later."""
-    client, direct, ranks, coordinator = stack
+    client, _direct, _ranks, coordinator = stack
     coordinator.kill()
     start = time.monotonic()
     answer = client.post("/train", json=ONE)
