@@ -12,53 +12,32 @@ Until 4 the state of the optimizer and the weights are untouched, so a skipped s
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from apollo_tp.config import EmbeddingMode, OptimConfig, OptimizerKind, Precision
 from apollo_tp.errors import ConfigError
-from apollo_tp.optim import checkpoint, torch_ops
+from apollo_tp.optim import checkpoint
 from apollo_tp.optim.adamw import AdamWState
-from apollo_tp.optim.interface import OptimParameter, StepOutcome
+from apollo_tp.optim.interface import Decision, OptimParameter, Scales, StepOutcome
 from apollo_tp.optim.matrices import Matrix, make_groups, moment_rank, refresh_projections
 from apollo_tp.optim.replicas import check_replicas
 from apollo_tp.optim.schedule import learning_rate
+from apollo_tp.optim.torch_backend import TorchBackend
 from apollo_tp.optim.weight import Weight
 from apollo_tp.parallel import TPGroup
 
+if TYPE_CHECKING:
+    from apollo_tp.optim.triton_backend import TritonBackend
+
 BUCKET_BYTES = 64 * 2**20
 """Upper bound of one reduce-scatter's buffer; a single larger matrix gets a bucket of its own."""
-
-
-@dataclass
-class Decision:
-    """What all ranks know before anything is written, as device tensors; (parameters,) unless noted.
-
-    ``write`` says which parameters to write (all False in a skipped step), ``coefficients`` multiplies channel scale and
-    gradient (matrices), ``clip`` (0-d) the gradient (AdamW).
-    """
-
-    learning_rate: float
-    clip: Tensor
-    write: Tensor
-    coefficients: Tensor
-    limiter_norms: Tensor
-    relative_updates: Tensor
-    grad_norm: Tensor
-    finite: Tensor
-    local_sums: Tensor
-
-    def fetch(self) -> tuple[bool, float, list[bool], list[float]]:
-        """(finite, grad_norm, write, relative updates) on the host: the one synchronisation of a step."""
-        flat = [self.finite[None], self.grad_norm[None], self.write, self.relative_updates]
-        values = torch.cat([part.double() for part in flat]).tolist()
-        count = self.write.numel()
-        return bool(values[0]), values[1], [bool(x) for x in values[2 : 2 + count]], values[2 + count :]
 
 
 def build_optimizer(
@@ -87,17 +66,23 @@ class Optimizer:
                 f"parameters: got {len(trained)} to train with {len(set(self.names))} names, expected at least one and "
                 "distinct names; a tied embedding and head are one parameter"
             )
-        self.weights = [Weight(p, precision, config.seed, tp.rank) for p in trained]
+        self.weights = [Weight(i, p, precision, config.seed, tp.rank) for i, p in enumerate(trained)]
         self.device = self.weights[0].data.device
         self.matrices = [Matrix(i, self.weights[i], config, tp) for i, p in enumerate(trained) if _projects(p, config)]
         projected = {m.index for m in self.matrices}
         self.adamw = [AdamWState(i, w) for i, w in enumerate(self.weights) if i not in projected]
         self.rank = moment_rank(config)
         self.groups = make_groups(self.matrices, self.rank, tp, BUCKET_BYTES)
+        self.backend = _make_backend(self)
         self.step_count = self.skipped_in_a_row = 0
         self.steps = [0] * len(trained)  # updates of each parameter; a step with zero gradient is none
         self.limiter_norms = self._vector([0.0] * len(trained))
         self.is_matrix = self._vector([float(i in projected) for i in range(len(trained))])
+        self.adamw_index = torch.tensor([a.index for a in self.adamw], dtype=torch.int64, device=self.device)
+        self.adamw_counts = self._vector([float(a.weight.represents) for a in self.adamw]).float()
+        exchanged = [m for g in self.groups if g.exchanged for m in g.matrices]
+        starts = itertools.accumulate((m.per_rank for m in exchanged), initial=0)
+        self.gather_starts = {m.index: start for m, start in zip(exchanged, starts, strict=False)}
         roots = {m.index: m.root_scale for m in self.matrices}
         self.root_scales = self._vector([roots.get(i, 1.0) for i in range(len(trained))])
         self._measure_weights()
@@ -121,7 +106,9 @@ class Optimizer:
         lr = learning_rate(self.config, self.step_count) * learning_rate_scale
         gradients = [weight.gradient() for weight in self.weights]
         decision = self._decide(gradients, lr, loss)
-        self._write(gradients, decision)
+        self.backend.write(gradients, decision, self._gather_scales(), self.steps)
+        for group in self.groups:
+            group.release()
         finite, grad_norm, written, relative = decision.fetch()
         skipped = self._why_skipped(finite, relative, decision)
         if skipped:
@@ -142,8 +129,7 @@ class Optimizer:
         bias = self._vector([_bias_correction(n + 1, config.betas) for n in self.steps])
         first = self._vector([float(n == 0) for n in self.steps])
         refresh_projections(self.matrices, [self.steps[m.index] // config.refresh_every for m in self.matrices], config)
-        for group in self.groups:
-            torch_ops.project(group, [gradients[m.index] for m in group.matrices])
+        self.backend.project(gradients)
         sums = self._local_square_sums(gradients, loss)
         local_sums = sums.clone()
         for group in self.groups:
@@ -152,13 +138,7 @@ class Optimizer:
         if config.max_grad_norm is not None:
             self.tp.all_reduce_(sums)
             clip = (config.max_grad_norm / (sums[:-1].sum().sqrt() + 1e-6)).clamp(max=1.0)
-        norms = torch.zeros(len(self.names), 2, device=self.device)
-        for group in self.groups:
-            norms[group.index] = torch_ops.channel_scales(group, clip, config)
-        for state in self.adamw:
-            if len(state.weight.shard.global_shape) > 1 and state.weight.represents:
-                step = self.steps[state.index]
-                norms[state.index, 0] = torch_ops.adamw_update_norm(state, gradients[state.index], clip, step, config)
+        norms = self._update_norms(gradients, clip)
         if config.max_grad_norm is not None:
             self.tp.all_reduce_(norms)
         else:
@@ -191,44 +171,13 @@ class Optimizer:
         coefficients = factor * inner * clip
         return Decision(lr, clip, write, coefficients, limiter_norms, relative, grad_norm, finite, local_sums)
 
-    def _write(self, gradients: list[Tensor], decision: Decision) -> None:
-        """Gather the channel scales, then move moments and write weights where the decision says so."""
-        scales = self._full_scales()
-        write, coefficients = decision.write.tolist(), decision.coefficients.tolist()
-        decay = 1.0 - decision.learning_rate * self.config.weight_decay
-        for group in self.groups:
-            torch_ops.commit_moments(group, [write[m.index] for m in group.matrices], self.config)
-            group.release()
-        for matrix in self.matrices:
-            i = matrix.index
-            if write[i]:
-                step = self.steps[i]
-                torch_ops.write_matrix(matrix, gradients[i], scales[i], coefficients[i], decay, step)
-        for state in self.adamw:
-            i = state.index
-            if write[i]:
-                rate = decay if len(state.weight.shard.global_shape) > 1 else 1.0
-                torch_ops.write_adamw(
-                    state, gradients[i], decision.clip, decision.learning_rate, rate, self.steps[i], self.config
-                )
-
-    def _full_scales(self) -> dict[int, Tensor]:
-        """Scales of the LOCAL weight's channels by parameter index; one all-gather for all exchanged matrices."""
-        scales = {
-            m.index: g.scales[g.rows(k)] for g in self.groups if not g.exchanged for k, m in enumerate(g.matrices)
-        }
+    def _gather_scales(self) -> Scales:
+        """The channel scales of other ranks; one all-gather for all exchanged matrices."""
         exchanged = [g for g in self.groups if g.exchanged]
         if not exchanged or self.config.kind is OptimizerKind.apollo_mini:
-            ones = {m.index: torch.ones(m.num_channels, device=self.device) for g in exchanged for m in g.matrices}
-            return scales | ones
-        own = torch.cat([g.scales for g in exchanged])
-        gathered = self.tp.all_gather(own).view(self.tp.size, -1)
-        start = 0
-        for matrix in (m for g in exchanged for m in g.matrices):
-            block = gathered[:, start : start + matrix.per_rank]
-            scales[matrix.index] = block.reshape(-1)[: matrix.num_channels]
-            start += matrix.per_rank
-        return scales
+            return Scales(None, {})
+        gathered = self.tp.all_gather(torch.cat([g.scales for g in exchanged])).view(self.tp.size, -1)
+        return Scales(gathered, self.gather_starts)
 
     # --- what a step knows -----------------------------------------------------------------------------------------
 
@@ -237,11 +186,33 @@ class Optimizer:
         sums = torch.zeros(len(self.names) + 1, device=self.device)
         for group in self.groups:
             sums[group.index] = group.segment_sum(group.all_energy.sum(0))
-        for state in self.adamw:
-            sums[state.index] = gradients[state.index].float().square().sum() * float(state.weight.represents)
+        if self.adamw:
+            sums[self.adamw_index] = self.backend.adamw_square_sums(gradients) * self.adamw_counts
         if loss is not None:
             sums[-1] = torch.where(torch.isfinite(loss.detach()), 0.0, torch.nan).to(self.device)
         return sums
+
+    def _update_norms(self, gradients: list[Tensor], clip: Tensor) -> Tensor:
+        """(parameters, 2) fp32, this rank's part: what the limiter and the limit on the size of a step need.
+
+        Channel scaling: squared norm of the scaled, clipped gradient; also sets each group's ``scales``. APOLLO-Mini: the
+        squared norms of adapted and projected gradient. AdamW: squared norm of the update at learning rate 1.
+        """
+        norms = torch.zeros(len(self.names), 2, device=self.device)
+        for group in self.groups:
+            adapted_sq, projected_sq = self.backend.row_norms(group, clip)
+            if self.config.kind is OptimizerKind.apollo_mini:
+                group.scales = torch.ones_like(group.energy)
+                sums = [group.segment_sum(adapted_sq), group.segment_sum(projected_sq)]
+            else:
+                group.scales = adapted_sq.sqrt() / (projected_sq.sqrt() + 1e-8)
+                limited = group.segment_sum(group.scales.square() * group.energy * clip.square())
+                sums = [limited, torch.zeros_like(limited)]
+            norms[group.index] = torch.stack(sums, dim=1)
+        if self.adamw:
+            updates = self.backend.adamw_update_norms(gradients, clip, self.steps)
+            norms[self.adamw_index, 0] = updates * self.adamw_counts
+        return norms
 
     def _why_skipped(self, finite: bool, relative: list[float], decision: Decision) -> str:
         """The reason, or "". One all-gather of flags in a step that is not finite."""
@@ -265,7 +236,7 @@ class Optimizer:
         squares = torch.stack(
             [
                 torch.linalg.vector_norm(w.data, dtype=torch.float32).square() * float(w.represents)
-                if len(w.shard.global_shape) > 1
+                if w.is_matrix
                 else torch.zeros((), device=self.device)
                 for w in self.weights
             ]
@@ -302,6 +273,16 @@ class Optimizer:
     def load(self, folder: Path) -> None:
         """Read a saved state, written at any number of ranks. See ``checkpoint``."""
         checkpoint.load(self, folder)
+
+
+def _make_backend(optimizer: Optimizer) -> TorchBackend | TritonBackend:
+    """Triton on CUDA, plain torch elsewhere. Triton is imported only here: a CPU install need not have it."""
+    groups, adamw, config = optimizer.groups, optimizer.adamw, optimizer.config
+    if optimizer.device.type != "cuda":
+        return TorchBackend(groups, adamw, config)
+    from apollo_tp.optim.triton_backend import TritonBackend
+
+    return TritonBackend(groups, adamw, config, optimizer.weights)
 
 
 def _projects(parameter: OptimParameter, config: OptimConfig) -> bool:

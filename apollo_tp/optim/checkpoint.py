@@ -72,7 +72,7 @@ def _pieces(optimizer: Optimizer) -> Iterator[_Piece]:
             for part, (first, last) in enumerate(matrix.state_ranges):
                 rows, box = slice(start, start + last - first), Box((first, 0), (last - first, group.rank))
                 for kind, state in (("exp_avg", group.exp_avg), ("exp_avg_sq", group.exp_avg_sq)):
-                    owned = matrix.exchanged or matrix.represents
+                    owned = matrix.exchanged or matrix.weight.represents
                     yield _Piece(f"{matrix.weight.name}.{kind}", shape, box, state[rows], part, owned)
                 start = rows.stop
     whole = [(a.weight, kind, getattr(a, kind)) for a in optimizer.adamw for kind in ("exp_avg", "exp_avg_sq")]

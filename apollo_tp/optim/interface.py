@@ -1,13 +1,17 @@
-"""What goes into an optimizer and what comes out of a step: plain records that the trainer shares with it."""
+"""Plain records: what goes into an optimizer, what comes out of a step, and what passes between its parts."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
+from torch import Tensor
 
 from apollo_tp.layout import Shard
+
+if TYPE_CHECKING:
+    from apollo_tp.optim.matrices import MatrixGroup
 
 
 @dataclass(frozen=True)
@@ -49,3 +53,50 @@ class StepOutcome:
     num_updated: int
     largest_update: float
     skipped_in_a_row: int
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What all ranks know before anything is written, as device tensors; (parameters,) unless noted.
+
+    ``write`` says which parameters to write (all False in a skipped step), ``coefficients`` multiplies channel scale and
+    gradient (matrices), ``clip`` (0-d) the gradient (AdamW). ``local_sums`` are this rank's squared gradient norms and,
+    last, a NaN if its loss is not finite.
+    """
+
+    learning_rate: float
+    clip: Tensor
+    write: Tensor
+    coefficients: Tensor
+    limiter_norms: Tensor
+    relative_updates: Tensor
+    grad_norm: Tensor
+    finite: Tensor
+    local_sums: Tensor
+
+    def fetch(self) -> tuple[bool, float, list[bool], list[float]]:
+        """(finite, grad_norm, write, relative updates) on the host: the one synchronisation of a step."""
+        flat = [self.finite[None], self.grad_norm[None], self.write, self.relative_updates]
+        values = torch.cat([part.double() for part in flat]).tolist()
+        count = self.write.numel()
+        return bool(values[0]), values[1], [bool(x) for x in values[2 : 2 + count]], values[2 + count :]
+
+
+@dataclass(frozen=True)
+class Scales:
+    """Channel scales of all matrices. ``gathered`` (ranks, rows of all exchanged groups) holds those of other ranks too;
+    None if no matrix is exchanged or the scales are one number per matrix (APOLLO-Mini)."""
+
+    gathered: Tensor | None
+    starts: dict[int, int]
+    """Column of ``gathered`` where an exchanged parameter's rows begin."""
+
+    def of(self, group: MatrixGroup, position: int) -> Tensor:
+        """(local channels,) scales of one matrix, fp32."""
+        matrix = group.matrices[position]
+        if not group.exchanged:
+            return group.scales[group.rows(position)]
+        if self.gathered is None:
+            return torch.ones(matrix.num_channels, device=group.device)
+        start = self.starts[matrix.index]
+        return self.gathered[:, start : start + matrix.per_rank].reshape(-1)[: matrix.num_channels]

@@ -43,7 +43,6 @@ class Matrix:
         self.channel_dim = 0 if shape[0] >= shape[1] else 1
         self.num_channels, self.num_contracted = max(shape), min(shape)
         self.exchanged = tp.size > 1 and cut == 1 - self.channel_dim
-        self.represents = weight.represents
         contracted = weight.shard.ranges if cut == 1 - self.channel_dim else ((0, self.num_contracted),)
         self.columns = range_indices(contracted)
         self.per_rank = -(-self.num_channels // tp.size)  # channels of a rank in an exchange, padded
@@ -117,29 +116,28 @@ class MatrixGroup:
         self.exp_avg_sq = torch.zeros(self.num_rows, rank, device=self.device)
         self.index = torch.tensor([m.index for m in matrices], device=self.device)
         # After an exchange each rank holds other channels; otherwise replicas hold the same ones and one of them counts.
-        self.counts = torch.tensor([float(exchanged or m.represents) for m in matrices], device=self.device)
+        self.counts = torch.tensor([float(exchanged or m.weight.represents) for m in matrices], device=self.device)
         self.segments = torch.tensor(self.lengths, device=self.device)
 
     def rows(self, position: int) -> slice:
         """State rows of the matrix at ``position``."""
         return slice(self.starts[position], self.starts[position] + self.lengths[position])
 
-    def new_buffers(self) -> None:
-        """Fresh ``projected`` and ``energy``: of the own rows, or of all ranks' rows before an exchange."""
-        ranks = self.tp.size if self.exchanged else 1
-        self.flat = torch.zeros(ranks, self.num_rows * (self.rank + 1), device=self.device)
-        self._name_parts()
+    @property
+    def buffer_shape(self) -> tuple[int, int]:
+        """(ranks that an exchange involves, floats for each): (rank + 1) per row, projections first, then energies."""
+        return (self.tp.size if self.exchanged else 1), self.num_rows * (self.rank + 1)
 
-    def _name_parts(self) -> None:
-        split = self.num_rows * self.rank
-        self.all_projected = self.flat[:, :split].unflatten(1, (self.num_rows, self.rank))
-        self.all_energy = self.flat[:, split:]
+    def use(self, flat: Tensor) -> None:
+        """Use fp32 ``flat`` of ``buffer_shape`` as ``all_projected`` (ranks, rows, rank), ``all_energy`` (ranks, rows)."""
+        self.flat, split = flat, self.num_rows * self.rank
+        self.all_projected = flat[:, :split].unflatten(1, (self.num_rows, self.rank))
+        self.all_energy = flat[:, split:]
 
     def exchange(self) -> None:
         """Sum the partial projections over ranks and keep the own channels. One reduce-scatter if cut contracted."""
         if self.exchanged:
-            self.flat = self.tp.reduce_scatter(self.flat)
-            self._name_parts()
+            self.use(self.tp.reduce_scatter(self.flat))
         self.projected, self.energy = self.all_projected[0], self.all_energy[0]
 
     def segment_sum(self, values: Tensor) -> Tensor:

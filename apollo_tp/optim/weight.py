@@ -22,11 +22,14 @@ _CHUNK_ELEMENTS = 1 << 24
 class Weight:
     """LOCAL tensor ``data`` seen as (rows, columns): all dimensions but the last are folded into rows.
 
+    ``index`` is its place among all trained parameters.
+
     ``represents`` is True on exactly one of the ranks that hold the same content: sums over ranks count it there.
+    ``is_matrix`` is False for tensors of one dimension: no weight decay, no limit on the size of a step.
     """
 
-    def __init__(self, parameter: OptimParameter, precision: Precision, seed: int, rank: int) -> None:
-        self.parameter = parameter
+    def __init__(self, index: int, parameter: OptimParameter, precision: Precision, seed: int, rank: int) -> None:
+        self.index, self.parameter = index, parameter
         self.shard = parameter.shard
         self.name = parameter.name
         self.represents = rank == min(self.shard.replica_ranks, default=rank)
@@ -41,6 +44,7 @@ class Weight:
                 f"{self.name}: got a local tensor of shape {tuple(data.shape)}, expected {self.shard.local_shape} "
                 f"from global shape {self.shard.global_shape} cut on dimension {self.shard.dim}"
             )
+        self.is_matrix = len(self.shard.global_shape) > 1
         self.local_2d = fold(tuple(data.shape))
         self.data = data.view(self.local_2d)
         self.precision = precision

@@ -1,0 +1,102 @@
+"""The local arithmetic of a step in plain torch: for CPU, and as the oracle of the Triton kernels.
+
+No collectives here. ``triton_backend.TritonBackend`` offers the same methods for CUDA.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from apollo_tp.config import OptimConfig
+from apollo_tp.optim.adamw import AdamWState
+from apollo_tp.optim.interface import Decision, Scales
+from apollo_tp.optim.matrices import Matrix, MatrixGroup
+
+
+class TorchBackend:
+    """Works on the groups and AdamW states that the optimizer owns; ``gradients`` are LOCAL, (rows, columns), by index."""
+
+    def __init__(self, groups: Sequence[MatrixGroup], adamw: Sequence[AdamWState], config: OptimConfig) -> None:
+        self.groups, self.adamw, self.config = groups, adamw, config
+
+    def project(self, gradients: Sequence[Tensor]) -> None:
+        """Fill ``all_projected`` and ``all_energy`` of every group."""
+        for group in self.groups:
+            group.use(torch.zeros(group.buffer_shape, device=group.device))
+            for position, matrix in enumerate(group.matrices):
+                if group.exchanged and not matrix.weight.represents:
+                    continue  # a replica's share of the sum is counted once
+                by_channel = matrix.channels_first(gradients[matrix.index]).float()
+                projected = by_channel @ matrix.projection(group.rank) / math.sqrt(group.rank)
+                _deal(projected, group.all_projected, group.rows(position))
+                _deal(by_channel.square().sum(1), group.all_energy, group.rows(position))
+
+    def row_norms(self, group: MatrixGroup, clip: Tensor) -> tuple[Tensor, Tensor]:
+        """Squared norms (rows,) of adapted and of projected gradient. ``clip`` is 0-d. The moments stay as they are."""
+        projected = group.projected * clip
+        m, v = self._moments(group.exp_avg, group.exp_avg_sq, projected)
+        return (m / (v.sqrt() + self.config.eps)).square().sum(1), projected.square().sum(1)
+
+    def _moments(self, exp_avg: Tensor, exp_avg_sq: Tensor, projected: Tensor) -> tuple[Tensor, Tensor]:
+        beta1, beta2 = self.config.betas
+        return exp_avg * beta1 + projected * (1 - beta1), exp_avg_sq * beta2 + projected.square() * (1 - beta2)
+
+    def adamw_square_sums(self, gradients: Sequence[Tensor]) -> Tensor:
+        """Squared norm of each AdamW parameter's local gradient."""
+        return torch.stack([gradients[state.index].float().square().sum() for state in self.adamw])
+
+    def adamw_update_norms(self, gradients: Sequence[Tensor], clip: Tensor, steps: Sequence[int]) -> Tensor:
+        """Squared norm of each local AdamW update at learning rate 1."""
+        norms = []
+        for state in self.adamw:
+            gradient = gradients[state.index].float() * clip
+            norms.append(state.candidate(gradient, steps[state.index], self.config)[2].square().sum())
+        return torch.stack(norms)
+
+    def write(self, gradients: Sequence[Tensor], decision: Decision, scales: Scales, steps: Sequence[int]) -> None:
+        """Move moments and write weights where ``decision.write`` says so; ``steps`` counts each one's updates before."""
+        write, coefficients = decision.write.tolist(), decision.coefficients.tolist()
+        decay = 1.0 - decision.learning_rate * self.config.weight_decay
+        for group in self.groups:
+            for position, matrix in enumerate(group.matrices):
+                i = matrix.index
+                if write[i]:
+                    self._commit(group, group.rows(position), decision.clip)
+                    factor = scales.of(group, position) * coefficients[i]
+                    _write_matrix(matrix, gradients[i], factor, decay, steps[i])
+        for state in self.adamw:
+            i = state.index
+            if write[i]:
+                gradient = gradients[i].float() * decision.clip
+                m, v, update = state.candidate(gradient, steps[i], self.config)
+                state.exp_avg.copy_(m)
+                state.exp_avg_sq.copy_(v)
+                rate = decay if state.weight.is_matrix else 1.0
+                update.mul_(decision.learning_rate)
+                state.weight.apply(steps[i], rate, update.__getitem__)
+
+    def _commit(self, group: MatrixGroup, rows: slice, clip: Tensor) -> None:
+        m, v = self._moments(group.exp_avg[rows], group.exp_avg_sq[rows], group.projected[rows] * clip)
+        group.exp_avg[rows], group.exp_avg_sq[rows] = m, v
+
+
+def _deal(values: Tensor, buffer: Tensor, rows: slice) -> None:
+    """Deal ``values`` (channels, ...) over the ranks' blocks ``buffer[:, rows]``; the last blocks may be short."""
+    per_rank = rows.stop - rows.start
+    for rank in range(buffer.shape[0]):
+        block = values[rank * per_rank : (rank + 1) * per_rank]
+        buffer[rank, rows.start : rows.start + block.shape[0]] = block
+
+
+def _write_matrix(matrix: Matrix, gradient: Tensor, factor: Tensor, decay: float, step: int) -> None:
+    """W <- decay W - factor * G, in place; ``factor`` (local channels,) fp32."""
+
+    def update(rows: slice) -> Tensor:
+        by_row = factor[rows, None] if matrix.channel_dim == 0 else factor[None, :]
+        return gradient[rows].float() * by_row
+
+    matrix.weight.apply(step, decay, update)

@@ -1,0 +1,430 @@
+"""The local arithmetic of a step on CUDA: tables of what lies where, and the launches of ``kernels``.
+
+The same methods as ``torch_backend.TorchBackend``, which is the oracle. Nothing here waits for the device. Tables are made
+once; only the addresses of the gradients are sent in a step, if they changed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from apollo_tp.config import OptimConfig, Precision, Projection
+from apollo_tp.optim import kernels
+from apollo_tp.optim.adamw import AdamWState
+from apollo_tp.optim.interface import Decision, Scales
+from apollo_tp.optim.matrices import MatrixGroup
+from apollo_tp.optim.projection import num_words
+from apollo_tp.optim.weight import Weight
+
+PROJECT_TILE = (128, 64)
+"""Channels by contracted elements that a program of the projection holds at a time."""
+WRITE_TILE = (8, 512)
+"""Rows by columns that a program of an elementwise kernel writes."""
+_TYPES = {torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
+
+
+@dataclass
+class _Launch:
+    """Tiles that share a compiled kernel. ``options`` are its constants; ``table`` and ``tiles`` lie on the device."""
+
+    options: dict[str, Any]
+    table: Tensor
+    tiles: list[Tensor]
+    owners: list[int]
+    """Index of the parameter behind each row of the table."""
+    offsets: list[int]
+    """Bytes from the start of the parameter's gradient to each row's."""
+    addresses: Tensor
+    distinct: Tensor
+    """The parameters of ``owners``, each once, int64."""
+    tile_counts: Tensor
+    """Tiles of each of them: neighbours in ``tiles``, since a parameter's rows follow each other."""
+
+    @property
+    def grid(self) -> tuple[int]:
+        return (self.tiles[0].numel(),)
+
+
+class TritonBackend:
+    """Works on the groups and AdamW states that the optimizer owns; ``gradients`` are LOCAL, (rows, columns), by index."""
+
+    def __init__(
+        self, groups: Sequence[MatrixGroup], adamw: Sequence[AdamWState], config: OptimConfig, weights: Sequence[Weight]
+    ) -> None:
+        self.groups, self.adamw, self.config, self.weights = groups, adamw, config, weights
+        self.device = weights[0].data.device
+        self.rank = groups[0].rank if groups else 1
+        self.rank_padded = max(16, triton.next_power_of_2(self.rank))
+        self.layout: list[tuple[Any, ...]] = []
+        self.starts: list[int] = []
+        self.word_parts: list[Tensor | None] = []
+        self.adamw_index = torch.tensor([a.index for a in adamw], dtype=torch.int64, device=self.device)
+        self.row_parameters = [
+            g.index.repeat_interleave(g.segments, output_size=g.num_rows).to(torch.int32) for g in groups
+        ]
+        sizes = [math.prod(g.buffer_shape) for g in groups]
+        self.buffer_starts = [sum(sizes[:i]) for i in range(len(sizes) + 1)]
+
+    # --- tables ----------------------------------------------------------------------------------------------------
+
+    def _prepare(self, gradients: Sequence[Tensor]) -> None:
+        """Bring tables and addresses in line with these gradients."""
+        starts = [g.data_ptr() for g in gradients]
+        layout = [(g.dtype, g.stride(), start % 16) for g, start in zip(gradients, starts, strict=True)]
+        if layout != self.layout:
+            self._build(gradients)
+        elif starts == self.starts:
+            return
+        self.layout, self.starts = layout, starts
+        for launch in (*self.project_launches, *self.write_launches, *self.adamw_launches):
+            rows = [starts[i] + offset for i, offset in zip(launch.owners, launch.offsets, strict=True)]
+            launch.addresses = self._tensor(rows, torch.int64)
+
+    def _build(self, gradients: Sequence[Tensor]) -> None:
+        self.project_launches = _launches(self._project_rows(gradients), self.device, 1)
+        self.write_launches = _launches(self._write_rows(gradients), self.device, 2)
+        self.adamw_launches = _launches(self._adamw_rows(gradients), self.device, 2)
+
+    def _project_rows(self, gradients: Sequence[Tensor]) -> Iterator[_Row]:
+        """One row per matrix that this rank projects."""
+        column = 0
+        for group, start in zip(self.groups, self.buffer_starts, strict=False):
+            block_stride = group.buffer_shape[1] if group.exchanged else 0
+            for position, matrix in enumerate(group.matrices):
+                gradient, projection_start = gradients[matrix.index], column
+                column += matrix.columns.numel()
+                if group.exchanged and not matrix.weight.represents:
+                    continue
+                by_channel = matrix.channels_first(gradient)
+                channels, contracted = by_channel.shape
+                first = group.rows(position).start
+                even = channels % PROJECT_TILE[0] == 0 and contracted % PROJECT_TILE[1] == 0 and _aligned(gradient)
+                entry = [
+                    channels,
+                    contracted,
+                    gradient.stride(0),
+                    projection_start,
+                    matrix.num_rows if group.exchanged else max(1, channels),
+                    start + first * group.rank,
+                    start + group.num_rows * group.rank + first,
+                    block_stride,
+                ]
+                # signs are exact in bf16, Gaussian entries are not; Triton's interpreter (CPU) cannot multiply bf16
+                narrow = gradient.dtype is torch.bfloat16 and self.device.type == "cuda"
+                options = {
+                    "CHANNELS_LAST": matrix.channel_dim == 1,
+                    "EVEN": even,
+                    "WIDE": not narrow or self.config.projection is Projection.gaussian,
+                    "G_TYPE": _TYPES[gradient.dtype],
+                }
+                yield _Row(options, entry, (channels,), PROJECT_TILE[:1], matrix.index, 0)
+
+    def _write_rows(self, gradients: Sequence[Tensor]) -> Iterator[_Row]:
+        """One row per piece of a projected matrix."""
+        local_start = exchanged_start = 0
+        exchanged_rows = sum(g.num_rows for g in self.groups if g.exchanged)
+        local_rows = sum(g.num_rows for g in self.groups if not g.exchanged)
+        for group in self.groups:
+            for position, matrix in enumerate(group.matrices):
+                first = group.rows(position).start
+                if group.exchanged:
+                    scale = [local_rows + exchanged_start + first, matrix.per_rank, exchanged_rows]
+                else:
+                    scale = [local_start + first, max(1, matrix.num_rows), 0]
+                for piece in _pieces(matrix.weight):
+                    channel0 = piece.row if matrix.channel_dim == 0 else piece.column
+                    yield self._row(piece, gradients, [*scale, channel0], {"CHANNELS_LAST": matrix.channel_dim == 1})
+            if group.exchanged:
+                exchanged_start += group.num_rows
+            else:
+                local_start += group.num_rows
+
+    def _adamw_rows(self, gradients: Sequence[Tensor]) -> Iterator[_Row]:
+        """One row per piece of an AdamW parameter."""
+        for state in self.adamw:
+            columns = state.weight.local_2d[1]
+            for piece in _pieces(state.weight):
+                skip = 4 * (piece.row * columns + piece.column)
+                moments = [state.exp_avg.data_ptr() + skip, state.exp_avg_sq.data_ptr() + skip, columns, 0]
+                yield self._row(piece, gradients, moments, {}, columns)
+
+    def _row(
+        self, piece: _Piece, gradients: Sequence[Tensor], own: list[int], options: dict[str, Any], stride: int = 8
+    ) -> _Row:
+        weight, index = piece.weight, piece.weight.index
+        gradient, data, rest = gradients[index], weight.data, weight.remainder
+        skip = piece.row * data.stride(0) + piece.column
+        rest_skip = piece.row * weight.local_2d[1] + piece.column
+        key = weight.rounding_key[0] | weight.rounding_key[1] << 32
+        entry = [
+            index,
+            piece.rows,
+            piece.columns,
+            data.data_ptr() + skip * data.element_size(),
+            data.stride(0),
+            gradient.stride(0),
+            0 if rest is None else rest.data_ptr() + rest_skip,
+            weight.local_2d[1],
+            *own,
+            piece.global_row,
+            piece.global_column,
+            key - (1 << 64) if key >> 63 else key,
+        ]
+        tile = WRITE_TILE
+        even = piece.rows % tile[0] == 0 and piece.columns % tile[1] == 0 and piece.global_column % 8 == 0
+        # the remainder's rows need 16 elements, since they are one byte each
+        even = even and _aligned(data) and _aligned(gradient) and stride % 4 == 0
+        even = even and piece.column % 16 == 0 and weight.local_2d[1] % 16 == 0
+        bf16 = data.dtype is torch.bfloat16
+        options = options | {
+            "EVEN": even,
+            "REMAINDER": rest is not None,
+            "STOCHASTIC": bf16 and weight.precision is Precision.stochastic,
+            "W_TYPE": _TYPES[data.dtype],
+            "G_TYPE": _TYPES[gradient.dtype],
+        }
+        offset = (piece.row * gradient.stride(0) + piece.column) * gradient.element_size()
+        return _Row(options, entry, (piece.rows, piece.columns), tile, index, offset)
+
+    def _tensor(self, values: Sequence[float], dtype: torch.dtype) -> Tensor:
+        return torch.tensor(values, dtype=dtype).to(self.device, non_blocking=True)
+
+    # --- the step --------------------------------------------------------------------------------------------------
+
+    def project(self, gradients: Sequence[Tensor]) -> None:
+        """Fill ``all_projected`` and ``all_energy`` of every group."""
+        self._prepare(gradients)
+        if not self.groups:
+            return
+        flat = torch.empty(self.buffer_starts[-1], device=self.device)
+        for group, start, stop in zip(self.groups, self.buffer_starts, self.buffer_starts[1:], strict=False):
+            if group.exchanged:
+                flat[start:stop].zero_()  # padding, and what other replicas contribute
+            group.use(flat[start:stop].view(group.buffer_shape))
+        projections = self._projections()
+        for launch in self.project_launches:
+            kernels.project_kernel[launch.grid](
+                *launch.tiles,
+                launch.table,
+                launch.addresses,
+                projections,
+                flat,
+                1.0 / math.sqrt(self.rank),
+                RANK=self.rank,
+                RANK_PADDED=self.rank_padded,
+                BLOCK_C=PROJECT_TILE[0],
+                BLOCK_K=PROJECT_TILE[1],
+                num_warps=8,
+                num_stages=3 if self.rank_padded > 128 else 4,
+                **launch.options,
+            )
+
+    def _projections(self) -> Tensor:
+        """(columns of all matrices, padded rank): dense for the time of a step; a few bits per column are kept."""
+        matrices = [m for g in self.groups for m in g.matrices]
+        if self.config.projection is Projection.gaussian:
+            dense = torch.cat([m.projection(self.rank) for m in matrices])
+            return torch.nn.functional.pad(dense, (0, self.rank_padded - self.rank)).contiguous()
+        current = [m.words for m in matrices]
+        if len(self.word_parts) != len(current) or any(
+            a is not b for a, b in zip(self.word_parts, current, strict=True)
+        ):
+            self.word_parts, self.words = current, torch.cat([m.words for m in matrices if m.words is not None])
+        columns, block = self.words.shape[0], 64
+        dense = torch.empty(columns, self.rank_padded, dtype=torch.bfloat16, device=self.device)
+        kernels.unpack_signs_kernel[(triton.cdiv(columns, block),)](
+            self.words,
+            dense,
+            columns,
+            RANK=self.rank,
+            RANK_PADDED=self.rank_padded,
+            WORDS=num_words(self.rank),
+            BLOCK=block,
+        )
+        return dense
+
+    def row_norms(self, group: MatrixGroup, clip: Tensor) -> tuple[Tensor, Tensor]:
+        """Squared norms (rows,) of adapted and of projected gradient. ``clip`` is 0-d. The moments stay as they are."""
+        adapted, projected = torch.empty_like(group.energy), torch.empty_like(group.energy)
+        self._by_rows(kernels.row_norms_kernel, group, (adapted, projected, clip), (self.config.eps,))
+        return adapted, projected
+
+    def _by_rows(
+        self, kernel: Any, group: MatrixGroup, tensors: tuple[Tensor, ...], scalars: tuple[float, ...]
+    ) -> None:
+        block = max(1, 4096 // self.rank_padded)
+        if group.num_rows:
+            kernel[(triton.cdiv(group.num_rows, block),)](
+                group.projected,
+                group.exp_avg,
+                group.exp_avg_sq,
+                *tensors,
+                group.num_rows,
+                *self.config.betas,
+                *scalars,
+                RANK=self.rank,
+                RANK_PADDED=triton.next_power_of_2(self.rank),
+                BLOCK=block,
+            )
+
+    def adamw_square_sums(self, gradients: Sequence[Tensor]) -> Tensor:
+        """Squared norm of each AdamW parameter's local gradient."""
+        self._prepare(gradients)
+        return self._adamw(0, None, [0] * len(self.weights), 0.0)
+
+    def adamw_update_norms(self, gradients: Sequence[Tensor], clip: Tensor, steps: Sequence[int]) -> Tensor:
+        """Squared norm of each local AdamW update at learning rate 1."""
+        return self._adamw(1, clip, steps, 0.0)
+
+    def _adamw(
+        self, stage: int, clip: Tensor | None, steps: Sequence[int], learning_rate: float, write: Tensor | None = None
+    ) -> Tensor:
+        """Run one stage of the AdamW kernel; returns the sums of stages 0 and 1 by AdamW parameter."""
+        config, count = self.config, len(self.weights)
+        beta1, beta2 = config.betas
+        corrections = [1 - beta1 ** (n + 1) for n in steps] + [1 - beta2 ** (n + 1) for n in steps]
+        decays = [1.0 - learning_rate * config.weight_decay if w.is_matrix else 1.0 for w in self.weights]
+        small = self._tensor([*decays, *corrections], torch.float32)
+        counts = self._tensor(steps, torch.int32)
+        sums = torch.zeros(count, device=self.device)
+        for launch in self.adamw_launches:
+            partial = torch.empty(launch.grid, device=self.device)
+            kernels.adamw_kernel[launch.grid](
+                *launch.tiles,
+                launch.table,
+                launch.addresses,
+                partial,
+                counts if write is None else write,
+                counts,
+                small[:count],
+                small[count:],
+                small[:1] if clip is None else clip,
+                count,
+                learning_rate,
+                beta1,
+                beta2,
+                config.eps,
+                STAGE=stage,
+                BLOCK_R=WRITE_TILE[0],
+                BLOCK_N=WRITE_TILE[1],
+                **launch.options,
+            )
+            if stage < 2:
+                sums[launch.distinct] = torch.segment_reduce(partial, "sum", lengths=launch.tile_counts, unsafe=True)
+        return sums[self.adamw_index]
+
+    def write(self, gradients: Sequence[Tensor], decision: Decision, scales: Scales, steps: Sequence[int]) -> None:
+        """Move moments and write weights where ``decision.write`` says so; ``steps`` counts each one's updates before."""
+        flags = decision.write.to(torch.int32)
+        for group, parameters in zip(self.groups, self.row_parameters, strict=True):
+            self._by_rows(kernels.commit_kernel, group, (parameters, flags, decision.clip), ())
+        if self.groups:
+            self._write_matrices(decision, scales, flags, self._tensor(steps, torch.int32))
+        if self.adamw:
+            self._adamw(2, decision.clip, steps, decision.learning_rate, flags)
+
+    def _write_matrices(self, decision: Decision, scales: Scales, flags: Tensor, steps: Tensor) -> None:
+        parts = [g.scales for g in self.groups if not g.exchanged]
+        exchanged = [g for g in self.groups if g.exchanged]
+        if scales.gathered is not None:
+            parts.append(scales.gathered.flatten())
+        elif exchanged:
+            parts.append(torch.ones(exchanged[0].tp.size * sum(g.num_rows for g in exchanged), device=self.device))
+        all_scales, coefficients = torch.cat(parts), decision.coefficients.float()
+        for launch in self.write_launches:
+            kernels.write_kernel[launch.grid](
+                *launch.tiles,
+                launch.table,
+                launch.addresses,
+                all_scales,
+                coefficients,
+                flags,
+                steps,
+                1.0 - decision.learning_rate * self.config.weight_decay,
+                BLOCK_R=WRITE_TILE[0],
+                BLOCK_N=WRITE_TILE[1],
+                **launch.options,
+            )
+
+
+@dataclass
+class _Row:
+    """One row of a table before it is one: its tensor's extent and the tile that a program takes of it."""
+
+    options: dict[str, Any]
+    entry: list[int]
+    extent: tuple[int, ...]
+    tile: tuple[int, ...]
+    owner: int
+    offset: int
+
+
+@dataclass
+class _Piece:
+    """A part of a local (rows, columns) weight whose global rows and columns are contiguous."""
+
+    weight: Weight
+    row: int
+    column: int
+    rows: int
+    columns: int
+    global_row: int
+    global_column: int
+
+
+def _pieces(weight: Weight) -> Iterator[_Piece]:
+    """The local weight, cut where its global rows or columns jump."""
+    shape, shard = weight.shard.global_shape, weight.shard
+    rows, columns = weight.local_2d
+    if shard.dim is None:
+        yield _Piece(weight, 0, 0, rows, columns, 0, 0)
+        return
+    local = 0
+    for start, stop in shard.ranges:
+        length = stop - start
+        if shard.dim == len(shape) - 1:
+            yield _Piece(weight, 0, local, rows, length, 0, start)
+        else:  # each index before the cut dimension has its own run of rows
+            inner = math.prod(shape[shard.dim + 1 : -1])
+            for outer in range(math.prod(shape[: shard.dim])):
+                row = (outer * shard.local_shape[shard.dim] + local) * inner
+                global_row = (outer * shape[shard.dim] + start) * inner
+                yield _Piece(weight, row, 0, length * inner, columns, global_row, 0)
+        local += length
+
+
+def _aligned(tensor: Tensor) -> bool:
+    """True if every row of a (rows, columns) tensor starts on 16 bytes."""
+    return tensor.data_ptr() % 16 == 0 and tensor.stride(0) * tensor.element_size() % 16 == 0
+
+
+def _launches(rows: Iterator[_Row], device: torch.device, dims: int) -> list[_Launch]:
+    """Rows with equal constants share a launch; every row is cut into tiles."""
+    grouped: dict[tuple[Any, ...], list[_Row]] = {}
+    for row in rows:
+        if math.prod(row.extent):
+            grouped.setdefault(tuple(sorted(row.options.items(), key=lambda item: item[0])), []).append(row)
+    launches = []
+    for same in grouped.values():
+        tiles: list[Tensor] = []
+        for i, row in enumerate(same):
+            starts = [torch.arange(0, n, step, dtype=torch.int32) for n, step in zip(row.extent, row.tile, strict=True)]
+            grid = torch.cartesian_prod(*starts).view(-1, dims)
+            tiles.append(torch.cat([torch.full((len(grid), 1), i, dtype=torch.int32), grid], dim=1))
+        columns = [c.contiguous() for c in torch.cat(tiles).to(device).unbind(1)]
+        table = torch.tensor([row.entry for row in same], dtype=torch.int64).to(device)
+        owners, offsets = [row.owner for row in same], [row.offset for row in same]
+        counts: dict[int, int] = {}
+        for owner, part in zip(owners, tiles, strict=True):
+            counts[owner] = counts.get(owner, 0) + len(part)
+        distinct, tile_counts = (torch.tensor(list(x)).to(device) for x in (counts.keys(), counts.values()))
+        launches.append(_Launch(same[0].options, table, columns, owners, offsets, table[:, 0], distinct, tile_counts))
+    return launches

@@ -1,0 +1,171 @@
+"""The Triton kernels against their plain torch twin: on the GPU if there is one, else in Triton's interpreter."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from apollo_tp.config import OptimizerKind, Precision, Projection
+from apollo_tp.layout import Shard
+from apollo_tp.optim import OptimParameter, build_optimizer
+from apollo_tp.optim.rounding import join
+from apollo_tp.optim.torch_backend import TorchBackend
+from apollo_tp.parallel import TPGroup
+from tests import optim_model as model
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# The interpreter is chosen when triton is first imported, so it needs a process of its own.
+HERE = DEVICE == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+
+
+@pytest.mark.skipif(HERE, reason="the tests below run in this process")
+def test_in_the_interpreter():
+    """All tests below pass in Triton's interpreter."""
+    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280, check=False)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    assert " passed" in done.stdout
+
+
+def triton_backend(optimizer):
+    """The kernels, on whatever device the optimizer is."""
+    from apollo_tp.optim import triton_backend as module
+
+    for name, tile in TILES.items():
+        setattr(module, name, tile)
+    return module.TritonBackend(optimizer.groups, optimizer.adamw, optimizer.config, optimizer.weights)
+
+
+# Small tiles, so that some of optim_model's shapes divide by them (the even path) and some do not (the masked path), and
+# the interpreter has few of them. A GPU tests the real ones.
+TILES = {"PROJECT_TILE": (32, 32), "WRITE_TILE": (32, 32)} if DEVICE == "cpu" else {}
+EVEN_SPECS = (
+    (model.Spec("even_adamw.weight", (32, 64), 0, "other"),)
+    if DEVICE == "cpu"
+    else (
+        model.Spec("even_right.weight", (512, 512), 0),
+        model.Spec("even_left.weight", (512, 1024), 1),
+        model.Spec("even_adamw.weight", (16, 512), 0, "other"),
+    )
+)
+
+
+class TwoRanksInOne(TPGroup):
+    """Rank 0 of two whose partner sends the very same numbers: exercises the exchanged layout in one process."""
+
+    def all_reduce_(self, tensor, op=None):
+        return tensor.mul_(2)
+
+    def reduce_scatter(self, tensor):
+        return tensor[:1] * 2
+
+    def all_gather(self, tensor):
+        return torch.cat([tensor, tensor])
+
+
+def run(backend: str, size: int, precision: Precision, dtype: torch.dtype, **changes) -> tuple[list, dict, dict]:
+    """Outcomes, weights and state after a few steps."""
+    tp = TPGroup.single() if size == 1 else TwoRanksInOne(0, 2)
+    generator = torch.Generator().manual_seed(3)
+    specs, params, whole = (*model.SPECS, *EVEN_SPECS), [], model.weights()
+    for spec in specs:
+        shard = spec.shard(0, size)
+        value = whole[spec.name] if spec.name in whole else torch.randn(spec.shape, generator=generator) * 0.02
+        tensor = torch.nn.Parameter(model.part(value, shard).to(dtype).to(DEVICE))
+        params.append(OptimParameter(shard, tensor, spec.role))
+    config = model.config(check_replicas_every=0, max_relative_update=100.0, **changes)
+    optimizer = build_optimizer(config, precision, params, tp)
+    optimizer.backend = TorchBackend(optimizer.groups, optimizer.adamw, config)
+    if backend == "triton":
+        optimizer.backend = triton_backend(optimizer)
+    outcomes = []
+    for step in range(3):
+        grads = model.gradients(step)
+        for p, spec in zip(params, specs, strict=True):
+            g = grads[p.name] if p.name in grads else torch.randn(spec.shape, generator=generator) * 1e-3
+            p.tensor.grad = model.part(g, p.shard).to(dtype).to(DEVICE)
+        if step == 1:
+            params[0].tensor.grad = torch.zeros_like(params[0].tensor)
+            params[-1].tensor.grad = None
+        outcomes.append(optimizer.step())
+        if step == 1:
+            params[2].tensor.grad[0, 0] = float("nan")
+            assert "case_c.weight on rank 0" in optimizer.step().skipped
+    weights = {p.name: p.tensor.detach().float().cpu() for p in params}
+    for w in optimizer.weights:
+        if w.remainder is not None:
+            weights[w.name] = join(w.data, w.remainder).view(w.shard.local_shape).cpu()
+    state = {f"m{i}": g.exp_avg.cpu() for i, g in enumerate(optimizer.groups)}
+    state |= {f"v{i}": g.exp_avg_sq.cpu() for i, g in enumerate(optimizer.groups)}
+    state |= {a.weight.name: a.exp_avg_sq.cpu() for a in optimizer.adamw}
+    return outcomes, weights, state
+
+
+CASES = {
+    "remainder": (1, Precision.remainder, torch.bfloat16, {}),
+    "remainder_exchanged": (2, Precision.remainder, torch.bfloat16, {"max_grad_norm": 0.05}),
+    "stochastic": (2, Precision.stochastic, torch.bfloat16, {}),
+    "nearest_rank_40": (1, Precision.nearest, torch.bfloat16, {"max_grad_norm": None, "rank": 40}),
+    "float32_gaussian": (2, Precision.remainder, torch.float32, {"rank": 20, "projection": Projection.gaussian}),
+    "mini": (2, Precision.remainder, torch.bfloat16, {"kind": OptimizerKind.apollo_mini}),
+    "adamw": (1, Precision.stochastic, torch.bfloat16, {"kind": OptimizerKind.adamw}),
+}
+
+
+@pytest.mark.skipif(not HERE, reason="run by test_in_the_interpreter")
+@pytest.mark.parametrize("name", list(CASES))
+def test_kernels_equal_their_twin(name):
+    """Weights, moments and outcomes are the twin's, in every precision, sharding case and tile path.
+
+    Sums run in another order, so values agree to fp32 rounding; a bf16 weight may then round to its other neighbour,
+    stochastically or to nearest, in few places.
+    """
+    size, precision, dtype, changes = CASES[name]
+    outcomes, weights, state = run("triton", size, precision, dtype, **changes)
+    expected_outcomes, expected, expected_state = run("torch", size, precision, dtype, **changes)
+    for mine, theirs in zip(outcomes, expected_outcomes, strict=True):
+        assert mine.num_updated == theirs.num_updated
+        assert mine.grad_norm == pytest.approx(theirs.grad_norm, rel=1e-5)
+        assert mine.largest_update == pytest.approx(theirs.largest_update, rel=1e-4)
+    for key, value in expected_state.items():
+        torch.testing.assert_close(state[key], value, rtol=1e-3, atol=float(value.abs().max()) * 1e-5)
+    whole_bits = precision is not Precision.remainder and dtype is torch.bfloat16
+    for key, value in expected.items():
+        error = (weights[key] - value).abs()
+        if whole_bits:
+            assert float((error > 0).float().mean()) < 0.01, key
+            assert bool((error <= value.abs() * 2.0**-7).all()), key
+        else:  # 24 bits: the last of 16 of the significand; fp32: rounding
+            assert bool((error <= value.abs() * 2.0**-14 + 1e-6).all()), key
+
+
+@pytest.mark.skipif(not HERE, reason="run by test_in_the_interpreter")
+def test_the_random_bits_of_the_kernel_are_those_of_the_twin():
+    """With no update, stochastic writing keeps every bf16 value; with a known one, kernel and twin agree bit for bit."""
+    shard = Shard("w", (16, 1024), None, (), (0,))
+    ends = []
+    for make in ("torch", "triton"):
+        weight = torch.nn.Parameter(torch.full((16, 1024), 1.0, dtype=torch.bfloat16, device=DEVICE))
+        config = model.config(
+            kind=OptimizerKind.adamw, lr=1e-3, weight_decay=0.0, max_grad_norm=None, check_replicas_every=0
+        )
+        optimizer = build_optimizer(
+            config, Precision.stochastic, [OptimParameter(shard, weight, "matrix")], TPGroup.single()
+        )
+        optimizer.backend = TorchBackend(optimizer.groups, optimizer.adamw, config)
+        if make == "triton":
+            optimizer.backend = triton_backend(optimizer)
+        for _ in range(2):
+            weight.grad = torch.ones_like(weight)
+            assert optimizer.step().num_updated == 1
+        ends.append(weight.detach().float().cpu())
+    assert torch.equal(ends[0], ends[1])
+    share = float((ends[0] < 1.0).float().mean())
+    assert 0.2 < share < 0.8  # 1e-3 is a quarter of the ulp below 1.0, twice
