@@ -36,10 +36,13 @@ def browser(dark):
 @pytest.fixture(scope="module")
 def stack(tmp_path_factory):
     folder = tmp_path_factory.mktemp("p")
-    with CoordinatorProcess(folder) as coordinator, coordinator.client() as client:
-        with FakeRanks(coordinator.ranks_socket, folder / "journal", step_seconds=0.1):
-            wait_for(lambda: client.get("/health").json()["trainer"])
-            yield coordinator, client
+    with (
+        CoordinatorProcess(folder) as coordinator,
+        coordinator.client() as client,
+        FakeRanks(coordinator.ranks_socket, folder / "journal", step_seconds=0.1),
+    ):
+        wait_for(lambda: client.get("/health").json()["trainer"])
+        yield coordinator, client
 
 
 def points(driver):

@@ -21,7 +21,7 @@ import msgspec
 import zmq
 
 from apollo_tp import protocol
-from apollo_tp.config import HttpConfig, ServiceConfig
+from apollo_tp.config import HttpConfig, ServiceConfig, WriterConfig
 from apollo_tp.coordinator.settings import Settings
 
 VOCAB_SIZE = 1000
@@ -151,7 +151,7 @@ class FakeRanks:
 class CoordinatorProcess:
     """A real coordinator process over a temporary folder. ``restart`` after ``kill`` keeps state and sockets' places."""
 
-    def __init__(self, folder, *, model_path="", env=None, settings=None, **service):
+    def __init__(self, folder, *, model_path="", env=None, settings=None, writers=None, **service):
         self.folder = Path(folder)
         self.instance_dir = self.folder / "i"
         self.instance_dir.mkdir(mode=0o700, exist_ok=True)
@@ -161,7 +161,12 @@ class CoordinatorProcess:
             (model_path / "config.json").write_text(json.dumps({"vocab_size": VOCAB_SIZE}))
         service = {"rank_timeout_seconds": 1.0} | service
         self.settings = Settings(
-            service=ServiceConfig(http=HttpConfig(port=0), state_dir=str(self.folder / "state"), **service),
+            service=ServiceConfig(
+                http=HttpConfig(port=0),
+                state_dir=str(self.folder / "state"),
+                writers=WriterConfig(**(writers or {})),
+                **service,
+            ),
             instance_dir=str(self.instance_dir),
             model_path=str(model_path),
             **({"checkpoint_after_idle_seconds": None} | (settings or {})),

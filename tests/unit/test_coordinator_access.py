@@ -25,10 +25,13 @@ def guarded(tmp_path_factory):
     token_file = folder / "tokens"
     token_file.write_text(f"# two\nread:{READ}\ntrain:{TRAIN}\n")
     token_file.chmod(0o600)
-    with CoordinatorProcess(folder, token_file=str(token_file)) as coordinator:
-        with FakeRanks(coordinator.ranks_socket, folder / "journal") as ranks, coordinator.client() as client:
-            wait_for(lambda: client.get("/health").json()["trainer"])
-            yield coordinator, client, ranks
+    with (
+        CoordinatorProcess(folder, token_file=str(token_file)) as coordinator,
+        FakeRanks(coordinator.ranks_socket, folder / "journal") as ranks,
+        coordinator.client() as client,
+    ):
+        wait_for(lambda: client.get("/health").json()["trainer"])
+        yield coordinator, client, ranks
 
 
 def every_route(client):

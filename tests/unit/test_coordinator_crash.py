@@ -139,18 +139,21 @@ def test_on_crash_fail_reports_the_reason(tmp_path):
 
 def test_silent_ranks_make_the_job_resumable(tmp_path):
     """No heartbeat for rank_timeout_seconds: status says so and the job waits; when they beat again it goes on."""
-    with CoordinatorProcess(tmp_path) as coordinator, coordinator.client() as client:
-        with FakeRanks(coordinator.ranks_socket, tmp_path / "journal", step_seconds=0.02) as ranks:
-            job = client.post("/train", json=ONE | {"epochs": STEPS}).json()["id"]
-            wait_for(lambda: client.get(f"/train/jobs/{job}").json()["step"] > 2)
-            ranks.mute = True
-            status = wait_for(lambda: (s := client.get("/train/status").json())["running"] is None and s)
-            assert not status["trainer"]["connected"]
-            assert "heartbeat" in status["trainer"]["reason"]
-            assert status["queue"][0]["resumable"]
-            ranks.mute = False
-            wait_for(lambda: client.get(f"/train/jobs/{job}").json()["state"] == "succeeded")
-            assert ranks.applied() == [(job, step) for step in range(1, STEPS + 1)]
+    with (
+        CoordinatorProcess(tmp_path) as coordinator,
+        coordinator.client() as client,
+        FakeRanks(coordinator.ranks_socket, tmp_path / "journal", step_seconds=0.02) as ranks,
+    ):
+        job = client.post("/train", json=ONE | {"epochs": STEPS}).json()["id"]
+        wait_for(lambda: client.get(f"/train/jobs/{job}").json()["step"] > 2)
+        ranks.mute = True
+        status = wait_for(lambda: (s := client.get("/train/status").json())["running"] is None and s)
+        assert not status["trainer"]["connected"]
+        assert "heartbeat" in status["trainer"]["reason"]
+        assert status["queue"][0]["resumable"]
+        ranks.mute = False
+        wait_for(lambda: client.get(f"/train/jobs/{job}").json()["state"] == "succeeded")
+        assert ranks.applied() == [(job, step) for step in range(1, STEPS + 1)]
 
 
 def test_a_restarted_server_does_not_get_the_second_half_of_a_job(tmp_path):
@@ -168,15 +171,18 @@ def test_a_restarted_server_does_not_get_the_second_half_of_a_job(tmp_path):
 def test_the_idle_checkpoint_is_written_once_and_only_after_training(tmp_path):
     """after_idle_seconds behind the last job one checkpoint appears; none without a change of the weights."""
     settings = {"checkpoint_after_idle_seconds": 0.3}
-    with CoordinatorProcess(tmp_path, settings=settings) as coordinator, coordinator.client() as client:
-        with FakeRanks(coordinator.ranks_socket, tmp_path / "journal"):
-            wait_for(lambda: client.get("/health").json()["trainer"])
-            time.sleep(0.6)
-            assert client.get("/checkpoints").json()["data"] == []
-            client.post("/train", json=ONE | {"wait": True})
-            wait_for(lambda: [c["state"] for c in client.get("/checkpoints").json()["data"]] == ["succeeded"])
-            time.sleep(0.6)
-            assert len(client.get("/checkpoints").json()["data"]) == 1
+    with (
+        CoordinatorProcess(tmp_path, settings=settings) as coordinator,
+        coordinator.client() as client,
+        FakeRanks(coordinator.ranks_socket, tmp_path / "journal"),
+    ):
+        wait_for(lambda: client.get("/health").json()["trainer"])
+        time.sleep(0.6)
+        assert client.get("/checkpoints").json()["data"] == []
+        client.post("/train", json=ONE | {"wait": True})
+        wait_for(lambda: [c["state"] for c in client.get("/checkpoints").json()["data"]] == ["succeeded"])
+        time.sleep(0.6)
+        assert len(client.get("/checkpoints").json()["data"]) == 1
 
 
 def test_the_coordinator_ends_with_its_parent(tmp_path):

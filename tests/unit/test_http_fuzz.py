@@ -13,10 +13,13 @@ from tests.unit.fakes import CoordinatorProcess, FakeRanks, wait_for
 @pytest.fixture(scope="module")
 def coordinator(tmp_path_factory):
     folder = tmp_path_factory.mktemp("f")
-    with CoordinatorProcess(folder, max_queued_jobs=1000) as process, process.client() as client:
-        with FakeRanks(process.ranks_socket, folder / "journal"):
-            wait_for(lambda: client.get("/health").json()["trainer"])
-            yield process
+    with (
+        CoordinatorProcess(folder, max_queued_jobs=1000) as process,
+        process.client() as client,
+        FakeRanks(process.ranks_socket, folder / "journal"),
+    ):
+        wait_for(lambda: client.get("/health").json()["trainer"])
+        yield process
 
 
 @pytest.mark.parametrize("mode", list(GenerationMode), ids=lambda mode: mode.value)

@@ -36,11 +36,13 @@ def stack(tmp_path_factory):
     folder = tmp_path_factory.mktemp("o")
     model = write_model(folder / "model")
     options = {"max_file_bytes": 100_000, "max_files": 40}
-    with CoordinatorProcess(folder, model_path=model, **options) as coordinator:
-        with FakeRanks(coordinator.ranks_socket, folder / "journal", step_seconds=0.01) as ranks:
-            with coordinator.client() as http:
-                wait_for(lambda: http.get("/health").json()["trainer"])
-                yield openai.OpenAI(base_url=f"{coordinator.url}/v1", api_key="unused"), ranks, http
+    with (
+        CoordinatorProcess(folder, model_path=model, **options) as coordinator,
+        FakeRanks(coordinator.ranks_socket, folder / "journal", step_seconds=0.01) as ranks,
+        coordinator.client() as http,
+    ):
+        wait_for(lambda: http.get("/health").json()["trainer"])
+        yield openai.OpenAI(base_url=f"{coordinator.url}/v1", api_key="unused"), ranks, http
 
 
 def upload(client, lines, name="train.jsonl"):

@@ -46,10 +46,13 @@ def stack(tmp_path_factory):
         with httpx.Client(base_url=server.url, timeout=30) as client:
             answer = client.get("/train/status")
             assert answer.status_code == 503  # before any trainer ever ran
-            with coordinator, FakeRanks(coordinator.ranks_socket, folder / "journal", step_seconds=0.02) as ranks:
-                with coordinator.client() as direct:
-                    wait_for(lambda: direct.get("/health").json()["trainer"])
-                    yield client, direct, ranks, coordinator
+            with (
+                coordinator,
+                FakeRanks(coordinator.ranks_socket, folder / "journal", step_seconds=0.02) as ranks,
+                coordinator.client() as direct,
+            ):
+                wait_for(lambda: direct.get("/health").json()["trainer"])
+                yield client, direct, ranks, coordinator
     finally:
         coordinator.stop()
         server.close()
