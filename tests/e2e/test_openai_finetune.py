@@ -49,7 +49,7 @@ def test_the_ten_line_program(client, trainer):
     before, _ = answer_logprob(client)
     assert before != ANSWER
     file = client.files.create(file=("train.jsonl", "\n".join(map(json.dumps, LINES)).encode()), purpose="fine-tune")
-    hyperparameters = {"n_epochs": 20, "batch_size": 16, "learning_rate_multiplier": 5}
+    hyperparameters = {"n_epochs": 40, "batch_size": 16, "learning_rate_multiplier": 1.5}
     job = client.fine_tuning.jobs.create(
         model="demo",
         training_file=file.id,
@@ -62,7 +62,7 @@ def test_the_ten_line_program(client, trainer):
     losses = [
         event.data["train_loss"] for event in reversed(events) if event.type == "metrics" and "train_loss" in event.data
     ]
-    assert len(losses) == 20
+    assert len(losses) == 40
     assert losses[-1] < losses[0] - 2
     valid = [
         event.data["valid_loss"] for event in reversed(events) if event.type == "metrics" and "valid_loss" in event.data
@@ -75,7 +75,7 @@ def test_the_ten_line_program(client, trainer):
     assert sum(logprobs) / len(logprobs) == pytest.approx(-valid[-1], abs=0.1)
     assert job.fine_tuned_model == "demo"
     (checkpoint,) = client.fine_tuning.jobs.checkpoints.list(job.id)
-    assert checkpoint.step_number == 20
+    assert checkpoint.step_number == 40
     assert (trainer.state_dir / "checkpoints" / checkpoint.fine_tuned_model_checkpoint).exists()
 
 
