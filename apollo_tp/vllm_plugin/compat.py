@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from apollo_tp.vllm_plugin.cpu import import_image_processors, serve_plain_experts
+
 SUPPORTED_VERSIONS = ("0.26", "0.32")
 """First and last supported minor release, inclusive."""
 
@@ -56,6 +58,8 @@ def install_hooks(on_loaded: Callable[[nn.Module, Any, Any], None]) -> None:
 
     if current_platform.is_cpu():
         _serve_plain_weights_on_cpu()
+        serve_plain_experts()
+        import_image_processors()
     original = BaseModelLoader.load_model
     if hasattr(original, "apollo_tp"):
         return

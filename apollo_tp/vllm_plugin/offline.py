@@ -17,8 +17,8 @@ from torch import nn
 
 from apollo_tp.manifest import Allocation, Manifest
 from apollo_tp.vllm_plugin import compat, export
+from apollo_tp.vllm_plugin.cpu import import_image_processors
 from apollo_tp.vllm_plugin.trace import trace_loader
-from apollo_tp.vllm_plugin.vision import import_image_processors
 
 
 def offline_manifests(model: str, tp_size: int, dtype: str = "auto") -> list[Manifest]:

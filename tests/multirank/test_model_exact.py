@@ -30,7 +30,7 @@ def _run_cases(tp: TPGroup, folder: Path) -> dict[str, dict[str, float] | str]:
     results: dict[str, dict[str, float] | str] = {}
     for name, case in CASES.items():
         try:
-            results[name] = compare(tp, case, folder / name)
+            results[name] = compare(tp, case, folder / case.checkpoint)
         except Exception:  # noqa: BLE001 - reported by the case's own test
             results[name] = traceback.format_exc()
             break  # the other ranks are in another collective now: no later case can be trusted

@@ -1,6 +1,6 @@
 """Checkpoints of tiny models and what real vLLM would publish for them: ``python -m tests.multirank.trace_cases FOLDER``.
 
-Below FOLDER, per case: the Hugging Face checkpoint, and ``tp<p>/rank<r>.json`` manifests traced from vLLM's own loader. Runs
+Below FOLDER, per config: the Hugging Face checkpoint, and ``tp<p>/rank<r>.json`` manifests traced from vLLM's own loader. Runs
 in a process of its own, because importing vLLM changes much of a process.
 """
 
@@ -16,11 +16,11 @@ from tests.unit.families import CASES, SIZES, build
 
 
 def trace_cases(folder: Path) -> None:
-    """Write every case of ``CASES`` at every size of ``SIZES``."""
+    """Write the checkpoints of ``CASES`` and their manifests at every size of ``SIZES``."""
     from apollo_tp.vllm_plugin.offline import offline_manifests
 
-    for name, case in CASES.items():
-        checkpoint = folder / name
+    for case in {case.checkpoint: case for case in CASES.values()}.values():
+        checkpoint = folder / case.checkpoint
         build(case.config()).save_pretrained(checkpoint)
         _restore_published_names(checkpoint / "model.safetensors")
         for size in SIZES:

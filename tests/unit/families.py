@@ -159,6 +159,11 @@ class Case:
         return FAMILIES[self.family].config(**self.changes)
 
     @property
+    def checkpoint(self) -> str:
+        """Name of the checkpoint: cases with the same config share one."""
+        return "-".join([self.family, *(f"{key}={value}" for key, value in self.changes.items())])
+
+    @property
     def tolerance(self) -> float:
         return FAMILIES[self.family].tolerance
 

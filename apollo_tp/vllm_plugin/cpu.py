@@ -1,0 +1,100 @@
+"""What vLLM's CPU backend needs so that all supported families are served from memory that a trainer may write to."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.util
+import sys
+from collections.abc import Callable, Iterator
+from types import ModuleType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+_STAND_INS = (
+    "torchvision",
+    "torchvision.transforms",
+    "torchvision.transforms.v2",
+    "torchvision.transforms.v2.functional",
+)
+_IMPORTERS = (
+    "transformers.models.qwen2_vl.image_processing_qwen2_vl",
+    "transformers.models.gemma3.image_processing_gemma3",
+)
+
+
+def import_image_processors() -> None:
+    """Import transformers' image processors that vLLM's modules of models with a vision tower (Qwen3.5 among them, text
+    or not) import by name; with an empty torchvision if there is none, as beside a CPU build of torch.
+
+    The stand-in is gone afterwards, so that nothing else takes torchvision for installed. Images are still refused: the
+    processors fail as soon as they are called.
+    """
+    if importlib.util.find_spec("torchvision") is not None:
+        return
+
+    with _stand_in():
+        for name in _IMPORTERS:
+            importlib.import_module(name)
+
+
+@contextlib.contextmanager
+def _stand_in() -> Iterator[None]:
+    modules = {name: ModuleType(name) for name in _STAND_INS}
+    for name, module in modules.items():
+        parent, _, child = name.rpartition(".")
+        if parent:
+            setattr(modules[parent], child, module)
+    sys.modules.update(modules)
+    try:
+        yield
+    finally:
+        for name in modules:
+            del sys.modules[name]
+
+
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+}
+
+
+def serve_plain_experts() -> None:
+    """vLLM's CPU experts are packed on load within an unchanged shape, which a trainer would take for plain weights; use
+    the weights as loaded, expert by expert."""
+    from vllm.model_executor.layers.fused_moe.experts import cpu_moe
+
+    experts = cpu_moe.CPUUnquantizedExperts
+    experts._supports_grouped_gemm = classmethod(lambda cls, moe_config: (True, None))
+    experts.process_weights_after_loading = lambda self, layer: None
+    experts.apply = _apply_plain_experts
+
+
+def _apply_plain_experts(
+    self: nn.Module,
+    output: Tensor,
+    hidden_states: Tensor,
+    w1: Tensor,
+    w2: Tensor,
+    topk_weights: Tensor,
+    topk_ids: Tensor,
+    activation: Any,
+    *_: Any,
+    apply_router_weight_on_input: bool = False,
+    **__: Any,
+) -> None:
+    """``output`` [n, H] = sum over chosen experts of weight * w2[e] (act(gate) * up), (gate, up) = w1[e] hidden."""
+    activate = _ACTIVATIONS[activation.value]
+    total = torch.zeros_like(hidden_states, dtype=torch.float32)
+    for expert in topk_ids.unique().tolist():
+        token, slot = torch.where(topk_ids == expert)
+        gate, up = F.linear(hidden_states[token], w1[expert]).chunk(2, dim=-1)
+        result = F.linear(activate(gate) * up, w2[expert]).float()
+        if not apply_router_weight_on_input:
+            result = result * topk_weights[token, slot, None]
+        total.index_add_(0, token, result)
+    output.copy_(total)

@@ -1,0 +1,123 @@
+"""Llama, Gemma 3, Qwen3-MoE and the Qwen3.5 hybrid against real vLLM at TP = 2: change and restore of every parameter, ten
+training steps, agreement of log-probabilities, and checkpoints that load elsewhere with the same ones."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from apollo_tp.demo.model import make_tokenizer, standard_library_text
+from apollo_tp.demo.processes import coordinator_url, start_server, start_trainer
+from apollo_tp.mapping import map_rank, verify_against_checkpoint
+from apollo_tp.protocol import Sample
+from tests.e2e.conftest import START_SECONDS, Server, Trainer, free_port
+from tests.e2e.test_live_server import _trainer_logprobs
+from tests.ranks import run_ranks
+from tests.unit.families import FAMILIES, build
+
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]
+
+TOKENS = [(211 * i) % 990 + 4 for i in range(48)]  # over the vocabulary rows of both ranks
+
+# Beyond the tiny models of the gradient suite: head sizes that vLLM's CPU kernels take, and room for 512 positions.
+SERVED: dict[str, dict[str, Any]] = {
+    "llama": {"head_dim": 32},
+    "gemma3": {},
+    "qwen3-moe": {"head_dim": 32},
+    "qwen3.5": {
+        "linear_key_head_dim": 128, "linear_value_head_dim": 128, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
+    },
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module", params=SERVED)
+def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Server, Trainer]]:
+    """A server of the family, with a trainer that moves a random model visibly."""
+    folder = tmp_path_factory.mktemp("family")
+    folder.chmod(0o700)
+    _write_model(folder / "model", request.param)
+    port = free_port()
+    process = start_server(folder / "model", port, folder, folder / "server.log", instance="family")
+    trainer = None
+    try:
+        process.wait_for(f"http://127.0.0.1:{port}/health", START_SECONDS)
+        server = Server(f"http://127.0.0.1:{port}", folder / "model", folder, "family", process)
+        for rank in range(2):
+            mapped = map_rank(server.manifests, rank)
+            assert verify_against_checkpoint(mapped, -1) == len(server.manifests[0].checkpoint)
+        trainer = start_trainer(
+            folder, folder, folder / "trainer.log",
+            overrides=["server.instance=family", "optim.lr=1e-3", "checkpoint.after_idle_seconds=null"],
+        )  # fmt: skip
+        url = coordinator_url(folder, trainer, instance="family", seconds=START_SECONDS)
+        yield server, Trainer(url, folder, trainer)
+    finally:
+        if trainer is not None:
+            trainer.stop()
+        process.stop()
+
+
+def _write_model(folder: Path, name: str) -> None:
+    changes = {"max_position_embeddings": 512, "initializer_range": 0.05, **SERVED[name]}
+    build(FAMILIES[name].config(**changes)).to(torch.bfloat16).save_pretrained(folder)
+    make_tokenizer(standard_library_text(1000, 30), 1000).save_pretrained(folder)
+
+
+def test_every_parameter_reaches_inference_and_is_restored_exactly(family: tuple[Server, Trainer]) -> None:
+    """Random changes: adding one number to a router or a key bias would cancel in a softmax."""
+    server, _ = family
+    generator = torch.Generator().manual_seed(0)
+    before = server.logprobs(TOKENS)
+    assert server.logprobs(TOKENS) == before, "the server itself is not deterministic"
+    mapped = [map_rank(server.manifests, rank) for rank in range(2)]
+    for rank, name in itertools.product(range(2), mapped[0].tensors):
+        local = mapped[rank].tensors[name][1]
+        saved = local.clone()
+        local.add_(torch.randn(local.shape, generator=generator))
+        assert server.logprobs(TOKENS) != before, f"rank {rank}, {name}: a change does not reach inference"
+        local.copy_(saved)
+        assert server.logprobs(TOKENS) == before, f"rank {rank}, {name}: not restored"
+
+
+def test_trainer_and_server_agree_on_log_probabilities(family: tuple[Server, Trainer]) -> None:
+    """Same tokens, same bf16 weights, two programs: bf16 rounds logits of size 4 to 1/64, and hidden states before."""
+    server, _ = family
+    sample = Sample(token_ids=TOKENS, weights=[0.0] + [1.0] * (len(TOKENS) - 1))
+    served = server.logprobs(TOKENS)
+    for values in run_ranks(_trainer_logprobs, 2, server.manifests, [sample], deadline_seconds=240):
+        gaps = [abs(a - b) for a, b in zip(values, served, strict=True)]
+        assert max(gaps) < 0.05, max(gaps)
+
+
+def test_ten_steps_and_a_checkpoint_with_the_served_log_probabilities(
+    family: tuple[Server, Trainer], tmp_path: Path
+) -> None:
+    """The loss falls over ten steps; the folder gives the live server's log-probabilities in transformers and in vLLM."""
+    server, trainer = family
+    before = server.mean_logprob(TOKENS)
+    sample = {"context_ids": TOKENS[:1], "continuation_ids": TOKENS[1:]}
+    job = trainer.post("/train", {"samples": [sample] * 4, "epochs": 10, "batch_size": 4, "wait": True})
+    assert (job["state"], job["step"]) == ("succeeded", 10), job
+    assert server.mean_logprob(TOKENS) > before + 0.1
+    live = server.logprobs(TOKENS)
+    saved = trainer.post("/checkpoint", {"wait": True})["path"]
+    model = AutoModelForCausalLM.from_pretrained(saved, dtype="auto", attn_implementation="eager")
+    with torch.no_grad():
+        logprobs = model(torch.tensor([TOKENS])).logits[0, :-1].float().log_softmax(-1)
+    expected = logprobs.gather(1, torch.tensor(TOKENS[1:])[:, None])[:, 0].tolist()
+    assert max(abs(a - b) for a, b in zip(expected, live, strict=True)) < 0.05
+    port = free_port()
+    process = start_server(Path(saved), port, tmp_path, tmp_path / "again.log", environment={"VLLM_PLUGINS": ""})
+    try:
+        process.wait_for(f"http://127.0.0.1:{port}/health", START_SECONDS)
+        again = Server(f"http://127.0.0.1:{port}", Path(saved), tmp_path, "none", process).logprobs(TOKENS)
+    finally:
+        process.stop()
+    # Without the plugin vLLM runs its packed CPU kernels, which add in another order: bf16 tolerance, not equality.
+    assert max(abs(a - b) for a, b in zip(again, live, strict=True)) < 0.05
