@@ -36,6 +36,7 @@ from apollo_tp.errors import ApolloTpError, ConfigError
 
 log = logging.getLogger("apollo_tp.coordinator")
 ADDRESS_FILE = "coordinator.json"
+STOP_SECONDS = 5.0
 
 
 def main() -> int:
@@ -110,7 +111,7 @@ async def serve(settings: Settings) -> None:
         server.should_exit = True
         for task in parts[1:]:
             task.cancel()
-        await asyncio.gather(*parts, return_exceptions=True)
+        await asyncio.wait(parts, timeout=STOP_SECONDS)
         stack.close()
         store.close()
         context.destroy(linger=0)

@@ -115,7 +115,8 @@ class RankLink:
         future.add_done_callback(_retrieve)
         self._waiting[command.id] = future
         try:
-            await asyncio.wait_for(self._socket.send_multipart([self._peer, protocol.encode(command)]), self._timeout)
+            async with asyncio.timeout(self._timeout):
+                await self._socket.send_multipart([self._peer, protocol.encode(command)])
         except (zmq.ZMQError, TimeoutError) as error:
             self._waiting.pop(command.id, None)
             self._lost(f"rank 0 cannot be reached: {error or 'its queue is full'}")

@@ -187,7 +187,8 @@ class Scheduler:
                 self.request_checkpoint("idle")
                 return
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._wake.wait(), timeout)
+            async with asyncio.timeout(timeout):
+                await self._wake.wait()
 
     # --- one job ------------------------------------------------------------------------------------------------------
 
@@ -296,7 +297,9 @@ class Scheduler:
         # the ranks have their own deadline for a collective; this one is for a rank 0 that beats but never answers
         seconds = STEPS_IN_FLIGHT * self.settings.command_timeout_seconds + self.settings.service.rank_timeout_seconds
         try:
-            return await asyncio.wait_for(asyncio.shield(future), seconds)
+            # not wait_for: on Python 3.11 it can swallow a cancellation that comes together with the reply
+            async with asyncio.timeout(seconds):
+                return await asyncio.shield(future)
         except TimeoutError:
             raise DeadlineError(
                 f"rank 0 sent heartbeats but no reply for {seconds:.0f} s; restart the trainer"

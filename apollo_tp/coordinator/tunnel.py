@@ -89,7 +89,8 @@ class Tunnel:
             await asyncio.sleep(protocol.TUNNEL_ALIVE_SECONDS)
 
     async def _send(self, key: Key, message: protocol.TunnelDown) -> None:
-        await asyncio.wait_for(self._socket.send_multipart([key[0], protocol.encode_tunnel(message)]), SEND_SECONDS)
+        async with asyncio.timeout(SEND_SECONDS):
+            await self._socket.send_multipart([key[0], protocol.encode_tunnel(message)])
 
     def _receiver(self, key: Key) -> Any:
         ended = False

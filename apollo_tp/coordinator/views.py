@@ -34,7 +34,8 @@ class Changes:
         """Wait for the next change; False when so many seconds passed first."""
         event = self._event
         try:
-            await asyncio.wait_for(event.wait(), seconds)
+            async with asyncio.timeout(seconds):
+                await event.wait()
         except TimeoutError:
             return False
         return True

@@ -90,14 +90,16 @@ class Tunnel:
     async def send(self, message: protocol.TunnelUp) -> None:
         """Send one frame. Raises UnavailableError if nobody takes it in time."""
         try:
-            await asyncio.wait_for(self._connected().send(protocol.encode_tunnel(message)), CONNECT_SECONDS)
+            async with asyncio.timeout(CONNECT_SECONDS):
+                await self._connected().send(protocol.encode_tunnel(message))
         except (TimeoutError, zmq.ZMQError) as error:
             raise UnavailableError(f"the trainer's coordinator does not answer at {self._path}") from error
 
     async def next(self, identity: int, seconds: float) -> Frame:
         """The next frame of an answer. Raises UnavailableError if none comes in time."""
         try:
-            return await asyncio.wait_for(self._open[identity].get(), seconds)
+            async with asyncio.timeout(seconds):
+                return await self._open[identity].get()
         except TimeoutError:
             raise UnavailableError(f"the trainer's coordinator was silent for {seconds:.0f} s") from None
 
