@@ -44,6 +44,7 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 
 from apollo_tp.errors import CheckpointError
 from apollo_tp.layout import Box
+from apollo_tp.optim.matrices import moment_rank
 
 if TYPE_CHECKING:
     from apollo_tp.optim.apollo import Optimizer
@@ -66,7 +67,7 @@ class _Piece:
 
 def _pieces(optimizer: Optimizer) -> Iterator[_Piece]:
     """All state tensors of this rank, cut into global boxes."""
-    for group in optimizer.groups:
+    for group in (group for bundle in optimizer.bundles for group in bundle.groups):
         for position, matrix in enumerate(group.matrices):
             shape, start = (matrix.num_channels, group.rank), group.rows(position).start
             for part, (first, last) in enumerate(matrix.state_ranges):
@@ -75,7 +76,12 @@ def _pieces(optimizer: Optimizer) -> Iterator[_Piece]:
                     owned = matrix.exchanged or matrix.weight.represents
                     yield _Piece(f"{matrix.weight.name}.{kind}", shape, box, state[rows], part, owned)
                 start = rows.stop
-    whole = [(a.weight, kind, getattr(a, kind)) for a in optimizer.adamw for kind in ("exp_avg", "exp_avg_sq")]
+    whole = [
+        (a.weight, kind, getattr(a, kind))
+        for b in optimizer.bundles
+        for a in b.adamw
+        for kind in ("exp_avg", "exp_avg_sq")
+    ]
     whole += [(w, "remainder", w.remainder) for w in optimizer.weights if w.remainder is not None]
     for weight, kind, folded in whole:
         shard, owned = weight.shard, weight.represents
@@ -86,23 +92,25 @@ def _pieces(optimizer: Optimizer) -> Iterator[_Piece]:
 
 
 def _counters(optimizer: Optimizer) -> dict[str, Any]:
-    config = optimizer.config
+    config, bundles = optimizer.config, optimizer.bundles
+    matrices = [m.weight.name for b in bundles for m in b.matrices]
+    norms = {w.name: norm for b in bundles for w, norm in zip(b.weights, b.limiter_norms.tolist(), strict=True)}
     return {
         "schema": SCHEMA_VERSION,
         "ranks": optimizer.tp.size,
         "precision": optimizer.precision.value,
         "fits": {
             "optim.kind": config.kind.value,
-            "optim.rank": optimizer.rank if optimizer.matrices else None,
+            "optim.rank": moment_rank(config) if matrices else None,
             "optim.projection": config.projection.value,
             "optim.refresh_every": config.refresh_every,
             "optim.seed": config.seed,
-            "projected": sorted(m.weight.name for m in optimizer.matrices),
-            "adamw": sorted(a.weight.name for a in optimizer.adamw),
+            "projected": sorted(matrices),
+            "adamw": sorted(set(optimizer.names) - set(matrices)),
         },
         "step_count": optimizer.step_count,
-        "steps": dict(zip(optimizer.names, optimizer.steps, strict=True)),
-        "limiter_norms": dict(zip(optimizer.names, optimizer.limiter_norms.tolist(), strict=True)),
+        "steps": {w.name: count for b in bundles for w, count in zip(b.weights, b.steps, strict=True)},
+        "limiter_norms": norms,
     }
 
 
@@ -165,9 +173,9 @@ def load(optimizer: Optimizer, folder: Path) -> None:
             dcp.load({}, storage_reader=dcp.HuggingFaceStorageReader(str(part)), planner=planner, no_dist=True)
     planner.check_complete(folder)
     optimizer.step_count = saved["step_count"]
-    optimizer.steps = [saved["steps"][name] for name in optimizer.names]
-    norms = [saved["limiter_norms"][name] for name in optimizer.names]
-    optimizer.limiter_norms.copy_(torch.tensor(norms, dtype=torch.float64))
+    for bundle in optimizer.bundles:
+        bundle.steps = [saved["steps"][weight.name] for weight in bundle.weights]
+        bundle.limiter_norms = bundle.vector([saved["limiter_norms"][weight.name] for weight in bundle.weights])
 
 
 def _differences(saved: dict[str, Any], own: dict[str, Any]) -> list[str]:

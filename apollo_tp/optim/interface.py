@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -55,13 +55,13 @@ class StepOutcome:
     skipped_in_a_row: int
 
 
-@dataclass(frozen=True)
+@dataclass
 class Decision:
-    """What all ranks know before anything is written, as device tensors; (parameters,) unless noted.
+    """What all ranks know before anything is written, as device tensors; (parameters of the bundle,) unless noted.
 
     ``write`` says which parameters to write (all False in a skipped step), ``coefficients`` multiplies channel scale and
-    gradient (matrices), ``clip`` (0-d) the gradient (AdamW). ``local_sums`` are this rank's squared gradient norms and,
-    last, a NaN if its loss is not finite.
+    gradient (matrices), ``clip`` (0-d) the gradient (AdamW). ``good`` (0-d): finite, and no step too long. ``local_sums``
+    are this rank's squared gradient norms and, last, a NaN if its loss is not finite.
     """
 
     learning_rate: float
@@ -69,17 +69,22 @@ class Decision:
     write: Tensor
     coefficients: Tensor
     limiter_norms: Tensor
+    old_limiter_norms: Tensor
     relative_updates: Tensor
     grad_norm: Tensor
     finite: Tensor
+    good: Tensor
     local_sums: Tensor
 
-    def fetch(self) -> tuple[bool, float, list[bool], list[float]]:
-        """(finite, grad_norm, write, relative updates) on the host: the one synchronisation of a step."""
-        flat = [self.finite[None], self.grad_norm[None], self.write, self.relative_updates]
-        values = torch.cat([part.double() for part in flat]).tolist()
-        count = self.write.numel()
-        return bool(values[0]), values[1], [bool(x) for x in values[2 : 2 + count]], values[2 + count :]
+    def under(self, alive: Tensor) -> Decision:
+        """This decision with nothing written where ``alive`` (0-d bool) is False."""
+        write = self.write & alive
+        return replace(self, write=write, limiter_norms=torch.where(alive, self.limiter_norms, self.old_limiter_norms))
+
+    def report(self) -> Tensor:
+        """fp64 (2 + 2 x parameters,) for the host: finite, squared gradient norm, write flags, relative updates."""
+        flat = [self.finite[None], self.grad_norm.square()[None], self.write, self.relative_updates]
+        return torch.cat([part.double() for part in flat])
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ def moment_rank(config: OptimConfig) -> int:
 
 
 class Matrix:
-    """A projected matrix on this rank. ``index`` is its place among all trained parameters.
+    """A projected matrix on this rank. ``index`` is its place in the bundle.
 
     ``num_rows`` state rows (channels) live here; ``state_ranges`` are their global channel ranges in local order. They
     may be fewer than ``num_rows`` in an exchanged matrix whose channels do not divide by the number of ranks.

@@ -22,14 +22,14 @@ _CHUNK_ELEMENTS = 1 << 24
 class Weight:
     """LOCAL tensor ``data`` seen as (rows, columns): all dimensions but the last are folded into rows.
 
-    ``index`` is its place among all trained parameters.
+    ``index`` is its place within its bundle, which sets it.
 
     ``represents`` is True on exactly one of the ranks that hold the same content: sums over ranks count it there.
     ``is_matrix`` is False for tensors of one dimension: no weight decay, no limit on the size of a step.
     """
 
-    def __init__(self, index: int, parameter: OptimParameter, precision: Precision, seed: int, rank: int) -> None:
-        self.index, self.parameter = index, parameter
+    def __init__(self, parameter: OptimParameter, precision: Precision, seed: int, rank: int) -> None:
+        self.index, self.parameter = 0, parameter
         self.shard = parameter.shard
         self.name = parameter.name
         self.represents = rank == min(self.shard.replica_ranks, default=rank)

@@ -15,10 +15,10 @@ from tests.ranks import run_ranks
 
 def snapshot(optimizer: Optimizer) -> list[torch.Tensor]:
     """Copies of everything that a skipped step must leave alone."""
-    tensors = [t for g in optimizer.groups for t in (g.exp_avg, g.exp_avg_sq)]
-    tensors += [t for a in optimizer.adamw for t in (a.exp_avg, a.exp_avg_sq)]
+    tensors = [t for b in optimizer.bundles for g in (*b.groups, *b.adamw) for t in (g.exp_avg, g.exp_avg_sq)]
     tensors += [w.data for w in optimizer.weights] + [w.remainder for w in optimizer.weights if w.remainder is not None]
-    return [t.clone() for t in (*tensors, optimizer.limiter_norms, torch.tensor(optimizer.steps))]
+    counters = [x for b in optimizer.bundles for x in (b.limiter_norms, torch.tensor(b.steps))]
+    return [t.clone() for t in (*tensors, *counters)]
 
 
 def same(before: list[torch.Tensor], after: list[torch.Tensor]) -> bool:

@@ -34,13 +34,13 @@ def test_in_the_interpreter():
     assert " passed" in done.stdout
 
 
-def triton_backend(optimizer):
+def triton_backend(bundle):
     """The kernels, on whatever device the optimizer is."""
     from apollo_tp.optim import triton_backend as module
 
     for name, tile in TILES.items():
         setattr(module, name, tile)
-    return module.TritonBackend(optimizer.groups, optimizer.adamw, optimizer.config, optimizer.weights)
+    return module.TritonBackend(bundle.groups, bundle.adamw, bundle.config, bundle.weights)
 
 
 # Small tiles, so that some of optim_model's shapes divide by them (the even path) and some do not (the masked path), and
@@ -82,9 +82,10 @@ def run(backend: str, size: int, precision: Precision, dtype: torch.dtype, **cha
         params.append(OptimParameter(shard, tensor, spec.role))
     config = model.config(check_replicas_every=0, max_relative_update=100.0, **changes)
     optimizer = build_optimizer(config, precision, params, tp)
-    optimizer.backend = TorchBackend(optimizer.groups, optimizer.adamw, config)
+    bundle = optimizer.bundles[0]
+    bundle.backend = TorchBackend(bundle.groups, bundle.adamw, config)
     if backend == "triton":
-        optimizer.backend = triton_backend(optimizer)
+        bundle.backend = triton_backend(bundle)
     outcomes = []
     for step in range(3):
         grads = model.gradients(step)
@@ -102,9 +103,9 @@ def run(backend: str, size: int, precision: Precision, dtype: torch.dtype, **cha
     for w in optimizer.weights:
         if w.remainder is not None:
             weights[w.name] = join(w.data, w.remainder).view(w.shard.local_shape).cpu()
-    state = {f"m{i}": g.exp_avg.cpu() for i, g in enumerate(optimizer.groups)}
-    state |= {f"v{i}": g.exp_avg_sq.cpu() for i, g in enumerate(optimizer.groups)}
-    state |= {a.weight.name: a.exp_avg_sq.cpu() for a in optimizer.adamw}
+    state = {f"m{i}": g.exp_avg.cpu() for i, g in enumerate(bundle.groups)}
+    state |= {f"v{i}": g.exp_avg_sq.cpu() for i, g in enumerate(bundle.groups)}
+    state |= {a.weight.name: a.exp_avg_sq.cpu() for a in bundle.adamw}
     return outcomes, weights, state
 
 
@@ -159,9 +160,10 @@ def test_the_random_bits_of_the_kernel_are_those_of_the_twin():
         optimizer = build_optimizer(
             config, Precision.stochastic, [OptimParameter(shard, weight, "matrix")], TPGroup.single()
         )
-        optimizer.backend = TorchBackend(optimizer.groups, optimizer.adamw, config)
+        bundle = optimizer.bundles[0]
+        bundle.backend = TorchBackend(bundle.groups, bundle.adamw, config)
         if make == "triton":
-            optimizer.backend = triton_backend(optimizer)
+            bundle.backend = triton_backend(bundle)
         for _ in range(2):
             weight.grad = torch.ones_like(weight)
             assert optimizer.step().num_updated == 1

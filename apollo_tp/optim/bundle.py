@@ -1,0 +1,218 @@
+"""Parameters that are decided together: from local gradients to a decision that all ranks share, and then the write.
+
+Usually one bundle holds all parameters of a model. With updates inside the backward pass, every matrix whose gradient is
+freed at once is a bundle of its own. Order, within a bundle:
+    1. project every matrix (one read of its gradient), which also gives the squared norm of each channel;
+    2. add what crosses ranks: one reduce-scatter per bucket of matrices cut along their contracted dimension, and all
+       scalars in one all-reduce (clipping needs the global norm first: one more, of one float per parameter);
+    3. decide from the added scalars alone, so that every rank decides the same;
+    4. only then move moments and write weights.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from apollo_tp.config import EmbeddingMode, OptimConfig, OptimizerKind
+from apollo_tp.optim.adamw import AdamWState
+from apollo_tp.optim.interface import Decision, OptimParameter, Scales
+from apollo_tp.optim.matrices import Matrix, make_groups, moment_rank, refresh_projections
+from apollo_tp.optim.torch_backend import TorchBackend
+from apollo_tp.optim.weight import Weight
+from apollo_tp.parallel import TPGroup
+
+if TYPE_CHECKING:
+    from apollo_tp.optim.triton_backend import TritonBackend
+
+BUCKET_BYTES = 64 * 2**20
+"""Upper bound of one reduce-scatter's buffer; a single larger matrix gets a bucket of its own."""
+
+
+class Bundle:
+    """State of some parameters on this rank, complete from construction on (same keys on every rank).
+
+    Vectors have one entry per parameter of the bundle, in the order of ``weights``, whose ``index`` is set to it.
+    """
+
+    def __init__(self, weights: Sequence[Weight], config: OptimConfig, tp: TPGroup) -> None:
+        self.weights, self.config, self.tp = list(weights), config, tp
+        self.device, count = weights[0].data.device, len(weights)
+        for i, weight in enumerate(weights):
+            weight.index = i
+        self.matrices = [Matrix(w.index, w, config, tp) for w in weights if projects(w.parameter, config)]
+        roots = {m.index: m.root_scale for m in self.matrices}
+        self.adamw = [AdamWState(w.index, w) for w in weights if w.index not in roots]
+        self.groups = make_groups(self.matrices, moment_rank(config), tp, BUCKET_BYTES)
+        self.backend = _make_backend(self)
+        self.steps = [0] * count  # updates of each parameter; a step with zero gradient is none
+        self.limiter_norms = self.vector([0.0] * count)
+        self.weight_norms = self.vector([math.inf] * count)
+        self.is_projected = self.vector([float(i in roots) for i in range(count)]) > 0
+        self.root_scales = self.vector([roots.get(i, 1.0) for i in range(count)])
+        self.adamw_index = torch.tensor([a.index for a in self.adamw], dtype=torch.int64, device=self.device)
+        self.adamw_counts = self.vector([float(a.weight.represents) for a in self.adamw]).float()
+        exchanged = [m for g in self.groups if g.exchanged for m in g.matrices]
+        starts = itertools.accumulate((m.per_rank for m in exchanged), initial=0)
+        self.gather_starts = {m.index: start for m, start in zip(exchanged, starts, strict=False)}
+
+    def vector(self, values: Sequence[float]) -> Tensor:
+        """(len(values),) fp64 on the device, without waiting for it."""
+        return torch.tensor(values, dtype=torch.float64).to(self.device, non_blocking=True)
+
+    def update(self, lr: float, loss: Tensor | None = None, alive: Tensor | None = None) -> Decision:
+        """Decide and, if so decided, write. Nothing is written where ``alive`` (0-d bool) is False.
+
+        The counters of the bundle follow in ``accept``, once the decision has been read. Collectives: see the module.
+        """
+        gradients = [weight.gradient() for weight in self.weights]
+        decision = self._decide(gradients, lr, loss, alive)
+        self.backend.write(gradients, decision, self._gather_scales(), self.steps)
+        for group in self.groups:
+            group.release()
+        return decision
+
+    def accept(self, decision: Decision, written: Sequence[bool]) -> None:
+        """Count the updates that ``decision`` made."""
+        self.limiter_norms = decision.limiter_norms
+        self.steps = [n + moved for n, moved in zip(self.steps, written, strict=True)]
+
+    def local_square_norms(self) -> Tensor:
+        """(parameters,) squared norms of this rank's part of each matrix, replicas once; 0 for one dimension."""
+        zero = torch.zeros((), device=self.device)
+        return torch.stack(
+            [
+                torch.linalg.vector_norm(w.data, dtype=torch.float32).square() * float(w.represents)
+                if w.is_matrix
+                else zero
+                for w in self.weights
+            ]
+        )
+
+    def _decide(self, gradients: list[Tensor], lr: float, loss: Tensor | None, alive: Tensor | None) -> Decision:
+        """Steps 1 to 3. Touches neither state nor weights."""
+        config = self.config
+        bias = self.vector([_bias_correction(n + 1, *config.betas) for n in self.steps])
+        first = self.vector([float(n == 0) for n in self.steps]) > 0
+        refresh_projections(self.matrices, [self.steps[m.index] // config.refresh_every for m in self.matrices], config)
+        self.backend.project(gradients)
+        sums = self._local_square_sums(gradients, loss)
+        local_sums = sums.clone()
+        for group in self.groups:
+            group.exchange()
+        clip = sums.new_ones(())
+        if config.max_grad_norm is not None:
+            self.tp.all_reduce_(sums)
+            clip = (config.max_grad_norm / (sums[:-1].sum().sqrt() + 1e-6)).clamp(max=1.0)
+        norms = self._update_norms(gradients, clip)
+        if config.max_grad_norm is not None:
+            self.tp.all_reduce_(norms)
+        else:
+            packed = self.tp.all_reduce_(torch.cat([norms.flatten(), sums]))
+            norms, sums = packed[: norms.numel()].view_as(norms), packed[norms.numel() :]
+        decision = self._agree(lr, clip, sums, norms, bias, first)
+        decision.local_sums = local_sums
+        return decision if alive is None else decision.under(alive)
+
+    def _agree(self, lr: float, clip: Tensor, sums: Tensor, norms: Tensor, bias: Tensor, first: Tensor) -> Decision:
+        """The decision, from scalars that are the same on all ranks; (parameters,) vectors in fp64."""
+        config, square_sums, one = self.config, sums[:-1].double(), torch.ones_like(bias)
+        norm, inner = norms[:, 0].double().sqrt(), one
+        if config.kind is OptimizerKind.apollo_mini:
+            mini = norm / (norms[:, 1].double().sqrt() + 1e-8)
+            inner = torch.where(self.is_projected, mini, inner)
+            norm = torch.where(self.is_projected, mini * clip * square_sums.sqrt(), norm)
+        excess = one
+        if config.norm_growth_limit is not None:
+            gamma = config.norm_growth_limit
+            excess = (norm / (self.limiter_norms + 1e-8)).clamp(min=gamma) / gamma
+            excess = torch.where(first | ~self.is_projected, one, excess)
+        factor = torch.where(self.is_projected, lr * bias * self.root_scales, lr * one) / excess
+        active = square_sums > 0
+        relative = torch.where(active, factor * norm / self.weight_norms, 0.0)
+        finite = torch.isfinite(sums).all() & torch.isfinite(norms).all()
+        good = finite & (relative <= config.max_relative_update).all()
+        write = active & good
+        return Decision(
+            learning_rate=lr,
+            clip=clip,
+            write=write,
+            coefficients=factor * inner * clip,
+            limiter_norms=torch.where(write, norm / excess, self.limiter_norms),
+            old_limiter_norms=self.limiter_norms,
+            relative_updates=relative,
+            grad_norm=square_sums.sum().sqrt(),
+            finite=finite,
+            good=good,
+            local_sums=sums,
+        )
+
+    def _gather_scales(self) -> Scales:
+        """The channel scales of other ranks; one all-gather for all exchanged matrices."""
+        exchanged = [g for g in self.groups if g.exchanged]
+        if not exchanged or self.config.kind is OptimizerKind.apollo_mini:
+            return Scales(None, {})
+        gathered = self.tp.all_gather(torch.cat([g.scales for g in exchanged])).view(self.tp.size, -1)
+        return Scales(gathered, self.gather_starts)
+
+    def _local_square_sums(self, gradients: list[Tensor], loss: Tensor | None) -> Tensor:
+        """(parameters + 1,) fp32: squared gradient norms of this rank's part, replicas once; last, not-finite losses."""
+        sums = torch.zeros(len(self.weights) + 1, device=self.device)
+        for group in self.groups:
+            sums[group.index] = group.segment_sum(group.all_energy.sum(0))
+        if self.adamw:
+            sums[self.adamw_index] = self.backend.adamw_square_sums(gradients) * self.adamw_counts
+        if loss is not None:
+            sums[-1] = torch.where(torch.isfinite(loss.detach()), 0.0, torch.nan).to(self.device)
+        return sums
+
+    def _update_norms(self, gradients: list[Tensor], clip: Tensor) -> Tensor:
+        """(parameters, 2) fp32, this rank's part: what the limiter and the limit on the size of a step need.
+
+        Channel scaling: squared norm of the scaled, clipped gradient; also sets each group's ``scales``. APOLLO-Mini: the
+        squared norms of adapted and projected gradient. AdamW: squared norm of the update at learning rate 1.
+        """
+        norms = torch.zeros(len(self.weights), 2, device=self.device)
+        for group in self.groups:
+            adapted_sq, projected_sq = self.backend.row_norms(group, clip)
+            if self.config.kind is OptimizerKind.apollo_mini:
+                group.scales = torch.ones_like(group.energy)
+                sums = [group.segment_sum(adapted_sq), group.segment_sum(projected_sq)]
+            else:
+                group.scales = adapted_sq.sqrt() / (projected_sq.sqrt() + 1e-8)
+                limited = group.segment_sum(group.scales.square() * group.energy * clip.square())
+                sums = [limited, torch.zeros_like(limited)]
+            norms[group.index] = torch.stack(sums, dim=1)
+        if self.adamw:
+            updates = self.backend.adamw_update_norms(gradients, clip, self.steps)
+            norms[self.adamw_index, 0] = updates * self.adamw_counts
+        return norms
+
+
+def _make_backend(bundle: Bundle) -> TorchBackend | TritonBackend:
+    """Triton on CUDA, plain torch elsewhere. Triton is imported only here: a CPU install need not have it."""
+    groups, adamw, config = bundle.groups, bundle.adamw, bundle.config
+    if bundle.device.type != "cuda":
+        return TorchBackend(groups, adamw, config)
+    from apollo_tp.optim.triton_backend import TritonBackend
+
+    return TritonBackend(groups, adamw, config, bundle.weights)
+
+
+def projects(parameter: OptimParameter, config: OptimConfig) -> bool:
+    """True if APOLLO projects this parameter; otherwise AdamW updates it."""
+    shape = parameter.shard.global_shape
+    role = parameter.role == "matrix" or (parameter.role == "embedding" and config.embeddings is EmbeddingMode.project)
+    fits = len(shape) == 2 and min(shape) > moment_rank(config)
+    return role and fits and config.kind is not OptimizerKind.adamw
+
+
+@lru_cache(maxsize=1024)
+def _bias_correction(step: int, beta1: float, beta2: float) -> float:
+    return math.sqrt(1.0 - beta2**step) / (1.0 - beta1**step)

@@ -1,0 +1,107 @@
+"""Updates inside the backward pass against updates from stored gradients."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from apollo_tp.config import Precision
+from apollo_tp.errors import ApolloTpError, ConfigError
+from apollo_tp.optim import build_optimizer
+from apollo_tp.parallel import TPGroup
+from tests import optim_model as model
+from tests.ranks import run_ranks
+
+STEPS = 7
+
+
+def loss_of(params: list, whole: dict[str, torch.Tensor]) -> torch.Tensor:
+    """A loss whose gradient with respect to each parameter is that parameter's part of ``whole``."""
+    return sum((p.tensor.float() * model.part(whole[p.name], p.shard)).sum() for p in params)
+
+
+def train(tp: TPGroup, fused: bool) -> tuple[dict, list]:
+    params = model.parameters(tp, torch.bfloat16)
+    optimizer = build_optimizer(model.config(max_grad_norm=None), Precision.remainder, params, tp)
+    names = optimizer.attach_fused() if fused else []
+    outcomes = []
+    for step in range(STEPS):
+        loss = loss_of(params, model.gradients(step)).detach()
+        if fused:
+            optimizer.begin_fused_step(loss=loss)
+        loss_of(params, model.gradients(step)).backward()
+        assert all((p.tensor.grad is None) == (p.name in names) for p in params)
+        outcomes.append(optimizer.step(loss=loss))
+        optimizer.zero_grad()
+    if fused and tp.size == 2:
+        assert "router.weight" not in names  # replicated: its gradient may still have to be summed
+        assert {"case_a.weight", "case_c.weight", "embed_tokens.weight"} < set(names)
+    return model.local_values(params), outcomes
+
+
+def both(tp: TPGroup) -> tuple:
+    return train(tp, True), train(tp, False)
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_fused_updates_are_the_stored_ones(size):
+    """The same bits (sums of at most two ranks commute), the same outcomes, and no gradient is left after backward."""
+    for (fused, fused_outcomes), (stored, outcomes) in run_ranks(both, size):
+        for name, value in stored.items():
+            assert (fused[name] == value).all(), name
+        for mine, theirs in zip(fused_outcomes, outcomes, strict=True):
+            assert mine.num_updated == theirs.num_updated
+            assert mine.grad_norm == pytest.approx(theirs.grad_norm, rel=1e-6)
+            assert mine.largest_update == pytest.approx(theirs.largest_update, rel=1e-6)
+
+
+def poisoned(tp: TPGroup) -> tuple[str, str, int]:
+    """A NaN in one matrix on rank 1, then in the loss only; all other ranks must stop where it appears."""
+    params = model.parameters(tp, torch.bfloat16)
+    optimizer = build_optimizer(model.config(max_grad_norm=None), Precision.remainder, params, tp)
+    optimizer.attach_fused()
+    whole = model.gradients(0)
+    if tp.rank == 1:
+        whole["square_row.weight"] = whole["square_row.weight"] * float("nan")
+    before = {p.name: p.tensor.detach().clone() for p in params}
+    optimizer.begin_fused_step(loss=torch.tensor(1.0))
+    loss_of(params, whole).backward()
+    first = optimizer.step(loss=torch.tensor(1.0))
+    changed = sum(not torch.equal(before[p.name], p.tensor.detach()) for p in params if p.tensor.numel())
+    assert torch.isfinite(torch.cat([p.tensor.detach().flatten() for p in params])).all()
+    optimizer.zero_grad()
+    before = {p.name: p.tensor.detach().clone() for p in params}
+    optimizer.begin_fused_step(loss=torch.tensor(float("nan") if tp.rank == 0 else 1.0))
+    loss_of(params, model.gradients(0)).backward()
+    second = optimizer.step(loss=torch.tensor(float("nan") if tp.rank == 0 else 1.0))
+    assert all(torch.equal(before[p.name], p.tensor.detach()) for p in params)
+    assert second.skipped_in_a_row == 2
+    return first.skipped, second.skipped, changed
+
+
+def test_a_value_that_is_not_finite_stops_the_rest_of_a_fused_step():
+    """It is never written; matrices before it are, and the message counts them; a bad loss stops everything."""
+    results = run_ranks(poisoned, 2)
+    assert len(set(results)) == 1
+    first, second, changed = results[0]
+    assert first == f"not finite: gradient of square_row.weight on rank 1; {changed} tensors were written"
+    assert 0 < changed < len(model.SPECS) - 1
+    assert second == "not finite: loss on rank 0; nothing was written"
+
+
+def test_misuse_is_refused():
+    """Clipping, a second backward pass, and a step without its beginning are refused with what to do."""
+    params = model.parameters(TPGroup.single())
+    with pytest.raises(ConfigError, match=r"optim\.max_grad_norm: got 1\.0, expected null"):
+        build_optimizer(model.config(), Precision.remainder, params, TPGroup.single()).attach_fused()
+    optimizer = build_optimizer(model.config(max_grad_norm=None), Precision.remainder, params, TPGroup.single())
+    with pytest.raises(ApolloTpError, match="call attach_fused first"):
+        optimizer.begin_fused_step()
+    optimizer.attach_fused()
+    with pytest.raises(ApolloTpError, match="outside begin_fused_step"):
+        loss_of(params, model.gradients(0)).backward()
+    optimizer.zero_grad()
+    optimizer.begin_fused_step()
+    loss_of(params, model.gradients(0)).backward()
+    with pytest.raises(ApolloTpError, match="a second one within a step"):
+        loss_of(params, model.gradients(0)).backward()
