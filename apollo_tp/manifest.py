@@ -131,7 +131,9 @@ def read(path: Path) -> Manifest:
             )
         return _decoder.decode(content)
     except msgspec.DecodeError as error:
-        raise ManifestError(f"{path}: got an unreadable manifest ({error}), expected JSON; restart the server") from None
+        raise ManifestError(
+            f"{path}: got an unreadable manifest ({error}), expected JSON; restart the server"
+        ) from None
 
 
 class _Versioned(msgspec.Struct):

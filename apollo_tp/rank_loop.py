@@ -118,13 +118,18 @@ class RankLoop:
         self._form_group = form_group
         self._on_step = on_step
         self._last_step = ("", 0)
+        self._stop_reason = ""
+
+    def stop(self, reason: str) -> None:
+        """End ``run`` on all ranks once the command being executed is done. Only rank 0's word counts. Signal-safe."""
+        self._stop_reason = reason
 
     def run(self) -> str:
         """Until a Shutdown command or ``stop``; returns the reason. Collective over the control group."""
         if self.link:
             self.link.send(self._hello(*self._last_step))
         while True:
-            frame = self.control.broadcast(self.link.receive(POLL_SECONDS) if self.link else b"")
+            frame = self.control.broadcast(self._next_frame())
             if not frame:
                 continue
             command = protocol.decode_command(frame)
@@ -133,6 +138,13 @@ class RankLoop:
             reply = self._execute(command)
             if self.link:
                 self.link.send(reply)
+
+    def _next_frame(self) -> bytes:
+        if self.link is None:
+            return b""
+        if self._stop_reason:
+            return protocol.encode(protocol.Shutdown(id="stop", reason=self._stop_reason))
+        return self.link.receive(POLL_SECONDS)
 
     def _execute(self, command: protocol.AnyCommand) -> protocol.AnyReply:
         if self.link:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -230,11 +231,12 @@ def _serve(
         form_group=form,
         on_step=progress if world.rank == 0 else lambda command, done: None,
     )
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(signum, lambda number, frame: loop.stop(f"got {signal.Signals(number).name}"))
     goodbye = protocol.Goodbye(reason="the trainer raised", failed=True)
     try:
         goodbye = protocol.Goodbye(reason=loop.run())
-    except KeyboardInterrupt:
-        goodbye = protocol.Goodbye(reason="interrupted")
+        log.info("leaving: %s", goodbye.reason)
     finally:
         progress.close()
         if link:

@@ -7,15 +7,18 @@ capped scores, wide heads) goes sequence by sequence through scaled_dot_product_
 
 from __future__ import annotations
 
+import inspect
 import itertools
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface
 
-from apollo_tp.errors import UnsupportedModelError
+# torch 2.13 wants grouped-query attention named; 2.11 has no such argument and takes fewer key heads as they are.
+_VARLEN_NAMES_GQA = "enable_gqa" in inspect.signature(varlen_attn).parameters
 
 NAME = "apollo_packed"
 _MAX_FLASH_HEAD_DIM = 256
@@ -33,15 +36,13 @@ def packed_attention(
     softcap: float | None = None,
     cu_seq_lens_q: Tensor,
     max_length_q: int,
-    **kwargs: Any,
+    **_: Any,
 ) -> tuple[Tensor, None]:
     """Attention within each packed sequence; local heads only, no collective.
 
     ``query`` [1, q_heads, T, D], ``key`` and ``value`` [1, kv_heads, T, D]; ``cu_seq_lens_q`` int32 [S + 1]. A token sees
     itself and the ``sliding_window - 1`` tokens before it (all before it without a window). Returns [1, T, q_heads, D].
     """
-    if kwargs.get("s_aux") is not None:
-        raise UnsupportedModelError(f"{type(module).__name__}: attention sinks are not supported; train another model")
     heads = query[0], key[0], value[0]
     flash = (
         query.is_cuda and query.dtype != torch.float32 and softcap is None and query.shape[-1] <= _MAX_FLASH_HEAD_DIM
@@ -60,8 +61,6 @@ def _flash(
     query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, longest: int, scale: float | None, window: int | None
 ) -> Tensor:
     """[heads, T, D] to [T, heads, D] through FlashAttention."""
-    from torch.nn.attention.varlen import varlen_attn
-
     query, key, value = (t.transpose(0, 1).contiguous() for t in (query, key, value))
     return varlen_attn(
         query,
@@ -73,7 +72,7 @@ def _flash(
         longest,
         scale=scale,
         window_size=(-1 if window is None else window - 1, 0),
-        enable_gqa=query.shape[1] != key.shape[1],
+        **({"enable_gqa": True} if _VARLEN_NAMES_GQA and query.shape[1] != key.shape[1] else {}),
     )
 
 

@@ -82,7 +82,9 @@ def _header(vllm_config: Any, model_config: Any, rank: int, size: int) -> dict[s
         "pid_start_ticks": process.start_ticks,
         "pid_namespace": runtime.pid_namespace(),
         "device": device,
-        "device_uuid": str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid) if device == "cuda" else "",
+        "device_uuid": str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid)
+        if device == "cuda"
+        else "",
         "max_model_len": model_config.max_model_len,
     }
 
@@ -175,7 +177,9 @@ def segments_of(
             refusals.append(Refusal(name=trace.name, reason=trace.refusal))
             continue
         for copy in trace.copies:
-            index = order[bisect.bisect_right(starts, copy.address) - 1] if starts and copy.address >= starts[0] else None
+            index = (
+                order[bisect.bisect_right(starts, copy.address) - 1] if starts and copy.address >= starts[0] else None
+            )
             parameter = parameters[index] if index is not None else None
             if parameter is None or copy.address >= parameter.data_ptr() + parameter.nbytes:
                 reason = "vLLM's loader copies it into a temporary tensor, not into a parameter"
