@@ -334,7 +334,8 @@ class Scheduler:
             "train_loss": done.loss, "train_mean_token_accuracy": done.token_accuracy, "grad_norm": done.grad_norm,
             "learning_rate": done.learning_rate, "weight_version": done.weight_version,
             "padding_share": done.padding_share, "step_seconds": done.step_seconds,
-            "tokens_per_second": self.progress.tokens_per_second(), **done.metrics,
+            "tokens_per_second": self.progress.tokens_per_second(),
+            "seconds_left": self.progress.seconds_left(job.total_steps - job.step), **done.metrics,
         }  # fmt: skip
         self.store.save_job(job, message, type="metrics", level="warn" if done.skipped else "info", data=data)
         for listener in self.on_step:

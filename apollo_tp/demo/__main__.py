@@ -104,7 +104,7 @@ def _train(service: str, trainer: ManagedProcess, texts: list[str], num_steps: i
     events = httpx.get(f"{service}/train/jobs/{job['id']}/events", timeout=30).json()
     if job["state"] != "succeeded":
         raise SystemExit(f"job {job['state']}: {json.dumps(job['error'])}")
-    job["losses"] = [event["data"]["loss"] for event in events["data"] if event.get("type") == "metrics"]
+    job["losses"] = [event["data"]["train_loss"] for event in events["data"] if event.get("type") == "metrics"]
     return job
 
 

@@ -96,7 +96,8 @@ def test_every_sample_form_is_trained_and_its_events_can_be_followed(trainer: Tr
                 seen.append(json.loads(line[6:]))
     metrics = [event["data"] for event in seen if event.get("type") == "metrics"]
     assert [entry["step"] for entry in metrics] == [1, 2]
-    assert all(entry["loss"] > 0 for entry in metrics)
+    assert all(entry["train_loss"] > 0 for entry in metrics)
+    assert {"tokens_per_second", "seconds_left"} <= set(metrics[-1])
     assert trainer.get(f"/train/jobs/{job['id']}")["state"] == "succeeded"
 
 
