@@ -1,0 +1,230 @@
+"""Manifests: round trip, agreement over ranks, staleness, hostile files; and the private folder they lie in."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from apollo_tp import runtime
+from apollo_tp.errors import ConfigError, ManifestError, NoServerError, TrainerBusyError, UnsupportedModelError
+from apollo_tp.manifest import (
+    SCHEMA_VERSION,
+    CheckpointTensor,
+    Manifest,
+    Refusal,
+    SegmentRecord,
+    ServedTensor,
+    check_agreement,
+    live_instances,
+    publish,
+    read,
+    read_instance,
+    wait_for_server,
+)
+from apollo_tp.placement import place
+
+
+def manifest(rank: int = 0, size: int = 2, **changes: Any) -> Manifest:
+    """A manifest of this very process, which is alive."""
+    process = runtime.ProcessId.of(os.getpid())
+    assert process is not None
+    fields: dict[str, Any] = {
+        "schema_version": SCHEMA_VERSION, "instance_id": "test", "created_at": time.time(), "vllm_version": "0.32.0",
+        "model_path": "/m", "served_model_names": ["m"], "dtype": "bfloat16", "tp_rank": rank, "tp_size": size,
+        "host": "h", "pid": process.pid, "pid_start_ticks": process.start_ticks,
+        "pid_namespace": runtime.pid_namespace(), "device": "cpu",
+    }  # fmt: skip
+    return Manifest(**(fields | changes))
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    tmp_path.chmod(0o700)
+    return tmp_path
+
+
+def ended_process() -> runtime.ProcessId:
+    """Identity of a process that has ended."""
+    child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    identity = runtime.ProcessId.of(child.pid)
+    assert identity is not None
+    child.communicate()
+    return identity
+
+
+def test_round_trip_is_private_and_exact(base: Path) -> None:
+    """What is read equals what was published, in a file that only its owner can read."""
+    path = publish(manifest(), runtime.instance_dir("test", base))
+    assert read(path) == manifest(created_at=read(path).created_at)
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert path.parent.stat().st_mode & 0o777 == 0o700
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tp_size": 4}, "tp_size differs"),
+        ({"instance_id": "other"}, "instance_id differs"),
+        ({"model_path": "/other"}, "model_path differs"),
+        ({"tp_rank": 0}, r"ranks \[0, 0\], expected 0 to 1"),
+        ({"error": "RuntimeError: no handle"}, "rank 1: export failed in the server: RuntimeError: no handle"),
+    ],
+)
+def test_manifests_must_agree(changes: dict[str, Any], message: str) -> None:
+    """Every disagreement is named."""
+    with pytest.raises(ManifestError, match=message):
+        check_agreement([manifest(0), manifest(**({"rank": 1} | {}), **changes)] if "tp_rank" not in changes
+                        else [manifest(0), manifest(0)])  # fmt: skip
+
+
+def test_other_pid_namespace_is_refused_with_the_cure() -> None:
+    """CUDA IPC and /proc need one PID namespace; the message says which flag gives it."""
+    with pytest.raises(ManifestError, match="--pid=container"):
+        check_agreement([manifest(0, 1, pid_namespace="pid:[1]")])
+
+
+def test_ended_server_is_stale(base: Path) -> None:
+    """A dead process, or a later process with the same pid, is not the server."""
+    dead = ended_process()
+    publish(manifest(0, 1, pid=dead.pid, pid_start_ticks=dead.start_ticks), runtime.instance_dir("dead", base))
+    alive = runtime.ProcessId.of(os.getpid())
+    assert alive is not None
+    reused = manifest(0, 1, pid_start_ticks=alive.start_ticks - 1)
+    publish(reused, runtime.instance_dir("reused", base))
+    publish(manifest(0, 1), runtime.instance_dir("live", base))
+    assert live_instances(base) == (["live"], ["dead", "reused"])
+    with pytest.raises(ManifestError, match="stale"):
+        check_agreement(read_instance(base / "dead"))
+
+
+def test_waiting_says_what_is_there(base: Path) -> None:
+    """No server; half a server; two servers: three messages."""
+    with pytest.raises(NoServerError, match="VLLM_PLUGINS=apollo"):
+        wait_for_server(base, None, 0)
+    publish(manifest(0), runtime.instance_dir("half", base))
+    with pytest.raises(NoServerError, match=r"ranks \[0\]"):
+        wait_for_server(base, None, 0)
+    publish(manifest(0, 1), runtime.instance_dir("other", base))
+    with pytest.raises(ManifestError, match=r"server\.instance"):
+        wait_for_server(base, None, 0)
+    assert wait_for_server(base, "other", 0)[0].tp_size == 1
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"{}", b"[]", b'{"schema_version": "1"}', b"\x80\x04N.", b'{"schema_version": 1, "pid": "x"}']
+)
+def test_hostile_manifest_files_are_refused(base: Path, content: bytes) -> None:
+    """Anything but a manifest, a pickle among it, is an error that names the file."""
+    path = base / "rank0.json"
+    path.write_bytes(content)
+    with pytest.raises(ManifestError, match=r"rank0\.json"):
+        read(path)
+
+
+def test_other_schema_version_is_refused(base: Path) -> None:
+    """A newer server and an older trainer: the message says so, whatever else the file holds."""
+    path = base / "rank0.json"
+    path.write_bytes(msgspec.json.encode({"schema_version": SCHEMA_VERSION + 1, "unheard": "of"}))
+    with pytest.raises(ManifestError, match="same apollo_tp release"):
+        read(path)
+
+
+def test_shared_or_foreign_runtime_folder_is_refused(tmp_path: Path) -> None:
+    """A folder that others can read, or that is a link to one, is not used."""
+    tmp_path.chmod(0o755)
+    with pytest.raises(ConfigError, match="nobody else can read"):
+        runtime.private_dir(tmp_path)
+    tmp_path.chmod(0o700)
+    link = tmp_path / "link"
+    link.symlink_to(tmp_path)
+    with pytest.raises(ConfigError):
+        runtime.private_dir(link)
+
+
+@pytest.mark.parametrize("name", ["", "..", "a/b", ".hidden", "x" * 65])
+def test_instance_ids_are_plain_names(base: Path, name: str) -> None:
+    """An id never becomes a path."""
+    with pytest.raises(ConfigError):
+        runtime.instance_dir(name, base)
+
+
+def test_socket_paths_have_a_limit(base: Path) -> None:
+    """The system could not bind a longer one."""
+    with pytest.raises(ConfigError, match="shorter folder"):
+        runtime.socket_path(base, "x" * 120)
+
+
+def test_one_trainer_per_server(base: Path) -> None:
+    """The second is told who holds the place; it is free again afterwards."""
+    with runtime.trainer_lock(base), pytest.raises(TrainerBusyError, match=str(os.getpid())), runtime.trainer_lock(base):
+        pass
+    with runtime.trainer_lock(base):
+        pass
+
+
+def _server(segments: list[list[SegmentRecord]], shape: list[int], **changes: Any) -> list[Manifest]:
+    served = [ServedTensor(name="w", allocation=0, offset_bytes=0, shape=[8, 4], stride=[4, 1], dtype="bfloat16")]
+    checkpoint = [CheckpointTensor(name="w", shape=shape, dtype="BF16")]
+    return [
+        manifest(r, len(segments), served=served, checkpoint=checkpoint, segments=part, **changes)
+        for r, part in enumerate(segments)
+    ]
+
+
+def _rows(start: int, count: int, view_offset: int) -> SegmentRecord:
+    return SegmentRecord(
+        checkpoint="w",
+        box_offset=[start, 0],
+        box_shape=[count, 4],
+        served="w",
+        view_offset=view_offset,
+        view_stride=[4, 1],
+    )
+
+
+def test_segments_become_shards() -> None:
+    """Two ranks with two ranges each, one behind the other in memory: the ranges keep the local order."""
+    ranks = place(_server([[_rows(0, 2, 0), _rows(8, 2, 8)], [_rows(2, 6, 0), _rows(10, 2, 24)]], [12, 4]))
+    assert [r["w"].shard.ranges for r in ranks] == [((0, 2), (8, 10)), ((2, 8), (10, 12))]
+    assert ranks[0]["w"].shard.local_shape == (4, 4)
+    assert ranks[0]["w"].shard.replica_ranks == (0,)
+
+
+def test_replicas_are_recognised() -> None:
+    """Ranks 0 and 1 hold the same rows: a KV replica group."""
+    ranks = place(_server([[_rows(0, 4, 0)], [_rows(0, 4, 0)], [_rows(4, 4, 0)], [_rows(4, 4, 0)]], [8, 4]))
+    assert [r["w"].shard.replica_ranks for r in ranks] == [(0, 1), (0, 1), (2, 3), (2, 3)]
+
+
+def test_a_small_vocabulary_may_leave_a_rank_empty() -> None:
+    """All rows on rank 0: rank 1 holds an empty shard of the same cut."""
+    ranks = place(_server([[_rows(0, 6, 0)], []], [6, 4]))
+    assert ranks[1]["w"].shard.local_shape == (0, 4)
+
+
+@pytest.mark.parametrize(
+    ("segments", "reason"),
+    [
+        ([[_rows(0, 4, 0)], [_rows(0, 4, 0)]], "got 16 of its"),
+        ([[_rows(0, 5, 0)], [_rows(4, 4, 0)]], "overlap in part"),
+        ([[_rows(0, 2, 0), _rows(2, 2, 12)], [_rows(4, 4, 0)]], "side by side"),
+    ],
+)
+def test_layouts_that_cannot_be_trained_are_refused(segments: list[list[SegmentRecord]], reason: str) -> None:
+    """Missing rows, rows held differently by two ranks, rows scattered in memory."""
+    with pytest.raises(UnsupportedModelError, match=reason):
+        place(_server(segments, [8, 4]))
+
+
+def test_refusals_of_the_loader_are_listed() -> None:
+    """All at once, each with its rank and reason."""
+    refusals = [Refusal(name="w", reason="vLLM's loader applies aten.mul to it")]
+    with pytest.raises(UnsupportedModelError, match=r"w: rank 1: vLLM's loader applies aten\.mul"):
+        place(_server([[_rows(0, 4, 0)], [_rows(4, 4, 0)]], [8, 4], refusals=refusals))
