@@ -13,7 +13,7 @@ from apollo_tp.errors import UnsupportedModelError
 from apollo_tp.layout import Shard
 from apollo_tp.loss import VocabShard
 from apollo_tp.model.bound import BoundModel, BoundParameter, Role
-from apollo_tp.model.families import logits_transform
+from apollo_tp.model.families import logits_transform, refuse_unknown_layers
 from apollo_tp.model.gradients import GradientSync
 from apollo_tp.model.names import NameMap, map_names
 from apollo_tp.model.narrow import build_on_meta
@@ -43,6 +43,7 @@ def bind_model(
     """
     tied = not any(name.endswith("lm_head.weight") for name in shards)
     module = build_on_meta(config, tp.size, _dtype(shards), tied=tied)
+    refuse_unknown_layers(module)
     names = map_names(module, config, shards)
     vocabulary = _VocabularyNames.of(module, tied=tied)
     transform = logits_transform(module)

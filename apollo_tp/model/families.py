@@ -6,15 +6,18 @@ shards. The head's row is checked against the model's own forward pass when a mo
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from apollo_tp.errors import UnsupportedModelError
 from apollo_tp.loss import LogitsTransform
+from apollo_tp.model.recurrent import keeps_boundaries
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,30 @@ FULL_WIDTH_NORMS = {
     "Olmo3RMSNorm": "as OLMo-2",
 }
 """Norms inside parallel regions whose mean square spans ranks, by class name, and why; see regions.FullWidthRMSNorm."""
+
+
+LAYER_TYPES = {"full_attention", "sliding_attention", "linear_attention"}
+"""What ``config.layer_types`` may name: attention over whole sequences or windows, and gated delta nets."""
+
+
+def refuse_unknown_layers(module: PreTrainedModel) -> None:
+    """Raise UnsupportedModelError, listing all, for layers that would not keep packed sequences apart or run otherwise."""
+    unknown = set(getattr(module.config, "layer_types", None) or ()) - LAYER_TYPES
+    reasons = [
+        f"layer type {kind}: it has no version here that keeps packed sequences apart" for kind in sorted(unknown)
+    ]
+    if not hasattr(sys.modules[type(module).__module__], "ALL_ATTENTION_FUNCTIONS"):
+        reasons.append("its attention is not exchangeable in transformers: it would see across packed sequences")
+    for name, layer in module.named_modules():
+        if isinstance(getattr(layer, "conv1d", None), nn.Conv1d) and not keeps_boundaries(layer):
+            reasons.append(f"{name} ({type(layer).__name__}): its recurrent state would run on into the next sequence")
+        if getattr(layer, "sinks", None) is not None:
+            reasons.append(f"{name} ({type(layer).__name__}): attention sinks are not implemented for packed sequences")
+    if reasons:
+        raise UnsupportedModelError(
+            f"{type(module).__name__} cannot be trained; use one of the families in docs/models.md:\n  "
+            + "\n  ".join(reasons)
+        )
 
 
 def logits_transform(module: PreTrainedModel) -> LogitsTransform:

@@ -55,11 +55,14 @@ def build_on_meta(config: PretrainedConfig, tp_size: int, dtype: torch.dtype, *,
 
     ``tied`` says whether the head shares the embedding's weight. Raises UnsupportedModelError for a config without one.
     """
+    if getattr(config, "is_encoder_decoder", False):
+        raise UnsupportedModelError(f"{config.model_type}: got an encoder-decoder model, expected a decoder-only one")
     narrow = narrow_config(config, tp_size)
     narrow.tie_word_embeddings = tied
-    if getattr(narrow, "is_encoder_decoder", False):
-        raise UnsupportedModelError(f"{config.model_type}: encoder-decoder models are not supported")
     # no_init_weights: without it every linear layer would be filled with random numbers before it is thrown away.
-    with no_init_weights(), accelerate.init_empty_weights(include_buffers=False):
-        module = AutoModelForCausalLM.from_config(narrow, dtype=dtype, attn_implementation=attention.NAME)
+    try:
+        with no_init_weights(), accelerate.init_empty_weights(include_buffers=False):
+            module = AutoModelForCausalLM.from_config(narrow, dtype=dtype, attn_implementation=attention.NAME)
+    except ValueError as error:  # no such class, or one without exchangeable attention
+        raise UnsupportedModelError(f"{config.model_type}: {error}") from error
     return module.train()

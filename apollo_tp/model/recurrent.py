@@ -20,6 +20,12 @@ from torch import Tensor, nn
 _CONVOLUTION, _RECURRENCE = "causal_conv1d_fn", "torch_chunk_gated_delta_rule"
 
 
+def keeps_boundaries(layer: nn.Module) -> bool:
+    """True if ``layer`` is one whose convolution and recurrence ``respect_boundaries`` wraps."""
+    modeling = sys.modules[type(layer).__module__]
+    return hasattr(modeling, _CONVOLUTION) and hasattr(modeling, _RECURRENCE)
+
+
 def respect_boundaries(module: nn.Module) -> None:
     """Wrap the convolution and the recurrence that the layers of ``module`` use; any number of times."""
     for name in {type(layer).__module__ for layer in module.modules()}:
