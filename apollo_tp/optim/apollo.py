@@ -16,7 +16,6 @@ from torch import Tensor
 
 from apollo_tp.config import EmbeddingMode, OptimConfig, Precision
 from apollo_tp.errors import ApolloTpError, ConfigError
-from apollo_tp.optim import checkpoint
 from apollo_tp.optim.bundle import Bundle
 from apollo_tp.optim.interface import Decision, OptimParameter, StepOutcome
 from apollo_tp.optim.matrices import moment_rank
@@ -196,10 +195,14 @@ class Optimizer:
 
     def save(self, folder: Path) -> None:
         """Write the state below ``folder`` in global coordinates; every rank writes its own part. See ``checkpoint``."""
+        from apollo_tp.optim import checkpoint  # costs a second, which a run that never saves need not pay
+
         checkpoint.save(self, folder)
 
     def load(self, folder: Path) -> None:
         """Read a saved state, written at any number of ranks. See ``checkpoint``."""
+        from apollo_tp.optim import checkpoint
+
         checkpoint.load(self, folder)
 
 

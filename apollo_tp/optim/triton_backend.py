@@ -26,8 +26,11 @@ from apollo_tp.optim.weight import Weight
 
 PROJECT_TILE = (128, 64)
 """Channels by contracted elements that a program of the projection holds at a time."""
+PROJECT_WARPS, PROJECT_STAGES = 4, 4
+"""Two programs of four warps fit an SM of compute capability 9.0: 80 KiB of shared memory and 242 registers each."""
 WRITE_TILE = (8, 512)
 """Rows by columns that a program of an elementwise kernel writes."""
+WRITE_WARPS = 4
 _TYPES = {torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 
 
@@ -222,8 +225,8 @@ class TritonBackend:
                 RANK_PADDED=self.rank_padded,
                 BLOCK_C=PROJECT_TILE[0],
                 BLOCK_K=PROJECT_TILE[1],
-                num_warps=8,
-                num_stages=3 if self.rank_padded > 128 else 4,
+                num_warps=PROJECT_WARPS if self.rank_padded <= 64 else 8,
+                num_stages=PROJECT_STAGES if self.rank_padded <= 128 else 3,
                 **launch.options,
             )
 
@@ -315,6 +318,7 @@ class TritonBackend:
                 STAGE=stage,
                 BLOCK_R=WRITE_TILE[0],
                 BLOCK_N=WRITE_TILE[1],
+                num_warps=WRITE_WARPS,
                 **launch.options,
             )
             if stage < 2:
@@ -351,6 +355,7 @@ class TritonBackend:
                 1.0 - decision.learning_rate * self.config.weight_decay,
                 BLOCK_R=WRITE_TILE[0],
                 BLOCK_N=WRITE_TILE[1],
+                num_warps=WRITE_WARPS,
                 **launch.options,
             )
 

@@ -1,0 +1,217 @@
+"""How long does one optimizer step take, and how far is that from what the memory bus allows?
+
+    python benchmarks/bench_optimizer.py                          # a GPU: the linear layers of an 8B model at TP = 2
+    python benchmarks/bench_optimizer.py --model tiny --steps 2    # CPU: shows that it runs; its times mean nothing
+    python benchmarks/bench_optimizer.py --tune                   # tile sizes of the two large kernels
+
+Measures, in one run on the same tensors: the device's copy bandwidth; this optimizer in each precision; the same update
+in plain torch; torch's fused AdamW. One process: ranks' exchanges are replaced by local copies of the same shape, so the
+time is that of one rank without its links. Writes a Markdown table to --out, beside date, device and command.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import itertools
+import platform
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from apollo_tp.config import OptimConfig, OptimizerKind, Precision
+from apollo_tp.layout import Shard
+from apollo_tp.optim import Optimizer, OptimParameter, build_optimizer
+from apollo_tp.optim.torch_backend import TorchBackend
+from apollo_tp.parallel import TPGroup
+
+# (name, global rows, global columns, cut dimension): the linear layers of one block
+LLAMA_8B = [
+    ("q_proj", 4096, 4096, 0),
+    ("k_proj", 1024, 4096, 0),
+    ("v_proj", 1024, 4096, 0),
+    ("o_proj", 4096, 4096, 1),
+    ("gate_proj", 12288, 4096, 0),
+    ("up_proj", 12288, 4096, 0),
+    ("down_proj", 4096, 12288, 1),
+]
+QWEN_27B_FULL = [
+    ("q_proj", 12288, 5120, 0),
+    ("k_proj", 1024, 5120, 0),
+    ("v_proj", 1024, 5120, 0),
+    ("o_proj", 5120, 6144, 1),
+    ("gate_proj", 17408, 5120, 0),
+    ("up_proj", 17408, 5120, 0),
+    ("down_proj", 5120, 17408, 1),
+]
+TINY = [("q_proj", 128, 128, 0), ("k_proj", 64, 128, 0), ("o_proj", 128, 128, 1), ("up_proj", 384, 128, 0)]
+MODELS = {"llama-8b-tp2": (LLAMA_8B, 36, 2), "qwen-27b-attention-tp4": (QWEN_27B_FULL, 16, 4), "tiny": (TINY, 2, 2)}
+
+
+class LocalGroup(TPGroup):
+    """Rank 0 of ``size`` whose partners are this process: every collective is a local copy of the same size."""
+
+    def all_reduce_(self, tensor: Tensor, op: object = None) -> Tensor:
+        return tensor
+
+    def reduce_scatter(self, tensor: Tensor) -> Tensor:
+        return tensor[:1].clone()
+
+    def all_gather(self, tensor: Tensor) -> Tensor:
+        return tensor.repeat(self.size, *[1] * (tensor.ndim - 1))
+
+
+def make_parameters(model: str, device: str) -> list[OptimParameter]:
+    """bf16 weights and gradients of one rank."""
+    layers, count, size = MODELS[model]
+    parameters = []
+    for layer, (name, rows, columns, dim) in itertools.product(range(count), layers):
+        shape = (rows, columns)
+        shard = Shard(f"layers.{layer}.{name}.weight", shape, dim, ((0, shape[dim] // size),), (0,))
+        tensor = torch.nn.Parameter(torch.randn(shard.local_shape, device=device, dtype=torch.bfloat16) * 0.02)
+        tensor.grad = torch.randn(shard.local_shape, device=device, dtype=torch.bfloat16) * 1e-4
+        parameters.append(OptimParameter(shard, tensor, "matrix"))
+    return parameters
+
+
+def seconds(run: Callable[[], object], steps: int, device: str) -> float:
+    """Median wall time of ``run`` after two warm-up calls, the device idle before and after each."""
+    times = []
+    for i in range(steps + 2):
+        if device == "cuda":
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        run()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        if i >= 2:
+            times.append(time.perf_counter() - start)
+    return sorted(times)[len(times) // 2]
+
+
+def copy_bandwidth(device: str) -> float:
+    """Bytes read plus bytes written per second by a copy of 2 GiB (CPU: 64 MiB)."""
+    source = torch.empty(2**30 if device == "cuda" else 2**25, dtype=torch.bfloat16, device=device)
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / seconds(lambda: target.copy_(source), 10, device)
+
+
+def traffic(optimizer: Optimizer) -> tuple[int, int]:
+    """(floor, all) bytes that a step moves: two reads of G, one read and write of W and remainder; and the moments.
+
+    Moments: R written once and read twice, m and v read twice and written once, all fp32.
+    """
+    elements = sum(w.data.numel() for w in optimizer.weights)
+    floor = elements * (8 + 2 * (optimizer.precision is Precision.remainder))
+    state = sum(g.exp_avg.numel() for b in optimizer.bundles for g in b.groups)
+    return floor, floor + 4 * state * (3 + 2 * 2 + 2)
+
+
+def measure(parameters: list[OptimParameter], args: argparse.Namespace, bandwidth: float) -> list[tuple]:
+    """Rows of the table: what, milliseconds, gigabytes by formula, share of the copy bandwidth, state in gigabytes."""
+    size = MODELS[args.model][2]
+    elements, rows = sum(p.tensor.numel() for p in parameters), []
+    variants = [(kind, precision, False) for precision in Precision for kind in (OptimizerKind.apollo,)]
+    variants += [
+        (OptimizerKind.apollo_mini, Precision.remainder, False),
+        (OptimizerKind.adamw, Precision.remainder, False),
+    ]
+    variants += [(OptimizerKind.apollo, Precision.stochastic, True)]
+    for kind, precision, plain in variants:
+        if kind is OptimizerKind.adamw and elements > 1e9 and args.device == "cuda" and not args.all:
+            continue
+        config = OptimConfig(kind=kind, rank=args.rank, lr=1e-6, check_replicas_every=0, refresh_every=10**6)
+        optimizer = build_optimizer(config, precision, parameters, LocalGroup(0, size))
+        if plain:
+            for bundle in optimizer.bundles:
+                bundle.backend = TorchBackend(bundle.groups, bundle.adamw, config)
+        took = seconds(optimizer.step, 3 if plain else args.steps, args.device)
+        outcome = optimizer.step()
+        assert not outcome.skipped, outcome.skipped
+        label = f"{kind.value}, {precision.value}" + (", plain torch" if plain else "")
+        floor, moved = (elements * 36, elements * 36) if kind is OptimizerKind.adamw else traffic(optimizer)
+        rows.append((label, took, floor / bandwidth, moved, moved / took / bandwidth, optimizer.state_bytes()))
+        del optimizer
+    theirs = torch.optim.AdamW([p.tensor for p in parameters], lr=1e-6, fused=True)
+    took = seconds(theirs.step, args.steps, args.device)
+    moved = elements * 2 * 7  # bf16: read W, G, m, v; write W, m, v
+    rows.append(
+        ("torch fused AdamW, bf16 state", took, moved / bandwidth, moved, moved / took / bandwidth, elements * 4)
+    )
+    return rows
+
+
+def report(rows: list[tuple], args: argparse.Namespace, elements: int, bandwidth: float) -> str:
+    device = torch.cuda.get_device_name() if args.device == "cuda" else platform.processor() or platform.machine()
+    lines = [
+        f"# One optimizer step: {args.model}, {elements / 1e9:.3g}e9 bf16 parameters, rank {args.rank}",
+        "",
+        f"{datetime.date.today()}, {device}, torch {torch.__version__}, copy bandwidth {bandwidth / 1e12:.3g} TB/s",
+        f"Command: `python {' '.join(sys.argv)}`",
+        "",
+        "| optimizer | ms | two-pass floor, ms | GB by formula | share of copy bandwidth | state, GB |",
+        "|---|---|---|---|---|---|",
+    ]
+    for label, took, floor, moved, share, state in rows:
+        lines.append(
+            f"| {label} | {took * 1e3:.3g} | {floor * 1e3:.3g} | {moved / 1e9:.3g} | {share:.0%} | {state / 1e9:.3g} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def tune(parameters: list[OptimParameter], args: argparse.Namespace) -> None:
+    """Time each phase of the step for several tiles; prints the best first. CUDA only."""
+    from apollo_tp.optim import triton_backend as module
+
+    config = OptimConfig(rank=args.rank, lr=1e-6, check_replicas_every=0, refresh_every=10**6)
+    optimizer = build_optimizer(config, Precision.stochastic, parameters, LocalGroup(0, MODELS[args.model][2]))
+    bundle = optimizer.bundles[0]
+    gradients = [weight.gradient() for weight in bundle.weights]
+    optimizer.step()
+    results = []
+    for tile, warps, stages in itertools.product([(128, 64), (64, 128), (64, 64), (128, 128)], (4, 8), (3, 4)):
+        module.PROJECT_TILE, module.PROJECT_WARPS, module.PROJECT_STAGES = tile, warps, stages
+        bundle.backend = module.TritonBackend(bundle.groups, bundle.adamw, config, bundle.weights)
+        results.append(
+            (seconds(lambda: bundle.backend.project(gradients), args.steps, "cuda"), "project", tile, warps, stages)
+        )
+    _, _, module.PROJECT_TILE, module.PROJECT_WARPS, module.PROJECT_STAGES = min(results)
+    for tile, warps in itertools.product([(8, 512), (4, 1024), (16, 512), (8, 256), (16, 256), (2, 1024)], (4, 8)):
+        module.WRITE_TILE, module.WRITE_WARPS = tile, warps
+        bundle.backend = module.TritonBackend(bundle.groups, bundle.adamw, config, bundle.weights)
+        results.append((seconds(optimizer.step, args.steps, "cuda"), "step", tile, warps, 0))
+    for took, *what in sorted(results, key=lambda row: (row[1], row[0])):
+        print(f"{took * 1e3:8.3f} ms  {what}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=MODELS, default="llama-8b-tp2" if torch.cuda.is_available() else "tiny")
+    parser.add_argument("--rank", type=int, default=64)
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--tune", action="store_true", help="try tile sizes instead (CUDA)")
+    parser.add_argument(
+        "--all", action="store_true", help="also this package's AdamW with fp32 state: 9 bytes per parameter"
+    )
+    parser.add_argument("--out", type=Path, help="also write the table to this file")
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    parameters = make_parameters(args.model, args.device)
+    if args.tune:
+        tune(parameters, args)
+        return
+    bandwidth = copy_bandwidth(args.device)
+    rows = measure(parameters, args, bandwidth)
+    text = report(rows, args, sum(p.tensor.numel() for p in parameters), bandwidth)
+    print(text)
+    if args.out:
+        args.out.write_text(text)
+
+
+if __name__ == "__main__":
+    main()
