@@ -40,7 +40,7 @@ class RequestError(ApolloTpError):
         expected: str | None = None,
         status: int = 400,
         code: str = "invalid_request",
-    ):
+    ) -> None:
         super().__init__(message)
         self.field = field
         self.got = got
@@ -80,7 +80,7 @@ class ReplicaError(ApolloTpError):
 class RankFailedError(ApolloTpError):
     """A trainer rank raised. ``rank`` is where it began, ``traceback`` what that rank printed."""
 
-    def __init__(self, message: str, *, rank: int, traceback: str):
+    def __init__(self, message: str, *, rank: int, traceback: str) -> None:
         super().__init__(message)
         self.rank = rank
         self.traceback = traceback

@@ -42,9 +42,10 @@ class Command(msgspec.Struct, frozen=True, tag=True, omit_defaults=True, kw_only
 
 
 class Step(Command, frozen=True):
-    """One optimizer step of supervised fine-tuning on ``samples`` (the global batch; the ranks cut micro-batches).
+    """One optimizer step of supervised fine-tuning on ``samples``, the global batch; the ranks cut micro-batches.
 
-    ``job_step`` counts from 1 to ``num_job_steps`` within the job. ``learning_rate_scale`` multiplies the configured learning rate.
+    ``job_step`` counts from 1 to ``num_job_steps`` within the job. ``learning_rate_scale`` multiplies the configured
+    learning rate.
     """
 
     job_id: str

@@ -1,5 +1,7 @@
 """The wire between coordinator, ranks and the server's plugin."""
 
+import contextlib
+
 import msgspec
 import pytest
 from hypothesis import given, settings
@@ -56,7 +58,5 @@ def test_a_command_is_no_reply():
 def test_noise_raises_only_msgspec_errors(frame):
     """Any bytes either decode to a message or raise MsgspecError: nothing else has to be caught by a receiver."""
     for decode in (p.decode_command, p.decode_reply, p.decode_tunnel_up, p.decode_tunnel_down):
-        try:
+        with contextlib.suppress(msgspec.MsgspecError):
             decode(frame)
-        except msgspec.MsgspecError:
-            pass
