@@ -14,12 +14,12 @@ import logging
 import secrets
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 
 from apollo_tp import protocol
 from apollo_tp.config import OnCrash
 from apollo_tp.coordinator.evaluation import Evaluator
 from apollo_tp.coordinator.jobs import Job, JobError, State, batch_indices
+from apollo_tp.coordinator.progress import Progress
 from apollo_tp.coordinator.ranks import RankLink, RanksGoneError
 from apollo_tp.coordinator.samples import read_records
 from apollo_tp.coordinator.settings import Settings
@@ -31,27 +31,6 @@ log = logging.getLogger(__name__)
 STEPS_IN_FLIGHT = 2
 OnStep = Callable[[Job, protocol.StepDone], None]
 Pending = tuple[int, asyncio.Future[protocol.AnyReply]]
-
-
-@dataclass
-class Progress:
-    """Speed of the running job, from the times at which its steps ended."""
-
-    job_id: str = ""
-    recent: collections.deque[tuple[float, int]] = field(default_factory=lambda: collections.deque(maxlen=32))
-
-    def tokens_per_second(self) -> float | None:
-        """Over the last steps; None until two have ended."""
-        if len(self.recent) < 2:
-            return None
-        seconds = self.recent[-1][0] - self.recent[0][0]
-        return sum(tokens for _, tokens in list(self.recent)[1:]) / max(seconds, 1e-9)
-
-    def seconds_left(self, steps: int) -> float | None:
-        """For so many further steps; None until two have ended."""
-        if len(self.recent) < 2:
-            return None
-        return steps * (self.recent[-1][0] - self.recent[0][0]) / (len(self.recent) - 1)
 
 
 class Scheduler:
