@@ -1,6 +1,7 @@
 """``python -m apollo_tp.inspect``: where each checkpoint tensor lives on each rank of a live server, and what is refused.
 
-Without a trainer and without torch.
+Without a trainer and without torch. With a Hugging Face folder (a config.json is enough) as MODEL the answer comes without a
+server, from vLLM's own model class and loader, built for one rank after the other in this process.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from apollo_tp import runtime
-from apollo_tp.errors import ApolloTpError
+from apollo_tp.errors import ApolloTpError, UnsupportedModelError
 from apollo_tp.manifest import Manifest, wait_for_server
 from apollo_tp.placement import place
 
@@ -21,13 +22,14 @@ from apollo_tp.placement import place
 def main(arguments: list[str] | None = None) -> int:
     """Print the layout; returns 1 if something cannot be trained."""
     parser = argparse.ArgumentParser(prog="python -m apollo_tp.inspect", description=__doc__)
+    parser.add_argument("model", nargs="?", metavar="MODEL", help="a Hugging Face folder, to answer without a server")
+    parser.add_argument("--tp", type=int, default=2, help="tensor-parallel size for MODEL")
     parser.add_argument("--instance", help="id of the server; default: the only live one")
     parser.add_argument("--runtime-dir", type=Path, help="folder of manifests; default: as the trainer finds it")
     parser.add_argument("--wait", type=float, default=0.0, help="seconds to wait for a server")
     options = parser.parse_args(arguments)
     try:
-        base = runtime.base_dir(str(options.runtime_dir) if options.runtime_dir else None)
-        manifests = wait_for_server(base, options.instance, options.wait)
+        manifests = _of_folder(options) if options.model else _of_server(options)
         console = Console(width=None if sys.stdout.isatty() else 200)
         console.print(_summary(manifests))
         console.print(layout_table(manifests))
@@ -35,6 +37,20 @@ def main(arguments: list[str] | None = None) -> int:
     except ApolloTpError as error:
         print(f"apollo_tp.inspect: {error}", file=sys.stderr)
         return 1
+
+
+def _of_server(options: argparse.Namespace) -> list[Manifest]:
+    base = runtime.base_dir(str(options.runtime_dir) if options.runtime_dir else None)
+    return wait_for_server(base, options.instance, options.wait)
+
+
+def _of_folder(options: argparse.Namespace) -> list[Manifest]:
+    from apollo_tp.vllm_plugin.offline import offline_manifests  # vLLM, which a live server's layout does not need
+
+    manifests = offline_manifests(options.model, options.tp)
+    if manifests[0].error:
+        raise UnsupportedModelError(f"{options.model}: {manifests[0].error}")
+    return manifests
 
 
 def _summary(manifests: list[Manifest]) -> str:

@@ -37,15 +37,16 @@ def read_index(folder: Path) -> list[CheckpointTensor]:
 
 
 def index_from_config(hf_config: Any, dtype: str) -> list[CheckpointTensor]:
-    """What a checkpoint of this config would hold, from the model class on meta (for --load-format dummy)."""
+    """What a checkpoint of this config would hold, from the model class on meta (for --load-format dummy): transformers'
+    own conversion back to checkpoint names, so that experts come one by one."""
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers.core_model_loading import revert_weight_conversion
 
+    kind = AutoModelForCausalLM if hf_config.get_text_config() is hf_config else AutoModelForImageTextToText
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(hf_config)
-    tied = set(getattr(model, "all_tied_weights_keys", None) or {}) if hf_config.tie_word_embeddings else set()
-    return [
-        CheckpointTensor(name=name, shape=list(tensor.shape), dtype=dtype)
-        for name, tensor in sorted(model.state_dict().items())
-        if name not in tied
-    ]
+        model = kind.from_config(hf_config)
+        tied = set(getattr(model, "all_tied_weights_keys", None) or {}) if hf_config.tie_word_embeddings else set()
+        state = {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
+        state = revert_weight_conversion(model, state)
+    return [CheckpointTensor(name=name, shape=list(state[name].shape), dtype=dtype) for name in sorted(state)]

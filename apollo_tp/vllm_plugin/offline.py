@@ -24,8 +24,8 @@ from apollo_tp.vllm_plugin.trace import trace_loader
 def offline_manifests(model: str, tp_size: int, dtype: str = "auto") -> list[Manifest]:
     """What the ranks of a server of the Hugging Face folder ``model`` at ``tp_size`` would publish, by rank.
 
-
-    Allocations have no memory behind them. Raises whatever vLLM raises for a model that it cannot build.
+    Allocations have no memory behind them; a folder with a config alone is enough. Raises whatever vLLM raises for a model
+    that it cannot build.
     """
     from vllm.engine.arg_utils import EngineArgs
     from vllm.model_executor.models import registry
@@ -34,7 +34,15 @@ def offline_manifests(model: str, tp_size: int, dtype: str = "auto") -> list[Man
     import_image_processors()
     # vLLM looks at a model class in a subprocess (10 s each) to keep CUDA out of the parent; nothing uses CUDA here.
     registry._run_in_subprocess = lambda function: function()
-    arguments = EngineArgs(model=model, tensor_parallel_size=tp_size, dtype=dtype, enforce_eager=True)
+    weights = "auto" if any(Path(model).glob("*.safetensors")) else "dummy"
+    arguments = EngineArgs(
+        model=model,
+        tensor_parallel_size=tp_size,
+        dtype=dtype,
+        enforce_eager=True,
+        load_format=weights,
+        skip_tokenizer_init=True,
+    )
     # A config remembers the layers that were built with it, hence a fresh one for each rank.
     return [_manifest(arguments.create_engine_config(), rank, tp_size) for rank in range(tp_size)]
 
