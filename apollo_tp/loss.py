@@ -97,7 +97,8 @@ class _TargetLogprobs(torch.autograd.Function):
             grad_logits.scatter_add_(1, local[:, None], torch.where(owned, grad[part], 0.0)[:, None])
             grad_logits = vocab.transform.backward(logits, grad_logits).to(weight.dtype)
             torch.mm(grad_logits, weight, out=grad_hidden[part])
-            grad_weight.addmm_(grad_logits.T, hidden[part])
+            if ctx.needs_input_grad[1]:  # a frozen head has none
+                grad_weight.addmm_(grad_logits.T, hidden[part])
         return grad_hidden, grad_weight, None, None
 
 

@@ -8,7 +8,6 @@ capped scores, wide heads) goes sequence by sequence through scaled_dot_product_
 from __future__ import annotations
 
 import inspect
-import itertools
 from typing import Any
 
 import torch
@@ -36,11 +35,13 @@ def packed_attention(
     softcap: float | None = None,
     cu_seq_lens_q: Tensor,
     max_length_q: int,
+    sequence_lengths: tuple[int, ...],
     **_: Any,
 ) -> tuple[Tensor, None]:
     """Attention within each packed sequence; local heads only, no collective.
 
-    ``query`` [1, q_heads, T, D], ``key`` and ``value`` [1, kv_heads, T, D]; ``cu_seq_lens_q`` int32 [S + 1]. A token sees
+    ``query`` [1, q_heads, T, D], ``key`` and ``value`` [1, kv_heads, T, D]; ``cu_seq_lens_q`` int32 [S + 1]
+    and ``sequence_lengths`` say the same, on the device and (so that nothing waits for it) on the host. A token sees
     itself and the ``sliding_window - 1`` tokens before it (all before it without a window). Returns [1, T, q_heads, D].
     """
     heads = query[0], key[0], value[0]
@@ -49,10 +50,9 @@ def packed_attention(
     )
     if flash:
         return _flash(*heads, cu_seq_lens_q, max_length_q, scaling, sliding_window)[None], None
-    bounds = cu_seq_lens_q.tolist()
     parts = [
-        _one_sequence(*(t[:, start:stop] for t in heads), scaling, sliding_window, softcap)
-        for start, stop in itertools.pairwise(bounds)
+        _one_sequence(*sequence, scaling, sliding_window, softcap)
+        for sequence in zip(*(t.split(sequence_lengths, dim=1) for t in heads), strict=True)
     ]
     return torch.cat(parts, dim=1).transpose(0, 1)[None], None
 

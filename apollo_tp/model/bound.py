@@ -94,6 +94,7 @@ class BoundModel:
             cu_seq_lens_k=batch.cu_seqlens,
             max_length_q=longest,
             max_length_k=longest,
+            sequence_lengths=batch.lengths,
         )
         return output.last_hidden_state[0]
 

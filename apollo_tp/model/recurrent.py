@@ -1,21 +1,22 @@
 """Packed sequences through gated-delta-net layers (Qwen3-Next, Qwen3.5) without leaking state across boundaries.
 
-transformers hands ``cu_seq_lens_q`` to the layer's causal convolution and recurrence, but its plain torch versions ignore
-it. Both are global functions of the modeling module: they are wrapped there, once, and behave as before without boundaries.
-The projections around them stay one matrix product over all packed tokens.
+transformers hands the keywords of a forward pass on to such a layer's causal convolution and recurrence, but their plain
+torch versions know no boundaries. Both are global functions of the modeling module: they are wrapped there, once, and
+behave as before without boundaries. The projections around them stay one matrix product over all packed tokens.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib.util
-import itertools
 import sys
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+Lengths = tuple[int, ...]
 
 _CONVOLUTION, _RECURRENCE = "causal_conv1d_fn", "torch_chunk_gated_delta_rule"
 
@@ -40,12 +41,11 @@ def respect_boundaries(module: nn.Module) -> None:
 
 def _packed_convolution(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
     @functools.wraps(original)
-    def convolve(hidden: Tensor, *args: Any, cu_seq_lens_q: Tensor | None = None, **kwargs: Any) -> Tensor:
+    def convolve(hidden: Tensor, *args: Any, sequence_lengths: Lengths | None = None, **kwargs: Any) -> Tensor:
         """``hidden`` [1, channels, T]."""
-        if cu_seq_lens_q is None or len(cu_seq_lens_q) == 2:
+        if sequence_lengths is None:
             return original(hidden, *args, **kwargs)
-        lengths = _lengths(cu_seq_lens_q)
-        return torch.cat([original(part, *args, **kwargs) for part in hidden.split(lengths, dim=2)], dim=2)
+        return torch.cat([original(part, *args, **kwargs) for part in hidden.split(sequence_lengths, dim=2)], dim=2)
 
     return convolve
 
@@ -54,18 +54,19 @@ def _packed_recurrence(original: Callable[..., Any]) -> Callable[..., Any]:
     kernel = _flash_linear_attention()
 
     @functools.wraps(original)
-    def recur(*states: Tensor, cu_seqlens: Tensor | None = None, **kwargs: Any) -> tuple[Tensor, None]:
+    def recur(
+        *states: Tensor, cu_seqlens: Tensor | None = None, sequence_lengths: Lengths | None = None, **kwargs: Any
+    ) -> tuple[Tensor, None]:
         """``states`` (query, key, value) [1, T, heads, D]; ``g`` and ``beta`` [1, T, heads] among the keywords."""
-        if cu_seqlens is None:
-            return original(*states, **kwargs)  # type: ignore[no-any-return]
+        if cu_seqlens is None or sequence_lengths is None:
+            return original(*states, cu_seqlens=cu_seqlens, **kwargs)  # type: ignore[no-any-return]
         gates = {name: kwargs[name] for name in ("g", "beta")}
         normalize = kwargs.get("use_qk_l2norm_in_kernel", False)
         if kernel is not None and states[0].is_cuda:
             return kernel(*states, **gates, use_qk_l2norm_in_kernel=normalize, cu_seqlens=cu_seqlens.long())  # type: ignore[no-any-return]
-        lengths = _lengths(cu_seqlens)
         outputs = []
         for *parts, g, beta in zip(
-            *(state.split(lengths, dim=1) for state in (*states, gates["g"], gates["beta"])), strict=True
+            *(state.split(sequence_lengths, dim=1) for state in (*states, gates["g"], gates["beta"])), strict=True
         ):
             outputs.append(original(*parts, g=g, beta=beta, use_qk_l2norm_in_kernel=normalize)[0])
         return torch.cat(outputs, dim=1), None
@@ -80,7 +81,3 @@ def _flash_linear_attention() -> Callable[..., Any] | None:
     from fla.ops.gated_delta_rule import chunk_gated_delta_rule
 
     return chunk_gated_delta_rule  # type: ignore[no-any-return]
-
-
-def _lengths(cu_seqlens: Tensor) -> list[int]:
-    return [stop - start for start, stop in itertools.pairwise(cu_seqlens.tolist())]

@@ -1,7 +1,7 @@
 """Checkpoints of tiny models and what real vLLM would publish for them: ``python -m tests.multirank.trace_cases FOLDER``.
 
-Below FOLDER, per config: the Hugging Face checkpoint, and ``tp<p>/rank<r>.json`` manifests traced from vLLM's own loader. Runs
-in a process of its own, because importing vLLM changes much of a process.
+Below FOLDER, per config: the Hugging Face checkpoint, and ``tp<p>/rank<r>.json`` manifests traced from vLLM's own loader.
+Runs in a process of its own, because importing vLLM changes much of a process.
 """
 
 from __future__ import annotations
