@@ -2,7 +2,8 @@
 
     python benchmarks/bench_optimizer.py                          # a GPU: the linear layers of an 8B model at TP = 2
     python benchmarks/bench_optimizer.py --model tiny --steps 2    # CPU: shows that it runs; its times mean nothing
-    python benchmarks/bench_optimizer.py --tune                   # tile sizes of the two large kernels
+    python benchmarks/bench_optimizer.py --tune                    # a GPU: tile sizes of the two large kernels
+    python benchmarks/bench_optimizer.py --state                   # state memory of whole models, no device needed
 
 Measures, in one run on the same tensors: the device's copy bandwidth; this optimizer in each precision; the same update
 in plain torch; torch's fused AdamW. One process: ranks' exchanges are replaced by local copies of the same shape, so the
@@ -188,6 +189,77 @@ def tune(parameters: list[OptimParameter], args: argparse.Namespace) -> None:
         print(f"{took * 1e3:8.3f} ms  {what}")
 
 
+def state_rows(size: int, rank: int) -> list[str]:
+    """Table rows: optimizer state of a rank for two models, from transformers' and this package's classes on meta."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers.models.qwen3_5.configuration_qwen3_5 import Qwen3_5TextConfig
+    from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5ForCausalLM
+
+    llama = LlamaConfig(
+        vocab_size=128256,
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        tie_word_embeddings=False,
+    )
+    qwen = Qwen3_5TextConfig(
+        vocab_size=248320,
+        hidden_size=5120,
+        intermediate_size=17408,
+        num_hidden_layers=64,
+        num_attention_heads=24,
+        num_key_value_heads=4,
+        head_dim=256,
+        linear_num_key_heads=16,
+        linear_num_value_heads=48,
+        linear_key_head_dim=128,
+        linear_value_head_dim=128,
+        tie_word_embeddings=False,
+    )
+    rows = []
+    for label, model_class, config in (
+        ("Llama-3-8B", LlamaForCausalLM, llama),
+        ("Qwen3.5-27B", Qwen3_5ForCausalLM, qwen),
+    ):
+        with torch.device("meta"):
+            named = dict(model_class(config).bfloat16().named_parameters())
+        for kind, precision in (
+            (OptimizerKind.adamw, Precision.stochastic),
+            (OptimizerKind.apollo, Precision.stochastic),
+            (OptimizerKind.apollo, Precision.remainder),
+            (OptimizerKind.apollo_mini, Precision.stochastic),
+        ):
+            options = OptimConfig(kind=kind, rank=rank)
+            optimizer = build_optimizer(options, precision, meta_parameters(named, size), LocalGroup(0, size))
+            elements = sum(w.data.numel() for w in optimizer.weights)
+            state = optimizer.state_bytes()
+            rows.append(
+                f"| {label} | {size} | {kind.value}, {precision.value} | {elements * 2 / 1e9:.2f} | {state / 1e9:.2f} | "
+                f"{state / elements:.2f} |"
+            )
+    return rows
+
+
+def meta_parameters(named: dict[str, Tensor], size: int) -> list[OptimParameter]:
+    """One rank's parameters: row-parallel output projections, all other matrices cut by rows, vectors whole."""
+    result = []
+    for name, whole in named.items():
+        shape, row_parallel = (
+            tuple(whole.shape),
+            name.endswith(("o_proj.weight", "out_proj.weight", "down_proj.weight")),
+        )
+        dim = None if len(shape) == 1 or size == 1 else int(row_parallel)
+        ranges = () if dim is None else ((0, shape[dim] // size),)
+        shard = Shard(name, shape, dim, ranges, tuple(range(size)) if dim is None else (0,))
+        tensor = torch.nn.Parameter(torch.empty(shard.local_shape, dtype=whole.dtype, device="meta"))
+        embedding = "embed_tokens" in name or "lm_head" in name
+        role = "embedding" if embedding else "matrix" if len(shape) == 2 else "other"
+        result.append(OptimParameter(shard, tensor, role))
+    return result
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=MODELS, default="llama-8b-tp2" if torch.cuda.is_available() else "tiny")
@@ -199,8 +271,14 @@ def main() -> None:
         "--all", action="store_true", help="also this package's AdamW with fp32 state: 9 bytes per parameter"
     )
     parser.add_argument("--out", type=Path, help="also write the table to this file")
+    parser.add_argument("--state", action="store_true", help="print the optimizer state of whole models instead")
     args = parser.parse_args()
     torch.manual_seed(0)
+    if args.state:
+        lines = ["| model | TP | optimizer | weights on a rank, GB | state on a rank, GB | bytes per parameter |"]
+        lines += ["|---|---|---|---|---|---|", *(row for size in (1, 2, 4) for row in state_rows(size, args.rank))]
+        print("\n".join(lines))
+        return
     parameters = make_parameters(args.model, args.device)
     if args.tune:
         tune(parameters, args)

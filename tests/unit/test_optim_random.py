@@ -127,3 +127,13 @@ def test_what_each_precision_keeps_of_1000_small_updates():
     """At lr 1e-5 the remainder keeps the sum to 5 %; nearest loses most of it; that control must fail."""
     assert _drift(Precision.remainder, 1000) < 0.05
     assert _drift(Precision.nearest, 1000) > 0.8
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("kind", ["rademacher", "gaussian"])
+def test_cuda_gives_the_bits_of_the_cpu(kind):
+    """Projections are bit-identical on both devices, so that a job may move between them."""
+    columns = torch.arange(17, 5000)
+    expected = projection.projection_matrix(5, "w", 2, columns, 72, kind)
+    assert torch.equal(projection.projection_matrix(5, "w", 2, columns.cuda(), 72, kind).cpu(), expected)
