@@ -1,0 +1,16 @@
+"""Tiny checkpoints of every family with the manifests that real vLLM's loader gives, made once per session."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("cases")
+    subprocess.run([sys.executable, "-m", "tests.multirank.trace_cases", str(folder)], check=True, timeout=240)
+    return folder
