@@ -4,8 +4,8 @@ A launch has one program per tile. Which tensor a tile belongs to, and where tha
 tables on the device (``triton_backend`` builds them), because small matrices alone would not fill a GPU. Whether a
 parameter is written at all is a flag on the device, so no kernel waits for the host.
 
-Shapes and strides are in elements. ``EVEN`` promises that tiles divide the tensors and that all rows are 16-byte aligned;
-without it every access is masked. No branch depends on data except through masks.
+Shapes and strides are in elements. ``EVEN`` promises that rows start on 16 bytes and that extents are multiples of 16, so
+that accesses of 16 bytes lie inside or outside as a whole. No branch depends on data except through masks.
 """
 
 from __future__ import annotations
@@ -74,10 +74,15 @@ def project_kernel(
     energy_start = tl.load(row + 6)
     block_stride = tl.load(row + 7)
     gradient = tl.load(gradients + matrix).to(tl.pointer_type(G_TYPE))
+    if EVEN:
+        start = tl.multiple_of(start, 16)
+        channels = tl.multiple_of(channels, 16)
+        contracted = tl.multiple_of(contracted, 16)
 
     channel = start + tl.arange(0, BLOCK_C)
     k = tl.arange(0, BLOCK_K)
     r = tl.arange(0, RANK_PADDED)
+    c_inside = channel < channels
     if CHANNELS_LAST:
         pointers = gradient + k[:, None] * stride + channel[None, :]
         step = stride * BLOCK_K
@@ -89,18 +94,12 @@ def project_kernel(
     p_pointers = projections + (projection_start + k[:, None]) * RANK_PADDED + r[None, :]
     acc = tl.zeros((BLOCK_C, RANK_PADDED), dtype=tl.float32)
     for first in range(0, contracted, BLOCK_K):
+        k_inside = first + k < contracted
+        inside = (k_inside[:, None] & c_inside[None, :]) if CHANNELS_LAST else (c_inside[:, None] & k_inside[None, :])
         if EVEN:
             pointers = tl.multiple_of(pointers, (16, 16))
-            g = tl.load(pointers)
-            p = tl.load(p_pointers)
-        else:
-            k_inside = first + k < contracted
-            c_inside = channel < channels
-            inside = (
-                (k_inside[:, None] & c_inside[None, :]) if CHANNELS_LAST else (c_inside[:, None] & k_inside[None, :])
-            )
-            g = tl.load(pointers, mask=inside, other=0.0)
-            p = tl.load(p_pointers, mask=k_inside[:, None], other=0.0)
+        g = tl.load(pointers, mask=inside, other=0.0)
+        p = tl.load(p_pointers, mask=k_inside[:, None], other=0.0)
         wide = g.to(tl.float32)
         squares += wide * wide
         if WIDE:
@@ -116,7 +115,6 @@ def project_kernel(
     energy = tl.sum(squares, axis=0) if CHANNELS_LAST else tl.sum(squares, axis=1)
     block = (channel // rows_per_block).to(tl.int64) * block_stride
     within = (channel % rows_per_block).to(tl.int64)
-    c_inside = channel < channels
     tl.store(out + energy_start + block + within, energy, mask=c_inside)
     target = out + projected_start + (block + within * RANK)[:, None] + r[None, :]
     tl.store(target, acc * inverse_root, mask=c_inside[:, None] & (r < RANK)[None, :])
@@ -239,12 +237,11 @@ def _store(w_pointers, rest_pointers, value, random, inside, REMAINDER: tl.const
 @triton.jit
 def _locate(entry, address, row, column, flag, EVEN: tl.constexpr, W_TYPE: tl.constexpr, G_TYPE: tl.constexpr):
     """(mask, weight, gradient and remainder pointers) of a tile of the piece at ``entry``."""
-    # a parameter that is not written has no rows
-    inside = (row < tl.where(flag, tl.load(entry + 1), 0))[:, None]
+    columns = tl.load(entry + 2).to(tl.int32)
     if EVEN:
-        inside = tl.broadcast_to(inside, (row.shape[0], column.shape[0]))
-    else:
-        inside = inside & (column < tl.load(entry + 2))[None, :]
+        columns = tl.multiple_of(columns, 16)
+    # a parameter that is not written has no rows
+    inside = (row < tl.where(flag, tl.load(entry + 1), 0))[:, None] & (column < columns)[None, :]
     wide = row[:, None].to(tl.int64)
     w = tl.load(entry + 3).to(tl.pointer_type(W_TYPE)) + (wide * tl.load(entry + 4) + column[None, :])
     g = tl.load(address).to(tl.pointer_type(G_TYPE)) + (wide * tl.load(entry + 5) + column[None, :])
@@ -282,6 +279,8 @@ def write_kernel(
     piece = tl.load(tile_piece + tile).to(tl.int64)
     row = tl.load(tile_row + tile) + tl.arange(0, BLOCK_R)
     column0 = tl.load(tile_column + tile)
+    if EVEN:
+        column0 = tl.multiple_of(column0, 16)
     column = column0 + tl.arange(0, BLOCK_N)
     entry = table + piece * WRITE_COLUMNS
     parameter = tl.load(entry + 0)
@@ -338,6 +337,8 @@ def adamw_kernel(
     piece = tl.load(tile_piece + tile).to(tl.int64)
     row = tl.load(tile_row + tile) + tl.arange(0, BLOCK_R)
     column0 = tl.load(tile_column + tile)
+    if EVEN:
+        column0 = tl.multiple_of(column0, 16)
     column = column0 + tl.arange(0, BLOCK_N)
     entry = table + piece * WRITE_COLUMNS
     parameter = tl.load(entry + 0)

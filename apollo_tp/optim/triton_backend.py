@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,8 +21,10 @@ from apollo_tp.optim.adamw import AdamWState
 from apollo_tp.optim.interface import Decision, Scales
 from apollo_tp.optim.matrices import MatrixGroup
 from apollo_tp.optim.projection import num_words
+from apollo_tp.optim.tiles import Piece, Row, aligned, make_launches, pieces
 from apollo_tp.optim.weight import Weight
 
+_TYPES = {torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 PROJECT_TILE = (128, 64)
 """Channels by contracted elements that a program of the projection holds at a time."""
 PROJECT_WARPS, PROJECT_STAGES = 4, 4
@@ -31,29 +32,6 @@ PROJECT_WARPS, PROJECT_STAGES = 4, 4
 WRITE_TILE = (8, 512)
 """Rows by columns that a program of an elementwise kernel writes."""
 WRITE_WARPS = 4
-_TYPES = {torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
-
-
-@dataclass
-class _Launch:
-    """Tiles that share a compiled kernel. ``options`` are its constants; ``table`` and ``tiles`` lie on the device."""
-
-    options: dict[str, Any]
-    table: Tensor
-    tiles: list[Tensor]
-    owners: list[int]
-    """Index of the parameter behind each row of the table."""
-    offsets: list[int]
-    """Bytes from the start of the parameter's gradient to each row's."""
-    addresses: Tensor
-    distinct: Tensor
-    """The parameters of ``owners``, each once, int64."""
-    tile_counts: Tensor
-    """Tiles of each of them: neighbours in ``tiles``, since a parameter's rows follow each other."""
-
-    @property
-    def grid(self) -> tuple[int]:
-        return (self.tiles[0].numel(),)
 
 
 class TritonBackend:
@@ -92,11 +70,11 @@ class TritonBackend:
             launch.addresses = self._tensor(rows, torch.int64)
 
     def _build(self, gradients: Sequence[Tensor]) -> None:
-        self.project_launches = _launches(self._project_rows(gradients), self.device, 1)
-        self.write_launches = _launches(self._write_rows(gradients), self.device, 2)
-        self.adamw_launches = _launches(self._adamw_rows(gradients), self.device, 2)
+        self.project_launches = make_launches(self._project_rows(gradients), self.device, 1)
+        self.write_launches = make_launches(self._write_rows(gradients), self.device, 2)
+        self.adamw_launches = make_launches(self._adamw_rows(gradients), self.device, 2)
 
-    def _project_rows(self, gradients: Sequence[Tensor]) -> Iterator[_Row]:
+    def _project_rows(self, gradients: Sequence[Tensor]) -> Iterator[Row]:
         """One row per matrix that this rank projects."""
         column = 0
         for group, start in zip(self.groups, self.buffer_starts, strict=False):
@@ -109,7 +87,7 @@ class TritonBackend:
                 by_channel = matrix.channels_first(gradient)
                 channels, contracted = by_channel.shape
                 first = group.rows(position).start
-                even = channels % PROJECT_TILE[0] == 0 and contracted % PROJECT_TILE[1] == 0 and _aligned(gradient)
+                even = channels % 16 == 0 and contracted % 16 == 0 and aligned(gradient)
                 entry = [
                     channels,
                     contracted,
@@ -128,9 +106,9 @@ class TritonBackend:
                     "WIDE": not narrow or self.config.projection is Projection.gaussian,
                     "G_TYPE": _TYPES[gradient.dtype],
                 }
-                yield _Row(options, entry, (channels,), PROJECT_TILE[:1], matrix.index, 0)
+                yield Row(options, entry, (channels,), PROJECT_TILE[:1], matrix.index, 0)
 
-    def _write_rows(self, gradients: Sequence[Tensor]) -> Iterator[_Row]:
+    def _write_rows(self, gradients: Sequence[Tensor]) -> Iterator[Row]:
         """One row per piece of a projected matrix."""
         local_start = exchanged_start = 0
         exchanged_rows = sum(g.num_rows for g in self.groups if g.exchanged)
@@ -142,7 +120,7 @@ class TritonBackend:
                     scale = [local_rows + exchanged_start + first, matrix.per_rank, exchanged_rows]
                 else:
                     scale = [local_start + first, max(1, matrix.num_rows), 0]
-                for piece in _pieces(matrix.weight):
+                for piece in pieces(matrix.weight):
                     channel0 = piece.row if matrix.channel_dim == 0 else piece.column
                     yield self._row(piece, gradients, [*scale, channel0], {"CHANNELS_LAST": matrix.channel_dim == 1})
             if group.exchanged:
@@ -150,18 +128,16 @@ class TritonBackend:
             else:
                 local_start += group.num_rows
 
-    def _adamw_rows(self, gradients: Sequence[Tensor]) -> Iterator[_Row]:
+    def _adamw_rows(self, gradients: Sequence[Tensor]) -> Iterator[Row]:
         """One row per piece of an AdamW parameter."""
         for state in self.adamw:
             columns = state.weight.local_2d[1]
-            for piece in _pieces(state.weight):
+            for piece in pieces(state.weight):
                 skip = 4 * (piece.row * columns + piece.column)
                 moments = [state.exp_avg.data_ptr() + skip, state.exp_avg_sq.data_ptr() + skip, columns, 0]
-                yield self._row(piece, gradients, moments, {}, columns)
+                yield self._row(piece, gradients, moments, {})
 
-    def _row(
-        self, piece: _Piece, gradients: Sequence[Tensor], own: list[int], options: dict[str, Any], stride: int = 8
-    ) -> _Row:
+    def _row(self, piece: Piece, gradients: Sequence[Tensor], own: list[int], options: dict[str, Any]) -> Row:
         weight, index = piece.weight, piece.weight.index
         gradient, data, rest = gradients[index], weight.data, weight.remainder
         skip = piece.row * data.stride(0) + piece.column
@@ -181,11 +157,9 @@ class TritonBackend:
             piece.global_column,
             key - (1 << 64) if key >> 63 else key,
         ]
-        tile = WRITE_TILE
-        even = piece.rows % tile[0] == 0 and piece.columns % tile[1] == 0 and piece.global_column % 8 == 0
-        # the remainder's rows need 16 elements, since they are one byte each
-        even = even and _aligned(data) and _aligned(gradient) and stride % 4 == 0
-        even = even and piece.column % 16 == 0 and weight.local_2d[1] % 16 == 0
+        # 16 elements: the remainder is one byte each
+        widths = (piece.column, piece.columns, piece.global_column, weight.local_2d[1])
+        even = aligned(data) and aligned(gradient) and all(width % 16 == 0 for width in widths)
         bf16 = data.dtype is torch.bfloat16
         options = options | {
             "EVEN": even,
@@ -195,7 +169,7 @@ class TritonBackend:
             "G_TYPE": _TYPES[gradient.dtype],
         }
         offset = (piece.row * gradient.stride(0) + piece.column) * gradient.element_size()
-        return _Row(options, entry, (piece.rows, piece.columns), tile, index, offset)
+        return Row(options, entry, (piece.rows, piece.columns), WRITE_TILE, index, offset)
 
     def _tensor(self, values: Sequence[float], dtype: torch.dtype) -> Tensor:
         return torch.tensor(values, dtype=dtype).to(self.device, non_blocking=True)
@@ -358,78 +332,3 @@ class TritonBackend:
                 num_warps=WRITE_WARPS,
                 **launch.options,
             )
-
-
-@dataclass
-class _Row:
-    """One row of a table before it is one: its tensor's extent and the tile that a program takes of it."""
-
-    options: dict[str, Any]
-    entry: list[int]
-    extent: tuple[int, ...]
-    tile: tuple[int, ...]
-    owner: int
-    offset: int
-
-
-@dataclass
-class _Piece:
-    """A part of a local (rows, columns) weight whose global rows and columns are contiguous."""
-
-    weight: Weight
-    row: int
-    column: int
-    rows: int
-    columns: int
-    global_row: int
-    global_column: int
-
-
-def _pieces(weight: Weight) -> Iterator[_Piece]:
-    """The local weight, cut where its global rows or columns jump."""
-    shape, shard = weight.shard.global_shape, weight.shard
-    rows, columns = weight.local_2d
-    if shard.dim is None:
-        yield _Piece(weight, 0, 0, rows, columns, 0, 0)
-        return
-    local = 0
-    for start, stop in shard.ranges:
-        length = stop - start
-        if shard.dim == len(shape) - 1:
-            yield _Piece(weight, 0, local, rows, length, 0, start)
-        else:  # each index before the cut dimension has its own run of rows
-            inner = math.prod(shape[shard.dim + 1 : -1])
-            for outer in range(math.prod(shape[: shard.dim])):
-                row = (outer * shard.local_shape[shard.dim] + local) * inner
-                global_row = (outer * shape[shard.dim] + start) * inner
-                yield _Piece(weight, row, 0, length * inner, columns, global_row, 0)
-        local += length
-
-
-def _aligned(tensor: Tensor) -> bool:
-    """True if every row of a (rows, columns) tensor starts on 16 bytes."""
-    return tensor.data_ptr() % 16 == 0 and tensor.stride(0) * tensor.element_size() % 16 == 0
-
-
-def _launches(rows: Iterator[_Row], device: torch.device, dims: int) -> list[_Launch]:
-    """Rows with equal constants share a launch; every row is cut into tiles."""
-    grouped: dict[tuple[Any, ...], list[_Row]] = {}
-    for row in rows:
-        if math.prod(row.extent):
-            grouped.setdefault(tuple(sorted(row.options.items(), key=lambda item: item[0])), []).append(row)
-    launches = []
-    for same in grouped.values():
-        tiles: list[Tensor] = []
-        for i, row in enumerate(same):
-            starts = [torch.arange(0, n, step, dtype=torch.int32) for n, step in zip(row.extent, row.tile, strict=True)]
-            grid = torch.cartesian_prod(*starts).view(-1, dims)
-            tiles.append(torch.cat([torch.full((len(grid), 1), i, dtype=torch.int32), grid], dim=1))
-        columns = [c.contiguous() for c in torch.cat(tiles).to(device).unbind(1)]
-        table = torch.tensor([row.entry for row in same], dtype=torch.int64).to(device)
-        owners, offsets = [row.owner for row in same], [row.offset for row in same]
-        counts: dict[int, int] = {}
-        for owner, part in zip(owners, tiles, strict=True):
-            counts[owner] = counts.get(owner, 0) + len(part)
-        distinct, tile_counts = (torch.tensor(list(x)).to(device) for x in (counts.keys(), counts.values()))
-        launches.append(_Launch(same[0].options, table, columns, owners, offsets, table[:, 0], distinct, tile_counts))
-    return launches
