@@ -192,6 +192,9 @@ def write_report(scratch: dict[str, dict], tuned: dict, elements: int, args: arg
         lines.append(f"| {label} | {last:.3f} | {row['end']:.3f} | {apart} | {row['state'] / 1e6:.2f} |")
     lines += [
         "",
+        'All at one learning rate and one seed, AdamW not tuned: read it as "APOLLO trains, the number of ranks does not '
+        'matter", not as a ranking.',
+        "",
         f"Fine-tuning in bf16, {args.tune_steps} steps of APOLLO from the AdamW run. *Kept* is the part of the fp32 run's "
         "displacement that the served bf16 weights made, <d, d32> / <d32, d32>; *error* is ‖d - d32‖ / ‖d32‖.",
         "",
