@@ -69,7 +69,8 @@ def run(folder: Path, options: argparse.Namespace, cases: list[dict], tokens: in
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    extra = ["--load-format", "dummy", "--skip-tokenizer-init", *shlex.split(options.server_args)]
+    extra = ["--load-format", "dummy", "--skip-tokenizer-init", "--max-model-len", "8192"]
+    extra += shlex.split(options.server_args)
     server = start_server(model, port, runtime_dir, folder / "server.log", tensor_parallel=options.tp, extra=extra)
     try:
         server.wait_for(f"http://127.0.0.1:{port}/health", 400)

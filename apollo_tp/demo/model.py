@@ -44,8 +44,15 @@ def make_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFast
     return fast
 
 
-def make_model(folder: Path, texts: list[str], *, vocab_size: int = 4096, num_layers: int = 6) -> int:
-    """Write a random bf16 Qwen3 (about 6M parameters) with its tokenizer to ``folder``; returns the parameter count."""
+def make_model(
+    folder: Path,
+    texts: list[str],
+    *,
+    vocab_size: int = 4096,
+    num_layers: int = 6,
+    dtype: torch.dtype = torch.bfloat16,
+) -> int:
+    """Write a random Qwen3 (about 6M parameters) with its tokenizer to ``folder``; returns the parameter count."""
     tokenizer = make_tokenizer(texts, vocab_size)
     config = Qwen3Config(
         vocab_size=len(tokenizer),
@@ -62,7 +69,7 @@ def make_model(folder: Path, texts: list[str], *, vocab_size: int = 4096, num_la
         bos_token_id=None,
     )
     torch.manual_seed(0)
-    model = Qwen3ForCausalLM(config).to(torch.bfloat16)
+    model = Qwen3ForCausalLM(config).to(dtype)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return sum(parameter.numel() for parameter in model.parameters())
