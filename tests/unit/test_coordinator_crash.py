@@ -41,9 +41,11 @@ def parts(tmp_path):
     coordinator = CoordinatorProcess(tmp_path).start()
     ranks = RanksProcess(coordinator)
     ranks.start()
-    yield coordinator, ranks
-    coordinator.stop()
-    ranks.kill()
+    try:
+        yield coordinator, ranks
+    finally:
+        ranks.kill()  # first: stopping the coordinator may raise
+        coordinator.stop()
 
 
 def check_promises(coordinator, ranks, jobs, seen):
