@@ -78,7 +78,9 @@ class OptimConfig:
     schedule: Schedule = option(Schedule.constant, "constant | linear (to 0) | cosine (to 10 %), over all jobs")
     warmup_steps: int = option(0, "steps of linear warm-up, counted over all jobs")
     total_steps: int | None = option(None, "where linear and cosine schedules end")
-    max_relative_update: float = option(0.1, "refuse a step that would move a matrix by more than this share of its norm")
+    max_relative_update: float = option(
+        0.1, "refuse a step that would move a matrix by more than this share of its norm"
+    )
     max_skipped_steps: int = option(5, "a job fails after this many skipped (non-finite) steps in a row")
     check_replicas_every: int = option(50, "steps between two checks that replicas are bit-identical; 0 is never")
     seed: int = option(0, "seed of projections and stochastic rounding")
@@ -108,7 +110,9 @@ class OptimConfig:
 @dataclass(kw_only=True)
 class ServerConfig:
     instance: str | None = option(None, "instance id of the vLLM server; null takes the only live one")
-    runtime_dir: str | None = option(None, "folder of manifests and sockets; null: $APOLLO_TP_RUNTIME_DIR or the default")
+    runtime_dir: str | None = option(
+        None, "folder of manifests and sockets; null: $APOLLO_TP_RUNTIME_DIR or the default"
+    )
     wait_seconds: float = option(120.0, "how long to wait for the server's manifests at start-up")
     verify_tensors: int = option(8, "checkpoint tensors compared bit for bit with the mapped memory; -1 is all")
 

@@ -7,6 +7,7 @@ manifest with ``error`` set, so that the trainer can say why instead of waiting.
 
 from __future__ import annotations
 
+import os
 import time
 from pathlib import Path
 from typing import Literal
@@ -17,6 +18,8 @@ from apollo_tp import runtime
 from apollo_tp.errors import ManifestError, NoServerError
 
 SCHEMA_VERSION = 1
+CLAIMED_VARIABLE = "APOLLO_TP_CLAIMED"
+"""Set once the first process of a server has settled the instance id."""
 
 
 class Allocation(msgspec.Struct, frozen=True, kw_only=True):
@@ -146,15 +149,40 @@ def read_instance(folder: Path) -> list[Manifest]:
 
 
 def live_instances(base: Path) -> tuple[list[str], list[str]]:
-    """(live, stale) instance ids below ``base``. Stale: a process that published a manifest has ended."""
-    live, stale = [], []
+    """(live, stale) instance ids below ``base``. Stale: a process that published a manifest has ended.
+
+    Servers of another PID namespace cannot be judged from here and count as live; ``check_agreement`` names the cure.
+    """
+    live: list[str] = []
+    stale: list[str] = []
     for folder in sorted(p for p in base.iterdir() if p.is_dir()):
         manifests = read_instance(folder)
-        if manifests and manifests[0].pid_namespace == runtime.pid_namespace():
-            (live if all(m.process.alive() for m in manifests) else stale).append(folder.name)
-        elif manifests:
-            live.append(folder.name)  # cannot be judged from here; check_agreement names the cure
+        if not manifests:
+            continue
+        ours = manifests[0].pid_namespace == runtime.pid_namespace()
+        (stale if ours and not all(m.process.alive() for m in manifests) else live).append(folder.name)
     return live, stale
+
+
+def claim_instance() -> str:
+    """Settle this server's instance id, in the first process of a vLLM process tree; the others inherit it.
+
+    Folders of servers that ended are removed first, above all one of this very name: its manifests and its record of
+    trained weights are not this server's. Raises ManifestError if a live server has the name.
+    """
+    instance_id = runtime.ensure_instance_id()
+    if CLAIMED_VARIABLE not in os.environ:
+        base = runtime.base_dir()
+        live, stale = live_instances(base)
+        if instance_id in live:
+            raise ManifestError(
+                f"instance {instance_id}: got a name that a live server has, expected a new one; "
+                f"set ${runtime.INSTANCE_VARIABLE} to another"
+            )
+        for name in stale:
+            runtime.remove_instance(base / name)
+        os.environ[CLAIMED_VARIABLE] = str(os.getpid())
+    return instance_id
 
 
 def check_agreement(manifests: list[Manifest]) -> None:

@@ -7,8 +7,8 @@ def register() -> None:
 
     if not compat.asked_for():
         return
-    from apollo_tp import runtime
+    from apollo_tp.manifest import claim_instance
     from apollo_tp.vllm_plugin.export import on_loaded
 
-    runtime.ensure_instance_id()
+    claim_instance()
     compat.install_hooks(on_loaded)

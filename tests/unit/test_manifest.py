@@ -15,6 +15,7 @@ import pytest
 from apollo_tp import runtime
 from apollo_tp.errors import ConfigError, ManifestError, NoServerError, TrainerBusyError, UnsupportedModelError
 from apollo_tp.manifest import (
+    CLAIMED_VARIABLE,
     SCHEMA_VERSION,
     CheckpointTensor,
     Manifest,
@@ -22,6 +23,7 @@ from apollo_tp.manifest import (
     SegmentRecord,
     ServedTensor,
     check_agreement,
+    claim_instance,
     live_instances,
     publish,
     read,
@@ -117,6 +119,24 @@ def test_waiting_says_what_is_there(base: Path) -> None:
     assert wait_for_server(base, "other", 0)[0].tp_size == 1
 
 
+def test_a_new_server_does_not_inherit_from_a_dead_one(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Same name, restarted: the dead server's manifests and its record of trained weights are gone. A live name is refused."""
+    monkeypatch.setenv(runtime.RUNTIME_DIR_VARIABLE, str(base))
+    monkeypatch.setenv(runtime.INSTANCE_VARIABLE, "prod")
+    monkeypatch.delenv(CLAIMED_VARIABLE, raising=False)
+    dead = ended_process()
+    folder = runtime.instance_dir("prod", base)
+    publish(manifest(0, 1, pid=dead.pid, pid_start_ticks=dead.start_ticks), folder)
+    (folder / "weights.json").write_text("{}")
+    assert claim_instance() == "prod"
+    assert not folder.exists()
+    publish(manifest(0, 1), runtime.instance_dir("prod", base))
+    assert claim_instance() == "prod", "a later process of the same server"
+    monkeypatch.delenv(CLAIMED_VARIABLE)
+    with pytest.raises(ManifestError, match="live server has"):
+        claim_instance()
+
+
 @pytest.mark.parametrize(
     "content", [b"", b"{}", b"[]", b'{"schema_version": "1"}', b"\x80\x04N.", b'{"schema_version": 1, "pid": "x"}']
 )
@@ -163,7 +183,11 @@ def test_socket_paths_have_a_limit(base: Path) -> None:
 
 def test_one_trainer_per_server(base: Path) -> None:
     """The second is told who holds the place; it is free again afterwards."""
-    with runtime.trainer_lock(base), pytest.raises(TrainerBusyError, match=str(os.getpid())), runtime.trainer_lock(base):
+    with (
+        runtime.trainer_lock(base),
+        pytest.raises(TrainerBusyError, match=str(os.getpid())),
+        runtime.trainer_lock(base),
+    ):
         pass
     with runtime.trainer_lock(base):
         pass
