@@ -128,6 +128,7 @@ FAMILIES = {
     "gemma3": Family("gemma3_text", _GEMMA3),
     "phi3": Family("phi3", {"num_key_value_heads": 2}),
     "olmo2": Family("olmo2"),
+    "olmo3": Family("olmo3", {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}),
     "granite": Family(
         "granite",
         {"logits_scaling": 4.0, "embedding_multiplier": 3.0, "residual_multiplier": 0.5, "attention_multiplier": 0.2},
