@@ -108,7 +108,8 @@ class RankLoop:
         link: Link | None,
         *,
         form_group: Callable[[], None],
-        on_step: Callable[[protocol.AnyCommand, protocol.StepDone], None] = lambda command, done: None,
+        on_step: Callable[[protocol.Step | protocol.PreferenceStep, protocol.StepDone], None],
+        last_step: tuple[str, int] = ("", 0),
     ) -> None:
         self.trainer = trainer
         self.checkpoints = checkpoints
@@ -117,7 +118,7 @@ class RankLoop:
         self._hello = hello
         self._form_group = form_group
         self._on_step = on_step
-        self._last_step = ("", 0)
+        self._last_step = last_step
         self._stop_reason = ""
 
     def stop(self, reason: str) -> None:

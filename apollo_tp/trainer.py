@@ -54,7 +54,7 @@ class ScoreResult:
 class Trainer:
     """Steps a bound model. ``weight_version`` counts completed updates over the life of the server.
 
-    ``before_write`` is called on every rank between the backward pass and the update, ``after_write`` behind it.
+    ``before_write`` is called on every rank between the backward pass and the update.
     """
 
     def __init__(
@@ -67,7 +67,6 @@ class Trainer:
         max_micro_batch_tokens: int,
         weight_version: int = 0,
         before_write: Callable[[], None] | None = None,
-        after_write: Callable[[int], None] | None = None,
     ) -> None:
         self.model = model
         self.optimizer = optimizer
@@ -76,7 +75,6 @@ class Trainer:
         self.max_micro_batch_tokens = max_micro_batch_tokens
         self.weight_version = weight_version
         self._before_write = before_write or (lambda: None)
-        self._after_write = after_write or (lambda version: None)
 
     def step(self, samples: Sequence[Sample], learning_rate_scale: float = 1.0) -> StepResult:
         """One supervised step: weighted mean cross-entropy over all samples, accumulated over micro-batches."""
@@ -131,12 +129,9 @@ class Trainer:
         self.model.finish_gradients()
         clock.mark("backward")
         self._before_write()
-        try:
-            outcome = self.optimizer.step(learning_rate_scale, loss_sum)
-            if not outcome.skipped:
-                self.weight_version += 1
-        finally:
-            self._after_write(self.weight_version)
+        outcome = self.optimizer.step(learning_rate_scale, loss_sum)
+        if not outcome.skipped:
+            self.weight_version += 1
         self.model.zero_grad()
         clock.mark("optimizer")
         num_loss_tokens = sum(batch.num_loss_tokens for batch in batches)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import msgspec
@@ -16,6 +18,10 @@ from apollo_tp.errors import ConfigError
 from apollo_tp.manifest import Manifest
 
 STOP_SECONDS = 10.0
+MIN_LIFE_SECONDS = 10.0
+"""One that ends sooner would end again: a port that is taken, a state folder that cannot be written."""
+
+log = logging.getLogger("apollo_tp")
 
 
 class CoordinatorProcess:
@@ -32,18 +38,30 @@ class CoordinatorProcess:
             checkpoint_after_idle_seconds=config.checkpoint.after_idle_seconds,
             parent_pid=os.getpid(),
         )
-        path = folder / "coordinator_settings.json"
-        runtime.write_private(path, msgspec.json.encode(settings))
+        self._settings_path = folder / "coordinator_settings.json"
+        runtime.write_private(self._settings_path, msgspec.json.encode(settings))
+        self._start()
+
+    def _start(self) -> None:
+        self._started_at = time.monotonic()
         # A session of its own: Ctrl-C reaches the ranks first, which then stop it in order.
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "apollo_tp.coordinator", "--config", str(path)], start_new_session=True
-        )
+        command = [sys.executable, "-m", "apollo_tp.coordinator", "--config", str(self._settings_path)]
+        self._process = subprocess.Popen(command, start_new_session=True)
 
     def check(self) -> None:
-        """Raise ConfigError if it ended by itself: its log above says why."""
+        """Start it again if it ended: jobs are durable, and it asks the ranks how far they came.
+
+        Raises ConfigError if it ended soon after its start; its log lines above say why.
+        """
         status = self._process.poll()
-        if status is not None:
-            raise ConfigError(f"coordinator: got exit status {status}, expected it to run; its log lines say why")
+        if status is None:
+            return
+        if time.monotonic() - self._started_at < MIN_LIFE_SECONDS:
+            raise ConfigError(
+                f"coordinator: got exit status {status} at its start, expected it to run; see its log lines"
+            )
+        log.error("the coordinator ended with status %d; starting it again", status)
+        self._start()
 
     def stop(self) -> None:
         """Ask it to end, and wait; kill it if it does not."""

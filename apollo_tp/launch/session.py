@@ -9,7 +9,6 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import msgspec
 import torch
 import torch.distributed as dist
 from transformers import AutoConfig, PretrainedConfig
@@ -18,9 +17,10 @@ from apollo_tp import protocol, runtime
 from apollo_tp.checkpoint import CheckpointWriter, read_info
 from apollo_tp.checkpoint.folder import OPTIMIZER_DIR
 from apollo_tp.config import Config
-from apollo_tp.errors import ConfigError, ManifestError, RankFailedError, ServerGoneError
+from apollo_tp.errors import ConfigError, RankFailedError, ServerGoneError
 from apollo_tp.launch.coordinator_process import CoordinatorProcess
 from apollo_tp.launch.distributed import World, join
+from apollo_tp.launch.lineage import Lineage, LineageFile
 from apollo_tp.launch.progress import StepProgress
 from apollo_tp.manifest import Manifest, check_agreement, read_instance, wait_for_server
 from apollo_tp.mapping import MappedRank, map_rank, verify_against_checkpoint
@@ -31,16 +31,6 @@ from apollo_tp.rank_loop import Control, Link, RankLoop, ServerWatch, compute_gr
 from apollo_tp.trainer import Trainer
 
 log = logging.getLogger("apollo_tp")
-
-LINEAGE_FILE = "weights.json"
-
-
-class Lineage(msgspec.Struct, frozen=True):
-    """What has become of the served weights since the server loaded them; kept in the instance's folder."""
-
-    weight_version: int = 0
-    checkpoint: str = ""
-    """The last checkpoint written of them: where a restarted trainer finds the optimizer state."""
 
 
 def run(config: Config, on_server_gone: Callable[[ServerGoneError], None]) -> None:
@@ -68,9 +58,9 @@ def _run(
     stack.callback(watch.stop)
     with _together(control):
         mapped = map_rank(manifests, world.rank)
-    lineage = _read_lineage(folder, manifests[0])
+    lineage = LineageFile(folder, manifests[0].model_path, keep=world.rank == 0)
     with _together(control):
-        if not (folder / LINEAGE_FILE).exists():  # nobody has trained this server yet
+        if not lineage.trained_here:
             compared = verify_against_checkpoint(mapped, config.server.verify_tensors)
             log.info("%d checkpoint tensors equal the served memory bit for bit", compared)
     if mapped.device.type == "cuda":
@@ -86,7 +76,7 @@ def _run(
         model = bind_model(hf_config, mapped.tensors, tp, gradient_checkpointing=config.train.gradient_checkpointing)
         optimizer = build_optimizer(config.optim, config.train.precision, model.parameters, tp)
     with _together(control):
-        _resume(config, optimizer, lineage)
+        _resume(config, optimizer, lineage.record)
     log.info("optimizer: %s", optimizer.describe())
     trainer = Trainer(
         model,
@@ -94,11 +84,11 @@ def _run(
         tp,
         device=mapped.device,
         max_micro_batch_tokens=config.train.max_micro_batch_tokens,
-        weight_version=lineage.weight_version,
-        after_write=lambda version: _write_lineage(world, folder, Lineage(version, checkpoints.last)),
+        weight_version=lineage.record.weight_version,
+        before_write=lineage.before_write,
     )
-    checkpoints = _Checkpoints(config, mapped, tp, hf_config, trainer, folder, world, lineage.checkpoint)
-    _serve(config, world, control, folder, manifests, model, trainer, checkpoints, form, stack)
+    checkpoints = _Checkpoints(config, mapped, tp, hf_config, trainer, lineage)
+    _serve(config, world, control, folder, manifests, model, trainer, checkpoints, lineage, form, stack)
 
 
 def _find_server(
@@ -141,23 +131,6 @@ def _together(control: Control):  # type: ignore[no-untyped-def]  # noqa: ANN202
         raise RankFailedError(f"rank {failed[0][0]} failed: {failed[0][1]}", rank=failed[0][0], traceback="")
 
 
-def _read_lineage(folder: Path, manifest: Manifest) -> Lineage:
-    """What this instance's folder says, else what the served folder says of itself if it is a checkpoint of ours."""
-    path = folder / LINEAGE_FILE
-    if not path.exists():
-        info = read_info(Path(manifest.model_path))
-        return Lineage(info.weight_version, manifest.model_path) if info else Lineage()
-    try:
-        return msgspec.json.decode(path.read_bytes(), type=Lineage)
-    except msgspec.DecodeError as error:
-        raise ManifestError(f"{path}: got an unreadable record ({error}); remove it to train without it") from None
-
-
-def _write_lineage(world: World, folder: Path, lineage: Lineage) -> None:
-    if world.rank == 0:
-        runtime.write_private(folder / LINEAGE_FILE, msgspec.json.encode(lineage))
-
-
 def _resume(config: Config, optimizer: Optimizer, lineage: Lineage) -> None:
     """Load the optimizer state that belongs to the served weights: of this instance's last checkpoint, or of the
     checkpoint that the server was started from."""
@@ -171,7 +144,7 @@ def _resume(config: Config, optimizer: Optimizer, lineage: Lineage) -> None:
 
 
 class _Checkpoints:
-    """The rank loop's way to write checkpoints; remembers the last one for the next trainer of this server."""
+    """The rank loop's way to write checkpoints; the lineage file remembers the last one."""
 
     def __init__(
         self,
@@ -180,12 +153,9 @@ class _Checkpoints:
         tp: TPGroup,
         hf_config: PretrainedConfig,
         trainer: Trainer,
-        folder: Path,
-        world: World,
-        last: str,
+        lineage: LineageFile,
     ) -> None:
-        self.last = last
-        self._trainer, self._folder, self._world = trainer, folder, world
+        self._trainer, self._lineage = trainer, lineage
         self._writer = CheckpointWriter(
             Path(config.checkpoint.dir).resolve(),
             mapped.manifest.model_path,
@@ -199,9 +169,8 @@ class _Checkpoints:
     def save(self, name: str) -> tuple[str, int]:
         trainer = self._trainer
         path, num_bytes = self._writer.save(name, trainer.optimizer, trainer.weight_version)
-        self.last = str(path)
-        _write_lineage(self._world, self._folder, Lineage(trainer.weight_version, self.last))
-        return self.last, num_bytes
+        self._lineage.update(weight_version=trainer.weight_version, checkpoint=str(path))
+        return str(path), num_bytes
 
 
 def _serve(
@@ -213,6 +182,7 @@ def _serve(
     model: BoundModel,
     trainer: Trainer,
     checkpoints: _Checkpoints,
+    lineage: LineageFile,
     form: Callable[[], None],
     stack: contextlib.ExitStack,
 ) -> None:
@@ -222,6 +192,13 @@ def _serve(
         stack.callback(coordinator.stop)
         link = Link(f"ipc://{runtime.socket_path(folder, 'ranks.sock')}", alive=coordinator.check)
     progress = StepProgress()
+
+    def on_step(command: protocol.Step | protocol.PreferenceStep, done: protocol.StepDone) -> None:
+        step = {"last_job_id": command.job_id, "last_job_step": command.job_step}
+        lineage.update(weight_version=done.weight_version, **step)
+        if world.rank == 0:
+            progress(command, done)
+
     loop = RankLoop(
         trainer,
         checkpoints,
@@ -229,7 +206,8 @@ def _serve(
         _hello(config, manifests, model, trainer),
         link,
         form_group=form,
-        on_step=progress if world.rank == 0 else lambda command, done: None,
+        on_step=on_step,
+        last_step=(lineage.record.last_job_id, lineage.record.last_job_step),
     )
     for signum in (signal.SIGTERM, signal.SIGINT):
         signal.signal(signum, lambda number, frame: loop.stop(f"got {signal.Signals(number).name}"))

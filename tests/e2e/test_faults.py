@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -65,6 +66,24 @@ def test_a_rank_that_raises_fails_its_job_and_nothing_else(server: Server, fault
     for _ in range(2):  # the compute group was formed again, and can fail again
         assert faulty.post("/train", GOOD)["state"] == "succeeded"
         assert faulty.post("/train", FAULTY)["state"] == "failed"
+
+
+def test_a_killed_coordinator_is_started_again(server: Server, faulty: Trainer) -> None:
+    """kill -9 of the coordinator: rank 0 starts another, which knows the jobs and takes new ones."""
+    done = faulty.post("/train", GOOD)
+    address = server.runtime_dir / "main" / "coordinator.json"
+    time.sleep(
+        max(0.0, 11 - (time.time() - address.stat().st_mtime))
+    )  # one that dies at its start is not started again
+    os.kill(json.loads(address.read_text())["pid"], signal.SIGKILL)
+    killed = time.time()
+    while address.stat().st_mtime < killed:
+        assert time.time() < killed + 30, faulty.process.tail()
+        time.sleep(0.2)
+    faulty.url = coordinator_url(server.runtime_dir, faulty.process, instance="main", seconds=60)
+    assert faulty.get(f"/train/jobs/{done['id']}")["state"] == "succeeded"
+    again = faulty.post("/train", GOOD)
+    assert again["weight_version"] == done["weight_version"] + 1
 
 
 def test_a_killed_rank_leaves_server_and_weights_usable(server: Server, tmp_path: Path) -> None:

@@ -120,7 +120,7 @@ def test_waiting_says_what_is_there(base: Path) -> None:
 
 
 def test_a_new_server_does_not_inherit_from_a_dead_one(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Same name, restarted: the dead server's manifests and its record of trained weights are gone. A live name is refused."""
+    """Same name, restarted: the dead server's manifests and its record of weights are gone. A live name is refused."""
     monkeypatch.setenv(runtime.RUNTIME_DIR_VARIABLE, str(base))
     monkeypatch.setenv(runtime.INSTANCE_VARIABLE, "prod")
     monkeypatch.delenv(CLAIMED_VARIABLE, raising=False)
