@@ -18,7 +18,7 @@ from apollo_tp.parallel import TPGroup
 from tests import optim_model as model
 from tests.ranks import run_ranks
 
-BEFORE, AFTER = 7, 6  # refreshes at steps 5 and 10: the save is inside an interval
+BEFORE, AFTER = 4, 3  # refreshes at steps 3 and 6: the save is inside an interval
 DTYPES = ("float32", "bfloat16")
 
 
@@ -27,7 +27,7 @@ def run(tp: TPGroup, start: dict | None, dtype: str, steps: tuple[int, int], loa
     params = model.parameters(tp, getattr(torch, dtype))
     for p in params if start else ():
         p.tensor.data.copy_(model.part(start[p.name], p.shard))
-    optimizer = build_optimizer(model.config(), Precision.remainder, params, tp)
+    optimizer = build_optimizer(model.config(refresh_every=3), Precision.remainder, params, tp)
     if load:
         optimizer.load(Path(load))
     assert optimizer.step_count == steps[0]
@@ -58,7 +58,7 @@ def test_resume_continues_the_trajectory(tmp_path):
     """Saved at 4, 2 or 1 ranks and loaded at any other number, the end is that of an uninterrupted run."""
     folder, start, ends, middles = str(tmp_path), model.weights(), {}, {}
     for size in (4, 1):
-        results = run_ranks(whole_and_half, size, folder)
+        results = run_ranks(whole_and_half, size, folder, deadline_seconds=240)
         ends[size] = {d: model.assemble([r[d][0] for r in results]) for d in DTYPES}
         middles[size] = {d: model.assemble([r[d][1] for r in results]) for d in DTYPES}
     for saved_at, loaded_at in ((4, 1), (4, 2), (1, 4), (1, 1)):
@@ -102,7 +102,7 @@ def test_saved_files_are_safetensors_in_global_coordinates(tmp_path):
 def single(folder: Path, precision: Precision = Precision.remainder, **changes):
     """An optimizer of one rank on bf16 weights, loaded from ``folder``."""
     params = model.parameters(TPGroup.single(), torch.bfloat16)
-    optimizer = build_optimizer(replace(model.config(), **changes), precision, params, TPGroup.single())
+    optimizer = build_optimizer(replace(model.config(refresh_every=3), **changes), precision, params, TPGroup.single())
     optimizer.load(folder)
     return optimizer
 
