@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from apollo_tp.data import empty_share, pack, pack_pairs
@@ -18,6 +18,7 @@ def _sample(length: int, first_token: int = 0) -> Sample:
     return Sample(list(range(first_token, first_token + length)), [0.0, *(0.5 + i for i in range(1, length))])
 
 
+@settings(deadline=None)  # the machine may be busy
 @given(st.lists(st.integers(1, MAX_TOKENS), max_size=40))
 def test_every_sample_is_in_one_batch_within_the_budget(lengths: list[int]) -> None:
     batches = pack([_sample(length) for length in lengths], MAX_TOKENS)
@@ -26,6 +27,7 @@ def test_every_sample_is_in_one_batch_within_the_budget(lengths: list[int]) -> N
     assert all(batch.lengths == tuple(lengths[i] for i in batch.sample_index) for batch in batches)
 
 
+@settings(deadline=None)  # the machine may be busy
 @given(st.lists(st.integers(1, MAX_TOKENS), min_size=1, max_size=40))
 def test_no_two_batches_would_fit_into_one(lengths: list[int]) -> None:
     """No two batches would fit into one: else the later one's samples would have gone into the earlier one."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from apollo_tp.model.replicas import replicated_parts
@@ -17,6 +17,7 @@ def _ranges(draw: st.DrawFn) -> list[tuple[int, int]]:
     return list(zip(bounds[::2], bounds[1::2], strict=False))
 
 
+@settings(deadline=None)  # the machine may be busy
 @given(st.lists(_ranges(), min_size=1, max_size=4))
 def test_parts_are_what_a_check_of_every_index_finds(ranges: list[list[tuple[int, int]]]) -> None:
     """Each local index is in the part whose ranks are all the holders of its global index, or in none if only one is."""
