@@ -27,6 +27,7 @@ from apollo_tp.mapping import map_rank
 
 NUM_RANKS = 2
 SAMPLE_CHARS = 450
+BATCH_SIZE, NUM_BATCHES = 8, 10
 NUM_HELDOUT = 6
 console = Console(stderr=True)
 
@@ -66,8 +67,7 @@ def run(out: Path, runtime_dir: Path, num_steps: int, server_args: list[str]) ->
     try:
         console.print("server: starting vLLM, TP = 2 ...")
         server.wait_for(f"{url}/health", 300)
-        # A random model moves far in its first steps; a pretrained one wants 1e-6 to 1e-4 and the default limit.
-        overrides = ["optim.lr=3e-3", "optim.max_relative_update=0.3", "train.max_sequence_tokens=512"]
+        overrides = ["optim.lr=1e-3", "train.max_sequence_tokens=512"]
         trainer = start_trainer(runtime_dir, out, out / "trainer.log", num_ranks=NUM_RANKS, overrides=overrides)
         before = _mean_logprob(url, heldout)
         service = coordinator_url(runtime_dir, trainer)
@@ -93,7 +93,8 @@ def _texts() -> tuple[list[str], list[str]]:
 
 
 def _train(service: str, trainer: ManagedProcess, texts: list[str], num_steps: int) -> dict[str, Any]:
-    body = {"samples": [{"text": text} for text in texts[: 8 * num_steps]], "batch_size": 8, "max_steps": num_steps}
+    samples = [{"text": text} for text in texts[: BATCH_SIZE * NUM_BATCHES]]
+    body = {"samples": samples, "batch_size": BATCH_SIZE, "epochs": num_steps, "max_steps": num_steps}
     job = _post(f"{service}/train", body)
     console.print(f"job {job['id']}: {num_steps} steps")
     with console.status("training") as status:

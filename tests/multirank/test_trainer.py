@@ -157,7 +157,7 @@ def _save(tp: TPGroup, checkpoint: Path, root: Path) -> bool:
     for name in ("first", "second", "third"):
         path, _ = writer.save(name, trainer.optimizer, trainer.weight_version)
     state = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).state_dict()
-    with pytest.raises(CheckpointError, match="taken"):
+    with pytest.raises(CheckpointError, match="taken" if tp.rank == 0 else "1 other rank"):
         writer.save("third", trainer.optimizer, trainer.weight_version)
     return all(torch.equal(local_part(state[name], shard), local) for name, (shard, local) in tensors.items())
 
