@@ -7,7 +7,9 @@ import json
 import logging
 import shlex
 import shutil
+import signal
 import socket
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -43,6 +45,8 @@ def main() -> int:
     shutil.rmtree(arguments.out, ignore_errors=True)
     arguments.out.mkdir(mode=0o700, parents=True)
     started = time.monotonic()
+    # Whoever stops the demo stops what it started: the exception runs the finally clauses.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(f"got {signal.Signals(number).name}"))
     # Unix socket paths are short: the runtime folder cannot lie deep in a checkout.
     with tempfile.TemporaryDirectory(prefix="apollo_tp-") as runtime_dir:
         result = run(arguments.out.resolve(), Path(runtime_dir), arguments.steps, shlex.split(arguments.server_args))

@@ -10,10 +10,11 @@ import httpx
 
 PAUSE_SECONDS = 5.0
 """No token for this long inside a running stream counts as a pause: far above a decode step on a shared CPU."""
+THINK_SECONDS = 0.2
 
 
 class GenerationLoad:
-    """Streams completions one after the other in a thread until ``stop``."""
+    """Streams completions one after the other, with a short pause between, in a thread until ``stop``."""
 
     def __init__(self, url: str, prompt: str) -> None:
         self.ok = self.failed = self.pauses = self.num_tokens = 0
@@ -31,7 +32,7 @@ class GenerationLoad:
 
     def _run(self) -> None:
         with httpx.Client(timeout=60) as client:
-            while not self._stop.is_set():
+            while not self._stop.wait(THINK_SECONDS):
                 try:
                     self._one(client)
                     self.ok += 1
@@ -40,7 +41,7 @@ class GenerationLoad:
                     self.first_error = self.first_error or repr(error)
 
     def _one(self, client: httpx.Client) -> None:
-        body = {"model": "demo", "prompt": self._prompt, "max_tokens": 32, "stream": True, "ignore_eos": True}
+        body = {"model": "demo", "prompt": self._prompt, "max_tokens": 16, "stream": True, "ignore_eos": True}
         last = None
         with client.stream("POST", f"{self._url}/v1/completions", json=body) as response:
             response.raise_for_status()
