@@ -38,7 +38,7 @@ def main() -> int:
     """Run the demo; returns 0 if every promise held."""
     parser = argparse.ArgumentParser(prog="python -m apollo_tp.demo", description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("out/demo"), help="folder of logs, model and result.json")
-    parser.add_argument("--steps", type=int, default=60, help="optimizer steps")
+    parser.add_argument("--steps", type=int, default=40, help="optimizer steps")
     parser.add_argument("--server-args", default="", help="further options of the vLLM server, in one string")
     arguments = parser.parse_args()
     logging.getLogger("httpx").setLevel(logging.WARNING)

@@ -78,10 +78,7 @@ def start_server(
 ) -> ManagedProcess:
     """vLLM with the plugin: an ordinary server command but for VLLM_PLUGINS. Eager on CPU, its default mode on GPUs."""
     cpu = not torch.cuda.is_available()
-    # vLLM's CPU workers spin while they wait for each other: on cores that they share with the trainer they would take
-    # nearly all of the time (measured here: 30 s instead of 1.4 s a step), unless they give way.
     command = [
-        *(["nice", "-n", "10"] if cpu else []),
         sys.executable, "-m", "vllm.entrypoints.openai.api_server",
         "--model", str(model), "--served-model-name", "demo",
         "--tensor-parallel-size", str(tensor_parallel),
