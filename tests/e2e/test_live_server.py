@@ -202,7 +202,7 @@ def test_a_client_that_streams_while_training_loses_nothing(server: Server, trai
     client = threading.Thread(target=generate)
     client.start()
     try:
-        job = trainer.post("/train", {"samples": [{"text": "import os, sys"}] * 4, "epochs": 4, "wait": True})
+        job = trainer.post("/train", {"samples": [{"text": "import os, sys"}] * 4, "epochs": 2, "wait": True})
     finally:
         stop.set()
         client.join(120)
