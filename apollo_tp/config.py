@@ -127,6 +127,8 @@ class TrainConfig:
     threads: int | None = option(None, "CPU threads per rank; null leaves torch's default")
 
     def __post_init__(self) -> None:
+        fused = self.gradients is GradientMode.fused
+        check(not fused, "train.gradients", "fused", "auto or stored: the trainer does not use fused updates yet")
         check(
             2 <= self.max_sequence_tokens <= self.max_micro_batch_tokens,
             "train.max_sequence_tokens",
