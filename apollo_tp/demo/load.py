@@ -10,7 +10,7 @@ import httpx
 
 PAUSE_SECONDS = 5.0
 """No token for this long inside a running stream counts as a pause: far above a decode step on a shared CPU."""
-THINK_SECONDS = 1.0
+THINK_SECONDS = 0.5
 
 
 class GenerationLoad:
@@ -41,7 +41,7 @@ class GenerationLoad:
                     self.first_error = self.first_error or repr(error)
 
     def _one(self, client: httpx.Client) -> None:
-        body = {"model": "demo", "prompt": self._prompt, "max_tokens": 8, "stream": True, "ignore_eos": True}
+        body = {"model": "demo", "prompt": self._prompt, "max_tokens": 16, "stream": True, "ignore_eos": True}
         last = None
         with client.stream("POST", f"{self._url}/v1/completions", json=body) as response:
             response.raise_for_status()

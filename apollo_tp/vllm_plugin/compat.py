@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from apollo_tp.vllm_plugin.cpu import import_image_processors, serve_plain_experts
+from apollo_tp.vllm_plugin.cpu import import_image_processors, let_queue_readers_sleep, serve_plain_experts
 
 SUPPORTED_VERSIONS = ("0.26", "0.32")
 """First and last supported minor release, inclusive."""
@@ -60,6 +60,7 @@ def install_hooks(on_loaded: Callable[[nn.Module, Any, Any], None]) -> None:
         _serve_plain_weights_on_cpu()
         serve_plain_experts()
         import_image_processors()
+        let_queue_readers_sleep()
     original = BaseModelLoader.load_model
     if hasattr(original, "apollo_tp"):
         return

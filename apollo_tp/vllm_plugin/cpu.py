@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import importlib.util
 import sys
+import time
 from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
@@ -54,6 +56,33 @@ def _stand_in() -> Iterator[None]:
     finally:
         for name in modules:
             del sys.modules[name]
+
+
+_QUEUE_POLL_MS = 2
+
+
+def let_queue_readers_sleep() -> None:
+    """vLLM's engine and workers look into their message queues in a busy loop for a second after each message. On a CPU
+    they share their cores with the trainer, which would get what the scheduler leaves; sleep until the writer notifies.
+
+    Not for longer than 2 ms at a time: a second notification soon after a first may be dropped (the socket's high-water
+    mark is 1), which the busy loop never notices.
+    """
+    from vllm.distributed.device_communicators.shm_broadcast import SpinCondition
+
+    original = SpinCondition.wait
+    if hasattr(original, "apollo_tp"):
+        return
+
+    @functools.wraps(original)
+    def wait(self: Any, timeout_ms: int | None = None) -> None:
+        if time.monotonic() > self.last_read + self.busy_loop_s:
+            original(self, timeout_ms)
+        elif self.local_notify_socket in dict(self.poller.poll(_QUEUE_POLL_MS)):
+            self.local_notify_socket.recv(copy=False)
+
+    wait.apollo_tp = True  # type: ignore[attr-defined]
+    SpinCondition.wait = wait  # type: ignore[method-assign]
 
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {

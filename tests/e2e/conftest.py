@@ -107,8 +107,9 @@ def trainer(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterato
             "server.instance=main", "optim.lr=1e-3", "train.max_sequence_tokens=256", "checkpoint.after_idle_seconds=null",
         ],
     )  # fmt: skip
+    trainer = Trainer("", state_dir, process)
     try:
-        url = coordinator_url(server.runtime_dir, process, instance="main", seconds=START_SECONDS)
-        yield Trainer(url, state_dir, process)
+        trainer.url = coordinator_url(server.runtime_dir, process, instance="main", seconds=START_SECONDS)
+        yield trainer
     finally:
-        process.stop()
+        trainer.process.stop()  # a test may have put a successor in its place
