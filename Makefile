@@ -7,7 +7,7 @@ TORCH := torch==2.13.0+cpu
 TORCH_INDEX := https://download.pytorch.org/whl/cpu
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: setup demo test test-all check format test-gpu bench clean
+.PHONY: setup demo test check format test-gpu bench clean
 
 setup: $(VENV)/.ready
 
@@ -24,10 +24,6 @@ demo: setup
 	$(BIN)/python -m apollo_tp.demo
 
 test: setup
-	$(BIN)/python -m pytest -m 'not slow'
-
-# With the four model families that each get servers of their own: 41 minutes on a busy machine of 2 cores.
-test-all: setup
 	$(BIN)/python -m pytest
 
 check: setup

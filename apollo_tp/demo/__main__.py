@@ -20,6 +20,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers.utils.logging import disable_progress_bar
 
 from apollo_tp.demo.load import GenerationLoad
 from apollo_tp.demo.model import make_model, standard_library_text
@@ -42,6 +43,7 @@ def main() -> int:
     parser.add_argument("--server-args", default="", help="further options of the vLLM server, in one string")
     arguments = parser.parse_args()
     logging.getLogger("httpx").setLevel(logging.WARNING)
+    disable_progress_bar()
     shutil.rmtree(arguments.out, ignore_errors=True)
     arguments.out.mkdir(mode=0o700, parents=True)
     started = time.monotonic()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -19,7 +20,7 @@ from apollo_tp.manifest import Manifest
 
 STOP_SECONDS = 10.0
 MIN_LIFE_SECONDS = 10.0
-"""One that ends sooner would end again: a port that is taken, a state folder that cannot be written."""
+"""One that ends by itself sooner would end again: a port that is taken, a state folder that cannot be written."""
 
 log = logging.getLogger("apollo_tp")
 
@@ -51,12 +52,13 @@ class CoordinatorProcess:
     def check(self) -> None:
         """Start it again if it ended: jobs are durable, and it asks the ranks how far they came.
 
-        Raises ConfigError if it ended soon after its start; its log lines above say why.
+        Raises ConfigError if it ended by itself soon after its start; its log lines above say why.
         """
         status = self._process.poll()
         if status is None:
             return
-        if time.monotonic() - self._started_at < MIN_LIFE_SECONDS:
+        killed = status == -signal.SIGKILL  # by an operator or for memory: no fault of its settings
+        if not killed and time.monotonic() - self._started_at < MIN_LIFE_SECONDS:
             raise ConfigError(
                 f"coordinator: got exit status {status} at its start, expected it to run; see its log lines"
             )

@@ -21,7 +21,7 @@ from tests.e2e.test_live_server import _trainer_logprobs
 from tests.ranks import run_ranks
 from tests.unit.families import FAMILIES, build
 
-pytestmark = [pytest.mark.slow, pytest.mark.vllm, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]
 
 TOKENS = [(211 * i) % 990 + 4 for i in range(48)]  # over the vocabulary rows of both ranks
 
