@@ -6,6 +6,7 @@ Exit status: 0 done; 1 the request was refused or the job failed; 2 wrong usage;
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import sys
@@ -20,6 +21,7 @@ from rich.table import Table
 
 from apollo_tp import runtime
 from apollo_tp.errors import ConfigError
+from apollo_tp.zmq_transport import ZmqTransport
 
 URL_VARIABLE = "APOLLO_TP_URL"
 TOKEN_VARIABLE = "APOLLO_TP_TOKEN"
@@ -36,10 +38,19 @@ class RefusedError(Exception):
 class Client:
     """HTTP calls with the token, and errors as sentences."""
 
-    def __init__(self, url: str, token: str | None) -> None:
+    def __init__(self, url: str, token: str | None, key: Path | None = None) -> None:
         headers = {"Authorization": f"Bearer {token}"} if token else {}
+        transport = None
+        if url.startswith("tcp://"):
+            if key is None:
+                raise ConfigError(f"--url {url}: got no --key, expected NAME.key_secret, since ZMQ over TCP needs it")
+            transport, url = ZmqTransport(url, key), "http://coordinator"
         # a job's step can take minutes: only connecting has a short deadline
-        self._http = httpx.Client(base_url=url, headers=headers, timeout=httpx.Timeout(60, connect=5), trust_env=False)
+        timeout = httpx.Timeout(60, connect=5)
+        self._http = httpx.Client(base_url=url, headers=headers, timeout=timeout, trust_env=False, transport=transport)
+
+    def close(self) -> None:
+        self._http.close()
 
     def call(self, method: str, path: str, **options: Any) -> Any:
         """The JSON answer. Raises RefusedError with the server's message."""
@@ -210,6 +221,16 @@ def _follow(client: Client, job_id: str, args: argparse.Namespace) -> int:
     return OK if job["state"] == "succeeded" else REFUSED
 
 
+def keys(args: argparse.Namespace) -> int:
+    """Make CURVE keys for ZMQ over TCP: the coordinator's (service.zmq.keys_dir) and a client's."""
+    from apollo_tp.coordinator.curve import create_keys  # only this command needs the coordinator's dependencies
+
+    written = [str(path) for path in create_keys(args.folder, args.client)]
+    if not _json(args, {"written": written}):
+        out.print("\n".join(written) or f"nothing to make: {args.folder} has keys for {args.client}", markup=False)
+    return OK
+
+
 def _samples(path: Path) -> Iterator[dict[str, Any]]:
     with sys.stdin if str(path) == "-" else open(path, encoding="utf-8") as lines:
         for number, line in enumerate(lines, 1):
@@ -249,6 +270,9 @@ def _parser() -> argparse.ArgumentParser:
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--json", action="store_true", help="print JSON")
     common.add_argument("--url", help=f"the coordinator; default ${URL_VARIABLE}, or the one that runs here")
+    common.add_argument(
+        "--key", type=Path, help="NAME.key_secret (with server.key beside it), for a --url tcp://HOST:PORT"
+    )
     common.add_argument("--token-file", type=Path, help=f"file with a token; default ${TOKEN_VARIABLE}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
@@ -279,6 +303,9 @@ def _parser() -> argparse.ArgumentParser:
     }.items():
         trained.add_argument(f"--{name}", type=kind)
     trained.add_argument("--truncate", choices=["refuse", "left", "right"])
+    made = add("keys", keys)
+    made.add_argument("folder", metavar="DIR", type=Path)
+    made.add_argument("--client", default="client", help="name of the client that may connect")
     return parser
 
 
@@ -289,13 +316,15 @@ def main(argv: list[str] | None = None) -> int:
         token = args.token_file.read_text() if args.token_file else os.environ.get(TOKEN_VARIABLE, "")
         # the same file serves the coordinator: the last token of it, without its scope
         token = (token.strip().splitlines() or [""])[-1].rpartition(":")[2]
-        client = Client(args.url or find_url(), token or None)
-        status_code: int = args.function(client, args)
+        if args.function is keys:
+            return keys(args)
+        with contextlib.closing(Client(args.url or find_url(), token or None, args.key)) as client:
+            status_code: int = args.function(client, args)
         return status_code
     except RefusedError as error:
         err.print(f"apollo-tp: {error}", markup=False)
         return REFUSED
-    except (OSError, httpx.InvalidURL) as error:
+    except (OSError, httpx.InvalidURL, ConfigError) as error:
         err.print(f"apollo-tp: {error}", markup=False)
         return USAGE
     except httpx.TransportError as error:

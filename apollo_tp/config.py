@@ -143,6 +143,13 @@ class HttpConfig:
     port: int = option(8300, "port of the coordinator's HTTP endpoint; 0 takes a free one")
 
 
+@dataclass(kw_only=True)
+class ZmqConfig:
+    host: str = option("127.0.0.1", "address of the coordinator's ZMQ endpoint over TCP")
+    port: int | None = option(None, "its port; null: no ZMQ over TCP, only the private unix sockets")
+    keys_dir: str | None = option(None, "folder of CURVE keys, which TCP needs; `apollo-tp keys DIR` makes them")
+
+
 class OnCrash(Enum):
     resume = "resume"
     fail = "fail"
@@ -158,6 +165,7 @@ class WriterConfig:
 @dataclass(kw_only=True)
 class ServiceConfig:
     http: HttpConfig = option(HttpConfig, "the coordinator's HTTP endpoint")
+    zmq: ZmqConfig = option(ZmqConfig, "the coordinator's ZMQ endpoint for other hosts")
     state_dir: str = option("apollo_tp_state", "folder of jobs, uploaded files and logs")
     max_queued_jobs: int = option(64, "further jobs are answered 429")
     max_body_bytes: int = option(64 * 2**20, "larger request bodies are answered 413")

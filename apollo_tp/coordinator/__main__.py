@@ -19,11 +19,12 @@ import zmq.asyncio
 
 from apollo_tp import runtime
 from apollo_tp.coordinator.auth import load_access
+from apollo_tp.coordinator.curve import CurveListener
 from apollo_tp.coordinator.edge import log_format
 from apollo_tp.coordinator.http import build_app
 from apollo_tp.coordinator.metrics import Metrics
 from apollo_tp.coordinator.openai_jobs import FineTuningApi
-from apollo_tp.coordinator.ranks import RankLink
+from apollo_tp.coordinator.ranks import RankLink, bind_private
 from apollo_tp.coordinator.render import Renderer
 from apollo_tp.coordinator.scheduler import Scheduler
 from apollo_tp.coordinator.service import Service, model_vocab_size
@@ -81,7 +82,12 @@ async def serve(settings: Settings) -> None:
     app = build_app(service, access, metrics, fine_tuning)
     stack = contextlib.ExitStack()
     scheduler.on_step += [stack.enter_context(writer) for writer in open_writers(settings.service)]
-    tunnel = Tunnel(context, runtime.socket_path(Path(settings.instance_dir), "coordinator.sock"), app)
+    path = runtime.socket_path(Path(settings.instance_dir), "coordinator.sock")
+    tunnels = [Tunnel(context, lambda socket: bind_private(socket, path), app)]
+    if settings.service.zmq.port is not None:
+        curve = CurveListener(context, settings.service.zmq)
+        stack.callback(curve.close)
+        tunnels.append(Tunnel(context, curve.bind, app))
     config = uvicorn.Config(app, log_config=None, access_log=False, lifespan="off", timeout_graceful_shutdown=2)
     server = uvicorn.Server(config)
     server.install_signal_handlers = lambda: None  # type: ignore[attr-defined]
@@ -94,7 +100,7 @@ async def serve(settings: Settings) -> None:
         asyncio.create_task(coroutine, name=name)
         for name, coroutine in {
             "http": server.serve(sockets=[listener]),
-            "tunnel": tunnel.run(),
+            **{f"tunnel {number}": tunnel.run() for number, tunnel in enumerate(tunnels)},
             "ranks": scheduler.link.run(),
             "scheduler": scheduler.run(),
             "wal": _fold_wal(store),

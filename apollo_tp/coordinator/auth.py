@@ -102,11 +102,15 @@ def load_access(service: ServiceConfig) -> Access:
         tokens.append((scope, token))
     if service.token_file is not None and not tokens:
         raise ConfigError(f"{source}: got no token, expected at least one line")
-    if not tokens and not is_loopback(service.http.host):
-        raise ConfigError(
-            f"service.http.host: got {service.http.host!r} without a token, expected a loopback address; "
-            f"set service.token_file or ${TOKEN_VARIABLE}"
-        )
+    hosts = {"service.http.host": service.http.host}
+    if service.zmq.port is not None:
+        hosts["service.zmq.host"] = service.zmq.host
+    for option, host in hosts.items():
+        if not tokens and not is_loopback(host):
+            raise ConfigError(
+                f"{option}: got {host!r} without a token, expected a loopback address; "
+                f"set service.token_file or ${TOKEN_VARIABLE}"
+            )
     return Access(tokens)
 
 

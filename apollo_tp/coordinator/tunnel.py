@@ -1,14 +1,15 @@
 """Requests that arrive on vLLM's own port: the plugin there forwards them over ZMQ, and the same routes answer them.
 
-A ROUTER on a 0600 unix socket. A request is one asyncio task; frames that cannot be decoded, or belong to no request,
-are dropped. The body of a request waits in a bounded way: the edge refuses it as soon as it is over the limit.
+A ROUTER on a 0600 unix socket, and on request one over TCP with CURVE keys. A request is one asyncio task; frames that
+cannot be decoded, or belong to no request, are dropped. The body of a request waits in a bounded way: the edge refuses it as
+soon as it is over the limit.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
@@ -17,7 +18,6 @@ import zmq.asyncio
 from starlette.types import ASGIApp, Message
 
 from apollo_tp import protocol
-from apollo_tp.coordinator.ranks import bind_private
 
 log = logging.getLogger(__name__)
 
@@ -30,11 +30,11 @@ Key = tuple[bytes, int]
 class Tunnel:
     """Serves ``app`` on a ROUTER socket."""
 
-    def __init__(self, context: zmq.asyncio.Context, path: Path, app: ASGIApp) -> None:
+    def __init__(self, context: zmq.asyncio.Context, bind: Callable[[zmq.Socket[Any]], None], app: ASGIApp) -> None:
         self._socket = context.socket(zmq.ROUTER)
         self._socket.setsockopt(zmq.LINGER, 0)
         self._socket.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME_BYTES)
-        bind_private(self._socket, path)
+        bind(self._socket)
         self._app = app
         self._bodies: dict[Key, asyncio.Queue[protocol.TunnelBody | None]] = {}
         self._tasks: dict[Key, asyncio.Task[None]] = {}
