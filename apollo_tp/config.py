@@ -184,6 +184,28 @@ class ServiceConfig:
         check(self.rank_timeout_seconds > 0, "service.rank_timeout_seconds", self.rank_timeout_seconds, "a number > 0")
 
 
+class SyncMode(Enum):
+    hogwild = "hogwild"
+    step_lock = "step_lock"
+    drain = "drain"
+
+
+class CacheMode(Enum):
+    none = "none"
+    reset = "reset"
+    salt = "salt"
+
+
+@dataclass(kw_only=True)
+class SyncConfig:
+    mode: SyncMode = option(SyncMode.hogwild, "running requests at an update: hogwild | step_lock | drain")
+    cache: CacheMode = option(CacheMode.none, "the prefix cache after an update: none | reset | salt")
+    timeout_seconds: float = option(60.0, "a step fails when the server has not paused (or drained) after this long")
+
+    def __post_init__(self) -> None:
+        check(self.timeout_seconds > 0, "sync.timeout_seconds", self.timeout_seconds, "a number > 0")
+
+
 @dataclass(kw_only=True)
 class CheckpointConfig:
     dir: str = option("apollo_tp_checkpoints", "folder that checkpoints are written below")
@@ -197,9 +219,20 @@ class Config:
     server: ServerConfig = option(ServerConfig, "which vLLM server to train")
     optim: OptimConfig = option(OptimConfig, "APOLLO and its relatives")
     train: TrainConfig = option(TrainConfig, "batches, memory, precision")
+    sync: SyncConfig = option(SyncConfig, "consistency with running inference")
     service: ServiceConfig = option(ServiceConfig, "the coordinator")
     checkpoint: CheckpointConfig = option(CheckpointConfig, "when and where checkpoints are written")
     command_timeout_seconds: float = option(600.0, "deadline of one collective between trainer ranks")
+
+    def __post_init__(self) -> None:
+        seconds, limit = self.sync.timeout_seconds, self.command_timeout_seconds
+        # the other ranks wait in a collective while rank 0 waits for the server
+        check(
+            self.sync.mode is SyncMode.hogwild or seconds < limit,
+            "sync.timeout_seconds",
+            seconds,
+            f"less than command_timeout_seconds ({limit:g})",
+        )
 
 
 def _is_positive(text: str) -> bool:

@@ -97,7 +97,11 @@ def _as_tensor(payload: bytes, num_bytes: int) -> torch.Tensor:
 
 
 class RankLoop:
-    """Executes commands until Shutdown. ``link`` is rank 0's DEALER to the coordinator, None elsewhere."""
+    """Executes commands until Shutdown. ``link`` is rank 0's DEALER to the coordinator, None elsewhere.
+
+    ``after_write(weight_version)`` is called once all ranks have ended a command, and says for how many seconds the
+    server was paused for it.
+    """
 
     def __init__(
         self,
@@ -110,6 +114,7 @@ class RankLoop:
         form_group: Callable[[], None],
         on_step: Callable[[protocol.Step | protocol.PreferenceStep, protocol.StepDone], None],
         last_step: tuple[str, int] = ("", 0),
+        after_write: Callable[[int], float] = lambda weight_version: 0.0,
     ) -> None:
         self.trainer = trainer
         self.checkpoints = checkpoints
@@ -118,6 +123,7 @@ class RankLoop:
         self._hello = hello
         self._form_group = form_group
         self._on_step = on_step
+        self._after_write = after_write
         self._last_step = last_step
         self._stop_reason = ""
 
@@ -164,12 +170,14 @@ class RankLoop:
             self.trainer.tp.dissolve()
         verdicts = self._agree(failure)
         self.trainer.weight_version = max(v.weight_version for v in verdicts)
+        paused_seconds = self._after_write(self.trainer.weight_version)  # also when it failed: the server waits
         failures = [v.failure for v in verdicts if v.failure]
         if failures:
             self._recover()
             reply = _failed(command, failures)
         elif isinstance(reply, protocol.StepDone) and isinstance(command, protocol.Step | protocol.PreferenceStep):
-            reply = msgspec.structs.replace(reply, peak_memory_bytes=[v.peak_memory_bytes for v in verdicts])
+            memory = [v.peak_memory_bytes for v in verdicts]
+            reply = msgspec.structs.replace(reply, peak_memory_bytes=memory, paused_seconds=paused_seconds)
             self._last_step = (command.job_id, command.job_step)
             self._on_step(command, reply)
         assert reply is not None

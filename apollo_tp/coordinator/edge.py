@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import secrets
+from collections.abc import Callable
 from typing import Any
 
 from starlette.datastructures import Headers
@@ -28,6 +29,8 @@ STATUS: list[tuple[type[Exception], int | None, str | None]] = [
     (DeadlineError, 504, "deadline"),
     (HTTPException, None, "http"),
 ]
+
+WEIGHT_VERSION_HEADER = b"x-apollo-weight-version"
 
 
 def error_response(error: Exception) -> Response:
@@ -62,10 +65,17 @@ def _body(status: int, details: dict[str, Any], headers: dict[str, str] | None =
 
 
 class Edge:
-    """ASGI middleware around the routes. ``limits(path)`` is the largest body of a path in bytes."""
+    """ASGI middleware around the routes. Every answer names the ``weight_version`` of its moment, once there is one."""
 
-    def __init__(self, app: ASGIApp, access: Access, max_body_bytes: int, max_file_bytes: int) -> None:
-        self._app, self._access = app, access
+    def __init__(
+        self,
+        app: ASGIApp,
+        access: Access,
+        max_body_bytes: int,
+        max_file_bytes: int,
+        weight_version: Callable[[], int | None],
+    ) -> None:
+        self._app, self._access, self._weight_version = app, access, weight_version
         self._max_body_bytes, self._max_file_bytes = max_body_bytes, max_file_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -78,7 +88,7 @@ class Edge:
         async def watched_send(message: Message) -> None:
             nonlocal started
             started = True
-            await send(message)
+            await send(self._stamped(message))
 
         try:
             headers = Headers(scope=scope)
@@ -91,7 +101,14 @@ class Edge:
             response = error_response(error)
             if response.status_code == 401 and scope["path"] == "/":
                 response.headers["WWW-Authenticate"] = 'Basic realm="apollo_tp: any user, the token as password"'
-            await response(scope, receive, send)
+            await response(scope, receive, watched_send)
+
+    def _stamped(self, message: Message) -> Message:
+        version = self._weight_version()
+        if message["type"] != "http.response.start" or version is None:
+            return message
+        stamp = (WEIGHT_VERSION_HEADER, str(version).encode())
+        return {**message, "headers": [*message.get("headers", []), stamp]}
 
     def _limited(self, path: str, headers: Headers, receive: Receive) -> Receive:
         limit = self._max_body_bytes

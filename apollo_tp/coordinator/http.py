@@ -38,4 +38,5 @@ def build_app(service: Service, access: Access, metrics: Metrics, fine_tuning: F
     app = Starlette(routes=routes, exception_handlers={HTTPException: on_error, ApolloTpError: on_error})
     limits = service.settings.service
     # ExceptionMiddleware inside, ours outside: starlette's own handler for 500 would raise again behind the response
-    return Edge(app, access, limits.max_body_bytes, limits.max_file_bytes)
+    link = service.scheduler.link
+    return Edge(app, access, limits.max_body_bytes, limits.max_file_bytes, lambda: link.weight_version)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import msgspec
 import torch
 import torch.distributed as dist
 from transformers import AutoConfig, PretrainedConfig
@@ -22,6 +24,7 @@ from apollo_tp.launch.coordinator_process import CoordinatorProcess
 from apollo_tp.launch.distributed import World, join
 from apollo_tp.launch.lineage import Lineage, LineageFile
 from apollo_tp.launch.progress import StepProgress
+from apollo_tp.launch.update_gate import Lock, UpdateGate, needs_lock
 from apollo_tp.manifest import Manifest, check_agreement, read_instance, wait_for_server
 from apollo_tp.mapping import MappedRank, map_rank, verify_against_checkpoint
 from apollo_tp.model import BoundModel, bind_model
@@ -78,6 +81,12 @@ def _run(
     with _together(control):
         _resume(config, optimizer, lineage.record)
     log.info("optimizer: %s", optimizer.describe())
+    gate = _update_gate(config, world, control, folder, lineage.record.weight_version, tp, mapped.device, stack)
+
+    def before_write() -> None:
+        lineage.before_write()
+        gate.before_write()
+
     trainer = Trainer(
         model,
         optimizer,
@@ -85,10 +94,10 @@ def _run(
         device=mapped.device,
         max_micro_batch_tokens=config.train.max_micro_batch_tokens,
         weight_version=lineage.record.weight_version,
-        before_write=lineage.before_write,
+        before_write=before_write,
     )
     checkpoints = _Checkpoints(config, mapped, tp, hf_config, trainer, lineage)
-    _serve(config, world, control, folder, manifests, model, trainer, checkpoints, lineage, form, stack)
+    _serve(config, world, control, folder, manifests, model, trainer, checkpoints, lineage, gate, form, stack)
 
 
 def _find_server(
@@ -143,6 +152,31 @@ def _resume(config: Config, optimizer: Optimizer, lineage: Lineage) -> None:
     log.info("optimizer state of %s (weight version %s) loaded", source, info.weight_version if info else "?")
 
 
+def _update_gate(
+    config: Config,
+    world: World,
+    control: Control,
+    folder: Path,
+    weight_version: int,
+    tp: TPGroup,
+    device: torch.device,
+    stack: contextlib.ExitStack,
+) -> UpdateGate:
+    """How updates and running requests keep out of each other's way. Collective."""
+    me = runtime.ProcessId.of(os.getpid())
+    assert me is not None
+    ranks = [
+        runtime.ProcessId(*msgspec.json.decode(a))
+        for a in control.gather(msgspec.json.encode((me.pid, me.start_ticks)))
+    ]
+    lock: Lock | None = None
+    with _together(control):
+        if world.rank == 0 and needs_lock(config.sync):
+            lock = Lock(folder, config.sync, weight_version, ranks)
+            stack.callback(lock.close)
+    return UpdateGate(config.sync.mode, tp, device, lock)
+
+
 class _Checkpoints:
     """The rank loop's way to write checkpoints; the lineage file remembers the last one."""
 
@@ -183,6 +217,7 @@ def _serve(
     trainer: Trainer,
     checkpoints: _Checkpoints,
     lineage: LineageFile,
+    gate: UpdateGate,
     form: Callable[[], None],
     stack: contextlib.ExitStack,
 ) -> None:
@@ -208,6 +243,7 @@ def _serve(
         form_group=form,
         on_step=on_step,
         last_step=(lineage.record.last_job_id, lineage.record.last_job_step),
+        after_write=gate.after_step,
     )
     for signum in (signal.SIGTERM, signal.SIGINT):
         signal.signal(signum, lambda number, frame: loop.stop(f"got {signal.Signals(number).name}"))
@@ -252,6 +288,8 @@ def _hello(
             num_parameters=sum(torch.Size(shape).numel() for shape in shapes.values()),
             optimizer=trainer.optimizer.describe(),
             gradients="stored",
+            sync=config.sync.mode.value,
+            cache=config.sync.cache.value,
             layout=rows,
             last_job_id=last_job_id,
             last_job_step=last_job_step,

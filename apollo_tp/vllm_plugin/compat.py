@@ -139,3 +139,47 @@ def _moe_refusals(model: nn.Module) -> list[str]:
         f"mixture-of-experts backend {backend}: it reorders expert weights; serve with --moe-backend triton"
         for backend in sorted(backends - {"TRITON", "CPU", "NONE"})
     ]
+
+
+class Engine:
+    """What the update lock needs of vLLM's engine client (AsyncLLM), beside the API server."""
+
+    def __init__(self, client: Any) -> None:
+        self._client = client
+        self._salt = ""
+
+    async def pause(self, *, drain: bool) -> None:
+        """Until nothing runs: running requests are frozen, or finished first (``drain``); new ones wait either way."""
+        await self._client.pause_generation(mode="wait" if drain else "keep", clear_cache=False)
+
+    async def resume(self) -> None:
+        """Let requests run again; also ends a pause that still waits for running requests."""
+        await self._client.resume_generation()
+
+    async def paused(self) -> bool:
+        """True if anybody paused it."""
+        return bool(await self._client.is_paused())
+
+    async def reset_prefix_cache(self) -> None:
+        """Empty the prefix cache. vLLM cannot while blocks are in use, so running requests give theirs up and are computed
+        again from their prompt and what they generated; their streams go on. Raises RuntimeError if vLLM could not."""
+        if not await self._client.reset_prefix_cache(reset_running_requests=True):
+            raise RuntimeError("vLLM did not reset its prefix cache")
+
+    def salt_requests(self, salt: str) -> None:
+        """Requests from now on share prefix-cache entries only among themselves ("" ends that). A client's own
+        ``cache_salt`` is left alone. All routes pass through ``process_inputs``, which is wrapped once."""
+        self._salt = salt
+        processor = self._client.input_processor
+        original = processor.process_inputs
+        if hasattr(original, "apollo_tp"):
+            return
+
+        @functools.wraps(original)
+        def process_inputs(*args: Any, **kwargs: Any) -> Any:
+            request = original(*args, **kwargs)
+            request.cache_salt = request.cache_salt or self._salt or None
+            return request
+
+        process_inputs.apollo_tp = True  # type: ignore[attr-defined]
+        processor.process_inputs = process_inputs

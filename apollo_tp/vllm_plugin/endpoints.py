@@ -1,7 +1,7 @@
 """The trainer's HTTP routes on vLLM's own port (``vllm.endpoint_plugins``), forwarded to the coordinator over ZMQ.
 
 vLLM's event loop never waits here: everything is async, and every wait has a deadline. When no trainer runs, the answer
-is 503. Nothing heavy is imported, and nothing of vLLM. Works with the plugin interface of vLLM 0.26 to 0.32.
+is 503. Nothing heavy is imported for that, and nothing of vLLM. Works with the plugin interface of vLLM 0.26 to 0.32.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import itertools
 import json
+import logging
 import os
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -23,6 +24,9 @@ from starlette.responses import Response, StreamingResponse
 
 from apollo_tp import protocol, runtime
 from apollo_tp.errors import ConfigError
+from apollo_tp.vllm_plugin.update_lock import UpdateLock
+
+logger = logging.getLogger("vllm.apollo_tp")  # vLLM configures the "vllm" logger only
 
 # a live coordinator is connected, or is again within the second that ZMQ takes to reconnect
 CONNECT_SECONDS = 3.0
@@ -119,6 +123,7 @@ class ApolloEndpoints:
 
     def __init__(self) -> None:
         self._tunnel: Tunnel | None = None
+        self._lock: UpdateLock | None = None
 
     def attach_router(self, app: Any) -> None:
         """Add the forwarded routes to vLLM's application. Raises nothing: the server's start must not depend on us."""
@@ -126,7 +131,22 @@ class ApolloEndpoints:
             app.add_route(path, self._forward, methods=methods, include_in_schema=False)
 
     async def init_state(self, engine_client: Any, state: Any, args: Any) -> None:
-        """Nothing to set up: the socket is opened by the first request."""
+        """Listen for the trainer's update lock. The tunnel's socket is opened by the first request."""
+        if engine_client is None:  # vLLM's render server has no weights
+            return
+        from apollo_tp.vllm_plugin.compat import Engine
+
+        count = getattr(args, "api_server_count", None) or 1
+        refusal = "" if count == 1 else (
+            f"API server processes: got {count}, expected one, through which all requests pass; start vLLM with "
+            "--api-server-count 1"
+        )  # fmt: skip
+        self._lock = UpdateLock(Engine(engine_client), refusal)
+        try:
+            folder = runtime.instance_dir(runtime.ensure_instance_id())
+            await self._lock.start(runtime.socket_path(folder, protocol.SYNC_SOCKET))
+        except (ConfigError, OSError) as error:  # serving must not depend on us; the trainer says what is missing
+            logger.warning("apollo_tp: updates cannot pause this server: %s", error)
 
     def _find(self) -> Tunnel:
         if self._tunnel is None:
