@@ -108,7 +108,7 @@ def traffic(optimizer: Optimizer) -> tuple[int, int]:
     """
     elements = sum(w.data.numel() for w in optimizer.weights)
     floor = elements * (8 + 2 * (optimizer.precision is Precision.remainder))
-    state = sum(g.exp_avg.numel() for b in optimizer.bundles for g in b.groups)
+    state = sum(g.exp_avg.numel() for g in optimizer.bundle.groups)
     return floor, floor + 4 * state * (3 + 2 * 2 + 2)
 
 
@@ -128,8 +128,8 @@ def measure(parameters: list[OptimParameter], args: argparse.Namespace, bandwidt
         config = OptimConfig(kind=kind, rank=args.rank, lr=1e-6, check_replicas_every=0, refresh_every=10**6)
         optimizer = build_optimizer(config, precision, parameters, LocalGroup(0, size))
         if plain:
-            for bundle in optimizer.bundles:
-                bundle.backend = TorchBackend(bundle.groups, bundle.adamw, config)
+            bundle = optimizer.bundle
+            bundle.backend = TorchBackend(bundle.groups, bundle.adamw, config)
         took = seconds(optimizer.step, 3 if plain else args.steps, args.device)
         outcome = optimizer.step()
         assert not outcome.skipped, outcome.skipped
@@ -170,7 +170,7 @@ def tune(parameters: list[OptimParameter], args: argparse.Namespace) -> None:
 
     config = OptimConfig(rank=args.rank, lr=1e-6, check_replicas_every=0, refresh_every=10**6)
     optimizer = build_optimizer(config, Precision.stochastic, parameters, LocalGroup(0, MODELS[args.model][2]))
-    bundle = optimizer.bundles[0]
+    bundle = optimizer.bundle
     gradients = [weight.gradient() for weight in bundle.weights]
     optimizer.step()
     results = []

@@ -42,6 +42,12 @@ class BoundParameter:
         """The accumulated local gradient (a view), or None before the first backward pass."""
         return None if self.leaf.grad is None else self.leaf.grad[self.index]
 
+    @property
+    def complete_leaf(self) -> nn.Parameter | None:
+        """The leaf whose gradient is this one's and complete once autograd has accumulated it; None if it is stacked with
+        others, or a partial sum. A tied embedding's is complete: autograd adds both uses before it accumulates."""
+        return None if self.partial_gradient or self.index else self.leaf
+
 
 @dataclass(frozen=True)
 class LossSums:

@@ -10,10 +10,13 @@ from apollo_tp.optim.weight import Weight
 
 
 class AdamWState:
-    """Moments of one parameter, LOCAL, fp32, sharded exactly as its weight. Elementwise, so it needs no collective."""
+    """Moments of one parameter, LOCAL, fp32, sharded exactly as its weight, or those of ``shared``. No collective."""
 
-    def __init__(self, index: int, weight: Weight) -> None:
-        self.index, self.weight = index, weight
+    def __init__(self, weight: Weight, shared: AdamWState | None = None) -> None:
+        self.index, self.weight = weight.index, weight
+        if shared is not None:
+            self.exp_avg, self.exp_avg_sq = shared.exp_avg, shared.exp_avg_sq
+            return
         self.exp_avg = torch.zeros(weight.local_2d, device=weight.data.device)
         self.exp_avg_sq = torch.zeros(weight.local_2d, device=weight.data.device)
 

@@ -1,8 +1,8 @@
 """APOLLO and AdamW over tensor-parallel shards: one step on every rank, agreed before anything is written.
 
-With gradients that are kept until ``step`` (the default) a step that is skipped leaves no trace at all. With
-``attach_fused`` matrices are written inside the backward pass and their gradients freed at once; see there for what that
-gives up. The arithmetic and its collectives are in ``bundle``.
+With gradients that are kept until ``step`` (the default) a step that is skipped leaves no trace at all. After
+``attach_fused`` a step may write matrices inside the backward pass and free their gradients at once; see there for what
+that gives up. The arithmetic and its collectives are in ``bundle``, the hooks in ``fused``.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import Tensor
 from apollo_tp.config import EmbeddingMode, OptimConfig, Precision
 from apollo_tp.errors import ApolloTpError, ConfigError
 from apollo_tp.optim.bundle import Bundle
+from apollo_tp.optim.fused import FusedStep
 from apollo_tp.optim.interface import Decision, OptimParameter, StepOutcome
 from apollo_tp.optim.matrices import moment_rank
 from apollo_tp.optim.replicas import check_replicas
@@ -37,7 +38,7 @@ def build_optimizer(
 
 
 class Optimizer:
-    """All trained parameters of this rank, in one bundle, or in several once ``attach_fused`` was called."""
+    """All trained parameters of this rank, in one bundle."""
 
     def __init__(
         self, config: OptimConfig, precision: Precision, parameters: Sequence[OptimParameter], tp: TPGroup
@@ -53,24 +54,27 @@ class Optimizer:
             )
         self.weights = [Weight(p, precision, config.seed, tp.rank) for p in trained]
         self.device = self.weights[0].data.device
-        self.bundles = [Bundle(self.weights, config, tp)]
+        self.bundle = Bundle(self.weights, config, tp)
         self.step_count = self.skipped_in_a_row = 0
-        self.fused: _FusedStep | None = None
+        self.fused: FusedStep | None = None
         self._measure_weights()
 
     # --- the step --------------------------------------------------------------------------------------------------
 
     def zero_grad(self) -> None:
-        """Drop the gradients of all trained parameters."""
+        """Drop the gradients of all trained parameters that are leaves, and forget a fused step that did not end."""
         for weight in self.weights:
             weight.parameter.tensor.grad = None
+        if self.fused is not None:
+            self.fused.abandon()
 
     def learning_rate(self, scale: float = 1.0) -> float:
         """The learning rate of the next step."""
         return learning_rate(self.config, self.step_count) * scale
 
     def step(self, learning_rate_scale: float = 1.0, loss: Tensor | None = None) -> StepOutcome:
-        """Update all weights in place from their local gradients, or none on any rank.
+        """Update all weights in place from their local gradients, or none on any rank. After ``begin_fused_step``: what
+        the backward pass has left.
 
         ``loss`` (0-d) is only tested: if it is not finite on some rank, no rank writes. Collectives: one all-reduce of 3
         floats per parameter (with clipping, one of 1 and one of 2); if a matrix is cut along its contracted dimension, a
@@ -79,9 +83,10 @@ class Optimizer:
         Raises ReplicaError if replicas of a weight differ.
         """
         lr = self.learning_rate(learning_rate_scale)
-        alive, decisions = (None, []) if self.fused is None else self.fused.finish(lr)
-        stored = self.bundles[0]
-        decisions.append((stored, stored.update(lr, loss, alive)))
+        if self.fused is not None and self.fused.begun:
+            decisions = self.fused.finish(lr, loss)
+        else:
+            decisions = [(self.bundle, self.bundle.update(lr, loss))]
         reports = torch.cat([decision.report() for _, decision in decisions]).tolist()  # the one wait for the device
         outcome = self._conclude(decisions, reports, lr)
         if not outcome.skipped:
@@ -129,42 +134,35 @@ class Optimizer:
 
     def _measure_weights(self) -> None:
         """Norms of all matrices, global, replicas once; infinite where no limit applies. One all-reduce."""
-        squares = self.tp.all_reduce_(torch.cat([bundle.local_square_norms() for bundle in self.bundles]))
-        norms = torch.where(squares > 0, squares.double().sqrt(), torch.inf)
-        for bundle, part in zip(self.bundles, norms.split([len(b.weights) for b in self.bundles]), strict=True):
-            bundle.weight_norms = part
+        squares = self.tp.all_reduce_(self.bundle.local_square_norms())
+        self.bundle.counters.weight_norms = torch.where(squares > 0, squares.double().sqrt(), torch.inf)
 
     # --- updates inside the backward pass --------------------------------------------------------------------------
 
     def attach_fused(self) -> list[str]:
-        """Update each matrix in the backward pass as soon as its gradient is complete, and free that gradient.
+        """Allow steps that update each matrix in the backward pass as soon as its gradient is complete, and free it.
 
-        Call it once, before the first step and before ``load``; returns the names that are updated so. Then each step is
-        ``begin_fused_step(...)``, one ``backward()``, ``step(...)``. Parameters whose gradient must still be summed over
-        replicas, and those of AdamW, keep their gradients until ``step``. All ranks must compute gradients of the same
-        parameters in the same order. Updates are the same as with stored gradients, with these limits:
-        no accumulation over several backward passes; no clipping (the norm of the whole gradient is not known before the
-        first write; the norm-growth limiter works); a value that is not finite stops the matrix where it appears and all
-        later ones, while those already written stay written. Collectives per matrix: one all-reduce of 4 floats and, if
-        cut along its contracted dimension, one reduce-scatter and one all-gather.
-        Raises ConfigError if clipping is on, ApolloTpError if training has begun.
+        Returns the names that are updated so. Such a step is ``begin_fused_step(...)``, one ``backward()``, ``step(...)``;
+        without the first call a step is a stored one as before, and steps of both kinds may follow each other. Parameters
+        whose gradient must still be summed over replicas, slices of stacked leaves, and those of AdamW, keep their
+        gradients until ``step``. All ranks must compute gradients of the same parameters in the same order. Updates are
+        the same as with stored gradients, with these limits: no accumulation over several backward passes; no clipping
+        (the norm of the whole gradient is not known before the first write; the norm-growth limiter works); a value that
+        is not finite stops the matrix where it appears and all later ones, while those already written stay written.
+        Collectives per matrix: one all-reduce of 4 floats and, if cut along its contracted dimension, one reduce-scatter
+        and one all-gather. Raises ConfigError if clipping is on.
         """
         if self.config.max_grad_norm is not None:
             raise ConfigError(
                 f"optim.max_grad_norm: got {self.config.max_grad_norm}, expected null with train.gradients=fused, since "
                 "the norm of the whole gradient is not known before the first matrix is written"
             )
-        if self.step_count or self.fused is not None:
-            raise ApolloTpError("attach_fused: got an optimizer that has trained; call it right after build_optimizer")
-        fused = [m.weight for m in self.bundles[0].matrices if len(m.weight.shard.replica_ranks) < 2]
-        if len(fused) == len(self.weights):
-            fused = fused[:-1]  # ``step`` needs a parameter to tell what happened
-        names = {weight.name for weight in fused}
-        stored = [weight for weight in self.weights if weight.name not in names]
-        self.bundles = [Bundle(part, self.config, self.tp) for part in (stored, *([weight] for weight in fused))]
-        self._measure_weights()
-        self.fused = _FusedStep(self)
-        return [weight.name for weight in fused]
+        if self.fused is None:
+            fused = [m.weight for m in self.bundle.matrices if m.weight.fused_leaf is not None]
+            if len(fused) == len(self.weights):
+                fused = fused[:-1]  # ``step`` needs a parameter to tell what happened
+            self.fused = FusedStep(self.bundle, fused)
+        return self.fused.names
 
     def begin_fused_step(self, learning_rate_scale: float = 1.0, loss: Tensor | None = None) -> None:
         """Before the backward pass of a step: its learning rate, and its loss to test. One all-reduce of one float."""
@@ -176,16 +174,16 @@ class Optimizer:
 
     def state_bytes(self) -> int:
         """Bytes of optimizer state on this rank: moments and int8 remainders."""
-        tensors = [t for b in self.bundles for g in (*b.groups, *b.adamw) for t in (g.exp_avg, g.exp_avg_sq)]
+        tensors = [t for g in (*self.bundle.groups, *self.bundle.adamw) for t in (g.exp_avg, g.exp_avg_sq)]
         tensors += [w.remainder for w in self.weights if w.remainder is not None]
         return sum(t.nbytes for t in tensors)
 
     def describe(self) -> str:
         """One line for status pages and logs."""
-        matrices = [m for bundle in self.bundles for m in bundle.matrices]
+        matrices = self.bundle.matrices
         exchanged = sum(m.exchanged for m in matrices)
         rank = f", rank {moment_rank(self.config)}" if matrices else ""
-        fused = "" if self.fused is None else f", {len(self.bundles) - 1} updated in the backward pass"
+        fused = "" if self.fused is None else f", {len(self.fused.names)} may be updated in the backward pass"
         return (
             f"{self.config.kind.value}{rank}, scale {self.config.scale}, {self.precision.value}: {len(matrices)} matrices "
             f"projected ({exchanged} exchanged between {self.tp.size} ranks{fused}), "
@@ -204,45 +202,3 @@ class Optimizer:
         from apollo_tp.optim import checkpoint
 
         checkpoint.load(self, folder)
-
-
-class _FusedStep:
-    """Hooks on the fused parameters, and what they did in the step that is under way."""
-
-    def __init__(self, optimizer: Optimizer) -> None:
-        self.tp, self.device = optimizer.tp, optimizer.device
-        self.lr: float | None = None
-        self.alive = torch.ones((), dtype=torch.bool, device=self.device)
-        self.decisions: list[tuple[Bundle, Decision]] = []
-        self.done: set[str] = set()
-        for bundle in optimizer.bundles[1:]:
-            tensor = bundle.weights[0].parameter.tensor
-            tensor.register_post_accumulate_grad_hook(lambda parameter, bundle=bundle: self._hook(bundle, parameter))
-
-    def begin(self, lr: float, loss: Tensor | None) -> None:
-        self.lr, self.decisions, self.done = lr, [], set()
-        bad = torch.zeros((), device=self.device)
-        if loss is not None:
-            bad = (~torch.isfinite(loss.detach())).float().to(self.device)
-        self.alive = self.tp.all_reduce_(bad) == 0
-
-    def _hook(self, bundle: Bundle, parameter: Tensor) -> None:
-        name = bundle.weights[0].name
-        if self.lr is None or name in self.done:
-            raise ApolloTpError(
-                f"{name}: got a gradient outside begin_fused_step, or a second one within a step; expected one backward "
-                "pass for each begin_fused_step; accumulate with train.gradients=stored"
-            )
-        decision = bundle.update(self.lr, None, self.alive)
-        self.alive = self.alive & decision.good
-        self.decisions.append((bundle, decision))
-        self.done.add(name)
-        parameter.grad = None
-
-    def finish(self, lr: float) -> tuple[Tensor, list[tuple[Bundle, Decision]]]:
-        """What the hooks did, and whether the rest of the step may go on."""
-        if self.lr != lr:
-            raise ApolloTpError(f"step: got learning rate {lr}, expected {self.lr} as in begin_fused_step of this step")
-        alive, decisions = self.alive, self.decisions
-        self.lr, self.decisions = None, []
-        return alive, decisions

@@ -1,7 +1,8 @@
 """Parameters that are decided together: from local gradients to a decision that all ranks share, and then the write.
 
-Usually one bundle holds all parameters of a model. With updates inside the backward pass, every matrix whose gradient is
-freed at once is a bundle of its own. Order, within a bundle:
+One bundle holds all parameters of a model and their state. For updates inside the backward pass, every matrix whose
+gradient is freed at once is a part of it: a bundle of its own that shares the state, so that each step may take the one or
+the other way. Order, within a bundle:
     1. project every matrix (one read of its gradient), which also gives the squared norm of each channel;
     2. add what crosses ranks: one reduce-scatter per bucket of matrices cut along their contracted dimension, and all
        scalars in one all-reduce (clipping needs the global norm first: one more, of one float per parameter);
@@ -35,25 +36,44 @@ BUCKET_BYTES = 64 * 2**20
 """Upper bound of one reduce-scatter's buffer; a single larger matrix gets a bucket of its own."""
 
 
+class Counters:
+    """Per parameter of a whole bundle: updates so far, and fp64 norms (parameters,) of the limiter and of the weights."""
+
+    def __init__(self, device: torch.device, count: int) -> None:
+        self.steps = [0] * count
+        self.limiter_norms = torch.zeros(count, dtype=torch.float64, device=device)
+        self.weight_norms = torch.full((count,), math.inf, dtype=torch.float64, device=device)
+
+
 class Bundle:
     """State of some parameters on this rank, complete from construction on (same keys on every rank).
 
-    Vectors have one entry per parameter of the bundle, in the order of ``weights``, whose ``index`` is set to it.
+    Vectors have one entry per parameter of the bundle, in the order of ``weights``. With ``whole``, ``weights`` are some of
+    that bundle's, and all state is its: ``counters``, and views of its moments.
     """
 
-    def __init__(self, weights: Sequence[Weight], config: OptimConfig, tp: TPGroup) -> None:
-        self.weights, self.config, self.tp = list(weights), config, tp
+    def __init__(
+        self, weights: Sequence[Weight], config: OptimConfig, tp: TPGroup, whole: Bundle | None = None
+    ) -> None:
+        self.weights, self.config, self.tp = [w.at(i) for i, w in enumerate(weights)], config, tp
         self.device, count = weights[0].data.device, len(weights)
-        for i, weight in enumerate(weights):
-            weight.index = i
-        self.matrices = [Matrix(w.index, w, config, tp) for w in weights if projects(w.parameter, config)]
+        self.places = [w.index for w in weights] if whole else list(range(count))
+        self.counters = whole.counters if whole else Counters(self.device, count)
+        self.place_index = torch.tensor(self.places, device=self.device)
+        self.matrices = [Matrix(w, config, tp) for w in self.weights if projects(w.parameter, config)]
         roots = {m.index: m.root_scale for m in self.matrices}
-        self.adamw = [AdamWState(w.index, w) for w in weights if w.index not in roots]
-        self.groups = make_groups(self.matrices, moment_rank(config), tp, BUCKET_BYTES)
+        others = [w for w in self.weights if w.index not in roots]
+        if whole:
+            states = {a.index: a for a in whole.adamw}
+            self.adamw = [AdamWState(w, states[self.places[w.index]]) for w in others]
+            chosen = {self.places[m.index]: m for m in self.matrices}
+            self.groups = [part for group in whole.groups for part in group.parts(chosen)]
+        else:
+            self.adamw = [AdamWState(w) for w in others]
+            # neighbours stay in one group, and share collectives, in the part that is left over by fused updates
+            ordered = sorted(self.matrices, key=lambda m: m.weight.fused_leaf is not None)
+            self.groups = make_groups(ordered, moment_rank(config), tp, BUCKET_BYTES)
         self.backend = _make_backend(self)
-        self.steps = [0] * count  # updates of each parameter; a step with zero gradient is none
-        self.limiter_norms = self.vector([0.0] * count)
-        self.weight_norms = self.vector([math.inf] * count)
         self.is_projected = self.vector([float(i in roots) for i in range(count)]) > 0
         self.root_scales = self.vector([roots.get(i, 1.0) for i in range(count)])
         self.adamw_index = torch.tensor([a.index for a in self.adamw], dtype=torch.int64, device=self.device)
@@ -61,6 +81,21 @@ class Bundle:
         exchanged = [m for g in self.groups if g.exchanged for m in g.matrices]
         starts = itertools.accumulate((m.per_rank for m in exchanged), initial=0)
         self.gather_starts = {m.index: start for m, start in zip(exchanged, starts, strict=False)}
+
+    @property
+    def steps(self) -> list[int]:
+        """Updates of each parameter; a step with zero gradient is none."""
+        return [self.counters.steps[place] for place in self.places]
+
+    @property
+    def limiter_norms(self) -> Tensor:
+        """(parameters,) fp64: the norm that the limiter let each update of a matrix have the last time."""
+        return self.counters.limiter_norms[self.place_index]
+
+    @property
+    def weight_norms(self) -> Tensor:
+        """(parameters,) fp64: the norm of each matrix when it was last measured."""
+        return self.counters.weight_norms[self.place_index]
 
     def vector(self, values: Sequence[float]) -> Tensor:
         """(len(values),) fp64 on the device, without waiting for it."""
@@ -80,8 +115,13 @@ class Bundle:
 
     def accept(self, decision: Decision, written: Sequence[bool]) -> None:
         """Count the updates that ``decision`` made."""
-        self.limiter_norms = decision.limiter_norms
-        self.steps = [n + moved for n, moved in zip(self.steps, written, strict=True)]
+        self.counters.limiter_norms[self.place_index] = decision.limiter_norms
+        for place, moved in zip(self.places, written, strict=True):
+            self.counters.steps[place] += moved
+
+    def part(self, weights: Sequence[Weight]) -> Bundle:
+        """A bundle of some of the ``weights`` of this one, over the same state: either may update them."""
+        return Bundle(weights, self.config, self.tp, whole=self)
 
     def local_square_norms(self) -> Tensor:
         """(parameters,) squared norms of this rank's part of each matrix, replicas once; 0 for one dimension."""
@@ -98,9 +138,10 @@ class Bundle:
     def _decide(self, gradients: list[Tensor], lr: float, loss: Tensor | None, alive: Tensor | None) -> Decision:
         """Steps 1 to 3. Touches neither state nor weights."""
         config = self.config
-        bias = self.vector([_bias_correction(n + 1, *config.betas) for n in self.steps])
-        first = self.vector([float(n == 0) for n in self.steps]) > 0
-        refresh_projections(self.matrices, [self.steps[m.index] // config.refresh_every for m in self.matrices], config)
+        steps = self.steps
+        bias = self.vector([_bias_correction(n + 1, *config.betas) for n in steps])
+        first = self.vector([float(n == 0) for n in steps]) > 0
+        refresh_projections(self.matrices, [steps[m.index] // config.refresh_every for m in self.matrices], config)
         self.backend.project(gradients)
         sums = self._local_square_sums(gradients, loss)
         local_sums = sums.clone()
@@ -123,6 +164,7 @@ class Bundle:
     def _agree(self, lr: float, clip: Tensor, sums: Tensor, norms: Tensor, bias: Tensor, first: Tensor) -> Decision:
         """The decision, from scalars that are the same on all ranks; (parameters,) vectors in fp64."""
         config, square_sums, one = self.config, sums[:-1].double(), torch.ones_like(bias)
+        old_norms = self.limiter_norms
         norm, inner = norms[:, 0].double().sqrt(), one
         if config.kind is OptimizerKind.apollo_mini:
             mini = norm / (norms[:, 1].double().sqrt() + 1e-8)
@@ -131,7 +173,7 @@ class Bundle:
         excess = one
         if config.norm_growth_limit is not None:
             gamma = config.norm_growth_limit
-            excess = (norm / (self.limiter_norms + 1e-8)).clamp(min=gamma) / gamma
+            excess = (norm / (old_norms + 1e-8)).clamp(min=gamma) / gamma
             excess = torch.where(first | ~self.is_projected, one, excess)
         factor = torch.where(self.is_projected, lr * bias * self.root_scales, lr * one) / excess
         active = square_sums > 0
@@ -144,8 +186,8 @@ class Bundle:
             clip=clip,
             write=write,
             coefficients=factor * inner * clip,
-            limiter_norms=torch.where(write, norm / excess, self.limiter_norms),
-            old_limiter_norms=self.limiter_norms,
+            limiter_norms=torch.where(write, norm / excess, old_norms),
+            old_limiter_norms=old_norms,
             relative_updates=relative,
             grad_norm=square_sums.sum().sqrt(),
             finite=finite,

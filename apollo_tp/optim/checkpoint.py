@@ -67,7 +67,7 @@ class _Piece:
 
 def _pieces(optimizer: Optimizer) -> Iterator[_Piece]:
     """All state tensors of this rank, cut into global boxes."""
-    for group in (group for bundle in optimizer.bundles for group in bundle.groups):
+    for group in optimizer.bundle.groups:
         for position, matrix in enumerate(group.matrices):
             shape, start = (matrix.num_channels, group.rank), group.rows(position).start
             for part, (first, last) in enumerate(matrix.state_ranges):
@@ -76,12 +76,7 @@ def _pieces(optimizer: Optimizer) -> Iterator[_Piece]:
                     owned = matrix.exchanged or matrix.weight.represents
                     yield _Piece(f"{matrix.weight.name}.{kind}", shape, box, state[rows], part, owned)
                 start = rows.stop
-    whole = [
-        (a.weight, kind, getattr(a, kind))
-        for b in optimizer.bundles
-        for a in b.adamw
-        for kind in ("exp_avg", "exp_avg_sq")
-    ]
+    whole = [(a.weight, kind, getattr(a, kind)) for a in optimizer.bundle.adamw for kind in ("exp_avg", "exp_avg_sq")]
     whole += [(w, "remainder", w.remainder) for w in optimizer.weights if w.remainder is not None]
     for weight, kind, folded in whole:
         shard, owned = weight.shard, weight.represents
@@ -92,9 +87,8 @@ def _pieces(optimizer: Optimizer) -> Iterator[_Piece]:
 
 
 def _counters(optimizer: Optimizer) -> dict[str, Any]:
-    config, bundles = optimizer.config, optimizer.bundles
-    matrices = [m.weight.name for b in bundles for m in b.matrices]
-    norms = {w.name: norm for b in bundles for w, norm in zip(b.weights, b.limiter_norms.tolist(), strict=True)}
+    config, counters = optimizer.config, optimizer.bundle.counters
+    matrices = [m.weight.name for m in optimizer.bundle.matrices]
     return {
         "schema": SCHEMA_VERSION,
         "ranks": optimizer.tp.size,
@@ -109,8 +103,8 @@ def _counters(optimizer: Optimizer) -> dict[str, Any]:
             "adamw": sorted(set(optimizer.names) - set(matrices)),
         },
         "step_count": optimizer.step_count,
-        "steps": {w.name: count for b in bundles for w, count in zip(b.weights, b.steps, strict=True)},
-        "limiter_norms": norms,
+        "steps": dict(zip(optimizer.names, counters.steps, strict=True)),
+        "limiter_norms": dict(zip(optimizer.names, counters.limiter_norms.tolist(), strict=True)),
     }
 
 
@@ -173,9 +167,9 @@ def load(optimizer: Optimizer, folder: Path) -> None:
             dcp.load({}, storage_reader=dcp.HuggingFaceStorageReader(str(part)), planner=planner, no_dist=True)
     planner.check_complete(folder)
     optimizer.step_count = saved["step_count"]
-    for bundle in optimizer.bundles:
-        bundle.steps = [saved["steps"][weight.name] for weight in bundle.weights]
-        bundle.limiter_norms = bundle.vector([saved["limiter_norms"][weight.name] for weight in bundle.weights])
+    counters = optimizer.bundle.counters
+    counters.steps = [saved["steps"][name] for name in optimizer.names]
+    counters.limiter_norms = optimizer.bundle.vector([saved["limiter_norms"][name] for name in optimizer.names])
 
 
 def _differences(saved: dict[str, Any], own: dict[str, Any]) -> list[str]:

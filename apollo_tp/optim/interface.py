@@ -33,18 +33,24 @@ class OptimParameter:
 
     @property
     def grad(self) -> torch.Tensor | None:
-        """The local gradient. Anything with these five attributes can be trained; a slice of a stacked leaf too."""
+        """The local gradient. Anything with these six attributes can be trained; a slice of a stacked leaf too."""
         return self.tensor.grad
+
+    @property
+    def complete_leaf(self) -> torch.nn.Parameter | None:
+        """The leaf of autograd whose gradient, once accumulated, is ``grad`` and complete; None if there is none."""
+        return self.tensor
 
 
 @dataclass(frozen=True)
 class StepOutcome:
     """What one optimizer step did; the same on every rank.
 
-    ``skipped`` says why nothing at all was written ("" if something may have been). ``grad_norm`` is the global norm
-    before clipping, each replicated element counted once. ``num_updated`` counts the parameters that were written: one
-    whose gradient is exactly zero is left alone. ``largest_update`` is the largest ‖ΔW‖ / ‖W‖ over the matrices (without
-    weight decay). ``skipped_in_a_row`` counts this and the skipped steps directly before it.
+    ``skipped`` says why the step was stopped, and what was written before that: nothing, but for the first matrices of a
+    fused step; "" if it went through. ``grad_norm`` is the global norm before clipping, each replicated element counted
+    once. ``num_updated`` counts the parameters that were written: one whose gradient is exactly zero is left alone.
+    ``largest_update`` is the largest ‖ΔW‖ / ‖W‖ over the matrices (without weight decay). ``skipped_in_a_row`` counts this
+    and the skipped steps directly before it.
     """
 
     skipped: str

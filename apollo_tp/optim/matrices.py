@@ -13,8 +13,9 @@ kind side by side along the channel axis, so that the moment arithmetic and each
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -37,9 +38,9 @@ class Matrix:
     may be fewer than ``num_rows`` in an exchanged matrix whose channels do not divide by the number of ranks.
     """
 
-    def __init__(self, index: int, weight: Weight, config: OptimConfig, tp: TPGroup) -> None:
+    def __init__(self, weight: Weight, config: OptimConfig, tp: TPGroup) -> None:
         shape, cut = weight.shard.global_shape, weight.shard.dim
-        self.index, self.weight = index, weight
+        self.index, self.weight = weight.index, weight
         self.channel_dim = 0 if shape[0] >= shape[1] else 1
         self.num_channels, self.num_contracted = max(shape), min(shape)
         self.exchanged = tp.size > 1 and cut == 1 - self.channel_dim
@@ -102,18 +103,30 @@ def refresh_projections(matrices: Sequence[Matrix], due: Sequence[int], config: 
 class MatrixGroup:
     """Matrices side by side along the channel axis: state, and the buffers of one step.
 
-    State, LOCAL, fp32: ``exp_avg``, ``exp_avg_sq`` (rows, rank). Per step: ``projected`` (rows, rank), the projected
-    gradient; ``energy`` (rows,), the squared norm of each channel; ``scales`` (rows,), each channel's factor.
+    State, LOCAL, fp32: ``exp_avg``, ``exp_avg_sq`` (rows, rank); ``moments`` if given, which another group owns. Per step:
+    ``projected`` (rows, rank), the projected gradient; ``energy`` (rows,), the squared norm of each channel; ``scales``
+    (rows,), each channel's factor.
     """
 
-    def __init__(self, matrices: Sequence[Matrix], rank: int, exchanged: bool, tp: TPGroup) -> None:
+    def __init__(
+        self,
+        matrices: Sequence[Matrix],
+        rank: int,
+        exchanged: bool,
+        tp: TPGroup,
+        moments: tuple[Tensor, Tensor] | None = None,
+    ) -> None:
         self.matrices, self.rank, self.exchanged, self.tp = list(matrices), rank, exchanged, tp
         self.device = matrices[0].weight.data.device
         self.lengths = [m.num_rows for m in matrices]
         self.starts = [sum(self.lengths[:i]) for i in range(len(self.lengths))]
         self.num_rows = sum(self.lengths)
-        self.exp_avg = torch.zeros(self.num_rows, rank, device=self.device)
-        self.exp_avg_sq = torch.zeros(self.num_rows, rank, device=self.device)
+        if moments is None:
+            moments = (
+                torch.zeros(self.num_rows, rank, device=self.device),
+                torch.zeros(self.num_rows, rank, device=self.device),
+            )
+        self.exp_avg, self.exp_avg_sq = moments
         self.index = torch.tensor([m.index for m in matrices], device=self.device)
         # After an exchange each rank holds other channels; otherwise replicas hold the same ones and one of them counts.
         self.counts = torch.tensor([float(exchanged or m.weight.represents) for m in matrices], device=self.device)
@@ -122,6 +135,18 @@ class MatrixGroup:
     def rows(self, position: int) -> slice:
         """State rows of the matrix at ``position``."""
         return slice(self.starts[position], self.starts[position] + self.lengths[position])
+
+    def parts(self, chosen: dict[int, Matrix]) -> Iterator[MatrixGroup]:
+        """Groups that share the state of some of these matrices; ``chosen`` has their stand-ins by ``index`` here."""
+        places = range(len(self.matrices))
+        for taken, run in itertools.groupby(places, key=lambda place: self.matrices[place].index in chosen):
+            if taken:
+                members = list(run)
+                rows = slice(self.rows(members[0]).start, self.rows(members[-1]).stop)
+                matrices = [chosen[self.matrices[place].index] for place in members]
+                yield MatrixGroup(
+                    matrices, self.rank, self.exchanged, self.tp, (self.exp_avg[rows], self.exp_avg_sq[rows])
+                )
 
     @property
     def buffer_shape(self) -> tuple[int, int]:

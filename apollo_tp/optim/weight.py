@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 
@@ -22,7 +23,7 @@ _CHUNK_ELEMENTS = 1 << 24
 class Weight:
     """LOCAL tensor ``data`` seen as (rows, columns): all dimensions but the last are folded into rows.
 
-    ``index`` is its place within its bundle, which sets it.
+    ``index`` is its place within its bundle; ``at`` gives the same weight another one.
 
     ``represents`` is True on exactly one of the ranks that hold the same content: sums over ranks count it there.
     ``is_matrix`` is False for tensors of one dimension: no weight decay, no limit on the size of a step.
@@ -52,6 +53,17 @@ class Weight:
         if rounding.needs_remainder(data.dtype, precision):
             self.remainder = torch.zeros(self.local_2d, dtype=torch.int8, device=data.device)
         self.rounding_key = stream_key(seed, self.name, "rounding")
+
+    @property
+    def fused_leaf(self) -> torch.nn.Parameter | None:
+        """The leaf in whose hook this weight may be updated; None if its gradient may still have to be summed over ranks."""
+        return self.parameter.complete_leaf if len(self.shard.replica_ranks) < 2 else None
+
+    def at(self, index: int) -> Weight:
+        """This weight, its memory and remainder shared, at another place."""
+        other = copy.copy(self)
+        other.index = index
+        return other
 
     def gradient(self) -> Tensor:
         """The local gradient as (rows, columns); zeros where backward left none."""

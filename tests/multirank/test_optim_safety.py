@@ -15,9 +15,10 @@ from tests.ranks import run_ranks
 
 def snapshot(optimizer: Optimizer) -> list[torch.Tensor]:
     """Copies of everything that a skipped step must leave alone."""
-    tensors = [t for b in optimizer.bundles for g in (*b.groups, *b.adamw) for t in (g.exp_avg, g.exp_avg_sq)]
+    bundle = optimizer.bundle
+    tensors = [t for g in (*bundle.groups, *bundle.adamw) for t in (g.exp_avg, g.exp_avg_sq)]
     tensors += [w.data for w in optimizer.weights] + [w.remainder for w in optimizer.weights if w.remainder is not None]
-    counters = [x for b in optimizer.bundles for x in (b.limiter_norms, torch.tensor(b.steps))]
+    counters = [bundle.limiter_norms, torch.tensor(bundle.steps)]
     return [t.clone() for t in (*tensors, *counters)]
 
 

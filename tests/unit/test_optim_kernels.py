@@ -87,7 +87,7 @@ def run(backend: str, size: int, precision: Precision, dtype: torch.dtype, **cha
         params.append(OptimParameter(shard, tensor, spec.role))
     config = model.config(check_replicas_every=0, max_relative_update=100.0, **changes)
     optimizer = build_optimizer(config, precision, params, tp)
-    bundle = optimizer.bundles[0]
+    bundle = optimizer.bundle
     bundle.backend = TorchBackend(bundle.groups, bundle.adamw, config)
     if backend == "triton":
         bundle.backend = triton_backend(bundle)
@@ -164,7 +164,7 @@ def test_the_random_bits_of_the_kernel_are_those_of_the_twin():
         optimizer = build_optimizer(
             config, Precision.stochastic, [OptimParameter(shard, weight, "matrix")], TPGroup.single()
         )
-        bundle = optimizer.bundles[0]
+        bundle = optimizer.bundle
         bundle.backend = TorchBackend(bundle.groups, bundle.adamw, config)
         if make == "triton":
             bundle.backend = triton_backend(bundle)

@@ -66,7 +66,7 @@ def test_embeddings(mode):
     optimizer.step()
     assert torch.equal(before, embedding.tensor.detach()) == (mode is EmbeddingMode.frozen)
     assert (embedding.name in optimizer.names) == (mode is not EmbeddingMode.frozen)
-    assert (embedding.name in {m.weight.name for m in optimizer.bundles[0].matrices}) == (mode is EmbeddingMode.project)
+    assert (embedding.name in {m.weight.name for m in optimizer.bundle.matrices}) == (mode is EmbeddingMode.project)
 
 
 @pytest.mark.parametrize(("precision", "rest"), [(Precision.remainder, 1), (Precision.stochastic, 0)])
