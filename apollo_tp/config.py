@@ -122,13 +122,11 @@ class TrainConfig:
     max_micro_batch_tokens: int = option(2048, "tokens packed into one micro-batch")
     max_sequence_tokens: int = option(2048, "longest accepted sequence")
     gradient_checkpointing: bool = option(False, "recompute activations in the backward pass")
-    gradients: GradientMode = option(GradientMode.auto, "auto | stored | fused (update inside the backward pass)")
+    gradients: GradientMode = option(GradientMode.auto, "fused (update in the backward pass) | stored | auto (by step)")
     precision: Precision = option(Precision.remainder, "bf16 writes: remainder | stochastic | nearest")
     threads: int | None = option(None, "CPU threads per rank; null leaves torch's default")
 
     def __post_init__(self) -> None:
-        fused = self.gradients is GradientMode.fused
-        check(not fused, "train.gradients", "fused", "auto or stored: the trainer does not use fused updates yet")
         check(
             2 <= self.max_sequence_tokens <= self.max_micro_batch_tokens,
             "train.max_sequence_tokens",
@@ -225,6 +223,9 @@ class Config:
     command_timeout_seconds: float = option(600.0, "deadline of one collective between trainer ranks")
 
     def __post_init__(self) -> None:
+        fused, clip = self.train.gradients is GradientMode.fused, self.optim.max_grad_norm
+        # clipping needs the norm of the whole gradient before the first matrix is written
+        check(not fused or clip is None, "optim.max_grad_norm", clip, "null with train.gradients=fused")
         seconds, limit = self.sync.timeout_seconds, self.command_timeout_seconds
         # the other ranks wait in a collective while rank 0 waits for the server
         check(

@@ -132,7 +132,8 @@ class Hello(Reply, frozen=True):
 class StepDone(Reply, frozen=True):
     """An optimizer step ended on all ranks. Times are seconds on rank 0; memory is the peak of each rank in bytes.
 
-    ``skipped`` says why nothing was written ("" when the weights changed).
+    ``gradients`` is "fused" (updated in the backward pass) or "stored". ``skipped`` says why the step was stopped, and what
+    was written before that: nothing, but for the first tensors of a fused step ("" when it went through).
     """
 
     loss: float
@@ -150,6 +151,7 @@ class StepDone(Reply, frozen=True):
     paused_seconds: float = 0.0
     token_accuracy: float = 0.0
     peak_memory_bytes: list[int] = []
+    gradients: str = "stored"
     skipped: str = ""
     metrics: dict[str, float] = {}
     """Further figures by name, for example DPO's reward margin."""

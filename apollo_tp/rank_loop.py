@@ -254,6 +254,7 @@ def _step_done(command: protocol.AnyCommand, result: StepResult) -> protocol.Ste
         backward_seconds=result.backward_seconds,
         optimizer_seconds=result.optimizer_seconds,
         token_accuracy=result.token_accuracy,
+        gradients=result.gradients,
         skipped=result.outcome.skipped,
         metrics=result.metrics,
     )

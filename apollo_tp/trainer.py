@@ -12,7 +12,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from apollo_tp.config import GradientMode
 from apollo_tp.data import PackedBatch, empty_share, pack, pack_pairs
+from apollo_tp.errors import ConfigError
 from apollo_tp.loss import preference_loss
 from apollo_tp.model import BoundModel
 from apollo_tp.optim import Optimizer, StepOutcome
@@ -24,7 +26,8 @@ from apollo_tp.protocol import PreferencePair, Sample
 class StepResult:
     """What one step did, the same on every rank but for times (seconds), which are this rank's.
 
-    ``loss`` is the weighted mean negative log-likelihood in nats (or the mean DPO loss) before the update.
+    ``loss`` is the weighted mean negative log-likelihood in nats (or the mean DPO loss) before the update. ``gradients``
+    says how they were kept: "fused" (updated in the backward pass) or "stored".
     """
 
     loss: float
@@ -32,6 +35,7 @@ class StepResult:
     num_loss_tokens: int
     padding_share: float
     num_micro_batches: int
+    gradients: str
     token_accuracy: float
     outcome: StepOutcome
     weight_version: int
@@ -54,7 +58,8 @@ class ScoreResult:
 class Trainer:
     """Steps a bound model. ``weight_version`` counts completed updates over the life of the server.
 
-    ``before_write`` is called on every rank between the backward pass and the update.
+    ``before_write`` is called on every rank before the first weight is written: between the backward pass and the update,
+    or before the backward pass of a fused step. Raises ConfigError if ``gradients`` is fused and the optimizer clips.
     """
 
     def __init__(
@@ -65,6 +70,7 @@ class Trainer:
         *,
         device: torch.device,
         max_micro_batch_tokens: int,
+        gradients: GradientMode = GradientMode.auto,
         weight_version: int = 0,
         before_write: Callable[[], None] | None = None,
     ) -> None:
@@ -75,6 +81,11 @@ class Trainer:
         self.max_micro_batch_tokens = max_micro_batch_tokens
         self.weight_version = weight_version
         self._before_write = before_write or (lambda: None)
+        if gradients is GradientMode.auto and optimizer.config.max_grad_norm is not None:
+            gradients = GradientMode.stored  # clipping needs the norm of the whole gradient
+        if gradients is not GradientMode.stored:
+            optimizer.attach_fused()
+        self.gradients = gradients
 
     def step(self, samples: Sequence[Sample], learning_rate_scale: float = 1.0) -> StepResult:
         """One supervised step: weighted mean cross-entropy over all samples, accumulated over micro-batches."""
@@ -115,22 +126,28 @@ class Trainer:
         loss_of: Callable[[PackedBatch], tuple[Tensor, Tensor]],
         learning_rate_scale: float,
     ) -> StepResult:
+        fused = self._is_fused(batches)
         clock = _Clock(self.device)
+        self.optimizer.zero_grad()
         self.model.zero_grad()
         loss_sum = torch.zeros((), device=self.device)
         correct = torch.zeros((), device=self.device)
         for batch in batches:
             loss, hits = loss_of(batch.to(self.device))
             clock.mark("forward")
+            if fused:
+                self._before_write()
+                self.optimizer.begin_fused_step(learning_rate_scale, loss)
             loss.backward()
             clock.mark("backward")
             loss_sum += loss.detach()
             correct += hits.detach()
         self.model.finish_gradients()
         clock.mark("backward")
-        self._before_write()
+        if not fused:
+            self._before_write()
         outcome = self.optimizer.step(learning_rate_scale, loss_sum)
-        if not outcome.skipped:
+        if not outcome.skipped or outcome.num_updated:  # a fused step may stop after its first matrices
             self.weight_version += 1
         self.model.zero_grad()
         clock.mark("optimizer")
@@ -141,6 +158,7 @@ class Trainer:
             num_loss_tokens=num_loss_tokens,
             padding_share=empty_share(batches, self.max_micro_batch_tokens),
             num_micro_batches=len(batches),
+            gradients="fused" if fused else "stored",
             token_accuracy=float(correct) / max(num_loss_tokens, 1),
             outcome=outcome,
             weight_version=self.weight_version,
@@ -149,6 +167,18 @@ class Trainer:
             backward_seconds=clock.seconds["backward"],
             optimizer_seconds=clock.seconds["optimizer"],
         )
+
+    def _is_fused(self, batches: Sequence[PackedBatch]) -> bool:
+        """Whether this step updates in its backward pass. Raises ConfigError if it must and cannot; nothing is written."""
+        if self.gradients is GradientMode.fused and len(batches) != 1:
+            tokens = sum(batch.num_tokens for batch in batches)
+            raise ConfigError(
+                f"train.gradients=fused: got a step of {tokens} tokens in {len(batches)} micro-batches, expected one "
+                f"micro-batch of at most train.max_micro_batch_tokens ({self.max_micro_batch_tokens}), since gradients that "
+                "are freed in the backward pass cannot be accumulated; send fewer samples a step, raise "
+                "train.max_micro_batch_tokens, or set train.gradients=auto"
+            )
+        return self.gradients is not GradientMode.stored and len(batches) == 1
 
     @torch.no_grad()
     def score(self, samples: Sequence[Sample]) -> ScoreResult:

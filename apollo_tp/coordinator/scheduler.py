@@ -315,7 +315,7 @@ class Scheduler:
             "padding_share": done.padding_share, "step_seconds": done.step_seconds,
             "forward_seconds": done.forward_seconds, "backward_seconds": done.backward_seconds,
             "optimizer_seconds": done.optimizer_seconds, "paused_seconds": done.paused_seconds,
-            "peak_memory_bytes": done.peak_memory_bytes,
+            "peak_memory_bytes": done.peak_memory_bytes, "gradients": done.gradients,
             "tokens_per_second": self.progress.tokens_per_second(),
             "seconds_left": self.progress.seconds_left(job.total_steps - job.step), **done.metrics,
         }  # fmt: skip

@@ -80,7 +80,6 @@ def _run(
         optimizer = build_optimizer(config.optim, config.train.precision, model.parameters, tp)
     with _together(control):
         _resume(config, optimizer, lineage.record)
-    log.info("optimizer: %s", optimizer.describe())
     gate = _update_gate(config, world, control, folder, lineage.record.weight_version, tp, mapped.device, stack)
 
     def before_write() -> None:
@@ -93,9 +92,11 @@ def _run(
         tp,
         device=mapped.device,
         max_micro_batch_tokens=config.train.max_micro_batch_tokens,
+        gradients=config.train.gradients,
         weight_version=lineage.record.weight_version,
         before_write=before_write,
     )
+    log.info("optimizer: %s; gradients: %s", optimizer.describe(), trainer.gradients.value)
     checkpoints = _Checkpoints(config, mapped, tp, hf_config, trainer, lineage)
     _serve(config, world, control, folder, manifests, model, trainer, checkpoints, lineage, gate, form, stack)
 
@@ -287,7 +288,7 @@ def _hello(
             weight_version=trainer.weight_version,
             num_parameters=sum(torch.Size(shape).numel() for shape in shapes.values()),
             optimizer=trainer.optimizer.describe(),
-            gradients="stored",
+            gradients=trainer.gradients.value,
             sync=config.sync.mode.value,
             cache=config.sync.cache.value,
             layout=rows,
