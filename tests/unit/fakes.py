@@ -144,7 +144,7 @@ class FakeRanks:
             id=command.id, loss=5.0 / (1 + version), num_tokens=tokens, num_loss_tokens=tokens // 2, padding_share=0.25,
             num_micro_batches=1, grad_norm=1.0, learning_rate=1e-5, weight_version=version,
             step_seconds=self.step_seconds, forward_seconds=0.1, backward_seconds=0.2, optimizer_seconds=0.05,
-            token_accuracy=0.5, peak_memory_bytes=[1000, 2000], skipped=skipped,
+            token_accuracy=0.5, peak_memory_bytes=[1000, 2000], gradients="fused", skipped=skipped,
         )  # fmt: skip
 
 

@@ -48,6 +48,7 @@ def test_defaults_are_those_promised() -> None:
         ("optim.lr=-1", r"optim\.lr: got -1.0, expected a number > 0"),
         ("optim.kind=sgd", r"optim\.kind: .*apollo \| apollo_mini \| adamw"),
         ("train.max_sequence_tokens=9999", r"train\.max_sequence_tokens: got 9999"),
+        ("train.gradients=fused", r"optim\.max_grad_norm: got 1\.0, expected null with train\.gradients=fused"),
         ("optim.lr", "expected key=value"),
     ],
 )
