@@ -70,6 +70,8 @@ def test_the_routes_answer_alike_on_both_ports(stack):
     wait_for(lambda: client.get(f"/train/jobs/{job}").json()["state"] == "succeeded")
     ours, theirs = client.get(f"/train/jobs/{job}"), direct.get(f"/train/jobs/{job}")
     assert (ours.json(), ours.headers["content-type"]) == (theirs.json(), theirs.headers["content-type"])
+    header = "x-apollo-weight-version"
+    assert ours.headers[header] == theirs.headers[header] == str(ours.json()["weight_version"])
     assert client.get("/train/jobs?limit=1").json() == direct.get("/train/jobs?limit=1").json()
     assert client.post("/train", content=b"{").json() == direct.post("/train", content=b"{").json()
     assert client.post("/checkpoint", json={"wait": True}).json()["state"] == "succeeded"

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from apollo_tp.config import OptimizerKind, Precision
+from apollo_tp.config import CacheMode, OptimizerKind, Precision, SyncMode
 from apollo_tp.errors import ConfigError
 from apollo_tp.launch.compose import groups, help_text, read_config
 
@@ -21,17 +21,21 @@ def test_overrides_reach_the_dataclasses() -> None:
             "service.http.port=8301",
             "optim=adamw",
             "checkpoint.after_idle_seconds=null",
+            "sync=step_lock",
+            "cache=reset",
         ]
     )
     assert (config.optim.rank, config.optim.lr, config.service.http.port) == (128, 1e-5, 8301)
     assert config.optim.kind is OptimizerKind.adamw
     assert config.checkpoint.after_idle_seconds is None
+    assert (config.sync.mode, config.sync.cache) == (SyncMode.step_lock, CacheMode.reset)
     assert config.train.precision is Precision.remainder
 
 
 def test_defaults_are_those_promised() -> None:
-    """Rank 64 as one constant, bf16 with a remainder, loopback, automatic checkpoints."""
+    """Rank 64 as one constant, bf16 with a remainder, loopback, automatic checkpoints; inference is never paused."""
     config = read_config([])
+    assert (config.sync.mode, config.sync.cache) == (SyncMode.hogwild, CacheMode.none)
     assert (config.optim.rank, config.optim.scale, config.service.http.host) == (64, "auto", "127.0.0.1")
     assert config.checkpoint.after_idle_seconds == 300
 
@@ -49,6 +53,7 @@ def test_defaults_are_those_promised() -> None:
         ("optim.kind=sgd", r"optim\.kind: .*apollo \| apollo_mini \| adamw"),
         ("train.max_sequence_tokens=9999", r"train\.max_sequence_tokens: got 9999"),
         ("train.gradients=fused", r"optim\.max_grad_norm: got 1\.0, expected null with train\.gradients=fused"),
+        ("sync=lock", r"sync: got 'lock', expected one of \['drain', 'hogwild', 'step_lock'\]"),
         ("optim.lr", "expected key=value"),
     ],
 )

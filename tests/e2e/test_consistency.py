@@ -1,0 +1,249 @@
+"""Updates and running requests, with real vLLM: what a stream sees of an update, what the prefix cache answers after it,
+and that a trainer that dies while the server is paused leaves a server that runs."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from apollo_tp.demo.processes import ManagedProcess, coordinator_url, start_trainer
+from tests.e2e.conftest import Server, Trainer
+from tests.e2e.slow_launch import VARIABLE
+
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]
+
+OVERRIDES = [
+    "server.instance=main",
+    "optim.lr=1e-3",
+    "train.max_sequence_tokens=256",
+    "checkpoint.after_idle_seconds=null",
+]
+TOKENS = [(11 * i) % 997 + 4 for i in range(64)]
+JOB = {"samples": [{"context_ids": TOKENS[:1], "continuation_ids": TOKENS[1:]}] * 2, "wait": True}
+# Two full blocks of vLLM's CPU cache (128 tokens each) and some more.
+LONG_PROMPT = [(13 * i) % 997 + 4 for i in range(300)]
+START = Callable[..., Trainer]
+
+
+@pytest.fixture
+def start(server: Server, tmp_path: Path) -> Iterator[START]:
+    """Starts a trainer whose updates can be made slow: ``order(trainer)`` is the file that says so."""
+    started: list[ManagedProcess] = []
+
+    def begin(*overrides: str) -> Trainer:
+        command = [
+            sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+            "-m", "tests.e2e.slow_launch", "service.http.port=0", f"service.state_dir={tmp_path}/service",
+            f"checkpoint.dir={tmp_path}/checkpoints", "train.threads=1", *OVERRIDES, *overrides,
+        ]  # fmt: skip
+        environment = {
+            "APOLLO_TP_RUNTIME_DIR": str(server.runtime_dir), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1",
+            VARIABLE: str(tmp_path / "order"),
+        }  # fmt: skip
+        started.append(ManagedProcess(command, environment, tmp_path / "trainer.log"))
+        return Trainer(coordinator_url(server.runtime_dir, started[0], instance="main"), tmp_path, started[0])
+
+    try:
+        yield begin
+    finally:
+        for process in started:
+            process.stop()
+
+
+class Stream(threading.Thread):
+    """A client's stream of ``num_tokens`` tokens, with the time (monotonic) at which each arrived."""
+
+    def __init__(self, server: Server, num_tokens: int) -> None:
+        super().__init__(daemon=True)
+        self.url, self.num_tokens = f"{server.url}/v1/completions", num_tokens
+        self.times: list[float] = []
+        self.finished_at = 0.0
+
+    def run(self) -> None:
+        body = {
+            "model": "demo",
+            "prompt": TOKENS[:8],
+            "max_tokens": self.num_tokens,
+            "ignore_eos": True,
+            "stream": True,
+            "return_token_ids": True,  # a chunk may carry several tokens
+        }
+        with httpx.stream("POST", self.url, json=body, timeout=120) as response:
+            response.raise_for_status()
+            for line in response.iter_lines():
+                if line.startswith("data: {"):
+                    (choice,) = json.loads(line[6:])["choices"]
+                    self.times += [time.monotonic()] * len(choice["token_ids"] or [])
+                elif line == "data: [DONE]":
+                    self.finished_at = time.monotonic()
+
+    def started(self) -> Stream:
+        """Start, and wait for the first tokens."""
+        self.start()
+        wait_for(lambda: len(self.times) > 2, 60)
+        return self
+
+    def longest_gap(self) -> float:
+        return max(b - a for a, b in zip(self.times, self.times[1:], strict=False))
+
+
+def wait_for(condition: Callable[[], bool], seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"waited for {seconds:.0f} s"
+        time.sleep(0.02)
+
+
+def answer(server: Server, salt: str | None = None) -> list[float]:
+    """Log-probabilities (nats) of the five likeliest first tokens behind the long prompt: two thirds of them may come from
+    the prefix cache. ``salt`` keeps the request away from every entry."""
+    body = {"model": "demo", "prompt": LONG_PROMPT, "max_tokens": 1, "temperature": 0, "logprobs": 5}
+    if salt:
+        body["cache_salt"] = salt
+    response = httpx.post(f"{server.url}/v1/completions", json=body, timeout=120).raise_for_status().json()
+    return sorted(response["choices"][0]["logprobs"]["top_logprobs"][0].values())
+
+
+def step_data(trainer: Trainer, job: dict) -> list[dict]:
+    events = trainer.get(f"/train/jobs/{job['id']}/events?limit=100")["data"]
+    return [event["data"] for event in events if event["type"] == "metrics"]
+
+
+def check_cache_after_update(server: Server, trainer: Trainer, *, stale: bool) -> None:
+    """Fill the cache, train a step, and ask again: with ``stale`` the answer is not that of a request without the cache."""
+    before = answer(server)
+    assert answer(server) == pytest.approx(before, abs=0.02), "nothing was trained: a hit must not change the answer"
+    job = trainer.post("/train", JOB | {"epochs": 3})
+    assert job["state"] == "succeeded", job
+    cached, fresh = answer(server), answer(server, salt=job["id"])
+    changed = max(abs(a - b) for a, b in zip(before, fresh, strict=True))
+    wrong = max(abs(a - b) for a, b in zip(cached, fresh, strict=True))
+    print(f"changed by {changed:.4f}, answer from the cache off by {wrong:.4f}")
+    assert changed > 0.05, "the update is too small to tell old weights from new"
+    assert (wrong > 0.02) if stale else (wrong == 0)
+
+
+def kill_while_paused(server: Server, trainer: Trainer, rank: int) -> None:
+    """kill -9 of one rank while the server is paused for its update: the server answers again within 10 s."""
+    order = trainer.state_dir / "order"
+    order.with_suffix(".paused").unlink(missing_ok=True)
+    order.write_text("60")
+    trainer.post("/train", JOB | {"wait": False})
+    wait_for(order.with_suffix(".paused").exists, 60)
+    with pytest.raises(httpx.ReadTimeout):  # paused indeed
+        httpx.post(f"{server.url}/v1/completions", json={"model": "demo", "prompt": [5], "max_tokens": 1}, timeout=1.5)
+    torchrun = trainer.process.process.pid
+    ranks = [int(child) for child in Path(f"/proc/{torchrun}/task/{torchrun}/children").read_text().split()]
+    os.kill(torchrun, signal.SIGSTOP)  # it would end the other rank: the plugin must do without
+    try:
+        os.kill(ranks[rank], signal.SIGKILL)
+        killed = time.monotonic()
+        body = {"model": "demo", "prompt": [5], "max_tokens": 1}
+        httpx.post(f"{server.url}/v1/completions", json=body, timeout=30).raise_for_status()
+        seconds = time.monotonic() - killed
+    finally:
+        for process in ranks:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process, signal.SIGKILL)
+        os.kill(torchrun, signal.SIGCONT)
+    print(f"rank {rank} killed: the server answered after {seconds:.1f} s")
+    assert seconds < 10
+
+
+def test_hogwild_and_a_cache_left_alone_serve_a_stale_answer(server: Server, start: START) -> None:
+    """The default: nothing waits, and the prefix cache answers with what older weights computed."""
+    trainer = start()
+    check_cache_after_update(server, trainer, stale=True)
+
+
+def test_a_cache_reset_between_running_requests_breaks_no_stream(server: Server, start: START) -> None:
+    """Without any pause, vLLM takes the cache blocks of running requests away and computes them again."""
+    trainer = start("cache=reset")
+    check_cache_after_update(server, trainer, stale=False)
+    stream = Stream(server, 400).started()
+    job = trainer.post("/train", JOB | {"epochs": 3})
+    assert len(stream.times) < 400, "the stream was over before the updates: nothing was tested"
+    stream.join(120)
+    assert (job["state"], len(stream.times)) == ("succeeded", 400)
+    assert all(step["paused_seconds"] == 0 for step in step_data(trainer, job))
+
+
+def test_step_lock_keeps_a_running_stream_and_reset_makes_answers_fresh(server: Server, start: START) -> None:
+    """A stream stands still during the writes and goes on; the cache is emptied; a dead trainer leaves no pause behind."""
+    trainer = start("sync=step_lock", "cache=reset")
+    status = httpx.get(f"{server.url}/train/status", timeout=30)
+    assert status.json()["trainer"]["sync"] == "step_lock"
+    check_cache_after_update(server, trainer, stale=False)
+
+    (trainer.state_dir / "order").write_text("1.5")
+    stream = Stream(server, 300).started()
+    job = trainer.post("/train", JOB | {"epochs": 2})
+    assert job["state"] == "succeeded", job
+    wrote = time.monotonic()
+    stream.join(120)
+    assert stream.times[0] < wrote
+    assert stream.finished_at > wrote - 1, "the stream was over before the update: nothing was tested"
+    assert len(stream.times) == 300
+    assert stream.longest_gap() > 1.4, "tokens arrived while an update was written"
+    steps = step_data(trainer, job)
+    assert all(1.4 < step["paused_seconds"] < 30 for step in steps)
+    versions = [step["weight_version"] for step in steps]
+    status = httpx.get(f"{server.url}/train/status", timeout=30)
+    assert versions[-1] == versions[0] + 1 == job["weight_version"] == status.json()["trainer"]["weight_version"]
+    assert status.headers["x-apollo-weight-version"] == str(versions[-1])
+    kill_while_paused(server, trainer, rank=1)
+
+
+def test_drain_writes_between_requests_and_salt_makes_answers_fresh(server: Server, start: START) -> None:
+    """A running stream ends before the update, one that comes meanwhile waits, none fails; versions share no entries."""
+    trainer = start("sync=drain", "cache=salt")
+    check_cache_after_update(server, trainer, stale=False)
+
+    (trainer.state_dir / "order").write_text("1.5")
+    first = Stream(server, 400).started()
+    results: list[dict] = []
+    job = threading.Thread(target=lambda: results.append(trainer.post("/train", JOB)))
+    job.start()
+    wait_for((trainer.state_dir / "order.paused").exists, 120)
+    assert first.finished_at, "the update began while a request ran"
+    late = Stream(server, 5)
+    late.start()
+    job.join(120)
+    late.join(120)
+    assert results[0]["state"] == "succeeded", results
+    assert len(first.times) == 400
+    assert len(late.times) == 5
+    (step,) = step_data(trainer, results[0])
+    assert late.times[0] - first.finished_at > 1.4, "the late request did not wait for the update"
+    assert step["paused_seconds"] > 1.4
+    kill_while_paused(server, trainer, rank=0)
+
+
+def test_a_server_without_the_plugin_is_refused(server: Server, tmp_path: Path) -> None:
+    """No update lock, no pausing mode: the trainer ends at its start, with cause and cure."""
+    path = server.runtime_dir / "main" / "sync.sock"
+    hidden = path.with_name("hidden.sock")
+    path.rename(hidden)
+    try:
+        process = start_trainer(
+            server.runtime_dir, tmp_path, tmp_path / "t.log", overrides=["server.instance=main", "sync=drain"]
+        )
+        try:
+            assert process.process.wait(180) != 0
+        finally:
+            process.stop()
+    finally:
+        hidden.rename(path)
+    text = process.log.read_text()
+    assert "VLLM_PLUGINS=apollo" in text
+    assert "sync=hogwild cache=none" in text

@@ -1,0 +1,199 @@
+"""The update lock between trainer and vLLM's plugin: who pauses and resumes, and what a dead or silent trainer leaves."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from apollo_tp import protocol, runtime
+from apollo_tp.config import CacheMode, SyncConfig, SyncMode
+from apollo_tp.errors import ConfigError, DeadlineError
+from apollo_tp.launch.update_gate import Lock, UpdateGate
+from apollo_tp.parallel import TPGroup
+from apollo_tp.vllm_plugin.update_lock import UpdateLock
+
+LEASE_SECONDS = 1.5
+
+
+class FakeEngine:
+    """vLLM's engine as the lock sees it. While ``busy``, a draining pause does not come to its end."""
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+        self.is_paused = False
+        self.busy = False
+
+    async def pause(self, *, drain: bool) -> None:
+        self.calls.append("drain" if drain else "keep")
+        self.is_paused = True
+        while drain and self.busy:  # noqa: ASYNC110 - set from another thread
+            await asyncio.sleep(0.01)
+
+    async def resume(self) -> None:
+        self.calls.append("resume")
+        self.is_paused = False
+
+    async def paused(self) -> bool:
+        return self.is_paused
+
+    async def reset_prefix_cache(self) -> None:
+        self.calls.append("reset")
+
+    def salt_requests(self, salt: str) -> None:
+        self.calls.append(f"salt {salt}" if salt else "no salt")
+
+
+class Plugin:
+    """The plugin's end in an event loop of its own."""
+
+    def __init__(self, folder: Path, refusal: str = "") -> None:
+        self.engine, self.folder = FakeEngine(), folder
+        self.loop = asyncio.new_event_loop()
+        self.lock = UpdateLock(self.engine, refusal, LEASE_SECONDS)
+        self.thread = threading.Thread(target=self.loop.run_forever)
+        self.thread.start()
+        path = folder / protocol.SYNC_SOCKET
+        asyncio.run_coroutine_threadsafe(self.lock.start(path), self.loop).result(5)
+
+    def close(self) -> None:
+        async def end() -> None:
+            await self.lock.close()
+            others = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
+            for task in others:
+                task.cancel()
+            await asyncio.gather(*others, return_exceptions=True)
+
+        asyncio.run_coroutine_threadsafe(end(), self.loop).result(5)
+        self.loop.call_soon_threadsafe(self.loop.stop)
+        self.thread.join(5)
+        self.loop.close()
+
+
+@pytest.fixture
+def plugin(tmp_path: Path) -> Iterator[Plugin]:
+    plugin = Plugin(tmp_path)
+    try:
+        yield plugin
+    finally:
+        plugin.close()
+
+
+def options(mode: SyncMode, cache: CacheMode = CacheMode.none, timeout_seconds: float = 5.0) -> SyncConfig:
+    return SyncConfig(mode=mode, cache=cache, timeout_seconds=timeout_seconds)
+
+
+def attach(plugin: Plugin, config: SyncConfig, ranks: list[runtime.ProcessId] | None = None) -> Lock:
+    return Lock(plugin.folder, config, 7, ranks or [])
+
+
+def eventually(condition) -> float:
+    """Seconds until ``condition()`` holds."""
+    start = time.monotonic()
+    while not condition():
+        assert time.monotonic() - start < 10
+        time.sleep(0.01)
+    return time.monotonic() - start
+
+
+@pytest.mark.parametrize(
+    ("mode", "cache", "expected"),
+    [
+        (SyncMode.step_lock, CacheMode.none, ["no salt", "keep", "no salt", "resume"]),
+        (SyncMode.drain, CacheMode.reset, ["no salt", "reset", "drain", "no salt", "reset", "resume"]),
+        (SyncMode.hogwild, CacheMode.salt, ["salt apollo-7-1", "salt apollo-8-2"]),
+    ],
+)
+def test_what_the_engine_is_asked_around_an_update(
+    plugin: Plugin, mode: SyncMode, cache: CacheMode, expected: list[str]
+) -> None:
+    """Pause, refresh the cache, resume: in this order, and only what the options say."""
+    lock = attach(plugin, options(mode, cache))
+    gate = UpdateGate(mode, TPGroup.single(), torch.device("cpu"), lock)
+    gate.before_write()
+    assert plugin.engine.is_paused == (mode is not SyncMode.hogwild)
+    gate.after_step(8)
+    assert plugin.engine.calls == expected
+    gate.after_step(8)  # a command that wrote nothing
+    assert plugin.engine.calls == expected
+    assert (plugin.folder / protocol.SYNC_SOCKET).stat().st_mode & 0o077 == 0
+    lock.close()
+
+
+def test_a_trainer_that_renews_keeps_the_pause_and_one_that_leaves_ends_it(plugin: Plugin) -> None:
+    """The pause outlives the lease while rank 0 lives, and ends at once with its connection."""
+    lock = attach(plugin, options(SyncMode.step_lock), [runtime.ProcessId.of(os.getpid())])
+    lock.pause()
+    time.sleep(1.5 * LEASE_SECONDS)
+    assert plugin.engine.is_paused
+    lock.close()
+    assert eventually(lambda: not plugin.engine.is_paused) < 1
+
+
+def test_a_dead_rank_or_a_silent_trainer_loses_the_lease(plugin: Plugin, caplog: pytest.LogCaptureFixture) -> None:
+    """Rank 0 lives on, waiting for a dead rank: the server is resumed all the same, and rank 0 hears of it."""
+    lock = attach(plugin, options(SyncMode.step_lock), [runtime.ProcessId(2**22 + 1, 0)])
+    lock.pause()
+    assert eventually(lambda: not plugin.engine.is_paused) < 2 * LEASE_SECONDS
+    lock.release(8)
+    assert "the lease ran out" in caplog.text
+    lock.close()
+
+
+@pytest.mark.parametrize("end", ["close", "release"])
+def test_a_drain_that_is_given_up_leaves_no_pause(plugin: Plugin, end: str) -> None:
+    """A request that never ends: the step fails after the deadline, and new requests run again."""
+    plugin.engine.busy = True
+    lock = attach(plugin, options(SyncMode.drain, timeout_seconds=0.3))
+    with pytest.raises(DeadlineError, match=r"sync\.timeout_seconds"):
+        lock.pause()
+    lock.close() if end == "close" else lock.release(7)
+    eventually(lambda: not plugin.engine.is_paused)
+    plugin.engine.busy = False  # vLLM answers the call that nobody waits for any more
+    time.sleep(0.1)
+    assert not plugin.engine.is_paused
+    if end == "release":
+        lock.pause()
+        assert plugin.engine.is_paused
+        lock.release(8)
+        lock.close()
+
+
+def test_a_pause_of_somebody_else_is_left_to_them(plugin: Plugin) -> None:
+    """vLLM was paused through its own /pause: the update may be written, and the pause stays."""
+    plugin.engine.is_paused = True
+    lock = attach(plugin, options(SyncMode.drain))
+    lock.pause()
+    lock.release(8)
+    assert plugin.engine.is_paused
+    assert plugin.engine.calls == ["no salt", "no salt"]
+    lock.close()
+
+
+def test_one_trainer_at_a_time(plugin: Plugin) -> None:
+    """A second connection is refused, and the place is free again when the first one is gone."""
+    first = attach(plugin, options(SyncMode.drain))
+    with pytest.raises(ConfigError, match="second trainer"):
+        attach(plugin, options(SyncMode.drain))
+    first.close()
+    eventually(lambda: plugin.lock._attached is None)
+    attach(plugin, options(SyncMode.drain)).close()
+
+
+@pytest.mark.parametrize("case", ["no plugin", "several API servers"])
+def test_servers_that_cannot_be_paused_are_refused(tmp_path: Path, case: str) -> None:
+    """Cause and cure are in the message."""
+    plugin = Plugin(tmp_path, "API server processes: got 2") if case != "no plugin" else None
+    try:
+        with pytest.raises(ConfigError, match="VLLM_PLUGINS=apollo" if plugin is None else "got 2") as caught:
+            Lock(tmp_path, options(SyncMode.step_lock), 0, [])
+        assert "sync=hogwild cache=none" in str(caught.value)
+    finally:
+        if plugin:
+            plugin.close()
