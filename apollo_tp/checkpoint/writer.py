@@ -18,7 +18,8 @@ from torch import Tensor
 
 from apollo_tp.checkpoint import folder as folders
 from apollo_tp.checkpoint.folder import CheckpointInfo
-from apollo_tp.checkpoint.safetensors_file import DTYPES, Entry, create, plan, write_box
+from apollo_tp.checkpoint.safetensors_file import Entry, create, plan, write_box
+from apollo_tp.dtypes import DTYPES
 from apollo_tp.errors import CheckpointError
 from apollo_tp.layout import Box, Shard
 from apollo_tp.manifest import CheckpointTensor

@@ -66,9 +66,8 @@ def run(out: Path, runtime_dir: Path, num_steps: int, server_args: list[str]) ->
     num_parameters = make_model(out / "model", train_texts, dtype=torch.float32)
     console.print(f"model: {num_parameters / 1e6:.1f}M parameters in {out / 'model'}")
     port = _free_port()
-    server = start_server(
-        out / "model", port, runtime_dir, out / "server.log", tensor_parallel=NUM_RANKS, extra=server_args
-    )
+    extra = ["--dtype", "float32", *server_args]  # vLLM would serve a checkpoint in fp32 as bf16
+    server = start_server(out / "model", port, runtime_dir, out / "server.log", tensor_parallel=NUM_RANKS, extra=extra)
     url, trainer, load = f"http://127.0.0.1:{port}", None, None
     try:
         console.print("server: starting vLLM, TP = 2 ...")

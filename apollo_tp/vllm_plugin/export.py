@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from apollo_tp import runtime
+from apollo_tp.dtypes import DTYPES, NAMES
 from apollo_tp.manifest import (
     SCHEMA_VERSION,
     Allocation,
@@ -29,13 +30,6 @@ from apollo_tp.vllm_plugin import checkpoint_index, compat, memory
 from apollo_tp.vllm_plugin.trace import Trace, trace_loader
 
 logger = logging.getLogger("vllm.apollo_tp")  # vLLM configures the "vllm" logger only
-
-DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
-}  # fmt: skip
-"""safetensors' names of dtypes."""
 
 
 def on_loaded(model: nn.Module, vllm_config: Any, model_config: Any) -> None:
@@ -126,7 +120,7 @@ def _checkpoint_tensors(model_config: Any, vllm_config: Any, header: dict[str, A
             f"{model_config.model}: got no *.safetensors, expected a safetensors checkpoint; convert it with "
             "model.save_pretrained(folder)"
         )
-    safetensors_name = {v: k for k, v in DTYPES.items()}[model_config.dtype]
+    safetensors_name = NAMES[model_config.dtype]
     return checkpoint_index.index_from_config(model_config.hf_config, safetensors_name)
 
 

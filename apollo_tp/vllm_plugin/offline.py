@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import nn
 
+from apollo_tp.dtypes import DTYPES
 from apollo_tp.manifest import Allocation, Manifest
 from apollo_tp.vllm_plugin import compat, export
 from apollo_tp.vllm_plugin.cpu import import_image_processors
@@ -62,7 +63,7 @@ def _manifest(config: Any, rank: int, size: int) -> Manifest:
             for p in sorted(unique, key=lambda p: p.data_ptr())
         ]
         served = export._served_tensors(unique, names, allocations)
-        traces = trace_loader(model, [(t.name, tuple(t.shape), export.DTYPES[t.dtype]) for t in checkpoint])
+        traces = trace_loader(model, [(t.name, tuple(t.shape), DTYPES[t.dtype]) for t in checkpoint])
         segments, refusals = export.segments_of(traces, unique, served)
     return Manifest(
         **header,
