@@ -1,13 +1,29 @@
 """What runs inside vLLM. ``register`` is the ``vllm.general_plugins`` entry point."""
 
+import logging
+
+logger = logging.getLogger("vllm.apollo_tp")  # vLLM configures the "vllm" logger only
+
 
 def register() -> None:
-    """Called by vLLM in every process that it starts, more than once per process tree; safe to call again."""
+    """Called by vLLM in every process that it starts, more than once per process tree; safe to call again.
+
+    A failure is logged; it never takes the server down.
+    """
     from apollo_tp.vllm_plugin import compat
 
     if not compat.asked_for():
         return
+    try:
+        _install()
+    # The server must go on serving whatever is wrong with training it.
+    except Exception:
+        logger.exception("apollo_tp: the plugin could not be installed; this server cannot be trained")
+
+
+def _install() -> None:
     from apollo_tp.manifest import claim_instance
+    from apollo_tp.vllm_plugin import compat
     from apollo_tp.vllm_plugin.export import on_loaded
 
     claim_instance()

@@ -34,17 +34,23 @@ logger = logging.getLogger("vllm.apollo_tp")  # vLLM configures the "vllm" logge
 
 def on_loaded(model: nn.Module, vllm_config: Any, model_config: Any) -> None:
     """Export this worker's weights. A failure is logged and published; it never takes the server down."""
+    try:
+        _publish_weights(model, vllm_config, model_config)
+    # The server must go on serving whatever is wrong with training it.
+    except Exception:
+        logger.exception("apollo_tp: could not export the weights; this server cannot be trained")
+
+
+def _publish_weights(model: nn.Module, vllm_config: Any, model_config: Any) -> None:
     rank, size = compat.tensor_parallel()
     header = _header(vllm_config, model_config, rank, size)
     folder = runtime.instance_dir(header["instance_id"])
     try:
         compat.check_version()
         manifest = _export(model, vllm_config, model_config, header)
-    # The server must go on serving whatever is wrong with training it.
     except Exception:
-        logger.exception("apollo_tp: rank %d could not export its weights; this server cannot be trained", rank)
-        publish(Manifest(**header, error=traceback.format_exc()), folder)
-        return
+        publish(Manifest(**header, error=traceback.format_exc()), folder)  # so that the trainer can say why
+        raise
     path = publish(manifest, folder)
     logger.info(
         "apollo_tp: rank %d of %d exported %d parameters as %d segments of %d checkpoint tensors (%d refused) to %s",

@@ -131,6 +131,32 @@ def test_wrong_number_of_ranks_is_refused(server: Server, tmp_path: Path) -> Non
     assert "--nproc-per-node 2" in process.log.read_text()
 
 
+def test_a_server_that_cannot_export_serves_and_says_so(server: Server, tmp_path: Path) -> None:
+    """A runtime folder that others can read: loud in the server's log and in the trainer's error; requests are answered."""
+    open_to_all, port = tmp_path / "open", free_port()
+    open_to_all.mkdir(mode=0o755)
+    open_to_all.chmod(0o755)
+    process = start_server(server.model, port, open_to_all, tmp_path / "server.log", tensor_parallel=1)
+    try:
+        process.wait_for(f"http://127.0.0.1:{port}/health", START_SECONDS)
+        body = {"model": "demo", "prompt": [5, 6, 7], "max_tokens": 2}
+        answer = httpx.post(f"http://127.0.0.1:{port}/v1/completions", json=body, timeout=60)
+        assert answer.status_code == 200, answer.text
+        refused = httpx.get(f"http://127.0.0.1:{port}/train/status", timeout=60)
+        assert refused.status_code == 503, refused.text
+    finally:
+        process.stop()
+    assert "this server cannot be trained" in process.log.read_text()
+    assert str(open_to_all) in process.log.read_text()
+    trainer = start_trainer(open_to_all, tmp_path, tmp_path / "trainer.log", num_ranks=1)
+    try:
+        assert trainer.process.wait(60) != 0
+    finally:
+        trainer.stop()
+    assert str(open_to_all) in trainer.log.read_text()
+    assert "chmod 700" in trainer.log.read_text()
+
+
 def test_a_dead_server_ends_the_trainer_and_is_recognised_as_stale(server: Server, tmp_path: Path) -> None:
     """vLLM killed: the trainer says so within 10 s and exits non-zero; its manifests are stale afterwards."""
     port = free_port()
