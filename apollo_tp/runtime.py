@@ -64,7 +64,7 @@ def private_dir(path: Path) -> Path:
     if not stat.S_ISDIR(info.st_mode) or info.st_uid != os.getuid() or info.st_mode & 0o077:
         raise ConfigError(
             f"runtime folder {path}: got owner {info.st_uid} and mode {stat.filemode(info.st_mode)}, expected a folder "
-            f"of user {os.getuid()} that nobody else can read; set ${RUNTIME_DIR_VARIABLE} to a private folder"
+            f"of user {os.getuid()} that nobody else can read; chmod 700 it, or set ${RUNTIME_DIR_VARIABLE} to another"
         )
     return path
 
