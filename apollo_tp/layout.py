@@ -8,6 +8,7 @@ one dimension a rank holds, and which other ranks hold the very same.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -44,12 +45,22 @@ class View:
 
 
 @dataclass(frozen=True, slots=True)
+class ReplicatedPart:
+    """``length`` local indices from ``start`` along the cut dimension, held by all of ``ranks`` (ascending)."""
+
+    start: int
+    length: int
+    ranks: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Shard:
     """What one rank holds of one checkpoint tensor.
 
     ``ranges`` are half-open global index ranges along ``dim`` in the order in which they lie in the local tensor (more
     than one where vLLM cuts the parts of a fused tensor separately). ``dim is None`` means that the rank holds all of it.
-    ``replica_ranks`` are all ranks with exactly the same content, this one included, ascending.
+    ``replica_ranks`` are all ranks with exactly the same content, this one included, ascending. ``replicated`` are the parts
+    that other ranks hold too, also ranks whose content is not the same: key and value rows of a fused tensor.
     """
 
     name: str
@@ -57,6 +68,7 @@ class Shard:
     dim: int | None
     ranges: tuple[tuple[int, int], ...]
     replica_ranks: tuple[int, ...]
+    replicated: tuple[ReplicatedPart, ...] = ()
 
     @property
     def local_shape(self) -> tuple[int, ...]:
@@ -121,3 +133,27 @@ def merge_ranges(ranges: Iterable[tuple[int, int]]) -> tuple[tuple[int, int], ..
         else:
             merged.append((start, stop))
     return tuple(merged)
+
+
+def replicated_parts(ranges_by_rank: Sequence[Sequence[tuple[int, int]]], rank: int) -> list[ReplicatedPart]:
+    """The parts of ``rank``'s ranges that other ranks hold as well, in local order; global half-open index ranges.
+
+    A fused tensor may be replicated in part: its key and value rows, but not its query rows.
+    """
+    bounds = sorted({bound for ranges in ranges_by_rank for pair in ranges for bound in pair})
+    parts: list[ReplicatedPart] = []
+    local = 0
+    for start, stop in ranges_by_rank[rank]:
+        inner = [start, *(b for b in bounds if start < b < stop), stop]
+        for low, high in itertools.pairwise(inner):
+            holders = tuple(
+                r for r, ranges in enumerate(ranges_by_rank) if any(a <= low and high <= b for a, b in ranges)
+            )
+            if len(holders) > 1:
+                previous = parts[-1] if parts else None
+                if previous and previous.ranks == holders and previous.start + previous.length == local:
+                    parts[-1] = ReplicatedPart(previous.start, previous.length + high - low, holders)
+                else:
+                    parts.append(ReplicatedPart(local, high - low, holders))
+            local += high - low
+    return parts

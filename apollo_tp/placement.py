@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from apollo_tp.errors import UnsupportedModelError
-from apollo_tp.layout import Box, Shard, cut_dim, merge_ranges, uncovered
+from apollo_tp.layout import Box, Shard, cut_dim, merge_ranges, replicated_parts, uncovered
 from apollo_tp.manifest import CheckpointTensor, Manifest, SegmentRecord, ServedTensor
 
 
@@ -104,6 +104,7 @@ def _place_one(
                 None if whole else dim,
                 () if whole else ranges[rank],
                 tuple(r for r, other in enumerate(ranges) if other == ranges[rank]),
+                () if whole else tuple(replicated_parts(ranges, rank)),
             ),
             dim,
             ordered[rank],

@@ -9,14 +9,17 @@ import numpy as np
 import torch
 
 from apollo_tp.config import OptimConfig
-from apollo_tp.layout import Shard, merge_ranges
+from apollo_tp.layout import Shard, merge_ranges, replicated_parts
 from apollo_tp.optim import OptimParameter
 from apollo_tp.parallel import TPGroup
 
 
 @dataclass(frozen=True)
 class Spec:
-    """A checkpoint tensor: ``parts`` are cut separately along ``dim``; at most ``pieces`` ranks hold different parts."""
+    """A checkpoint tensor: ``parts`` are cut separately along ``dim``; at most ``pieces`` ranks hold different parts.
+
+    ``part_pieces`` says so for each part: key and value rows of a fused tensor are replicated, query rows are not.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -25,19 +28,24 @@ class Spec:
     parts: tuple[int, ...] = ()
     pieces: int = 64
     padded: int = 0
+    part_pieces: tuple[int, ...] = ()
 
     def shard(self, rank: int, size: int) -> Shard:
         if self.dim is None:
             return Shard(self.name, self.shape, None, (), tuple(range(size)))
-        distinct = min(size, self.pieces)
-        copies = size // distinct
-        piece, ranges, start = rank // copies, [], 0
-        for part in self.parts or (self.shape[self.dim],):
-            per = math.ceil((self.padded or part) / distinct)
+        ranges = [self._ranges(other, size) for other in range(size)]
+        replicas = tuple(other for other in range(size) if ranges[other] == ranges[rank])
+        return Shard(self.name, self.shape, self.dim, ranges[rank], replicas, tuple(replicated_parts(ranges, rank)))
+
+    def _ranges(self, rank: int, size: int) -> tuple[tuple[int, int], ...]:
+        ranges, start = [], 0
+        parts = self.parts or (self.shape[self.dim],)
+        for part, pieces in zip(parts, self.part_pieces or (self.pieces,) * len(parts), strict=True):
+            distinct = min(size, pieces)
+            piece, per = rank // (size // distinct), math.ceil((self.padded or part) / distinct)
             ranges.append((start + min(piece * per, part), start + min((piece + 1) * per, part)))
             start += part
-        replicas = tuple(range(piece * copies, (piece + 1) * copies))
-        return Shard(self.name, self.shape, self.dim, merge_ranges(ranges), replicas)
+        return merge_ranges(ranges)
 
 
 SPECS = (
@@ -52,6 +60,9 @@ SPECS = (
     Spec("k_tall.weight", (48, 20), 0, pieces=2),
     Spec("in_proj_qkv.weight", (96, 64), 0, parts=(24, 24, 48)),
     Spec("in_proj_wide.weight", (32, 80), 0, parts=(8, 8, 16)),
+    Spec("qkv_tall.weight", (96, 64), 0, parts=(64, 16, 16), part_pieces=(64, 1, 1)),
+    Spec("qkv_wide.weight", (32, 80), 0, parts=(16, 8, 8), part_pieces=(64, 2, 2)),
+    Spec("qkv.bias", (96,), 0, "other", parts=(64, 16, 16), part_pieces=(64, 1, 1)),
     Spec("router.weight", (16, 64), None),
     Spec("embed_tokens.weight", (70, 24), 0, "embedding", padded=128),
     Spec("small.weight", (8, 64), 0),
@@ -118,8 +129,8 @@ def assemble(per_rank: list[dict[str, np.ndarray]]) -> dict[str, torch.Tensor]:
             for box, start in shard.boxes:
                 view = whole[tuple(slice(o, o + n) for o, n in zip(box.offset, box.shape, strict=True))]
                 own = value if shard.dim is None else value.narrow(shard.dim, start, box.shape[shard.dim])
-                if not torch.isnan(view).all():
-                    assert torch.equal(view, own), f"{spec.name}: replicas differ on rank {rank}"
+                known = ~torch.isnan(view)
+                assert torch.equal(view[known], own[known]), f"{spec.name}: replicas differ on rank {rank}"
                 view.copy_(own)
         assert not torch.isnan(whole).any(), f"{spec.name}: a part is on no rank"
         result[spec.name] = whole

@@ -10,8 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from apollo_tp.layout import Shard
-from apollo_tp.model.replicas import replicated_parts
+from apollo_tp.layout import Shard, replicated_parts
 from apollo_tp.parallel import TPGroup
 
 BUCKET_BYTES = 64 * 2**20

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from apollo_tp.config import EmbeddingMode, OptimConfig, Precision
@@ -150,7 +151,7 @@ class Optimizer:
         (the norm of the whole gradient is not known before the first write; the norm-growth limiter works); a value that
         is not finite stops the matrix where it appears and all later ones, while those already written stay written.
         Collectives per matrix: one all-reduce of 4 floats and, if cut along its contracted dimension, one reduce-scatter
-        and one all-gather. Raises ConfigError if clipping is on.
+        and one all-gather. Collective itself: one all-reduce. Raises ConfigError if clipping is on.
         """
         if self.config.max_grad_norm is not None:
             raise ConfigError(
@@ -158,7 +159,10 @@ class Optimizer:
                 "the norm of the whole gradient is not known before the first matrix is written"
             )
         if self.fused is None:
-            fused = [m.weight for m in self.bundle.matrices if m.weight.fused_leaf is not None]
+            matrices = [m.weight for m in self.bundle.matrices]
+            free = torch.tensor([float(w.fused_leaf is not None) for w in matrices], device=self.device)
+            agreed = self.tp.all_reduce_(free, dist.ReduceOp.MIN).tolist()  # hooks are collective: all ranks, or none
+            fused = [weight for weight, everywhere in zip(matrices, agreed, strict=True) if everywhere]
             if len(fused) == len(self.weights):
                 fused = fused[:-1]  # ``step`` needs a parameter to tell what happened
             self.fused = FusedStep(self.bundle, fused)

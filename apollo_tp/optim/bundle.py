@@ -70,14 +70,13 @@ class Bundle:
             self.groups = [part for group in whole.groups for part in group.parts(chosen)]
         else:
             self.adamw = [AdamWState(w) for w in others]
-            # neighbours stay in one group, and share collectives, in the part that is left over by fused updates
-            ordered = sorted(self.matrices, key=lambda m: m.weight.fused_leaf is not None)
-            self.groups = make_groups(ordered, moment_rank(config), tp, BUCKET_BYTES)
+            self.groups = make_groups(self.matrices, moment_rank(config), tp, BUCKET_BYTES)
         self.backend = _make_backend(self)
         self.is_projected = self.vector([float(i in roots) for i in range(count)]) > 0
         self.root_scales = self.vector([roots.get(i, 1.0) for i in range(count)])
         self.adamw_index = torch.tensor([a.index for a in self.adamw], dtype=torch.int64, device=self.device)
         self.adamw_counts = self.vector([float(a.weight.represents) for a in self.adamw]).float()
+        self.adamw_in_part = [a for a in self.adamw if a.weight.counted is not None]  # few: in plain torch everywhere
         exchanged = [m for g in self.groups if g.exchanged for m in g.matrices]
         starts = itertools.accumulate((m.per_rank for m in exchanged), initial=0)
         self.gather_starts = {m.index: start for m, start in zip(exchanged, starts, strict=False)}
@@ -126,14 +125,7 @@ class Bundle:
     def local_square_norms(self) -> Tensor:
         """(parameters,) squared norms of this rank's part of each matrix, replicas once; 0 for one dimension."""
         zero = torch.zeros((), device=self.device)
-        return torch.stack(
-            [
-                torch.linalg.vector_norm(w.data, dtype=torch.float32).square() * float(w.represents)
-                if w.is_matrix
-                else zero
-                for w in self.weights
-            ]
-        )
+        return torch.stack([w.square_norm(w.data) if w.is_matrix else zero for w in self.weights])
 
     def _decide(self, gradients: list[Tensor], lr: float, loss: Tensor | None, alive: Tensor | None) -> Decision:
         """Steps 1 to 3. Touches neither state nor weights."""
@@ -142,7 +134,7 @@ class Bundle:
         bias = self.vector([_bias_correction(n + 1, *config.betas) for n in steps])
         first = self.vector([float(n == 0) for n in steps]) > 0
         refresh_projections(self.matrices, [steps[m.index] // config.refresh_every for m in self.matrices], config)
-        self.backend.project(gradients)
+        self.backend.project(self._counted_once(gradients))
         sums = self._local_square_sums(gradients, loss)
         local_sums = sums.clone()
         for group in self.groups:
@@ -160,6 +152,15 @@ class Bundle:
         decision = self._agree(lr, clip, sums, norms, bias, first)
         decision.local_sums = local_sums
         return decision if alive is None else decision.under(alive)
+
+    def _counted_once(self, gradients: list[Tensor]) -> list[Tensor]:
+        """The gradients to project: without what another rank puts into the sum, where partial projections are summed."""
+        counted = list(gradients)
+        for matrix in self.matrices:
+            if matrix.exchanged and matrix.weight.counted is not None:
+                gradient = gradients[matrix.index]
+                counted[matrix.index] = gradient * matrix.weight.counted.to(gradient.dtype)
+        return counted
 
     def _agree(self, lr: float, clip: Tensor, sums: Tensor, norms: Tensor, bias: Tensor, first: Tensor) -> Decision:
         """The decision, from scalars that are the same on all ranks; (parameters,) vectors in fp64."""
@@ -210,6 +211,8 @@ class Bundle:
             sums[group.index] = group.segment_sum(group.all_energy.sum(0))
         if self.adamw:
             sums[self.adamw_index] = self.backend.adamw_square_sums(gradients) * self.adamw_counts
+            for state in self.adamw_in_part:
+                sums[state.index] = state.weight.square_norm(gradients[state.index])
         if loss is not None:
             sums[-1] = torch.where(torch.isfinite(loss.detach()), 0.0, torch.nan).to(self.device)
         return sums
@@ -234,6 +237,10 @@ class Bundle:
         if self.adamw:
             updates = self.backend.adamw_update_norms(gradients, clip, self.steps)
             norms[self.adamw_index, 0] = updates * self.adamw_counts
+            for state in self.adamw_in_part:
+                gradient = gradients[state.index].float() * clip
+                update = state.candidate(gradient, self.counters.steps[self.places[state.index]], self.config)[2]
+                norms[state.index, 0] = state.weight.square_norm(update)
         return norms
 
 

@@ -70,18 +70,17 @@ def _pieces(optimizer: Optimizer) -> Iterator[_Piece]:
     for group in optimizer.bundle.groups:
         for position, matrix in enumerate(group.matrices):
             shape, start = (matrix.num_channels, group.rank), group.rows(position).start
-            for part, (first, last) in enumerate(matrix.state_ranges):
+            for part, (first, last, counted) in enumerate(matrix.state_spans):
                 rows, box = slice(start, start + last - first), Box((first, 0), (last - first, group.rank))
                 for kind, state in (("exp_avg", group.exp_avg), ("exp_avg_sq", group.exp_avg_sq)):
-                    owned = matrix.exchanged or matrix.weight.represents
+                    owned = matrix.exchanged or (counted and matrix.weight.represents)
                     yield _Piece(f"{matrix.weight.name}.{kind}", shape, box, state[rows], part, owned)
                 start = rows.stop
     whole = [(a.weight, kind, getattr(a, kind)) for a in optimizer.bundle.adamw for kind in ("exp_avg", "exp_avg_sq")]
     whole += [(w, "remainder", w.remainder) for w in optimizer.weights if w.remainder is not None]
     for weight, kind, folded in whole:
-        shard, owned = weight.shard, weight.represents
-        local = folded.view(shard.local_shape)
-        for part, (box, start) in enumerate(shard.boxes):
+        shard, local = weight.shard, folded.view(weight.shard.local_shape)
+        for part, (box, start, owned) in enumerate(weight.boxes()):
             view = local if shard.dim is None else local.narrow(shard.dim, start, box.shape[shard.dim])
             yield _Piece(f"{weight.name}.{kind}", shard.global_shape, box, view, part, owned)
 

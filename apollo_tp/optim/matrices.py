@@ -34,8 +34,9 @@ def moment_rank(config: OptimConfig) -> int:
 class Matrix:
     """A projected matrix on this rank. ``index`` is its place in the bundle.
 
-    ``num_rows`` state rows (channels) live here; ``state_ranges`` are their global channel ranges in local order. They
-    may be fewer than ``num_rows`` in an exchanged matrix whose channels do not divide by the number of ranks.
+    ``num_rows`` state rows (channels) live here; ``state_spans`` are their global channel ranges in local order, each with
+    whether this rank or a replica counts it. They may hold fewer than ``num_rows`` in an exchanged matrix whose channels do
+    not divide by the number of ranks.
     """
 
     def __init__(self, weight: Weight, config: OptimConfig, tp: TPGroup) -> None:
@@ -49,12 +50,12 @@ class Matrix:
         self.per_rank = -(-self.num_channels // tp.size)  # channels of a rank in an exchange, padded
         if self.exchanged:
             start = min(tp.rank * self.per_rank, self.num_channels)
-            self.state_ranges = ((start, min(start + self.per_rank, self.num_channels)),)
+            self.state_spans = ((start, min(start + self.per_rank, self.num_channels), True),)
             self.num_rows = self.per_rank
         else:
             along = cut == self.channel_dim
-            self.state_ranges = weight.shard.ranges if along else ((0, self.num_channels),)
-            self.num_rows = sum(stop - start for start, stop in self.state_ranges)
+            self.state_spans = weight.spans if along else ((0, self.num_channels, True),)
+            self.num_rows = sum(stop - start for start, stop, _ in self.state_spans)
         scale = self.num_contracted / moment_rank(config) if config.scale == "auto" else float(config.scale)
         self.root_scale = math.sqrt(scale)
         self.projection_key = stream_key(config.seed, weight.name, "projection")
@@ -65,6 +66,15 @@ class Matrix:
     def channels_first(self, local: Tensor) -> Tensor:
         """A (rows, columns) local tensor as (channels, contracted); a view."""
         return local if self.channel_dim == 0 else local.t()
+
+    def row_counts(self) -> Tensor:
+        """(num_rows,) fp32: 1 where this rank counts a channel in sums over ranks, 0 where a replica does.
+
+        After an exchange each rank holds other channels; otherwise replicas hold the same ones and one of them counts.
+        """
+        if self.exchanged or self.weight.counted is None:
+            return torch.full((self.num_rows,), float(self.exchanged or self.weight.represents))
+        return self.weight.counted.flatten().cpu()
 
     def projection(self, rank: int) -> Tensor:
         """(local contracted, rank) fp32 of unit variance; the caller divides by sqrt(rank)."""
@@ -128,8 +138,7 @@ class MatrixGroup:
             )
         self.exp_avg, self.exp_avg_sq = moments
         self.index = torch.tensor([m.index for m in matrices], device=self.device)
-        # After an exchange each rank holds other channels; otherwise replicas hold the same ones and one of them counts.
-        self.counts = torch.tensor([float(exchanged or m.weight.represents) for m in matrices], device=self.device)
+        self.counts = torch.cat([m.row_counts() for m in matrices]).to(self.device)
         self.segments = torch.tensor(self.lengths, device=self.device)
 
     def rows(self, position: int) -> slice:
@@ -167,7 +176,7 @@ class MatrixGroup:
 
     def segment_sum(self, values: Tensor) -> Tensor:
         """Sum of (rows,) per matrix, (matrices,), each replicated channel counted on one rank only."""
-        return torch.segment_reduce(values, "sum", lengths=self.segments, unsafe=True) * self.counts
+        return torch.segment_reduce(values * self.counts, "sum", lengths=self.segments, unsafe=True)
 
     def release(self) -> None:
         """Drop the buffers of the step."""

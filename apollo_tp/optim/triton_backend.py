@@ -301,6 +301,7 @@ class TritonBackend:
 
     def write(self, gradients: Sequence[Tensor], decision: Decision, scales: Scales, steps: Sequence[int]) -> None:
         """Move moments and write weights where ``decision.write`` says so; ``steps`` counts each one's updates before."""
+        self._prepare(gradients)  # the projected ones may have been others
         flags = decision.write.to(torch.int32)
         for group, parameters in zip(self.groups, self.row_parameters, strict=True):
             self._by_rows(kernels.commit_kernel, group, (parameters, flags, decision.clip), ())

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from apollo_tp.config import Precision
 from apollo_tp.errors import UnsupportedModelError
-from apollo_tp.layout import Shard
+from apollo_tp.layout import Box, Shard
 from apollo_tp.optim import rounding
 from apollo_tp.optim.interface import OptimParameter
 from apollo_tp.optim.projection import stream_key
@@ -25,7 +27,10 @@ class Weight:
 
     ``index`` is its place within its bundle; ``at`` gives the same weight another one.
 
-    ``represents`` is True on exactly one of the ranks that hold the same content: sums over ranks count it there.
+    Sums over ranks count each element on the lowest rank that holds it: ``represents`` is True there for all of the content,
+    but for what other ranks hold too, if that is a part. ``spans`` are the ranges of the shard, cut where it changes whether
+    they are counted here: (global start, stop, counted). ``counted`` is the same as factors 1 and 0, fp32, (rows, 1) or
+    (1, columns), only where a part of what this rank represents is counted on another; None elsewhere.
     ``is_matrix`` is False for tensors of one dimension: no weight decay, no limit on the size of a step.
     """
 
@@ -52,12 +57,34 @@ class Weight:
         self.remainder: Tensor | None = None
         if rounding.needs_remainder(data.dtype, precision):
             self.remainder = torch.zeros(self.local_2d, dtype=torch.int8, device=data.device)
+        self.spans = _spans(self.shard, rank)
+        self.counted: Tensor | None = None
+        if self.represents and not all(counted for _, _, counted in self.spans):
+            self.counted = _factors(self.shard, self.spans).to(data.device)
         self.rounding_key = stream_key(seed, self.name, "rounding")
 
     @property
     def fused_leaf(self) -> torch.nn.Parameter | None:
         """The leaf in whose hook this weight may be updated; None if its gradient may still have to be summed over ranks."""
-        return self.parameter.complete_leaf if len(self.shard.replica_ranks) < 2 else None
+        replicated = self.shard.replicated or len(self.shard.replica_ranks) > 1
+        return None if replicated else self.parameter.complete_leaf
+
+    def boxes(self) -> Iterator[tuple[Box, int, bool]]:
+        """(global box, local offset along the cut dimension, counted on this rank) of each span."""
+        if self.shard.dim is None:
+            yield *self.shard.boxes[0], self.represents
+            return
+        local = 0
+        for start, stop, counted in self.spans:
+            box, _ = replace(self.shard, ranges=((start, stop),)).boxes[0]
+            yield box, local, counted and self.represents
+            local += stop - start
+
+    def square_norm(self, values: Tensor) -> Tensor:
+        """Squared norm (0-d fp32) of what this rank counts of (rows, columns) ``values``."""
+        if self.counted is not None:
+            values = values * self.counted
+        return torch.linalg.vector_norm(values, dtype=torch.float32).square() * float(self.represents)
 
     def at(self, index: int) -> Weight:
         """This weight, its memory and remainder shared, at another place."""
@@ -91,6 +118,30 @@ class Weight:
             if rows is not None and columns is not None:
                 bits = rounding.random_bits(self.rounding_key, step, rows[part], columns)
             rounding.store(self.data[part], rest, value, bits)
+
+
+def _spans(shard: Shard, rank: int) -> tuple[tuple[int, int, bool], ...]:
+    """Global ranges in local order, cut where it changes whether ``rank`` is the lowest that holds them."""
+    elsewhere = [(p.start, p.start + p.length) for p in shard.replicated if p.ranks[0] != rank]
+    bounds = sorted({bound for pair in elsewhere for bound in pair})
+    spans, local = [], 0
+    for start, stop in shard.ranges:
+        end, offset = local + stop - start, start - local
+        for a, b in itertools.pairwise([local, *(bound for bound in bounds if local < bound < end), end]):
+            counted = not any(low <= a and b <= high for low, high in elsewhere)
+            spans.append((a + offset, b + offset, counted))
+        local = end
+    return tuple(spans)
+
+
+def _factors(shard: Shard, spans: Sequence[tuple[int, int, bool]]) -> Tensor:
+    """1 where an element of the local tensor folded to two dimensions is counted, 0 elsewhere; it broadcasts to it."""
+    along = torch.cat([torch.full((stop - start,), float(counted)) for start, stop, counted in spans])
+    shape, dim = shard.local_shape, shard.dim
+    if dim == len(shape) - 1:
+        return along[None, :]
+    view = [-1 if d == dim else 1 for d in range(len(shape) - 1)]
+    return along.view(view).expand(shape[:-1]).reshape(-1, 1)
 
 
 def fold(shape: tuple[int, ...]) -> tuple[int, int]:

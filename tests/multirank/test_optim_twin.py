@@ -124,7 +124,7 @@ def test_bytes_on_the_wire_follow_the_formula(size):
     """
     config, count = variant("no_limiter_no_clip"), len(model.SPECS)
     channels = {"case_c.weight": 96, "case_c_odd.weight": 97, "case_d.weight": 96, "square_row.weight": 64}
-    channels |= {"k_proj.weight": 64, "in_proj_wide.weight": 80}
+    channels |= {"k_proj.weight": 64, "in_proj_wide.weight": 80, "qkv_wide.weight": 80}
     padded = sum(-(-big // size) * size for big in channels.values())
     traffic = sharded(size)[0]["no_limiter_no_clip"][2]
     # the variants run one after the other on one counter: take the difference to the variant before

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import gc
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ import torch.distributed as dist
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from apollo_tp.checkpoint import CheckpointWriter, latest, read_info
-from apollo_tp.config import OptimConfig, Precision
+from apollo_tp.config import OptimConfig, OptimizerKind, Precision
 from apollo_tp.errors import CheckpointError
 from apollo_tp.model import bind_model
 from apollo_tp.optim import build_optimizer
@@ -30,11 +31,11 @@ CASE = "qwen3"
 CONFIG = OptimConfig(rank=8, lr=1e-3, max_relative_update=1.0)
 
 
-def make_trainer(tp: TPGroup, checkpoint: Path) -> tuple[Trainer, dict]:
+def make_trainer(tp: TPGroup, checkpoint: Path, config: OptimConfig = CONFIG) -> tuple[Trainer, dict]:
     """A trainer over memory of this process, and the mapped tensors by name."""
     mapped = map_case(checkpoint, tp)
     model = bind_model(AutoConfig.from_pretrained(checkpoint), mapped.tensors, tp)
-    optimizer = build_optimizer(CONFIG, Precision.remainder, model.parameters, tp)
+    optimizer = build_optimizer(config, Precision.remainder, model.parameters, tp)
     trainer = Trainer(model, optimizer, tp, device=torch.device("cpu"), max_micro_batch_tokens=64)
     return trainer, mapped.tensors
 
@@ -81,6 +82,36 @@ def test_five_steps_equal_the_single_process_run(size: int, checkpoints: Path) -
     for rank, errors in enumerate(run_ranks(_five_steps, size, checkpoints / CASES[CASE].checkpoint)):
         wrong = {name: error for name, error in errors.items() if not error < (1e-5 if "loss 0" in name else 1e-3)}
         assert not wrong, f"rank {rank}: {wrong}"
+
+
+NORM_CASES = ("phi3", "fused rows replicated in part", "one KV head")
+
+
+def _first_outcomes(tp: TPGroup, folder: Path) -> dict[str, tuple[float, float]]:
+    """Per case and optimizer: global gradient norm, and the largest relative update, of two steps."""
+    found = {}
+    for name in NORM_CASES:
+        for kind in (OptimizerKind.apollo, OptimizerKind.adamw):
+            trainer, _ = make_trainer(tp, folder / CASES[name].checkpoint, replace(CONFIG, kind=kind))
+            for step in range(2):
+                outcome = trainer.step(samples(seed=step)).outcome
+                assert outcome.skipped == ""
+                found[f"{name}, {kind.value}, {step}"] = (outcome.grad_norm, outcome.largest_update)
+    return found
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_norms_count_what_several_ranks_hold_once(size: int, checkpoints: Path) -> None:
+    """KV heads of their own tensor, and key and value rows inside a fused one: norms are those of one rank."""
+    (expected,) = run_ranks(_first_outcomes, 1, checkpoints)
+    for found in run_ranks(_first_outcomes, size, checkpoints):
+        assert found.keys() == expected.keys()
+        wrong = {
+            name: (found[name], alone)
+            for name, alone in expected.items()
+            if found[name] != pytest.approx(alone, rel=1e-4)
+        }
+        assert not wrong
 
 
 def _pairs() -> list[PreferencePair]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from apollo_tp.model.replicas import replicated_parts
+from apollo_tp.layout import replicated_parts
 
 EXTENT = 24
 
