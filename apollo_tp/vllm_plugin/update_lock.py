@@ -45,7 +45,7 @@ class UpdateLock:
         self._pausing: asyncio.Task[None] | None = None
         self._expired = False
         self._paused_by_others = False
-        self._num_refreshes = 0
+        self._num_salts = 0
         self._server: asyncio.Server | None = None
 
     async def start(self, path: Path) -> None:
@@ -91,6 +91,7 @@ class UpdateLock:
         if self._attached is not None:
             return "got a second trainer, expected one; stop the other one"
         self._attached = request
+        self._engine.salt_requests("")  # of a trainer before this one
         return ""
 
     async def _detach(self) -> None:
@@ -145,8 +146,12 @@ class UpdateLock:
         task, error, drain = asyncio.current_task(), "", self._attached.mode == SyncMode.drain.value
         try:
             self._paused_by_others = await self._engine.paused()
-            if not self._paused_by_others and self._pausing is task:
-                await self._engine.pause(drain=drain)
+            if self._pausing is task:
+                # No await between these two: what has the new salt must reach vLLM behind the pause, and run with the
+                # new weights; what has the old one must reach it before.
+                self._new_salt()
+                if not self._paused_by_others:
+                    await self._engine.pause(drain=drain)
         # vLLM hands engine failures on as plain exceptions; the trainer must hear of them, the server goes on.
         except Exception as caught:  # noqa: BLE001
             error = f"vLLM did not pause: {caught}"
@@ -174,13 +179,17 @@ class UpdateLock:
         if not self._paused_by_others:
             await self._engine.resume()
 
+    def _new_salt(self) -> None:
+        assert self._attached
+        if self._attached.cache == CacheMode.salt.value:
+            # the count: a step that was broken off has left weights that no version names
+            self._num_salts += 1
+            self._engine.salt_requests(f"apollo-{self._attached.weight_version}-{self._num_salts}")
+
     async def _refresh(self) -> str:
         """Part the prefix cache of older weights from what comes; returns what went wrong."""
         assert self._attached
-        self._num_refreshes += 1
-        salted = self._attached.cache == CacheMode.salt.value
-        # the count: a step that was broken off has left weights that no version names
-        self._engine.salt_requests(f"apollo-{self._attached.weight_version}-{self._num_refreshes}" if salted else "")
+        self._new_salt()
         if self._attached.cache == CacheMode.reset.value:
             try:
                 await self._engine.reset_prefix_cache()

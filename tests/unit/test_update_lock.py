@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from apollo_tp.config import CacheMode, SyncConfig, SyncMode
 from apollo_tp.errors import ConfigError, DeadlineError
 from apollo_tp.launch.update_gate import Lock, UpdateGate
 from apollo_tp.parallel import TPGroup
+from apollo_tp.rank_loop import Control, RankLoop
 from apollo_tp.vllm_plugin.update_lock import UpdateLock
 
 LEASE_SECONDS = 1.5
@@ -105,9 +107,14 @@ def eventually(condition) -> float:
 @pytest.mark.parametrize(
     ("mode", "cache", "expected"),
     [
-        (SyncMode.step_lock, CacheMode.none, ["no salt", "keep", "no salt", "resume"]),
-        (SyncMode.drain, CacheMode.reset, ["no salt", "reset", "drain", "no salt", "reset", "resume"]),
-        (SyncMode.hogwild, CacheMode.salt, ["salt apollo-7-1", "salt apollo-8-2"]),
+        (SyncMode.step_lock, CacheMode.none, ["no salt", "keep", "resume"]),
+        (SyncMode.drain, CacheMode.reset, ["no salt", "reset", "drain", "reset", "resume"]),
+        (SyncMode.hogwild, CacheMode.salt, ["no salt", "salt apollo-7-1", "salt apollo-8-2"]),
+        (
+            SyncMode.drain,
+            CacheMode.salt,
+            ["no salt", "salt apollo-7-1", "salt apollo-7-2", "drain", "salt apollo-8-3", "resume"],
+        ),
     ],
 )
 def test_what_the_engine_is_asked_around_an_update(
@@ -165,6 +172,31 @@ def test_a_drain_that_is_given_up_leaves_no_pause(plugin: Plugin, end: str) -> N
         lock.close()
 
 
+def test_a_step_that_raises_during_its_write_resumes_the_server(plugin: Plugin) -> None:
+    """The rank loop releases the lock when all ranks have agreed that the step failed."""
+    lock = attach(plugin, options(SyncMode.step_lock))
+    gate = UpdateGate(SyncMode.step_lock, TPGroup.single(), torch.device("cpu"), lock)
+
+    def step(samples: object, learning_rate_scale: float) -> None:
+        gate.before_write()
+        assert plugin.engine.is_paused
+        raise ValueError("injected in the optimizer")
+
+    trainer = SimpleNamespace(
+        step=step, tp=TPGroup.single(), weight_version=7, device=torch.device("cpu"), peak_memory_bytes=lambda: 0,
+        model=SimpleNamespace(zero_grad=lambda: None),
+    )  # fmt: skip
+    loop = RankLoop(
+        trainer, SimpleNamespace(), Control(0, 1), SimpleNamespace(), None,
+        form_group=lambda: None, on_step=lambda command, done: None, after_write=gate.after_step,
+    )  # fmt: skip
+    reply = loop._execute(protocol.Step(id="j/1", job_id="j", job_step=1, samples=[]))
+    assert isinstance(reply, protocol.CommandFailed)
+    assert "injected" in reply.message
+    assert plugin.engine.calls == ["no salt", "keep", "resume"]
+    lock.close()
+
+
 def test_a_pause_of_somebody_else_is_left_to_them(plugin: Plugin) -> None:
     """vLLM was paused through its own /pause: the update may be written, and the pause stays."""
     plugin.engine.is_paused = True
@@ -172,7 +204,7 @@ def test_a_pause_of_somebody_else_is_left_to_them(plugin: Plugin) -> None:
     lock.pause()
     lock.release(8)
     assert plugin.engine.is_paused
-    assert plugin.engine.calls == ["no salt", "no salt"]
+    assert plugin.engine.calls == ["no salt"]
     lock.close()
 
 
