@@ -150,6 +150,9 @@ class Scheduler:
                 await self._work()
             except RanksGoneError as error:
                 log.warning("waiting for the trainer: %s", error)
+                if self.link.connected and self.link.hello is not None:
+                    # the next trainer said Hello while the job was still taken for running, so that it was not counted
+                    self.reconcile(self.link.hello)
 
     async def _work(self) -> None:
         self._send_checkpoints()
@@ -296,6 +299,8 @@ class Scheduler:
         job.step = int(done.id.rpartition("/")[2])
         job.tokens += done.num_tokens
         job.loss_tokens += done.num_loss_tokens
+        if done.weight_version != job.weight_version:  # a fused step may be skipped with its first matrices written
+            self.store.set_meta("unsaved", "1")
         job.weight_version, job.padding_share = done.weight_version, done.padding_share
         job.training_seconds += done.step_seconds
         job.skipped_steps = job.skipped_steps + 1 if done.skipped else 0
@@ -307,7 +312,6 @@ class Scheduler:
             job.loss, job.token_accuracy = done.loss, done.token_accuracy
             self.recent_losses.append((job.id, job.step, done.loss))
             message = f"Step {job.step}/{job.total_steps}: training loss={done.loss:.4f}"
-            self.store.set_meta("unsaved", "1")
         self.progress.recent.append((time.monotonic(), done.num_tokens))
         data |= {
             "train_loss": done.loss, "train_mean_token_accuracy": done.token_accuracy, "grad_norm": done.grad_norm,

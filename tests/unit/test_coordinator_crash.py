@@ -98,6 +98,21 @@ def test_kill_nine_at_a_random_point(parts, who, seed):
     check_promises(coordinator, ranks, jobs, seen)
 
 
+def test_a_trainer_that_takes_over_before_the_old_one_is_missed(tmp_path):
+    """A step that was written but not reported is not run again, though nobody has noticed that its trainer is gone."""
+    journal = tmp_path / "journal"
+    with CoordinatorProcess(tmp_path, rank_timeout_seconds=20.0) as coordinator, coordinator.client() as client:
+        with FakeRanks(coordinator.ranks_socket, journal, step_seconds=0.02) as first:
+            job = client.post("/train", json=ONE | {"epochs": 3 * STEPS}).json()["id"]
+            wait_for(lambda: client.get(f"/train/jobs/{job}").json()["step"] > 2)
+            first.mute = True
+            told = len(first.applied())
+            wait_for(lambda: len(first.applied()) > told + 1)
+        with FakeRanks(coordinator.ranks_socket, journal) as second:
+            wait_for(lambda: client.get(f"/train/jobs/{job}").json()["state"] == "succeeded")
+            assert [step for _, step in second.applied()] == list(range(1, 3 * STEPS + 1))
+
+
 def test_an_acknowledged_job_is_stored(parts):
     """Killed right behind the 202: the job is there after the restart, and runs."""
     coordinator, ranks = parts
