@@ -21,6 +21,7 @@ CROSSES_RANKS = {  # a sum over ranks enters the update; its order depends on th
     "square_row.weight",
     "k_proj.weight",
     "in_proj_wide.weight",
+    "qkv_wide.weight",
 }
 
 
