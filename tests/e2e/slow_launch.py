@@ -23,7 +23,6 @@ def _slow(self: UpdateGate) -> None:
         time.sleep(float(order.read_text()))
 
 
-UpdateGate.before_write = _slow  # type: ignore[method-assign]
-
-if __name__ == "__main__":
+if __name__ == "__main__":  # not in the tests' own process, which imports a name from here
+    UpdateGate.before_write = _slow  # type: ignore[method-assign]
     sys.exit(main(sys.argv[1:]))
