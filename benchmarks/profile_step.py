@@ -1,0 +1,160 @@
+"""Where does the time of a step go? One rank's share of a model, in one process, without a server and without links.
+
+    python benchmarks/profile_step.py                                # a GPU: the shapes of one rank of an 8.19B Qwen3 at TP = 2
+    python benchmarks/profile_step.py --tiny                         # rehearsal on any machine
+
+A model of half the heads, half the feed-forward width and half the vocabulary has exactly the matrices of one rank of two:
+its step is that rank's computation. What is missing is the sums over ranks (two per layer and direction, and the
+optimizer's). Weights lie in memory as vLLM keeps them: query, key and value rows, and gate and up rows, side by side.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import statistics
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from stack import QWEN3_8B, TINY, device_name, write_results
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PretrainedConfig, Qwen3Config
+
+from apollo_tp.config import OptimConfig, Precision, TrainConfig
+from apollo_tp.layout import Shard
+from apollo_tp.model import bind_model
+from apollo_tp.optim import build_optimizer
+from apollo_tp.parallel import TPGroup
+from apollo_tp.protocol import Sample
+from apollo_tp.trainer import Trainer
+
+RANK_OF_TWO = {"num_attention_heads": 16, "num_key_value_heads": 4, "intermediate_size": 6144, "vocab_size": 75968}
+FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+
+CATEGORIES = (
+    ("matrix products", ("gemm", "nvjet", "cutlass", "sm90_xmma", "cublas")),
+    ("attention", ("flash", "fmha")),
+    ("optimizer", ("project_kernel", "write_kernel", "row_norms", "commit", "adamw_kernel", "unpack_signs")),
+    ("copies and fills", ("memcpy", "memset", "fillfunctor", "copy_kernel", "catarray")),
+)
+"""Kernels by a part of their name; what fits none is elementwise work and reductions."""
+
+
+def served_memory(config: PretrainedConfig, device: str) -> dict[str, tuple[Shard, Tensor]]:
+    """Every checkpoint tensor of ``config`` as one rank of one holds it, random, fused tensors side by side."""
+    with torch.device("meta"):
+        shapes = {name: p.shape for name, p in AutoModelForCausalLM.from_config(config).named_parameters()}
+    shards: dict[str, tuple[Shard, Tensor]] = {}
+
+    def add(name: str, tensor: Tensor) -> None:
+        shape = tuple(shapes[name])
+        shards[name] = (Shard(name, shape, None, (), (0,)), tensor)
+
+    for name, shape in shapes.items():
+        if name in shards:
+            continue
+        group = next((g for g in FUSED if any(f".{part}." in name for part in g)), None)
+        names = [name.replace(f".{group[0]}.", f".{part}.") for part in group] if group else [name]
+        rows = [shapes[n][0] for n in names]
+        fused = torch.empty(sum(rows), *shape[1:], dtype=torch.bfloat16, device=device)
+        fused.normal_(0, 0.02) if len(shape) > 1 else fused.fill_(1.0)
+        for n, part in zip(names, fused.split(rows), strict=True):
+            add(n, part)
+    return shards
+
+
+def categories(profile: Any) -> dict[str, float]:
+    """Milliseconds of GPU time by category."""
+    totals: dict[str, float] = defaultdict(float)
+    for event in kernels(profile):
+        name = event.key.lower()
+        label = next((label for label, parts in CATEGORIES if any(part in name for part in parts)), "elementwise")
+        totals[label] += event.self_device_time_total / 1e3
+    return dict(totals)
+
+
+def kernels(profile: Any) -> Iterator[Any]:
+    return (e for e in profile.key_averages() if e.device_type == torch.autograd.DeviceType.CUDA)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--tokens", type=int, help="tokens of a step, in one sequence (default 4096; tiny 64)")
+    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--precision", type=Precision, choices=list(Precision), default=Precision.remainder)
+    parser.add_argument("--gradients", choices=["stored", "fused"], default="stored", help="fused also stops clipping")
+    parser.add_argument("--recompute", action="store_true")
+    parser.add_argument("--kernels", type=int, default=0, help="also print this many of the longest kernels")
+    parser.add_argument("--out", type=Path, help="folder for the JSON file")
+    options = parser.parse_args()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    config = Qwen3Config(**(TINY if options.tiny else QWEN3_8B | RANK_OF_TWO))
+    tokens = options.tokens or (64 if options.tiny else 4096)
+    result = run(config, tokens, device, options)
+    table = Table(title=f"profile_step: {device_name()}, torch {torch.__version__}, {datetime.date.today()}")
+    table.add_column("what")
+    table.add_column("", justify="right")
+    for key, value in result.items():
+        table.add_row(key, f"{value:,.2f}" if isinstance(value, float) else str(value))
+    Console(width=140).print(table)
+    print(json.dumps(result))
+    write_results(options.out, "profile", 1, result)
+    return 0
+
+
+def run(config: PretrainedConfig, tokens: int, device: str, options: argparse.Namespace) -> dict[str, Any]:
+    torch.manual_seed(0)
+    shards = served_memory(config, device)
+    weights = torch.cuda.memory_allocated() if device == "cuda" else 0
+    tp = TPGroup.single()
+    train = TrainConfig(max_micro_batch_tokens=tokens, max_sequence_tokens=tokens, precision=options.precision)
+    fused = options.gradients == "fused"
+    optim = OptimConfig(
+        lr=1e-6, max_grad_norm=None if fused else 1.0, max_relative_update=1e9, check_replicas_every=0,
+    )  # fmt: skip
+    model = bind_model(config, shards, tp, gradient_checkpointing=options.recompute)
+    optimizer = build_optimizer(optim, train.precision, model.parameters, tp)
+    trainer = Trainer(
+        model, optimizer, tp, device=torch.device(device), max_micro_batch_tokens=tokens,
+        gradients=type(train.gradients)(options.gradients),
+    )  # fmt: skip
+    ids = torch.randint(0, config.vocab_size, (tokens,)).tolist()
+    samples = [Sample(token_ids=ids, weights=[0.0] + [1.0] * (tokens - 1))]
+    seconds = []
+    begun = time.perf_counter()
+    for _ in range(options.steps + 3):
+        result = trainer.step(samples)
+        assert not result.outcome.skipped, result.outcome.skipped
+        seconds.append(result.step_seconds)
+    first, step = time.perf_counter() - begun, statistics.median(seconds[3:])
+    parameters = sum(p.tensor.numel() for p in model.parameters)
+    report: dict[str, Any] = {
+        "tokens": tokens, "gradients": result.gradients, "precision": options.precision.value,
+        "step ms": step * 1e3, "first step s": seconds[0], "all steps s": first, "tokens/s": tokens / step,
+        "TFLOP/s (6 x parameters x tokens)": 6 * parameters * tokens / step / 1e12,
+        "host ms": {k: round(getattr(result, f"{k}_seconds") * 1e3, 1) for k in ("forward", "backward", "optimizer")},
+        "state GB": optimizer.state_bytes() / 1e9, "loss": result.loss,
+    }  # fmt: skip
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        trainer.step(samples)
+        report["peak GB beyond weights"] = (torch.cuda.max_memory_allocated() - weights) / 1e9
+        with torch.profiler.profile() as profile:
+            trainer.step(samples)
+        report |= {f"GPU ms, {k}": v for k, v in sorted(categories(profile).items(), key=lambda kv: -kv[1])}
+        for event in sorted(kernels(profile), key=lambda e: -e.self_device_time_total)[: options.kernels]:
+            print(f"{event.self_device_time_total / 1e3:9.2f} ms {event.count:6d} x  {event.key[:150]}")
+    return report
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,145 @@
+"""What the benchmarks of a live system share: model shapes, a vLLM server with dummy weights, a trainer beside it, a report.
+
+A server serves any shape from its configuration alone (``--load-format dummy``), so no checkpoint is needed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import json
+import platform
+import random
+import shlex
+import socket
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import torch
+from transformers import Qwen3Config
+
+from apollo_tp.demo.processes import ManagedProcess, coordinator_url, start_server, start_trainer
+
+QWEN3_8B = {
+    "vocab_size": 151936, "hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36,
+    "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "max_position_embeddings": 8192,
+    "tie_word_embeddings": False, "architectures": ["Qwen3ForCausalLM"], "dtype": "bfloat16",
+}  # fmt: skip
+"""An 8.19B Qwen3 shape."""
+TINY = QWEN3_8B | {
+    "vocab_size": 2048, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "head_dim": 16,
+}  # fmt: skip
+"""The same architecture for a rehearsal on any machine."""
+
+
+@dataclass(frozen=True)
+class Served:
+    """A live vLLM server: ``url`` of its HTTP port, and the runtime folder of its manifests."""
+
+    url: str
+    model: Path
+    runtime_dir: Path
+    process: ManagedProcess
+
+
+@dataclass(frozen=True)
+class Training:
+    """A trainer beside a server; ``url`` is its coordinator's."""
+
+    url: str
+    process: ManagedProcess
+
+    def status(self) -> dict[str, Any]:
+        return httpx.get(f"{self.url}/train/status", timeout=30).json()  # type: ignore[no-any-return]
+
+    def submit(self, body: dict[str, Any]) -> dict[str, Any]:
+        """POST /train; returns the job, which has ended if ``body`` says ``wait``."""
+        return httpx.post(f"{self.url}/train", json=body, timeout=580).raise_for_status().json()  # type: ignore[no-any-return]
+
+    def steps(self, job_id: str) -> list[dict[str, Any]]:
+        """The metrics of each completed step of a job."""
+        events = httpx.get(f"{self.url}/train/jobs/{job_id}/events", timeout=30).json()["data"]
+        return [event["data"] for event in events if event.get("type") == "metrics"]
+
+
+@contextlib.contextmanager
+def serving(
+    folder: Path,
+    config: dict[str, Any],
+    *,
+    tp: int,
+    extra: Sequence[str] = (),
+    environment: dict[str, str] | None = None,
+    config_class: type = Qwen3Config,
+    seconds: float = 400,
+) -> Iterator[Served]:
+    """A vLLM server of a model with this configuration and dummy weights; it is stopped at the end."""
+    model, runtime_dir = folder / "model", folder / "rt"
+    runtime_dir.mkdir(mode=0o700, exist_ok=True)
+    config_class(**config).save_pretrained(model)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    options = ["--load-format", "dummy", "--skip-tokenizer-init", "--max-model-len", "8192", *extra]
+    log = folder / "server.log"
+    server = start_server(model, port, runtime_dir, log, tensor_parallel=tp, extra=options, environment=environment)
+    try:
+        server.wait_for(f"http://127.0.0.1:{port}/health", seconds)
+        yield Served(f"http://127.0.0.1:{port}", model, runtime_dir, server)
+    finally:
+        server.stop()
+
+
+@contextlib.contextmanager
+def training(
+    served: Served,
+    state: Path,
+    *,
+    tp: int,
+    overrides: Sequence[str] = (),
+    environment: dict[str, str] | None = None,
+    seconds: float = 240,
+) -> Iterator[Training]:
+    """A trainer of ``served``, which must be the instance "demo"; stopped at the end, and its log shown if it fails."""
+    state.mkdir(parents=True, exist_ok=True)
+    fixed = ["checkpoint.after_idle_seconds=null", "server.instance=demo", "optim.max_relative_update=1000"]
+    trainer = start_trainer(
+        served.runtime_dir,
+        state,
+        state / "trainer.log",
+        num_ranks=tp,
+        overrides=[*fixed, *overrides],
+        environment=environment,
+    )
+    try:
+        yield Training(coordinator_url(served.runtime_dir, trainer, seconds=seconds), trainer)
+    except Exception:
+        print(trainer.tail(), file=sys.stderr)
+        raise
+    finally:
+        trainer.stop()
+
+
+def random_samples(count: int, tokens: int, vocab_size: int, seed: int = 0) -> list[dict[str, list[int]]]:
+    """``count`` samples of ``tokens`` random token ids, all but the first of which are trained on."""
+    draw = random.Random(seed)
+    rows = [[draw.randrange(vocab_size) for _ in range(tokens)] for _ in range(count)]
+    return [{"context_ids": row[:1], "continuation_ids": row[1:]} for row in rows]
+
+
+def device_name() -> str:
+    return torch.cuda.get_device_name(0) if torch.cuda.is_available() else platform.processor() or "CPU"
+
+
+def write_results(out: Path | None, name: str, tp: int, results: Any) -> None:
+    """``out``/<date>_<name>.json with date, device and command beside the results; nothing without ``out``."""
+    if out is None:
+        return
+    out.mkdir(parents=True, exist_ok=True)
+    today = datetime.date.today().isoformat()
+    content = {"date": today, "device": device_name(), "tp": tp, "command": shlex.join(sys.argv), "results": results}
+    (out / f"{today}_{name}.json").write_text(json.dumps(content, indent=2) + "\n")
