@@ -40,8 +40,8 @@ RANK_OF_TWO = {"num_attention_heads": 16, "num_key_value_heads": 4, "intermediat
 FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 CATEGORIES = (
-    ("matrix products", ("gemm", "nvjet", "cutlass", "sm90_xmma", "cublas")),
     ("attention", ("flash", "fmha")),
+    ("matrix products", ("gemm", "nvjet", "cutlass", "sm90_xmma", "cublas")),
     ("optimizer", ("project_kernel", "write_kernel", "row_norms", "commit", "adamw_kernel", "unpack_signs")),
     ("copies and fills", ("memcpy", "memset", "fillfunctor", "copy_kernel", "catarray")),
 )
@@ -82,6 +82,27 @@ def categories(profile: Any) -> dict[str, float]:
         label = next((label for label, parts in CATEGORIES if any(part in name for part in parts)), "elementwise")
         totals[label] += event.self_device_time_total / 1e3
     return dict(totals)
+
+
+def gaps(profile: Any, count: int) -> tuple[float, list[str]]:
+    """Milliseconds between first and last kernel in which the device had none, and the longest such gaps."""
+    events = sorted(
+        (e.time_range.start, e.time_range.end, e.name)
+        for e in profile.events()
+        if e.device_type == torch.autograd.DeviceType.CUDA
+    )
+    total, found, end, last = 0.0, [], events[0][1], events[0][2]
+    for start, stop, name in events:
+        if start > end:
+            total += start - end
+            found.append((start - end, (end - events[0][0]) / 1e3, last, name))
+        if stop > end:
+            end, last = stop, name
+    lines = [
+        f"{us / 1e3:7.2f} ms idle at {at:7.1f}: {a[:50]} | {b[:50]}"
+        for us, at, a, b in sorted(found, reverse=True)[:count]
+    ]
+    return total / 1e3, lines
 
 
 def kernels(profile: Any) -> Iterator[Any]:
@@ -159,6 +180,8 @@ def run(config: PretrainedConfig, tokens: int, device: str, options: argparse.Na
         with torch.profiler.profile() as profile:
             trainer.step(samples)
         report |= {f"GPU ms, {k}": v for k, v in sorted(categories(profile).items(), key=lambda kv: -kv[1])}
+        report["GPU idle within the step, ms"], lines = gaps(profile, options.kernels // 3)
+        print("\n".join(lines))
         for event in sorted(kernels(profile), key=lambda e: -e.self_device_time_total)[: options.kernels]:
             print(f"{event.self_device_time_total / 1e3:9.2f} ms {event.count:6d} x  {event.key[:150]}")
     return report

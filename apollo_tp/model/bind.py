@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -62,7 +62,8 @@ def bind_model(
     parameter_of = {part.name: name for name, leaf in leaves.items() for part, index in leaf.parts if not index}
     for group in fused:
         _join(module, leaves, [parameter_of[name] for name in group if name in parameter_of])
-    vocab = _install_vocabulary(module, shards[names.parts[vocabulary.embedding][0][0]][0], vocabulary, tp, transform)
+    embedding = shards[names.parts[vocabulary.embedding][0][0]][0]
+    vocab = replace(_install_vocabulary(module, embedding, vocabulary, tp, transform), compiled=compiled)
     respect_boundaries(module)
     regions = install_regions(module, _cut_last(leaves), tp)
     _check_cuts_in_regions(leaves, regions, vocabulary, tp)
