@@ -196,7 +196,8 @@ def tune(parameters: list[OptimParameter], args: argparse.Namespace) -> None:
             candidates += [("project", *p) for p in projections]
         results = []
         for kernel, tile, warps, stages in candidates:
-            chosen = {f"{kernel.upper()}_TILE": tile, f"{kernel.upper()}_WARPS": warps, "PROJECT_STAGES": stages}
+            tiles = dict.fromkeys((False, True), tile) if kernel == "write" else tile
+            chosen = {f"{kernel.upper()}_TILE": tiles, f"{kernel.upper()}_WARPS": warps, "PROJECT_STAGES": stages}
             before = {name: getattr(module, name) for name in chosen}
             try:
                 for name, value in chosen.items():

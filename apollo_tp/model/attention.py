@@ -1,8 +1,9 @@
 """Causal attention over packed sequences, registered with transformers as ``apollo_packed``.
 
 transformers builds no mask for an implementation whose masks it does not know; the sequence boundaries arrive here as
-``cu_seq_lens_q``. On CUDA in bf16 or fp16 this is torch's variable-length FlashAttention; everything else (CPU, fp32, soft-
-capped scores, wide heads) goes sequence by sequence through scaled_dot_product_attention or plain matrix products.
+``cu_seq_lens_q``. On CUDA in bf16 or fp16 this is torch's variable-length FlashAttention, or cuDNN's for a single sequence,
+which takes half the time on Hopper; everything else (CPU, fp32, soft-capped scores, wide heads) goes sequence by sequence
+through scaled_dot_product_attention or plain matrix products.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface
 
@@ -21,6 +23,9 @@ _VARLEN_NAMES_GQA = "enable_gqa" in inspect.signature(varlen_attn).parameters
 
 NAME = "apollo_packed"
 _MAX_FLASH_HEAD_DIM = 256
+_MAX_CUDNN_HEAD_DIM = 128
+_CUDNN_LENGTH_STEP = 256
+"""cuDNN plans each length anew, for about 0.1 s: a single sequence is padded to a multiple of this."""
 
 
 def packed_attention(
@@ -48,6 +53,8 @@ def packed_attention(
     flash = (
         query.is_cuda and query.dtype != torch.float32 and softcap is None and query.shape[-1] <= _MAX_FLASH_HEAD_DIM
     )
+    if flash and _takes_cudnn(query, cu_seq_lens_q, sliding_window):
+        return _one_padded_sequence(query, key, value, scaling), None
     if flash:
         return _flash(*heads, cu_seq_lens_q, max_length_q, scaling, sliding_window)[None], None
     parts = [
@@ -55,6 +62,29 @@ def packed_attention(
         for sequence in zip(*(t.split(sequence_lengths, dim=1) for t in heads), strict=True)
     ]
     return torch.cat(parts, dim=1).transpose(0, 1)[None], None
+
+
+def _takes_cudnn(query: Tensor, cu_seqlens: Tensor, window: int | None) -> bool:
+    """A single whole sequence, on a device where cuDNN has kernels that are faster than FlashAttention 2."""
+    windowed = window is not None and query.shape[2] > window
+    narrow = query.shape[-1] <= _MAX_CUDNN_HEAD_DIM
+    return cu_seqlens.shape[0] == 2 and narrow and not windowed and _cudnn_is_faster()
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _cudnn_is_faster() -> bool:
+    return torch.cuda.get_device_capability() >= (9, 0)
+
+
+def _one_padded_sequence(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
+    """Causal attention of one sequence, [1, heads, T, D] to [1, T, heads, D]. What follows a token does not reach it, so
+    padding behind the last one changes nothing and has no gradient."""
+    length = query.shape[2]
+    padding = -length % _CUDNN_LENGTH_STEP
+    query, key, value = (F.pad(t, (0, 0, 0, padding)) for t in (query, key, value))
+    with sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION], set_priority=True):
+        out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=True)
+    return out[:, :, :length].transpose(1, 2)
 
 
 def _flash(

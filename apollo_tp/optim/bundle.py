@@ -26,7 +26,7 @@ from apollo_tp.optim.adamw import AdamWState
 from apollo_tp.optim.interface import Decision, OptimParameter, Scales
 from apollo_tp.optim.matrices import Matrix, make_groups, moment_rank, refresh_projections
 from apollo_tp.optim.torch_backend import TorchBackend
-from apollo_tp.optim.weight import Weight
+from apollo_tp.optim.weight import Weight, to_device
 from apollo_tp.parallel import TPGroup
 
 if TYPE_CHECKING:
@@ -98,7 +98,7 @@ class Bundle:
 
     def vector(self, values: Sequence[float]) -> Tensor:
         """(len(values),) fp64 on the device, without waiting for it."""
-        return torch.tensor(values, dtype=torch.float64).to(self.device, non_blocking=True)
+        return to_device(values, torch.float64, self.device)
 
     def update(self, lr: float, loss: Tensor | None = None, alive: Tensor | None = None) -> Decision:
         """Decide and, if so decided, write. Nothing is written where ``alive`` (0-d bool) is False.

@@ -22,15 +22,15 @@ from apollo_tp.optim.interface import Decision, Scales
 from apollo_tp.optim.matrices import MatrixGroup
 from apollo_tp.optim.projection import num_words
 from apollo_tp.optim.tiles import Piece, Row, aligned, make_launches, pieces
-from apollo_tp.optim.weight import Weight
+from apollo_tp.optim.weight import Weight, to_device
 
 _TYPES = {torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 PROJECT_TILE = (128, 64)
 """Channels by contracted elements that a program of the projection holds at a time."""
 PROJECT_WARPS, PROJECT_STAGES = 4, 4
 """Two programs of four warps fit an SM of compute capability 9.0: 80 KiB of shared memory and 242 registers each."""
-WRITE_TILE = (8, 512)
-"""Rows by columns that a program of an elementwise kernel writes."""
+WRITE_TILE = {False: (4, 1024), True: (2, 2048)}
+"""Rows by columns that a program of an elementwise kernel writes, without and with an int8 remainder."""
 WRITE_WARPS = 4
 
 
@@ -169,10 +169,10 @@ class TritonBackend:
             "G_TYPE": _TYPES[gradient.dtype],
         }
         offset = (piece.row * gradient.stride(0) + piece.column) * gradient.element_size()
-        return Row(options, entry, (piece.rows, piece.columns), WRITE_TILE, index, offset)
+        return Row(options, entry, (piece.rows, piece.columns), WRITE_TILE[rest is not None], index, offset)
 
     def _tensor(self, values: Sequence[float], dtype: torch.dtype) -> Tensor:
-        return torch.tensor(values, dtype=dtype).to(self.device, non_blocking=True)
+        return to_device(values, dtype, self.device)
 
     # --- the step --------------------------------------------------------------------------------------------------
 
@@ -290,8 +290,8 @@ class TritonBackend:
                 beta2,
                 config.eps,
                 STAGE=stage,
-                BLOCK_R=WRITE_TILE[0],
-                BLOCK_N=WRITE_TILE[1],
+                BLOCK_R=WRITE_TILE[launch.options["REMAINDER"]][0],
+                BLOCK_N=WRITE_TILE[launch.options["REMAINDER"]][1],
                 num_warps=WRITE_WARPS,
                 **launch.options,
             )
@@ -328,8 +328,8 @@ class TritonBackend:
                 flags,
                 steps,
                 1.0 - decision.learning_rate * self.config.weight_decay,
-                BLOCK_R=WRITE_TILE[0],
-                BLOCK_N=WRITE_TILE[1],
+                BLOCK_R=WRITE_TILE[launch.options["REMAINDER"]][0],
+                BLOCK_N=WRITE_TILE[launch.options["REMAINDER"]][1],
                 num_warps=WRITE_WARPS,
                 **launch.options,
             )

@@ -151,6 +151,11 @@ def _factors(shard: Shard, spans: Sequence[tuple[int, int, bool]]) -> Tensor:
     return along.view(view).expand(shape[:-1]).reshape(-1, 1)
 
 
+def to_device(values: Sequence[float], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """(len(values),) on the device, without waiting for it: a copy from memory that is not pinned waits for all work."""
+    return torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda").to(device, non_blocking=True)
+
+
 def fold(shape: tuple[int, ...]) -> tuple[int, int]:
     """(rows, columns) of a tensor whose dimensions but the last are folded into rows."""
     return math.prod(shape[:-1]), shape[-1]
