@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import itertools
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -63,7 +64,13 @@ def _packed_recurrence(original: Callable[..., Any]) -> Callable[..., Any]:
         gates = {name: kwargs[name] for name in ("g", "beta")}
         normalize = kwargs.get("use_qk_l2norm_in_kernel", False)
         if kernel is not None and states[0].is_cuda:
-            return kernel(*states, **gates, use_qk_l2norm_in_kernel=normalize, cu_seqlens=cu_seqlens.long())  # type: ignore[no-any-return]
+            return kernel(  # type: ignore[no-any-return]
+                *states,
+                **gates,
+                use_qk_l2norm_in_kernel=normalize,
+                cu_seqlens=cu_seqlens.long(),
+                cu_seqlens_cpu=_offsets(sequence_lengths),
+            )
         outputs = []
         for *parts, g, beta in zip(
             *(state.split(sequence_lengths, dim=1) for state in (*states, gates["g"], gates["beta"])), strict=True
@@ -72,6 +79,12 @@ def _packed_recurrence(original: Callable[..., Any]) -> Callable[..., Any]:
         return torch.cat(outputs, dim=1), None
 
     return recur
+
+
+@functools.lru_cache(maxsize=8)
+def _offsets(lengths: Lengths) -> Tensor:
+    """``cu_seqlens`` on the host: without it each layer would wait for the device to count its chunks."""
+    return torch.tensor([0, *itertools.accumulate(lengths)])
 
 
 def _flash_linear_attention() -> Callable[..., Any] | None:
