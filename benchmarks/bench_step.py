@@ -13,12 +13,9 @@ server has ended, on a copy of the weights of their own: each rank takes whole s
 from __future__ import annotations
 
 import argparse
-import contextlib
 import datetime
 import json
-import os
 import shlex
-import signal
 import statistics
 import subprocess
 import sys
@@ -41,6 +38,8 @@ from stack import (
     training,
     write_results,
 )
+
+from apollo_tp.demo.processes import ManagedProcess
 
 BASELINE_SECONDS = 150
 """A sub-run of the baseline is ended after this long; it starts, compiles and runs in about a third of that."""
@@ -90,7 +89,7 @@ def main() -> int:
             with serving(folder, config, tp=options.tp, extra=extra) as served:
                 for names in trainers:
                     results += measure(folder / f"state-{names[0]}", served, options, names)
-    results += [baseline(name, options) for name in options.cases if CASES[name].baseline]
+        results += [baseline(folder, name, options) for name in options.cases if CASES[name].baseline]
     report(results, options)
     return 0
 
@@ -113,12 +112,13 @@ def measure(state: Path, served: Served, options: argparse.Namespace, names: lis
 
 
 def run_job(trainer: Training, case: Case, served: Served, options: argparse.Namespace) -> dict[str, Any]:
-    """The first two steps (compilation, allocation) are not counted."""
+    """The first two steps (compilation, allocation) are not counted. A job that fails (out of memory) is a row too."""
     hello = trainer.status()["trainer"]
     samples = random_samples(case.sequences, options.tokens, hello["vocab_size"])
     body = {"samples": samples, "epochs": options.steps, "batch_size": case.sequences, "wait": True}
     job = trainer.submit(body)
-    assert job["state"] == "succeeded", job["error"]
+    if job["state"] != "succeeded":
+        return {"failed": str(job["error"])[:200]}
     steps = trainer.steps(job["id"])[2:]
     seconds = statistics.median(step["step_seconds"] for step in steps)
     num_tokens = options.tokens * case.sequences
@@ -141,7 +141,7 @@ def run_job(trainer: Training, case: Case, served: Served, options: argparse.Nam
     }  # fmt: skip
 
 
-def baseline(name: str, options: argparse.Namespace) -> dict[str, Any]:
+def baseline(folder: Path, name: str, options: argparse.Namespace) -> dict[str, Any]:
     """A row of the baseline; one that fails or takes too long says so in "failed"."""
     case = CASES[name]
     switches = {"--tiny": options.tiny, "--compile": case.compiled, "--recompute": case.recompute}
@@ -151,21 +151,17 @@ def baseline(name: str, options: argparse.Namespace) -> dict[str, Any]:
         "--tokens", str(options.tokens), "--steps", str(options.steps), *(s for s, on in switches.items() if on),
     ]  # fmt: skip
     row = {"case": name, "sequences": case.sequences, "recompute": case.recompute, "compiled": case.compiled}
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
-    )
+    process = ManagedProcess(command, {}, folder / f"{name}.log")
     try:
-        output, _ = process.communicate(timeout=BASELINE_SECONDS)
+        status = process.process.wait(BASELINE_SECONDS)
     except subprocess.TimeoutExpired:
         return row | {"failed": f"no result after {BASELINE_SECONDS} s"}
     finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-    if process.returncode:
-        print(output, file=sys.stderr)
-        return row | {"failed": failure(output)}
-    result = json.loads(output.splitlines()[-1])
+        process.stop()
+    if status:
+        print(process.tail(), file=sys.stderr)
+        return row | {"failed": failure(process.log.read_text(errors="replace"))}
+    result = json.loads(next(line for line in reversed(process.tail().splitlines()) if line.startswith("{")))
     peaks = zip(result["peak_memory_gb"], result["weights_gb"], strict=False)
     return row | result | {"beyond_weights_gb": [peak - weights for peak, weights in peaks]}
 
