@@ -61,6 +61,7 @@ def _packed_recurrence(original: Callable[..., Any]) -> Callable[..., Any]:
     kernel = _flash_linear_attention()
     plain = inspect.unwrap(original)  # transformers puts the same kernel in its place if the package is installed
 
+    @torch.compiler.disable  # the kernel is compiled already, and the plain loop over chunks would be unrolled
     @functools.wraps(original)
     def recur(
         *states: Tensor, cu_seqlens: Tensor | None = None, sequence_lengths: Lengths | None = None, **kwargs: Any
