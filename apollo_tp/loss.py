@@ -42,11 +42,15 @@ class LogitsTransform:
 
 @dataclass(frozen=True)
 class VocabShard:
-    """The vocabulary rows [start, start + number of local rows) of this rank, and the group they are split over."""
+    """The vocabulary rows [start, start + number of local rows) of this rank, and the group they are split over.
+
+    ``compiled``: the arithmetic on a chunk of logits runs as compiled code, in few passes over them.
+    """
 
     start: int
     tp: TPGroup
     transform: LogitsTransform = LogitsTransform()
+    compiled: bool = False
 
 
 def target_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor, vocab: VocabShard) -> tuple[Tensor, Tensor]:
@@ -67,12 +71,11 @@ class _TargetLogprobs(torch.autograd.Function):
         tokens, rows = hidden.shape[0], weight.shape[0]
         local_max = hidden.new_full((tokens,), -torch.inf, dtype=torch.float32)
         sums = hidden.new_zeros((2, tokens), dtype=torch.float32)  # sum of exponentials, target logit
+        statistics = _compiled_statistics if vocab.compiled else _statistics
         for part in _chunks(tokens, rows):
-            logits = vocab.transform((hidden[part] @ weight.T).float())
-            local_max[part] = logits.amax(-1)
-            sums[0, part] = (logits - local_max[part, None]).exp_().sum(-1)
             local, owned = _local_targets(targets[part], vocab.start, rows)
-            sums[1, part] = torch.where(owned, logits.gather(1, local[:, None])[:, 0], 0.0)
+            found = statistics(hidden[part], weight, local, owned, vocab.transform)
+            local_max[part], sums[0, part], sums[1, part] = found
         top = local_max
         if tokens:
             top = vocab.tp.all_reduce_(local_max.clone(), dist.ReduceOp.MAX)
@@ -90,16 +93,47 @@ class _TargetLogprobs(torch.autograd.Function):
         hidden, weight, targets, normalizer = ctx.saved_tensors
         vocab, rows = ctx.vocab, weight.shape[0]
         grad_hidden, grad_weight = torch.zeros_like(hidden), torch.zeros_like(weight)
+        logits_gradient = _compiled_logits_gradient if vocab.compiled else _logits_gradient
         for part in _chunks(hidden.shape[0], rows):
-            logits = vocab.transform((hidden[part] @ weight.T).float())
-            grad_logits = (logits - normalizer[part, None]).exp_().mul_(-grad[part, None])
             local, owned = _local_targets(targets[part], vocab.start, rows)
-            grad_logits.scatter_add_(1, local[:, None], torch.where(owned, grad[part], 0.0)[:, None])
-            grad_logits = vocab.transform.backward(logits, grad_logits).to(weight.dtype)
+            upstream = grad[part], normalizer[part]
+            grad_logits = logits_gradient(hidden[part], weight, local, owned, *upstream, vocab.transform)
             torch.mm(grad_logits, weight, out=grad_hidden[part])
             if ctx.needs_input_grad[1]:  # a frozen head has none
                 grad_weight.addmm_(grad_logits.T, hidden[part])
         return grad_hidden, grad_weight, None, None
+
+
+def _statistics(
+    hidden: Tensor, weight: Tensor, local: Tensor, owned: Tensor, transform: LogitsTransform
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of a chunk of n tokens, fp32 [n] each: largest local logit, sum of exponentials below it, target logit or 0."""
+    logits = transform((hidden @ weight.T).float())
+    largest = logits.amax(-1)
+    total = (logits - largest[:, None]).exp().sum(-1)
+    return largest, total, torch.where(owned, logits.gather(1, local[:, None])[:, 0], 0.0)
+
+
+def _logits_gradient(
+    hidden: Tensor,
+    weight: Tensor,
+    local: Tensor,
+    owned: Tensor,
+    grad: Tensor,
+    normalizer: Tensor,
+    transform: LogitsTransform,
+) -> Tensor:
+    """Gradient with respect to a chunk's raw logits, [n, v] in the weight's dtype; ``grad`` [n] is that of the output."""
+    logits = transform((hidden @ weight.T).float())
+    rows = torch.arange(weight.shape[0], device=weight.device)
+    target = (rows[None, :] == local[:, None]) & owned[:, None]
+    grad_logits = (target.float() - (logits - normalizer[:, None]).exp()) * grad[:, None]
+    return transform.backward(logits, grad_logits).to(weight.dtype)
+
+
+# Any length from the start: the last chunk of a batch is shorter than the others.
+_compiled_statistics = torch.compile(_statistics, dynamic=True)
+_compiled_logits_gradient = torch.compile(_logits_gradient, dynamic=True)
 
 
 def _chunks(tokens: int, rows: int) -> list[slice]:

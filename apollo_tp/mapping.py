@@ -9,6 +9,7 @@ import base64
 import os
 import random
 import weakref
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,12 +26,16 @@ from apollo_tp.placement import Placement, place
 
 @dataclass
 class MappedRank:
-    """The served memory of one rank. ``tensors``: checkpoint name -> (shard, LOCAL view of served memory, served dtype)."""
+    """The served memory of one rank. ``tensors``: checkpoint name -> (shard, LOCAL view of served memory, served dtype).
+
+    ``fused`` lists the checkpoint names that share a served tensor (query, key and value rows), where there are several.
+    """
 
     manifest: Manifest
     device: torch.device
     tensors: dict[str, tuple[Shard, Tensor]]
     served: dict[str, Tensor]
+    fused: list[list[str]] = field(default_factory=list)
     _opened: list[Any] = field(default_factory=list, repr=False)
 
     def close(self) -> None:
@@ -69,6 +74,10 @@ def map_rank(manifests: Sequence[Manifest], rank: int) -> MappedRank:
         )
     for name, placement in placements.items():
         mapped.tensors[name] = (placement.shard, _view(placement, mapped))
+    members: dict[str, list[str]] = defaultdict(list)
+    for name, placement in placements.items():
+        members[placement.served].append(name)
+    mapped.fused = [names for served, names in members.items() if served and len(names) > 1]
     return mapped
 
 

@@ -7,6 +7,8 @@ the same code. ``traffic`` counts payload bytes per kind of collective, for test
 from __future__ import annotations
 
 import datetime
+import itertools
+import weakref
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,6 +16,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+_groups: weakref.WeakValueDictionary[int, TPGroup] = weakref.WeakValueDictionary()
+"""Every group of this process by its number."""
 
 
 @dataclass(eq=False)
@@ -28,7 +33,12 @@ class TPGroup:
     size: int
     group: dist.ProcessGroup | None = None
     traffic: Counter[str] = field(default_factory=Counter, repr=False)
+    number: int = field(default_factory=itertools.count().__next__, init=False, repr=False)
+    """What the operators of compiled code know this group by: they take no Python objects."""
     _children: dict[tuple[int, ...], TPGroup] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        _groups[self.number] = self
 
     @classmethod
     def single(cls) -> TPGroup:
@@ -94,26 +104,36 @@ class TPGroup:
         return out
 
 
+@torch.library.custom_op("apollo_tp::all_reduce", mutates_args=())
+def _all_reduce(tensor: Tensor, number: int) -> Tensor:
+    """A new tensor: the sum over the group with this number. An operator, so that compiled code runs it as it is."""
+    return _groups[number].all_reduce_(tensor.clone(memory_format=torch.contiguous_format))
+
+
+@_all_reduce.register_fake
+def _(tensor: Tensor, _number: int) -> Tensor:
+    return torch.empty_like(tensor, memory_format=torch.contiguous_format)
+
+
 class _CopyToRegion(torch.autograd.Function):
     """Megatron's f: identity forward, all-reduce backward."""
 
     @staticmethod
-    def forward(ctx: Any, tensor: Tensor, tp: TPGroup) -> Tensor:
-        ctx.tp = tp
+    def forward(ctx: Any, tensor: Tensor, number: int) -> Tensor:
+        ctx.number = number
         return tensor.view_as(tensor)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return ctx.tp.all_reduce_(grad.contiguous()), None
+        return _all_reduce(grad, ctx.number), None
 
 
 class _ReduceFromRegion(torch.autograd.Function):
     """Megatron's g: all-reduce forward, identity backward."""
 
     @staticmethod
-    def forward(ctx: Any, tensor: Tensor, tp: TPGroup) -> Tensor:
-        # clone: the input may be saved by the op before (a matmul's output is not, but a caller's may be)
-        return tp.all_reduce_(tensor.clone(memory_format=torch.contiguous_format))
+    def forward(ctx: Any, tensor: Tensor, number: int) -> Tensor:
+        return _all_reduce(tensor, number)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
@@ -122,9 +142,9 @@ class _ReduceFromRegion(torch.autograd.Function):
 
 def copy_to_region(tensor: Tensor, tp: TPGroup) -> Tensor:
     """Enter a parallel region: replicated in, replicated out; one all-reduce in backward."""
-    return tensor if tp.size == 1 else _CopyToRegion.apply(tensor, tp)  # type: ignore[no-any-return]
+    return tensor if tp.size == 1 else _CopyToRegion.apply(tensor, tp.number)  # type: ignore[no-any-return]
 
 
 def reduce_from_region(tensor: Tensor, tp: TPGroup) -> Tensor:
     """Leave a parallel region: partial sums in, replicated out; one all-reduce in forward."""
-    return tensor if tp.size == 1 else _ReduceFromRegion.apply(tensor, tp)  # type: ignore[no-any-return]
+    return tensor if tp.size == 1 else _ReduceFromRegion.apply(tensor, tp.number)  # type: ignore[no-any-return]

@@ -50,6 +50,9 @@ QWEN_27B_FULL = [
     ("down_proj", 5120, 17408, 1),
 ]
 TINY = [("q_proj", 128, 128, 0), ("k_proj", 64, 128, 0), ("o_proj", 128, 128, 1), ("up_proj", 384, 128, 0)]
+PROJECT_TILES = [(128, 64), (64, 128), (128, 128), (64, 64), (256, 64)]
+WRITE_TILES = [(8, 512), (4, 1024), (16, 512), (8, 256), (2, 1024), (1, 2048), (4, 512), (2, 2048)]
+"""What --tune tries."""
 MODELS = {"llama-8b-tp2": (LLAMA_8B, 36, 2), "qwen-27b-attention-tp4": (QWEN_27B_FULL, 16, 4), "tiny": (TINY, 2, 2)}
 
 
@@ -164,29 +167,54 @@ def report(rows: list[tuple], args: argparse.Namespace, elements: int, bandwidth
     return "\n".join(lines) + "\n"
 
 
+def phases(optimizer: Optimizer) -> dict[str, float]:
+    """Milliseconds on the device by kernel, of one step. CUDA only."""
+    with torch.profiler.profile() as profile:
+        optimizer.step()
+    return {
+        event.key.split("(")[0][:60]: event.self_device_time_total / 1e3
+        for event in profile.key_averages()
+        if event.device_type == torch.autograd.DeviceType.CUDA and event.self_device_time_total > 20
+    }
+
+
 def tune(parameters: list[OptimParameter], args: argparse.Namespace) -> None:
-    """Time each phase of the step for several tiles; prints the best first. CUDA only."""
+    """Time the two large kernels for several tiles, in each precision that a tile may suit; the best last. CUDA only."""
+    import triton
+
     from apollo_tp.optim import triton_backend as module
 
     config = OptimConfig(rank=args.rank, lr=1e-6, check_replicas_every=0, refresh_every=10**6)
-    optimizer = build_optimizer(config, Precision.stochastic, parameters, LocalGroup(0, MODELS[args.model][2]))
-    bundle = optimizer.bundle
-    gradients = [weight.gradient() for weight in bundle.weights]
-    optimizer.step()
-    results = []
-    for tile, warps, stages in itertools.product([(128, 64), (64, 128), (64, 64), (128, 128)], (4, 8), (3, 4)):
-        module.PROJECT_TILE, module.PROJECT_WARPS, module.PROJECT_STAGES = tile, warps, stages
-        bundle.backend = module.TritonBackend(bundle.groups, bundle.adamw, config, bundle.weights)
-        results.append(
-            (seconds(lambda: bundle.backend.project(gradients), args.steps, "cuda"), "project", tile, warps, stages)
-        )
-    _, _, module.PROJECT_TILE, module.PROJECT_WARPS, module.PROJECT_STAGES = min(results)
-    for tile, warps in itertools.product([(8, 512), (4, 1024), (16, 512), (8, 256), (16, 256), (2, 1024)], (4, 8)):
-        module.WRITE_TILE, module.WRITE_WARPS = tile, warps
-        bundle.backend = module.TritonBackend(bundle.groups, bundle.adamw, config, bundle.weights)
-        results.append((seconds(optimizer.step, args.steps, "cuda"), "step", tile, warps, 0))
-    for took, *what in sorted(results, key=lambda row: (row[1], row[0])):
-        print(f"{took * 1e3:8.3f} ms  {what}")
+    projections = [(tile, w, s) for tile in PROJECT_TILES for w in (4, 8) for s in (2, 3, 4)]
+    writes = [(tile, w, 0) for tile in WRITE_TILES for w in (4, 8)]
+    for precision in (Precision.stochastic, Precision.remainder):
+        optimizer = build_optimizer(config, precision, parameters, LocalGroup(0, MODELS[args.model][2]))
+        optimizer.step()
+        print(precision.value, {k: round(v, 3) for k, v in phases(optimizer).items()})
+        candidates = [("write", *w) for w in writes]
+        if precision is Precision.stochastic:  # the projection knows nothing of precision
+            candidates += [("project", *p) for p in projections]
+        results = []
+        for kernel, tile, warps, stages in candidates:
+            chosen = {f"{kernel.upper()}_TILE": tile, f"{kernel.upper()}_WARPS": warps, "PROJECT_STAGES": stages}
+            before = {name: getattr(module, name) for name in chosen}
+            try:
+                for name, value in chosen.items():
+                    if value:
+                        setattr(module, name, value)
+                bundle = optimizer.bundle
+                bundle.backend = module.TritonBackend(bundle.groups, bundle.adamw, config, bundle.weights)
+                optimizer.step()
+                took = [sum(v for k, v in phases(optimizer).items() if k.startswith(kernel)) for _ in range(3)]
+                results.append((kernel, min(took), tile, warps, stages))
+            except triton.runtime.errors.OutOfResources as error:
+                print(f"{kernel} {tile} {warps} {stages}: {error}")
+            finally:
+                for name, value in before.items():
+                    setattr(module, name, value)
+        for kernel, took, *what in sorted(results, key=lambda row: (row[0], -row[1])):
+            print(f"{took:8.3f} ms  {precision.value} {kernel} {what}")
+        del optimizer
 
 
 def state_rows(size: int, rank: int) -> list[str]:

@@ -1,7 +1,7 @@
 """Where does the time of a step go? One rank's share of a model, in one process, without a server and without links.
 
-    python benchmarks/profile_step.py                                # a GPU: the shapes of one rank of an 8.19B Qwen3 at TP = 2
-    python benchmarks/profile_step.py --tiny                         # rehearsal on any machine
+    python benchmarks/profile_step.py            # a GPU: the shapes of one rank of an 8.19B Qwen3 at TP = 2
+    python benchmarks/profile_step.py --tiny     # rehearsal on any machine
 
 A model of half the heads, half the feed-forward width and half the vocabulary has exactly the matrices of one rank of two:
 its step is that rank's computation. What is missing is the sums over ranks (two per layer and direction, and the
@@ -30,7 +30,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, Qwen3Config
 
 from apollo_tp.config import OptimConfig, Precision, TrainConfig
 from apollo_tp.layout import Shard
-from apollo_tp.model import bind_model
+from apollo_tp.model import bind_model, compiled
 from apollo_tp.optim import build_optimizer
 from apollo_tp.parallel import TPGroup
 from apollo_tp.protocol import Sample
@@ -40,19 +40,20 @@ RANK_OF_TWO = {"num_attention_heads": 16, "num_key_value_heads": 4, "intermediat
 FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 CATEGORIES = (
-    ("matrix products", ("gemm", "nvjet", "cutlass", "sm90_xmma", "cublas")),
     ("attention", ("flash", "fmha")),
+    ("matrix products", ("gemm", "nvjet", "cutlass", "sm90_xmma", "cublas")),
     ("optimizer", ("project_kernel", "write_kernel", "row_norms", "commit", "adamw_kernel", "unpack_signs")),
     ("copies and fills", ("memcpy", "memset", "fillfunctor", "copy_kernel", "catarray")),
 )
 """Kernels by a part of their name; what fits none is elementwise work and reductions."""
 
 
-def served_memory(config: PretrainedConfig, device: str) -> dict[str, tuple[Shard, Tensor]]:
-    """Every checkpoint tensor of ``config`` as one rank of one holds it, random, fused tensors side by side."""
+def served_memory(config: PretrainedConfig, device: str) -> tuple[dict[str, tuple[Shard, Tensor]], list[list[str]]]:
+    """Every checkpoint tensor of ``config`` as one rank of one holds it, random; and the names of fused tensors."""
     with torch.device("meta"):
         shapes = {name: p.shape for name, p in AutoModelForCausalLM.from_config(config).named_parameters()}
     shards: dict[str, tuple[Shard, Tensor]] = {}
+    side_by_side: list[list[str]] = []
 
     def add(name: str, tensor: Tensor) -> None:
         shape = tuple(shapes[name])
@@ -68,7 +69,9 @@ def served_memory(config: PretrainedConfig, device: str) -> dict[str, tuple[Shar
         fused.normal_(0, 0.02) if len(shape) > 1 else fused.fill_(1.0)
         for n, part in zip(names, fused.split(rows), strict=True):
             add(n, part)
-    return shards
+        if group:
+            side_by_side.append(names)
+    return shards, side_by_side
 
 
 def categories(profile: Any) -> dict[str, float]:
@@ -79,6 +82,27 @@ def categories(profile: Any) -> dict[str, float]:
         label = next((label for label, parts in CATEGORIES if any(part in name for part in parts)), "elementwise")
         totals[label] += event.self_device_time_total / 1e3
     return dict(totals)
+
+
+def gaps(profile: Any, count: int) -> tuple[float, list[str]]:
+    """Milliseconds between first and last kernel in which the device had none, and the longest such gaps."""
+    events = sorted(
+        (e.time_range.start, e.time_range.end, e.name)
+        for e in profile.events()
+        if e.device_type == torch.autograd.DeviceType.CUDA
+    )
+    total, found, end, last = 0.0, [], events[0][1], events[0][2]
+    for start, stop, name in events:
+        if start > end:
+            total += start - end
+            found.append((start - end, (end - events[0][0]) / 1e3, last, name))
+        if stop > end:
+            end, last = stop, name
+    lines = [
+        f"{us / 1e3:7.2f} ms idle at {at:7.1f}: {a[:50]} | {b[:50]}"
+        for us, at, a, b in sorted(found, reverse=True)[:count]
+    ]
+    return total / 1e3, lines
 
 
 def kernels(profile: Any) -> Iterator[Any]:
@@ -93,9 +117,12 @@ def main() -> int:
     parser.add_argument("--precision", type=Precision, choices=list(Precision), default=Precision.remainder)
     parser.add_argument("--gradients", choices=["stored", "fused"], default="stored", help="fused also stops clipping")
     parser.add_argument("--recompute", action="store_true")
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--budget", type=float, default=compiled.ACTIVATION_MEMORY_BUDGET, help="of activation memory")
     parser.add_argument("--kernels", type=int, default=0, help="also print this many of the longest kernels")
     parser.add_argument("--out", type=Path, help="folder for the JSON file")
     options = parser.parse_args()
+    compiled.ACTIVATION_MEMORY_BUDGET = options.budget
     device = "cuda" if torch.cuda.is_available() else "cpu"
     config = Qwen3Config(**(TINY if options.tiny else QWEN3_8B | RANK_OF_TWO))
     tokens = options.tokens or (64 if options.tiny else 4096)
@@ -113,7 +140,7 @@ def main() -> int:
 
 def run(config: PretrainedConfig, tokens: int, device: str, options: argparse.Namespace) -> dict[str, Any]:
     torch.manual_seed(0)
-    shards = served_memory(config, device)
+    shards, side_by_side = served_memory(config, device)
     weights = torch.cuda.memory_allocated() if device == "cuda" else 0
     tp = TPGroup.single()
     train = TrainConfig(max_micro_batch_tokens=tokens, max_sequence_tokens=tokens, precision=options.precision)
@@ -121,7 +148,9 @@ def run(config: PretrainedConfig, tokens: int, device: str, options: argparse.Na
     optim = OptimConfig(
         lr=1e-6, max_grad_norm=None if fused else 1.0, max_relative_update=1e9, check_replicas_every=0,
     )  # fmt: skip
-    model = bind_model(config, shards, tp, gradient_checkpointing=options.recompute)
+    model = bind_model(
+        config, shards, tp, fused=side_by_side, gradient_checkpointing=options.recompute, compiled=options.compile
+    )  # fmt: skip
     optimizer = build_optimizer(optim, train.precision, model.parameters, tp)
     trainer = Trainer(
         model, optimizer, tp, device=torch.device(device), max_micro_batch_tokens=tokens,
@@ -151,6 +180,8 @@ def run(config: PretrainedConfig, tokens: int, device: str, options: argparse.Na
         with torch.profiler.profile() as profile:
             trainer.step(samples)
         report |= {f"GPU ms, {k}": v for k, v in sorted(categories(profile).items(), key=lambda kv: -kv[1])}
+        report["GPU idle within the step, ms"], lines = gaps(profile, options.kernels // 3)
+        print("\n".join(lines))
         for event in sorted(kernels(profile), key=lambda e: -e.self_device_time_total)[: options.kernels]:
             print(f"{event.self_device_time_total / 1e3:9.2f} ms {event.count:6d} x  {event.key[:150]}")
     return report

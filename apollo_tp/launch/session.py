@@ -76,7 +76,14 @@ def _run(
     form()
     with _together(control):
         hf_config = AutoConfig.from_pretrained(manifests[0].model_path)
-        model = bind_model(hf_config, mapped.tensors, tp, gradient_checkpointing=config.train.gradient_checkpointing)
+        model = bind_model(
+            hf_config,
+            mapped.tensors,
+            tp,
+            fused=mapped.fused,
+            gradient_checkpointing=config.train.gradient_checkpointing,
+            compiled=mapped.device.type == "cuda" if config.train.compile is None else config.train.compile,
+        )
         optimizer = build_optimizer(config.optim, config.train.precision, model.parameters, tp)
     with _together(control):
         _resume(config, optimizer, lineage.record)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -13,8 +14,10 @@ from apollo_tp.errors import UnsupportedModelError
 from apollo_tp.layout import Shard
 from apollo_tp.loss import VocabShard
 from apollo_tp.model.bound import BoundModel, BoundParameter, Role
+from apollo_tp.model.compiled import compile_layers
 from apollo_tp.model.families import logits_transform, refuse_unknown_layers
 from apollo_tp.model.gradients import GradientSync
+from apollo_tp.model.joined import JoinedLinear, JoinedPart, stack_rows
 from apollo_tp.model.names import NameMap, map_names
 from apollo_tp.model.narrow import build_on_meta
 from apollo_tp.model.recurrent import respect_boundaries
@@ -33,13 +36,20 @@ Index = tuple[int | slice, ...]
 
 
 def bind_model(
-    config: PretrainedConfig, shards: Shards, tp: TPGroup, *, gradient_checkpointing: bool = False
+    config: PretrainedConfig,
+    shards: Shards,
+    tp: TPGroup,
+    *,
+    fused: Iterable[Sequence[str]] = (),
+    gradient_checkpointing: bool = False,
+    compiled: bool = False,
 ) -> BoundModel:
     """Put this rank's ``shards`` in as the parameters of the model of ``config``, without a copy.
 
     ``shards`` maps checkpoint names to the shard record and the local tensor (shape ``shard.local_shape``, a view of the
-    served memory; vocabulary-parallel tensors without padding rows). Collective over ``tp``: see GradientSync. Raises
-    UnsupportedModelError that lists every tensor and parameter that does not fit.
+    served memory; vocabulary-parallel tensors without padding rows). ``fused`` lists names that share a served tensor:
+    where their rows follow each other, they run as one product. ``compiled``: see compile_layers. Collective over ``tp``:
+    see GradientSync. Raises UnsupportedModelError that lists every tensor and parameter that does not fit.
     """
     tied = not any(name.endswith("lm_head.weight") for name in shards)
     module = build_on_meta(config, tp.size, _dtype(shards), tied=tied)
@@ -49,13 +59,19 @@ def bind_model(
     transform = logits_transform(module)
     install_full_width_norms(module, tp)
     leaves = _fill(module, names, shards, vocabulary, tp)
-    vocab = _install_vocabulary(module, shards[names.parts[vocabulary.embedding][0][0]][0], vocabulary, tp, transform)
+    parameter_of = {part.name: name for name, leaf in leaves.items() for part, index in leaf.parts if not index}
+    for group in fused:
+        _join(module, leaves, [parameter_of[name] for name in group if name in parameter_of])
+    embedding = shards[names.parts[vocabulary.embedding][0][0]][0]
+    vocab = replace(_install_vocabulary(module, embedding, vocabulary, tp, transform), compiled=compiled)
     respect_boundaries(module)
     regions = install_regions(module, _cut_last(leaves), tp)
     _check_cuts_in_regions(leaves, regions, vocabulary, tp)
     module.to(next(iter(leaves.values())).parameter.device)  # buffers: the parameters are there already
     if gradient_checkpointing:
         module.gradient_checkpointing_enable({"use_reentrant": False})
+    if compiled:
+        compile_layers(module)
     sync = GradientSync(
         [
             (shard, leaf.parameter, index)
@@ -182,6 +198,31 @@ def _stack(parts: list[list[str]], shards: Shards, expected: tuple[int, ...]) ->
             places.append((shard, (expert, slice(j * rows, (j + 1) * rows)) if len(parts) > 1 else (expert,)))
     stacked = first.as_strided(expected, (stride, *first.stride()), first.storage_offset())
     return _Leaf(nn.Parameter(stacked), places)
+
+
+def _join(module: PreTrainedModel, leaves: dict[str, _Leaf], names: list[str]) -> None:
+    """Turn the linear layers that these parameters belong to into parts of one product, if they lie side by side."""
+    owners = {name.rpartition(".")[0]: name for name in names if name.endswith(".weight")}
+    order = sorted(owners, key=lambda owner: leaves[owners[owner]].parameter.storage_offset())
+    linears = [module.get_submodule(owner) for owner in order]
+    siblings = len({owner.rpartition(".")[0] for owner in order}) == 1
+    if len(order) < 2 or not siblings or not all(type(linear) is nn.Linear for linear in linears):
+        return
+    weight = stack_rows([linear.weight.data for linear in linears])  # type: ignore[misc]
+    biased = {linear.bias is not None for linear in linears}
+    bias = stack_rows([linear.bias.data for linear in linears]) if biased == {True} else None  # type: ignore[misc, union-attr]
+    if weight is None or len(biased) > 1 or (bias is None) == biased.pop():
+        return
+    rows = [linear.out_features for linear in linears]
+    joined = JoinedLinear(nn.Parameter(weight), None if bias is None else nn.Parameter(bias), rows)
+    start = 0
+    for position, (owner, count) in enumerate(zip(order, rows, strict=True)):
+        parent, _, child = owner.rpartition(".")
+        setattr(module.get_submodule(parent), child, JoinedPart(joined, position))
+        for attribute, parameter in joined.named_parameters():
+            shard = leaves[f"{owner}.{attribute}"].parts[0][0]
+            leaves[f"{owner}.{attribute}"] = _Leaf(parameter, [(shard, (slice(start, start + count),))])
+        start += count
 
 
 def _install_vocabulary(

@@ -44,9 +44,9 @@ class BoundParameter:
 
     @property
     def complete_leaf(self) -> nn.Parameter | None:
-        """The leaf whose gradient is this one's and complete once autograd has accumulated it; None if it is stacked with
-        others, or a partial sum. A tied embedding's is complete: autograd adds both uses before it accumulates."""
-        return None if self.partial_gradient or self.index else self.leaf
+        """The leaf whose gradient has this one, complete once autograd has accumulated it; None if it is a partial sum. A
+        tied embedding's is complete: autograd adds both uses before it accumulates."""
+        return None if self.partial_gradient else self.leaf
 
 
 @dataclass(frozen=True)

@@ -80,6 +80,10 @@ def install_regions(module: nn.Module, cut_last: list[str], tp: TPGroup) -> list
     linear layer nor of stacked experts.
     """
     regions: list[str] = []
+    enter, leave = (
+        _enter_hook(tp),
+        _leave_hook(tp),
+    )  # one object for all layers: compiled code checks which hooks there are
     for name in cut_last:
         owner_name, _, leaf = name.rpartition(".")
         owner = module.get_submodule(owner_name)
@@ -89,14 +93,14 @@ def install_regions(module: nn.Module, cut_last: list[str], tp: TPGroup) -> list
             setattr(region, child, RowParallelLinear(owner, tp))
         elif owner.get_parameter(leaf).ndim == 3:
             region_name, region = owner_name, owner
-            region.register_forward_hook(lambda _module, _args, output: reduce_from_region(output, tp))
+            region.register_forward_hook(leave)
         else:
             raise UnsupportedModelError(
                 f"{name}: got a parameter of {type(owner).__name__} cut on its last dimension, expected that of a linear "
                 "layer or of stacked experts; this architecture has no known way to run tensor-parallel here"
             )
         if region_name not in regions:
-            region.register_forward_pre_hook(_enter_hook(tp), with_kwargs=True)
+            region.register_forward_pre_hook(enter, with_kwargs=True)
             regions.append(region_name)
     return regions
 
@@ -111,3 +115,10 @@ def _enter_hook(tp: TPGroup) -> Any:
         return pytree.tree_map_only(Tensor, lambda t: copy_to_region(t, tp) if t.requires_grad else t, (args, kwargs))
 
     return enter
+
+
+def _leave_hook(tp: TPGroup) -> Any:
+    def leave(_module: nn.Module, _args: Any, output: Tensor) -> Tensor:
+        return reduce_from_region(output, tp)
+
+    return leave

@@ -18,7 +18,7 @@ from torch import Tensor
 from apollo_tp.config import EmbeddingMode, OptimConfig, Precision
 from apollo_tp.errors import ApolloTpError, ConfigError
 from apollo_tp.optim.bundle import Bundle
-from apollo_tp.optim.fused import FusedStep
+from apollo_tp.optim.fused import FusedStep, by_leaf, whole_leaves
 from apollo_tp.optim.interface import Decision, OptimParameter, StepOutcome
 from apollo_tp.optim.matrices import moment_rank
 from apollo_tp.optim.replicas import check_replicas
@@ -53,7 +53,7 @@ class Optimizer:
                 f"parameters: got {len(trained)} to train with {len(set(self.names))} names, expected at least one and "
                 "distinct names; a tied embedding and head are one parameter"
             )
-        self.weights = [Weight(p, precision, config.seed, tp.rank) for p in trained]
+        self.weights = [Weight(p, precision, config.seed, tp) for p in trained]
         self.device = self.weights[0].data.device
         self.bundle = Bundle(self.weights, config, tp)
         self.step_count = self.skipped_in_a_row = 0
@@ -141,17 +141,18 @@ class Optimizer:
     # --- updates inside the backward pass --------------------------------------------------------------------------
 
     def attach_fused(self) -> list[str]:
-        """Allow steps that update each matrix in the backward pass as soon as its gradient is complete, and free it.
+        """Allow steps that update matrices in the backward pass as soon as their gradients are complete, and free them.
 
         Returns the names that are updated so. Such a step is ``begin_fused_step(...)``, one ``backward()``, ``step(...)``;
         without the first call a step is a stored one as before, and steps of both kinds may follow each other. Parameters
-        whose gradient must still be summed over replicas, slices of stacked leaves, and those of AdamW, keep their
-        gradients until ``step``. All ranks must compute gradients of the same parameters in the same order. Updates are
+        whose gradient must still be summed over replicas, those of AdamW, and what shares a leaf with them, keep their
+        gradients until ``step``. All ranks must compute gradients of the same leaves in the same order. Updates are
         the same as with stored gradients, with these limits: no accumulation over several backward passes; no clipping
         (the norm of the whole gradient is not known before the first write; the norm-growth limiter works); a value that
-        is not finite stops the matrix where it appears and all later ones, while those already written stay written.
-        Collectives per matrix: one all-reduce of 4 floats and, if cut along its contracted dimension, one reduce-scatter
-        and one all-gather. Collective itself: one all-reduce. Raises ConfigError if clipping is on.
+        is not finite stops the bucket of matrices where it appears (fused.BUCKET_BYTES) and all later ones, while those
+        already written stay written. Collectives per bucket: one all-reduce of 3 floats per matrix and, if one is cut
+        along its contracted dimension, one reduce-scatter and one all-gather. Collective itself: one all-reduce. Raises
+        ConfigError if clipping is on.
         """
         if self.config.max_grad_norm is not None:
             raise ConfigError(
@@ -160,12 +161,14 @@ class Optimizer:
             )
         if self.fused is None:
             matrices = [m.weight for m in self.bundle.matrices]
-            free = torch.tensor([float(w.fused_leaf is not None) for w in matrices], device=self.device)
+            whole = whole_leaves(matrices)
+            free = torch.tensor([float(w.name in whole) for w in matrices], device=self.device)
             agreed = self.tp.all_reduce_(free, dist.ReduceOp.MIN).tolist()  # hooks are collective: all ranks, or none
             fused = [weight for weight, everywhere in zip(matrices, agreed, strict=True) if everywhere]
-            if len(fused) == len(self.weights):
-                fused = fused[:-1]  # ``step`` needs a parameter to tell what happened
-            self.fused = FusedStep(self.bundle, fused)
+            whole = whole_leaves(fused)
+            if len(whole) == len(self.weights):  # ``step`` needs a parameter to tell what happened
+                whole -= {weight.name for weight in by_leaf(fused)[-1][1]}
+            self.fused = FusedStep(self.bundle, [weight for weight in fused if weight.name in whole])
         return self.fused.names
 
     def begin_fused_step(self, learning_rate_scale: float = 1.0, loss: Tensor | None = None) -> None:

@@ -2,22 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from apollo_tp.errors import ApolloTpError
 from apollo_tp.optim.bundle import Bundle
 from apollo_tp.optim.interface import Decision
 from apollo_tp.optim.weight import Weight
 
+BUCKET_BYTES = 256 * 2**20
+"""Gradients are updated, and freed, together as soon as they come to about this size: about a layer of an 8B model."""
+
+
+class _Bucket:
+    """Leaves whose matrices are updated together, in a bundle of their own, once all have their gradient."""
+
+    def __init__(self, bundle: Bundle, leaves: Sequence[nn.Parameter]) -> None:
+        self.bundle, self.leaves = bundle, list(leaves)
+        self.arrived: set[int] = set()
+
+    @property
+    def complete(self) -> bool:
+        return len(self.arrived) == len(self.leaves)
+
+    def release(self) -> None:
+        """Free the gradients."""
+        self.arrived = set()
+        for leaf in self.leaves:
+            leaf.grad = None
+
 
 class FusedStep:
-    """Hooks that update each of the ``fused`` weights of ``whole`` in a bundle of its own, between ``begin`` and ``finish``.
+    """Hooks that update the ``fused`` weights of ``whole``, bucket by bucket, between ``begin`` and ``finish``.
 
-    At all other times they do nothing, and gradients are stored. Rank for rank the hooks run in the same order, since the
-    graphs are the same; each is collective (see Bundle.update).
+    ``fused`` has all weights of a leaf or none. At all other times the hooks do nothing, and gradients are stored. Rank for
+    rank they run in the same order, since the graphs are the same; each bucket's update is collective (see Bundle.update).
     """
 
     def __init__(self, whole: Bundle, fused: Sequence[Weight]) -> None:
@@ -27,11 +48,12 @@ class FusedStep:
         self._lr: float | None = None
         self._alive = torch.ones((), dtype=torch.bool, device=self.device)
         self._decisions: list[tuple[Bundle, Decision]] = []
-        self._done: set[str] = set()
-        for weight in fused:
-            assert weight.fused_leaf is not None
-            part = whole.part([weight])
-            weight.fused_leaf.register_post_accumulate_grad_hook(lambda leaf, part=part: self._hook(part, leaf))
+        self._done: set[int] = set()
+        # the backward pass meets the last layers first
+        self._buckets = [_Bucket(whole.part(weights), leaves) for weights, leaves in _cut(list(reversed(fused)))]
+        for bucket in self._buckets:
+            for leaf in bucket.leaves:
+                leaf.register_post_accumulate_grad_hook(lambda leaf, bucket=bucket: self._hook(bucket, leaf))
 
     @property
     def begun(self) -> bool:
@@ -40,26 +62,31 @@ class FusedStep:
 
     def begin(self, lr: float, loss: Tensor | None) -> None:
         """The next backward pass updates, unless ``loss`` is not finite on some rank. One all-reduce of one float."""
-        self._lr, self._decisions, self._done = lr, [], set()
+        self.abandon()
+        self._lr = lr
         bad = torch.zeros((), device=self.device)
         if loss is not None:
             bad = (~torch.isfinite(loss.detach())).float().to(self.device)
         self._alive = self.tp.all_reduce_(bad) == 0
 
-    def _hook(self, part: Bundle, leaf: Tensor) -> None:
+    def _hook(self, bucket: _Bucket, leaf: Tensor) -> None:
         if self._lr is None:
             return
-        name = part.weights[0].name
-        if name in self._done:
+        if id(leaf) in self._done:
             raise ApolloTpError(
-                f"{name}: got a second gradient within a fused step, expected one backward pass for each begin_fused_step; "
-                "accumulate with train.gradients=stored"
+                f"{bucket.bundle.weights[0].name}: got a second gradient within a fused step, expected one backward pass "
+                "for each begin_fused_step; accumulate with train.gradients=stored"
             )
-        decision = part.update(self._lr, None, self._alive)
+        self._done.add(id(leaf))
+        bucket.arrived.add(id(leaf))
+        if bucket.complete:
+            self._update(bucket, self._lr)
+
+    def _update(self, bucket: _Bucket, lr: float) -> None:
+        decision = bucket.bundle.update(lr, None, self._alive)
         self._alive = self._alive & decision.good
-        self._decisions.append((part, decision))
-        self._done.add(name)
-        leaf.grad = None
+        self._decisions.append((bucket.bundle, decision))
+        bucket.release()
 
     def finish(self, lr: float, loss: Tensor | None) -> list[tuple[Bundle, Decision]]:
         """Update what the hooks left, if nothing stopped them; returns all decisions of the step. Collective: see Bundle.
@@ -70,6 +97,9 @@ class FusedStep:
             raise ApolloTpError(
                 f"step: got learning rate {lr}, expected {self._lr} as in begin_fused_step of this step"
             )
+        for bucket in self._buckets:
+            if bucket.arrived:  # some of its leaves had no part in the loss
+                self._update(bucket, lr)
         decisions = [*self._decisions, (self.rest, self.rest.update(lr, loss, self._alive))]
         self.abandon()
         return decisions
@@ -77,3 +107,40 @@ class FusedStep:
     def abandon(self) -> None:
         """Forget the step; the next one stores its gradients unless ``begin`` is called."""
         self._lr, self._decisions, self._done = None, [], set()
+        for bucket in self._buckets:
+            bucket.arrived = set()
+
+
+def by_leaf(weights: Sequence[Weight]) -> list[tuple[nn.Parameter, list[Weight]]]:
+    """The weights of each leaf that may be updated in a hook, in the order in which leaves first occur."""
+    found: dict[int, tuple[nn.Parameter, list[Weight]]] = {}
+    for weight in weights:
+        leaf = weight.fused_leaf
+        if leaf is not None:
+            found.setdefault(id(leaf), (leaf, []))[1].append(weight)
+    return list(found.values())
+
+
+def whole_leaves(weights: Sequence[Weight]) -> set[str]:
+    """Names of those weights whose leaf has no elements but these weights'."""
+    return {
+        weight.name
+        for leaf, members in by_leaf(weights)
+        if sum(w.data.numel() for w in members) == leaf.numel()
+        for weight in members
+    }
+
+
+def _cut(weights: Sequence[Weight]) -> Iterator[tuple[list[Weight], list[nn.Parameter]]]:
+    """Buckets of whole leaves in this order. Sizes are those of an even share, so that all ranks cut alike."""
+    bucket: list[Weight] = []
+    leaves: list[nn.Parameter] = []
+    size = 0.0
+    for leaf, members in by_leaf(weights):
+        need = sum(w.share_bytes for w in members)
+        if bucket and size + need > BUCKET_BYTES:
+            yield bucket, leaves
+            bucket, leaves, size = [], [], 0.0
+        bucket, leaves, size = bucket + members, [*leaves, leaf], size + need
+    if bucket:
+        yield bucket, leaves

@@ -17,6 +17,7 @@ from apollo_tp.layout import Box, Shard
 from apollo_tp.optim import rounding
 from apollo_tp.optim.interface import OptimParameter
 from apollo_tp.optim.projection import stream_key
+from apollo_tp.parallel import TPGroup
 
 _CHUNK_ELEMENTS = 1 << 24
 """Elements written at a time by the plain torch path, to bound its fp32 temporaries to some hundred MB."""
@@ -34,8 +35,8 @@ class Weight:
     ``is_matrix`` is False for tensors of one dimension: no weight decay, no limit on the size of a step.
     """
 
-    def __init__(self, parameter: OptimParameter, precision: Precision, seed: int, rank: int) -> None:
-        self.index, self.parameter = 0, parameter
+    def __init__(self, parameter: OptimParameter, precision: Precision, seed: int, tp: TPGroup) -> None:
+        self.index, self.parameter, self.tp_size, rank = 0, parameter, tp.size, tp.rank
         self.shard = parameter.shard
         self.name = parameter.name
         self.represents = rank == min(self.shard.replica_ranks, default=rank)
@@ -65,9 +66,15 @@ class Weight:
 
     @property
     def fused_leaf(self) -> torch.nn.Parameter | None:
-        """The leaf in whose hook this weight may be updated; None if its gradient may still have to be summed over ranks."""
+        """The leaf whose hook may update this weight; None if its gradient may still have to be summed over ranks."""
         replicated = self.shard.replicated or len(self.shard.replica_ranks) > 1
         return None if replicated else self.parameter.complete_leaf
+
+    @property
+    def share_bytes(self) -> float:
+        """Bytes of the gradient on an average rank: the same on all ranks, which may hold a little more or less."""
+        held = 1.0 if self.shard.dim is None else 1.0 / self.tp_size
+        return math.prod(self.shard.global_shape) * self.data.element_size() * held
 
     def boxes(self) -> Iterator[tuple[Box, int, bool]]:
         """(global box, local offset along the cut dimension, counted on this rank) of each span."""

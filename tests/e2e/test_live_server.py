@@ -50,7 +50,8 @@ def test_every_parameter_reaches_inference_and_is_restored_exactly(server: Serve
 
 def _trainer_logprobs(tp: TPGroup, manifests: list[Manifest], samples: list[Sample]) -> list[float]:
     mapped = map_rank(manifests, tp.rank)
-    bound = bind_model(AutoConfig.from_pretrained(manifests[0].model_path), mapped.tensors, tp)
+    config = AutoConfig.from_pretrained(manifests[0].model_path)
+    bound = bind_model(config, mapped.tensors, tp, fused=mapped.fused)
     (batch,) = pack(samples, 1024)
     with torch.no_grad():
         return bound.sequence_logprobs(batch).tokens[: len(samples[0].token_ids) - 1].tolist()

@@ -89,7 +89,9 @@ def compare(tp: TPGroup, case: Case, checkpoint: Path) -> dict[str, float]:
     with torch.no_grad():
         logprobs = reference_logprobs(model, batch)
     mapped = map_case(checkpoint, tp)
-    bound = bind_model(config, mapped.tensors, tp, gradient_checkpointing=case.gradient_checkpointing)
+    bound = bind_model(
+        config, mapped.tensors, tp, fused=mapped.fused, gradient_checkpointing=case.gradient_checkpointing
+    )
     batches = pack(batch, case.max_tokens)
     got = train_gradients(bound, batches)
     errors = {"loss": abs(got - loss) / abs(loss), "logprobs": _logprob_error(bound, batches, batch, logprobs)}

@@ -1,0 +1,37 @@
+"""torch.compile, one decoder layer at a time: norms, rotary embeddings, activations and residual sums fuse into few kernels.
+
+Layers of one kind share their compiled code; the first batch of a new length makes it anew for any length. Collectives and
+attention stay calls of their own within it.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch._dynamo
+import torch._functorch.config
+from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from apollo_tp.model.regions import FullWidthRMSNorm
+
+ACTIVATION_MEMORY_BUDGET = 0.5
+"""Share of the activations that compiled code keeps for its backward pass; the cheap rest (norms, activation functions) is
+computed again. 1 keeps what is fastest. torch.compile chooses which."""
+MAX_VARIANTS = 32
+"""Compiled versions of a layer (kinds of layers, fixed and any length) before torch gives up and runs it uncompiled."""
+
+
+def compile_layers(module: PreTrainedModel) -> int:
+    """Compile every decoder layer of ``module`` in place, at its first call; returns how many.
+
+    None if a layer has two collectives that do not depend on each other (FullWidthRMSNorm): the compiler may order them
+    one way on one rank and another way on the next.
+    """
+    if any(isinstance(child, FullWidthRMSNorm) for child in module.modules()):
+        return 0
+    torch._dynamo.config.recompile_limit = MAX_VARIANTS
+    torch._functorch.config.activation_memory_budget = ACTIVATION_MEMORY_BUDGET
+    layers = [child for child in module.modules() if isinstance(child, GradientCheckpointingLayer)]
+    for layer in layers:
+        layer.compile()
+    return len(layers)

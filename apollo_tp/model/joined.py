@@ -1,0 +1,67 @@
+"""Linear layers that vLLM serves side by side in one tensor run as one matrix product here too.
+
+Query, key and value projections (gate and up projections, ...) take the same input, and their rows lie behind each other in
+the served tensor. One product over all rows is faster than three over few rows each, forward and backward, and has one
+gradient. The modules of the architecture stay where they are: each hands out its rows of the common product.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class JoinedLinear(nn.Module):
+    """``x @ weight.T + bias`` over the rows of all parts; ``weight`` local [sum of rows, columns].
+
+    Each part asks for its rows with the same ``x``: the first one computes, the last one lets go. A part that asks out of
+    turn, or with another ``x``, gets a product of its own: slower, and right.
+    """
+
+    def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None, rows: Sequence[int]) -> None:
+        super().__init__()
+        self.weight, self.bias = weight, bias
+        self.rows = tuple(rows)
+        self.last_input: Tensor | None = None
+        self.outputs: tuple[Tensor, ...] = ()
+
+    def part(self, position: int, x: Tensor) -> Tensor:
+        if self.last_input is not x:
+            self.last_input = x
+            self.outputs = F.linear(x, self.weight, self.bias).split(self.rows, dim=-1)
+        output = self.outputs[position]
+        if position == len(self.rows) - 1:
+            self.last_input, self.outputs = None, ()
+        return output
+
+
+class JoinedPart(nn.Module):
+    """Stands where the linear layer was whose rows are number ``position`` of ``joined``."""
+
+    def __init__(self, joined: JoinedLinear, position: int) -> None:
+        super().__init__()
+        self.position = position
+        if position == 0:
+            self.joined = joined
+        else:  # its parameters belong to the first part
+            object.__setattr__(self, "joined", joined)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.joined.part(self.position, x)
+
+
+def stack_rows(tensors: Sequence[Tensor]) -> Tensor | None:
+    """One view over tensors whose rows follow each other in memory, in this order; None if they do not."""
+    first = tensors[0]
+    end = first.storage_offset()
+    for tensor in tensors:
+        same = tensor.dtype == first.dtype and tensor.shape[1:] == first.shape[1:] and tensor.is_contiguous()
+        here = tensor.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
+        if not (same and here and tensor.storage_offset() == end):
+            return None
+        end += tensor.numel()
+    return first.as_strided(
+        (sum(t.shape[0] for t in tensors), *first.shape[1:]), first.stride(), first.storage_offset()
+    )
