@@ -1,25 +1,73 @@
-"""Training speed and memory beside a live vLLM server: tokens/s, TFLOP/s per GPU, peak memory beyond the served weights.
+"""Training speed and memory beside a live vLLM server, and of the usual way to train the same model: FSDP2 and AdamW.
 
     python benchmarks/bench_step.py --out benchmarks/results            # 2 GPUs, 8.19B Qwen3 shape, dummy weights
     python benchmarks/bench_step.py --tiny                              # rehearsal on any machine
+    python benchmarks/bench_step.py --cases 1x fsdp2-1x-compiled        # some rows only
 
-TFLOP/s counts 6 x parameters x tokens (recomputation is not counted as work). The server is up and idle during the steps.
+TFLOP/s counts 6 x parameters x tokens (recomputation is not counted as work). Our rows: the server is up and idle during the
+steps; a step's sequences are shared by all ranks, one micro-batch each. FSDP2's rows (baseline_fsdp2.py) run after the
+server has ended, on a copy of the weights of their own: each rank takes whole sequences, at least one, so that at p ranks
+"1x" is p sequences a step. Peak memory is the allocator's, beyond the weights: served ones, or a rank's share of the copy.
 """
 
 from __future__ import annotations
 
 import argparse
 import datetime
+import json
 import shlex
 import statistics
+import subprocess
 import sys
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
-from stack import QWEN3_8B, TINY, Served, device_name, random_samples, serving, training, write_results
+from stack import (
+    QWEN3_8B,
+    TINY,
+    Served,
+    Training,
+    device_name,
+    random_samples,
+    serving,
+    tflops_per_gpu,
+    training,
+    write_results,
+)
+
+from apollo_tp.demo.processes import ManagedProcess
+
+BASELINE_SECONDS = 150
+"""A sub-run of the baseline is ended after this long; it starts, compiles and runs in about a third of that."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row: ``sequences`` of a step, with or without recomputation; the baseline may compile its blocks."""
+
+    sequences: int
+    recompute: bool = False
+    baseline: bool = False
+    compiled: bool = False
+
+    def sequences_per_rank(self, ranks: int) -> int:
+        """What a rank of the baseline takes: whole sequences, at least one."""
+        return max(1, self.sequences // ranks)
+
+
+CASES = {
+    "1x": Case(1),
+    "4x": Case(4),
+    "1x-recompute": Case(1, recompute=True),
+    "4x-recompute": Case(4, recompute=True),
+    "fsdp2-1x": Case(1, baseline=True),
+    "fsdp2-1x-compiled": Case(1, baseline=True, compiled=True),
+    "fsdp2-4x-recompute": Case(4, baseline=True, recompute=True),
+}
 
 
 def main() -> int:
@@ -27,48 +75,64 @@ def main() -> int:
     parser.add_argument("--tiny", action="store_true", help="a model for any machine, 64 tokens per sequence")
     parser.add_argument("--tp", type=int, default=2)
     parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES), help="default: all")
     parser.add_argument("--server-args", default="", help="further options of the vLLM server, in one string")
     parser.add_argument("--overrides", default="", help="further options of the trainer, in one string")
     parser.add_argument("--out", type=Path, help="folder for the JSON file")
     options = parser.parse_args()
-    tokens = 64 if options.tiny else 4096
-    cases = [
-        {"sequences": 1, "recompute": False},
-        {"sequences": 4, "recompute": False},
-        {"sequences": 4, "recompute": True},
-    ]
+    options.tokens = 64 if options.tiny else 4096
+    results = []
     with tempfile.TemporaryDirectory(prefix="apollo_tp-") as name:
         folder = Path(name)
-        config = TINY if options.tiny else QWEN3_8B
-        with serving(folder, config, tp=options.tp, extra=shlex.split(options.server_args)) as served:
-            results = [measure(folder, served, options, case, tokens) for case in cases]
-    report(results, options, tokens)
+        if trainers := by_trainer(options.cases):
+            extra, config = shlex.split(options.server_args), TINY if options.tiny else QWEN3_8B
+            with serving(folder, config, tp=options.tp, extra=extra) as served:
+                for names in trainers:
+                    results += measure(folder / f"state-{names[0]}", served, options, names)
+        results += [baseline(folder, name, options) for name in options.cases if CASES[name].baseline]
+    report(results, options)
     return 0
 
 
-def measure(folder: Path, served: Served, options: argparse.Namespace, case: dict, tokens: int) -> dict[str, Any]:
-    """One trainer per case; the first two steps (compilation, allocation) are not counted."""
+def by_trainer(names: list[str]) -> list[list[str]]:
+    """Our cases by the trainer that runs them, the smaller step first: a trainer's peak is that of its life so far."""
+    ours = sorted((n for n in names if not CASES[n].baseline), key=lambda n: CASES[n].sequences)
+    groups = [[n for n in ours if CASES[n].recompute is recompute] for recompute in (False, True)]
+    return [group for group in groups if group]
+
+
+def measure(state: Path, served: Served, options: argparse.Namespace, names: list[str]) -> list[dict[str, Any]]:
+    """The cases of one trainer, a job each."""
     overrides = [
-        f"train.max_sequence_tokens={tokens}", f"train.max_micro_batch_tokens={tokens}", "optim.lr=1e-6",
-        f"train.gradient_checkpointing={str(case['recompute']).lower()}", *shlex.split(options.overrides),
+        f"train.max_sequence_tokens={options.tokens}", f"train.max_micro_batch_tokens={options.tokens}", "optim.lr=1e-6",
+        f"train.gradient_checkpointing={str(CASES[names[0]].recompute).lower()}", *shlex.split(options.overrides),
     ]  # fmt: skip
-    state = folder / f"state-{case['sequences']}-{case['recompute']}"
     with training(served, state, tp=options.tp, overrides=overrides) as trainer:
-        hello = trainer.status()["trainer"]
-        samples = random_samples(case["sequences"], tokens, hello["vocab_size"])
-        body = {"samples": samples, "epochs": options.steps, "batch_size": case["sequences"], "wait": True}
-        job = trainer.submit(body)
-        assert job["state"] == "succeeded", job["error"]
-        steps, status = trainer.steps(job["id"])[2:], trainer.status()
+        return [{"case": name} | run_job(trainer, CASES[name], served, options) for name in names]
+
+
+def run_job(trainer: Training, case: Case, served: Served, options: argparse.Namespace) -> dict[str, Any]:
+    """The first two steps (compilation, allocation) are not counted. A job that fails (out of memory) is a row too."""
+    hello = trainer.status()["trainer"]
+    samples = random_samples(case.sequences, options.tokens, hello["vocab_size"])
+    body = {"samples": samples, "epochs": options.steps, "batch_size": case.sequences, "wait": True}
+    job = trainer.submit(body)
+    if job["state"] != "succeeded":
+        return {"failed": str(job["error"])[:200]}
+    steps = trainer.steps(job["id"])[2:]
     seconds = statistics.median(step["step_seconds"] for step in steps)
-    num_tokens = tokens * case["sequences"]
-    return case | {
+    num_tokens = options.tokens * case.sequences
+    return {
+        "sequences": case.sequences,
+        "recompute": case.recompute,
         "tokens_per_step": num_tokens,
+        "tokens_per_rank": num_tokens,
         "tokens_per_second": num_tokens / seconds,
-        "tflops_per_gpu": 6 * hello["num_parameters"] * num_tokens / seconds / options.tp / 1e12,
+        "tflops_per_gpu": tflops_per_gpu(hello["num_parameters"], num_tokens, seconds, options.tp),
         "step_seconds": seconds,
         "num_parameters": hello["num_parameters"],
-        "peak_memory_gb": [n / 1e9 for n in (steps[-1].get("peak_memory_bytes") or status.get("peak_memory_bytes") or [])],
+        "weights_gb": [n / 1e9 for n in served.weight_bytes()],
+        "beyond_weights_gb": [n / 1e9 for n in steps[-1].get("peak_memory_bytes") or [] if n],
         "seconds": {k: statistics.median(s.get(k, 0.0) for s in steps) for k in
                     ("forward_seconds", "backward_seconds", "optimizer_seconds")},
         "skipped": sum(bool(step.get("skipped")) for step in steps),
@@ -77,19 +141,63 @@ def measure(folder: Path, served: Served, options: argparse.Namespace, case: dic
     }  # fmt: skip
 
 
-def report(results: list[dict], options: argparse.Namespace, tokens: int) -> None:
+def baseline(folder: Path, name: str, options: argparse.Namespace) -> dict[str, Any]:
+    """A row of the baseline; one that fails or takes too long says so in "failed"."""
+    case = CASES[name]
+    switches = {"--tiny": options.tiny, "--compile": case.compiled, "--recompute": case.recompute}
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(options.tp),
+        str(Path(__file__).with_name("baseline_fsdp2.py")), "--sequences", str(case.sequences_per_rank(options.tp)),
+        "--tokens", str(options.tokens), "--steps", str(options.steps), *(s for s, on in switches.items() if on),
+    ]  # fmt: skip
+    row = {"case": name, "sequences": case.sequences, "recompute": case.recompute, "compiled": case.compiled}
+    process = ManagedProcess(command, {}, folder / f"{name}.log")
+    try:
+        status = process.process.wait(BASELINE_SECONDS)
+    except subprocess.TimeoutExpired:
+        return row | {"failed": f"no result after {BASELINE_SECONDS} s"}
+    finally:
+        process.stop()
+    if status:
+        print(process.tail(), file=sys.stderr)
+        return row | {"failed": failure(process.log.read_text(errors="replace"))}
+    result = json.loads(next(line for line in reversed(process.tail().splitlines()) if line.startswith("{")))
+    peaks = zip(result["peak_memory_gb"], result["weights_gb"], strict=False)
+    return row | result | {"beyond_weights_gb": [peak - weights for peak, weights in peaks]}
+
+
+def failure(output: str) -> str:
+    """The error of a failed sub-run in one line: running out of memory, else the first exception of its output."""
+    lines = [line.partition("]:")[2].strip() or line.strip() for line in output.splitlines() if "Error" in line]
+    memory = [line for line in lines if "OutOfMemoryError" in line]
+    return (memory or lines or ["no result"])[0][:200]
+
+
+def report(results: list[dict[str, Any]], options: argparse.Namespace) -> None:
     table = Table(
-        title=f"bench_step: TP = {options.tp}, {options.tp} x {device_name()}, {datetime.date.today().isoformat()}"
+        title=f"bench_step: {options.tp} x {device_name()}, {options.tokens:,} tokens a sequence, {datetime.date.today()}"
     )
-    for column in ("batch", "recompute", "gradients", "tokens/s", "TFLOP/s per GPU", "step s", "peak GB"):
+    for column in (
+        "case",
+        "tokens a step",
+        "of a rank",
+        "tokens/s",
+        "TFLOP/s per GPU",
+        "step s",
+        "weights GB",
+        "peak GB beyond",
+    ):
         table.add_column(column)
     for r in results:
-        memory = ", ".join(f"{gb:.1f}" for gb in r["peak_memory_gb"])
+        if "failed" in r:
+            table.add_row(r["case"], r["failed"])
+            continue
+        weights, beyond = (", ".join(f"{gb:.1f}" for gb in r[key]) for key in ("weights_gb", "beyond_weights_gb"))
         table.add_row(
-            f"{r['sequences']} x {tokens}", str(r["recompute"]), str(r["gradients"]), f"{r['tokens_per_second']:,.0f}",
-            f"{r['tflops_per_gpu']:.1f}", f"{r['step_seconds']:.3f}", memory,
+            r["case"], f"{r['tokens_per_step']:,}", f"{r['tokens_per_rank']:,}", f"{r['tokens_per_second']:,.0f}",
+            f"{r['tflops_per_gpu']:.1f}", f"{r['step_seconds']:.3f}", weights, beyond,
         )  # fmt: skip
-    Console(width=120).print(table)
+    Console(width=140).print(table)
     write_results(options.out, "step", options.tp, results)
 
 

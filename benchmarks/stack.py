@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import json
+import math
 import platform
 import random
 import shlex
@@ -23,6 +24,7 @@ import torch
 from transformers import Qwen3Config
 
 from apollo_tp.demo.processes import ManagedProcess, coordinator_url, start_server, start_trainer
+from apollo_tp.manifest import Manifest, read_instance
 
 QWEN3_8B = {
     "vocab_size": 151936, "hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36,
@@ -34,6 +36,36 @@ TINY = QWEN3_8B | {
     "vocab_size": 2048, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "head_dim": 16,
 }  # fmt: skip
 """The same architecture for a rehearsal on any machine."""
+QWEN3_32B = QWEN3_8B | {
+    "hidden_size": 5120, "intermediate_size": 25600, "num_hidden_layers": 64, "num_attention_heads": 64,
+    "max_position_embeddings": 40960, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
+}  # fmt: skip
+QWEN35_27B_TEXT = {
+    "vocab_size": 248320, "hidden_size": 5120, "intermediate_size": 17408, "num_hidden_layers": 64,
+    "num_attention_heads": 24, "num_key_value_heads": 4, "head_dim": 256, "linear_num_key_heads": 16,
+    "linear_num_value_heads": 48, "linear_key_head_dim": 128, "linear_value_head_dim": 128, "tie_word_embeddings": False,
+}  # fmt: skip
+TINY_QWEN35_TEXT = QWEN35_27B_TEXT | {
+    "vocab_size": 2048, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 32, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
+}  # fmt: skip
+"""Gated-delta-net heads stay at 128: vLLM's CPU kernels take no other width."""
+
+
+def qwen35(text: dict[str, Any]) -> dict[str, Any]:
+    """The config around ``text`` as published: vLLM 0.26 knows Qwen3.5 only with a vision tower, here a small one, which
+    ``--language-model-only`` leaves out."""
+    vision = {
+        "depth": 1,
+        "hidden_size": 64,
+        "intermediate_size": 64,
+        "num_heads": 4,
+        "out_hidden_size": text["hidden_size"],
+    }
+    return {
+        "text_config": text, "vision_config": vision, "tie_word_embeddings": False, "dtype": "bfloat16",
+        "architectures": ["Qwen3_5ForConditionalGeneration"],
+    }  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -44,6 +76,17 @@ class Served:
     model: Path
     runtime_dir: Path
     process: ManagedProcess
+
+    def manifests(self) -> list[Manifest]:
+        """What each rank published."""
+        return read_instance(self.runtime_dir / "demo")
+
+    def weight_bytes(self) -> list[int]:
+        """Bytes of the served weights on each rank."""
+        return [
+            sum(math.prod(t.shape) * getattr(torch, t.dtype).itemsize for t in manifest.served)
+            for manifest in self.manifests()
+        ]
 
 
 @dataclass(frozen=True)
@@ -133,6 +176,11 @@ def random_samples(count: int, tokens: int, vocab_size: int, seed: int = 0) -> l
 
 def device_name() -> str:
     return torch.cuda.get_device_name(0) if torch.cuda.is_available() else platform.processor() or "CPU"
+
+
+def tflops_per_gpu(parameters: int, tokens: int, seconds: float, gpus: int) -> float:
+    """Work of a step over its time: 6 x parameters x tokens floating-point operations; recomputation is not work."""
+    return 6 * parameters * tokens / seconds / gpus / 1e12
 
 
 def write_results(out: Path | None, name: str, tp: int, results: Any) -> None:

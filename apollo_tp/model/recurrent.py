@@ -8,13 +8,20 @@ behave as before without boundaries. The projections around them stay one matrix
 from __future__ import annotations
 
 import functools
+import importlib.metadata
 import importlib.util
+import inspect
+import itertools
+import logging
+import re
 import sys
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+log = logging.getLogger("apollo_tp")
 
 Lengths = tuple[int, ...]
 
@@ -52,7 +59,9 @@ def _packed_convolution(original: Callable[..., Tensor]) -> Callable[..., Tensor
 
 def _packed_recurrence(original: Callable[..., Any]) -> Callable[..., Any]:
     kernel = _flash_linear_attention()
+    plain = inspect.unwrap(original)  # transformers puts the same kernel in its place if the package is installed
 
+    @torch.compiler.disable  # the kernel is compiled already, and the plain loop over chunks would be unrolled
     @functools.wraps(original)
     def recur(
         *states: Tensor, cu_seqlens: Tensor | None = None, sequence_lengths: Lengths | None = None, **kwargs: Any
@@ -63,21 +72,49 @@ def _packed_recurrence(original: Callable[..., Any]) -> Callable[..., Any]:
         gates = {name: kwargs[name] for name in ("g", "beta")}
         normalize = kwargs.get("use_qk_l2norm_in_kernel", False)
         if kernel is not None and states[0].is_cuda:
-            return kernel(*states, **gates, use_qk_l2norm_in_kernel=normalize, cu_seqlens=cu_seqlens.long())  # type: ignore[no-any-return]
+            return kernel(  # type: ignore[no-any-return]
+                *states,
+                **gates,
+                use_qk_l2norm_in_kernel=normalize,
+                cu_seqlens=cu_seqlens.long(),
+                cu_seqlens_cpu=_offsets(sequence_lengths),
+            )
         outputs = []
         for *parts, g, beta in zip(
             *(state.split(sequence_lengths, dim=1) for state in (*states, gates["g"], gates["beta"])), strict=True
         ):
-            outputs.append(original(*parts, g=g, beta=beta, use_qk_l2norm_in_kernel=normalize)[0])
+            outputs.append(plain(*parts, g=g, beta=beta, use_qk_l2norm_in_kernel=normalize)[0])
         return torch.cat(outputs, dim=1), None
 
     return recur
 
 
+@functools.lru_cache(maxsize=8)
+def _offsets(lengths: Lengths) -> Tensor:
+    """``cu_seqlens`` on the host: without it each layer would wait for the device to count its chunks."""
+    return torch.tensor([0, *itertools.accumulate(lengths)])
+
+
 def _flash_linear_attention() -> Callable[..., Any] | None:
-    """flash-linear-attention's kernel if that package is installed; it takes boundaries itself."""
-    if importlib.util.find_spec("fla") is None:
+    """flash-linear-attention's kernel if that package is installed and trains here; it takes boundaries itself."""
+    if not torch.cuda.is_available() or importlib.util.find_spec("fla") is None:
+        return None
+    triton = importlib.metadata.version("triton")
+    if _backward_is_refused(
+        torch.cuda.get_device_capability(), triton, importlib.util.find_spec("tilelang") is not None
+    ):
+        log.warning(
+            "gated delta nets run in plain torch, which is slower: flash-linear-attention has no right backward pass on "
+            "Hopper with Triton 3.4 to 3.7.0 (got %s); install tilelang, or Triton 3.7.1 or newer",
+            triton,
+        )
         return None
     from fla.ops.gated_delta_rule import chunk_gated_delta_rule
 
     return chunk_gated_delta_rule  # type: ignore[no-any-return]
+
+
+def _backward_is_refused(capability: tuple[int, int], triton: str, tilelang: bool) -> bool:
+    """True where flash-linear-attention 0.6 raises in the backward pass (its issue 640) and has nothing to replace it."""
+    release = tuple(int(part) for part in re.findall(r"\d+", triton)[:3])
+    return capability[0] == 9 and (3, 4) <= release < (3, 7, 1) and not tilelang

@@ -43,6 +43,7 @@ def index_from_config(hf_config: Any, dtype: str) -> list[CheckpointTensor]:
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
     from transformers.core_model_loading import revert_weight_conversion
 
+    hf_config = _transformers_config(hf_config)
     kind = AutoModelForCausalLM if hf_config.get_text_config() is hf_config else AutoModelForImageTextToText
     with torch.device("meta"):
         model = kind.from_config(hf_config)
@@ -50,3 +51,13 @@ def index_from_config(hf_config: Any, dtype: str) -> list[CheckpointTensor]:
         state = {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
         state = revert_weight_conversion(model, state)
     return [CheckpointTensor(name=name, shape=list(state[name].shape), dtype=dtype) for name in sorted(state)]
+
+
+def _transformers_config(config: Any) -> Any:
+    """``config`` as transformers' own class. vLLM registers classes of its own for some model types (0.26: Qwen3.5), which
+    lack fields that transformers' modules read."""
+    import transformers
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    own = getattr(transformers, CONFIG_MAPPING_NAMES.get(config.model_type, ""), None)
+    return config if own is None or isinstance(config, own) else own.from_dict(config.to_dict())

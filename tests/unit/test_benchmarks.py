@@ -1,0 +1,72 @@
+"""What the benchmarks compute before anything runs, and from what they measured."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+
+@pytest.fixture(scope="module")
+def bench_step() -> ModuleType:
+    return _benchmark("bench_step")
+
+
+@pytest.fixture(scope="module")
+def bench_scale() -> ModuleType:
+    return _benchmark("bench_scale")
+
+
+def _benchmark(name: str) -> ModuleType:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
+        __import__(name)
+    return sys.modules[name]
+
+
+def test_cases_share_trainers_and_smaller_steps_come_first(bench_step: ModuleType) -> None:
+    """A trainer's peak memory is that of its life so far: a small step after a large one would report the large one's."""
+    assert bench_step.by_trainer(list(bench_step.CASES)[::-1]) == [["1x", "4x"], ["1x-recompute", "4x-recompute"]]
+    assert bench_step.by_trainer(["fsdp2-1x"]) == []
+
+
+@pytest.mark.parametrize(("ranks", "expected"), [(1, (1, 4)), (2, (1, 2)), (8, (1, 1))])
+def test_a_rank_of_the_baseline_takes_whole_sequences(
+    bench_step: ModuleType, ranks: int, expected: tuple[int, int]
+) -> None:
+    cases = bench_step.CASES
+    assert tuple(cases[n].sequences_per_rank(ranks) for n in ("fsdp2-1x", "fsdp2-4x-recompute")) == expected
+
+
+def test_a_failed_baseline_says_why(bench_step: ModuleType) -> None:
+    output = (
+        "[rank1]: Traceback (most recent call last):\n"
+        "[rank1]: torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.32 GiB.\n"
+        "torch.distributed.elastic.multiprocessing.errors.ChildFailedError:\n"
+    )
+    assert bench_step.failure(output) == "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.32 GiB."
+    assert bench_step.failure("") == "no result"
+
+
+def test_tokens_per_second_of_the_baseline_are_those_of_all_ranks() -> None:
+    baseline = _benchmark("baseline_fsdp2")
+    options = baseline.argparse.Namespace(sequences=2, tokens=100)
+    rank = {"step_seconds": 1.0, "weight_bytes": 6e9, "peak_memory_bytes": 9e9, "loss": 1.0}
+    row = baseline.report([rank, rank | {"step_seconds": 2.0, "loss": 3.0}], 10**9, options)
+    assert (row["tokens_per_step"], row["tokens_per_rank"], row["tokens_per_second"]) == (400, 200, 200)
+    assert (row["step_seconds"], row["tflops_per_gpu"], row["loss"]) == (2.0, pytest.approx(0.6), 2.0)
+
+
+def test_memory_rows_add_up(bench_scale: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench_scale, "device_bytes", lambda: 1000)
+    state = {"projected moments": 10, "remainders": 50}
+    rows = bench_scale.memory_rows(100, state, "stored", 200, (5, 125, 335))
+    assert rows["gradients kept"] == 100
+    assert rows["activations and workspace at the peak"] == 200 - 60 - 100
+    assert rows["vLLM's KV cache, graphs and contexts"] == 20
+    assert rows["trainer on the device, with its context"] == 210
+    fused = bench_scale.memory_rows(100, state, "fused", 200, (None, None, None))
+    assert (fused["gradients kept"], fused["activations and workspace at the peak"]) == (0, 140)
+    assert fused["in use on the device"] is None
