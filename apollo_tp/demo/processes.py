@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.metadata
 import json
 import os
 import signal
@@ -15,7 +16,7 @@ from pathlib import Path
 import httpx
 import torch
 
-from apollo_tp.errors import DeadlineError, ServerGoneError
+from apollo_tp.errors import ConfigError, DeadlineError, ServerGoneError
 
 STOP_SECONDS = 20.0
 
@@ -76,7 +77,15 @@ def start_server(
     extra: Sequence[str] = (),
     environment: dict[str, str] | None = None,
 ) -> ManagedProcess:
-    """vLLM with the plugin: an ordinary server command but for VLLM_PLUGINS. Eager on CPU, its default mode on GPUs."""
+    """vLLM with the plugin: an ordinary server command but for VLLM_PLUGINS. Eager on CPU, its default mode on GPUs.
+
+    Raises ConfigError if vLLM would not find the plugin: it would serve without exporting anything, and say nothing.
+    """
+    if not any(entry.name == "apollo" for entry in importlib.metadata.entry_points(group="vllm.general_plugins")):
+        raise ConfigError(
+            f"vLLM plugin: got no entry point 'apollo' in {sys.executable}'s environment, expected this package installed; "
+            "run `pip install -e .` (a folder on PYTHONPATH is not enough: vLLM reads the installed metadata)"
+        )
     cpu = not torch.cuda.is_available()
     command = [
         sys.executable, "-m", "vllm.entrypoints.openai.api_server",

@@ -131,10 +131,12 @@ class Bundle:
         """Steps 1 to 3. Touches neither state nor weights."""
         config = self.config
         steps = self.steps
+        refresh_projections(self.matrices, [steps[m.index] // config.refresh_every for m in self.matrices], config)
+        self.backend.project(
+            self._counted_once(gradients)
+        )  # first: the device is busy while the host prepares the rest
         bias = self.vector([_bias_correction(n + 1, *config.betas) for n in steps])
         first = self.vector([float(n == 0) for n in steps]) > 0
-        refresh_projections(self.matrices, [steps[m.index] // config.refresh_every for m in self.matrices], config)
-        self.backend.project(self._counted_once(gradients))
         sums = self._local_square_sums(gradients, loss)
         local_sums = sums.clone()
         for group in self.groups:

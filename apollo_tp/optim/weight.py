@@ -104,6 +104,8 @@ class Weight:
         gradient = self.parameter.grad
         if gradient is None:
             return torch.zeros_like(self.data)
+        if gradient.shape == self.local_2d and gradient.is_contiguous():
+            return gradient
         return gradient.view(self.local_2d) if gradient.is_contiguous() else gradient.reshape(self.local_2d)
 
     def apply(self, step: int, decay: float, update: Callable[[slice], Tensor]) -> None:
