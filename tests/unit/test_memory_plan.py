@@ -33,8 +33,10 @@ def recomputing(tokens: int) -> Rehearsed:
 
 
 def test_the_highest_line_at_the_asked_length_counts_even_if_another_was_highest_before() -> None:
-    """One line through the peaks of 512 and 1024 tokens would miss a quarter of the need at 32768."""
+    """One line through the peaks of 512 and 1024 tokens would miss 31 % of the need at 32768."""
     short = [recomputing(512), recomputing(1024)]
+    one_line = predict([Rehearsed(r.tokens, (max(r.peaks),)) for r in short], 32768)
+    assert one_line == pytest.approx(0.69 * max(recomputing(32768).peaks), rel=0.01)
     assert [r.peaks.index(max(r.peaks)) for r in short] == [1, 1]
     assert predict(short, 32768) == max(recomputing(32768).peaks) == recomputing(32768).peaks[2]
     assert predict(short, 1024) == max(short[1].peaks), "what was measured is not extrapolated"
