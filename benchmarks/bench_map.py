@@ -235,22 +235,22 @@ def report(results: dict[str, Any], options: argparse.Namespace) -> None:
         title=f"bench_map: TP = {options.tp}, {options.tp} x {device_name()}, vLLM {results['vllm_version']}, "
         f"{results['checkpoint_tensors']} checkpoint tensors, {datetime.date.today().isoformat()}"
     )
-    for column in ("what", "seconds (one per rank)", "GB mapped or copied", "memory taken, MB"):
+    for column in ("what", "seconds", "GB mapped or copied", "memory taken, MB"):
         table.add_column(column)
     mapped = results["mapped"]
-    table.add_row("trace vLLM's loader", seconds(results["trace_seconds"]), "", "")
-    table.add_row("share memory, index tensors", seconds(results["publish_seconds"]), "", "")
-    table.add_row("read manifests", seconds([m["read_seconds"] for m in mapped]), "", "")
+    table.add_row("trace vLLM's loader, by rank", seconds(results["trace_seconds"]), "", "")
+    table.add_row("share memory, index tensors, by rank", seconds(results["publish_seconds"]), "", "")
+    table.add_row("read manifests, by rank", seconds([m["read_seconds"] for m in mapped]), "", "")
     table.add_row(
-        "map", seconds([m["map_seconds"] for m in mapped]),
-        ", ".join(f"{m['mapped_bytes'] / 1e9:.2f} mapped, 0 copied" for m in mapped),
+        "map, by rank", seconds([m["map_seconds"] for m in mapped]),
+        ", ".join(f"{m['mapped_bytes'] / 1e9:.3g}" for m in mapped) + " mapped",
         ", ".join(f"{max(m['memory_change_bytes'], key=abs) / 1e6:.1f}" for m in mapped),
     )  # fmt: skip
     if "transfer" in results:
         sent = results["transfer"]
         total = sum(m["mapped_bytes"] for m in mapped) / 1e9
         table.add_row(
-            f"vLLM's IPC weight transfer, {len(sent['seconds'])} times", seconds(sent["seconds"]), f"{total:.2f} copied",
+            f"vLLM's IPC weight transfer, all ranks, {TRANSFERS} times", seconds(sent["seconds"]), f"{total:.3g} copied",
             ", ".join(f"{n / 1e6:.1f}" for n in sent["held_bytes"] if n > 1e6),
         )  # fmt: skip
     Console(width=150).print(table)
