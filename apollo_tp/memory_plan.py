@@ -97,9 +97,10 @@ class MemoryPlan:
 
     def refusal(self, *, recomputes: bool, fused: bool) -> str:
         """What is wrong and what to do; the two options that would help are named unless they are on."""
+        least = "" if self.activations else "at least "  # refused before anything was rehearsed
         fits = f"to {self.largest}, which would fit" if self.largest >= 2 else ""
         return (
-            f"rank {self.rank}: got {_gb(self.available)} free on its GPU, expected {_gb(self.needed)} for a micro-batch of "
+            f"rank {self.rank}: got {_gb(self.available)} free on its GPU, expected {least}{_gb(self.needed)} for a micro-batch of "
             f"train.max_micro_batch_tokens={self.tokens} ({self._parts()}); lower train.max_micro_batch_tokens {fits}, "
             f"{_other_cures(recomputes=recomputes, fused=fused)}"
         )

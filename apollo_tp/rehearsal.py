@@ -7,6 +7,7 @@ what is measured is what a step allocates, the optimizer's temporaries included.
 from __future__ import annotations
 
 import gc
+import logging
 import traceback
 from collections.abc import Sequence
 from typing import Protocol
@@ -31,6 +32,8 @@ from apollo_tp.memory_plan import (
 )
 from apollo_tp.protocol import Sample
 from apollo_tp.trainer import Trainer
+
+log = logging.getLogger(__name__)
 
 
 class Meter(Protocol):
@@ -91,23 +94,22 @@ class _Rehearsal:
         self.optimizer_peak = 0
 
     def plan(self) -> MemoryPlan:
-        kept = self._kept_gradient_bytes()
-        self._agree(
-            MemoryPlan(self.tp.rank, self.trainer.max_micro_batch_tokens, kept, 0, 0, self.meter.available(), 0)
-        )
+        kept, tokens = self._kept_gradient_bytes(), self.trainer.max_micro_batch_tokens
+        self._agree(MemoryPlan(self.tp.rank, tokens, kept, 0, 0, self.meter.available(), 0))
         skipped_before = self.optimizer.skipped_in_a_row
         try:
             rehearsed = self._rehearse()
         except torch.OutOfMemoryError as error:
             traceback.clear_frames(error.__traceback__)  # they hold the activations, and the group that peers wait in
             self._clean_up()
+            text = self._ran_out()
+            log.error("%s", text)  # at once: peers that wait in a collective may take long to give up
             self.tp.dissolve()
-            raise DeviceMemoryError(self._ran_out()) from None
+            raise DeviceMemoryError(text) from None
         self.optimizer.skipped_in_a_row = skipped_before
         self._clean_up()
         # only now: what the first steps leave for good (workspaces, tables, communicators) is allocated
         base, available = self.meter.allocated(), self.meter.available()
-        tokens = self.trainer.max_micro_batch_tokens
         limit = base + int(available / (1 + MARGIN))
         return self._agree(
             MemoryPlan(

@@ -92,6 +92,12 @@ def test_the_refusal_says_what_is_needed_what_is_there_and_what_to_do() -> None:
     )
 
 
+def test_what_was_not_rehearsed_is_a_lower_bound() -> None:
+    text = plan(activations=0, optimizer=0, available=GB, largest=0).refusal(recomputes=False, fused=False)
+    assert "expected at least 8.40 GB" in text
+    assert "lower train.max_micro_batch_tokens (nothing fits now)" in text
+
+
 @pytest.mark.parametrize("recomputes", [False, True])
 @pytest.mark.parametrize("fused", [False, True])
 def test_no_cure_is_offered_that_is_taken_already(recomputes: bool, fused: bool) -> None:
