@@ -98,11 +98,11 @@ class MemoryPlan:
     def refusal(self, *, recomputes: bool, fused: bool) -> str:
         """What is wrong and what to do; the two options that would help are named unless they are on."""
         least = "" if self.activations else "at least "  # refused before anything was rehearsed
-        fits = f"to {self.largest}, which would fit" if self.largest >= 2 else ""
+        lower = f"lower train.max_micro_batch_tokens to {self.largest}, which would fit" if self.largest >= 2 else ""
         return (
-            f"rank {self.rank}: got {_gb(self.available)} free on its GPU, expected {least}{_gb(self.needed)} for a micro-batch of "
-            f"train.max_micro_batch_tokens={self.tokens} ({self._parts()}); lower train.max_micro_batch_tokens {fits}, "
-            f"{_other_cures(recomputes=recomputes, fused=fused)}"
+            f"rank {self.rank}: got {_gb(self.available)} free on its GPU, expected {least}{_gb(self.needed)} for a "
+            f"micro-batch of train.max_micro_batch_tokens={self.tokens} ({self._parts()}); "
+            f"{_cures(lower, recomputes=recomputes, fused=fused)}"
         )
 
     def _parts(self) -> str:
@@ -115,20 +115,21 @@ class MemoryPlan:
 def ran_out(rank: int, tokens: int, max_tokens: int, available: int, *, recomputes: bool, fused: bool) -> str:
     """The refusal where not even a short micro-batch of ``tokens`` could be measured."""
     return (
-        f"rank {rank}: got an out-of-memory error from a trial micro-batch of {tokens} tokens ({_gb(available)} free "
-        f"on its GPU), expected room for train.max_micro_batch_tokens={max_tokens}; lower it below {tokens}, "
-        f"{_other_cures(recomputes=recomputes, fused=fused)}"
+        f"rank {rank}: got an out-of-memory error from a trial micro-batch of {tokens} tokens ({_gb(available)} free on its "
+        f"GPU), expected room for train.max_micro_batch_tokens={max_tokens}; "
+        f"{_cures(f'lower it below {tokens}', recomputes=recomputes, fused=fused)}"
     )
 
 
-def _other_cures(*, recomputes: bool, fused: bool) -> str:
+def _cures(lower: str, *, recomputes: bool, fused: bool) -> str:
+    """``lower`` (nothing if "") and the other things that help, but for what is done already."""
     cures = [
-        *([] if recomputes else ["set train.gradient_checkpointing=true"]),
-        *([] if fused else ["set train.gradients=fused optim.max_grad_norm=null"]),
+        lower,
+        "" if recomputes else "set train.gradient_checkpointing=true",
+        "" if fused else "set train.gradients=fused optim.max_grad_norm=null",
         "start vLLM with a smaller --gpu-memory-utilization or --kv-cache-memory-bytes",
-        "end what else uses the device",
     ]
-    return ", ".join(cures[:-1]) + f", or {cures[-1]}"
+    return ", ".join(filter(None, cures)) + ", or end what else uses the GPU"
 
 
 def _gb(num_bytes: int) -> str:
