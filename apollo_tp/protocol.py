@@ -123,6 +123,8 @@ class Hello(Reply, frozen=True):
     gradients: str
     sync: str = "hogwild"
     cache: str = "none"
+    memory: str = ""
+    """What was planned for the longest micro-batch, in one line."""
     layout: list[dict[str, str | int | list[int]]] = []
     """Rows for the layout view: checkpoint tensor, rank, served tensor, part; may be empty."""
     last_job_id: str = ""

@@ -193,7 +193,7 @@ class Trainer:
         return ScoreResult(logprobs, [sum(s.weights) for s in samples], correct)
 
     def peak_memory_bytes(self) -> int:
-        """Peak GPU memory of this rank beyond the served weights since its start; 0 on CPU."""
+        """Peak GPU memory of this rank beyond the served weights since its memory was planned; 0 on CPU."""
         return torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else 0
 
 

@@ -31,6 +31,7 @@ from apollo_tp.model import BoundModel, bind_model
 from apollo_tp.optim import Optimizer, build_optimizer
 from apollo_tp.parallel import TPGroup
 from apollo_tp.rank_loop import Control, Link, RankLoop, ServerWatch, compute_group
+from apollo_tp.rehearsal import CudaMeter, plan_memory
 from apollo_tp.trainer import Trainer
 
 log = logging.getLogger("apollo_tp")
@@ -104,8 +105,11 @@ def _run(
         before_write=before_write,
     )
     log.info("optimizer: %s; gradients: %s", optimizer.describe(), trainer.gradients.value)
+    memory = _plan_memory(config, control, trainer)
+    log.info("memory: %s", memory)
+    hello = _hello(config, manifests, model, trainer, memory)
     checkpoints = _Checkpoints(config, mapped, tp, hf_config, trainer, lineage)
-    _serve(config, world, control, folder, manifests, model, trainer, checkpoints, lineage, gate, form, stack)
+    _serve(config, world, control, folder, manifests[0], hello, trainer, checkpoints, lineage, gate, form, stack)
 
 
 def _find_server(
@@ -158,6 +162,15 @@ def _resume(config: Config, optimizer: Optimizer, lineage: Lineage) -> None:
     optimizer.load(source / OPTIMIZER_DIR)
     info = read_info(source)
     log.info("optimizer state of %s (weight version %s) loaded", source, info.weight_version if info else "?")
+
+
+def _plan_memory(config: Config, control: Control, trainer: Trainer) -> str:
+    """What the longest micro-batch will need, in one line. Collective. Raises DeviceMemoryError if it does not fit."""
+    if trainer.device.type != "cuda":
+        return "not planned on a CPU, where attention keeps its scores: their need depends on the lengths in each batch"
+    with _together(control):
+        plan = plan_memory(trainer, CudaMeter(trainer.device), config.train.max_sequence_tokens)
+    return plan.describe()
 
 
 def _update_gate(
@@ -220,8 +233,8 @@ def _serve(
     world: World,
     control: Control,
     folder: Path,
-    manifests: list[Manifest],
-    model: BoundModel,
+    manifest: Manifest,
+    hello: Callable[[str, int], protocol.Hello],
     trainer: Trainer,
     checkpoints: _Checkpoints,
     lineage: LineageFile,
@@ -231,7 +244,7 @@ def _serve(
 ) -> None:
     link: Link | None = None
     if world.rank == 0:
-        coordinator = CoordinatorProcess(config, folder, manifests[0])
+        coordinator = CoordinatorProcess(config, folder, manifest)
         stack.callback(coordinator.stop)
         link = Link(f"ipc://{runtime.socket_path(folder, 'ranks.sock')}", alive=coordinator.check)
     progress = StepProgress()
@@ -246,7 +259,7 @@ def _serve(
         trainer,
         checkpoints,
         control,
-        _hello(config, manifests, model, trainer),
+        hello,
         link,
         form_group=form,
         on_step=on_step,
@@ -266,7 +279,7 @@ def _serve(
 
 
 def _hello(
-    config: Config, manifests: list[Manifest], model: BoundModel, trainer: Trainer
+    config: Config, manifests: list[Manifest], model: BoundModel, trainer: Trainer, memory: str
 ) -> Callable[[str, int], protocol.Hello]:
     first = manifests[0]
     rows: list[dict[str, str | int | list[int]]] = [
@@ -298,6 +311,7 @@ def _hello(
             gradients=trainer.gradients.value,
             sync=config.sync.mode.value,
             cache=config.sync.cache.value,
+            memory=memory,
             layout=rows,
             last_job_id=last_job_id,
             last_job_step=last_job_step,

@@ -18,38 +18,30 @@ from apollo_tp.demo.processes import ManagedProcess, coordinator_url, start_serv
 from apollo_tp.errors import ManifestError, NoServerError
 from apollo_tp.manifest import live_instances, wait_for_server
 from tests.e2e.conftest import START_SECONDS, Server, Trainer, free_port
-from tests.e2e.faulty_launch import FAULTY_TOKEN
+from tests.e2e.faulty_launch import FAULTY_TOKEN, KILLED_IN_BACKWARD, KILLED_IN_WRITE
+from tests.faults import (
+    OVERRIDES,
+    environment,
+    kill_in_mid_step,
+    run_out_of_memory_on_all_ranks,
+    settings,
+    start_faulty,
+    step,
+)
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]
 
-OVERRIDES = ["server.instance=main", "optim.lr=1e-3", "train.max_sequence_tokens=256"]
-GOOD = {"samples": [{"context_ids": [5], "continuation_ids": [6, 7, 8]}], "wait": True}
-FAULTY = {"samples": [{"context_ids": [FAULTY_TOKEN], "continuation_ids": [6, 7, 8]}], "wait": True}
+GOOD, FAULTY = step(wait=True), step(FAULTY_TOKEN, wait=True)
 
 
 @pytest.fixture
 def faulty(server: Server, tmp_path: Path) -> Iterator[Trainer]:
-    """A trainer whose rank 1 raises when told to; killed hard at the end."""
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-        "-m", "tests.e2e.faulty_launch", *_settings(tmp_path),
-    ]  # fmt: skip
-    process = ManagedProcess(command, _environment(server), tmp_path / "trainer.log")
+    """A trainer that fails when told to; stopped at the end."""
+    trainer = start_faulty(server, tmp_path)
     try:
-        yield Trainer(coordinator_url(server.runtime_dir, process, instance="main"), tmp_path, process)
+        yield trainer
     finally:
-        process.stop()
-
-
-def _settings(folder: Path) -> list[str]:
-    return [
-        "service.http.port=0", f"service.state_dir={folder}/service", f"checkpoint.dir={folder}/checkpoints",
-        "train.threads=1", *OVERRIDES,
-    ]  # fmt: skip
-
-
-def _environment(server: Server) -> dict[str, str]:
-    return {"APOLLO_TP_RUNTIME_DIR": str(server.runtime_dir), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+        trainer.process.stop()
 
 
 def test_a_rank_that_raises_fails_its_job_and_nothing_else(server: Server, faulty: Trainer) -> None:
@@ -86,24 +78,14 @@ def test_a_killed_coordinator_is_started_again(server: Server, faulty: Trainer) 
     assert again["weight_version"] == done["weight_version"] + 1
 
 
-def test_a_killed_rank_leaves_server_and_weights_usable(server: Server, tmp_path: Path) -> None:
-    """kill -9 of one rank: the trainer ends non-zero, the server keeps serving, the next trainer maps again."""
-    first = start_trainer(server.runtime_dir, tmp_path, tmp_path / "first.log", overrides=OVERRIDES)
-    coordinator_url(server.runtime_dir, first, instance="main")
-    os.kill(_children(first.process.pid)[1], signal.SIGKILL)
-    assert first.process.wait(60) != 0
-    first.stop()
-    assert all(value > -1e4 for value in server.logprobs([5, 6, 7, 8]))
-    second = start_trainer(server.runtime_dir, tmp_path, tmp_path / "second.log", overrides=OVERRIDES)
-    try:
-        trainer = Trainer(coordinator_url(server.runtime_dir, second, instance="main"), tmp_path, second)
-        assert trainer.post("/train", GOOD)["state"] == "succeeded"
-    finally:
-        second.stop()
+@pytest.mark.parametrize("fault", [KILLED_IN_BACKWARD, KILLED_IN_WRITE], ids=["backward", "write"])
+def test_a_rank_killed_in_mid_step_leaves_server_and_weights_usable(server: Server, tmp_path: Path, fault: int) -> None:
+    """kill -9 of one rank: the trainer ends non-zero, the server keeps serving, the next trainer maps again and trains."""
+    kill_in_mid_step(server, tmp_path, fault)
 
 
-def _children(pid: int) -> list[int]:
-    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+def test_running_out_of_memory_fails_the_job_alone(server: Server, faulty: Trainer) -> None:
+    run_out_of_memory_on_all_ranks(server, faulty)
 
 
 def test_mpirun_joins_the_ranks(server: Server, tmp_path: Path) -> None:
@@ -111,8 +93,9 @@ def test_mpirun_joins_the_ranks(server: Server, tmp_path: Path) -> None:
     mpirun = shutil.which("mpirun", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
     assert mpirun, "the lock file installs openmpi"
     allow = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
-    command = [mpirun, "-n", "2", "--oversubscribe", sys.executable, "-m", "apollo_tp.launch", *_settings(tmp_path)]
-    process = ManagedProcess(command, _environment(server) | allow, tmp_path / "trainer.log")
+    ranks = [mpirun, "-n", "2", "--oversubscribe", sys.executable]
+    command = [*ranks, "-m", "apollo_tp.launch", *settings(server, tmp_path)]
+    process = ManagedProcess(command, environment(server) | allow, tmp_path / "trainer.log")
     try:
         trainer = Trainer(coordinator_url(server.runtime_dir, process, instance="main"), tmp_path, process)
         assert trainer.get("/train/status")["trainer"]["num_ranks"] == 2
@@ -123,7 +106,8 @@ def test_mpirun_joins_the_ranks(server: Server, tmp_path: Path) -> None:
 
 def test_wrong_number_of_ranks_is_refused(server: Server, tmp_path: Path) -> None:
     """One rank for a server of two: the error says how many are needed."""
-    process = start_trainer(server.runtime_dir, tmp_path, tmp_path / "t.log", num_ranks=1, overrides=OVERRIDES)
+    overrides = [*OVERRIDES, "server.instance=main"]
+    process = start_trainer(server.runtime_dir, tmp_path, tmp_path / "t.log", num_ranks=1, overrides=overrides)
     try:
         assert process.process.wait(180) != 0
     finally:
@@ -163,7 +147,7 @@ def test_a_dead_server_ends_the_trainer_and_is_recognised_as_stale(server: Serve
     victim = start_server(server.model, port, server.runtime_dir, tmp_path / "server.log", instance="victim")
     try:
         victim.wait_for(f"http://127.0.0.1:{port}/health", START_SECONDS)
-        overrides = [*OVERRIDES[1:], "server.instance=victim"]
+        overrides = [*OVERRIDES, "server.instance=victim"]
         trainer = start_trainer(server.runtime_dir, tmp_path, tmp_path / "trainer.log", overrides=overrides)
         coordinator_url(server.runtime_dir, trainer, instance="victim")
         os.killpg(victim.process.pid, signal.SIGKILL)

@@ -2,8 +2,19 @@
 
 from __future__ import annotations
 
+import os
+import shlex
+from collections.abc import Iterator
+
 import pytest
 import torch
+
+from apollo_tp.demo.model import make_model, standard_library_text
+from apollo_tp.demo.processes import start_server
+from tests.e2e.conftest import START_SECONDS, Server, free_port
+
+SERVER_ARGS = shlex.split(os.environ.get("APOLLO_TP_TEST_SERVER_ARGS", ""))
+"""Options that this machine's vLLM needs, for example a --compilation-config."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -13,3 +24,21 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         needed = 2 if item.get_closest_marker("multigpu") else 1
         if torch.cuda.device_count() < needed:
             item.add_marker(pytest.mark.skip(reason=f"needs {needed} GPUs, found {torch.cuda.device_count()}"))
+
+
+@pytest.fixture(scope="module", params=[1, pytest.param(2, marks=pytest.mark.multigpu)], ids=["TP1", "TP2"])
+def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A small Qwen3 in bf16 under torch.compile and CUDA graphs; 0.3 of each GPU's memory is vLLM's."""
+    folder = tmp_path_factory.mktemp("gpu")
+    runtime_dir = tmp_path_factory.mktemp("rt")
+    runtime_dir.chmod(0o700)
+    make_model(folder / "model", standard_library_text(1000, 30), vocab_size=1003, num_layers=2)
+    port = free_port()
+    process = start_server(
+        folder / "model", port, runtime_dir, folder / "server.log", tensor_parallel=request.param, extra=SERVER_ARGS
+    )
+    try:
+        process.wait_for(f"http://127.0.0.1:{port}/health", START_SECONDS)
+        yield Server(f"http://127.0.0.1:{port}", folder / "model", runtime_dir, "demo", process)
+    finally:
+        process.stop()

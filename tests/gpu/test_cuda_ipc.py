@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import shlex
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,29 +15,11 @@ from apollo_tp.demo.model import make_model, standard_library_text
 from apollo_tp.demo.processes import start_server
 from apollo_tp.mapping import map_rank, verify_against_checkpoint
 from tests.e2e.conftest import Server, free_port
+from tests.gpu.conftest import SERVER_ARGS
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(600)]
 
 TOKENS = [(7 * i) % 997 + 4 for i in range(40)]
-SERVER_ARGS = shlex.split(os.environ.get("APOLLO_TP_TEST_SERVER_ARGS", ""))
-"""Options that this machine's vLLM needs, for example a --compilation-config."""
-
-
-@pytest.fixture(scope="module", params=[1, pytest.param(2, marks=pytest.mark.multigpu)])
-def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    folder = tmp_path_factory.mktemp("gpu")
-    runtime_dir = tmp_path_factory.mktemp("rt")
-    runtime_dir.chmod(0o700)
-    make_model(folder / "model", standard_library_text(1000, 30), vocab_size=1003, num_layers=2)
-    port = free_port()
-    process = start_server(
-        folder / "model", port, runtime_dir, folder / "server.log", tensor_parallel=request.param, extra=SERVER_ARGS
-    )
-    try:
-        process.wait_for(f"http://127.0.0.1:{port}/health", 400)
-        yield Server(f"http://127.0.0.1:{port}", folder / "model", runtime_dir, "demo", process)
-    finally:
-        process.stop()
 
 
 def test_every_parameter_reaches_inference_and_is_restored_exactly(server: Server) -> None:
