@@ -123,6 +123,7 @@ class Hello(Reply, frozen=True):
     gradients: str
     sync: str = "hogwild"
     cache: str = "none"
+    qos: str = "sm_percent=null pace=1"
     layout: list[dict[str, str | int | list[int]]] = []
     """Rows for the layout view: checkpoint tensor, rank, served tensor, part; may be empty."""
     last_job_id: str = ""

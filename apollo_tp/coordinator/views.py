@@ -63,7 +63,7 @@ def status_view(scheduler: Scheduler, store: Store) -> dict[str, Any]:
             "instance_id": hello.instance_id, "model": hello.model_path, "served_model_names": hello.served_model_names,
             "num_ranks": hello.num_ranks, "num_parameters": hello.num_parameters, "vocab_size": hello.vocab_size,
             "max_sequence_tokens": hello.max_sequence_tokens, "optimizer": hello.optimizer, "gradients": hello.gradients,
-            "sync": hello.sync, "cache": hello.cache, "busy_with": link.busy_with,
+            "sync": hello.sync, "cache": hello.cache, "qos": hello.qos, "busy_with": link.busy_with,
         }  # fmt: skip
     if not link.connected:
         trainer["reason"] = link.gone_reason
