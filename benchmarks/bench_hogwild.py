@@ -9,9 +9,11 @@ must be none. Then fixed prompts are decoded greedily, one at a time. The initia
 the same steps run with ``sync=drain``, and the same prompts are decoded: equal tokens, and log-probabilities up to where
 tokens part.
 
-Two decodings of the initial weights say how much two of vLLM's own runs differ, and one after the weights are back that they
-are. vLLM's dummy weights are uniform within 1e-3, so that before training all tokens are about equally likely, and the arg
-max is as easily turned as it ever is. Last, a NaN is written into the final norm: the counter must see it.
+vLLM's dummy weights, norms included, are uniform within 1e-3: every token would have the same probability, whatever is
+trained. So matrices with a deviation of 0.02 and norms of one are written over them first. Such a model is still surer of
+nothing than a trained one, and its arg max is easily turned. Controls: two decodings of the initial weights say how much two
+runs of vLLM differ; one after the weights are back, that they are; a comparison with the initial weights, that training
+changed the answers at all. Last, a NaN is written into the final norm: the counter must see it.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ import shlex
 import sys
 import tempfile
 import time
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,6 +59,15 @@ class ServedWeights:
             for name, (_, local) in mapped.tensors.items()
         }
 
+    def randomise(self) -> None:
+        """Weights of the usual size, the same at every start; replicas are equal."""
+        for rank, mapped in enumerate(self._ranks):
+            for name, (shard, local) in mapped.tensors.items():
+                part = "whole" if shard.dim is None else rank
+                draw = torch.Generator(local.device).manual_seed(zlib.crc32(f"{name} {part}".encode()))
+                local.fill_(1.0) if local.ndim == 1 else local.normal_(0.0, 0.02, generator=draw)
+        self._finish()
+
     def copy(self) -> dict[str, Tensor]:
         return {name: tensor.to("cpu", copy=True) for name, tensor in self.tensors.items()}
 
@@ -63,8 +75,12 @@ class ServedWeights:
         """Write ``saved`` into the served memory; nothing must run."""
         for name, tensor in self.tensors.items():
             tensor.copy_(saved[name])
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
+        self._finish()
+
+    def _finish(self) -> None:
+        for mapped in self._ranks:
+            if mapped.device.type == "cuda":
+                torch.cuda.synchronize(mapped.device)
 
     def fingerprint(self) -> dict[str, int]:
         """Per tensor the sum of its bits as integers: equal tensors have equal ones, others hardly ever."""
@@ -211,6 +227,7 @@ def run(served: Served, folder: Path, options: argparse.Namespace, results: dict
         return decode(served, prompts, options.prompt_tokens)
 
     weights = ServedWeights(served.runtime_dir / "demo")
+    weights.randomise()
     saved, first = weights.copy(), fixed()
     start = weights.fingerprint()
     results["same weights twice"] = compare(fixed(), first)
@@ -239,7 +256,9 @@ def run(served: Served, folder: Path, options: argparse.Namespace, results: dict
             assert job["state"] == "succeeded", job["error"]
             paused = fixed()
             row |= compare(answers, paused) | {
-                "mean_logprob": mean_logprob(paused), "weights_bit_equal": share_equal(bits, weights.fingerprint()),
+                "weights_bit_equal": share_equal(bits, weights.fingerprint()),
+                "weights_as_at_start": share_equal(bits, start),
+                "tokens_as_at_start": compare(answers, first)["equal_tokens"], "mean_logprob": mean_logprob(answers),
                 "paused_seconds": sum(step.get("paused_seconds") or 0.0 for step in trainer.steps(job["id"])),
             }  # fmt: skip
     norm = next(tensor for name, tensor in weights.tensors.items() if name.startswith("model.norm.weight"))

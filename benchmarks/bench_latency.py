@@ -121,7 +121,7 @@ async def client(served: Served, load: Load, vocab_size: int, tokens: int, draw:
                 if line.startswith(b"data: {"):
                     chunk = json.loads(line[6:])
                     assert "choices" in chunk, chunk
-                    count = len(chunk["choices"][0]["token_ids"] or ())
+                    count = len(chunk["choices"][0].get("token_ids") or ())
                     last, is_first = load.chunk(last, count, is_first=is_first), False
         finally:
             writer.close()  # vLLM drops the request if it is not over
@@ -255,7 +255,7 @@ def main() -> int:
     parser.add_argument("--tiny", action="store_true", help="a model for any machine, 2 and 4 streams of 32 tokens")
     parser.add_argument("--tp", type=int, default=2)
     parser.add_argument("--cases", default=",".join(CASES), help="some of the default, separated by commas")
-    parser.add_argument("--seconds", type=float, default=6.0, help="of each load that are counted")
+    parser.add_argument("--seconds", type=float, default=8.0, help="of each load that are counted")
     parser.add_argument("--case-seconds", type=float, default=150.0, help="longest wait for the trainer, or for a step")
     parser.add_argument("--server-seconds", type=float, default=240.0, help="longest wait for a server")
     parser.add_argument("--server-args", default="", help="further options of the vLLM servers, in one string")
@@ -288,7 +288,7 @@ def report(rows: list[dict[str, Any]], options: argparse.Namespace) -> None:
         "case", "streams", "ITL p50 ms", "ITL p99 ms", "TTFT p50 ms", "TTFT p99 ms", "out tokens/s", "tokens/chunk",
         "training tokens/s", "idle server", "share",
     ):  # fmt: skip
-        table.add_column(column, justify="left" if column == "case" else "right")
+        table.add_column(column, justify="left" if column == "case" else "right", no_wrap=column == "case")
     for row in rows:
         cells = [f"{row[f'{what}_{p}_ms']:.1f}" for what in ("itl", "ttft") for p in ("p50", "p99")]
         cells += [f"{row['output_tokens_per_second']:,.0f}", f"{row['tokens_per_chunk']:.2f}"]

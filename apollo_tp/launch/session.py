@@ -82,7 +82,6 @@ def _run(
     with _together(control):
         _resume(config, optimizer, lineage.record)
     gate = _update_gate(config, world, control, folder, lineage.record.weight_version, tp, mapped.device, stack)
-
     pace = Pace(config.qos.pace, model.module, tp, mapped.device)
 
     def before_write() -> None:
