@@ -184,6 +184,15 @@ class Job:
             time.sleep(0.1)
         return steps
 
+    def cancel(self, seconds: float) -> None:
+        """Until no step runs: an MPS client that is stopped amid its kernels may take the daemon's other clients along."""
+        url, deadline = f"{self._trainer.url}/train/jobs/{self.id}", time.monotonic() + seconds
+        httpx.post(f"{url}/cancel", timeout=30).raise_for_status()
+        while (state := httpx.get(url, timeout=30).json()["state"]) == "running":
+            if time.monotonic() > deadline:
+                raise DeadlineError(f"job {self.id}: got state {state} {seconds:.0f} s after it was cancelled")
+            time.sleep(0.1)
+
 
 def measure(served: Served, folder: Path, name: str, environment: dict[str, str], options: argparse.Namespace) -> list:
     """One row per number of streams."""
@@ -210,6 +219,7 @@ def measure(served: Served, folder: Path, name: str, environment: dict[str, str]
                 | load.summary()
                 | {"training_tokens_per_second": training_speed(steps), "training_alone": alone, "steps": len(steps)}
             )
+        job.cancel(options.case_seconds)
     return rows
 
 
@@ -246,8 +256,9 @@ def run(folder: Path, options: argparse.Namespace) -> Iterator[list]:
             )
             print(f"server: up after {time.monotonic() - options.begun:.0f} s, MPS {mps}", flush=True)
             for name in names:
-                yield measure(served, place, name, environment, options)
-                print(f"{name}: done after {time.monotonic() - options.begun:.0f} s", flush=True)
+                rows = measure(served, place, name, environment, options)
+                print(f"{name}: after {time.monotonic() - options.begun:.0f} s, {rows[0].get('qos', '')}", flush=True)
+                yield rows
 
 
 def main() -> int:
