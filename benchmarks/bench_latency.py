@@ -227,7 +227,8 @@ def measure(served: Served, folder: Path, name: str, environment: dict[str, str]
 def mps_daemon(folder: Path) -> Iterator[dict[str, str]]:
     """A private MPS daemon through launch/mps.sh; gives what its clients need in their environment."""
     variables = {f"CUDA_MPS_{name.upper()}_DIRECTORY": str(folder / "mps" / name) for name in ("pipe", "log")}
-    subprocess.run([MPS_SCRIPT, "start"], env=os.environ | variables, check=True, timeout=60)
+    command = [MPS_SCRIPT, "start"]
+    subprocess.run(command, env=os.environ | variables, check=True, stdout=subprocess.DEVNULL, timeout=60)
     try:
         yield variables
     finally:
@@ -243,7 +244,7 @@ def run(folder: Path, options: argparse.Namespace) -> Iterator[list]:
             continue
         if not names:
             continue
-        place = folder / str(mps)
+        place = folder / ("mps" if mps else "plain")
         place.mkdir()
         config = TINY if options.tiny else QWEN3_8B
         with contextlib.ExitStack() as stack:

@@ -39,7 +39,8 @@ start() {
   local log="$CUDA_MPS_LOG_DIRECTORY/start.log"
   if ! runs; then
     # the daemon inherits what it is given: our own output would keep the caller's $(...) waiting
-    timeout "$SECONDS_TO_ANSWER" nvidia-cuda-mps-control -d </dev/null >"$log" 2>&1 || fail "the daemon did not start within $SECONDS_TO_ANSWER s: $(cat "$log")"
+    timeout "$SECONDS_TO_ANSWER" nvidia-cuda-mps-control -d </dev/null >"$log" 2>&1 ||
+      fail "the daemon did not start within $SECONDS_TO_ANSWER s: $(cat "$log")"
     for _ in $(seq "$SECONDS_TO_ANSWER"); do
       if runs; then break; fi
       sleep 1
