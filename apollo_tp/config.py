@@ -206,6 +206,19 @@ class SyncConfig:
 
 
 @dataclass(kw_only=True)
+class QosConfig:
+    sm_percent: int | None = option(None, "share of each GPU's SMs for the trainer, under CUDA MPS; null: all of them")
+    pace: float = option(
+        1.0, "share of the time that the trainer keeps the GPU busy; it sleeps after each layer's work"
+    )
+
+    def __post_init__(self) -> None:
+        percent = self.sm_percent
+        check(percent is None or 1 <= percent <= 100, "qos.sm_percent", percent, "an integer from 1 to 100, or null")
+        check(0 < self.pace <= 1, "qos.pace", self.pace, "a number > 0 and <= 1")
+
+
+@dataclass(kw_only=True)
 class CheckpointConfig:
     dir: str = option("apollo_tp_checkpoints", "folder that checkpoints are written below")
     after_idle_seconds: float | None = option(300.0, "write one this long after the last job; null is never")
@@ -219,6 +232,7 @@ class Config:
     optim: OptimConfig = option(OptimConfig, "APOLLO and its relatives")
     train: TrainConfig = option(TrainConfig, "batches, memory, precision")
     sync: SyncConfig = option(SyncConfig, "consistency with running inference")
+    qos: QosConfig = option(QosConfig, "how much of the GPUs is left to inference")
     service: ServiceConfig = option(ServiceConfig, "the coordinator")
     checkpoint: CheckpointConfig = option(CheckpointConfig, "when and where checkpoints are written")
     command_timeout_seconds: float = option(600.0, "deadline of one collective between trainer ranks")

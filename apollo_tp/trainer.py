@@ -18,6 +18,7 @@ from apollo_tp.errors import ConfigError
 from apollo_tp.loss import preference_loss
 from apollo_tp.model import BoundModel
 from apollo_tp.optim import Optimizer, StepOutcome
+from apollo_tp.pace import Pace
 from apollo_tp.parallel import TPGroup
 from apollo_tp.protocol import PreferencePair, Sample
 
@@ -59,7 +60,8 @@ class Trainer:
     """Steps a bound model. ``weight_version`` counts completed updates over the life of the server.
 
     ``before_write`` is called on every rank before the first weight is written: between the backward pass and the update,
-    or before the backward pass of a fused step. Raises ConfigError if ``gradients`` is fused and the optimizer clips.
+    or before the backward pass of a fused step. ``pace`` lets inference have its turns. Raises ConfigError if ``gradients``
+    is fused and the optimizer clips.
     """
 
     def __init__(
@@ -73,6 +75,7 @@ class Trainer:
         gradients: GradientMode = GradientMode.auto,
         weight_version: int = 0,
         before_write: Callable[[], None] | None = None,
+        pace: Pace | None = None,
     ) -> None:
         self.model = model
         self.optimizer = optimizer
@@ -81,6 +84,7 @@ class Trainer:
         self.max_micro_batch_tokens = max_micro_batch_tokens
         self.weight_version = weight_version
         self._before_write = before_write or (lambda: None)
+        self._pace = pace or Pace(1.0, model.module, tp, device)
         if gradients is GradientMode.auto and optimizer.config.max_grad_norm is not None:
             gradients = GradientMode.stored  # clipping needs the norm of the whole gradient
         if gradients is not GradientMode.stored:
@@ -128,17 +132,20 @@ class Trainer:
     ) -> StepResult:
         fused = self._is_fused(batches)
         clock = _Clock(self.device)
+        self._pace.begin()
         self.optimizer.zero_grad()
         self.model.zero_grad()
         loss_sum = torch.zeros((), device=self.device)
         correct = torch.zeros((), device=self.device)
         for batch in batches:
             loss, hits = loss_of(batch.to(self.device))
+            self._pace.give_way()
             clock.mark("forward")
             if fused:
                 self._before_write()
                 self.optimizer.begin_fused_step(learning_rate_scale, loss)
             loss.backward()
+            self._pace.give_way()
             clock.mark("backward")
             loss_sum += loss.detach()
             correct += hits.detach()
@@ -150,6 +157,7 @@ class Trainer:
         if not outcome.skipped or outcome.num_updated:  # a fused step may stop after its first matrices
             self.weight_version += 1
         self.model.zero_grad()
+        self._pace.give_way()
         clock.mark("optimizer")
         num_loss_tokens = sum(batch.num_loss_tokens for batch in batches)
         return StepResult(
@@ -184,8 +192,10 @@ class Trainer:
     def score(self, samples: Sequence[Sample]) -> ScoreResult:
         """Log-probabilities of ``samples`` under the weights of this moment; nothing changes."""
         logprobs, correct = [0.0] * len(samples), [0.0] * len(samples)
+        self._pace.begin()
         for batch in pack(samples, self.max_micro_batch_tokens):
             scored = self.model.sequence_logprobs(batch.to(self.device))
+            self._pace.give_way()
             for place, logprob, hits in zip(
                 batch.sample_index, scored.sequences.tolist(), scored.correct.tolist(), strict=True
             ):

@@ -33,9 +33,9 @@ QWEN3_8B = {
 }  # fmt: skip
 """An 8.19B Qwen3 shape."""
 TINY = QWEN3_8B | {
-    "vocab_size": 2048, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "head_dim": 16,
+    "vocab_size": 2048, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "head_dim": 32,
 }  # fmt: skip
-"""The same architecture for a rehearsal on any machine."""
+"""The same architecture for a rehearsal on any machine; vLLM has CPU attention for heads of 32 and more."""
 QWEN3_32B = QWEN3_8B | {
     "hidden_size": 5120, "intermediate_size": 25600, "num_hidden_layers": 64, "num_attention_heads": 64,
     "max_position_embeddings": 40960, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},

@@ -29,6 +29,7 @@ from apollo_tp.manifest import Manifest, check_agreement, read_instance, wait_fo
 from apollo_tp.mapping import MappedRank, map_rank, verify_against_checkpoint
 from apollo_tp.model import BoundModel, bind_model
 from apollo_tp.optim import Optimizer, build_optimizer
+from apollo_tp.pace import Pace
 from apollo_tp.parallel import TPGroup
 from apollo_tp.rank_loop import Control, Link, RankLoop, ServerWatch, compute_group
 from apollo_tp.rehearsal import CudaMeter, plan_memory
@@ -89,10 +90,13 @@ def _run(
     with _together(control):
         _resume(config, optimizer, lineage.record)
     gate = _update_gate(config, world, control, folder, lineage.record.weight_version, tp, mapped.device, stack)
+    pace = Pace(config.qos.pace, model.module, tp, mapped.device)
 
     def before_write() -> None:
         lineage.before_write()
         gate.before_write()
+        if gate.pauses:
+            pace.hold()
 
     trainer = Trainer(
         model,
@@ -103,8 +107,14 @@ def _run(
         gradients=config.train.gradients,
         weight_version=lineage.record.weight_version,
         before_write=before_write,
+        pace=pace,
     )
-    log.info("optimizer: %s; gradients: %s", optimizer.describe(), trainer.gradients.value)
+    log.info(
+        "optimizer: %s; gradients: %s; qos: %s",
+        optimizer.describe(),
+        trainer.gradients.value,
+        _qos(config, mapped.device),
+    )
     memory = _plan_memory(config, control, trainer)
     log.info("memory: %s", memory)
     hello = _hello(config, manifests, model, trainer, memory)
@@ -312,12 +322,22 @@ def _hello(
             sync=config.sync.mode.value,
             cache=config.sync.cache.value,
             memory=memory,
+            qos=_qos(config, trainer.device),
             layout=rows,
             last_job_id=last_job_id,
             last_job_step=last_job_step,
         )
 
     return hello
+
+
+def _qos(config: Config, device: torch.device) -> str:
+    """As status shows it; on a GPU with the number of SMs that CUDA grants this rank, from which MPS has taken its cut."""
+    percent = "null" if config.qos.sm_percent is None else config.qos.sm_percent
+    text = f"sm_percent={percent} pace={config.qos.pace:g}"
+    if device.type != "cuda":
+        return text
+    return f"{text} ({torch.cuda.get_device_properties(device).multi_processor_count} SMs)"
 
 
 if sys.platform != "linux":  # memfd, /proc and flock are what this is made of

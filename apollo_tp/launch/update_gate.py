@@ -127,10 +127,15 @@ class UpdateGate:
         self._open = False
         self._paused_at: float | None = None
 
+    @property
+    def pauses(self) -> bool:
+        """Whether the server stands still while an update is written."""
+        return self._mode is not SyncMode.hogwild
+
     def before_write(self) -> None:
         """Collective. Returns when the server is paused, if the mode says so. Raises the same way on all ranks."""
         self._open, self._paused_at = True, None
-        if self._mode is SyncMode.hogwild:
+        if not self.pauses:
             return
         self._agree(False)  # the server runs until the slowest rank has its gradients
         error: Exception | None = None

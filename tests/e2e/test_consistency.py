@@ -180,9 +180,9 @@ def test_a_cache_reset_between_running_requests_breaks_no_stream(server: Server,
 
 def test_step_lock_keeps_a_running_stream_and_reset_makes_answers_fresh(server: Server, start: START) -> None:
     """A stream stands still during the writes and goes on; the cache is emptied; a dead trainer leaves no pause behind."""
-    trainer = start("sync=step_lock", "cache=reset")
-    status = httpx.get(f"{server.url}/train/status", timeout=30)
-    assert status.json()["trainer"]["sync"] == "step_lock"
+    trainer = start("sync=step_lock", "cache=reset", "qos=paced")
+    status = httpx.get(f"{server.url}/train/status", timeout=30).json()["trainer"]
+    assert (status["sync"], status["qos"]) == ("step_lock", "sm_percent=null pace=0.5")
     check_cache_after_update(server, trainer, stale=False)
 
     (trainer.state_dir / "order").write_text("1.5")

@@ -1,0 +1,41 @@
+"""The trainer's share of a GPU's SMs, which CUDA MPS enforces. No torch here: CUDA reads the share when it initialises."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from apollo_tp.config import QosConfig
+from apollo_tp.errors import ConfigError
+
+DRIVER = Path("/dev/nvidiactl")
+DEFAULT_PIPE_DIR = "/tmp/nvidia-mps"
+"""Where CUDA looks for the control daemon unless CUDA_MPS_PIPE_DIRECTORY says otherwise."""
+
+
+def limit_sms(config: QosConfig) -> None:
+    """Have this process's CUDA contexts use ``config.sm_percent`` of the SMs. Call it before CUDA initialises.
+
+    Raises ConfigError where nothing would enforce it: no NVIDIA GPU, or no MPS control daemon.
+    """
+    if config.sm_percent is None:
+        return
+    got = f"qos.sm_percent: got {config.sm_percent}"
+    if not DRIVER.exists():
+        raise ConfigError(
+            f"{got} on a machine without an NVIDIA GPU ({DRIVER}), expected null: CPU ranks have no SMs; use qos.pace"
+        )
+    pipe_dir = Path(os.environ.get("CUDA_MPS_PIPE_DIRECTORY") or DEFAULT_PIPE_DIR)
+    if not daemon_runs(pipe_dir):
+        raise ConfigError(
+            f"{got}, expected a running MPS control daemon in {pipe_dir} (CUDA_MPS_PIPE_DIRECTORY); run "
+            "`launch/mps.sh start` and export what it prints before you start the server and the trainer, or use qos.pace"
+        )
+    os.environ["CUDA_MPS_ACTIVE_THREAD_PERCENTAGE"] = str(config.sm_percent)
+
+
+def daemon_runs(pipe_dir: Path) -> bool:
+    """Whether the MPS control daemon of this pipe directory lives. Its socket outlives it, hence the process id."""
+    path = pipe_dir / "nvidia-cuda-mps-control.pid"
+    pid = path.read_text().strip() if path.is_file() else ""
+    return pid.isdecimal() and Path("/proc", pid).is_dir()
