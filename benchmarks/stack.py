@@ -161,7 +161,7 @@ def training(
     try:
         yield Training(coordinator_url(served.runtime_dir, trainer, seconds=seconds), trainer)
     except Exception:
-        print(trainer.tail(), file=sys.stderr)
+        print(trainer.tail(200), file=sys.stderr)
         raise
     finally:
         trainer.stop()

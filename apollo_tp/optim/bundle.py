@@ -132,11 +132,14 @@ class Bundle:
         config = self.config
         steps = self.steps
         refresh_projections(self.matrices, [steps[m.index] // config.refresh_every for m in self.matrices], config)
-        self.backend.project(
-            self._counted_once(gradients)
-        )  # first: the device is busy while the host prepares the rest
-        bias = self.vector([_bias_correction(n + 1, *config.betas) for n in steps])
-        first = self.vector([float(n == 0) for n in steps]) > 0
+        counted = self._counted_once(gradients)
+        self.backend.prepare(counted)
+        self.backend.project(counted)  # first: the device is busy while the host prepares the rest
+        if counted is not gradients:
+            self.backend.prepare(gradients)
+        count = len(steps)
+        small = self.vector([*(_bias_correction(n + 1, *config.betas) for n in steps), *(float(n == 0) for n in steps)])
+        bias, first = small[:count], small[count:] > 0
         sums = self._local_square_sums(gradients, loss)
         local_sums = sums.clone()
         for group in self.groups:
@@ -156,13 +159,12 @@ class Bundle:
         return decision if alive is None else decision.under(alive)
 
     def _counted_once(self, gradients: list[Tensor]) -> list[Tensor]:
-        """The gradients to project: without what another rank puts into the sum, where partial projections are summed."""
-        counted = list(gradients)
-        for matrix in self.matrices:
-            if matrix.exchanged and matrix.weight.counted is not None:
-                gradient = gradients[matrix.index]
-                counted[matrix.index] = gradient * matrix.weight.counted.to(gradient.dtype)
-        return counted
+        """The gradients to project: without what another rank puts into the sum, where partial projections are summed. The
+        same list if there are none such."""
+        masks = {m.index: m.weight.counted for m in self.matrices if m.exchanged and m.weight.counted is not None}
+        if not masks:
+            return gradients
+        return [g * masks[i].to(g.dtype) if i in masks else g for i, g in enumerate(gradients)]
 
     def _agree(self, lr: float, clip: Tensor, sums: Tensor, norms: Tensor, bias: Tensor, first: Tensor) -> Decision:
         """The decision, from scalars that are the same on all ranks; (parameters,) vectors in fp64."""
@@ -210,7 +212,8 @@ class Bundle:
         """(parameters + 1,) fp32: squared gradient norms of this rank's part, replicas once; last, not-finite losses."""
         sums = torch.zeros(len(self.weights) + 1, device=self.device)
         for group in self.groups:
-            sums[group.index] = group.segment_sum(group.all_energy.sum(0))
+            energy = group.all_energy
+            sums[group.index] = group.segment_sum(energy[0] if len(energy) == 1 else energy.sum(0))
         if self.adamw:
             sums[self.adamw_index] = self.backend.adamw_square_sums(gradients) * self.adamw_counts
             for state in self.adamw_in_part:
@@ -227,15 +230,13 @@ class Bundle:
         """
         norms = torch.zeros(len(self.weights), 2, device=self.device)
         for group in self.groups:
-            adapted_sq, projected_sq = self.backend.row_norms(group, clip)
             if self.config.kind is OptimizerKind.apollo_mini:
                 group.scales = torch.ones_like(group.energy)
-                sums = [group.segment_sum(adapted_sq), group.segment_sum(projected_sq)]
+                for column, squares in enumerate(self.backend.row_norms(group, clip)):
+                    norms[group.index, column] = group.segment_sum(squares)
             else:
-                group.scales = adapted_sq.sqrt() / (projected_sq.sqrt() + 1e-8)
-                limited = group.segment_sum(group.scales.square() * group.energy * clip.square())
-                sums = [limited, torch.zeros_like(limited)]
-            norms[group.index] = torch.stack(sums, dim=1)
+                group.scales, limited = self.backend.row_scales(group, clip)
+                norms[group.index, 0] = group.segment_sum(limited)
         if self.adamw:
             updates = self.backend.adamw_update_norms(gradients, clip, self.steps)
             norms[self.adamw_index, 0] = updates * self.adamw_counts

@@ -121,32 +121,40 @@ def project_kernel(
 
 
 @triton.jit
-def row_norms_kernel(
+def rows_kernel(
     projected,  # fp32 (rows, RANK)
     exp_avg,  # fp32 (rows, RANK)
     exp_avg_sq,  # fp32 (rows, RANK)
-    adapted_sq,  # out, fp32 (rows,)
-    projected_sq,  # out, fp32 (rows,)
+    energy,  # fp32 (rows,): squared norms of the channels
+    first,  # out, fp32 (rows,): SCALES: the channel's scale; else the squared norm of the adapted projection
+    second,  # out, fp32 (rows,): SCALES: the squared norm of the scaled, clipped channel; else of the clipped projection
     clip,  # fp32, one element
     num_rows,
     beta1,
     beta2,
     eps,
+    SCALES: tl.constexpr,
     RANK: tl.constexpr,
     RANK_PADDED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Squared norm of each row of m / (sqrt(v) + eps) and of the clipped projection; the moments stay as they are."""
+    """What the step needs of each row of m / (sqrt(v) + eps) and of the clipped projection; the moments stay as they are."""
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     r = tl.arange(0, RANK_PADDED)
     offset = row[:, None].to(tl.int64) * RANK + r[None, :]
     inside = (row < num_rows)[:, None] & (r < RANK)[None, :]
-    g = tl.load(projected + offset, mask=inside, other=0.0) * tl.load(clip)
+    clipping = tl.load(clip)
+    g = tl.load(projected + offset, mask=inside, other=0.0) * clipping
     m = tl.load(exp_avg + offset, mask=inside, other=0.0) * beta1 + g * (1 - beta1)
     v = tl.load(exp_avg_sq + offset, mask=inside, other=0.0) * beta2 + g * g * (1 - beta2)
     adapted = m / (tl.sqrt(v) + eps)
-    tl.store(adapted_sq + row, tl.sum(adapted * adapted, axis=1), mask=row < num_rows)
-    tl.store(projected_sq + row, tl.sum(g * g, axis=1), mask=row < num_rows)
+    adapted_sq, projected_sq = tl.sum(adapted * adapted, axis=1), tl.sum(g * g, axis=1)
+    if SCALES:
+        scale = tl.sqrt(adapted_sq) / (tl.sqrt(projected_sq) + 1e-8)
+        channel_sq = tl.load(energy + row, mask=row < num_rows, other=0.0)
+        adapted_sq, projected_sq = scale, scale * scale * channel_sq * (clipping * clipping)
+    tl.store(first + row, adapted_sq, mask=row < num_rows)
+    tl.store(second + row, projected_sq, mask=row < num_rows)
 
 
 @triton.jit

@@ -23,6 +23,9 @@ class TorchBackend:
     def __init__(self, groups: Sequence[MatrixGroup], adamw: Sequence[AdamWState], config: OptimConfig) -> None:
         self.groups, self.adamw, self.config = groups, adamw, config
 
+    def prepare(self, gradients: Sequence[Tensor]) -> None:
+        """Nothing to prepare."""
+
     def project(self, gradients: Sequence[Tensor]) -> None:
         """Fill ``all_projected`` and ``all_energy`` of every group."""
         for group in self.groups:
@@ -40,6 +43,12 @@ class TorchBackend:
         projected = group.projected * clip
         m, v = self._moments(group.exp_avg, group.exp_avg_sq, projected)
         return (m / (v.sqrt() + self.config.eps)).square().sum(1), projected.square().sum(1)
+
+    def row_scales(self, group: MatrixGroup, clip: Tensor) -> tuple[Tensor, Tensor]:
+        """Channel scales (rows,), and the squared norm of each scaled, clipped channel. The moments stay as they are."""
+        adapted_sq, projected_sq = self.row_norms(group, clip)
+        scales = adapted_sq.sqrt() / (projected_sq.sqrt() + 1e-8)
+        return scales, scales.square() * group.energy * clip.square()
 
     def _moments(self, exp_avg: Tensor, exp_avg_sq: Tensor, projected: Tensor) -> tuple[Tensor, Tensor]:
         beta1, beta2 = self.config.betas

@@ -56,8 +56,8 @@ class TritonBackend:
 
     # --- tables ----------------------------------------------------------------------------------------------------
 
-    def _prepare(self, gradients: Sequence[Tensor]) -> None:
-        """Bring tables and addresses in line with these gradients."""
+    def prepare(self, gradients: Sequence[Tensor]) -> None:
+        """Bring tables and addresses in line with these gradients, which the next calls work on."""
         starts = [g.data_ptr() for g in gradients]
         layout = [(g.dtype, g.stride(), start % 16) for g, start in zip(gradients, starts, strict=True)]
         if layout != self.layout:
@@ -178,7 +178,6 @@ class TritonBackend:
 
     def project(self, gradients: Sequence[Tensor]) -> None:
         """Fill ``all_projected`` and ``all_energy`` of every group."""
-        self._prepare(gradients)
         if not self.groups:
             return
         flat = torch.empty(self.buffer_starts[-1], device=self.device)
@@ -230,12 +229,25 @@ class TritonBackend:
 
     def row_norms(self, group: MatrixGroup, clip: Tensor) -> tuple[Tensor, Tensor]:
         """Squared norms (rows,) of adapted and of projected gradient. ``clip`` is 0-d. The moments stay as they are."""
-        adapted, projected = torch.empty_like(group.energy), torch.empty_like(group.energy)
-        self._by_rows(kernels.row_norms_kernel, group, (adapted, projected, clip), (self.config.eps,))
-        return adapted, projected
+        return self._rows(group, clip, scales=False)
+
+    def row_scales(self, group: MatrixGroup, clip: Tensor) -> tuple[Tensor, Tensor]:
+        """Channel scales (rows,), and the squared norm of each scaled, clipped channel. The moments stay as they are."""
+        return self._rows(group, clip, scales=True)
+
+    def _rows(self, group: MatrixGroup, clip: Tensor, *, scales: bool) -> tuple[Tensor, Tensor]:
+        first, second = torch.empty_like(group.energy), torch.empty_like(group.energy)
+        tensors = (group.energy, first, second, clip)
+        self._by_rows(kernels.rows_kernel, group, tensors, (self.config.eps,), {"SCALES": scales})
+        return first, second
 
     def _by_rows(
-        self, kernel: Any, group: MatrixGroup, tensors: tuple[Tensor, ...], scalars: tuple[float, ...]
+        self,
+        kernel: Any,
+        group: MatrixGroup,
+        tensors: tuple[Tensor, ...],
+        scalars: tuple[float, ...],
+        options: dict[str, bool],
     ) -> None:
         block = max(1, 4096 // self.rank_padded)
         if group.num_rows:
@@ -250,11 +262,11 @@ class TritonBackend:
                 RANK=self.rank,
                 RANK_PADDED=triton.next_power_of_2(self.rank),
                 BLOCK=block,
+                **options,
             )
 
     def adamw_square_sums(self, gradients: Sequence[Tensor]) -> Tensor:
         """Squared norm of each AdamW parameter's local gradient."""
-        self._prepare(gradients)
         return self._adamw(0, None, [0] * len(self.weights), 0.0)
 
     def adamw_update_norms(self, gradients: Sequence[Tensor], clip: Tensor, steps: Sequence[int]) -> Tensor:
@@ -301,10 +313,9 @@ class TritonBackend:
 
     def write(self, gradients: Sequence[Tensor], decision: Decision, scales: Scales, steps: Sequence[int]) -> None:
         """Move moments and write weights where ``decision.write`` says so; ``steps`` counts each one's updates before."""
-        self._prepare(gradients)  # the projected ones may have been others
         flags = decision.write.to(torch.int32)
         for group, parameters in zip(self.groups, self.row_parameters, strict=True):
-            self._by_rows(kernels.commit_kernel, group, (parameters, flags, decision.clip), ())
+            self._by_rows(kernels.commit_kernel, group, (parameters, flags, decision.clip), (), {})
         if self.groups:
             self._write_matrices(decision, scales, flags, self._tensor(steps, torch.int32))
         if self.adamw:

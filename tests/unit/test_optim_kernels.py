@@ -45,7 +45,7 @@ def triton_backend(bundle):
 
 # Small tiles, so that some of optim_model's shapes divide by them (the even path) and some do not (the masked path), and
 # the interpreter has few of them. A GPU tests the real ones.
-TILES = {"PROJECT_TILE": (32, 32), "WRITE_TILE": (32, 32)} if DEVICE == "cpu" else {}
+TILES = {"PROJECT_TILE": (32, 32), "WRITE_TILE": dict.fromkeys((False, True), (32, 32))} if DEVICE == "cpu" else {}
 EVEN_SPECS = (
     (model.Spec("even_adamw.weight", (32, 64), 0, "other"),)
     if DEVICE == "cpu"
