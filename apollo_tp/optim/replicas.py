@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from apollo_tp.errors import ReplicaError
@@ -12,41 +14,70 @@ from apollo_tp.optim.weight import Weight
 from apollo_tp.parallel import TPGroup
 
 _CHUNK_ELEMENTS = 1 << 22
+COLUMNS = 5
+"""Of a record: weight (-1 is padding), lowest rank that holds the part, its global start, and two checksums."""
 
 
 def check_replicas(weights: Sequence[Weight], tp: TPGroup) -> None:
-    """Compare a checksum of every replicated weight and its remainder over its replicas.
+    """Compare checksums of everything that more than one rank holds, weights and remainders, whole or in part.
 
-    Collectives: one all-gather of 3 int64 per weight. Raises ReplicaError on all ranks alike if bits differ.
+    Collectives: one max all-reduce of the number of replicated parts, one all-gather of COLUMNS int64 for each. Raises
+    ReplicaError on all ranks alike if bits differ.
     """
     if tp.size == 1:
         return
-    own = torch.stack([_record(weight, tp.rank) for weight in weights])
-    gathered = tp.all_gather(own).view(tp.size, len(weights), 3).cpu()
-    for i, weight in enumerate(weights):
-        for group in gathered[:, i, 0].unique().tolist():
-            ranks = (gathered[:, i, 0] == group).nonzero().flatten().tolist()
-            sums = [tuple(gathered[rank, i, 1:].tolist()) for rank in ranks]
-            if len(set(sums)) > 1:
-                raise ReplicaError(
-                    f"{weight.name}: got checksums {sums} on ranks {ranks}, expected one value, since they hold the same "
-                    "part; a gradient was not summed over replicas, or one rank's memory was written from outside"
-                )
+    device = weights[0].data.device
+    rows = [row for place, weight in enumerate(weights) for row in _records(place, weight)]
+    count = int(tp.all_reduce_(torch.tensor(len(rows), device=device), dist.ReduceOp.MAX))
+    own = torch.full((count, COLUMNS), -1, dtype=torch.int64, device=device)
+    if rows:
+        own[: len(rows)] = torch.stack(rows)
+    holders: dict[tuple[int, ...], dict[int, tuple[int, ...]]] = defaultdict(dict)
+    for rank, records in enumerate(tp.all_gather(own).view(tp.size, count, COLUMNS).tolist()):
+        for *part, plain, placed in records:
+            holders[tuple(part)][rank] = plain, placed
+    for (place, *_), sums in sorted(holders.items()):
+        if place >= 0 and len(set(sums.values())) > 1:
+            raise ReplicaError(
+                f"{weights[place].name}: got checksums {list(sums.values())} on ranks {list(sums)}, expected one value, "
+                "since they hold the same part; a gradient was not summed over replicas, or one rank's memory was written "
+                "from outside"
+            )
 
 
-def _record(weight: Weight, rank: int) -> Tensor:
-    """int64 (lowest rank with the same content, sum of bits, position-weighted sum of bits)."""
-    group = torch.tensor(min(weight.shard.replica_ranks, default=rank), device=weight.data.device)
-    if len(weight.shard.replica_ranks) < 2:
-        return torch.stack([group, torch.zeros_like(group), torch.zeros_like(group)])
-    plain, placed = torch.zeros_like(group), torch.zeros_like(group)
-    for tensor in (weight.data, weight.remainder):
-        if tensor is None:
-            continue
+def _records(place: int, weight: Weight) -> Iterator[Tensor]:
+    """int64 (COLUMNS,) for each part of the weight at ``place`` that other ranks hold too."""
+    for lowest, start, tensors in _shared(weight):
+        key = torch.tensor([place, lowest, start], device=weight.data.device)
+        yield torch.cat([key, _checksums(tensors)])
+
+
+def _shared(weight: Weight) -> Iterator[tuple[int, int, list[Tensor]]]:
+    """(lowest rank that holds it, global start along the cut, local views of weight and remainder) of each part."""
+    shard = weight.shard
+    views = [t.view(shard.local_shape) for t in (weight.data, weight.remainder) if t is not None]
+    if len(shard.replica_ranks) > 1:
+        yield min(shard.replica_ranks), 0, views
+        return
+    for part in shard.replicated:
+        assert shard.dim is not None
+        local = 0
+        for start, stop in shard.ranges:  # neighbours in memory here may lie apart elsewhere: by global range
+            first, last = max(part.start, local), min(part.start + part.length, local + stop - start)
+            if first < last:
+                views_of_part = [view.narrow(shard.dim, first, last - first) for view in views]
+                yield min(part.ranks), start + first - local, views_of_part
+            local += stop - start
+
+
+def _checksums(tensors: Sequence[Tensor]) -> Tensor:
+    """int64 (sum of bits, position-weighted sum of bits)."""
+    plain, placed = torch.zeros(2, dtype=torch.int64, device=tensors[0].device)
+    for tensor in tensors:
         integers = {1: torch.int8, 2: torch.int16, 4: torch.int32}[tensor.element_size()]
         for chunk in tensor.contiguous().view(integers).flatten().split(_CHUNK_ELEMENTS):
             bits = chunk.long()
             plain += bits.sum()
             # weights below 2**12 keep the sum of 2**22 products of 32-bit numbers within int64
             placed += (bits * (torch.arange(bits.numel(), device=bits.device) % 4093 + 1)).sum() % (1 << 40)
-    return torch.stack([group, plain, placed])
+    return torch.stack([plain, placed])

@@ -57,13 +57,13 @@ def test_bits_do_not_depend_on_the_number_of_ranks():
                 assert same or name in CROSSES_RANKS, f"{name} at {size} ranks, {key}"
 
 
-def diverge(tp: TPGroup) -> str:
-    """Change one bit of one replica on one rank, and train on."""
+def diverge(tp: TPGroup, name: str, row: int) -> str:
+    """Change one bit of one replica on rank 3, and train on."""
     params = model.parameters(tp, torch.bfloat16)
     optimizer = build_optimizer(model.config(check_replicas_every=2), Precision.remainder, params, tp)
     if tp.rank == 3:
-        k_proj = next(p for p in params if p.name == "k_proj.weight")
-        k_proj.tensor.data.view(torch.int16)[1, 2] ^= 1
+        changed = next(p for p in params if p.name == name)
+        changed.tensor.data.view(torch.int16)[row, 2] ^= 1
     model.set_gradients(params, model.gradients(0))
     optimizer.step()
     with pytest.raises(ReplicaError) as caught:
@@ -71,9 +71,11 @@ def diverge(tp: TPGroup) -> str:
     return str(caught.value)
 
 
-def test_replicas_that_differ_are_found_on_every_rank():
-    """One flipped bit on rank 3 raises on all ranks, naming the tensor and the two ranks that should agree."""
-    messages = run_ranks(diverge, 4)
+@pytest.mark.parametrize(("name", "row"), [("k_proj.weight", 1), ("qkv_wide.weight", -1)], ids=["whole", "in part"])
+def test_replicas_that_differ_are_found_on_every_rank(name, row):
+    """One flipped bit on rank 3 raises on all ranks, naming the tensor and the two ranks that should agree: also in the key
+    and value rows of a fused tensor whose query rows are this rank's alone."""
+    messages = run_ranks(diverge, 4, name, row)
     assert len(set(messages)) == 1
-    assert messages[0].startswith("k_proj.weight: got checksums")
+    assert messages[0].startswith(f"{name}: got checksums")
     assert "ranks [2, 3]" in messages[0]

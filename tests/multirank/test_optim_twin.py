@@ -11,6 +11,7 @@ from apollo_tp.config import OptimConfig, Precision
 from apollo_tp.layout import Shard
 from apollo_tp.optim import OptimParameter, build_optimizer
 from apollo_tp.optim.reference import ReferenceOptimizer
+from apollo_tp.optim.replicas import COLUMNS
 from apollo_tp.parallel import TPGroup
 from tests import optim_model as model
 from tests.ranks import run_ranks
@@ -116,6 +117,20 @@ def test_a_shard_is_not_a_matrix():
         assert float(cosine) < limit
 
 
+def replicated_parts(size: int) -> int:
+    """The most parts that a rank shares with others: whole tensors, or runs of global rows of fused ones."""
+
+    def runs(shard: Shard) -> int:
+        rows = [row for start, stop in shard.ranges for row in range(start, stop)]
+        shared = [rows[p.start + i] for p in shard.replicated for i in range(p.length)]
+        return sum(row - 1 not in shared for row in shared)
+
+    def of(shard: Shard) -> int:
+        return 1 if len(shard.replica_ranks) > 1 else runs(shard)
+
+    return max(sum(of(spec.shard(rank, size)) for spec in model.SPECS) for rank in range(size))
+
+
 @pytest.mark.parametrize("size", [2, 4])
 def test_bytes_on_the_wire_follow_the_formula(size):
     """Only matrices cut along the contracted dimension exchange: reduce-scatter (r + 1) x big, all-gather big floats.
@@ -131,10 +146,10 @@ def test_bytes_on_the_wire_follow_the_formula(size):
     before = sharded(size)[0]["apollo"][2]
     spent = {kind: traffic[kind] - before[kind] for kind in traffic}
     assert spent["reduce_scatter"] == STEPS * 4 * (config.rank + 1) * padded
-    checksums = STEPS // config.check_replicas_every * 8 * 3 * count * size
-    assert spent["all_gather"] == STEPS * 4 * padded + checksums
+    checks = STEPS // config.check_replicas_every
+    assert spent["all_gather"] == STEPS * 4 * padded + checks * 8 * COLUMNS * replicated_parts(size) * size
     measured = 1 + STEPS // config.refresh_every  # norms of the weights: at the start and at each refresh
-    assert spent["all_reduce"] == STEPS * 4 * (3 * count + 1) + measured * 4 * count
+    assert spent["all_reduce"] == STEPS * 4 * (3 * count + 1) + measured * 4 * count + checks * 8
 
 
 def test_parameter_order_does_not_matter():
