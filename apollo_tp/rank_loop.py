@@ -168,6 +168,7 @@ class RankLoop:
             # Frames of the failed step keep the process group alive; only its end wakes ranks that wait for this one.
             gc.collect()
             self.trainer.tp.dissolve()
+            self.trainer.abandon_step()
         verdicts = self._agree(failure)
         self.trainer.weight_version = max(v.weight_version for v in verdicts)
         paused_seconds = self._after_write(self.trainer.weight_version)  # also when it failed: the server waits

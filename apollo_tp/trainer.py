@@ -176,6 +176,13 @@ class Trainer:
             optimizer_seconds=clock.seconds["optimizer"],
         )
 
+    def abandon_step(self) -> None:
+        """After a step that raised: forget it, and count it if it has written already, as a fused one may have. Local."""
+        if self.optimizer.fused is not None and self.optimizer.fused.has_written:
+            self.weight_version += 1
+        self.optimizer.zero_grad()
+        self.model.zero_grad()
+
     def _is_fused(self, batches: Sequence[PackedBatch]) -> bool:
         """Whether this step updates in its backward pass. Raises ConfigError if it must and cannot; nothing is written."""
         if self.gradients is GradientMode.fused and len(batches) != 1:

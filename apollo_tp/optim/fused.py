@@ -61,6 +61,11 @@ class FusedStep:
         """True between ``begin`` and ``finish``."""
         return self._lr is not None
 
+    @property
+    def has_written(self) -> bool:
+        """True if a bucket of a step that has begun was updated (or left alone because of what it holds)."""
+        return bool(self._decisions)
+
     def begin(self, lr: float, loss: Tensor | None) -> None:
         """The next backward pass updates, unless ``loss`` is not finite on some rank. One all-reduce of one float."""
         self.abandon()

@@ -192,3 +192,33 @@ def test_a_value_that_is_not_finite_stops_a_fused_step(size: int, checkpoints: P
     for written in run_ranks(_poison, size, checkpoints):
         assert "lm_head.weight" in written
         assert all("layers.1." in name or name == "lm_head.weight" for name in written), written
+
+
+def _raise_half_way(tp: TPGroup, folder: Path, mode: GradientMode) -> tuple[int, int]:
+    """(weight version after a step that raised in its backward pass and was abandoned, tensors that it changed)."""
+    run = Run(tp, folder, "qwen3", mode)
+    start = run.values()
+
+    def fail(grad: Tensor) -> None:
+        raise RuntimeError("half way")
+
+    handle = run.leaf("model.layers.0.mlp.down_proj.weight").register_hook(fail)
+    with pytest.raises(RuntimeError, match="half way"):
+        run.trainer.step(samples(lengths=ONE_BATCH))
+    handle.remove()
+    run.trainer.abandon_step()
+    version, changed = run.trainer.weight_version, len(differing(start, run.values()))
+    assert all(leaf.grad is None for leaf in run.leaves)
+    following = run.trainer.step(samples(lengths=ONE_BATCH))
+    assert (following.outcome.skipped, following.weight_version) == ("", version + 1)
+    return version, changed
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_step_that_raises_counts_if_it_has_written(size: int, checkpoints: Path) -> None:
+    """A fused step has written the layers above the one that raised: caches of the old weights must not outlive that."""
+    for version, changed in run_ranks(_raise_half_way, size, checkpoints, GradientMode.fused):
+        assert version == 1
+        assert changed
+    for version, changed in run_ranks(_raise_half_way, size, checkpoints, GradientMode.stored):
+        assert (version, changed) == (0, 0)
