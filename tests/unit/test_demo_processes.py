@@ -16,7 +16,7 @@ def test_a_missing_plugin_is_told_before_a_server_starts(monkeypatch: pytest.Mon
     monkeypatch.setattr(importlib.metadata, "entry_points", lambda **_: ())
     started = []
     monkeypatch.setattr(processes, "ManagedProcess", lambda *arguments: started.append(arguments))
-    with pytest.raises(ConfigError, match=r"got no entry point 'apollo' .* pip install -e \."):
+    with pytest.raises(ConfigError, match=r"got no entry point 'apollo' .*pip install -e \."):
         processes.start_server(tmp_path, 1, tmp_path, tmp_path / "log")
     assert not started
     monkeypatch.undo()
