@@ -8,6 +8,8 @@ vocabulary rows, even none.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,7 +73,7 @@ class _TargetLogprobs(torch.autograd.Function):
         tokens, rows = hidden.shape[0], weight.shape[0]
         local_max = hidden.new_full((tokens,), -torch.inf, dtype=torch.float32)
         sums = hidden.new_zeros((2, tokens), dtype=torch.float32)  # sum of exponentials, target logit
-        statistics = _compiled_statistics if vocab.compiled else _statistics
+        statistics = _compiled(_statistics) if vocab.compiled else _statistics
         for part in _chunks(tokens, rows):
             local, owned = _local_targets(targets[part], vocab.start, rows)
             found = statistics(hidden[part], weight, local, owned, vocab.transform)
@@ -93,7 +95,7 @@ class _TargetLogprobs(torch.autograd.Function):
         hidden, weight, targets, normalizer = ctx.saved_tensors
         vocab, rows = ctx.vocab, weight.shape[0]
         grad_hidden, grad_weight = torch.zeros_like(hidden), torch.zeros_like(weight)
-        logits_gradient = _compiled_logits_gradient if vocab.compiled else _logits_gradient
+        logits_gradient = _compiled(_logits_gradient) if vocab.compiled else _logits_gradient
         for part in _chunks(hidden.shape[0], rows):
             local, owned = _local_targets(targets[part], vocab.start, rows)
             upstream = grad[part], normalizer[part]
@@ -131,9 +133,11 @@ def _logits_gradient(
     return transform.backward(logits, grad_logits).to(weight.dtype)
 
 
-# Any length from the start: the last chunk of a batch is shorter than the others.
-_compiled_statistics = torch.compile(_statistics, dynamic=True)
-_compiled_logits_gradient = torch.compile(_logits_gradient, dynamic=True)
+@functools.cache
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """For any length from the start: the last chunk of a batch is shorter than the others. Made when first needed, since
+    the compiler alone takes seconds to import."""
+    return torch.compile(function, dynamic=True)  # type: ignore[no-any-return]
 
 
 def _chunks(tokens: int, rows: int) -> list[slice]:

@@ -68,11 +68,11 @@ def _takes_cudnn(query: Tensor, cu_seqlens: Tensor, window: int | None) -> bool:
     """A single whole sequence, on a device where cuDNN has kernels that are faster than FlashAttention 2."""
     windowed = window is not None and query.shape[2] > window
     narrow = query.shape[-1] <= _MAX_CUDNN_HEAD_DIM
-    return cu_seqlens.shape[0] == 2 and narrow and not windowed and _cudnn_is_faster()
+    return cu_seqlens.shape[0] == 2 and narrow and not windowed and cudnn_is_faster()
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _cudnn_is_faster() -> bool:
+def cudnn_is_faster() -> bool:
+    """On this device: on Hopper and later. A constant to compiled code, see compile_layers."""
     return torch.cuda.get_device_capability() >= (9, 0)
 
 

@@ -7,13 +7,11 @@ gated delta nets) run as they are.
 
 from __future__ import annotations
 
-import torch
-import torch._dynamo
-import torch._functorch.config
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from apollo_tp.model.attention import cudnn_is_faster
 from apollo_tp.model.regions import FullWidthRMSNorm
 
 ACTIVATION_MEMORY_BUDGET = 0.7
@@ -32,6 +30,10 @@ def compile_layers(module: PreTrainedModel) -> int:
     """
     if any(isinstance(child, FullWidthRMSNorm) for child in module.modules()):
         return 0
+    import torch._dynamo  # here: the compiler takes seconds to import
+    import torch._functorch.config
+
+    torch.compiler.assume_constant_result(cudnn_is_faster)  # marks the function
     torch._dynamo.config.recompile_limit = MAX_VARIANTS
     torch._functorch.config.activation_memory_budget = ACTIVATION_MEMORY_BUDGET
     layers = [m for m in module.modules() if isinstance(m, GradientCheckpointingLayer) and _is_traceable(m)]
