@@ -35,6 +35,14 @@ SERVED: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 
+# Routing is discontinuous: where two experts are nearly tied, bf16 rounding sends a token to one in vLLM and to the other in
+# transformers, and their log-probabilities differ by more than rounding. In fp32 no two experts are that near.
+FP32 = {"qwen3-moe"}
+
+
+def _server_args(name: str) -> list[str]:
+    return ["--dtype", "float32"] if name in FP32 else []
+
 
 @pytest.fixture(scope="module", params=SERVED)
 def family(
@@ -45,7 +53,9 @@ def family(
     folder.chmod(0o700)
     _write_model(folder / "model", request.param)
     port = free_port()
-    process = start_server(folder / "model", port, folder, folder / "server.log", instance="family")
+    process = start_server(
+        folder / "model", port, folder, folder / "server.log", instance="family", extra=_server_args(request.param)
+    )
     trainer = None
     try:
         process.wait_for(f"http://127.0.0.1:{port}/health", START_SECONDS)
@@ -67,7 +77,8 @@ def family(
 
 def _write_model(folder: Path, name: str) -> None:
     changes = {"max_position_embeddings": 512, "initializer_range": 0.05, **SERVED[name]}
-    build(FAMILIES[name].config(**changes)).to(torch.bfloat16).save_pretrained(folder)
+    dtype = torch.float32 if name in FP32 else torch.bfloat16
+    build(FAMILIES[name].config(**changes)).to(dtype).save_pretrained(folder)
     make_tokenizer(standard_library_text(1000, 30), 1000).save_pretrained(folder)
 
 
@@ -98,7 +109,7 @@ def test_trainer_and_server_agree_on_log_probabilities(family: tuple[Server, Tra
 
 
 def test_ten_steps_and_a_checkpoint_with_the_served_log_probabilities(
-    family: tuple[Server, Trainer], tmp_path: Path
+    family: tuple[Server, Trainer], tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     """The loss falls over ten steps; the folder gives the live server's log-probabilities in transformers and in vLLM."""
     server, trainer = family
@@ -114,10 +125,12 @@ def test_ten_steps_and_a_checkpoint_with_the_served_log_probabilities(
     with torch.no_grad():
         logprobs = model(torch.tensor([TOKENS])).logits[0, :-1].float().log_softmax(-1)
     expected = logprobs.gather(1, torch.tensor(TOKENS[1:])[:, None])[:, 0].tolist()
-    assert max(abs(a - b) for a, b in zip(expected, live, strict=True)) < 0.05
+    fp32 = request.node.callspec.params["family"] in FP32
+    assert max(abs(a - b) for a, b in zip(expected, live, strict=True)) < (1e-3 if fp32 else 0.05)
     port = free_port()
     # With the plugin: without it vLLM cannot import Qwen3.5 beside a CPU torch, and its packed kernels round otherwise.
-    process = start_server(Path(saved), port, tmp_path, tmp_path / "again.log", instance="again")
+    extra = _server_args(request.node.callspec.params["family"])
+    process = start_server(Path(saved), port, tmp_path, tmp_path / "again.log", instance="again", extra=extra)
     try:
         process.wait_for(f"http://127.0.0.1:{port}/health", START_SECONDS)
         again = Server(f"http://127.0.0.1:{port}", Path(saved), tmp_path, "none", process).logprobs(TOKENS)
