@@ -28,7 +28,7 @@ from stack import QWEN3_8B, TINY, device_name, write_results
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PretrainedConfig, Qwen3Config
 
-from apollo_tp.config import OptimConfig, Precision, TrainConfig
+from apollo_tp.config import GradientMode, OptimConfig, Precision, TrainConfig
 from apollo_tp.layout import Shard
 from apollo_tp.model import bind_model, compiled
 from apollo_tp.optim import build_optimizer
@@ -155,7 +155,7 @@ def run(config: PretrainedConfig, tokens: int, device: str, options: argparse.Na
     optimizer = build_optimizer(optim, train.precision, model.parameters, tp)
     trainer = Trainer(
         model, optimizer, tp, device=torch.device(device), max_micro_batch_tokens=tokens,
-        gradients=type(train.gradients)(options.gradients),
+        gradients=GradientMode(options.gradients),
     )  # fmt: skip
     if device == "cuda":  # as at a trainer's start: shorter steps come first, and layers are compiled for any length
         plan = plan_memory(trainer, CudaMeter(trainer.device), tokens)

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from apollo_tp.model.attention import cudnn_is_faster
 from apollo_tp.model.regions import FullWidthRMSNorm
+from apollo_tp.pace import decoder_layers
 
 ACTIVATION_MEMORY_BUDGET = 0.7
 """Share of the activations that compiled code keeps for its backward pass; the cheap rest (norms, activation functions) is
@@ -36,7 +36,7 @@ def compile_layers(module: PreTrainedModel) -> int:
     torch.compiler.assume_constant_result(cudnn_is_faster)  # marks the function
     torch._dynamo.config.recompile_limit = MAX_VARIANTS
     torch._functorch.config.activation_memory_budget = ACTIVATION_MEMORY_BUDGET
-    layers = [m for m in module.modules() if isinstance(m, GradientCheckpointingLayer) and _is_traceable(m)]
+    layers = [layer for layer in decoder_layers(module) if _is_traceable(layer)]
     for layer in layers:
         layer.forward = torch.compile(layer.forward, backend=BACKEND)  # not the call: hooks around it stay as they are
     return len(layers)
