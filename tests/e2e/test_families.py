@@ -35,7 +35,7 @@ SERVED: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 
-# Routing is discontinuous: where two experts are nearly tied, bf16 rounding may send a token to one in vLLM and to another in
+# Routing is discontinuous: where two experts are nearly tied, bf16 rounding may send a token to one in vLLM, another in
 # transformers, whose log-probabilities then differ by more than rounding. fp32 rounds 65,536 times finer: held to 1e-3.
 FP32 = {"qwen3-moe"}
 
