@@ -85,6 +85,14 @@ class TPGroup:
             dist.all_reduce(tensor, op=op, group=self.group)
         return tensor
 
+    def start_all_reduce(self, tensor: Tensor) -> dist.Work | None:
+        """As ``all_reduce_`` with a sum, not waited for: ``tensor`` is the result after ``wait()`` of what this returns, and
+        must be left alone until then. None if there is nothing to wait for."""
+        if self.size == 1:
+            return None
+        self.traffic["all_reduce"] += tensor.nbytes
+        return dist.all_reduce(tensor, group=self.group, async_op=True)
+
     def reduce_scatter(self, tensor: Tensor) -> Tensor:
         """Sum a contiguous (size * n, ...) tensor over the group and return this rank's (n, ...) block of rows."""
         if self.size == 1:
@@ -102,6 +110,11 @@ class TPGroup:
         self.traffic["all_gather"] += out.nbytes
         dist.all_gather_into_tensor(out, tensor.contiguous(), group=self.group)
         return out
+
+
+def group_number(number: int) -> TPGroup:
+    """The group of this process with this number."""
+    return _groups[number]
 
 
 @torch.library.custom_op("apollo_tp::all_reduce", mutates_args=())
