@@ -151,7 +151,7 @@ def main() -> int:
     parser.add_argument("--gradients", choices=["stored", "fused"], default="stored", help="fused also stops clipping")
     parser.add_argument("--recompute", action="store_true")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
-    parser.add_argument("--budget", type=float, default=compiled.ACTIVATION_MEMORY_BUDGET, help="of activation memory")
+    parser.add_argument("--keep-activations", action="store_true", help="compiled code repeats nothing")
     parser.add_argument(
         "--row-blocks", type=int, default=tp_linear.ROW_BLOCKS, help="of a row-parallel product and its sum"
     )
@@ -159,7 +159,7 @@ def main() -> int:
     parser.add_argument("--kernels", type=int, default=0, help="also print this many of the longest kernels")
     parser.add_argument("--out", type=Path, help="folder for the JSON file")
     options = parser.parse_args()
-    compiled.ACTIVATION_MEMORY_BUDGET = options.budget
+    compiled.REPEAT_CHEAP_WORK = not options.keep_activations
     tp_linear.ROW_BLOCKS = options.row_blocks if options.overlap else 1
     if not options.overlap:
         joined.JoinedLinear.enter = lambda *_: None

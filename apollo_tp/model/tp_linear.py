@@ -12,7 +12,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from apollo_tp.parallel import TPGroup, group_number
 
@@ -58,12 +57,6 @@ def _row_forward(x: Tensor, weight: Tensor, number: int) -> Tensor:
 @_row_forward.register_fake
 def _(x: Tensor, weight: Tensor, _number: int) -> Tensor:
     return x.new_empty(*x.shape[:-1], weight.shape[0])
-
-
-@register_flop_formula([torch.ops.apollo_tp.row_parallel, torch.ops.apollo_tp.all_reduce])
-def _work_of_sums(*_args: Any, **_kwargs: Any) -> int:
-    """Work that no budget of activation memory repeats: the compiler would take an unknown operator for a free one."""
-    return 2**60
 
 
 class _ColumnParallel(torch.autograd.Function):
