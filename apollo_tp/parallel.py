@@ -10,12 +10,17 @@ import datetime
 import itertools
 import weakref
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from apollo_tp.peer_memory import MIN_BYTES, PeerSums
+
+PEER_SUMS = True
 
 _groups: weakref.WeakValueDictionary[int, TPGroup] = weakref.WeakValueDictionary()
 """Every group of this process by its number."""
@@ -35,6 +40,7 @@ class TPGroup:
     traffic: Counter[str] = field(default_factory=Counter, repr=False)
     number: int = field(default_factory=itertools.count().__next__, init=False, repr=False)
     """What the operators of compiled code know this group by: they take no Python objects."""
+    _peer_sums: PeerSums | None = field(default=None, init=False, repr=False)
     _children: dict[tuple[int, ...], TPGroup] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
@@ -66,7 +72,7 @@ class TPGroup:
     def dissolve(self) -> None:
         """Leave this group and its parts at once; peers that wait in a collective of them fail. Not collective."""
         for tp in (*self._children.values(), self):
-            group, tp.group = tp.group, None
+            group, tp.group, tp._peer_sums = tp.group, None, None
             if group is not None and group is not dist.group.WORLD and tp.rank >= 0:
                 dist.destroy_process_group(group)
 
@@ -85,13 +91,34 @@ class TPGroup:
             dist.all_reduce(tensor, op=op, group=self.group)
         return tensor
 
-    def start_all_reduce(self, tensor: Tensor) -> dist.Work | None:
-        """As ``all_reduce_`` with a sum, not waited for: ``tensor`` is the result after ``wait()`` of what this returns, and
-        must be left alone until then. None if there is nothing to wait for."""
+    def summed_product(self, a: Tensor, b: Tensor, beside: Callable[[], None] | None = None) -> Tensor:
+        """``a @ b`` [m, n] summed over the group: one all-reduce, while what ``beside`` launches runs, if given."""
         if self.size == 1:
+            product = a @ b
+            if beside is not None:
+                beside()
+            return product
+        shape = a.shape[0], b.shape[1]
+        self.traffic["all_reduce"] += a.dtype.itemsize * shape[0] * shape[1]
+        peers = self._peers(a.device, a.dtype.itemsize * shape[0] * shape[1])
+        if peers is not None:
+            mine, other = peers.stage(shape, a.dtype)
+            torch.mm(a, b, out=mine)
+            return peers.add(mine, other) if beside is None else peers.add_beside(mine, other, beside)
+        product = a @ b
+        pending = dist.all_reduce(product, group=self.group, async_op=True)
+        if beside is not None:
+            beside()
+        pending.wait()
+        return product
+
+    def _peers(self, device: torch.device, num_bytes: int) -> PeerSums | None:
+        """Memory for sums of ``num_bytes``, made when first needed; None where NCCL or gloo do better. Collective."""
+        if device.type != "cuda" or self.size != 2 or num_bytes < MIN_BYTES or not PEER_SUMS:
             return None
-        self.traffic["all_reduce"] += tensor.nbytes
-        return dist.all_reduce(tensor, group=self.group, async_op=True)
+        if self._peer_sums is None or self._peer_sums.num_bytes < num_bytes:
+            self._peer_sums = PeerSums(self.rank, self.group, num_bytes)
+        return self._peer_sums
 
     def reduce_scatter(self, tensor: Tensor) -> Tensor:
         """Sum a contiguous (size * n, ...) tensor over the group and return this rank's (n, ...) block of rows."""

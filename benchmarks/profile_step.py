@@ -32,9 +32,10 @@ from stack import QWEN3_8B, TINY, device_name, write_results
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PretrainedConfig, Qwen3Config
 
+from apollo_tp import parallel
 from apollo_tp.config import GradientMode, OptimConfig, Precision, TrainConfig
 from apollo_tp.layout import Shard
-from apollo_tp.model import bind_model, compiled, joined, tp_linear
+from apollo_tp.model import bind_model, compiled, joined
 from apollo_tp.optim import build_optimizer
 from apollo_tp.parallel import TPGroup
 from apollo_tp.protocol import Sample
@@ -152,15 +153,13 @@ def main() -> int:
     parser.add_argument("--recompute", action="store_true")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--keep-activations", action="store_true", help="compiled code repeats nothing")
-    parser.add_argument(
-        "--row-blocks", type=int, default=tp_linear.ROW_BLOCKS, help="of a row-parallel product and its sum"
-    )
+    parser.add_argument("--peer-sums", action=argparse.BooleanOptionalAction, default=True, help="see peer_memory")
     parser.add_argument("--overlap", action=argparse.BooleanOptionalAction, default=True, help="of sums and products")
     parser.add_argument("--kernels", type=int, default=0, help="also print this many of the longest kernels")
     parser.add_argument("--out", type=Path, help="folder for the JSON file")
     options = parser.parse_args()
     compiled.REPEAT_CHEAP_WORK = not options.keep_activations
-    tp_linear.ROW_BLOCKS = options.row_blocks if options.overlap else 1
+    parallel.PEER_SUMS = options.peer_sums
     if not options.overlap:
         joined.JoinedLinear.enter = lambda *_: None
     device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -15,22 +15,16 @@ from torch import Tensor
 
 from apollo_tp.parallel import TPGroup, group_number
 
-ROW_BLOCKS = 2
-"""Blocks of a row-parallel product: more hide more of the sum, and make each product smaller."""
-MIN_BLOCK_TOKENS = 1024
-"""Products of fewer tokens are not divided: the sum of a small block is all latency."""
-
 
 @torch.library.custom_op("apollo_tp::column_backward", mutates_args=())
 def _column_backward(grad: Tensor, x: Tensor, weight: Tensor, number: int) -> tuple[Tensor, Tensor]:
     """Gradients of ``x @ weight.T``: that of x [..., in] summed over the group with this number, that of weight local."""
     rows = grad.flatten(0, -2)
-    grad_x = grad @ weight
-    pending = group_number(number).start_all_reduce(grad_x)
-    grad_weight = rows.T @ x.flatten(0, -2)
-    if pending is not None:
-        pending.wait()
-    return grad_x, grad_weight
+    grad_weight = torch.empty_like(weight)
+    grad_x = group_number(number).summed_product(
+        rows, weight, beside=lambda: torch.mm(rows.T, x.flatten(0, -2), out=grad_weight)
+    )
+    return grad_x.view(x.shape), grad_weight
 
 
 @_column_backward.register_fake
@@ -41,16 +35,7 @@ def _(_grad: Tensor, x: Tensor, weight: Tensor, _number: int) -> tuple[Tensor, T
 @torch.library.custom_op("apollo_tp::row_parallel", mutates_args=())
 def _row_forward(x: Tensor, weight: Tensor, number: int) -> Tensor:
     """``x @ weight.T`` [..., out] summed over the group with this number."""
-    tp, rows = group_number(number), x.flatten(0, -2)
-    out = x.new_empty(rows.shape[0], weight.shape[0])
-    blocks = ROW_BLOCKS if rows.shape[0] >= ROW_BLOCKS * MIN_BLOCK_TOKENS else 1
-    pending = []
-    for part_of_x, part in zip(rows.chunk(blocks), out.chunk(blocks), strict=True):
-        torch.mm(part_of_x, weight.T, out=part)
-        pending.append(tp.start_all_reduce(part))
-    for work in pending:
-        if work is not None:
-            work.wait()
+    out = group_number(number).summed_product(x.flatten(0, -2), weight.T)
     return out.view(*x.shape[:-1], -1)
 
 
