@@ -18,9 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from apollo_tp.peer_memory import MIN_BYTES, PeerSums
-
-PEER_SUMS = True
+from apollo_tp.peer_memory import MIN_BYTES, PeerSums, reach_each_other
 
 _groups: weakref.WeakValueDictionary[int, TPGroup] = weakref.WeakValueDictionary()
 """Every group of this process by its number."""
@@ -37,10 +35,13 @@ class TPGroup:
     rank: int
     size: int
     group: dist.ProcessGroup | None = None
+    peer_memory: bool = True
+    """Whether two GPUs that reach each other's memory sum products through it (see ``peer_memory``)."""
     traffic: Counter[str] = field(default_factory=Counter, repr=False)
     number: int = field(default_factory=itertools.count().__next__, init=False, repr=False)
     """What the operators of compiled code know this group by: they take no Python objects."""
     _peer_sums: PeerSums | None = field(default=None, init=False, repr=False)
+    _peers_reached: bool | None = field(default=None, init=False, repr=False)
     _children: dict[tuple[int, ...], TPGroup] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
@@ -98,13 +99,11 @@ class TPGroup:
             if beside is not None:
                 beside()
             return product
-        shape = a.shape[0], b.shape[1]
-        self.traffic["all_reduce"] += a.dtype.itemsize * shape[0] * shape[1]
-        peers = self._peers(a.device, a.dtype.itemsize * shape[0] * shape[1])
+        num_bytes = a.dtype.itemsize * a.shape[0] * b.shape[1]
+        self.traffic["all_reduce"] += num_bytes
+        peers = self._peers(a.device, num_bytes)
         if peers is not None:
-            mine, other = peers.stage(shape, a.dtype)
-            torch.mm(a, b, out=mine)
-            return peers.add(mine, other) if beside is None else peers.add_beside(mine, other, beside)
+            return peers.summed_product(a, b, beside)
         product = a @ b
         pending = dist.all_reduce(product, group=self.group, async_op=True)
         if beside is not None:
@@ -114,9 +113,17 @@ class TPGroup:
 
     def _peers(self, device: torch.device, num_bytes: int) -> PeerSums | None:
         """Memory for sums of ``num_bytes``, made when first needed; None where NCCL or gloo do better. Collective."""
-        if device.type != "cuda" or self.size != 2 or num_bytes < MIN_BYTES or not PEER_SUMS:
+        if (
+            device.type != "cuda"
+            or self.size != 2
+            or num_bytes < MIN_BYTES
+            or self.group is None
+            or not self.peer_memory
+        ):
             return None
-        if self._peer_sums is None or self._peer_sums.num_bytes < num_bytes:
+        if self._peers_reached is None:
+            self._peers_reached = reach_each_other(self.group, device)
+        if self._peers_reached and (self._peer_sums is None or self._peer_sums.num_bytes < num_bytes):
             self._peer_sums = PeerSums(self.rank, self.group, num_bytes)
         return self._peer_sums
 
