@@ -12,7 +12,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -20,6 +20,8 @@ from torch import Tensor
 
 from apollo_tp.peer_memory import MIN_BYTES, PeerSums, reach_each_other
 
+_P, _R = ParamSpec("_P"), TypeVar("_R")
+_library = torch.library.Library("apollo_tp", "DEF")
 _groups: weakref.WeakValueDictionary[int, TPGroup] = weakref.WeakValueDictionary()
 """Every group of this process by its number."""
 
@@ -151,13 +153,27 @@ def group_number(number: int) -> TPGroup:
     return _groups[number]
 
 
-@torch.library.custom_op("apollo_tp::all_reduce", mutates_args=())
+def operator(schema: str) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:
+    """Make a function an operator ``apollo_tp::name`` that compiled code runs as it is; returns the operator. Its result
+    must not share memory with its arguments: ``torch.library.custom_op`` would check that in every call, which takes more
+    of the host's time than all else in it."""
+
+    def define(function: Callable[_P, _R]) -> Callable[_P, _R]:
+        name = schema.partition("(")[0]
+        _library.define(schema)
+        _library.impl(name, function, "CompositeExplicitAutograd")
+        return getattr(torch.ops.apollo_tp, name).default  # type: ignore[no-any-return]
+
+    return define
+
+
+@operator("all_reduce(Tensor tensor, int number) -> Tensor")
 def _all_reduce(tensor: Tensor, number: int) -> Tensor:
-    """A new tensor: the sum over the group with this number. An operator, so that compiled code runs it as it is."""
+    """A new tensor: the sum over the group with this number."""
     return _groups[number].all_reduce_(tensor.clone(memory_format=torch.contiguous_format))
 
 
-@_all_reduce.register_fake
+@torch.library.register_fake("apollo_tp::all_reduce")
 def _(tensor: Tensor, _number: int) -> Tensor:
     return torch.empty_like(tensor, memory_format=torch.contiguous_format)
 

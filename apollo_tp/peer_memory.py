@@ -21,9 +21,6 @@ log = logging.getLogger(__name__)
 
 MIN_BYTES = 2**20
 """Smaller sums are left to NCCL."""
-MAX_BLOCKS = 4
-MIN_BLOCK_ROWS = 1024
-"""A product is made in up to so many blocks of at least so many rows: what is left to wait for is the copy of the last."""
 
 
 def reach_each_other(group: dist.ProcessGroup, device: torch.device) -> bool:
@@ -65,27 +62,22 @@ class PeerSums:
     def summed_product(self, a: Tensor, b: Tensor, beside: Callable[[], None] | None) -> Tensor:
         """``a @ b`` [m, n] of at most num_bytes, summed over both ranks; what ``beside`` launches runs meanwhile, if given.
 
-        A copy engine reads the other rank's product, since a kernel would take multiprocessors from what runs meanwhile.
-        Without ``beside`` that is the next block of rows of the same product.
+        Beside other work a copy engine reads the other rank's product: a kernel would take multiprocessors from that work.
         """
-        main = torch.cuda.current_stream()
         mine, other = self._next_half(a.shape[0], b.shape[1], a.dtype)
-        blocks = 1 if beside is not None else max(1, min(MAX_BLOCKS, a.shape[0] // MIN_BLOCK_ROWS))
-        copy, out = torch.empty_like(mine), torch.empty_like(mine)
-        copied = []
-        for part_of_a, *to in zip(*(t.chunk(blocks) for t in (a, mine, other, copy)), strict=True):
-            torch.mm(part_of_a, b, out=to[0])
-            self._copies.wait_stream(main)
-            with torch.cuda.stream(self._copies):
-                self._handle.barrier(channel=0)
-                to[2].copy_(to[1], non_blocking=True)
-                copied.append(self._copies.record_event())
-        if beside is not None:
-            beside()
-        for event, *parts in zip(copied, *(t.chunk(blocks) for t in (mine, copy, out)), strict=True):
-            main.wait_event(event)
-            torch.add(parts[0], parts[1], out=parts[2])
-        return out
+        torch.mm(a, b, out=mine)
+        if beside is None:
+            self._handle.barrier(channel=0)
+            return mine + other
+        main = torch.cuda.current_stream()
+        copy = torch.empty_like(mine)
+        self._copies.wait_stream(main)
+        with torch.cuda.stream(self._copies):
+            self._handle.barrier(channel=1)
+            copy.copy_(other, non_blocking=True)
+        beside()
+        main.wait_stream(self._copies)
+        return mine.add(copy)
 
     def _next_half(self, rows: int, columns: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Where to put a matrix that is to be summed, and where the other rank's is."""

@@ -32,7 +32,6 @@ from stack import QWEN3_8B, TINY, device_name, write_results
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PretrainedConfig, Qwen3Config
 
-from apollo_tp import peer_memory
 from apollo_tp.config import GradientMode, OptimConfig, Precision, TrainConfig
 from apollo_tp.layout import Shard
 from apollo_tp.model import bind_model, compiled, joined
@@ -154,7 +153,6 @@ def main() -> int:
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--keep-activations", action="store_true", help="compiled code repeats nothing")
     parser.add_argument("--peer-memory", action=argparse.BooleanOptionalAction, default=True, help="of two GPUs")
-    parser.add_argument("--blocks", type=int, default=peer_memory.MAX_BLOCKS, help="of a product that is summed so")
     parser.add_argument("--overlap", action=argparse.BooleanOptionalAction, default=True, help="of sums and products")
     parser.add_argument("--kernels", type=int, default=0, help="also print this many of the longest kernels")
     parser.add_argument("--out", type=Path, help="folder for the JSON file")
@@ -164,7 +162,6 @@ def main() -> int:
         joined.JoinedLinear.enter = lambda *_: None
     device = "cuda" if torch.cuda.is_available() else "cpu"
     tokens = options.tokens or (64 if options.tiny else 4096)
-    peer_memory.MAX_BLOCKS = options.blocks
     with ranks() as tp:
         tp.peer_memory = options.peer_memory
         whole = TINY if options.tiny else QWEN3_8B

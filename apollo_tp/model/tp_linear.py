@@ -1,8 +1,8 @@
-"""Column- and row-parallel products whose sums over the ranks run beside a product, not after it.
+"""Column- and row-parallel products together with their sums over the ranks.
 
 Column-parallel: the sum of the input's gradient runs while the weight's gradient is computed (Narayanan et al. 2021, as
-Megatron-LM does it). Row-parallel: the product is made in blocks of tokens, and the sum of one runs while the next is
-computed. Each is one operator, so that compiled code keeps the order of what happens within.
+Megatron-LM does it). Row-parallel: the product lands where it is summed. Each is one operator, so that compiled code keeps
+the order of what happens within.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from apollo_tp.parallel import TPGroup, group_number
+from apollo_tp.parallel import TPGroup, group_number, operator
 
 
-@torch.library.custom_op("apollo_tp::column_backward", mutates_args=())
+@operator("column_backward(Tensor grad, Tensor x, Tensor weight, int number) -> (Tensor, Tensor)")
 def _column_backward(grad: Tensor, x: Tensor, weight: Tensor, number: int) -> tuple[Tensor, Tensor]:
     """Gradients of ``x @ weight.T``: that of x [..., in] summed over the group with this number, that of weight local."""
     rows = grad.flatten(0, -2)
@@ -27,19 +27,19 @@ def _column_backward(grad: Tensor, x: Tensor, weight: Tensor, number: int) -> tu
     return grad_x.view(x.shape), grad_weight
 
 
-@_column_backward.register_fake
+@torch.library.register_fake("apollo_tp::column_backward")
 def _(_grad: Tensor, x: Tensor, weight: Tensor, _number: int) -> tuple[Tensor, Tensor]:
     return torch.empty_like(x, memory_format=torch.contiguous_format), torch.empty_like(weight)
 
 
-@torch.library.custom_op("apollo_tp::row_parallel", mutates_args=())
+@operator("row_parallel(Tensor x, Tensor weight, int number) -> Tensor")
 def _row_forward(x: Tensor, weight: Tensor, number: int) -> Tensor:
     """``x @ weight.T`` [..., out] summed over the group with this number."""
     out = group_number(number).summed_product(x.flatten(0, -2), weight.T)
     return out.view(*x.shape[:-1], -1)
 
 
-@_row_forward.register_fake
+@torch.library.register_fake("apollo_tp::row_parallel")
 def _(x: Tensor, weight: Tensor, _number: int) -> Tensor:
     return x.new_empty(*x.shape[:-1], weight.shape[0])
 
