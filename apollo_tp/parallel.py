@@ -126,7 +126,9 @@ class TPGroup:
         if self._peers_reached is None:
             self._peers_reached = reach_each_other(self.group, device)
         if self._peers_reached and (self._peer_sums is None or self._peer_sums.num_bytes < num_bytes):
-            self._peer_sums = PeerSums(self.rank, self.group, num_bytes)
+            torch.cuda.synchronize(device)  # what is in flight may use the memory that is replaced
+            self._peer_sums = None
+            self._peer_sums = PeerSums(self.rank, self.group, 1 << (num_bytes - 1).bit_length())
         return self._peer_sums
 
     def reduce_scatter(self, tensor: Tensor) -> Tensor:

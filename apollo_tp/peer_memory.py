@@ -44,7 +44,11 @@ def _uuid(device: torch.device | int) -> bytes:
 
 class PeerSums:
     """Memory of two ranks that both can read, in two halves which take turns: while the other rank may still read one, the
-    next sum goes to the other, so that one barrier a sum is enough."""
+    next sum goes to the other, so that one barrier a sum is enough.
+
+    The barriers are kernels that wait without a deadline, since one that gave up would end the CUDA context, and under MPS
+    perhaps the server's too. A rank whose peer is gone is ended by NCCL's timeout of the collective that every step has.
+    """
 
     def __init__(self, rank: int, group: dist.ProcessGroup, num_bytes: int) -> None:
         """Collective: maps 2 x ``num_bytes`` of each rank into the other. Raises RuntimeError where that is impossible."""

@@ -41,6 +41,7 @@ from stack import (
 )
 
 from apollo_tp.demo.processes import ManagedProcess
+from apollo_tp.errors import ApolloTpError
 
 BASELINE_SECONDS = 150
 """A sub-run of the baseline is ended after this long; it starts, compiles and runs in about a third of that."""
@@ -92,8 +93,10 @@ def main() -> int:
             with serving(folder, config, tp=options.tp, extra=extra) as served:
                 for names in trainers:
                     results += measure(folder / f"state-{names[0]}", served, options, names)
-        results += [baseline(folder, name, options) for name in options.cases if CASES[name].baseline]
-    report(results, options)
+                    report(results, options)  # so far: what follows may fail
+        for name in (name for name in options.cases if CASES[name].baseline):
+            results.append(baseline(folder, name, options))
+            report(results, options)
     return 0
 
 
@@ -108,14 +111,17 @@ def _trainer(name: str) -> tuple[bool, str]:
 
 
 def measure(state: Path, served: Served, options: argparse.Namespace, names: list[str]) -> list[dict[str, Any]]:
-    """The cases of one trainer, a job each."""
+    """The cases of one trainer, a job each; a trainer that does not start is a row too."""
     overrides = [
         f"train.max_sequence_tokens={options.tokens}", f"train.max_micro_batch_tokens={options.tokens}", "optim.lr=1e-6",
         f"train.gradient_checkpointing={str(CASES[names[0]].recompute).lower()}",
         f"train.precision={CASES[names[0]].precision}", *shlex.split(options.overrides),
     ]  # fmt: skip
-    with training(served, state, tp=options.tp, overrides=overrides) as trainer:
-        return [{"case": name} | run_job(trainer, CASES[name], served, options) for name in names]
+    try:
+        with training(served, state, tp=options.tp, overrides=overrides) as trainer:
+            return [{"case": name} | run_job(trainer, CASES[name], served, options) for name in names]
+    except ApolloTpError as error:
+        return [{"case": name, "failed": str(error)[:200]} for name in names]
 
 
 def run_job(trainer: Training, case: Case, served: Served, options: argparse.Namespace) -> dict[str, Any]:

@@ -12,8 +12,10 @@ import math
 import platform
 import random
 import shlex
+import signal
 import socket
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -120,7 +122,10 @@ def serving(
     config_class: type = Qwen3Config,
     seconds: float = 400,
 ) -> Iterator[Served]:
-    """A vLLM server of a model with this configuration and dummy weights; it is stopped at the end."""
+    """A vLLM server of a model with this configuration and dummy weights; it is stopped at the end, its log shown if that
+    is an error, or SIGTERM as ``timeout`` sends it."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # else what was started would live on, and keep its memory
+    begun = time.monotonic()
     model, runtime_dir = folder / "model", folder / "rt"
     runtime_dir.mkdir(mode=0o700, exist_ok=True)
     config_class(**config).save_pretrained(model)
@@ -132,7 +137,11 @@ def serving(
     server = start_server(model, port, runtime_dir, log, tensor_parallel=tp, extra=options, environment=environment)
     try:
         server.wait_for(f"http://127.0.0.1:{port}/health", seconds)
+        note(f"server up after {time.monotonic() - begun:.0f} s")
         yield Served(f"http://127.0.0.1:{port}", model, runtime_dir, server)
+    except BaseException:
+        note(server.tail(40))
+        raise
     finally:
         server.stop()
 
@@ -158,13 +167,21 @@ def training(
         overrides=[*fixed, *overrides],
         environment=environment,
     )
+    begun = time.monotonic()
     try:
-        yield Training(coordinator_url(served.runtime_dir, trainer, seconds=seconds), trainer)
-    except Exception:
-        print(trainer.tail(200), file=sys.stderr)
+        url = coordinator_url(served.runtime_dir, trainer, seconds=seconds)
+        note(f"trainer up after {time.monotonic() - begun:.0f} s")
+        yield Training(url, trainer)
+    except BaseException:
+        note(trainer.tail(200))
         raise
     finally:
         trainer.stop()
+
+
+def note(text: str) -> None:
+    """A line for whoever waits, beside the table."""
+    print(text, file=sys.stderr, flush=True)
 
 
 def random_samples(count: int, tokens: int, vocab_size: int, seed: int = 0) -> list[dict[str, list[int]]]:
