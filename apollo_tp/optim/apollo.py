@@ -82,15 +82,14 @@ class Optimizer:
         floats per parameter (with clipping, one of 1 and one of 2); if a matrix is cut along its contracted dimension, a
         reduce-scatter per bucket and one all-gather of channel scales; now and then one all-reduce of weight norms
         (every ``refresh_every`` steps) and one all-gather of checksums (every ``check_replicas_every``).
-        Raises ReplicaError if replicas of a weight differ.
+        Raises ReplicaError if replicas of a weight differ. On CUDA it returns while the device still writes.
         """
         lr = self.learning_rate(learning_rate_scale)
         if self.fused is not None and self.fused.begun:
             decisions = self.fused.finish(lr, loss)
         else:
             decisions = [(self.bundle, self.bundle.update(lr, loss))]
-        reports = torch.cat([decision.report() for _, decision in decisions]).tolist()  # the one wait for the device
-        outcome = self._conclude(decisions, reports, lr)
+        outcome = self._conclude(decisions, lr)
         if not outcome.skipped:
             self.step_count += 1
             if self.step_count % self.config.refresh_every == 0:
@@ -99,15 +98,13 @@ class Optimizer:
                 check_replicas(self.weights, self.tp)
         return outcome
 
-    def _conclude(self, decisions: list[tuple[Bundle, Decision]], reports: list[float], lr: float) -> StepOutcome:
-        """Count what was written, and say what stopped the rest."""
-        square, num_updated, largest, skipped, start = 0.0, 0, 0.0, "", 0
+    def _conclude(self, decisions: list[tuple[Bundle, Decision]], lr: float) -> StepOutcome:
+        """Count what is written, and say what stopped the rest. Waits for the decisions, not for the writes."""
+        square, num_updated, largest, skipped = 0.0, 0, 0.0, ""
         for bundle, decision in decisions:
-            count = len(bundle.weights)
-            finite, norm = reports[start : start + 2]
-            written = [bool(x) for x in reports[start + 2 : start + 2 + count]]
-            relative = reports[start + 2 + count : start + 2 + 2 * count]
-            start += 2 + 2 * count
+            finite, norm, *flags = decision.read_report()
+            written = [bool(x) for x in flags[: len(bundle.weights)]]
+            relative = flags[len(bundle.weights) :]
             square, num_updated, largest = square + norm, num_updated + sum(written), max(largest, *relative, 0.0)
             skipped = skipped or self._why_skipped(bundle, decision, bool(finite), relative)
             bundle.accept(decision, written)

@@ -107,6 +107,7 @@ class Bundle:
         """
         gradients = [weight.gradient() for weight in self.weights]
         decision = self._decide(gradients, lr, loss, alive)
+        decision.send_report()
         self.backend.write(gradients, decision, self._gather_scales(), self.steps)
         for group in self.groups:
             group.release()

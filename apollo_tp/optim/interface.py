@@ -81,16 +81,33 @@ class Decision:
     finite: Tensor
     good: Tensor
     local_sums: Tensor
+    _sent: tuple[Tensor, torch.cuda.Event | None] | None = None
 
     def under(self, alive: Tensor) -> Decision:
         """This decision with nothing written where ``alive`` (0-d bool) is False."""
         write = self.write & alive
         return replace(self, write=write, limiter_norms=torch.where(alive, self.limiter_norms, self.old_limiter_norms))
 
-    def report(self) -> Tensor:
-        """fp64 (2 + 2 x parameters,) for the host: finite, squared gradient norm, write flags, relative updates."""
+    def send_report(self) -> None:
+        """Start to copy to the host what ``read_report`` returns. Before the write, so that nobody waits for that."""
         flat = [self.finite[None], self.grad_norm.square()[None], self.write, self.relative_updates]
-        return torch.cat([part.double() for part in flat])
+        report = torch.cat([part.double() for part in flat])
+        if report.device.type != "cuda":
+            self._sent = report, None
+            return
+        host = torch.empty(report.shape, dtype=report.dtype, pin_memory=True)
+        host.copy_(report, non_blocking=True)
+        event = torch.cuda.Event()
+        event.record()
+        self._sent = host, event
+
+    def read_report(self) -> list[float]:
+        """2 + 2 x parameters numbers: finite, squared gradient norm, write flags, relative updates. Waits for them."""
+        assert self._sent is not None  # Bundle.update sent it
+        report, event = self._sent
+        if event is not None:
+            event.synchronize()
+        return report.tolist()  # type: ignore[no-any-return]
 
 
 @dataclass(frozen=True)

@@ -59,11 +59,11 @@ class TritonBackend:
     def prepare(self, gradients: Sequence[Tensor]) -> None:
         """Bring tables and addresses in line with these gradients, which the next calls work on."""
         starts = [g.data_ptr() for g in gradients]
-        layout = [(g.dtype, g.stride(), start % 16) for g, start in zip(gradients, starts, strict=True)]
+        if starts == self.starts:
+            return
+        layout = [(g.stride(), start % 16) for g, start in zip(gradients, starts, strict=True)]
         if layout != self.layout:
             self._build(gradients)
-        elif starts == self.starts:
-            return
         self.layout, self.starts = layout, starts
         for launch in (*self.project_launches, *self.write_launches, *self.adamw_launches):
             rows = [starts[i] + offset for i, offset in zip(launch.owners, launch.offsets, strict=True)]

@@ -53,6 +53,7 @@ class Weight:
             )
         self.is_matrix = len(self.shard.global_shape) > 1
         self.local_2d = fold(tuple(data.shape))
+        self.is_flat = self.local_2d == tuple(data.shape)
         self.data = data.view(self.local_2d)
         self.precision = precision
         self.remainder: Tensor | None = None
@@ -104,7 +105,7 @@ class Weight:
         gradient = self.parameter.grad
         if gradient is None:
             return torch.zeros_like(self.data)
-        if gradient.shape == self.local_2d and gradient.is_contiguous():
+        if self.is_flat and gradient.is_contiguous():  # for hundreds of them before the first launch of a step
             return gradient
         return gradient.view(self.local_2d) if gradient.is_contiguous() else gradient.reshape(self.local_2d)
 
