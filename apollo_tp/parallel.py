@@ -10,7 +10,7 @@ import datetime
 import itertools
 import weakref
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ParamSpec, TypeVar
 
@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from apollo_tp.peer_memory import MIN_BYTES, PeerSums, reach_each_other
+from apollo_tp.peer_memory import MIN_BYTES, PeerSums, add_products, reach_each_other
 
 _P, _R = ParamSpec("_P"), TypeVar("_R")
 _library = torch.library.Library("apollo_tp", "DEF")
@@ -94,23 +94,25 @@ class TPGroup:
             dist.all_reduce(tensor, op=op, group=self.group)
         return tensor
 
-    def summed_product(self, a: Tensor, b: Tensor, beside: Callable[[], None] | None = None) -> Tensor:
-        """``a @ b`` [m, n] summed over the group: one all-reduce, while what ``beside`` launches runs, if given."""
-        if self.size == 1:
-            product = a @ b
-            if beside is not None:
-                beside()
-            return product
+    def summed_products(
+        self, pairs: Sequence[tuple[Tensor, Tensor]], beside: Callable[[], None] | None = None
+    ) -> Tensor:
+        """The sum of ``a @ b`` [m, n] over ``pairs`` and over the group: one all-reduce, beside what ``beside`` launches."""
+        (a, b), *_ = pairs
         num_bytes = a.dtype.itemsize * a.shape[0] * b.shape[1]
-        self.traffic["all_reduce"] += num_bytes
-        peers = self._peers(a.device, num_bytes)
-        if peers is not None:
-            return peers.summed_product(a, b, beside)
-        product = a @ b
-        pending = dist.all_reduce(product, group=self.group, async_op=True)
+        pending = None
+        if self.size > 1:
+            self.traffic["all_reduce"] += num_bytes
+            peers = self._peers(a.device, num_bytes)
+            if peers is not None:
+                return peers.summed_products(pairs, beside)
+        product = add_products(pairs, torch.empty(a.shape[0], b.shape[1], dtype=a.dtype, device=a.device))
+        if self.size > 1:
+            pending = dist.all_reduce(product, group=self.group, async_op=True)
         if beside is not None:
             beside()
-        pending.wait()
+        if pending is not None:
+            pending.wait()
         return product
 
     def _peers(self, device: torch.device, num_bytes: int) -> PeerSums | None:

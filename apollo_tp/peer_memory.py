@@ -7,7 +7,7 @@ ring all-reduce sends, without its steps: torch's symmetric memory maps it. With
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -38,6 +38,16 @@ def reach_each_other(group: dist.ProcessGroup, device: torch.device) -> bool:
     return bool(reached.item())
 
 
+def add_products(pairs: Sequence[tuple[Tensor, Tensor]], out: Tensor) -> Tensor:
+    """The sum of ``a @ b`` over ``pairs``, into ``out``."""
+    for position, (a, b) in enumerate(pairs):
+        if position == 0:
+            torch.mm(a, b, out=out)
+        else:
+            out.addmm_(a, b)
+    return out
+
+
 def _uuid(device: torch.device | int) -> bytes:
     return str(torch.cuda.get_device_properties(device).uuid).encode()
 
@@ -63,13 +73,15 @@ class PeerSums:
         self._copies = torch.cuda.Stream(device)
         self._turn = 0
 
-    def summed_product(self, a: Tensor, b: Tensor, beside: Callable[[], None] | None) -> Tensor:
-        """``a @ b`` [m, n] of at most num_bytes, summed over both ranks; what ``beside`` launches runs meanwhile, if given.
+    def summed_products(self, pairs: Sequence[tuple[Tensor, Tensor]], beside: Callable[[], None] | None) -> Tensor:
+        """The sum of ``a @ b`` [m, n] over ``pairs`` and both ranks, of at most num_bytes; what ``beside`` launches runs
+        meanwhile, if given.
 
         Beside other work a copy engine reads the other rank's product: a kernel would take multiprocessors from that work.
         """
+        (a, b), *_ = pairs
         mine, other = self._next_half(a.shape[0], b.shape[1], a.dtype)
-        torch.mm(a, b, out=mine)
+        add_products(pairs, mine)
         if beside is None:
             self._handle.barrier(channel=0)
             return mine + other

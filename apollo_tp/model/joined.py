@@ -9,10 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from apollo_tp.model.tp_linear import column_parallel_linear
+from apollo_tp.model.tp_linear import ALONE, column_parallel_linear
 from apollo_tp.parallel import TPGroup
 
 
@@ -37,15 +36,16 @@ class JoinedLinear(nn.Module):
         does not come from this product (the region may use its input elsewhere) is summed there."""
         self.entry = outside, inside, tp
 
-    def _product(self, x: Tensor) -> Tensor:
+    def _products(self, x: Tensor) -> tuple[Tensor, ...]:
+        tp = ALONE
         if self.entry is not None and self.entry[1] is x:
-            return column_parallel_linear(self.entry[0], self.weight, self.bias, self.entry[2])
-        return F.linear(x, self.weight, self.bias)
+            x, _, tp = self.entry
+        return column_parallel_linear(x, self.weight, self.bias, self.rows, tp)
 
     def part(self, position: int, x: Tensor) -> Tensor:
         if self.last_input is not x:
             self.last_input = x
-            self.outputs = self._product(x).split(self.rows, dim=-1)
+            self.outputs = self._products(x)
         output = self.outputs[position]
         if position == len(self.rows) - 1:
             self.last_input, self.outputs, self.entry = None, (), None

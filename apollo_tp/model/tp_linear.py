@@ -15,27 +15,42 @@ from torch import Tensor
 
 from apollo_tp.parallel import TPGroup, group_number, operator
 
+MIN_PART_ROWS = 1024
+"""Output rows from which on a part of a joined product is worth products of its own in the backward pass: its gradient need
+not be copied beside those of the other parts first."""
 
-@operator("column_backward(Tensor grad, Tensor x, Tensor weight, int number) -> (Tensor, Tensor)")
-def _column_backward(grad: Tensor, x: Tensor, weight: Tensor, number: int) -> tuple[Tensor, Tensor]:
-    """Gradients of ``x @ weight.T``: that of x [..., in] summed over the group with this number, that of weight local."""
-    rows = grad.flatten(0, -2)
+ALONE = TPGroup.single()
+"""The group of products outside of any parallel region."""
+
+
+@operator("column_backward(Tensor[] grads, Tensor x, Tensor weight, int number) -> (Tensor, Tensor)")
+def _column_backward(grads: list[Tensor], x: Tensor, weight: Tensor, number: int) -> tuple[Tensor, Tensor]:
+    """Gradients of ``x @ weight.T``: that of x [..., in] summed over the group with this number, that of weight local.
+
+    ``grads`` are those of the product's parts along its last dimension, in order.
+    """
+    rows = [grad.shape[-1] for grad in grads]
+    flat, flat_x = [grad.flatten(0, -2) for grad in grads], x.flatten(0, -2)
     grad_weight = torch.empty_like(weight)
-    grad_x = group_number(number).summed_product(
-        rows, weight, beside=lambda: torch.mm(rows.T, x.flatten(0, -2), out=grad_weight)
-    )
+
+    def multiply_weight() -> None:
+        for grad, part in zip(flat, grad_weight.split(rows), strict=True):
+            torch.mm(grad.T, flat_x, out=part)
+
+    pairs = list(zip(flat, weight.split(rows), strict=True))
+    grad_x = group_number(number).summed_products(pairs, beside=multiply_weight)
     return grad_x.view(x.shape), grad_weight
 
 
 @torch.library.register_fake("apollo_tp::column_backward")
-def _(_grad: Tensor, x: Tensor, weight: Tensor, _number: int) -> tuple[Tensor, Tensor]:
+def _(_grads: list[Tensor], x: Tensor, weight: Tensor, _number: int) -> tuple[Tensor, Tensor]:
     return torch.empty_like(x, memory_format=torch.contiguous_format), torch.empty_like(weight)
 
 
 @operator("row_parallel(Tensor x, Tensor weight, int number) -> Tensor")
 def _row_forward(x: Tensor, weight: Tensor, number: int) -> Tensor:
     """``x @ weight.T`` [..., out] summed over the group with this number."""
-    out = group_number(number).summed_product(x.flatten(0, -2), weight.T)
+    out = group_number(number).summed_products([(x.flatten(0, -2), weight.T)])
     return out.view(*x.shape[:-1], -1)
 
 
@@ -46,15 +61,16 @@ def _(x: Tensor, weight: Tensor, _number: int) -> Tensor:
 
 class _ColumnParallel(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, number: int) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, rows: tuple[int, ...], number: int) -> tuple[Tensor, ...]:
         ctx.save_for_backward(x, weight)
-        ctx.number = number
-        return F.linear(x, weight)
+        ctx.is_divided, ctx.number = min(rows) >= MIN_PART_ROWS, number
+        return F.linear(x, weight).split(rows, dim=-1)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
         x, weight = ctx.saved_tensors
-        return *_column_backward(grad.contiguous(), x, weight, ctx.number), None
+        parts = [grad.contiguous() for grad in grads] if ctx.is_divided else [torch.cat(grads, dim=-1)]
+        return *_column_backward(parts, x, weight, ctx.number), None, None
 
 
 class _RowParallel(torch.autograd.Function):
@@ -69,20 +85,22 @@ class _RowParallel(torch.autograd.Function):
         return grad @ weight, grad.flatten(0, -2).T @ x.flatten(0, -2), None
 
 
-def column_parallel_linear(x: Tensor, weight: Tensor, bias: Tensor | None, tp: TPGroup) -> Tensor:
+def column_parallel_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, rows: tuple[int, ...], tp: TPGroup
+) -> tuple[Tensor, ...]:
     """Enter a parallel region by a product: ``x`` [..., in], the same on all ranks, ``weight`` local [out / p, in].
 
-    Returns local [..., out / p]. One all-reduce of x's gradient in backward.
+    Returns its parts of ``rows`` along the last dimension, local. One all-reduce of x's gradient in backward.
     """
-    if tp.size == 1:
-        return F.linear(x, weight, bias)
-    out = _ColumnParallel.apply(x, weight, tp.number)
-    return out if bias is None else out + bias  # type: ignore[no-any-return]
+    parts: tuple[Tensor, ...] = _ColumnParallel.apply(x, weight, rows, tp.number)
+    if bias is None:
+        return parts
+    return tuple(part + part_of_bias for part, part_of_bias in zip(parts, bias.split(rows), strict=True))
 
 
 def row_parallel_linear(x: Tensor, weight: Tensor, tp: TPGroup) -> Tensor:
     """Leave a parallel region by a product: ``x`` local [..., in / p], ``weight`` local [out, in / p].
 
-    Returns [..., out], the same on all ranks. One all-reduce in forward, by blocks of tokens.
+    Returns [..., out], the same on all ranks. One all-reduce in forward.
     """
     return F.linear(x, weight) if tp.size == 1 else _RowParallel.apply(x, weight, tp.number)  # type: ignore[no-any-return]

@@ -32,9 +32,9 @@ def _count_wrong(tp: TPGroup) -> tuple[int, bool]:
         expected = nccl.all_reduce_(a @ b)
         if step % 7 == tp.rank:
             time.sleep(0.003)  # now one rank is late, now the other
-        got = [peers.summed_product(a, b) for _ in range(2)]
-        got_beside = peers.summed_product(a, b, lambda: torch.mm(a.T, expected, out=beside))  # noqa: B023
-        got.append(peers.summed_product(a, b))
+        got = [peers.summed_products([(a, b)]) for _ in range(2)]
+        got_beside = peers.summed_products([(a, b)], lambda: torch.mm(a.T, expected, out=beside))  # noqa: B023
+        got.append(peers.summed_products([(a, b)]))
         wrong += sum(not torch.equal(one, expected) for one in got) + (not torch.equal(got_beside, expected))
         wrong += not torch.equal(beside, a.T @ expected)
     dist.barrier()

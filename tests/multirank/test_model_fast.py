@@ -11,7 +11,7 @@ from torch import nn
 from transformers import AutoConfig
 
 from apollo_tp.data import pack
-from apollo_tp.model import BoundModel, bind_model, compiled
+from apollo_tp.model import BoundModel, bind_model, compiled, tp_linear
 from apollo_tp.model.attention import _one_padded_sequence, _one_sequence
 from apollo_tp.model.compiled import compile_layers
 from apollo_tp.model.joined import JoinedLinear, JoinedPart, stack_rows
@@ -43,6 +43,7 @@ def _summed_bytes(tp: TPGroup, run: Callable[[], float]) -> tuple[float, int]:
 def _compare_compiled(tp: TPGroup, folder: Path, name: str, backend: str) -> float:
     """The largest relative error of a loss or a gradient over the steps."""
     compiled.BACKEND = backend
+    tp_linear.MIN_PART_ROWS = 16  # of these small models too, the larger parts have products of their own
     plain, fast = (_bound(tp, folder, name, fast=fast) for fast in (False, True))
     worst = 0.0
     for seed, lengths in enumerate(LENGTHS):
@@ -95,21 +96,33 @@ def test_what_is_served_side_by_side_is_one_product(size: int, checkpoints: Path
         assert count == 5 * AutoConfig.from_pretrained(checkpoints / CASES["qwen3"].checkpoint).num_hidden_layers
 
 
-def test_parts_of_a_joined_product_asked_out_of_turn_are_right() -> None:
-    """Another input, another order, a part twice: slower, never another part's numbers; nothing is kept afterwards."""
+@pytest.mark.parametrize("min_part_rows", [1, 1024])
+def test_parts_of_a_joined_product_asked_out_of_turn_are_right(
+    min_part_rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another input, another order, a part twice: slower, never another part's numbers or gradients; nothing is kept
+    afterwards. With products of the parts in the backward pass, and with one."""
+    monkeypatch.setattr(tp_linear, "MIN_PART_ROWS", min_part_rows)
     weight, bias = nn.Parameter(torch.randn(7, 3)), nn.Parameter(torch.randn(7))
     joined = JoinedLinear(weight, bias, (2, 4, 1))
     parts = [JoinedPart(joined, i) for i in range(3)]
-    x, y = torch.randn(5, 3), torch.randn(5, 3)
+    x, y = torch.randn(5, 3, requires_grad=True), torch.randn(5, 3, requires_grad=True)
     rows = [slice(0, 2), slice(2, 6), slice(6, 7)]
+    leaves = (weight, bias, x, y)
 
     def expected(i: int, value: torch.Tensor) -> torch.Tensor:
         return (value @ weight.T + bias)[:, rows[i]]
 
+    got, plain = torch.zeros(()), torch.zeros(())
     for i, value in [(0, x), (1, x), (2, x), (2, y), (0, x), (0, y), (1, x), (1, x), (2, x)]:
-        torch.testing.assert_close(parts[i](value), expected(i, value))
+        output = parts[i](value)
+        torch.testing.assert_close(output, expected(i, value))
+        factors = torch.randn_like(output)
+        got, plain = got + (output * factors).sum(), plain + (expected(i, value) * factors).sum()
     assert joined.last_input is None
     assert joined.outputs == ()
+    for mine, theirs in zip(torch.autograd.grad(got, leaves), torch.autograd.grad(plain, leaves), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
 
 
 def test_only_neighbours_in_memory_are_stacked() -> None:
