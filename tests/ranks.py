@@ -56,6 +56,11 @@ class _Origin:
 _origins: list[_Origin] = []
 
 
+def start_origins(number: int) -> None:
+    """Those of the first ranks, unless they run. ``run_ranks`` does it too; called before, they import meanwhile."""
+    _origins.extend(_Origin() for _ in range(number - len(_origins)))
+
+
 def _fork_for_each_call(connection: Any) -> None:
     """The life of an origin: behind the result of each rank, if it had one, it sends the exit status of its process."""
     os.setpgid(0, 0)
@@ -107,7 +112,7 @@ def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, deadline_seco
     if world_size == 1:
         return [fn(TPGroup.single(), *args)]
     deadline = time.monotonic() + deadline_seconds
-    _origins.extend(_Origin() for _ in range(world_size - len(_origins)))
+    start_origins(world_size)
     connections = [origin.connection for origin in _origins[:world_size]]
     with tempfile.TemporaryDirectory() as folder:
         try:
