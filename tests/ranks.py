@@ -96,8 +96,8 @@ def _rank_main(connection: Any, call: bytes) -> None:
             world_size=world_size,
             timeout=datetime.timedelta(seconds=60),
         )
+        dist.barrier()  # a rank that is done at once must not close sockets to which another still connects
         connection.send_bytes(pickle.dumps((True, fn(TPGroup(rank, world_size, dist.group.WORLD), *args))))
-        connection.recv_bytes()  # all ranks have a result: until then another may need this one's sockets
     except BaseException:  # noqa: BLE001 - the traceback is the result of this process
         connection.send_bytes(pickle.dumps((False, traceback.format_exc())))
     sys.stdout.flush()
@@ -119,7 +119,7 @@ def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, deadline_seco
             for rank, connection in enumerate(connections):
                 connection.send_bytes(pickle.dumps((dict(os.environ), rank, world_size, folder, fn, args)))
             results = _collect(connections, deadline)
-            _release(connections)
+            _await_ends(connections)
         except BaseException:
             while _origins:
                 _origins.pop().discard()
@@ -148,10 +148,8 @@ def _collect(connections: list[Any], deadline: float) -> list[Any]:
     return [results[rank] for rank in range(len(connections))]
 
 
-def _release(connections: list[Any]) -> None:
-    """Let the ranks end, which wait for each other with their results sent."""
-    for connection in connections:
-        connection.send_bytes(b"")
+def _await_ends(connections: list[Any]) -> None:
+    """Ranks end with their results sent, each at once: that wakes those that still wait for it in a collective."""
     for rank, connection in enumerate(connections):
         assert connection.poll(10), f"rank {rank} did not end after its result"
         _, status = pickle.loads(connection.recv_bytes())
