@@ -124,6 +124,7 @@ class TrainConfig:
     gradient_checkpointing: bool = option(False, "recompute activations in the backward pass")
     gradients: GradientMode = option(GradientMode.auto, "fused (update in the backward pass) | stored | auto (by step)")
     compile: bool | None = option(None, "compile decoder layers with torch.compile; null: on GPUs only")
+    peer_memory: bool = option(True, "two GPUs with access to each other sum through their memory; false: NCCL")
     precision: Precision = option(Precision.remainder, "bf16 writes: remainder | stochastic | nearest")
     threads: int | None = option(None, "CPU threads per rank; null leaves torch's default")
 

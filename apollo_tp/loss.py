@@ -1,9 +1,10 @@
 """Log-probabilities of target tokens over a vocabulary that is split over the tensor-parallel (TP) ranks.
 
 Megatron-LM's vocabulary-parallel cross-entropy (Shoeybi et al. 2019, section 3) joined with the head's matrix product and
-chunked over tokens: the logits of a chunk are formed, reduced and thrown away, and formed again in the backward pass, so
-that neither [tokens, vocabulary / p] logits nor their gradient ever exist as a whole. Ranks may hold different numbers of
-vocabulary rows, even none.
+chunked over tokens: neither [tokens, vocabulary / p] logits nor their gradient ever exist as a whole. ``target_logprobs``
+throws the logits of a chunk away and forms them again in the backward pass. ``nll_sum``, whose gradient is known but for one
+factor, computes it from the logits at hand in the forward pass (Liger Kernel, Hsu et al. 2024, section 3.2), which saves
+one of four products. Ranks may hold different numbers of vocabulary rows, even none.
 """
 
 from __future__ import annotations
@@ -16,10 +17,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from apollo_tp.parallel import TPGroup, copy_to_region
 
-CHUNK_BYTES = 256 * 2**20
+CHUNK_BYTES = 512 * 2**20
 """Upper bound of one chunk of fp32 logits; a chunk has at least one token."""
 
 
@@ -46,13 +48,41 @@ class LogitsTransform:
 class VocabShard:
     """The vocabulary rows [start, start + number of local rows) of this rank, and the group they are split over.
 
-    ``compiled``: the arithmetic on a chunk of logits runs as compiled code, in few passes over them.
+    ``compiled``: the arithmetic on a chunk of logits runs as compiled code, in few passes over them. ``global_rows``: size
+    of the whole vocabulary, if it is split.
     """
 
     start: int
     tp: TPGroup
     transform: LogitsTransform = LogitsTransform()
     compiled: bool = False
+    global_rows: int = 0
+
+    def statistics(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """See _statistics. ``logits`` raw, local [n, v]; ``targets`` global [n]."""
+        if logits.shape[1] == 0:
+            zero = logits.new_zeros(len(targets), dtype=torch.float32)
+            return torch.full_like(zero, -torch.inf), zero, zero
+        function = _compiled(_statistics) if self.compiled else _statistics
+        return function(logits, *self._local(targets, logits.shape[1]), self.transform)  # type: ignore[no-any-return]
+
+    def logits_gradient(self, logits: Tensor, targets: Tensor, grad: Tensor, normalizer: Tensor) -> Tensor:
+        """See _logits_gradient; v > 0."""
+        function = _compiled(_logits_gradient) if self.compiled else _logits_gradient
+        return function(logits, *self._local(targets, logits.shape[1]), grad, normalizer, self.transform)  # type: ignore[no-any-return]
+
+    def agree(self, largest: Tensor, sums: Tensor) -> Tensor:
+        """From local to global statistics: returns that of ``largest`` [n], changes ``sums`` [2, n]. Two all-reduces."""
+        top = self.tp.all_reduce_(largest.clone(), dist.ReduceOp.MAX)
+        sums[0] *= (largest - top).exp()
+        self.tp.all_reduce_(sums)
+        return top
+
+    def _local(self, targets: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+        """Row of each target on this rank (0 where another rank has it), and whether this rank has it."""
+        local = targets - self.start
+        owned = (local >= 0) & (local < rows)
+        return local.where(owned, 0), owned
 
 
 def target_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor, vocab: VocabShard) -> tuple[Tensor, Tensor]:
@@ -67,22 +97,31 @@ def target_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor, vocab: Voca
     return logprobs, correct
 
 
+def nll_sum(
+    hidden: Tensor, weight: Tensor, targets: Tensor, weights: Tensor, vocab: VocabShard
+) -> tuple[Tensor, Tensor]:
+    """``-(weights * log-probabilities).sum()`` of the targets (nats, fp32, 0-d, differentiable), and their arg-max hits [N].
+
+    Arguments as in ``target_logprobs``; ``weights`` fp32 [N]. With gradients enabled, those of hidden and weight are
+    computed here, in the forward pass. Collectives: per chunk of tokens one max and one sum all-reduce of [n] and [2, n]
+    fp32; backward one sum all-reduce of [N, H] in hidden's dtype.
+    """
+    if not torch.is_grad_enabled():
+        logprobs, correct = target_logprobs(hidden, weight, targets, vocab)
+        return -(weights * logprobs).sum(), correct
+    return _NllSum.apply(copy_to_region(hidden, vocab.tp), weight, targets, weights, vocab)  # type: ignore[no-any-return]
+
+
 class _TargetLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, vocab: VocabShard) -> tuple[Tensor, Tensor]:
-        tokens, rows = hidden.shape[0], weight.shape[0]
-        local_max = hidden.new_full((tokens,), -torch.inf, dtype=torch.float32)
+        tokens = hidden.shape[0]
+        top = hidden.new_full((tokens,), -torch.inf, dtype=torch.float32)
         sums = hidden.new_zeros((2, tokens), dtype=torch.float32)  # sum of exponentials, target logit
-        statistics = _compiled(_statistics) if vocab.compiled else _statistics
-        for part in _chunks(tokens, rows):
-            local, owned = _local_targets(targets[part], vocab.start, rows)
-            found = statistics(hidden[part], weight, local, owned, vocab.transform)
-            local_max[part], sums[0, part], sums[1, part] = found
-        top = local_max
+        for part in _chunks(tokens, weight.shape[0]):
+            top[part], sums[0, part], sums[1, part] = vocab.statistics(hidden[part] @ weight.T, targets[part])
         if tokens:
-            top = vocab.tp.all_reduce_(local_max.clone(), dist.ReduceOp.MAX)
-            sums[0] *= (local_max - top).exp()
-            vocab.tp.all_reduce_(sums)
+            top = vocab.agree(top, sums)
         normalizer = sums[0].log() + top
         ctx.save_for_backward(hidden, weight, targets, normalizer)
         ctx.vocab = vocab
@@ -93,44 +132,69 @@ class _TargetLogprobs(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, Tensor, None, None]:
         hidden, weight, targets, normalizer = ctx.saved_tensors
-        vocab, rows = ctx.vocab, weight.shape[0]
         grad_hidden, grad_weight = torch.zeros_like(hidden), torch.zeros_like(weight)
-        logits_gradient = _compiled(_logits_gradient) if vocab.compiled else _logits_gradient
-        for part in _chunks(hidden.shape[0], rows):
-            local, owned = _local_targets(targets[part], vocab.start, rows)
-            upstream = grad[part], normalizer[part]
-            grad_logits = logits_gradient(hidden[part], weight, local, owned, *upstream, vocab.transform)
+        for part in _chunks(hidden.shape[0], weight.shape[0]):
+            logits = hidden[part] @ weight.T
+            grad_logits = ctx.vocab.logits_gradient(logits, targets[part], grad[part], normalizer[part])
             torch.mm(grad_logits, weight, out=grad_hidden[part])
             if ctx.needs_input_grad[1]:  # a frozen head has none
                 grad_weight.addmm_(grad_logits.T, hidden[part])
         return grad_hidden, grad_weight, None, None
 
 
+class _NllSum(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, weights: Tensor, vocab: VocabShard
+    ) -> tuple[Tensor, Tensor]:
+        tokens, rows = hidden.shape[0], weight.shape[0]
+        logprobs = hidden.new_zeros(tokens, dtype=torch.float32)
+        correct = torch.zeros(tokens, dtype=torch.bool, device=hidden.device)
+        grad_hidden = torch.zeros_like(hidden)
+        grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None  # a frozen head has none
+        # The same chunks on all ranks, whatever each holds: every chunk has its collectives.
+        for part in _chunks(tokens, -(-vocab.global_rows // vocab.tp.size) or rows):
+            logits = hidden[part] @ weight.T
+            largest, *local_sums = vocab.statistics(logits, targets[part])
+            sums = torch.stack(local_sums)
+            top = vocab.agree(largest, sums)
+            normalizer = sums[0].log() + top
+            logprobs[part], correct[part] = sums[1] - normalizer, sums[1] >= top
+            if rows:
+                grad_logits = vocab.logits_gradient(logits, targets[part], -weights[part], normalizer)
+                torch.mm(grad_logits, weight, out=grad_hidden[part])
+                if grad_weight is not None:
+                    grad_weight.addmm_(grad_logits.T, hidden[part])
+        ctx.gradients = grad_hidden, grad_weight
+        ctx.mark_non_differentiable(correct)
+        return -(weights * logprobs).sum(), correct
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        (grad_hidden, grad_weight), ctx.gradients = ctx.gradients, None  # once: scaled in place
+        return grad_hidden.mul_(grad), None if grad_weight is None else grad_weight.mul_(grad), None, None, None
+
+
 def _statistics(
-    hidden: Tensor, weight: Tensor, local: Tensor, owned: Tensor, transform: LogitsTransform
+    logits: Tensor, local: Tensor, owned: Tensor, transform: LogitsTransform
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Of a chunk of n tokens, fp32 [n] each: largest local logit, sum of exponentials below it, target logit or 0."""
-    logits = transform((hidden @ weight.T).float())
+    logits = transform(logits.float())
     largest = logits.amax(-1)
     total = (logits - largest[:, None]).exp().sum(-1)
     return largest, total, torch.where(owned, logits.gather(1, local[:, None])[:, 0], 0.0)
 
 
 def _logits_gradient(
-    hidden: Tensor,
-    weight: Tensor,
-    local: Tensor,
-    owned: Tensor,
-    grad: Tensor,
-    normalizer: Tensor,
-    transform: LogitsTransform,
+    logits: Tensor, local: Tensor, owned: Tensor, grad: Tensor, normalizer: Tensor, transform: LogitsTransform
 ) -> Tensor:
-    """Gradient with respect to a chunk's raw logits, [n, v] in the weight's dtype; ``grad`` [n] is that of the output."""
-    logits = transform((hidden @ weight.T).float())
-    rows = torch.arange(weight.shape[0], device=weight.device)
+    """Gradient with respect to a chunk's raw logits, [n, v] in their dtype; ``grad`` [n] is that of the log-probability."""
+    transformed = transform(logits.float())
+    rows = torch.arange(logits.shape[1], device=logits.device)
     target = (rows[None, :] == local[:, None]) & owned[:, None]
-    grad_logits = (target.float() - (logits - normalizer[:, None]).exp()) * grad[:, None]
-    return transform.backward(logits, grad_logits).to(weight.dtype)
+    grad_logits = (target.float() - (transformed - normalizer[:, None]).exp()) * grad[:, None]
+    return transform.backward(transformed, grad_logits).to(logits.dtype)
 
 
 @functools.cache
@@ -146,13 +210,6 @@ def _chunks(tokens: int, rows: int) -> list[slice]:
         return []
     size = max(1, CHUNK_BYTES // (4 * rows))
     return [slice(start, min(start + size, tokens)) for start in range(0, tokens, size)]
-
-
-def _local_targets(targets: Tensor, start: int, rows: int) -> tuple[Tensor, Tensor]:
-    """Row of each target on this rank (0 where another rank has it), and whether this rank has it."""
-    local = targets - start
-    owned = (local >= 0) & (local < rows)
-    return local.where(owned, 0), owned
 
 
 def preference_loss(policy: Tensor, reference: Tensor, beta: float) -> tuple[Tensor, Tensor]:

@@ -10,13 +10,18 @@ import datetime
 import itertools
 import weakref
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from apollo_tp.peer_memory import MIN_BYTES, PeerSums, reach_each_other
+
+_P, _R = ParamSpec("_P"), TypeVar("_R")
+_library = torch.library.Library("apollo_tp", "DEF")
 _groups: weakref.WeakValueDictionary[int, TPGroup] = weakref.WeakValueDictionary()
 """Every group of this process by its number."""
 
@@ -32,9 +37,13 @@ class TPGroup:
     rank: int
     size: int
     group: dist.ProcessGroup | None = None
+    peer_memory: bool = True
+    """Whether two GPUs that reach each other's memory sum products through it (see ``peer_memory``)."""
     traffic: Counter[str] = field(default_factory=Counter, repr=False)
     number: int = field(default_factory=itertools.count().__next__, init=False, repr=False)
     """What the operators of compiled code know this group by: they take no Python objects."""
+    _peer_sums: PeerSums | None = field(default=None, init=False, repr=False)
+    _peers_reached: bool | None = field(default=None, init=False, repr=False)
     _children: dict[tuple[int, ...], TPGroup] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
@@ -66,7 +75,7 @@ class TPGroup:
     def dissolve(self) -> None:
         """Leave this group and its parts at once; peers that wait in a collective of them fail. Not collective."""
         for tp in (*self._children.values(), self):
-            group, tp.group = tp.group, None
+            group, tp.group, tp._peer_sums = tp.group, None, None
             if group is not None and group is not dist.group.WORLD and tp.rank >= 0:
                 dist.destroy_process_group(group)
 
@@ -84,6 +93,41 @@ class TPGroup:
             self.traffic["all_reduce"] += tensor.nbytes
             dist.all_reduce(tensor, op=op, group=self.group)
         return tensor
+
+    def summed_product(self, a: Tensor, b: Tensor, beside: Callable[[], None] | None = None) -> Tensor:
+        """``a @ b`` [m, n] summed over the group: one all-reduce, while what ``beside`` launches runs, if given."""
+        if self.size == 1:
+            product = a @ b
+            if beside is not None:
+                beside()
+            return product
+        num_bytes = a.dtype.itemsize * a.shape[0] * b.shape[1]
+        self.traffic["all_reduce"] += num_bytes
+        peers = self._peers(a.device, num_bytes)
+        if peers is not None:
+            return peers.summed_product(a, b, beside)
+        product = a @ b
+        pending = dist.all_reduce(product, group=self.group, async_op=True)
+        if beside is not None:
+            beside()
+        pending.wait()
+        return product
+
+    def _peers(self, device: torch.device, num_bytes: int) -> PeerSums | None:
+        """Memory for sums of ``num_bytes``, made when first needed; None where NCCL or gloo do better. Collective."""
+        if (
+            device.type != "cuda"
+            or self.size != 2
+            or num_bytes < MIN_BYTES
+            or self.group is None
+            or not self.peer_memory
+        ):
+            return None
+        if self._peers_reached is None:
+            self._peers_reached = reach_each_other(self.group, device)
+        if self._peers_reached and (self._peer_sums is None or self._peer_sums.num_bytes < num_bytes):
+            self._peer_sums = PeerSums(self.rank, self.group, num_bytes)
+        return self._peer_sums
 
     def reduce_scatter(self, tensor: Tensor) -> Tensor:
         """Sum a contiguous (size * n, ...) tensor over the group and return this rank's (n, ...) block of rows."""
@@ -104,13 +148,32 @@ class TPGroup:
         return out
 
 
-@torch.library.custom_op("apollo_tp::all_reduce", mutates_args=())
+def group_number(number: int) -> TPGroup:
+    """The group of this process with this number."""
+    return _groups[number]
+
+
+def operator(schema: str) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:
+    """Make a function an operator ``apollo_tp::name`` that compiled code runs as it is; returns the operator. Its result
+    must not share memory with its arguments: ``torch.library.custom_op`` would check that in every call, which takes more
+    of the host's time than all else in it."""
+
+    def define(function: Callable[_P, _R]) -> Callable[_P, _R]:
+        name = schema.partition("(")[0]
+        _library.define(schema)
+        _library.impl(name, function, "CompositeExplicitAutograd")
+        return getattr(torch.ops.apollo_tp, name).default  # type: ignore[no-any-return]
+
+    return define
+
+
+@operator("all_reduce(Tensor tensor, int number) -> Tensor")
 def _all_reduce(tensor: Tensor, number: int) -> Tensor:
-    """A new tensor: the sum over the group with this number. An operator, so that compiled code runs it as it is."""
+    """A new tensor: the sum over the group with this number."""
     return _groups[number].all_reduce_(tensor.clone(memory_format=torch.contiguous_format))
 
 
-@_all_reduce.register_fake
+@torch.library.register_fake("apollo_tp::all_reduce")
 def _(tensor: Tensor, _number: int) -> Tensor:
     return torch.empty_like(tensor, memory_format=torch.contiguous_format)
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import itertools
 import json
 import shlex
 import statistics
@@ -51,6 +52,7 @@ class Case:
 
     sequences: int
     recompute: bool = False
+    precision: str = "remainder"
     baseline: bool = False
     compiled: bool = False
 
@@ -62,6 +64,7 @@ class Case:
 CASES = {
     "1x": Case(1),
     "4x": Case(4),
+    "1x-stochastic": Case(1, precision="stochastic"),
     "1x-recompute": Case(1, recompute=True),
     "4x-recompute": Case(4, recompute=True),
     "fsdp2-1x": Case(1, baseline=True),
@@ -96,16 +99,20 @@ def main() -> int:
 
 def by_trainer(names: list[str]) -> list[list[str]]:
     """Our cases by the trainer that runs them, the smaller step first: a trainer's peak is that of its life so far."""
-    ours = sorted((n for n in names if not CASES[n].baseline), key=lambda n: CASES[n].sequences)
-    groups = [[n for n in ours if CASES[n].recompute is recompute] for recompute in (False, True)]
-    return [group for group in groups if group]
+    ours = sorted((n for n in names if not CASES[n].baseline), key=lambda n: (*_trainer(n), CASES[n].sequences))
+    return [list(group) for _, group in itertools.groupby(ours, key=_trainer)]
+
+
+def _trainer(name: str) -> tuple[bool, str]:
+    return CASES[name].recompute, CASES[name].precision
 
 
 def measure(state: Path, served: Served, options: argparse.Namespace, names: list[str]) -> list[dict[str, Any]]:
     """The cases of one trainer, a job each."""
     overrides = [
         f"train.max_sequence_tokens={options.tokens}", f"train.max_micro_batch_tokens={options.tokens}", "optim.lr=1e-6",
-        f"train.gradient_checkpointing={str(CASES[names[0]].recompute).lower()}", *shlex.split(options.overrides),
+        f"train.gradient_checkpointing={str(CASES[names[0]].recompute).lower()}",
+        f"train.precision={CASES[names[0]].precision}", *shlex.split(options.overrides),
     ]  # fmt: skip
     with training(served, state, tp=options.tp, overrides=overrides) as trainer:
         return [{"case": name} | run_job(trainer, CASES[name], served, options) for name in names]

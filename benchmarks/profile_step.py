@@ -1,18 +1,21 @@
-"""Where does the time of a step go? One rank's share of a model, in one process, without a server and without links.
+"""Where does the time of a step go? Without a server: one rank's share of a model in one process, or all ranks.
 
     python benchmarks/profile_step.py            # a GPU: the shapes of one rank of an 8.19B Qwen3 at TP = 2
+    torchrun --nproc-per-node 2 benchmarks/profile_step.py      # two GPUs: both ranks, with their sums
     python benchmarks/profile_step.py --tiny     # rehearsal on any machine
 
 A model of half the heads, half the feed-forward width and half the vocabulary has exactly the matrices of one rank of two:
-its step is that rank's computation. What is missing is the sums over ranks (two per layer and direction, and the
+its step is that rank's computation. What one process misses is the sums over ranks (two per layer and direction, and the
 optimizer's). Weights lie in memory as vLLM keeps them: query, key and value rows, and gate and up rows, side by side.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
 import json
+import os
 import statistics
 import sys
 import time
@@ -22,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from rich.console import Console
 from rich.table import Table
 from stack import QWEN3_8B, TINY, device_name, write_results
@@ -30,17 +34,21 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, Qwen3Config
 
 from apollo_tp.config import GradientMode, OptimConfig, Precision, TrainConfig
 from apollo_tp.layout import Shard
-from apollo_tp.model import bind_model, compiled
+from apollo_tp.model import bind_model, compiled, joined
 from apollo_tp.optim import build_optimizer
 from apollo_tp.parallel import TPGroup
 from apollo_tp.protocol import Sample
 from apollo_tp.rehearsal import CudaMeter, plan_memory
 from apollo_tp.trainer import Trainer
 
+TIMEOUT = datetime.timedelta(seconds=120)
 RANK_OF_TWO = {"num_attention_heads": 16, "num_key_value_heads": 4, "intermediate_size": 6144, "vocab_size": 75968}
+CUT_ROWS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "embed_tokens", "lm_head")
+CUT_COLUMNS = ("o_proj", "down_proj")
 FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 CATEGORIES = (
+    ("sums over ranks", ("nccl",)),
     ("attention", ("flash", "fmha")),
     ("matrix products", ("gemm", "nvjet", "cutlass", "sm90_xmma", "cublas")),
     ("optimizer", ("project_kernel", "write_kernel", "rows_kernel", "commit", "adamw_kernel", "unpack_signs")),
@@ -49,30 +57,54 @@ CATEGORIES = (
 """Kernels by a part of their name; what fits none is elementwise work and reductions."""
 
 
-def served_memory(config: PretrainedConfig, device: str) -> tuple[dict[str, tuple[Shard, Tensor]], list[list[str]]]:
-    """Every checkpoint tensor of ``config`` as one rank of one holds it, random; and the names of fused tensors."""
+def shard_of(name: str, shape: tuple[int, ...], tp: TPGroup) -> Shard:
+    """What this rank holds of a checkpoint tensor of global ``shape``."""
+    owner = name.split(".")[-2]
+    dim = 0 if owner in CUT_ROWS else 1 if owner in CUT_COLUMNS else None
+    if dim is None or tp.size == 1:
+        return Shard(name, shape, None, (), tuple(range(tp.size)))
+    share = shape[dim] // tp.size
+    return Shard(name, shape, dim, ((tp.rank * share, (tp.rank + 1) * share),), (tp.rank,))
+
+
+def served_memory(
+    config: PretrainedConfig, device: str, tp: TPGroup
+) -> tuple[dict[str, tuple[Shard, Tensor]], list[list[str]]]:
+    """Every checkpoint tensor of ``config`` as this rank holds it, random; and the names of fused tensors."""
     with torch.device("meta"):
-        shapes = {name: p.shape for name, p in AutoModelForCausalLM.from_config(config).named_parameters()}
+        shapes = {name: tuple(p.shape) for name, p in AutoModelForCausalLM.from_config(config).named_parameters()}
     shards: dict[str, tuple[Shard, Tensor]] = {}
     side_by_side: list[list[str]] = []
-
-    def add(name: str, tensor: Tensor) -> None:
-        shape = tuple(shapes[name])
-        shards[name] = (Shard(name, shape, None, (), (0,)), tensor)
-
-    for name, shape in shapes.items():
+    for name in shapes:
         if name in shards:
             continue
         group = next((g for g in FUSED if any(f".{part}." in name for part in g)), None)
         names = [name.replace(f".{group[0]}.", f".{part}.") for part in group] if group else [name]
-        rows = [shapes[n][0] for n in names]
-        fused = torch.empty(sum(rows), *shape[1:], dtype=torch.bfloat16, device=device)
-        fused.normal_(0, 0.02) if len(shape) > 1 else fused.fill_(1.0)
-        for n, part in zip(names, fused.split(rows), strict=True):
-            add(n, part)
+        parts = [shard_of(n, shapes[n], tp) for n in names]
+        rows = [part.local_shape[0] for part in parts]
+        fused = torch.empty(sum(rows), *parts[0].local_shape[1:], dtype=torch.bfloat16, device=device)
+        fused.normal_(0, 0.02) if fused.ndim > 1 else fused.fill_(1.0)
+        for shard, tensor in zip(parts, fused.split(rows), strict=True):
+            shards[shard.name] = (shard, tensor)
         if group:
             side_by_side.append(names)
     return shards, side_by_side
+
+
+@contextlib.contextmanager
+def ranks() -> Iterator[TPGroup]:
+    """The ranks that torchrun started, one GPU each if there are any; one rank without torchrun."""
+    if not dist.is_torchelastic_launched():
+        yield TPGroup.single()
+        return
+    cuda = torch.cuda.is_available()
+    if cuda:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("gloo", timeout=TIMEOUT)
+    try:
+        yield TPGroup.world("nccl" if cuda else "gloo", TIMEOUT)
+    finally:
+        dist.destroy_process_group()
 
 
 def categories(profile: Any) -> dict[str, float]:
@@ -119,31 +151,44 @@ def main() -> int:
     parser.add_argument("--gradients", choices=["stored", "fused"], default="stored", help="fused also stops clipping")
     parser.add_argument("--recompute", action="store_true")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
-    parser.add_argument("--budget", type=float, default=compiled.ACTIVATION_MEMORY_BUDGET, help="of activation memory")
+    parser.add_argument("--keep-activations", action="store_true", help="compiled code repeats nothing")
+    parser.add_argument("--peer-memory", action=argparse.BooleanOptionalAction, default=True, help="of two GPUs")
+    parser.add_argument("--overlap", action=argparse.BooleanOptionalAction, default=True, help="of sums and products")
     parser.add_argument("--kernels", type=int, default=0, help="also print this many of the longest kernels")
     parser.add_argument("--out", type=Path, help="folder for the JSON file")
     options = parser.parse_args()
-    compiled.ACTIVATION_MEMORY_BUDGET = options.budget
+    compiled.REPEAT_CHEAP_WORK = not options.keep_activations
+    if not options.overlap:
+        joined.JoinedLinear.enter = lambda *_: None
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    config = Qwen3Config(**(TINY if options.tiny else QWEN3_8B | RANK_OF_TWO))
     tokens = options.tokens or (64 if options.tiny else 4096)
-    result = run(config, tokens, device, options)
-    table = Table(title=f"profile_step: {device_name()}, torch {torch.__version__}, {datetime.date.today()}")
+    with ranks() as tp:
+        tp.peer_memory = options.peer_memory
+        whole = TINY if options.tiny else QWEN3_8B
+        config = Qwen3Config(**(whole if options.tiny or tp.size > 1 else whole | RANK_OF_TWO))
+        result = run(config, tokens, device, tp, options)
+        if tp.rank == 0:
+            report(result, tp, options)
+    return 0
+
+
+def report(result: dict[str, Any], tp: TPGroup, options: argparse.Namespace) -> None:
+    table = Table(
+        title=f"profile_step: {tp.size} x {device_name()}, torch {torch.__version__}, {datetime.date.today()}"
+    )
     table.add_column("what")
     table.add_column("", justify="right")
     for key, value in result.items():
         table.add_row(key, f"{value:,.2f}" if isinstance(value, float) else str(value))
     Console(width=140).print(table)
     print(json.dumps(result))
-    write_results(options.out, "profile", 1, result)
-    return 0
+    write_results(options.out, "profile", tp.size, result)
 
 
-def run(config: PretrainedConfig, tokens: int, device: str, options: argparse.Namespace) -> dict[str, Any]:
+def run(config: PretrainedConfig, tokens: int, device: str, tp: TPGroup, options: argparse.Namespace) -> dict[str, Any]:
     torch.manual_seed(0)
-    shards, side_by_side = served_memory(config, device)
+    shards, side_by_side = served_memory(config, device, tp)
     weights = torch.cuda.memory_allocated() if device == "cuda" else 0
-    tp = TPGroup.single()
     train = TrainConfig(max_micro_batch_tokens=tokens, max_sequence_tokens=tokens, precision=options.precision)
     fused = options.gradients == "fused"
     optim = OptimConfig(
@@ -170,7 +215,7 @@ def run(config: PretrainedConfig, tokens: int, device: str, options: argparse.Na
         seconds.append(result.step_seconds)
     first, step = time.perf_counter() - begun, statistics.median(seconds[3:])
     parameters = sum(p.tensor.numel() for p in model.parameters)
-    report: dict[str, Any] = {
+    measured: dict[str, Any] = {
         "tokens": tokens, "gradients": result.gradients, "precision": options.precision.value,
         "step ms": step * 1e3, "first step s": seconds[0], "all steps s": first, "tokens/s": tokens / step,
         "TFLOP/s (6 x parameters x tokens)": 6 * parameters * tokens / step / 1e12,
@@ -180,16 +225,17 @@ def run(config: PretrainedConfig, tokens: int, device: str, options: argparse.Na
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         trainer.step(samples)
-        report["planned GB beyond weights"] = planned
-        report["peak GB beyond weights"] = (torch.cuda.max_memory_allocated() - weights) / 1e9
+        measured["planned GB beyond weights"] = planned
+        measured["peak GB beyond weights"] = (torch.cuda.max_memory_allocated() - weights) / 1e9
         with torch.profiler.profile() as profile:
             trainer.step(samples)
-        report |= {f"GPU ms, {k}": v for k, v in sorted(categories(profile).items(), key=lambda kv: -kv[1])}
-        report["GPU idle within the step, ms"], lines = gaps(profile, options.kernels // 3)
-        print("\n".join(lines))
-        for event in sorted(kernels(profile), key=lambda e: -e.self_device_time_total)[: options.kernels]:
+        measured |= {f"GPU ms, {k}": v for k, v in sorted(categories(profile).items(), key=lambda kv: -kv[1])}
+        measured["GPU idle within the step, ms"], lines = gaps(profile, options.kernels // 3)
+        longest = sorted(kernels(profile), key=lambda e: -e.self_device_time_total)[: options.kernels]
+        print(*(lines if tp.rank == 0 else ()), sep="\n")
+        for event in longest if tp.rank == 0 else ():
             print(f"{event.self_device_time_total / 1e3:9.2f} ms {event.count:6d} x  {event.key[:150]}")
-    return report
+    return measured
 
 
 if __name__ == "__main__":

@@ -70,7 +70,7 @@ def _run(
             log.info("%d checkpoint tensors equal the served memory bit for bit", compared)
     if mapped.device.type == "cuda":
         torch.cuda.set_device(mapped.device)
-    tp = TPGroup(world.rank, world.size)
+    tp = TPGroup(world.rank, world.size, peer_memory=config.train.peer_memory)
 
     def form() -> None:
         compute_group(tp, mapped.device, config.command_timeout_seconds)

@@ -231,7 +231,8 @@ def _install_vocabulary(
     """Swap the embedding for the vocabulary-parallel one; the head stays a holder of its weight."""
     cut = shard.dim == 0
     start = shard.ranges[0][0] if cut and shard.ranges else 0
-    vocab = VocabShard(start, tp if cut else TPGroup.single(), transform)  # type: ignore[arg-type]
+    rows = shard.global_shape[0] if cut else 0
+    vocab = VocabShard(start, tp if cut else TPGroup.single(), transform, global_rows=rows)  # type: ignore[arg-type]
     replaced = module.get_input_embeddings()
     module.set_input_embeddings(VocabParallelEmbedding(replaced, replaced.weight, vocab))
     if vocabulary.tied:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -11,7 +12,7 @@ from transformers import PreTrainedModel
 
 from apollo_tp.data import PackedBatch
 from apollo_tp.layout import Shard
-from apollo_tp.loss import VocabShard, target_logprobs
+from apollo_tp.loss import VocabShard, nll_sum, target_logprobs
 from apollo_tp.model.gradients import GradientSync
 from apollo_tp.parallel import TPGroup
 
@@ -104,20 +105,20 @@ class BoundModel:
         )
         return output.last_hidden_state[0]
 
-    def _loss_token_logprobs(self, batch: PackedBatch) -> tuple[Tensor, Tensor]:
-        """Log-probability and arg-max hit at ``batch.loss_positions`` alone: the head never sees context tokens."""
-        hidden = self.hidden_states(batch)[batch.loss_positions]
-        return target_logprobs(hidden, self.head_weight, batch.targets[batch.loss_positions], self.vocab)
+    def _loss_tokens(self, batch: PackedBatch) -> tuple[Tensor, Tensor, Tensor]:
+        """Hidden states, head and targets at ``batch.loss_positions`` alone: the head never sees context tokens."""
+        return self.hidden_states(batch)[batch.loss_positions], self.head_weight, batch.targets[batch.loss_positions]
 
     def forward_loss(self, batch: PackedBatch) -> LossSums:
-        """Weighted negative log-likelihood of the micro-batch, summed. ``batch`` must be on the parameters' device."""
-        logprobs, correct = self._loss_token_logprobs(batch)
-        loss = -(batch.weights[batch.loss_positions] * logprobs).sum()
+        """Weighted negative log-likelihood of the micro-batch, summed. ``batch`` must be on the parameters' device. Its
+        backward pass can run once, and needs the head as it was: the gradient of the head is computed here."""
+        weights = batch.weights[batch.loss_positions]
+        loss, correct = nll_sum(*self._loss_tokens(batch), weights, self.vocab)
         return LossSums(loss, batch.weight_sum, correct.float().sum(), batch.num_loss_tokens)
 
     def sequence_logprobs(self, batch: PackedBatch) -> SequenceLogprobs:
         """Per-token and per-sequence log-probabilities; under ``torch.no_grad`` nothing is kept for a backward pass."""
-        logprobs, correct = self._loss_token_logprobs(batch)
+        logprobs, correct = target_logprobs(*self._loss_tokens(batch), self.vocab)
         tokens = batch.weights.new_zeros(batch.num_tokens).index_put((batch.loss_positions,), logprobs)
         hits = torch.zeros_like(batch.weights).index_put((batch.loss_positions,), correct.float())
         starts, stops = batch.cu_seqlens[:-1].long(), batch.cu_seqlens[1:].long()
@@ -139,5 +140,10 @@ class BoundModel:
         self.gradient_sync.finish()
 
     def zero_grad(self) -> None:
-        """Forget all gradients."""
-        self.module.zero_grad(set_to_none=True)
+        """Forget all gradients. The device waits for this between steps: no walk over the module's children."""
+        for leaf in self._leaves:
+            leaf.grad = None
+
+    @cached_property
+    def _leaves(self) -> list[nn.Parameter]:
+        return list({id(parameter.leaf): parameter.leaf for parameter in self.parameters}.values())

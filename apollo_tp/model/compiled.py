@@ -14,9 +14,10 @@ from apollo_tp.model.attention import cudnn_is_faster
 from apollo_tp.model.regions import FullWidthRMSNorm
 from apollo_tp.pace import decoder_layers
 
-ACTIVATION_MEMORY_BUDGET = 0.7
-"""Share of the activations that compiled code keeps for its backward pass; the cheap rest (norms, activation functions) is
-computed again. 1 keeps what is fastest. torch.compile chooses which; below about 0.6 it repeats matrix products too."""
+REPEAT_CHEAP_WORK = True
+"""Whether compiled code computes norms, activation functions and the like again in its backward pass where that saves
+memory. Matrix products, attention and sums over ranks are never repeated: a budget of activation memory
+(``activation_memory_budget`` of torch) would repeat operators that it does not know first, and our sums are such."""
 BACKEND = "inductor"
 MAX_VARIANTS = 32
 """Compiled versions of a layer (kinds of layers, fixed and any length) before torch gives up and runs it uncompiled."""
@@ -35,7 +36,8 @@ def compile_layers(module: PreTrainedModel) -> int:
 
     torch.compiler.assume_constant_result(cudnn_is_faster)  # marks the function
     torch._dynamo.config.recompile_limit = MAX_VARIANTS
-    torch._functorch.config.activation_memory_budget = ACTIVATION_MEMORY_BUDGET
+    for reason in ("used_far_apart", "long_fusible_chains", "materialized_backward"):  # to keep what could be repeated
+        setattr(torch._functorch.config, f"ban_recompute_{reason}", not REPEAT_CHEAP_WORK)
     layers = [layer for layer in decoder_layers(module) if _is_traceable(layer)]
     for layer in layers:
         layer.forward = torch.compile(layer.forward, backend=BACKEND)  # not the call: hooks around it stay as they are

@@ -12,12 +12,16 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from apollo_tp.model.tp_linear import column_parallel_linear
+from apollo_tp.parallel import TPGroup
+
 
 class JoinedLinear(nn.Module):
     """``x @ weight.T + bias`` over the rows of all parts; ``weight`` local [sum of rows, columns].
 
     Each part asks for its rows with the same ``x``: the first one computes, the last one lets go. A part that asks out of
-    turn, or with another ``x``, gets a product of its own: slower, and right.
+    turn, or with another ``x``, gets a product of its own: slower, and right. With the input of a parallel region it sums
+    that input's gradient itself, beside the weight's (see ``enter``).
     """
 
     def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None, rows: Sequence[int]) -> None:
@@ -26,14 +30,25 @@ class JoinedLinear(nn.Module):
         self.rows = tuple(rows)
         self.last_input: Tensor | None = None
         self.outputs: tuple[Tensor, ...] = ()
+        self.entry: tuple[Tensor, Tensor, TPGroup] | None = None
+
+    def enter(self, outside: Tensor, inside: Tensor, tp: TPGroup) -> None:
+        """``inside`` is ``outside`` behind the entrance of a region, where its gradient would be summed over ``tp``. What
+        does not come from this product (the region may use its input elsewhere) is summed there."""
+        self.entry = outside, inside, tp
+
+    def _product(self, x: Tensor) -> Tensor:
+        if self.entry is not None and self.entry[1] is x:
+            return column_parallel_linear(self.entry[0], self.weight, self.bias, self.entry[2])
+        return F.linear(x, self.weight, self.bias)
 
     def part(self, position: int, x: Tensor) -> Tensor:
         if self.last_input is not x:
             self.last_input = x
-            self.outputs = F.linear(x, self.weight, self.bias).split(self.rows, dim=-1)
+            self.outputs = self._product(x).split(self.rows, dim=-1)
         output = self.outputs[position]
         if position == len(self.rows) - 1:
-            self.last_input, self.outputs = None, ()
+            self.last_input, self.outputs, self.entry = None, (), None
         return output
 
 

@@ -10,12 +10,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from apollo_tp.errors import UnsupportedModelError
 from apollo_tp.model.families import FULL_WIDTH_NORMS
+from apollo_tp.model.joined import JoinedPart
+from apollo_tp.model.tp_linear import row_parallel_linear
 from apollo_tp.parallel import TPGroup, copy_to_region, reduce_from_region
 
 
@@ -29,7 +30,7 @@ class RowParallelLinear(nn.Module):
         self.tp = tp
 
     def forward(self, x: Tensor) -> Tensor:
-        out = reduce_from_region(F.linear(x, self.weight), self.tp)
+        out = row_parallel_linear(x, self.weight, self.tp)
         return out if self.bias is None else out + self.bias
 
 
@@ -111,8 +112,17 @@ def inside(name: str, regions: list[str]) -> bool:
 
 
 def _enter_hook(tp: TPGroup) -> Any:
-    def enter(_module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
-        return pytree.tree_map_only(Tensor, lambda t: copy_to_region(t, tp) if t.requires_grad else t, (args, kwargs))
+    def enter(module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        def step_in(outside: Tensor) -> Tensor:
+            if tp.size == 1 or not outside.requires_grad:
+                return outside
+            inside = copy_to_region(outside, tp)
+            for child in module.children():
+                if isinstance(child, JoinedPart) and child.position == 0:
+                    child.joined.enter(outside, inside, tp)
+            return inside
+
+        return pytree.tree_map_only(Tensor, step_in, (args, kwargs))
 
     return enter
 

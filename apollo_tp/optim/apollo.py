@@ -55,6 +55,7 @@ class Optimizer:
             )
         self.weights = [Weight(p, precision, config.seed, tp) for p in trained]
         self.device = self.weights[0].data.device
+        self._leaves = [t for w in self.weights if (t := w.parameter.tensor).requires_grad]
         self.bundle = Bundle(self.weights, config, tp)
         self.step_count = self.skipped_in_a_row = 0
         self.fused: FusedStep | None = None
@@ -64,8 +65,8 @@ class Optimizer:
 
     def zero_grad(self) -> None:
         """Drop the gradients of all trained parameters that are leaves, and forget a fused step that did not end."""
-        for weight in self.weights:
-            weight.parameter.tensor.grad = None
+        for leaf in self._leaves:
+            leaf.grad = None
         if self.fused is not None:
             self.fused.abandon()
 

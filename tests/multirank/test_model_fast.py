@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,12 @@ def _bound(tp: TPGroup, folder: Path, name: str, *, fast: bool) -> BoundModel:
     )  # fmt: skip
 
 
+def _summed_bytes(tp: TPGroup, run: Callable[[], float]) -> tuple[float, int]:
+    """What ``run`` returns, and the bytes that it summed over the ranks."""
+    before = tp.traffic["all_reduce"]
+    return run(), tp.traffic["all_reduce"] - before
+
+
 def _compare_compiled(tp: TPGroup, folder: Path, name: str, backend: str) -> float:
     """The largest relative error of a loss or a gradient over the steps."""
     compiled.BACKEND = backend
@@ -40,7 +47,9 @@ def _compare_compiled(tp: TPGroup, folder: Path, name: str, backend: str) -> flo
     worst = 0.0
     for seed, lengths in enumerate(LENGTHS):
         batches = pack(samples(seed=seed, lengths=lengths), 80)
-        expected, got = train_gradients(plain, batches), train_gradients(fast, batches)
+        expected, plain_bytes = _summed_bytes(tp, lambda: train_gradients(plain, batches))  # noqa: B023
+        got, fast_bytes = _summed_bytes(tp, lambda: train_gradients(fast, batches))  # noqa: B023
+        assert fast_bytes == plain_bytes, "compiled code repeats sums over ranks, or leaves some out"
         worst = max(worst, abs(got - expected) / abs(expected))
         for mine, theirs in zip(fast.parameters, plain.parameters, strict=True):
             assert mine.grad is not None

@@ -1,4 +1,4 @@
-"""The chunked, recomputing log-probabilities equal log_softmax and its gradients in one process."""
+"""The chunked log-probabilities and their weighted sum equal log_softmax and its gradients in one process."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from apollo_tp import loss
-from apollo_tp.loss import LogitsTransform, VocabShard, target_logprobs
+from apollo_tp.loss import LogitsTransform, VocabShard, nll_sum, target_logprobs
 from apollo_tp.parallel import TPGroup
 
 TOKENS, ROWS, WIDTH = 13, 29, 8
@@ -40,6 +40,25 @@ def test_values_and_gradients_equal_log_softmax(
     for mine, reference in zip(grads, expected_grads, strict=True):
         torch.testing.assert_close(mine, reference, rtol=1e-4, atol=1e-5)
     assert torch.equal(correct, (hidden @ weight.T).argmax(-1) == targets)
+    total, hits = nll_sum(hidden, weight, targets, upstream, VocabShard(0, TPGroup.single(), transform))
+    grads = torch.autograd.grad(total / 3, (hidden, weight))
+    torch.testing.assert_close(total, -(upstream * expected).sum(), rtol=1e-5, atol=1e-5)
+    for mine, reference in zip(grads, expected_grads, strict=True):
+        torch.testing.assert_close(mine, -reference / 3, rtol=1e-4, atol=1e-5)
+    assert torch.equal(hits, correct)
+
+
+def test_a_frozen_head_and_no_gradients_at_all() -> None:
+    """The sum without a gradient of the head, and under no_grad: the same value."""
+    hidden, weight, targets, upstream = _inputs()
+    vocab = VocabShard(0, TPGroup.single())
+    total, _ = nll_sum(hidden, weight, targets, upstream, vocab)
+    (expected,) = torch.autograd.grad(total, hidden)
+    frozen, _ = nll_sum(hidden, weight.detach(), targets, upstream, vocab)
+    (got,) = torch.autograd.grad(frozen, hidden)
+    assert torch.equal(got, expected)
+    with torch.no_grad():
+        torch.testing.assert_close(nll_sum(hidden, weight, targets, upstream, vocab)[0], total.detach())
 
 
 def test_large_logits_stay_finite() -> None:
@@ -51,10 +70,15 @@ def test_large_logits_stay_finite() -> None:
     torch.testing.assert_close(got, expected)
 
 
-def test_no_tokens_give_zero_gradients() -> None:
+@pytest.mark.parametrize("summed", [False, True])
+def test_no_tokens_give_zero_gradients(summed: bool) -> None:
     """A micro-batch of context alone still has a backward pass."""
-    hidden, weight, targets, _ = _inputs()
-    got, _ = target_logprobs(hidden[:0], weight, targets[:0], VocabShard(0, TPGroup.single()))
+    hidden, weight, targets, upstream = _inputs()
+    vocab = VocabShard(0, TPGroup.single())
+    if summed:
+        got, _ = nll_sum(hidden[:0], weight, targets[:0], upstream[:0], vocab)
+    else:
+        got, _ = target_logprobs(hidden[:0], weight, targets[:0], vocab)
     got.sum().backward()
     assert weight.grad is not None
     assert not weight.grad.any()
@@ -80,9 +104,8 @@ def test_logits_of_all_tokens_never_exist(monkeypatch: pytest.MonkeyPatch) -> No
 
     hidden = torch.randn(tokens, 4, requires_grad=True)
     weight = torch.randn(rows, 4, requires_grad=True)
+    targets, vocab = torch.zeros(tokens, dtype=torch.int64), VocabShard(0, TPGroup.single())
     with Watch():
-        got, _ = target_logprobs(
-            hidden, weight, torch.zeros(tokens, dtype=torch.int64), VocabShard(0, TPGroup.single())
-        )
-        got.sum().backward()
+        target_logprobs(hidden, weight, targets, vocab)[0].sum().backward()
+        nll_sum(hidden, weight, targets, torch.ones(tokens), vocab)[0].backward()
     assert largest == 8 * rows, "a chunk of 8 tokens is the largest tensor"

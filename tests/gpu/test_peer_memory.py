@@ -1,0 +1,46 @@
+"""Sums through the other rank's memory against NCCL's, on two real GPUs."""
+
+from __future__ import annotations
+
+import datetime
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from apollo_tp.parallel import TPGroup
+from tests.ranks import run_ranks
+
+pytestmark = [pytest.mark.gpu, pytest.mark.multigpu, pytest.mark.timeout(200)]
+
+SHAPES = ((4096, 1536, 4096), (1000, 1536, 4096), (2050, 512, 1024))
+"""Rows, contracted, columns."""
+
+
+def _count_wrong(tp: TPGroup) -> tuple[int, bool]:
+    torch.cuda.set_device(tp.rank)
+    torch.manual_seed(tp.rank)
+    peers, nccl = (TPGroup.world("nccl", datetime.timedelta(seconds=60)) for _ in range(2))
+    nccl.peer_memory = False
+    wrong = 0
+    for step in range(90):
+        rows, contracted, columns = SHAPES[step % len(SHAPES)]
+        a = torch.randn(rows, contracted, device="cuda", dtype=torch.bfloat16)
+        b = torch.randn(contracted, columns, device="cuda", dtype=torch.bfloat16)
+        beside = torch.empty(contracted, columns, device="cuda", dtype=torch.bfloat16)
+        expected = nccl.all_reduce_(a @ b)
+        if step % 7 == tp.rank:
+            time.sleep(0.003)  # now one rank is late, now the other
+        got = [peers.summed_product(a, b) for _ in range(2)]
+        got_beside = peers.summed_product(a, b, lambda: torch.mm(a.T, expected, out=beside))  # noqa: B023
+        got.append(peers.summed_product(a, b))
+        wrong += sum(not torch.equal(one, expected) for one in got) + (not torch.equal(got_beside, expected))
+        wrong += not torch.equal(beside, a.T @ expected)
+    dist.barrier()
+    return wrong, peers._peer_sums is not None
+
+
+def test_sums_equal_those_of_nccl_bit_for_bit() -> None:
+    """Two numbers have one sum. In turns, with ranks late, with and without work beside, memory growing in between."""
+    assert run_ranks(_count_wrong, 2, deadline_seconds=150) == [(0, True), (0, True)]
