@@ -1,14 +1,23 @@
 """run_ranks(fn, world_size, *args): run a test function on several gloo ranks, with a deadline and readable failures.
 
 A file:// rendezvous in a temporary folder: no ports to collide. ``fn(tp, *args)`` must be a module-level function.
+
+Importing torch and transformers takes a process many times longer than most functions. So each rank has an origin: a
+process, spawned once, that imports them and then forks a process for every call. Nothing is left over from one call to the
+next, and a rank may die, hang or change global state as it likes.
 """
 
 from __future__ import annotations
 
 import contextlib
 import datetime
+import gc
+import importlib
 import multiprocessing
 import os
+import pickle
+import signal
+import sys
 import tempfile
 import time
 import traceback
@@ -20,11 +29,66 @@ import torch.distributed as dist
 
 from apollo_tp.parallel import TPGroup
 
+_IMPORTED = ("pytest", "apollo_tp.trainer", "apollo_tp.checkpoint", "tests.multirank.exactness")
+"""What ranks find imported. A module that is missing here costs time alone."""
 
-def _rank_main(rank: int, world_size: int, folder: str, connection: Any, fn: Callable[..., Any], args: tuple) -> None:
+
+class _Origin:
+    """The process that a rank's processes are forked from. One for each rank, as the ranks of a trainer start apart: two
+    that order collectives by a set of strings, say, must not agree by chance of a common hash seed."""
+
+    def __init__(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.connection, theirs = context.Pipe()
+        self.process = context.Process(target=_fork_for_each_call, args=(theirs,), daemon=True)
+        self.process.start()
+        theirs.close()
+
+    def discard(self) -> None:
+        """End it, and the rank that runs now."""
+        with contextlib.suppress(ProcessLookupError):  # it ends before it has a group
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.kill()
+        self.process.join(5)
+        self.connection.close()
+
+
+_origins: list[_Origin] = []
+
+
+def start_origins(number: int) -> None:
+    """Those of the first ranks, unless they run. ``run_ranks`` does it too; called before, they import meanwhile."""
+    _origins.extend(_Origin() for _ in range(number - len(_origins)))
+
+
+def _fork_for_each_call(connection: Any) -> None:
+    """The life of an origin: behind the result of each rank, if it had one, it sends the exit status of its process."""
+    os.setpgid(0, 0)
+    for name in _IMPORTED:
+        importlib.import_module(name)
+    threads = os.listdir("/proc/self/task")
+    assert len(threads) == 1, f"got {len(threads)} threads, expected one: fork() leaves the others' locks taken"
+    gc.freeze()
+    while True:
+        try:
+            call = connection.recv_bytes()
+        except EOFError:
+            return
+        if (pid := os.fork()) == 0:
+            try:
+                _rank_main(connection, call)
+            finally:
+                os._exit(0)
+        status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        connection.send_bytes(pickle.dumps((None, status)))
+
+
+def _rank_main(connection: Any, call: bytes) -> None:
     torch.set_num_threads(1)
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     try:
+        environment, rank, world_size, folder, fn, args = pickle.loads(call)
+        os.environ.clear()
+        os.environ.update(environment | {"GLOO_SOCKET_IFNAME": "lo"})
         dist.init_process_group(
             "gloo",
             init_method=f"file://{folder}/rendezvous",
@@ -32,32 +96,35 @@ def _rank_main(rank: int, world_size: int, folder: str, connection: Any, fn: Cal
             world_size=world_size,
             timeout=datetime.timedelta(seconds=60),
         )
-        connection.send((True, fn(TPGroup(rank, world_size, dist.group.WORLD), *args)))
-        dist.destroy_process_group()
+        dist.barrier()  # a rank that is done at once must not close sockets to which another still connects
+        connection.send_bytes(pickle.dumps((True, fn(TPGroup(rank, world_size, dist.group.WORLD), *args))))
     except BaseException:  # noqa: BLE001 - the traceback is the result of this process
-        connection.send((False, traceback.format_exc()))
+        connection.send_bytes(pickle.dumps((False, traceback.format_exc())))
+    sys.stdout.flush()
+    sys.stderr.flush()
 
 
 def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, deadline_seconds: float = 120.0) -> list[Any]:
-    """Results of ``fn(tp, *args)`` per rank. Raises AssertionError with the first failing rank's traceback.
+    """Results of ``fn(tp, *args)`` per rank, pickled. Raises AssertionError with the first failing rank's traceback.
 
-    Results cross a pipe: return CPU tensors as numpy arrays or lists, or clones. Size 1 runs in this process.
+    Size 1 runs in this process.
     """
     if world_size == 1:
         return [fn(TPGroup.single(), *args)]
-    context = multiprocessing.get_context("spawn")
-    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
-        processes, connections = [], []
-        for rank in range(world_size):
-            ours, theirs = context.Pipe(duplex=False)
-            process = context.Process(target=_rank_main, args=(rank, world_size, folder, theirs, fn, args), daemon=True)
-            process.start()
-            theirs.close()
-            stack.callback(process.join, 5)
-            stack.callback(process.terminate)
-            processes.append(process)
-            connections.append(ours)
-        return _collect(connections, time.monotonic() + deadline_seconds)
+    deadline = time.monotonic() + deadline_seconds
+    start_origins(world_size)
+    connections = [origin.connection for origin in _origins[:world_size]]
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            for rank, connection in enumerate(connections):
+                connection.send_bytes(pickle.dumps((dict(os.environ), rank, world_size, folder, fn, args)))
+            results = _collect(connections, deadline)
+            _await_ends(connections)
+        except BaseException:
+            while _origins:
+                _origins.pop().discard()
+            raise
+    return results
 
 
 def _collect(connections: list[Any], deadline: float) -> list[Any]:
@@ -67,9 +134,11 @@ def _collect(connections: list[Any], deadline: float) -> list[Any]:
             if rank in results or not connection.poll(0.01):
                 continue
             try:
-                ok, value = connection.recv()
+                ok, value = pickle.loads(connection.recv_bytes())
             except EOFError:
-                ok, value = False, "the process ended without a result"
+                ok, value = False, "its origin ended"
+            if ok is None:
+                value = f"the process ended without a result, exit status {value}"
             if not ok:
                 raise AssertionError(f"rank {rank} failed:\n{value}")
             results[rank] = value
@@ -77,3 +146,11 @@ def _collect(connections: list[Any], deadline: float) -> list[Any]:
             missing = [r for r in range(len(connections)) if r not in results]
             raise AssertionError(f"ranks {missing} did not finish in time")
     return [results[rank] for rank in range(len(connections))]
+
+
+def _await_ends(connections: list[Any]) -> None:
+    """Ranks end with their results sent, each at once: that wakes those that still wait for it in a collective."""
+    for rank, connection in enumerate(connections):
+        assert connection.poll(10), f"rank {rank} did not end after its result"
+        _, status = pickle.loads(connection.recv_bytes())
+        assert status == 0, f"rank {rank} ended with exit status {status} after its result"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import sys
@@ -30,8 +31,11 @@ def main(arguments: list[str]) -> int:
         if rank == "0":
             print(f"apollo_tp.launch: {error}", file=sys.stderr)
         return EXIT_OPTIONS
+    gc.disable()  # what the import below makes is there to stay: to look through it for garbage is a seventh of its time
     from apollo_tp.launch.session import run
 
+    gc.freeze()
+    gc.enable()
     try:
         run(config, on_server_gone=_leave)
     except ApolloTpError as error:

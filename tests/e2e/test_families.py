@@ -4,7 +4,7 @@ training steps, agreement of log-probabilities, and checkpoints that load elsewh
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -44,35 +44,70 @@ def _server_args(name: str) -> list[str]:
     return ["--dtype", "float32"] if name in FP32 else []
 
 
-@pytest.fixture(scope="module", params=SERVED)
-def family(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[tuple[Server, Trainer]]:
-    """A server of the family, with a trainer that moves a random model visibly."""
-    folder = tmp_path_factory.mktemp("family")
-    folder.chmod(0o700)
-    _write_model(folder / "model", request.param)
-    port = free_port()
-    process = start_server(
-        folder / "model", port, folder, folder / "server.log", instance="family", extra=_server_args(request.param)
-    )
-    trainer = None
-    try:
-        process.wait_for(f"http://127.0.0.1:{port}/health", START_SECONDS)
-        server = Server(f"http://127.0.0.1:{port}", folder / "model", folder, "family", process)
+class Family:
+    """The processes of a family: a server, and a trainer that moves a random model visibly. Started at once, since the
+    trainer waits for the server, each of whose processes imports for ten seconds, one after the other."""
+
+    def __init__(self, name: str, folder: Path) -> None:
+        folder.chmod(0o700)
+        _write_model(folder / "model", name)
+        port = free_port()
+        self.folder, self.url, self.processes = folder, f"http://127.0.0.1:{port}", []
+        log, extra = folder / "server.log", _server_args(name)
+        self.processes.append(start_server(folder / "model", port, folder, log, instance="family", extra=extra))
+        overrides = [
+            "server.instance=family", f"server.wait_seconds={START_SECONDS}", "optim.lr=1e-3",
+            "checkpoint.after_idle_seconds=null",
+        ]  # fmt: skip
+        self.processes.append(start_trainer(folder, folder, folder / "trainer.log", overrides=overrides))
+
+    def ready(self) -> tuple[Server, Trainer]:
+        process, trainer = self.processes
+        process.wait_for(f"{self.url}/health", START_SECONDS)
+        server = Server(self.url, self.folder / "model", self.folder, "family", process)
         for rank in range(2):
             mapped = map_rank(server.manifests, rank)
             assert verify_against_checkpoint(mapped, -1) == len(server.manifests[0].checkpoint)
-        trainer = start_trainer(
-            folder, folder, folder / "trainer.log",
-            overrides=["server.instance=family", "optim.lr=1e-3", "checkpoint.after_idle_seconds=null"],
-        )  # fmt: skip
-        url = coordinator_url(folder, trainer, instance="family", seconds=START_SECONDS)
-        yield server, Trainer(url, folder, trainer)
+        url = coordinator_url(self.folder, trainer, instance="family", seconds=START_SECONDS)
+        return server, Trainer(url, self.folder, trainer)
+
+    def stop(self) -> None:
+        for process in reversed(self.processes):
+            process.stop()
+
+
+@pytest.fixture(scope="module")
+def start_family(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], Family]]:
+    """Starts a family, or gives the one that was started ahead."""
+    started: dict[str, Family] = {}
+
+    def start(name: str) -> Family:
+        if name not in started:
+            started[name] = Family(name, tmp_path_factory.mktemp("family"))
+        return started[name]
+
+    try:
+        yield start
     finally:
-        if trainer is not None:
-            trainer.stop()
-        process.stop()
+        for family in started.values():
+            family.stop()
+
+
+@pytest.fixture(scope="module", params=SERVED)
+def family(request: pytest.FixtureRequest, start_family: Callable[[str], Family]) -> Iterator[tuple[Server, Trainer]]:
+    started = start_family(request.param)
+    try:
+        yield started.ready()
+    finally:
+        started.stop()
+
+
+def _following(request: pytest.FixtureRequest) -> list[str]:
+    """The family whose tests come after this one's, if any."""
+    tests = [test for test in request.session.items if test.path == request.path]
+    names = list(dict.fromkeys(test.callspec.params["family"] for test in tests))  # type: ignore[attr-defined]
+    index = names.index(request.node.callspec.params["family"])
+    return names[index + 1 : index + 2]
 
 
 def _write_model(folder: Path, name: str) -> None:
@@ -109,7 +144,10 @@ def test_trainer_and_server_agree_on_log_probabilities(family: tuple[Server, Tra
 
 
 def test_ten_steps_and_a_checkpoint_with_the_served_log_probabilities(
-    family: tuple[Server, Trainer], tmp_path: Path, request: pytest.FixtureRequest
+    family: tuple[Server, Trainer],
+    start_family: Callable[[str], Family],
+    tmp_path: Path,
+    request: pytest.FixtureRequest,
 ) -> None:
     """The loss falls over ten steps; the folder gives the live server's log-probabilities in transformers and in vLLM."""
     server, trainer = family
@@ -121,17 +159,20 @@ def test_ten_steps_and_a_checkpoint_with_the_served_log_probabilities(
     assert server.mean_logprob(TOKENS) > before + 0.1
     live = server.logprobs(TOKENS)
     saved = trainer.post("/checkpoint", {"wait": True})["path"]
-    model = AutoModelForCausalLM.from_pretrained(saved, dtype="auto", attn_implementation="eager")
-    with torch.no_grad():
-        logprobs = model(torch.tensor([TOKENS])).logits[0, :-1].float().log_softmax(-1)
-    expected = logprobs.gather(1, torch.tensor(TOKENS[1:])[:, None])[:, 0].tolist()
-    fp32 = request.node.callspec.params["family"] in FP32
-    assert max(abs(a - b) for a, b in zip(expected, live, strict=True)) < (1e-3 if fp32 else 0.05)
-    port = free_port()
+    trainer.process.stop()  # neither is needed any more, and their memory is
+    server.process.stop()
+    port, extra = free_port(), _server_args(request.node.callspec.params["family"])
     # With the plugin: without it vLLM cannot import Qwen3.5 beside a CPU torch, and its packed kernels round otherwise.
-    extra = _server_args(request.node.callspec.params["family"])
     process = start_server(Path(saved), port, tmp_path, tmp_path / "again.log", instance="again", extra=extra)
     try:
+        for name in _following(request):
+            start_family(name)  # a start leaves half of two cores idle
+        model = AutoModelForCausalLM.from_pretrained(saved, dtype="auto", attn_implementation="eager")
+        with torch.no_grad():
+            logprobs = model(torch.tensor([TOKENS])).logits[0, :-1].float().log_softmax(-1)
+        expected = logprobs.gather(1, torch.tensor(TOKENS[1:])[:, None])[:, 0].tolist()
+        fp32 = request.node.callspec.params["family"] in FP32
+        assert max(abs(a - b) for a, b in zip(expected, live, strict=True)) < (1e-3 if fp32 else 0.05)
         process.wait_for(f"http://127.0.0.1:{port}/health", START_SECONDS)
         again = Server(f"http://127.0.0.1:{port}", Path(saved), tmp_path, "none", process).logprobs(TOKENS)
     finally:

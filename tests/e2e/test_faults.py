@@ -34,58 +34,56 @@ pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]
 GOOD, FAULTY = step(wait=True), step(FAULTY_TOKEN, wait=True)
 
 
-@pytest.fixture
-def faulty(server: Server, tmp_path: Path) -> Iterator[Trainer]:
-    """A trainer that fails when told to; stopped at the end."""
-    trainer = start_faulty(server, tmp_path)
+@pytest.fixture(scope="class")
+def faulty(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trainer]:
+    """A trainer that fails when told to, and survives that; stopped before another is started beside the server."""
+    trainer = start_faulty(server, tmp_path_factory.mktemp("faulty"))
     try:
         yield trainer
     finally:
         trainer.process.stop()
 
 
-def test_a_rank_that_raises_fails_its_job_and_nothing_else(server: Server, faulty: Trainer) -> None:
-    """The job's events carry that rank's traceback, the other rank does not hang, server and next job go on."""
-    assert faulty.post("/train", GOOD)["state"] == "succeeded"
-    started = time.monotonic()
-    job = faulty.post("/train", FAULTY)
-    assert job["state"] == "failed"
-    assert time.monotonic() - started < 30
-    events = str(faulty.get(f"/train/jobs/{job['id']}/events"))
-    assert "injected on rank 1" in events
-    assert "faulty_launch.py" in events
-    assert httpx.get(f"{server.url}/health", timeout=10).status_code == 200
-    for _ in range(2):  # the compute group was formed again, and can fail again
+class TestFaultsThatTheTrainerSurvives:
+    """One trainer for all: what one fault leaves behind is met by the next."""
+
+    def test_a_rank_that_raises_fails_its_job_and_nothing_else(self, server: Server, faulty: Trainer) -> None:
+        """The job's events carry that rank's traceback, the other rank does not hang, server and next job go on."""
         assert faulty.post("/train", GOOD)["state"] == "succeeded"
-        assert faulty.post("/train", FAULTY)["state"] == "failed"
+        started = time.monotonic()
+        job = faulty.post("/train", FAULTY)
+        assert job["state"] == "failed"
+        assert time.monotonic() - started < 30
+        events = str(faulty.get(f"/train/jobs/{job['id']}/events"))
+        assert "injected on rank 1" in events
+        assert "faulty_launch.py" in events
+        assert httpx.get(f"{server.url}/health", timeout=10).status_code == 200
+        for _ in range(2):  # the compute group was formed again, and can fail again
+            assert faulty.post("/train", GOOD)["state"] == "succeeded"
+            assert faulty.post("/train", FAULTY)["state"] == "failed"
 
+    def test_a_killed_coordinator_is_started_again(self, server: Server, faulty: Trainer) -> None:
+        """kill -9 of the coordinator, however young: rank 0 starts another, which knows the jobs and takes new ones."""
+        done = faulty.post("/train", GOOD)
+        address = server.runtime_dir / "main" / "coordinator.json"
+        os.kill(json.loads(address.read_text())["pid"], signal.SIGKILL)
+        killed = time.time()
+        while address.stat().st_mtime < killed:
+            assert time.time() < killed + 30, faulty.process.tail()
+            time.sleep(0.2)
+        faulty.url = coordinator_url(server.runtime_dir, faulty.process, instance="main", seconds=60)
+        assert faulty.get(f"/train/jobs/{done['id']}")["state"] == "succeeded"
+        again = faulty.post("/train", GOOD)
+        assert again["weight_version"] == done["weight_version"] + 1
 
-def test_a_killed_coordinator_is_started_again(server: Server, faulty: Trainer) -> None:
-    """kill -9 of the coordinator: rank 0 starts another, which knows the jobs and takes new ones."""
-    done = faulty.post("/train", GOOD)
-    address = server.runtime_dir / "main" / "coordinator.json"
-    time.sleep(
-        max(0.0, 11 - (time.time() - address.stat().st_mtime))
-    )  # one that dies at its start is not started again
-    os.kill(json.loads(address.read_text())["pid"], signal.SIGKILL)
-    killed = time.time()
-    while address.stat().st_mtime < killed:
-        assert time.time() < killed + 30, faulty.process.tail()
-        time.sleep(0.2)
-    faulty.url = coordinator_url(server.runtime_dir, faulty.process, instance="main", seconds=60)
-    assert faulty.get(f"/train/jobs/{done['id']}")["state"] == "succeeded"
-    again = faulty.post("/train", GOOD)
-    assert again["weight_version"] == done["weight_version"] + 1
+    def test_running_out_of_memory_fails_the_job_alone(self, server: Server, faulty: Trainer) -> None:
+        run_out_of_memory_on_all_ranks(server, faulty)
 
 
 @pytest.mark.parametrize("fault", [KILLED_IN_BACKWARD, KILLED_IN_WRITE], ids=["backward", "write"])
 def test_a_rank_killed_in_mid_step_leaves_server_and_weights_usable(server: Server, tmp_path: Path, fault: int) -> None:
     """kill -9 of one rank: the trainer ends non-zero, the server keeps serving, the next trainer maps again and trains."""
     kill_in_mid_step(server, tmp_path, fault)
-
-
-def test_running_out_of_memory_fails_the_job_alone(server: Server, faulty: Trainer) -> None:
-    run_out_of_memory_on_all_ranks(server, faulty)
 
 
 def test_mpirun_joins_the_ranks(server: Server, tmp_path: Path) -> None:
@@ -146,9 +144,9 @@ def test_a_dead_server_ends_the_trainer_and_is_recognised_as_stale(server: Serve
     port = free_port()
     victim = start_server(server.model, port, server.runtime_dir, tmp_path / "server.log", instance="victim")
     try:
-        victim.wait_for(f"http://127.0.0.1:{port}/health", START_SECONDS)
-        overrides = [*OVERRIDES, "server.instance=victim"]
+        overrides = [*OVERRIDES, "server.instance=victim", f"server.wait_seconds={START_SECONDS}"]
         trainer = start_trainer(server.runtime_dir, tmp_path, tmp_path / "trainer.log", overrides=overrides)
+        victim.wait_for(f"http://127.0.0.1:{port}/health", START_SECONDS)
         coordinator_url(server.runtime_dir, trainer, instance="victim")
         os.killpg(victim.process.pid, signal.SIGKILL)
         killed = time.monotonic()
