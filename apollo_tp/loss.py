@@ -112,6 +112,12 @@ def nll_sum(
     return _NllSum.apply(copy_to_region(hidden, vocab.tp), weight, targets, weights, vocab)  # type: ignore[no-any-return]
 
 
+@functools.cache
+def unit(device: torch.device) -> Tensor:
+    """The number 1 (fp32, 0-d): ``loss.backward(unit(device))`` spares ``nll_sum`` a pass over the gradient of the head."""
+    return torch.ones((), device=device)
+
+
 class _TargetLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, vocab: VocabShard) -> tuple[Tensor, Tensor]:
@@ -150,8 +156,10 @@ class _NllSum(torch.autograd.Function):
         tokens, rows = hidden.shape[0], weight.shape[0]
         logprobs = hidden.new_zeros(tokens, dtype=torch.float32)
         correct = torch.zeros(tokens, dtype=torch.bool, device=hidden.device)
-        grad_hidden = torch.zeros_like(hidden)
-        grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None  # a frozen head has none
+        grad_hidden = torch.empty_like(hidden) if rows else torch.zeros_like(hidden)
+        grad_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None  # a frozen head has none
+        if grad_weight is not None and not tokens:
+            grad_weight.zero_()
         # The same chunks on all ranks, whatever each holds: every chunk has its collectives.
         for part in _chunks(tokens, -(-vocab.global_rows // vocab.tp.size) or rows):
             logits = hidden[part] @ weight.T
@@ -163,7 +171,9 @@ class _NllSum(torch.autograd.Function):
             if rows:
                 grad_logits = vocab.logits_gradient(logits, targets[part], -weights[part], normalizer)
                 torch.mm(grad_logits, weight, out=grad_hidden[part])
-                if grad_weight is not None:
+                if grad_weight is not None and part.start == 0:
+                    torch.mm(grad_logits.T, hidden[part], out=grad_weight)
+                elif grad_weight is not None:
                     grad_weight.addmm_(grad_logits.T, hidden[part])
         ctx.gradients = grad_hidden, grad_weight
         ctx.mark_non_differentiable(correct)
@@ -173,7 +183,11 @@ class _NllSum(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         (grad_hidden, grad_weight), ctx.gradients = ctx.gradients, None  # once: scaled in place
-        return grad_hidden.mul_(grad), None if grad_weight is None else grad_weight.mul_(grad), None, None, None
+        if grad.data_ptr() != unit(grad.device).data_ptr():
+            grad_hidden.mul_(grad)
+            if grad_weight is not None:
+                grad_weight.mul_(grad)
+        return grad_hidden, grad_weight, None, None, None
 
 
 def _statistics(

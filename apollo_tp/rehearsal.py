@@ -19,7 +19,7 @@ from torch import nn
 from apollo_tp.config import GradientMode
 from apollo_tp.data import PackedBatch, pack
 from apollo_tp.errors import DeviceMemoryError
-from apollo_tp.loss import CHUNK_BYTES
+from apollo_tp.loss import CHUNK_BYTES, unit
 from apollo_tp.memory_plan import (
     MARGIN,
     MemoryPlan,
@@ -161,11 +161,11 @@ class _Rehearsal:
         self.meter.lap()
         handles = [leaf.register_post_accumulate_grad_hook(lap) for leaf in self.leaves]  # after a fused update's hook
         try:
-            loss = self.model.forward_loss(batch.to(self.device)).loss / batch.weight_sum
+            loss = self.model.forward_loss(batch.to(self.device), 1.0 / batch.weight_sum).loss
             lap()
             if self.fused:
                 self.optimizer.begin_fused_step(loss=self.not_finite)
-            loss.backward()
+            loss.backward(unit(loss.device))
         finally:
             for handle in handles:
                 handle.remove()

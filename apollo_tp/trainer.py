@@ -15,7 +15,7 @@ from torch import Tensor
 from apollo_tp.config import GradientMode
 from apollo_tp.data import PackedBatch, empty_share, pack, pack_pairs
 from apollo_tp.errors import ConfigError
-from apollo_tp.loss import preference_loss
+from apollo_tp.loss import preference_loss, unit
 from apollo_tp.model import BoundModel
 from apollo_tp.optim import Optimizer, StepOutcome
 from apollo_tp.pace import Pace
@@ -97,8 +97,8 @@ class Trainer:
         total_weight = sum(batch.weight_sum for batch in batches)
 
         def loss_of(batch: PackedBatch) -> tuple[Tensor, Tensor]:
-            sums = self.model.forward_loss(batch)
-            return sums.loss / total_weight, sums.correct
+            sums = self.model.forward_loss(batch, 1.0 / total_weight)
+            return sums.loss, sums.correct
 
         return self._step(batches, loss_of, learning_rate_scale)
 
@@ -144,7 +144,7 @@ class Trainer:
             if fused:
                 self._before_write()
                 self.optimizer.begin_fused_step(learning_rate_scale, loss)
-            loss.backward()
+            loss.backward(unit(loss.device))
             self._pace.give_way()
             clock.mark("backward")
             loss_sum += loss.detach()

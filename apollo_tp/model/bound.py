@@ -52,10 +52,10 @@ class BoundParameter:
 
 @dataclass(frozen=True)
 class LossSums:
-    """Sums over a micro-batch, the same on all ranks. Divide by the whole step's weight before the backward pass.
+    """Sums over a micro-batch, the same on all ranks.
 
-    ``loss``: sum of weight x negative log-likelihood (nats, fp32 scalar, differentiable); ``weight``: sum of weights;
-    ``correct``: number of loss tokens that are the arg max (fp32 scalar); ``num_loss_tokens``: tokens with a weight.
+    ``loss``: scale x sum of weight x negative log-likelihood (nats, fp32 scalar, differentiable); ``weight``: sum of
+    weights; ``correct``: number of loss tokens that are the arg max (fp32 scalar); ``num_loss_tokens``: tokens with a weight.
     """
 
     loss: Tensor
@@ -107,12 +107,15 @@ class BoundModel:
 
     def _loss_tokens(self, batch: PackedBatch) -> tuple[Tensor, Tensor, Tensor]:
         """Hidden states, head and targets at ``batch.loss_positions`` alone: the head never sees context tokens."""
-        return self.hidden_states(batch)[batch.loss_positions], self.head_weight, batch.targets[batch.loss_positions]
+        hidden = self.hidden_states(batch).index_select(
+            0, batch.loss_positions
+        )  # [...] sorts them in the backward pass
+        return hidden, self.head_weight, batch.targets[batch.loss_positions]
 
-    def forward_loss(self, batch: PackedBatch) -> LossSums:
-        """Weighted negative log-likelihood of the micro-batch, summed. ``batch`` must be on the parameters' device. Its
-        backward pass can run once, and needs the head as it was: the gradient of the head is computed here."""
-        weights = batch.weights[batch.loss_positions]
+    def forward_loss(self, batch: PackedBatch, scale: float = 1.0) -> LossSums:
+        """``scale`` times the weighted negative log-likelihood of the micro-batch, summed. ``batch`` must be on the
+        parameters' device. Its backward pass can run once; the gradient of the head is computed here."""
+        weights = scale * batch.weights[batch.loss_positions]
         loss, correct = nll_sum(*self._loss_tokens(batch), weights, self.vocab)
         return LossSums(loss, batch.weight_sum, correct.float().sum(), batch.num_loss_tokens)
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from apollo_tp import loss
-from apollo_tp.loss import LogitsTransform, VocabShard, nll_sum, target_logprobs
+from apollo_tp.loss import LogitsTransform, VocabShard, nll_sum, target_logprobs, unit
 from apollo_tp.parallel import TPGroup
 
 TOKENS, ROWS, WIDTH = 13, 29, 8
@@ -46,6 +46,11 @@ def test_values_and_gradients_equal_log_softmax(
     for mine, reference in zip(grads, expected_grads, strict=True):
         torch.testing.assert_close(mine, -reference / 3, rtol=1e-4, atol=1e-5)
     assert torch.equal(hits, correct)
+    total, _ = nll_sum(hidden, weight, targets, upstream, VocabShard(0, TPGroup.single(), transform))
+    for mine, reference in zip(
+        torch.autograd.grad(total, (hidden, weight), unit(total.device)), expected_grads, strict=True
+    ):
+        torch.testing.assert_close(mine, -reference, rtol=1e-4, atol=1e-5)
 
 
 def test_a_frozen_head_and_no_gradients_at_all() -> None:
@@ -109,3 +114,23 @@ def test_logits_of_all_tokens_never_exist(monkeypatch: pytest.MonkeyPatch) -> No
         target_logprobs(hidden, weight, targets, vocab)[0].sum().backward()
         nll_sum(hidden, weight, targets, torch.ones(tokens), vocab)[0].backward()
     assert largest == 8 * rows, "a chunk of 8 tokens is the largest tensor"
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_only_a_factor_other_than_one_costs_a_pass_over_the_gradient(scaled: bool) -> None:
+    """autograd hands the root's gradient on as it is: ``unit`` is recognised by its memory."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    scalings = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func is torch.ops.aten.mul_.Tensor:
+                scalings.append(args[0].shape)
+            return func(*args, **(kwargs or {}))
+
+    hidden, weight, targets, upstream = _inputs()
+    total, _ = nll_sum(hidden, weight, targets, upstream, VocabShard(0, TPGroup.single()))
+    with Watch():
+        (total / 3 if scaled else total).backward(unit(total.device))
+    assert (weight.shape in scalings) is scaled
