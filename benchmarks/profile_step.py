@@ -151,12 +151,16 @@ def main() -> int:
     parser.add_argument("--gradients", choices=["stored", "fused"], default="stored", help="fused also stops clipping")
     parser.add_argument("--recompute", action="store_true")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument(
+        "--inductor", nargs="+", default=[], help="settings to switch on: coordinate_descent_tuning, ..."
+    )
     parser.add_argument("--keep-activations", action="store_true", help="compiled code repeats nothing")
     parser.add_argument("--peer-memory", action=argparse.BooleanOptionalAction, default=True, help="of two GPUs")
     parser.add_argument("--overlap", action=argparse.BooleanOptionalAction, default=True, help="of sums and products")
     parser.add_argument("--kernels", type=int, default=0, help="also print this many of the longest kernels")
     parser.add_argument("--out", type=Path, help="folder for the JSON file")
     options = parser.parse_args()
+    compiled.OPTIONS = dict.fromkeys(options.inductor, True)
     compiled.REPEAT_CHEAP_WORK = not options.keep_activations
     if not options.overlap:
         joined.JoinedLinear.enter = lambda *_: None

@@ -55,7 +55,7 @@ class LossSums:
     """Sums over a micro-batch, the same on all ranks.
 
     ``loss``: scale x sum of weight x negative log-likelihood (nats, fp32 scalar, differentiable); ``weight``: sum of
-    weights; ``correct``: number of loss tokens that are the arg max (fp32 scalar); ``num_loss_tokens``: tokens with a weight.
+    weights; ``correct``: number of loss tokens that are the arg max (fp32 scalar); ``num_loss_tokens``: those with a weight.
     """
 
     loss: Tensor
