@@ -93,6 +93,7 @@ class Trainer:
 
     def step(self, samples: Sequence[Sample], learning_rate_scale: float = 1.0) -> StepResult:
         """One supervised step: weighted mean cross-entropy over all samples, accumulated over micro-batches."""
+        clock = _Clock(self.device)
         batches = pack(samples, self.max_micro_batch_tokens)
         total_weight = sum(batch.weight_sum for batch in batches)
 
@@ -100,12 +101,13 @@ class Trainer:
             sums = self.model.forward_loss(batch, 1.0 / total_weight)
             return sums.loss, sums.correct
 
-        return self._step(batches, loss_of, learning_rate_scale)
+        return self._step(batches, loss_of, learning_rate_scale, clock)
 
     def preference_step(
         self, pairs: Sequence[PreferencePair], beta: float, learning_rate_scale: float = 1.0
     ) -> StepResult:
         """One DPO step (Rafailov et al. 2023, eq. 7): mean over pairs. Both sides of a pair share a micro-batch."""
+        clock = _Clock(self.device)
         batches = pack_pairs(pairs, self.max_micro_batch_tokens)
         reference = torch.tensor([(p.reference_preferred, p.reference_rejected) for p in pairs], device=self.device)
         margins: list[Tensor] = []
@@ -118,7 +120,7 @@ class Trainer:
             margins.append(margin.detach())
             return losses.sum() / len(pairs), scored.correct.sum()
 
-        result = self._step(batches, loss_of, learning_rate_scale)
+        result = self._step(batches, loss_of, learning_rate_scale, clock)
         margin = torch.cat(margins)
         result.metrics["reward_margin"] = float(margin.mean())
         result.metrics["reward_accuracy"] = float((margin > 0).float().mean())
@@ -129,9 +131,9 @@ class Trainer:
         batches: Sequence[PackedBatch],
         loss_of: Callable[[PackedBatch], tuple[Tensor, Tensor]],
         learning_rate_scale: float,
+        clock: _Clock,
     ) -> StepResult:
         fused = self._is_fused(batches)
-        clock = _Clock(self.device)
         self._pace.begin()
         self.optimizer.zero_grad()
         self.model.zero_grad()

@@ -5,7 +5,8 @@
     python benchmarks/bench_step.py --cases 1x fsdp2-1x-compiled        # some rows only
 
 TFLOP/s counts 6 x parameters x tokens (recomputation is not counted as work). Our rows: the server is up and idle during the
-steps; a step's sequences are shared by all ranks, one micro-batch each. FSDP2's rows (baseline_fsdp2.py) run after the
+steps; a step's sequences are shared by all ranks, one micro-batch each. tokens/s is of a step, from its samples to the end
+of the write; what passes between two steps of a job, through the coordinator, stands beside it. FSDP2's rows (baseline_fsdp2.py) run after the
 server has ended, on a copy of the weights of their own: each rank takes whole sequences, at least one, so that at p ranks
 "1x" is p sequences a step. Peak memory is the allocator's, beyond the weights: served ones, or a rank's share of the copy.
 """
@@ -134,6 +135,7 @@ def run_job(trainer: Training, case: Case, served: Served, options: argparse.Nam
         return {"failed": str(job["error"])[:200]}
     steps = trainer.steps(job["id"])[2:]
     seconds = statistics.median(step["step_seconds"] for step in steps)
+    intervals = [later["time"] - earlier["time"] for earlier, later in itertools.pairwise(steps)]
     num_tokens = options.tokens * case.sequences
     return {
         "sequences": case.sequences,
@@ -143,6 +145,7 @@ def run_job(trainer: Training, case: Case, served: Served, options: argparse.Nam
         "tokens_per_second": num_tokens / seconds,
         "tflops_per_gpu": tflops_per_gpu(hello["num_parameters"], num_tokens, seconds, options.tp),
         "step_seconds": seconds,
+        "seconds_between_steps": statistics.median(intervals) - seconds if intervals else None,
         "num_parameters": hello["num_parameters"],
         "weights_gb": [n / 1e9 for n in served.weight_bytes()],
         "beyond_weights_gb": [n / 1e9 for n in steps[-1].get("peak_memory_bytes") or [] if n],
@@ -197,6 +200,7 @@ def report(results: list[dict[str, Any]], options: argparse.Namespace) -> None:
         "tokens/s",
         "TFLOP/s per GPU",
         "step s",
+        "between, ms",
         "weights GB",
         "peak GB beyond",
     ):
@@ -206,9 +210,10 @@ def report(results: list[dict[str, Any]], options: argparse.Namespace) -> None:
             table.add_row(r["case"], r["failed"])
             continue
         weights, beyond = (", ".join(f"{gb:.1f}" for gb in r[key]) for key in ("weights_gb", "beyond_weights_gb"))
+        between = r.get("seconds_between_steps")
         table.add_row(
             r["case"], f"{r['tokens_per_step']:,}", f"{r['tokens_per_rank']:,}", f"{r['tokens_per_second']:,.0f}",
-            f"{r['tflops_per_gpu']:.1f}", f"{r['step_seconds']:.3f}", weights, beyond,
+            f"{r['tflops_per_gpu']:.1f}", f"{r['step_seconds']:.3f}", f"{between * 1e3:.0f}" if between else "-", weights, beyond,
         )  # fmt: skip
     Console(width=140).print(table)
     write_results(options.out, "step", options.tp, results)

@@ -106,9 +106,9 @@ class Training:
         return httpx.post(f"{self.url}/train", json=body, timeout=580).raise_for_status().json()  # type: ignore[no-any-return]
 
     def steps(self, job_id: str) -> list[dict[str, Any]]:
-        """The metrics of each completed step of a job."""
+        """The metrics of each completed step of a job, and the ``time`` (Unix, seconds) at which the coordinator had them."""
         events = httpx.get(f"{self.url}/train/jobs/{job_id}/events", timeout=30).json()["data"]
-        return [event["data"] for event in events if event.get("type") == "metrics"]
+        return [event["data"] | {"time": event["time"]} for event in events if event.get("type") == "metrics"]
 
 
 @contextlib.contextmanager
