@@ -6,9 +6,10 @@
 
 TFLOP/s counts 6 x parameters x tokens (recomputation is not counted as work). Our rows: the server is up and idle during the
 steps; a step's sequences are shared by all ranks, one micro-batch each. tokens/s is of a step, from its samples to the end
-of the write; what passes between two steps of a job, through the coordinator, stands beside it. FSDP2's rows (baseline_fsdp2.py) run after the
-server has ended, on a copy of the weights of their own: each rank takes whole sequences, at least one, so that at p ranks
-"1x" is p sequences a step. Peak memory is the allocator's, beyond the weights: served ones, or a rank's share of the copy.
+of the write; what passes between two steps of a job, through the coordinator, stands beside it. FSDP2's rows
+(baseline_fsdp2.py) run after the server has ended, on a copy of the weights of their own: each rank takes whole sequences,
+at least one, so that at p ranks "1x" is p sequences a step. Peak memory is the allocator's, beyond the weights: served
+ones, or a rank's share of the copy.
 """
 
 from __future__ import annotations
@@ -211,9 +212,10 @@ def report(results: list[dict[str, Any]], options: argparse.Namespace) -> None:
             continue
         weights, beyond = (", ".join(f"{gb:.1f}" for gb in r[key]) for key in ("weights_gb", "beyond_weights_gb"))
         between = r.get("seconds_between_steps")
+        between = f"{between * 1e3:.0f}" if between else "-"
         table.add_row(
             r["case"], f"{r['tokens_per_step']:,}", f"{r['tokens_per_rank']:,}", f"{r['tokens_per_second']:,.0f}",
-            f"{r['tflops_per_gpu']:.1f}", f"{r['step_seconds']:.3f}", f"{between * 1e3:.0f}" if between else "-", weights, beyond,
+            f"{r['tflops_per_gpu']:.1f}", f"{r['step_seconds']:.3f}", between, weights, beyond,
         )  # fmt: skip
     Console(width=140).print(table)
     write_results(options.out, "step", options.tp, results)

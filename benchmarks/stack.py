@@ -106,7 +106,7 @@ class Training:
         return httpx.post(f"{self.url}/train", json=body, timeout=580).raise_for_status().json()  # type: ignore[no-any-return]
 
     def steps(self, job_id: str) -> list[dict[str, Any]]:
-        """The metrics of each completed step of a job, and the ``time`` (Unix, seconds) at which the coordinator had them."""
+        """The metrics of each completed step of a job, with the ``time`` (Unix, seconds) when the coordinator had them."""
         events = httpx.get(f"{self.url}/train/jobs/{job_id}/events", timeout=30).json()["data"]
         return [event["data"] | {"time": event["time"]} for event in events if event.get("type") == "metrics"]
 
