@@ -19,6 +19,11 @@ def bench_scale() -> ModuleType:
     return _benchmark("bench_scale")
 
 
+@pytest.fixture(scope="module")
+def on_gpus() -> ModuleType:
+    return _benchmark("on_gpus")
+
+
 def _benchmark(name: str) -> ModuleType:
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
@@ -74,3 +79,37 @@ def test_memory_rows_add_up(bench_scale: ModuleType, monkeypatch: pytest.MonkeyP
     fused = bench_scale.memory_rows(100, state, "fused", 200, (None, None, None))
     assert (fused["gradients kept"], fused["activations and workspace at the peak"]) == (0, 140)
     assert fused["in use on the device"] is None
+
+
+def _run_steps(
+    on_gpus: ModuleType, patch: pytest.MonkeyPatch, out: Path, steps: dict[str, tuple[str, float]], *arguments: str
+) -> int:
+    """``steps``: source to run, and the limit in seconds."""
+    made = {name: on_gpus.Step(("-c", source), seconds, server=False) for name, (source, seconds) in steps.items()}
+    patch.setattr(on_gpus, "STEPS", made)
+    patch.setattr("sys.argv", ["on_gpus.py", "--only", *steps, "--out", str(out), *arguments])
+    return int(on_gpus.main())
+
+
+def test_steps_on_gpus_end_in_time_and_run_once(
+    on_gpus: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """One that overruns is asked to end and may still say something; one that fails runs again, one that succeeds not."""
+    slow = "import signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: sys.exit('the log')); time.sleep(100)"
+    steps = {"slow": (slow, 3), "bad": ("raise SystemExit(3)", 20), "good": ("print('ran')", 20)}
+    assert _run_steps(on_gpus, monkeypatch, tmp_path, steps) == 1
+    told = capfd.readouterr().out
+    for part in ("== slow: failed: not done in 3 s", "the log", "== bad: failed: exit status 3", "== good: ok"):
+        assert part in told
+    assert _run_steps(on_gpus, monkeypatch, tmp_path, {"good": steps["good"]}) == 0
+    assert "done before" in capfd.readouterr().out
+
+
+def test_a_step_that_may_not_fit_is_left_out(
+    on_gpus: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    steps = {"long": ("print('ran')", 500.0)}
+    assert _run_steps(on_gpus, monkeypatch, tmp_path, steps, "--seconds", "300") == 0
+    told = capfd.readouterr().out
+    assert "left out: may need 500 s" in told
+    assert "== long" not in told

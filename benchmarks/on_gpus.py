@@ -1,0 +1,155 @@
+"""Everything that needs GPUs, one after the other, each under a time limit; one table at the end.
+
+    python benchmarks/on_gpus.py --out out/gpus                      # all steps: about 40 minutes on two GPUs
+    python benchmarks/on_gpus.py --only sums optimizer step          # some
+    python benchmarks/on_gpus.py --seconds 550 --out out/gpus        # what fits; the rest is left for the next run
+    python benchmarks/on_gpus.py --rehearse --only step              # a tiny model, on any machine
+
+A step that has succeeded in the same ``--out`` is not run again. Each step's output is in ``--out``, with its JSON. A step
+that overruns its limit is asked to end, upon which it stops what it started (benchmarks show the logs), then killed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+GRACE_SECONDS = 45
+"""Between the request to end and SIGKILL: two processes are stopped in it, for up to 20 s each."""
+REST = ("4x", "1x-recompute", "4x-recompute", "fsdp2-1x", "fsdp2-4x-recompute")
+MPS = "MPS,MPS 75 %,MPS 50 %,MPS 25 %"
+
+
+@dataclass(frozen=True)
+class Step:
+    """A command (words; the interpreter is put before them) and its time limit. ``server`` says that it starts vLLM, so that
+    --server-args are for it; ``rehearsal`` is put behind the words in a rehearsal, None if there is none."""
+
+    words: tuple[str, ...]
+    seconds: float
+    server: bool = True
+    rehearsal: tuple[str, ...] | None = ("--tiny",)
+
+
+def bench(name: str, *words: str) -> tuple[str, ...]:
+    return (f"benchmarks/bench_{name}.py", *words)
+
+
+def pytest(*words: str) -> tuple[str, ...]:
+    return ("-m", "pytest", "-p", "no:cacheprovider", "-q", "-s", *words)
+
+
+STEPS = {
+    "sums": Step(pytest("tests/gpu/test_peer_memory.py"), 100, server=False, rehearsal=None),
+    "memory": Step(pytest("tests/gpu/test_memory_plan.py"), 300, server=False, rehearsal=None),
+    "profile": Step(
+        ("-m", "torch.distributed.run", "--nproc-per-node", "2", "benchmarks/profile_step.py", "--kernels", "45"),
+        90, server=False,
+    ),
+    "optimizer": Step(bench("optimizer", "--steps", "40", "--out", "{out}/optimizer.md"), 110, server=False, rehearsal=()),
+    "step": Step(bench("step", "--cases", "1x", "1x-stochastic", "fsdp2-1x-compiled", "--out", "{out}"), 330),
+    "step-rest": Step(bench("step", "--cases", *REST, "--out", "{out}/rest"), 450),
+    "scale": Step(bench("scale", "--tp", "1", "2", "--out", "{out}"), 450, rehearsal=None),
+    "27B": Step(
+        bench("scale", "--model", "qwen3.5-27b", "--tp", "2", "--steps", "4", "--out", "{out}"), 540, rehearsal=None
+    ),
+    "map": Step(bench("map", "--out", "{out}"), 300),
+    "latency-mps": Step(bench("latency", "--cases", MPS, "--seconds", "4", "--out", "{out}/mps"), 400),
+    "latency": Step(bench("latency", "--cases", "idle,time-slicing,pace 0.5", "--seconds", "4", "--out", "{out}"), 330),
+    "hogwild": Step(bench("hogwild", "--out", "{out}"), 420),
+    "ipc": Step(pytest("tests/gpu/test_cuda_ipc.py"), 330, server=False, rehearsal=None),
+    "refusals": Step(pytest("tests/gpu/test_faults.py", "-k", "refused"), 330, server=False, rehearsal=None),
+    "faults": Step(pytest("tests/gpu/test_faults.py", "-k", "not refused"), 450, server=False, rehearsal=None),
+    "demo": Step(pytest("tests/gpu/test_demo.py"), 240, server=False, rehearsal=None),
+}  # fmt: skip
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=STEPS, default=list(STEPS))
+    parser.add_argument(
+        "--seconds", type=float, default=float("inf"), help="time for all; a step that may need more waits"
+    )
+    parser.add_argument("--server-args", default="", help="further options of the vLLM servers, in one string")
+    parser.add_argument("--rehearse", action="store_true")
+    parser.add_argument("--out", type=Path, default=Path("out/gpus"))
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    deadline, rows = time.monotonic() + options.seconds, []
+    for name in options.only:
+        step = STEPS[name]
+        done = options.out / f"{name}.done"
+        if done.exists():
+            rows.append((name, "done before", 0.0))
+        elif options.rehearse and step.rehearsal is None:
+            rows.append((name, "no rehearsal", 0.0))
+        elif time.monotonic() + step.seconds + GRACE_SECONDS > deadline:
+            rows.append((name, f"left out: may need {step.seconds:.0f} s", 0.0))
+        else:
+            begun = time.monotonic()
+            status = run(name, step, options)
+            rows.append((name, status, time.monotonic() - begun))
+            if status == "ok":
+                done.touch()
+    report(rows)
+    return int(any(status.startswith("failed") for _, status, _ in rows))
+
+
+def run(name: str, step: Step, options: argparse.Namespace) -> str:
+    """The end of its output goes to ours, all of it to a file."""
+    words = [sys.executable, *(word.replace("{out}", str(options.out)) for word in step.words)]
+    words += step.rehearsal if options.rehearse and step.rehearsal else ()
+    if step.server and options.server_args:
+        words += ["--server-args", options.server_args]
+    environment = os.environ | {"APOLLO_TP_TEST_SERVER_ARGS": options.server_args, "PYTHONUNBUFFERED": "1"}
+    log = options.out / f"{name}.txt"
+    with log.open("w") as output:
+        print(shlex.join(words), file=output, flush=True)
+        process = subprocess.Popen(
+            words, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+        )
+        # pytest tears its fixtures down upon SIGINT alone
+        status = wait(process, step.seconds, signal.SIGINT if "pytest" in words else signal.SIGTERM)
+    print(f"== {name}: {status}", *log.read_text(errors="replace").splitlines()[-60:], sep="\n", flush=True)
+    return status
+
+
+def wait(process: subprocess.Popen[bytes], seconds: float, end: int) -> str:
+    """ "ok", or how it failed; nothing of it is left running."""
+    try:
+        code = process.wait(seconds)
+        return "ok" if code == 0 else f"failed: exit status {code}"
+    except subprocess.TimeoutExpired:
+        process.send_signal(end)
+        try:
+            process.wait(GRACE_SECONDS)
+        except subprocess.TimeoutExpired:
+            process.kill()
+        return f"failed: not done in {seconds:.0f} s"
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def report(rows: list[tuple[str, str, float]]) -> None:
+    table = Table(title="on_gpus")
+    for column in ("step", "result", "s"):
+        table.add_column(column)
+    for name, status, seconds in rows:
+        table.add_row(name, status, f"{seconds:.0f}")
+    Console(width=100).print(table)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
