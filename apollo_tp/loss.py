@@ -3,7 +3,7 @@
 Megatron-LM's vocabulary-parallel cross-entropy (Shoeybi et al. 2019, section 3) joined with the head's matrix product and
 chunked over tokens: neither [tokens, vocabulary / p] logits nor their gradient ever exist as a whole. ``target_logprobs``
 throws the logits of a chunk away and forms them again in the backward pass. ``nll_sum``, whose gradient is known but for one
-factor, computes it from the logits at hand in the forward pass (Liger Kernel, Hsu et al. 2024, section 3.2), which saves
+factor, computes it from the logits at hand in the forward pass (Liger Kernel, Hsu et al. 2024), which saves
 one of four products. Ranks may hold different numbers of vocabulary rows, even none.
 """
 

@@ -152,15 +152,15 @@ class TPGroup:
         return out
 
 
-def group_number(number: int) -> TPGroup:
+def group_of(number: int) -> TPGroup:
     """The group of this process with this number."""
     return _groups[number]
 
 
 def operator(schema: str) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:
     """Make a function an operator ``apollo_tp::name`` that compiled code runs as it is; returns the operator. Its result
-    must not share memory with its arguments: ``torch.library.custom_op`` would check that in every call, which takes more
-    of the host's time than all else in it."""
+    must not share memory with its arguments: ``torch.library.custom_op`` would check that in every call, in the time of
+    the host that feeds the device."""
 
     def define(function: Callable[_P, _R]) -> Callable[_P, _R]:
         name = schema.partition("(")[0]

@@ -21,8 +21,6 @@ log = logging.getLogger(__name__)
 
 MIN_BYTES = 2**20
 """Smaller sums are left to NCCL."""
-MAX_VIEWS = 64
-"""Shapes whose views are remembered: this runs four times per layer and step, on the host that feeds the device."""
 
 
 def reach_each_other(group: dist.ProcessGroup, device: torch.device) -> bool:
@@ -59,7 +57,7 @@ class PeerSums:
     next sum goes to the other, so that one barrier a sum is enough.
 
     The barriers are kernels that wait without a deadline, since one that gave up would end the CUDA context, and under MPS
-    perhaps the server's too. A rank whose peer is gone is ended by NCCL's timeout of the collective that every step has.
+    perhaps the server's too. A rank whose peer is gone is left to NCCL's timeout of the collective that every step has.
     """
 
     def __init__(self, rank: int, group: dist.ProcessGroup, num_bytes: int) -> None:
@@ -74,7 +72,6 @@ class PeerSums:
         self._halves = [(memory[:num_bytes], other[:num_bytes]), (memory[num_bytes:], other[num_bytes:])]
         self._copies = torch.cuda.Stream(device)
         self._turn = 0
-        self._views: dict[tuple[int, int, int, torch.dtype], tuple[Tensor, Tensor]] = {}
 
     def summed_products(self, pairs: Sequence[tuple[Tensor, Tensor]], beside: Callable[[], None] | None) -> Tensor:
         """The sum of ``a @ b`` [m, n] over ``pairs`` and both ranks, of at most num_bytes; what ``beside`` launches runs
@@ -101,11 +98,6 @@ class PeerSums:
     def _next_half(self, rows: int, columns: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Where to put a matrix that is to be summed, and where the other rank's is."""
         self._turn ^= 1
-        key = self._turn, rows, columns, dtype
-        if key not in self._views:
-            if len(self._views) >= MAX_VIEWS:
-                self._views.clear()
-            num_bytes = dtype.itemsize * rows * columns
-            mine, other = (half[:num_bytes].view(dtype).view(rows, columns) for half in self._halves[self._turn])
-            self._views[key] = mine, other
-        return self._views[key]
+        num_bytes = dtype.itemsize * rows * columns
+        mine, other = (half[:num_bytes].view(dtype).view(rows, columns) for half in self._halves[self._turn])
+        return mine, other

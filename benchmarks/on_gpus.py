@@ -1,6 +1,6 @@
 """Everything that needs GPUs, one after the other, each under a time limit; one table at the end.
 
-    python benchmarks/on_gpus.py --out out/gpus                      # all steps: about 40 minutes on two GPUs
+    python benchmarks/on_gpus.py --out out/gpus                      # all steps, on two GPUs
     python benchmarks/on_gpus.py --only sums optimizer step          # some
     python benchmarks/on_gpus.py --seconds 550 --out out/gpus        # what fits; the rest is left for the next run
     python benchmarks/on_gpus.py --rehearse --only step              # a tiny model, on any machine

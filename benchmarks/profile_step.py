@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch._inductor.config
 import torch.distributed as dist
 from rich.console import Console
 from rich.table import Table
@@ -160,7 +161,8 @@ def main() -> int:
     parser.add_argument("--kernels", type=int, default=0, help="also print this many of the longest kernels")
     parser.add_argument("--out", type=Path, help="folder for the JSON file")
     options = parser.parse_args()
-    compiled.OPTIONS = dict.fromkeys(options.inductor, True)
+    for name in options.inductor:
+        setattr(torch._inductor.config, name, True)
     compiled.REPEAT_CHEAP_WORK = not options.keep_activations
     if not options.overlap:
         joined.JoinedLinear.enter = lambda *_: None

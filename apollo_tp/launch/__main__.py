@@ -31,7 +31,7 @@ def main(arguments: list[str]) -> int:
         if rank == "0":
             print(f"apollo_tp.launch: {error}", file=sys.stderr)
         return EXIT_OPTIONS
-    gc.disable()  # what the import below makes is there to stay: to look through it for garbage is a seventh of its time
+    gc.disable()  # what the import below makes is there to stay: no use in looking through it for garbage
     from apollo_tp.launch.session import run
 
     gc.freeze()

@@ -19,8 +19,6 @@ REPEAT_CHEAP_WORK = True
 memory. Matrix products, attention and sums over ranks are never repeated: a budget of activation memory
 (``activation_memory_budget`` of torch) would repeat operators that it does not know first, and our sums are such."""
 BACKEND = "inductor"
-OPTIONS: dict[str, bool] = {}
-"""Further settings of inductor, such as coordinate_descent_tuning: benchmarks try them."""
 MAX_VARIANTS = 32
 """Compiled versions of a layer (kinds of layers, fixed and any length) before torch gives up and runs it uncompiled."""
 
@@ -42,9 +40,7 @@ def compile_layers(module: PreTrainedModel) -> int:
         setattr(torch._functorch.config, f"ban_recompute_{reason}", not REPEAT_CHEAP_WORK)
     layers = [layer for layer in decoder_layers(module) if _is_traceable(layer)]
     for layer in layers:
-        layer.forward = torch.compile(
-            layer.forward, backend=BACKEND, options=OPTIONS or None
-        )  # not the call: hooks around it stay as they are
+        layer.forward = torch.compile(layer.forward, backend=BACKEND)  # not the call: hooks around it stay as they are
     return len(layers)
 
 

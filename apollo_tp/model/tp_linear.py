@@ -1,7 +1,7 @@
 """Column- and row-parallel products together with their sums over the ranks.
 
-Column-parallel: the sum of the input's gradient runs while the weight's gradient is computed (Narayanan et al. 2021, as
-Megatron-LM does it). Row-parallel: the product lands where it is summed. Each is one operator, so that compiled code keeps
+Column-parallel: the sum of the input's gradient runs while the weight's gradient is computed, as
+Megatron-LM does it. Row-parallel: the product lands where it is summed. Each is one operator, so that compiled code keeps
 the order of what happens within.
 """
 
@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from apollo_tp.parallel import TPGroup, group_number, operator
+from apollo_tp.parallel import TPGroup, group_of, operator
 
 MIN_PART_ROWS = 1024
 """Output rows from which on a part of a joined product is worth products of its own in the backward pass: its gradient need
@@ -38,7 +38,7 @@ def _column_backward(grads: list[Tensor], x: Tensor, weight: Tensor, number: int
             torch.mm(grad.T, flat_x, out=part)
 
     pairs = list(zip(flat, weight.split(rows), strict=True))
-    grad_x = group_number(number).summed_products(pairs, beside=multiply_weight)
+    grad_x = group_of(number).summed_products(pairs, beside=multiply_weight)
     return grad_x.view(x.shape), grad_weight
 
 
@@ -50,7 +50,7 @@ def _(_grads: list[Tensor], x: Tensor, weight: Tensor, _number: int) -> tuple[Te
 @operator("row_parallel(Tensor x, Tensor weight, int number) -> Tensor")
 def _row_forward(x: Tensor, weight: Tensor, number: int) -> Tensor:
     """``x @ weight.T`` [..., out] summed over the group with this number."""
-    out = group_number(number).summed_products([(x.flatten(0, -2), weight.T)])
+    out = group_of(number).summed_products([(x.flatten(0, -2), weight.T)])
     return out.view(*x.shape[:-1], -1)
 
 
