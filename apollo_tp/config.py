@@ -125,6 +125,7 @@ class TrainConfig:
     gradients: GradientMode = option(GradientMode.auto, "fused (update in the backward pass) | stored | auto (by step)")
     compile: bool | None = option(None, "compile decoder layers with torch.compile; null: on GPUs only")
     peer_memory: bool = option(True, "two GPUs with access to each other sum through their memory; false: NCCL")
+    cuda_graphs: bool = option(True, "record steps that are alike and replay them, where GPU memory allows")
     precision: Precision = option(Precision.remainder, "bf16 writes: remainder | stochastic | nearest")
     threads: int | None = option(None, "CPU threads per rank; null leaves torch's default")
 

@@ -18,6 +18,8 @@ from torch import Tensor
 from apollo_tp.errors import RequestError
 from apollo_tp.protocol import PreferencePair, Sample
 
+_TENSORS = ("token_ids", "position_ids", "cu_seqlens", "targets", "weights", "loss_positions")
+
 
 @dataclass(frozen=True)
 class PackedBatch:
@@ -47,13 +49,23 @@ class PackedBatch:
     def num_tokens(self) -> int:
         return sum(self.lengths)
 
+    @property
+    def structure(self) -> tuple[tuple[int, ...], int]:
+        """What the shapes of all that is computed from this batch follow from."""
+        return self.lengths, self.num_loss_tokens
+
+    def scaled(self, factor: float) -> PackedBatch:
+        """The same batch with ``factor`` times its weights."""
+        return replace(self, weights=factor * self.weights, weight_sum=factor * self.weight_sum)
+
     def to(self, device: torch.device) -> PackedBatch:
         """The same batch with its tensors on ``device``."""
-        moved = {
-            name: getattr(self, name).to(device, non_blocking=True)
-            for name in ("token_ids", "position_ids", "cu_seqlens", "targets", "weights", "loss_positions")
-        }
-        return replace(self, **moved)
+        return replace(self, **{name: getattr(self, name).to(device, non_blocking=True) for name in _TENSORS})
+
+    def copy_(self, other: PackedBatch) -> None:
+        """Take over the tensors of a batch of the same structure, in place."""
+        for name in _TENSORS:
+            getattr(self, name).copy_(getattr(other, name), non_blocking=True)
 
 
 def pack(samples: Sequence[Sample], max_tokens: int) -> list[PackedBatch]:

@@ -88,6 +88,12 @@ class MemoryPlan:
         """Bytes that are not there; negative if all are."""
         return self.needed - self.available
 
+    def fits_replays(self, *, beside: bool) -> bool:
+        """Whether recorded passes, which keep their memory, fit beside the optimizer's temporaries; with ``beside``, also
+        beside passes that are not recorded."""
+        passes = self.gradients + self.activations
+        return round((passes * (2 if beside else 1) + self.optimizer) * (1 + MARGIN)) <= self.available
+
     def describe(self) -> str:
         """One line for status pages and logs."""
         return (

@@ -43,6 +43,11 @@ class Pace:
             for layer in decoder_layers(module):
                 layer.register_forward_hook(self._after_forward)
 
+    @property
+    def rests(self) -> bool:
+        """Whether it ever waits."""
+        return self._rest > 0
+
     def begin(self) -> None:
         """A command begins: what happened before it was not the trainer's work, and a ``hold`` is over."""
         self._held = False

@@ -115,6 +115,16 @@ class TPGroup:
             pending.wait()
         return product
 
+    @property
+    def peers(self) -> PeerSums | None:
+        """The memory that sums go through, if any have yet: work that was recorded goes on using it."""
+        return self._peer_sums
+
+    def settle(self) -> None:
+        """At the edges of work that is recorded and replayed: what comes next may begin with either half of ``peers``."""
+        if self._peer_sums is not None:
+            self._peer_sums.settle()
+
     def _peers(self, device: torch.device, num_bytes: int) -> PeerSums | None:
         """Memory for sums of ``num_bytes``, made when first needed; None where NCCL or gloo do better. Collective."""
         if (

@@ -161,7 +161,7 @@ class _Rehearsal:
         self.meter.lap()
         handles = [leaf.register_post_accumulate_grad_hook(lap) for leaf in self.leaves]  # after a fused update's hook
         try:
-            loss = self.model.forward_loss(batch.to(self.device), 1.0 / batch.weight_sum).loss
+            loss = self.model.forward_loss(batch.scaled(1.0 / batch.weight_sum).to(self.device)).loss
             lap()
             if self.fused:
                 self.optimizer.begin_fused_step(loss=self.not_finite)

@@ -15,6 +15,7 @@ from torch import Tensor
 from apollo_tp.config import GradientMode
 from apollo_tp.data import PackedBatch, empty_share, pack, pack_pairs
 from apollo_tp.errors import ConfigError
+from apollo_tp.graphs import Replays
 from apollo_tp.loss import preference_loss, unit
 from apollo_tp.model import BoundModel
 from apollo_tp.optim import Optimizer, StepOutcome
@@ -90,18 +91,27 @@ class Trainer:
         if gradients is not GradientMode.stored:
             optimizer.attach_fused()
         self.gradients = gradients
+        self._replays: Replays | None = None
+
+    def record_passes(self, replays: Replays) -> bool:
+        """From now on steps that are alike are replayed; False if none ever can be: gradients are not stored, inference has
+        its turns between layers, or the work follows from more than a batch's structure."""
+        possible = self.gradients is GradientMode.stored and self.model.is_static and not self._pace.rests
+        self._replays = replays if possible else None
+        return possible
 
     def step(self, samples: Sequence[Sample], learning_rate_scale: float = 1.0) -> StepResult:
         """One supervised step: weighted mean cross-entropy over all samples, accumulated over micro-batches."""
         clock = _Clock(self.device)
         batches = pack(samples, self.max_micro_batch_tokens)
-        total_weight = sum(batch.weight_sum for batch in batches)
+        share = 1.0 / sum(batch.weight_sum for batch in batches)
+        batches = [batch.scaled(share) for batch in batches]
 
         def loss_of(batch: PackedBatch) -> tuple[Tensor, Tensor]:
-            sums = self.model.forward_loss(batch, 1.0 / total_weight)
+            sums = self.model.forward_loss(batch)
             return sums.loss, sums.correct
 
-        return self._step(batches, loss_of, learning_rate_scale, clock)
+        return self._step(batches, loss_of, learning_rate_scale, clock, self._replays)
 
     def preference_step(
         self, pairs: Sequence[PreferencePair], beta: float, learning_rate_scale: float = 1.0
@@ -132,22 +142,30 @@ class Trainer:
         loss_of: Callable[[PackedBatch], tuple[Tensor, Tensor]],
         learning_rate_scale: float,
         clock: _Clock,
+        replays: Replays | None = None,
     ) -> StepResult:
         fused = self._is_fused(batches)
+        batches = [batch.to(self.device) for batch in batches]  # at once: a copy waits for what was started before
+        if replays is None or not replays.ready(batches):
+            self._make_room()
+            replays = None
         self._pace.begin()
         self.optimizer.zero_grad()
         self.model.zero_grad()
         loss_sum = torch.zeros((), device=self.device)
         correct = torch.zeros((), device=self.device)
-        for batch in batches:
-            loss, hits = loss_of(batch.to(self.device))
-            self._pace.give_way()
-            clock.mark("forward")
-            if fused:
-                self._before_write()
-                self.optimizer.begin_fused_step(learning_rate_scale, loss)
-            loss.backward(unit(loss.device))
-            self._pace.give_way()
+        for position, batch in enumerate(batches):
+            if replays is not None:
+                loss, hits = replays.run(batch, accumulate=position > 0)
+            else:
+                loss, hits = loss_of(batch)
+                self._pace.give_way()
+                clock.mark("forward")
+                if fused:
+                    self._before_write()
+                    self.optimizer.begin_fused_step(learning_rate_scale, loss)
+                loss.backward(unit(loss.device))
+                self._pace.give_way()
             clock.mark("backward")
             loss_sum += loss.detach()
             correct += hits.detach()
@@ -202,6 +220,7 @@ class Trainer:
         """Log-probabilities of ``samples`` under the weights of this moment; nothing changes."""
         logprobs, correct = [0.0] * len(samples), [0.0] * len(samples)
         self._pace.begin()
+        self._make_room()
         for batch in pack(samples, self.max_micro_batch_tokens):
             scored = self.model.sequence_logprobs(batch.to(self.device))
             self._pace.give_way()
@@ -213,7 +232,18 @@ class Trainer:
 
     def peak_memory_bytes(self) -> int:
         """Peak GPU memory of this rank beyond the served weights since its memory was planned; 0 on CPU."""
-        return torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else 0
+        if self.device.type != "cuda":
+            return 0
+        return self._replays.peak_memory_bytes() if self._replays else torch.cuda.max_memory_allocated(self.device)
+
+    def drop_passes(self) -> None:
+        """Give the memory of recorded passes back. Steps that are alike are recorded again."""
+        if self._replays is not None:
+            self._replays.drop()
+
+    def _make_room(self) -> None:
+        if self._replays is not None:
+            self._replays.make_room()
 
 
 class _Clock:

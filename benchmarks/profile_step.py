@@ -34,6 +34,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PretrainedConfig, Qwen3Config
 
 from apollo_tp.config import GradientMode, OptimConfig, Precision, TrainConfig
+from apollo_tp.graphs import Replays
 from apollo_tp.layout import Shard
 from apollo_tp.model import bind_model, compiled, joined
 from apollo_tp.optim import build_optimizer
@@ -158,6 +159,7 @@ def main() -> int:
     parser.add_argument("--keep-activations", action="store_true", help="compiled code repeats nothing")
     parser.add_argument("--peer-memory", action=argparse.BooleanOptionalAction, default=True, help="of two GPUs")
     parser.add_argument("--overlap", action=argparse.BooleanOptionalAction, default=True, help="of sums and products")
+    parser.add_argument("--graphs", action=argparse.BooleanOptionalAction, default=True, help="replay recorded passes")
     parser.add_argument("--kernels", type=int, default=0, help="also print this many of the longest kernels")
     parser.add_argument("--out", type=Path, help="folder for the JSON file")
     options = parser.parse_args()
@@ -210,6 +212,8 @@ def run(config: PretrainedConfig, tokens: int, device: str, tp: TPGroup, options
     )  # fmt: skip
     if device == "cuda":  # as at a trainer's start: shorter steps come first, and layers are compiled for any length
         plan = plan_memory(trainer, CudaMeter(trainer.device), tokens)
+        if options.graphs:
+            trainer.record_passes(Replays(model, beside=plan.fits_replays(beside=True)))
         planned = (plan.activations + plan.gradients + torch.cuda.memory_allocated() - weights) / 1e9
     ids = torch.randint(0, config.vocab_size, (tokens,)).tolist()
     samples = [Sample(token_ids=ids, weights=[0.0] + [1.0] * (tokens - 1))]
@@ -229,10 +233,8 @@ def run(config: PretrainedConfig, tokens: int, device: str, tp: TPGroup, options
         "state GB": optimizer.state_bytes() / 1e9, "loss": result.loss,
     }  # fmt: skip
     if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        trainer.step(samples)
         measured["planned GB beyond weights"] = planned
-        measured["peak GB beyond weights"] = (torch.cuda.max_memory_allocated() - weights) / 1e9
+        measured["peak GB beyond weights"] = (trainer.peak_memory_bytes() - weights) / 1e9
         with torch.profiler.profile() as profile:
             trainer.step(samples)
         measured |= {f"GPU ms, {k}": v for k, v in sorted(categories(profile).items(), key=lambda kv: -kv[1])}

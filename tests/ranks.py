@@ -4,7 +4,8 @@ A file:// rendezvous in a temporary folder: no ports to collide. ``fn(tp, *args)
 
 Importing torch and transformers takes a process many times longer than most functions. So each rank has an origin: a
 process, spawned once, that imports them and then forks a process for every call. Nothing is left over from one call to the
-next, and a rank may die, hang or change global state as it likes.
+next, and a rank may die, hang or change global state as it likes. Where the imports start threads (torch with CUDA), whose
+locks a fork would leave taken, an origin is the rank of one call and ends.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from apollo_tp.parallel import TPGroup
 
 _IMPORTED = ("pytest", "apollo_tp.trainer", "apollo_tp.checkpoint", "tests.multirank.exactness")
 """What ranks find imported. A module that is missing here costs time alone."""
+_ENDED = "ended"
 
 
 class _Origin:
@@ -67,12 +69,15 @@ def _fork_for_each_call(connection: Any) -> None:
     for name in _IMPORTED:
         importlib.import_module(name)
     threads = os.listdir("/proc/self/task")
-    assert len(threads) == 1, f"got {len(threads)} threads, expected one: fork() leaves the others' locks taken"
     gc.freeze()
     while True:
         try:
             call = connection.recv_bytes()
         except EOFError:
+            return
+        if len(threads) > 1:
+            _rank_main(connection, call)
+            connection.send_bytes(pickle.dumps((None, _ENDED)))
             return
         if (pid := os.fork()) == 0:
             try:
@@ -119,11 +124,12 @@ def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, deadline_seco
             for rank, connection in enumerate(connections):
                 connection.send_bytes(pickle.dumps((dict(os.environ), rank, world_size, folder, fn, args)))
             results = _collect(connections, deadline)
-            _await_ends(connections)
+            go_on = _await_ends(connections)
         except BaseException:
-            while _origins:
-                _origins.pop().discard()
+            _discard_origins()
             raise
+    if not go_on:
+        _discard_origins()
     return results
 
 
@@ -148,9 +154,17 @@ def _collect(connections: list[Any], deadline: float) -> list[Any]:
     return [results[rank] for rank in range(len(connections))]
 
 
-def _await_ends(connections: list[Any]) -> None:
-    """Ranks end with their results sent, each at once: that wakes those that still wait for it in a collective."""
+def _await_ends(connections: list[Any]) -> bool:
+    """Ranks end with their results sent, each at once: that wakes those that still wait for it in a collective. Returns
+    whether all origins can have another call."""
+    statuses = []
     for rank, connection in enumerate(connections):
         assert connection.poll(10), f"rank {rank} did not end after its result"
-        _, status = pickle.loads(connection.recv_bytes())
-        assert status == 0, f"rank {rank} ended with exit status {status} after its result"
+        statuses.append(pickle.loads(connection.recv_bytes())[1])
+        assert statuses[-1] in (0, _ENDED), f"rank {rank} ended with exit status {statuses[-1]} after its result"
+    return _ENDED not in statuses
+
+
+def _discard_origins() -> None:
+    while _origins:
+        _origins.pop().discard()

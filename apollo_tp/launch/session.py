@@ -20,6 +20,7 @@ from apollo_tp.checkpoint import CheckpointWriter, read_info
 from apollo_tp.checkpoint.folder import OPTIMIZER_DIR
 from apollo_tp.config import Config
 from apollo_tp.errors import ConfigError, RankFailedError, ServerGoneError
+from apollo_tp.graphs import Replays
 from apollo_tp.launch.coordinator_process import CoordinatorProcess
 from apollo_tp.launch.distributed import World, join
 from apollo_tp.launch.lineage import Lineage, LineageFile
@@ -180,7 +181,10 @@ def _plan_memory(config: Config, control: Control, trainer: Trainer) -> str:
         return "not planned on a CPU, where attention keeps its scores: their need depends on the lengths in each batch"
     with _together(control):
         plan = plan_memory(trainer, CudaMeter(trainer.device), config.train.max_sequence_tokens)
-    return plan.describe()
+    replays = config.train.cuda_graphs and plan.fits_replays(beside=False)
+    if replays:
+        replays = trainer.record_passes(Replays(trainer.model, beside=plan.fits_replays(beside=True)))
+    return f"{plan.describe()}; steps that are alike are {'' if replays else 'not '}recorded"
 
 
 def _update_gate(

@@ -29,6 +29,7 @@ from apollo_tp.model.regions import (
     install_regions,
 )
 from apollo_tp.model.vocabulary import VocabParallelEmbedding
+from apollo_tp.pace import decoder_layers
 from apollo_tp.parallel import TPGroup
 
 Shards = dict[str, tuple[Shard, Tensor]]
@@ -70,8 +71,7 @@ def bind_model(
     module.to(next(iter(leaves.values())).parameter.device)  # buffers: the parameters are there already
     if gradient_checkpointing:
         module.gradient_checkpointing_enable({"use_reentrant": False})
-    if compiled:
-        compile_layers(module)
+    num_compiled = compile_layers(module) if compiled else 0
     sync = GradientSync(
         [
             (shard, leaf.parameter, index)
@@ -85,6 +85,7 @@ def bind_model(
         module=module,
         parameters=_bound_parameters(leaves, vocabulary, sync),
         untouched=tuple(names.untouched),
+        is_static=num_compiled == len(decoder_layers(module)) and not gradient_checkpointing,
         tp=tp,
         head_weight=leaves[vocabulary.embedding if tied else vocabulary.head].parameter,
         vocab=vocab,

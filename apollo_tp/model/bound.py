@@ -54,14 +54,12 @@ class BoundParameter:
 class LossSums:
     """Sums over a micro-batch, the same on all ranks.
 
-    ``loss``: scale x sum of weight x negative log-likelihood (nats, fp32 scalar, differentiable); ``weight``: sum of
-    weights; ``correct``: number of loss tokens that are the arg max (fp32 scalar); ``num_loss_tokens``: those with a weight.
+    ``loss``: sum of weight x negative log-likelihood (nats, fp32 scalar, differentiable); ``correct``: number of loss tokens
+    that are the arg max (fp32 scalar).
     """
 
     loss: Tensor
-    weight: float
     correct: Tensor
-    num_loss_tokens: int
 
 
 @dataclass(frozen=True)
@@ -89,6 +87,8 @@ class BoundModel:
     head_weight: nn.Parameter
     vocab: VocabShard
     gradient_sync: GradientSync
+    is_static: bool = False
+    """All of a micro-batch's work follows from its structure (``PackedBatch.structure``): it can be recorded once."""
 
     def hidden_states(self, batch: PackedBatch) -> Tensor:
         """Final hidden states [T, H] of the packed tokens, the same on all ranks."""
@@ -112,12 +112,11 @@ class BoundModel:
         )  # [...] sorts them in the backward pass
         return hidden, self.head_weight, batch.targets[batch.loss_positions]
 
-    def forward_loss(self, batch: PackedBatch, scale: float = 1.0) -> LossSums:
-        """``scale`` times the weighted negative log-likelihood of the micro-batch, summed. ``batch`` must be on the
-        parameters' device. Its backward pass can run once; the gradient of the head is computed here."""
-        weights = scale * batch.weights[batch.loss_positions]
-        loss, correct = nll_sum(*self._loss_tokens(batch), weights, self.vocab)
-        return LossSums(loss, batch.weight_sum, correct.float().sum(), batch.num_loss_tokens)
+    def forward_loss(self, batch: PackedBatch) -> LossSums:
+        """The weighted negative log-likelihood of the micro-batch, summed. ``batch`` must be on the parameters' device. Its
+        backward pass can run once; the gradient of the head is computed here."""
+        loss, correct = nll_sum(*self._loss_tokens(batch), batch.weights[batch.loss_positions], self.vocab)
+        return LossSums(loss, correct.float().sum())
 
     def sequence_logprobs(self, batch: PackedBatch) -> SequenceLogprobs:
         """Per-token and per-sequence log-probabilities; under ``torch.no_grad`` nothing is kept for a backward pass."""
@@ -144,9 +143,10 @@ class BoundModel:
 
     def zero_grad(self) -> None:
         """Forget all gradients. The device waits for this between steps: no walk over the module's children."""
-        for leaf in self._leaves:
+        for leaf in self.leaves:
             leaf.grad = None
 
     @cached_property
-    def _leaves(self) -> list[nn.Parameter]:
+    def leaves(self) -> list[nn.Parameter]:
+        """What autograd accumulates the gradients of ``parameters`` in."""
         return list({id(parameter.leaf): parameter.leaf for parameter in self.parameters}.values())

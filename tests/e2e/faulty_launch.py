@@ -25,9 +25,9 @@ _forward_loss, _update = BoundModel.forward_loss, Bundle.update
 _token = 0
 
 
-def _faulty(self: BoundModel, batch: PackedBatch, scale: float) -> LossSums:
+def _faulty(self: BoundModel, batch: PackedBatch) -> LossSums:
     global _token
-    sums = _forward_loss(self, batch, scale)
+    sums = _forward_loss(self, batch)
     _token, last = int(batch.token_ids[0]), dist.get_rank() == dist.get_world_size() - 1
     if _token == ALL_OUT_OF_MEMORY or (_token == ONE_OUT_OF_MEMORY and last):
         torch.empty(TOO_MANY_BYTES, dtype=torch.uint8, device=batch.token_ids.device)

@@ -37,12 +37,12 @@ class Counter:
         self.run, self.room, self.most, self.lengths = run, room, 0, []
         model, forward = run.trainer.model, run.trainer.model.forward_loss
 
-        def forward_loss(batch: PackedBatch, scale: float) -> LossSums:
+        def forward_loss(batch: PackedBatch) -> LossSums:
             self.lengths.append(batch.num_tokens)
             self.most = self.allocated() + PER_TOKEN * batch.num_tokens
             if self.most > room:
                 raise torch.OutOfMemoryError("counted")
-            return forward(batch, scale)
+            return forward(batch)
 
         model.forward_loss = forward_loss  # type: ignore[method-assign]
 

@@ -1,0 +1,148 @@
+"""Steps that are alike are replayed: when they are recorded, when not, and that they train as steps without a recording do.
+
+A CPU has no graphs: a stand-in computes anew, into tensors that stay where they are. tests/gpu has the real ones.
+"""
+
+from __future__ import annotations
+
+import datetime
+from pathlib import Path
+
+import pytest
+import torch
+
+from apollo_tp.config import GradientMode
+from apollo_tp.data import PackedBatch
+from apollo_tp.graphs import Replays, assign
+from apollo_tp.model import BoundModel
+from apollo_tp.parallel import TPGroup
+from tests.multirank.exactness import samples
+from tests.multirank.test_gradient_modes import CONFIG, Run, differing
+from tests.multirank.test_memory_plan import state
+from tests.ranks import run_ranks
+
+SHORT, LONG, TWO = (20, 11), (33, 17), (60, 60)
+"""Lengths of a step's samples: one micro-batch each, and two that are alike."""
+
+
+class Recomputed:
+    """Passes that are recorded by running them once, which leaves only the shapes behind."""
+
+    def __init__(self, model: BoundModel, batch: PackedBatch, before: Recomputed | None) -> None:
+        self.model, self.batch, self.adds = model, batch, before is not None
+        self.loss, self.correct = torch.zeros(()), torch.zeros(())
+        if before is None:
+            self._run()
+            self.gradients = [None if leaf.grad is None else leaf.grad.fill_(torch.nan) for leaf in model.leaves]
+        else:
+            self.gradients = before.gradients
+
+    def _run(self) -> None:
+        sums = self.model.forward_loss(self.batch)
+        sums.loss.backward()
+        self.loss.copy_(sums.loss.detach())
+        self.correct.copy_(sums.correct)
+
+    def replay(self) -> None:
+        if not self.adds:
+            self.model.zero_grad()
+        self._run()
+        if not self.adds:
+            for leaf, gradient in zip(self.model.leaves, self.gradients, strict=True):
+                if gradient is not None:
+                    gradient.copy_(leaf.grad)
+            assign(self.model, self.gradients)
+
+    def idle_bytes(self) -> int:
+        return 0
+
+
+class Recorder:
+    """Counts recordings: "first" or "adds". The recording number ``fails_at`` fails, on the last rank."""
+
+    def __init__(self, run: Run, *, beside: bool = True, fails_at: int = 0) -> None:
+        self.made: list[str] = []
+        self._fails_at = fails_at
+        run.trainer.model.is_static = True
+        self.replays = Replays(run.trainer.model, beside=beside, record=self._record)
+        assert run.trainer.record_passes(self.replays)
+
+    def _record(self, model: BoundModel, batch: PackedBatch, before: Recomputed | None) -> Recomputed:
+        self.made.append("first" if before is None else "adds")
+        passes = Recomputed(model, batch, before)
+        if len(self.made) == self._fails_at and model.tp.rank == model.tp.size - 1:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        return passes
+
+
+def compare(tp: TPGroup, folder: Path, lengths: list[tuple[int, ...]], name: str = "qwen3", **options: object) -> list:
+    """Train with and without replays; returns what was recorded by each step's end."""
+    recorded, plain = (Run(tp, folder, name, GradientMode.stored) for _ in range(2))
+    recorder, made = Recorder(recorded, **options), []  # type: ignore[arg-type]
+    for step, of_step in enumerate(lengths):
+        ours, expected = (
+            run.trainer.step(samples(vocab_size=64, seed=step, lengths=of_step)) for run in (recorded, plain)
+        )
+        assert (ours.loss, ours.token_accuracy, ours.outcome) == (
+            expected.loss,
+            expected.token_accuracy,
+            expected.outcome,
+        )
+        made.append(len(recorder.made))
+    assert differing(state(plain), state(recorded)) == []
+    return [made, recorder.made]
+
+
+def _replay(tp: TPGroup, folder: Path) -> None:
+    for name in ("qwen3", "3 micro-batches, checkpointing, tied", "one KV head", "fused rows replicated in part"):
+        assert compare(tp, folder, [SHORT, SHORT, SHORT, TWO, TWO, TWO], name) == [
+            [0, 1, 1, 1, 3, 3], ["first", "first", "adds"],
+        ]  # fmt: skip
+    # the number of micro-batches may change
+    assert compare(tp, folder, [(60,), TWO, TWO, (60,), TWO])[1] == ["first", "adds"]
+    # another step in between: what is recorded stays, or makes room
+    in_between = [SHORT, SHORT, LONG, SHORT, SHORT]
+    assert compare(tp, folder, in_between) == [[0, 1, 1, 1, 1], ["first"]]
+    assert compare(tp, folder, in_between, beside=False) == [[0, 1, 1, 1, 2], ["first"] * 2]
+    assert compare(tp, folder, [(20, 60), (20, 60)])[1] == [], "two micro-batches that are not alike"
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_replayed_steps_train_as_others_do(size: int, checkpoints: Path) -> None:
+    run_ranks(_replay, size, checkpoints, deadline_seconds=200)
+
+
+def _fail(tp: TPGroup, folder: Path) -> None:
+    assert compare(tp, folder, [SHORT, SHORT, SHORT, SHORT], fails_at=1)[1] == ["first"]
+    assert compare(tp, folder, [TWO, TWO, TWO, TWO], fails_at=2)[1] == ["first", "adds"]
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_work_that_cannot_be_recorded_on_one_rank_runs_as_usual_on_all(size: int, checkpoints: Path) -> None:
+    run_ranks(_fail, size, checkpoints)
+
+
+def _rejoin(tp: TPGroup, folder: Path) -> None:
+    tp = TPGroup.world("gloo", datetime.timedelta(seconds=60))
+    run = Run(tp, folder, "qwen3", GradientMode.stored)
+    recorder = Recorder(run)
+    for step in range(6):
+        if step == 3:
+            tp.dissolve()
+            tp.form("gloo", datetime.timedelta(seconds=60))
+        assert not run.trainer.step(samples(vocab_size=64, lengths=SHORT)).outcome.skipped
+        assert len(recorder.made) == [0, 1, 1, 1, 2, 2][step]
+        run.trainer.score(samples(vocab_size=64, lengths=LONG))
+
+
+def test_a_new_process_group_is_recorded_anew(checkpoints: Path) -> None:
+    """Recorded collectives belong to the group that they were recorded with."""
+    run_ranks(_rejoin, 2, checkpoints)
+
+
+def test_steps_that_cannot_be_recorded_are_not(checkpoints: Path) -> None:
+    """Work that follows from the data, and gradients that are freed in the backward pass."""
+    for mode, is_static in ((GradientMode.stored, False), (GradientMode.auto, True)):
+        run = Run(TPGroup.single(), checkpoints, "qwen3", mode, CONFIG)
+        run.trainer.model.is_static = is_static
+        assert not run.trainer.record_passes(Replays(run.trainer.model, beside=True))
