@@ -7,10 +7,11 @@ a step whose micro-batches are not all alike, and like those of the step before,
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import traceback
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -41,7 +42,8 @@ class Passes(Protocol):
 
 
 class CudaPasses:
-    """Passes as a CUDA graph. Behind ``before``, of the same batch, they add to its gradients and use its memory.
+    """Passes as two CUDA graphs: the device begins with the forward pass while the host still launches the other. Behind
+    ``before``, of the same batch, they add to its gradients and use its memory.
 
     Recording runs nothing. Raises RuntimeError for work that cannot be recorded (one that waits for the device, say), and
     where memory is short.
@@ -50,17 +52,13 @@ class CudaPasses:
     def __init__(self, model: BoundModel, batch: PackedBatch, before: CudaPasses | None) -> None:
         tp, one = model.tp, unit(batch.token_ids.device)
         traffic = Counter(tp.traffic)
-        self._graph = torch.cuda.CUDAGraph()
-        pool = None if before is None else before._graph.pool()
+        self._pool = torch.cuda.graph_pool_handle() if before is None else before._pool
+        self._graphs: list[torch.cuda.CUDAGraph] = []
         assign(model, [None] * len(model.leaves) if before is None else before.gradients)
-        # Threads that watch over NCCL ask for events meanwhile, which is no part of this. A recording that fails would leave
-        # its stream the current one.
-        with (
-            torch.cuda.stream(torch.cuda.current_stream()),
-            torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"),
-        ):
+        with self._recording():
             tp.settle()  # what ran before may have left off at either half of the peers' memory
             sums = model.forward_loss(batch)
+        with self._recording():
             sums.loss.backward(one)
             tp.settle()
         self.loss, self.correct = sums.loss.detach(), sums.correct
@@ -68,12 +66,25 @@ class CudaPasses:
         self._peers = tp.peers  # the graph reads their memory
         self._tp, self._traffic = tp, tp.traffic - traffic
 
+    @contextlib.contextmanager
+    def _recording(self) -> Iterator[None]:
+        graph = torch.cuda.CUDAGraph()
+        # A recording that fails would leave its stream the current one. Threads that watch over NCCL ask for events
+        # meanwhile, which is no part of it.
+        with (
+            torch.cuda.stream(torch.cuda.current_stream()),
+            torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"),
+        ):
+            yield
+        self._graphs.append(graph)
+
     def replay(self) -> None:
-        self._graph.replay()
+        for graph in self._graphs:
+            graph.replay()
         self._tp.traffic.update(self._traffic)
 
     def idle_bytes(self) -> int:
-        segments = torch.cuda.memory_snapshot(self._graph.pool())
+        segments = torch.cuda.memory_snapshot(self._pool)
         return sum(segment["total_size"] - segment["allocated_size"] for segment in segments)
 
 

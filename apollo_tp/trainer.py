@@ -234,7 +234,8 @@ class Trainer:
         """Peak GPU memory of this rank beyond the served weights since its memory was planned; 0 on CPU."""
         if self.device.type != "cuda":
             return 0
-        return self._replays.peak_memory_bytes() if self._replays else torch.cuda.max_memory_allocated(self.device)
+        peak = self._replays.peak_memory_bytes() if self._replays else torch.cuda.max_memory_allocated(self.device)
+        return peak + (2 * self.tp.peers.num_bytes if self.tp.peers else 0)  # which torch's allocator does not count
 
     def drop_passes(self) -> None:
         """Give the memory of recorded passes back. Steps that are alike are recorded again."""

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import os
 import shlex
 import shutil
 import statistics
@@ -51,9 +52,13 @@ from apollo_tp.placement import place
 
 LOW_MEMORY = ("train.gradients=fused", "optim.max_grad_norm=null", "train.gradient_checkpointing=true")
 """Gradients are freed in the backward pass (which rules out clipping), activations computed again: what lets 27B fit."""
+NO_REMAINDER = "train.precision=stochastic"
+"""The remainders of 27B take another 27 GB on each of two GPUs, which leaves too little of 80."""
 
 # Text alone, and vLLM's own Triton kernel for prefills: on Hopper it would take flashinfer's, installed or not.
 QWEN35_SERVER = ("--language-model-only", "--gdn-prefill-backend", "triton")
+START_SECONDS = 400
+UNTUNED = Path(__file__).with_name("untuned")
 
 
 @dataclass(frozen=True)
@@ -71,7 +76,7 @@ class Model:
 MODELS = {
     "qwen3-8b": Model(QWEN3_8B, 0.3),
     "qwen3-32b": Model(QWEN3_32B, 0.55, overrides=LOW_MEMORY),
-    "qwen3.5-27b": Model(qwen35(QWEN35_27B_TEXT), 0.45, Qwen3_5Config, QWEN35_SERVER, LOW_MEMORY),
+    "qwen3.5-27b": Model(qwen35(QWEN35_27B_TEXT), 0.5, Qwen3_5Config, QWEN35_SERVER, (*LOW_MEMORY, NO_REMAINDER)),
     "tiny-qwen3.5": Model(qwen35(TINY_QWEN35_TEXT), 0.3, Qwen3_5Config, QWEN35_SERVER, LOW_MEMORY, 64),
 }
 
@@ -84,8 +89,13 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--server-args", default="", help="further options of the vLLM server, in one string")
     parser.add_argument("--overrides", default="", help="further options of the trainer, in one string")
+    parser.add_argument(
+        "--untuned", action="store_true", help="Triton's kernels are not autotuned, which takes minutes"
+    )
     parser.add_argument("--out", type=Path, help="folder for the JSON file")
     options = parser.parse_args()
+    if options.untuned:  # for the processes that this one starts
+        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(UNTUNED), os.environ.get("PYTHONPATH")]))
     options.tokens = options.tokens or MODELS[options.model].tokens
     columns = [measure(MODELS[options.model], tp, options) for tp in options.tp]
     report(columns, options)
@@ -105,7 +115,7 @@ def measure(model: Model, tp: int, options: argparse.Namespace) -> dict[str, Any
         serving(Path(name), model.config, tp=tp, extra=server, config_class=model.config_class) as served,
     ):
         serving_only = used_bytes()
-        with training(served, Path(name) / "state", tp=tp, overrides=overrides) as trainer:
+        with training(served, Path(name) / "state", tp=tp, overrides=overrides, seconds=START_SECONDS) as trainer:
             hello = trainer.status()["trainer"]
             samples = random_samples(1, options.tokens, hello["vocab_size"])
             job = trainer.submit({"samples": samples, "epochs": options.steps, "batch_size": 1, "wait": True})
@@ -118,7 +128,8 @@ def measure(model: Model, tp: int, options: argparse.Namespace) -> dict[str, Any
     peak = (steps[-1].get("peak_memory_bytes") or [0])[0]
     return {
         "tp": tp, "tokens_per_step": options.tokens, "num_parameters": hello["num_parameters"], "gradients": gradients,
-        "overrides": overrides, "server_options": server, "optimizer": hello["optimizer"],
+        "overrides": overrides, "server_options": server, "untuned": options.untuned, "memory_plan": hello["memory"],
+        "optimizer": hello["optimizer"],
         **speed(steps[2:], hello["num_parameters"], options.tokens, tp),
         "memory_bytes": memory_rows(weights, parts, gradients, peak, (before, serving_only, both)),
     }  # fmt: skip

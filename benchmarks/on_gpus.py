@@ -52,17 +52,20 @@ def pytest(*words: str) -> tuple[str, ...]:
 
 STEPS = {
     "sums": Step(pytest("tests/gpu/test_peer_memory.py"), 100, server=False, rehearsal=None),
+    "graphs": Step(pytest("tests/gpu/test_graphs.py"), 150, server=False, rehearsal=None),
+    "gdn": Step(pytest("tests/gpu/test_gated_delta_net.py"), 400, server=False, rehearsal=None),
     "memory": Step(pytest("tests/gpu/test_memory_plan.py"), 300, server=False, rehearsal=None),
     "profile": Step(
         ("-m", "torch.distributed.run", "--nproc-per-node", "2", "benchmarks/profile_step.py", "--kernels", "45"),
-        90, server=False,
+        150, server=False,
     ),
     "optimizer": Step(bench("optimizer", "--steps", "40", "--out", "{out}/optimizer.md"), 110, server=False, rehearsal=()),
     "step": Step(bench("step", "--cases", "1x", "1x-stochastic", "fsdp2-1x-compiled", "--out", "{out}"), 330),
     "step-rest": Step(bench("step", "--cases", *REST, "--out", "{out}/rest"), 450),
     "scale": Step(bench("scale", "--tp", "1", "2", "--out", "{out}"), 450, rehearsal=None),
     "27B": Step(
-        bench("scale", "--model", "qwen3.5-27b", "--tp", "2", "--steps", "4", "--out", "{out}"), 540, rehearsal=None
+        bench("scale", "--model", "qwen3.5-27b", "--tp", "2", "--steps", "4", "--untuned", "--out", "{out}"),
+        540, rehearsal=None,
     ),
     "map": Step(bench("map", "--out", "{out}"), 300),
     "latency-mps": Step(bench("latency", "--cases", MPS, "--seconds", "4", "--out", "{out}/mps"), 400),

@@ -214,6 +214,7 @@ def run(config: PretrainedConfig, tokens: int, device: str, tp: TPGroup, options
         plan = plan_memory(trainer, CudaMeter(trainer.device), tokens)
         if options.graphs:
             trainer.record_passes(Replays(model, beside=plan.fits_replays(beside=True)))
+        print(plan.describe())
         planned = (plan.activations + plan.gradients + torch.cuda.memory_allocated() - weights) / 1e9
     ids = torch.randint(0, config.vocab_size, (tokens,)).tolist()
     samples = [Sample(token_ids=ids, weights=[0.0] + [1.0] * (tokens - 1))]
