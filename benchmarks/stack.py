@@ -124,7 +124,7 @@ def serving(
 ) -> Iterator[Served]:
     """A vLLM server of a model with this configuration and dummy weights; it is stopped at the end, its log shown if that
     is an error, or SIGTERM as ``timeout`` sends it."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # else what was started would live on, and keep its memory
+    signal.signal(signal.SIGTERM, _leave)
     begun = time.monotonic()
     model, runtime_dir = folder / "model", folder / "rt"
     runtime_dir.mkdir(mode=0o700, exist_ok=True)
@@ -177,6 +177,13 @@ def training(
         raise
     finally:
         trainer.stop()
+
+
+def _leave(*_: object) -> None:
+    """Else what was started would live on, and keep its memory. Once: ``timeout`` sends two signals, of which the second
+    would interrupt the clearing up."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    sys.exit(143)
 
 
 def note(text: str) -> None:

@@ -57,12 +57,14 @@ class ManagedProcess:
 
     def stop(self, signum: int = signal.SIGTERM) -> int:
         """End the process and its children; returns its exit status."""
-        if self.process.poll() is None:
-            self.process.send_signal(signum)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self.process.wait(STOP_SECONDS)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)  # whatever it left behind
+        try:
+            if self.process.poll() is None:
+                self.process.send_signal(signum)
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    self.process.wait(STOP_SECONDS)
+        finally:  # also if the wait is interrupted
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)  # whatever it left behind
         return self.process.wait(STOP_SECONDS)
 
 

@@ -31,6 +31,9 @@ def main(arguments: list[str]) -> int:
         if rank == "0":
             print(f"apollo_tp.launch: {error}", file=sys.stderr)
         return EXIT_OPTIONS
+    # A recorded step keeps its memory to itself: no part of it should be lost between blocks. CUDA's memory alone.
+    if "PYTORCH_ALLOC_CONF" not in os.environ:
+        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     gc.disable()  # what the import below makes is there to stay: no use in looking through it for garbage
     from apollo_tp.launch.session import run
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -113,3 +115,28 @@ def test_a_step_that_may_not_fit_is_left_out(
     told = capfd.readouterr().out
     assert "left out: may need 500 s" in told
     assert "== long" not in told
+
+
+def test_what_a_benchmark_started_ends_with_it(tmp_path: Path) -> None:
+    """``timeout`` sends SIGTERM to its child and then to the group: the second one must not end the clearing up."""
+    pid = tmp_path / "pid"
+    script = f"""
+import pathlib, signal, sys, time
+import stack
+from apollo_tp.demo.processes import ManagedProcess
+signal.signal(signal.SIGTERM, stack._leave)
+slow = "import signal, time; signal.signal(signal.SIGTERM, lambda *_: time.sleep(1) or exit(0)); time.sleep(100)"
+process = ManagedProcess([sys.executable, "-c", slow], {{}}, pathlib.Path({str(tmp_path / "log")!r}))
+pathlib.Path({str(pid)!r}).write_text(str(process.process.pid))
+try:
+    time.sleep(100)
+finally:
+    process.stop()
+    print("stopped")
+"""
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2] / "benchmarks")}
+    command = ["timeout", "-s", "TERM", "12", sys.executable, "-c", script]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    assert done.stdout == "stopped\n", done.stderr
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(pid.read_text()), 0)
