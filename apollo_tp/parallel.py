@@ -95,9 +95,13 @@ class TPGroup:
         return tensor
 
     def summed_products(
-        self, pairs: Sequence[tuple[Tensor, Tensor]], beside: Callable[[], None] | None = None
+        self,
+        pairs: Sequence[tuple[Tensor, Tensor]],
+        beside: Callable[[], None] | None = None,
+        residual: Tensor | None = None,
     ) -> Tensor:
-        """The sum of ``a @ b`` [m, n] over ``pairs`` and over the group: one all-reduce, beside what ``beside`` launches."""
+        """The sum of ``a @ b`` [m, n] over ``pairs`` and over the group, then plus ``residual`` [m, n]: one all-reduce,
+        beside what ``beside`` launches. Rounded to the tensors' dtype before and after the residual."""
         (a, b), *_ = pairs
         num_bytes = a.dtype.itemsize * a.shape[0] * b.shape[1]
         pending = None
@@ -105,7 +109,7 @@ class TPGroup:
             self.traffic["all_reduce"] += num_bytes
             peers = self._peers(a.device, num_bytes)
             if peers is not None:
-                return peers.summed_products(pairs, beside)
+                return peers.summed_products(pairs, beside, residual)
         product = add_products(pairs, torch.empty(a.shape[0], b.shape[1], dtype=a.dtype, device=a.device))
         if self.size > 1:
             pending = dist.all_reduce(product, group=self.group, async_op=True)
@@ -113,7 +117,7 @@ class TPGroup:
             beside()
         if pending is not None:
             pending.wait()
-        return product
+        return product if residual is None else product.add_(residual)
 
     @property
     def peers(self) -> PeerSums | None:

@@ -64,6 +64,9 @@ class PeerSums:
         """Collective: maps 2 x ``num_bytes`` of each rank into the other. Raises RuntimeError where that is impossible."""
         import torch.distributed._symmetric_memory as symmetric_memory
 
+        from apollo_tp.peer_kernels import add_three
+
+        self._add_three = add_three
         self.num_bytes = num_bytes
         device = torch.device("cuda", torch.cuda.current_device())
         memory = symmetric_memory.empty(2 * num_bytes, dtype=torch.uint8, device=device)
@@ -73,9 +76,11 @@ class PeerSums:
         self._copies = torch.cuda.Stream(device)
         self._turn = 0
 
-    def summed_products(self, pairs: Sequence[tuple[Tensor, Tensor]], beside: Callable[[], None] | None) -> Tensor:
-        """The sum of ``a @ b`` [m, n] over ``pairs`` and both ranks, of at most num_bytes; what ``beside`` launches runs
-        meanwhile, if given.
+    def summed_products(
+        self, pairs: Sequence[tuple[Tensor, Tensor]], beside: Callable[[], None] | None, residual: Tensor | None = None
+    ) -> Tensor:
+        """The sum of ``a @ b`` [m, n] over ``pairs`` and both ranks, of at most num_bytes, and ``residual`` [m, n]; what
+        ``beside`` launches runs meanwhile, if given.
 
         Beside other work a copy engine reads the other rank's product: a kernel would take multiprocessors from that work.
         """
@@ -84,7 +89,7 @@ class PeerSums:
         add_products(pairs, mine)
         if beside is None:
             self._handle.barrier(channel=0)
-            return mine + other
+            return mine + other if residual is None else self._add_three(mine, other, residual.contiguous())
         main = torch.cuda.current_stream()
         copy = torch.empty_like(mine)
         self._copies.wait_stream(main)
@@ -93,7 +98,8 @@ class PeerSums:
             copy.copy_(other, non_blocking=True)
         beside()
         main.wait_stream(self._copies)
-        return mine.add(copy)
+        total = mine.add(copy)
+        return total if residual is None else total.add_(residual)
 
     def settle(self) -> None:
         """Until both ranks are here nobody goes on: then neither reads the other's memory any more."""

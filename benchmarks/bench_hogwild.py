@@ -288,9 +288,8 @@ def main() -> int:
     results: dict[str, Any] = {"rates": []}
     try:
         with tempfile.TemporaryDirectory(prefix="apollo_tp-") as name:
-            extra = ["--max-num-seqs", str(options.streams), "--no-enable-prefix-caching"]  # entries of older weights
-            extra += shlex.split(options.server_args)
-            with serving(Path(name), TINY if tiny else QWEN3_8B, tp=options.tp, extra=extra) as served:
+            extra, config = shlex.split(options.server_args), TINY if tiny else QWEN3_8B
+            with serving(Path(name), config, tp=options.tp, extra=extra) as served:
                 run(served, Path(name), options, results)
     finally:
         report(results, options)

@@ -249,7 +249,7 @@ def run(folder: Path, options: argparse.Namespace) -> Iterator[list]:
         config = TINY if options.tiny else QWEN3_8B
         with contextlib.ExitStack() as stack:
             environment = stack.enter_context(mps_daemon(place)) if mps else {}
-            extra = ["--max-num-seqs", str(max(options.streams)), *shlex.split(options.server_args)]
+            extra = shlex.split(options.server_args)
             served = stack.enter_context(
                 serving(
                     place, config, tp=options.tp, extra=extra, environment=environment, seconds=options.server_seconds

@@ -158,6 +158,7 @@ def main() -> int:
     )
     parser.add_argument("--keep-activations", action="store_true", help="compiled code repeats nothing")
     parser.add_argument("--peer-memory", action=argparse.BooleanOptionalAction, default=True, help="of two GPUs")
+    parser.add_argument("--join-residuals", action=argparse.BooleanOptionalAction, default=True, help="and sums")
     parser.add_argument("--overlap", action=argparse.BooleanOptionalAction, default=True, help="of sums and products")
     parser.add_argument("--graphs", action=argparse.BooleanOptionalAction, default=True, help="replay recorded passes")
     parser.add_argument("--kernels", type=int, default=0, help="also print this many of the longest kernels")
@@ -166,6 +167,7 @@ def main() -> int:
     for name in options.inductor:
         setattr(torch._inductor.config, name, True)
     compiled.REPEAT_CHEAP_WORK = not options.keep_activations
+    compiled.JOIN_RESIDUALS = options.join_residuals
     if not options.overlap:
         joined.JoinedLinear.enter = lambda *_: None
     device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import itertools
 import json
 import math
 import platform
@@ -15,9 +16,10 @@ import shlex
 import signal
 import socket
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +70,13 @@ def qwen35(text: dict[str, Any]) -> dict[str, Any]:
         "text_config": text, "vision_config": vision, "tie_word_embeddings": False, "dtype": "bfloat16",
         "architectures": ["Qwen3_5ForConditionalGeneration"],
     }  # fmt: skip
+
+
+COMMON = (
+    "--load-format", "dummy", "--skip-tokenizer-init", "--max-model-len", "8192", "--max-num-seqs", "64",
+    "--no-enable-prefix-caching",
+)  # fmt: skip
+"""Options of every server. A prefix cache would hold entries of older weights."""
 
 
 @dataclass(frozen=True)
@@ -123,8 +132,65 @@ def serving(
     seconds: float = 400,
 ) -> Iterator[Served]:
     """A vLLM server of a model with this configuration and dummy weights; it is stopped at the end, its log shown if that
-    is an error, or SIGTERM as ``timeout`` sends it."""
+    is an error, or SIGTERM as ``timeout`` sends it. Within ``sharing_a_server`` it stays for who wants the same next."""
     signal.signal(signal.SIGTERM, _leave)
+    options = (config, tp, extra, environment, config_class, seconds)
+    if _shared is None:
+        with _server(folder, *options) as served:
+            yield served
+        return
+    key = json.dumps([config, tp, list(extra), environment or {}])
+    if _shared.key != key:
+        _shared.server.close()
+        _shared.key, place = key, _shared.folder / str(next(_shared.numbers))
+        place.mkdir()
+        try:
+            _shared.served = _shared.server.enter_context(_server(place, *options))
+        except BaseException:
+            _shared.key = ""
+            raise
+    assert _shared.served is not None
+    _shared.served.process.check()
+    yield _shared.served
+
+
+@dataclass
+class _Shared:
+    """The server that stays, and what it was started with."""
+
+    folder: Path
+    key: str = ""
+    served: Served | None = None
+    server: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
+    numbers: Iterator[int] = field(default_factory=itertools.count)
+
+
+_shared: _Shared | None = None
+
+
+@contextlib.contextmanager
+def sharing_a_server() -> Iterator[None]:
+    """Benchmarks that run in this process, one after the other, share a server where they want the same one."""
+    global _shared
+    with tempfile.TemporaryDirectory(prefix="apollo_tp-") as name:
+        _shared = _Shared(Path(name))
+        try:
+            with _shared.server:
+                yield
+        finally:
+            _shared = None
+
+
+@contextlib.contextmanager
+def _server(
+    folder: Path,
+    config: dict[str, Any],
+    tp: int,
+    extra: Sequence[str],
+    environment: dict[str, str] | None,
+    config_class: type,
+    seconds: float,
+) -> Iterator[Served]:
     begun = time.monotonic()
     model, runtime_dir = folder / "model", folder / "rt"
     runtime_dir.mkdir(mode=0o700, exist_ok=True)
@@ -132,7 +198,7 @@ def serving(
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    options = ["--load-format", "dummy", "--skip-tokenizer-init", "--max-model-len", "8192", *extra]
+    options = [*COMMON, *extra]
     log = folder / "server.log"
     server = start_server(model, port, runtime_dir, log, tensor_parallel=tp, extra=options, environment=environment)
     try:

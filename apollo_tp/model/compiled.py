@@ -19,6 +19,8 @@ REPEAT_CHEAP_WORK = True
 memory. Matrix products, attention and sums over ranks are never repeated: a budget of activation memory
 (``activation_memory_budget`` of torch) would repeat operators that it does not know first, and our sums are such."""
 BACKEND = "inductor"
+JOIN_RESIDUALS = True
+"""Whether compiled code adds residuals where it sums products over ranks, see JoinResiduals."""
 MAX_VARIANTS = 32
 """Compiled versions of a layer (kinds of layers, fixed and any length) before torch gives up and runs it uncompiled."""
 
@@ -33,11 +35,15 @@ def compile_layers(module: PreTrainedModel) -> int:
         return 0
     import torch._dynamo  # here: the compiler takes seconds to import
     import torch._functorch.config
+    import torch._inductor.config
 
     torch.compiler.assume_constant_result(cudnn_is_faster)  # marks the function
     torch._dynamo.config.recompile_limit = MAX_VARIANTS
     for reason in ("used_far_apart", "long_fusible_chains", "materialized_backward"):  # to keep what could be repeated
         setattr(torch._functorch.config, f"ban_recompute_{reason}", not REPEAT_CHEAP_WORK)
+    from apollo_tp.model.residuals import JoinResiduals
+
+    torch._inductor.config.joint_custom_pre_pass = JoinResiduals() if JOIN_RESIDUALS else None
     layers = [layer for layer in decoder_layers(module) if _is_traceable(layer)]
     for layer in layers:
         layer.forward = torch.compile(layer.forward, backend=BACKEND)  # not the call: hooks around it stay as they are

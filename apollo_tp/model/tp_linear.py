@@ -48,7 +48,7 @@ def _(_grads: list[Tensor], x: Tensor, weight: Tensor, _number: int) -> tuple[Te
 
 
 @operator("row_parallel(Tensor x, Tensor weight, int number) -> Tensor")
-def _row_forward(x: Tensor, weight: Tensor, number: int) -> Tensor:
+def row_parallel(x: Tensor, weight: Tensor, number: int) -> Tensor:
     """``x @ weight.T`` [..., out] summed over the group with this number."""
     out = group_of(number).summed_products([(x.flatten(0, -2), weight.T)])
     return out.view(*x.shape[:-1], -1)
@@ -57,6 +57,18 @@ def _row_forward(x: Tensor, weight: Tensor, number: int) -> Tensor:
 @torch.library.register_fake("apollo_tp::row_parallel")
 def _(x: Tensor, weight: Tensor, _number: int) -> Tensor:
     return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
+@operator("row_parallel_add(Tensor x, Tensor weight, Tensor residual, int number) -> Tensor")
+def row_parallel_add(x: Tensor, weight: Tensor, residual: Tensor, number: int) -> Tensor:
+    """``residual`` [..., out], the same on all ranks, plus what ``row_parallel`` returns. Compiled code alone has it."""
+    pairs = [(x.flatten(0, -2), weight.T)]
+    return group_of(number).summed_products(pairs, residual=residual.flatten(0, -2)).view(residual.shape)
+
+
+@torch.library.register_fake("apollo_tp::row_parallel_add")
+def _(_x: Tensor, _weight: Tensor, residual: Tensor, _number: int) -> Tensor:
+    return torch.empty_like(residual, memory_format=torch.contiguous_format)
 
 
 class _ColumnParallel(torch.autograd.Function):
@@ -77,7 +89,7 @@ class _RowParallel(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, number: int) -> Tensor:
         ctx.save_for_backward(x, weight)
-        return _row_forward(x, weight, number)
+        return row_parallel(x, weight, number)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:

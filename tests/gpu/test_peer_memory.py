@@ -35,6 +35,9 @@ def _count_wrong(tp: TPGroup) -> tuple[int, bool]:
         got = [peers.summed_products([(a, b)]) for _ in range(2)]
         got_beside = peers.summed_products([(a, b)], lambda: torch.mm(a.T, expected, out=beside))  # noqa: B023
         got.append(peers.summed_products([(a, b)]))
+        residual = torch.randn_like(expected)
+        dist.broadcast(residual, 0, group=nccl.group)
+        wrong += not torch.equal(peers.summed_products([(a, b)], residual=residual), expected + residual)
         wrong += sum(not torch.equal(one, expected) for one in got) + (not torch.equal(got_beside, expected))
         wrong += not torch.equal(beside, a.T @ expected)
     dist.barrier()

@@ -15,6 +15,7 @@ from apollo_tp.model import BoundModel, bind_model, compiled, tp_linear
 from apollo_tp.model.attention import _one_padded_sequence, _one_sequence
 from apollo_tp.model.compiled import compile_layers
 from apollo_tp.model.joined import JoinedLinear, JoinedPart, stack_rows
+from apollo_tp.pace import decoder_layers
 from apollo_tp.parallel import TPGroup
 from tests.multirank.exactness import relative_error, samples, train_gradients
 from tests.multirank.served import map_case
@@ -45,7 +46,15 @@ def _compare_compiled(tp: TPGroup, folder: Path, name: str, backend: str) -> flo
     compiled.BACKEND = backend
     tp_linear.MIN_PART_ROWS = 16  # of these small models too, the larger parts have products of their own
     plain, fast = (_bound(tp, folder, name, fast=fast) for fast in (False, True))
-    worst = 0.0
+    worst, residuals = 0.0, 0
+    summed_products = tp.summed_products
+
+    def count(*args: object, **kwargs: object) -> torch.Tensor:
+        nonlocal residuals
+        residuals += kwargs.get("residual") is not None
+        return summed_products(*args, **kwargs)  # type: ignore[arg-type]
+
+    tp.summed_products = count  # type: ignore[method-assign]
     for seed, lengths in enumerate(LENGTHS):
         batches = pack(samples(seed=seed, lengths=lengths), 80)
         expected, plain_bytes = _summed_bytes(tp, lambda: train_gradients(plain, batches))  # noqa: B023
@@ -59,6 +68,9 @@ def _compare_compiled(tp: TPGroup, folder: Path, name: str, backend: str) -> flo
     counters = torch._dynamo.utils.counters
     assert counters["stats"]["unique_graphs"] > 0, "nothing was compiled"
     assert not counters["graph_break"], dict(counters["graph_break"])
+    if backend == "inductor":
+        layers = len(decoder_layers(fast.module))
+        assert residuals == 2 * layers * len(LENGTHS), "a layer adds two residuals"
     return worst
 
 
@@ -69,7 +81,7 @@ def _compare_compiled(tp: TPGroup, folder: Path, name: str, backend: str) -> flo
         ("qwen3", 2, "aot_eager"),
         ("checkpointing", 1, "aot_eager"),
         ("qwen3.5", 2, "aot_eager"),
-        ("llama", 1, "inductor"),
+        ("llama", 2, "inductor"),
     ],
 )
 def test_compiled_layers_have_the_same_gradients(name: str, size: int, backend: str, checkpoints: Path) -> None:

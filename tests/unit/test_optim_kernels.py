@@ -175,3 +175,16 @@ def test_the_random_bits_of_the_kernel_are_those_of_the_twin():
     assert torch.equal(ends[0], ends[1])
     share = float((ends[0] < 1.0).float().mean())
     assert 0.2 < share < 0.8  # 1e-3 is a quarter of the ulp below 1.0, twice
+
+
+@pytest.mark.skipif(not HERE, reason="run by test_in_the_interpreter")
+@pytest.mark.parametrize("shape", [(3, 5), (64, 128), (5, 4096)])
+def test_a_sum_with_a_residual_is_rounded_as_two_sums_are(shape):
+    """Bit for bit on a GPU. The interpreter cuts bf16 off where it should round: up to one unit in the last place, twice."""
+    from apollo_tp.peer_kernels import add_three
+
+    for dtype in (torch.bfloat16, torch.float32):
+        a, b, c = (torch.randn(shape, device=DEVICE).to(dtype) for _ in range(3))
+        expected = (a + b) + c
+        cut_off = 2**-7 * ((a + b).abs() + expected.abs()) if DEVICE == "cpu" and dtype is torch.bfloat16 else 0
+        assert ((add_three(a, b, c) - expected).abs() <= cut_off).all()

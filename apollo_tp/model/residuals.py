@@ -1,0 +1,50 @@
+"""A pass over traced layers: a row-parallel product and the residual that is added to it become one operator.
+
+Where the sum over two ranks is a kernel that reads the other rank's memory, the link is its limit: adding a third tensor
+there costs nothing, and a pass over memory of its own is saved.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+from torch._inductor.custom_graph_pass import CustomGraphPass
+
+from apollo_tp.model import tp_linear
+
+
+class JoinResiduals(CustomGraphPass):
+    """``residual + row_parallel(x, weight)`` to ``row_parallel_add(x, weight, residual)``, which rounds in the same places.
+
+    Left alone: a product that something else uses too, and a residual of another shape or dtype.
+    """
+
+    def __call__(self, graph: fx.Graph) -> None:
+        for add in graph.find_nodes(op="call_function", target=torch.ops.aten.add.Tensor):
+            if add.kwargs:  # a factor
+                continue
+            for product, residual in (add.args, add.args[::-1]):
+                if _is_alone(product) and _are_alike(product, residual):
+                    with graph.inserting_before(add):
+                        x, weight, number = product.args
+                        joined = graph.call_function(tp_linear.row_parallel_add, (x, weight, residual, number))
+                    joined.meta.update(add.meta)
+                    add.replace_all_uses_with(joined)
+                    graph.erase_node(add)
+                    graph.erase_node(product)
+                    break
+
+    def uuid(self) -> bytes:
+        """For caches of compiled code: to be changed with what this pass does."""
+        return b"apollo_tp.model.residuals 1"
+
+
+def _is_alone(node: object) -> bool:
+    return isinstance(node, fx.Node) and node.target == tp_linear.row_parallel and len(node.users) == 1
+
+
+def _are_alike(product: fx.Node, residual: object) -> bool:
+    if not isinstance(residual, fx.Node):
+        return False
+    one, other = product.meta["val"], residual.meta["val"]
+    return bool(one.dtype == other.dtype and one.shape == other.shape)
