@@ -108,6 +108,7 @@ class Replays:
         self._batch: PackedBatch | None = None
         self._passes: list[Passes] = []
         self._peak_bytes = self._idle_bytes = 0
+        model.tp.recordings.add(self)
 
     def ready(self, batches: Sequence[PackedBatch]) -> bool:
         """Whether ``run`` can take these micro-batches of a step, on the device. Records them if it has to and may: then a

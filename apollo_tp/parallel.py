@@ -12,7 +12,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, ParamSpec, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -24,6 +24,13 @@ _P, _R = ParamSpec("_P"), TypeVar("_R")
 _library = torch.library.Library("apollo_tp", "DEF")
 _groups: weakref.WeakValueDictionary[int, TPGroup] = weakref.WeakValueDictionary()
 """Every group of this process by its number."""
+
+
+class Recording(Protocol):
+    """Recorded work, with collectives in it."""
+
+    def drop(self) -> None:
+        """Forget it."""
 
 
 @dataclass(eq=False)
@@ -45,6 +52,8 @@ class TPGroup:
     _peer_sums: PeerSums | None = field(default=None, init=False, repr=False)
     _peers_reached: bool | None = field(default=None, init=False, repr=False)
     _children: dict[tuple[int, ...], TPGroup] = field(default_factory=dict, repr=False)
+    recordings: weakref.WeakSet[Recording] = field(default_factory=weakref.WeakSet, repr=False)
+    """What was recorded with collectives of this group: NCCL would wait for its end before it leaves a group."""
 
     def __post_init__(self) -> None:
         _groups[self.number] = self
@@ -74,6 +83,8 @@ class TPGroup:
 
     def dissolve(self) -> None:
         """Leave this group and its parts at once; peers that wait in a collective of them fail. Not collective."""
+        for recording in self.recordings:
+            recording.drop()
         for tp in (*self._children.values(), self):
             group, tp.group, tp._peer_sums = tp.group, None, None
             if group is not None and group is not dist.group.WORLD and tp.rank >= 0:

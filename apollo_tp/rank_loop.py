@@ -205,7 +205,6 @@ class RankLoop:
         """All ranks: forget the failed step and join a new compute group."""
         self.trainer.tp.dissolve()
         self.trainer.model.zero_grad()
-        self.trainer.drop_passes()
         gc.collect()
         if self.trainer.device.type == "cuda":
             torch.cuda.empty_cache()

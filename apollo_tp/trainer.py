@@ -237,11 +237,6 @@ class Trainer:
         peak = self._replays.peak_memory_bytes() if self._replays else torch.cuda.max_memory_allocated(self.device)
         return peak + (2 * self.tp.peers.num_bytes if self.tp.peers else 0)  # which torch's allocator does not count
 
-    def drop_passes(self) -> None:
-        """Give the memory of recorded passes back. Steps that are alike are recorded again."""
-        if self._replays is not None:
-            self._replays.drop()
-
     def _make_room(self) -> None:
         if self._replays is not None:
             self._replays.make_room()

@@ -27,7 +27,6 @@ from rich.table import Table
 
 GRACE_SECONDS = 45
 """Between the request to end and SIGKILL: two processes are stopped in it, for up to 20 s each."""
-REST = ("4x", "1x-recompute", "4x-recompute", "fsdp2-1x", "fsdp2-4x-recompute")
 MPS = "MPS,MPS 75 %,MPS 50 %,MPS 25 %"
 
 
@@ -44,6 +43,13 @@ class Step:
 
 def bench(name: str, *words: str) -> tuple[str, ...]:
     return (f"benchmarks/bench_{name}.py", *words)
+
+
+def bench_several() -> tuple[str, ...]:
+    """On one server: the other steps, what training costs a client, updates without a pause."""
+    latency = "latency --cases 'idle,time-slicing,pace 0.5' --seconds 4"
+    steps = "step --cases 4x 1x-recompute 4x-recompute"
+    return ("benchmarks/several.py", steps, latency, "hogwild", "--seconds", "480", "--out", "{out}")
 
 
 def pytest(*words: str) -> tuple[str, ...]:
@@ -66,7 +72,8 @@ STEPS = {
     ),
     "optimizer": Step(bench("optimizer", "--steps", "40", "--out", "{out}/optimizer.md"), 110, server=False, rehearsal=()),
     "step": Step(bench("step", "--cases", "1x", "1x-stochastic", "fsdp2-1x-compiled", "--out", "{out}"), 330),
-    "step-rest": Step(bench("step", "--cases", *REST, "--out", "{out}/rest"), 450),
+    "baselines": Step(bench("step", "--cases", "fsdp2-1x", "fsdp2-4x-recompute", "--out", "{out}/rest"), 330),
+    "shared": Step(bench_several(), 1000, rehearsal=None),
     "scale": Step(bench("scale", "--tp", "1", "2", "--out", "{out}"), 450, rehearsal=None),
     "27B": Step(
         bench("scale", "--model", "qwen3.5-27b", "--tp", "2", "--steps", "4", "--untuned", "--out", "{out}"),
@@ -74,8 +81,6 @@ STEPS = {
     ),
     "map": Step(bench("map", "--out", "{out}"), 300),
     "latency-mps": Step(bench("latency", "--cases", MPS, "--seconds", "4", "--out", "{out}/mps"), 400),
-    "latency": Step(bench("latency", "--cases", "idle,time-slicing,pace 0.5", "--seconds", "4", "--out", "{out}"), 330),
-    "hogwild": Step(bench("hogwild", "--out", "{out}"), 420),
     "ipc": Step(pytest("tests/gpu/test_cuda_ipc.py"), 330, server=False, rehearsal=None),
     "refusals": Step(pytest("tests/gpu/test_faults.py", "-k", "refused"), 330, server=False, rehearsal=None),
     "faults": Step(pytest("tests/gpu/test_faults.py", "-k", "not refused"), 450, server=False, rehearsal=None),

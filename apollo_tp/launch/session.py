@@ -77,6 +77,7 @@ def _run(
         compute_group(tp, mapped.device, config.command_timeout_seconds)
 
     form()
+    stack.callback(tp.dissolve)
     with _together(control):
         hf_config = AutoConfig.from_pretrained(manifests[0].model_path)
         model = bind_model(

@@ -129,6 +129,7 @@ def _rejoin(tp: TPGroup, folder: Path) -> None:
     for step in range(6):
         if step == 3:
             tp.dissolve()
+            assert recorder.replays._passes == [], "NCCL leaves no group that something recorded still uses"
             tp.form("gloo", datetime.timedelta(seconds=60))
         assert not run.trainer.step(samples(vocab_size=64, lengths=SHORT)).outcome.skipped
         assert len(recorder.made) == [0, 1, 1, 1, 2, 2][step]
