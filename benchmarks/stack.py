@@ -10,9 +10,11 @@ import datetime
 import itertools
 import json
 import math
+import os
 import platform
 import random
 import shlex
+import shutil
 import signal
 import socket
 import sys
@@ -210,6 +212,7 @@ def _server(
         raise
     finally:
         server.stop()
+        keep_log(log)
 
 
 @contextlib.contextmanager
@@ -243,6 +246,14 @@ def training(
         raise
     finally:
         trainer.stop()
+        keep_log(trainer.log)
+
+
+def keep_log(log: Path) -> None:
+    """A copy in the folder that APOLLO_TP_BENCH_LOGS names, if it does: where does the time of a start go?"""
+    if folder := os.environ.get("APOLLO_TP_BENCH_LOGS"):
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        shutil.copy(log, Path(folder) / f"{log.stem}_{time.time():.0f}.log")
 
 
 def _leave(*_: object) -> None:
