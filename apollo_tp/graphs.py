@@ -8,6 +8,7 @@ a step whose micro-batches are not all alike, and like those of the step before,
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 import traceback
 from collections import Counter
@@ -55,6 +56,7 @@ class CudaPasses:
         self._pool = torch.cuda.graph_pool_handle() if before is None else before._pool
         self._graphs: list[torch.cuda.CUDAGraph] = []
         assign(model, [None] * len(model.leaves) if before is None else before.gradients)
+        gc.collect()  # now, rather than while CUDA's calls are recorded
         with self._recording():
             tp.settle()  # what ran before may have left off at either half of the peers' memory
             sums = model.forward_loss(batch)
