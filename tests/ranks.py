@@ -103,10 +103,20 @@ def _rank_main(connection: Any, call: bytes) -> None:
         )
         dist.barrier()  # a rank that is done at once must not close sockets to which another still connects
         connection.send_bytes(pickle.dumps((True, fn(TPGroup(rank, world_size, dist.group.WORLD), *args))))
+        _await_the_others(dist.distributed_c10d._get_default_store(), world_size)
     except BaseException:  # noqa: BLE001 - the traceback is the result of this process
         connection.send_bytes(pickle.dumps((False, traceback.format_exc())))
     sys.stdout.flush()
     sys.stderr.flush()
+
+
+def _await_the_others(store: dist.Store, world_size: int) -> None:
+    """Until all have a result, for some seconds: a peer may still join a group that this rank has joined. Not a collective,
+    since a peer may wait in one until this rank ends."""
+    deadline = time.monotonic() + 3
+    store.add("done", 1)
+    while store.add("done", 0) < world_size and time.monotonic() < deadline:
+        time.sleep(0.005)
 
 
 def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, deadline_seconds: float = 120.0) -> list[Any]:

@@ -120,16 +120,20 @@ def step_data(trainer: Trainer, job: dict) -> list[dict]:
 
 
 def check_cache_after_update(server: Server, trainer: Trainer, *, stale: bool) -> None:
-    """Fill the cache, train a step, and ask again: with ``stale`` the answer is not that of a request without the cache."""
+    """Fill the cache, train, and ask again: with ``stale`` the answer is not that of a request without the cache."""
     before = answer(server)
     assert answer(server) == pytest.approx(before, abs=0.02), "nothing was trained: a hit must not change the answer"
-    job = trainer.post("/train", JOB | {"epochs": 3})
-    assert job["state"] == "succeeded", job
-    cached, fresh = answer(server), answer(server, salt=job["id"])
-    changed = max(abs(a - b) for a, b in zip(before, fresh, strict=True))
+    changed, fresh, jobs = 0.0, before, 0
+    while changed <= 0.05:  # nats, which tells new weights from old; what a job moves depends on those before
+        jobs += 1
+        assert jobs <= 5, f"five jobs changed the answer by {changed:.4f} nats"
+        job = trainer.post("/train", JOB | {"epochs": 3})
+        assert job["state"] == "succeeded", job
+        fresh = answer(server, salt=job["id"])
+        changed = max(abs(a - b) for a, b in zip(before, fresh, strict=True))
+    cached = answer(server)
     wrong = max(abs(a - b) for a, b in zip(cached, fresh, strict=True))
-    print(f"changed by {changed:.4f}, answer from the cache off by {wrong:.4f}")
-    assert changed > 0.05, "the update is too small to tell old weights from new"
+    print(f"changed by {changed:.4f} in {jobs} jobs, answer from the cache off by {wrong:.4f}")
     assert (wrong > 0.02) if stale else (wrong == 0)
 
 
