@@ -2,7 +2,8 @@
 
 A micro-batch starts some thousand kernels, and the host takes about as long to start them as the device to run them; a
 replay is one call. What is recorded holds for micro-batches of one structure (lengths of sequences, number of loss tokens):
-a step whose micro-batches are not all alike, and like those of the step before, runs as usual.
+a step whose micro-batches are not all alike, and like those of the step before, runs as usual. So do the first steps of a
+structure where recordings have not paid before.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ from apollo_tp.model import BoundModel
 log = logging.getLogger(__name__)
 
 Gradients = list[Tensor | None]
+WORTHWHILE = 8
+"""Replayed steps that make up for a recording. After one with fewer, twice as many in a row must be alike for the next."""
 
 
 class Passes(Protocol):
@@ -107,6 +110,8 @@ class Replays:
         self._is_possible = True
         self._group: dist.ProcessGroup | None = None
         self._seen: object = None
+        self._repeats = 0
+        self._patience, self._num_replayed = 1, WORTHWHILE
         self._batch: PackedBatch | None = None
         self._passes: list[Passes] = []
         self._peak_bytes = self._idle_bytes = 0
@@ -119,15 +124,19 @@ class Replays:
         if self._group is not group:  # joined anew after a failure: recorded collectives are of the old one
             self.drop()
             self._group, self._seen = group, None
+            self._patience, self._num_replayed = 1, WORTHWHILE
         structure = batches[0].structure if len({batch.structure for batch in batches}) == 1 else None
-        again, self._seen = structure is not None and structure == self._seen, structure
+        self._repeats = self._repeats + 1 if structure is not None and structure == self._seen else 0
+        self._seen = structure
         recorded = self._batch is not None and structure == self._batch.structure
-        if not recorded and again and self._is_possible:
+        patience = 1 if self._num_replayed >= WORTHWHILE else 2 * self._patience
+        if not recorded and self._repeats >= patience and self._is_possible:
             self.drop()
-            self._batch = batches[0]
+            self._batch, self._patience, self._num_replayed = batches[0], patience, 0
             recorded = self._add()
         if recorded and len(batches) > 1 and len(self._passes) == 1:
             recorded = self._add()
+        self._num_replayed += recorded
         return recorded
 
     def run(self, batch: PackedBatch, *, accumulate: bool) -> tuple[Tensor, Tensor]:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import Qwen3Config
 
+from apollo_tp import graphs
 from apollo_tp.config import OptimConfig, Precision
 from apollo_tp.graphs import Replays
 from apollo_tp.model import bind_model
@@ -73,6 +74,7 @@ def _train(tp: TPGroup, *, replays: bool) -> tuple[list[float], list[float], int
 
 def _compare(tp: TPGroup) -> None:
     torch.cuda.set_device(tp.rank)
+    graphs.WORTHWHILE = 0  # every recording is, so that several are made
     if tp.size > 1:
         tp = TPGroup.world("nccl", datetime.timedelta(seconds=60))
     losses, norms, _ = _train(tp, replays=False)

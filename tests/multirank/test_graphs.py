@@ -93,15 +93,15 @@ def compare(tp: TPGroup, folder: Path, lengths: list[tuple[int, ...]], name: str
 
 def _replay(tp: TPGroup, folder: Path) -> None:
     for name in ("qwen3", "3 micro-batches, checkpointing, tied", "one KV head", "fused rows replicated in part"):
-        assert compare(tp, folder, [SHORT, SHORT, SHORT, TWO, TWO, TWO], name) == [
-            [0, 1, 1, 1, 3, 3], ["first", "first", "adds"],
+        assert compare(tp, folder, [SHORT, SHORT, SHORT, TWO, TWO, TWO, TWO], name) == [
+            [0, 1, 1, 1, 1, 3, 3], ["first", "first", "adds"],
         ]  # fmt: skip
     # the number of micro-batches may change
     assert compare(tp, folder, [(60,), TWO, TWO, (60,), TWO])[1] == ["first", "adds"]
     # another step in between: what is recorded stays, or makes room
-    in_between = [SHORT, SHORT, LONG, SHORT, SHORT]
-    assert compare(tp, folder, in_between) == [[0, 1, 1, 1, 1], ["first"]]
-    assert compare(tp, folder, in_between, beside=False) == [[0, 1, 1, 1, 2], ["first"] * 2]
+    in_between = [SHORT] * 9 + [LONG] + [SHORT] * 2
+    assert compare(tp, folder, in_between) == [[0] + [1] * 11, ["first"]]
+    assert compare(tp, folder, in_between, beside=False) == [[0] + [1] * 10 + [2], ["first"] * 2]
     assert compare(tp, folder, [(20, 60), (20, 60)])[1] == [], "two micro-batches that are not alike"
 
 
@@ -145,3 +145,15 @@ def test_steps_that_cannot_be_recorded_are_not(checkpoints: Path) -> None:
         run = Run(TPGroup.single(), checkpoints, "qwen3", mode, CONFIG)
         run.trainer.model.is_static = is_static
         assert not run.trainer.record_passes(Replays(run.trainer.model, beside=True))
+
+
+def test_recordings_that_do_not_pay_become_rare(checkpoints: Path) -> None:
+    """Two steps of a structure, two of another, and so on: each would be recorded for one replay."""
+    by_turns = [SHORT, SHORT, LONG, LONG, TWO[:1], TWO[:1]] * 3
+    assert compare(TPGroup.single(), checkpoints, by_turns, beside=False)[1] == ["first"]
+    long_runs = [SHORT] * 12 + [LONG] * 12 + [SHORT] * 3 + [LONG] * 12
+    made, kinds = compare(TPGroup.single(), checkpoints, long_runs, beside=False)
+    assert kinds == ["first"] * 4
+    assert [made.index(n) for n in (1, 2, 3, 4)] == [1, 13, 25, 29], (
+        "the last waits for two repeats: SHORT had two replays"
+    )
