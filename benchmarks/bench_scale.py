@@ -53,7 +53,7 @@ from apollo_tp.placement import place
 LOW_MEMORY = ("train.gradients=fused", "optim.max_grad_norm=null", "train.gradient_checkpointing=true")
 """Gradients are freed in the backward pass (which rules out clipping), activations computed again: what lets 27B fit."""
 NO_REMAINDER = "train.precision=stochastic"
-"""The remainders of 27B take another 27 GB on each of two GPUs, which leaves too little of 80."""
+"""The remainders of 27B take another 13 GB on each of two GPUs, which may be too much of 80."""
 
 # Text alone, and vLLM's own Triton kernel for prefills: on Hopper it would take flashinfer's, installed or not.
 QWEN35_SERVER = ("--language-model-only", "--gdn-prefill-backend", "triton")
