@@ -49,7 +49,8 @@ class TPGroup:
     traffic: Counter[str] = field(default_factory=Counter, repr=False)
     number: int = field(default_factory=itertools.count().__next__, init=False, repr=False)
     """What the operators of compiled code know this group by: they take no Python objects."""
-    _peer_sums: PeerSums | None = field(default=None, init=False, repr=False)
+    peers: PeerSums | None = field(default=None, init=False, repr=False)
+    """The memory that sums go through, if any have yet: work that was recorded goes on using it."""
     _peers_reached: bool | None = field(default=None, init=False, repr=False)
     _children: dict[tuple[int, ...], TPGroup] = field(default_factory=dict, repr=False)
     recordings: weakref.WeakSet[Recording] = field(default_factory=weakref.WeakSet, repr=False)
@@ -86,7 +87,7 @@ class TPGroup:
         for recording in self.recordings:
             recording.drop()
         for tp in (*self._children.values(), self):
-            group, tp.group, tp._peer_sums = tp.group, None, None
+            group, tp.group, tp.peers = tp.group, None, None
             if group is not None and group is not dist.group.WORLD and tp.rank >= 0:
                 dist.destroy_process_group(group)
 
@@ -113,12 +114,13 @@ class TPGroup:
     ) -> Tensor:
         """The sum of ``a @ b`` [m, n] over ``pairs`` and over the group, then plus ``residual`` [m, n]: one all-reduce,
         beside what ``beside`` launches. Rounded to the tensors' dtype before and after the residual."""
+        assert beside is None or residual is None, "no product needs both"
         (a, b), *_ = pairs
         num_bytes = a.dtype.itemsize * a.shape[0] * b.shape[1]
         pending = None
         if self.size > 1:
             self.traffic["all_reduce"] += num_bytes
-            peers = self._peers(a.device, num_bytes)
+            peers = self._peers_for(a.device, num_bytes)
             if peers is not None:
                 return peers.summed_products(pairs, beside, residual)
         product = add_products(pairs, torch.empty(a.shape[0], b.shape[1], dtype=a.dtype, device=a.device))
@@ -130,17 +132,12 @@ class TPGroup:
             pending.wait()
         return product if residual is None else product.add_(residual)
 
-    @property
-    def peers(self) -> PeerSums | None:
-        """The memory that sums go through, if any have yet: work that was recorded goes on using it."""
-        return self._peer_sums
-
     def settle(self) -> None:
         """At the edges of work that is recorded and replayed: what comes next may begin with either half of ``peers``."""
-        if self._peer_sums is not None:
-            self._peer_sums.settle()
+        if self.peers is not None:
+            self.peers.settle()
 
-    def _peers(self, device: torch.device, num_bytes: int) -> PeerSums | None:
+    def _peers_for(self, device: torch.device, num_bytes: int) -> PeerSums | None:
         """Memory for sums of ``num_bytes``, made when first needed; None where NCCL or gloo do better. Collective."""
         if (
             device.type != "cuda"
@@ -152,11 +149,11 @@ class TPGroup:
             return None
         if self._peers_reached is None:
             self._peers_reached = reach_each_other(self.group, device)
-        if self._peers_reached and (self._peer_sums is None or self._peer_sums.num_bytes < num_bytes):
+        if self._peers_reached and (self.peers is None or self.peers.num_bytes < num_bytes):
             torch.cuda.synchronize(device)  # what is in flight may use the memory that is replaced
-            self._peer_sums = None
-            self._peer_sums = PeerSums(self.rank, self.group, 1 << (num_bytes - 1).bit_length())
-        return self._peer_sums
+            self.peers = None
+            self.peers = PeerSums(self.rank, self.group, 1 << (num_bytes - 1).bit_length())
+        return self.peers
 
     def reduce_scatter(self, tensor: Tensor) -> Tensor:
         """Sum a contiguous (size * n, ...) tensor over the group and return this rank's (n, ...) block of rows."""

@@ -1,4 +1,4 @@
-"""The Triton kernel of a sum over two ranks with a residual: one pass over three tensors, of which the link limits one."""
+"""The Triton kernel of a sum over two ranks with a residual: one pass over three tensors."""
 
 from __future__ import annotations
 

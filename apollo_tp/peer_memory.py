@@ -64,7 +64,7 @@ class PeerSums:
         """Collective: maps 2 x ``num_bytes`` of each rank into the other. Raises RuntimeError where that is impossible."""
         import torch.distributed._symmetric_memory as symmetric_memory
 
-        from apollo_tp.peer_kernels import add_three
+        from apollo_tp.peer_kernels import add_three  # here: a CPU has no use for Triton
 
         self._add_three = add_three
         self.num_bytes = num_bytes
@@ -79,8 +79,8 @@ class PeerSums:
     def summed_products(
         self, pairs: Sequence[tuple[Tensor, Tensor]], beside: Callable[[], None] | None, residual: Tensor | None = None
     ) -> Tensor:
-        """The sum of ``a @ b`` [m, n] over ``pairs`` and both ranks, of at most num_bytes, and ``residual`` [m, n]; what
-        ``beside`` launches runs meanwhile, if given.
+        """The sum of ``a @ b`` [m, n] over ``pairs`` and both ranks, of at most num_bytes; either plus ``residual``
+        [m, n], or while what ``beside`` launches runs.
 
         Beside other work a copy engine reads the other rank's product: a kernel would take multiprocessors from that work.
         """
@@ -98,8 +98,7 @@ class PeerSums:
             copy.copy_(other, non_blocking=True)
         beside()
         main.wait_stream(self._copies)
-        total = mine.add(copy)
-        return total if residual is None else total.add_(residual)
+        return mine.add(copy)
 
     def settle(self) -> None:
         """Until both ranks are here nobody goes on: then neither reads the other's memory any more."""

@@ -161,11 +161,7 @@ class Trainer:
                 loss, hits = loss_of(batch)
                 self._pace.give_way()
                 clock.mark("forward")
-                if fused:
-                    self._before_write()
-                    self.optimizer.begin_fused_step(learning_rate_scale, loss)
-                loss.backward(unit(loss.device))
-                self._pace.give_way()
+                self._backward(loss, learning_rate_scale if fused else None)
             clock.mark("backward")
             loss_sum += loss.detach()
             correct += hits.detach()
@@ -195,6 +191,14 @@ class Trainer:
             backward_seconds=clock.seconds["backward"],
             optimizer_seconds=clock.seconds["optimizer"],
         )
+
+    def _backward(self, loss: Tensor, fused_learning_rate_scale: float | None) -> None:
+        """The backward pass of a micro-batch; with a learning rate's scale, of a fused step, which writes in it."""
+        if fused_learning_rate_scale is not None:
+            self._before_write()
+            self.optimizer.begin_fused_step(fused_learning_rate_scale, loss)
+        loss.backward(unit(loss.device))
+        self._pace.give_way()
 
     def abandon_step(self) -> None:
         """After a step that raised: forget it, and count it if it has written already, as a fused one may have. Local."""

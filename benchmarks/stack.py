@@ -10,11 +10,9 @@ import datetime
 import itertools
 import json
 import math
-import os
 import platform
 import random
 import shlex
-import shutil
 import signal
 import socket
 import sys
@@ -142,17 +140,15 @@ def serving(
             yield served
         return
     key = json.dumps([config, tp, list(extra), environment or {}])
-    if _shared.key != key:
+    if _shared.key != key or _shared.served is None or _shared.served.process.process.poll() is not None:
         _shared.server.close()
         _shared.key, place = key, _shared.folder / str(next(_shared.numbers))
         place.mkdir()
         try:
             _shared.served = _shared.server.enter_context(_server(place, *options))
         except BaseException:
-            _shared.key = ""
+            _shared.served = None
             raise
-    assert _shared.served is not None
-    _shared.served.process.check()
     yield _shared.served
 
 
@@ -212,7 +208,6 @@ def _server(
         raise
     finally:
         server.stop()
-        keep_log(log)
 
 
 @contextlib.contextmanager
@@ -246,14 +241,6 @@ def training(
         raise
     finally:
         trainer.stop()
-        keep_log(trainer.log)
-
-
-def keep_log(log: Path) -> None:
-    """A copy in the folder that APOLLO_TP_BENCH_LOGS names, if it does: where does the time of a start go?"""
-    if folder := os.environ.get("APOLLO_TP_BENCH_LOGS"):
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        shutil.copy(log, Path(folder) / f"{log.stem}_{time.time():.0f}.log")
 
 
 def _leave(*_: object) -> None:

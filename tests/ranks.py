@@ -69,6 +69,9 @@ def _fork_for_each_call(connection: Any) -> None:
     for name in _IMPORTED:
         importlib.import_module(name)
     threads = os.listdir("/proc/self/task")
+    assert len(threads) == 1 or torch.version.cuda, (
+        f"got {len(threads)} threads, expected one: every call would import anew"
+    )
     gc.freeze()
     while True:
         try:

@@ -1,7 +1,7 @@
 """A pass over traced layers: a row-parallel product and the residual that is added to it become one operator.
 
-Where the sum over two ranks is a kernel that reads the other rank's memory, the link is its limit: adding a third tensor
-there costs nothing, and a pass over memory of its own is saved.
+Where the sum over two ranks is a kernel that reads the other rank's memory, the residual is added there, which saves a pass
+over memory.
 """
 
 from __future__ import annotations

@@ -41,7 +41,7 @@ def _count_wrong(tp: TPGroup) -> tuple[int, bool]:
         wrong += sum(not torch.equal(one, expected) for one in got) + (not torch.equal(got_beside, expected))
         wrong += not torch.equal(beside, a.T @ expected)
     dist.barrier()
-    return wrong, peers._peer_sums is not None
+    return wrong, peers.peers is not None
 
 
 def test_sums_equal_those_of_nccl_bit_for_bit() -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 
@@ -140,3 +142,36 @@ finally:
     assert done.stdout == "stopped\n", done.stderr
     with pytest.raises(ProcessLookupError):
         os.kill(int(pid.read_text()), 0)
+
+
+def test_benchmarks_in_one_process_share_a_server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The same one as long as it lives; another one after it has ended, and never two at once."""
+    stack = _benchmark("stack")
+    started: list[SimpleNamespace] = []
+
+    @contextlib.contextmanager
+    def server(folder: Path, *_: object) -> Iterator[object]:
+        assert not any(one.process.process.poll() is None for one in started), "two servers at once"
+        process = subprocess.Popen(["sleep", "100"])
+        started.append(SimpleNamespace(process=SimpleNamespace(process=process)))
+        yield started[-1]
+        process.kill()
+        process.wait()
+
+    monkeypatch.setattr(stack, "_server", server)
+    monkeypatch.setattr(stack.signal, "signal", lambda *_: None)  # this process is pytest's
+
+    def serve(config: dict[str, int]) -> object:
+        with stack.serving(tmp_path, config, tp=1) as served:
+            return served
+
+    with stack.sharing_a_server():
+        first = serve({"layers": 1})
+        assert serve({"layers": 1}) is first
+        second = serve({"layers": 2})
+        assert second is not first
+        second.process.process.kill()
+        second.process.process.wait()
+        assert serve({"layers": 2}) is not second
+    assert all(one.process.process.poll() is not None for one in started)
+    assert serve({"layers": 2}) is not serve({"layers": 2}), "each has its own outside"
