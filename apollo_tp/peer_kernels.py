@@ -1,4 +1,4 @@
-"""The Triton kernel of a sum over two ranks with a residual: one pass over three tensors."""
+"""The Triton kernel of a sum over two ranks: one pass over what is added, the other rank's part of it and a residual."""
 
 from __future__ import annotations
 
@@ -8,20 +8,49 @@ import triton.language as tl
 from torch import Tensor
 
 BLOCK = 4096
+LANES = 4
+"""Programs that follow each other work on as many places of the tensors, so that memory and link are busy all the time."""
 
 
 @triton.jit
-def add_three_kernel(a, b, c, out, count, BLOCK: tl.constexpr):
-    """out = round(round(a + b) + c), elementwise; additions in fp32."""
-    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+def add_kernel(
+    mine,
+    near,
+    far,
+    residual,
+    out,
+    num_near,
+    count,
+    HAS_RESIDUAL: tl.constexpr,
+    BLOCK: tl.constexpr,
+    LANES: tl.constexpr,
+):
+    """out = round(round(mine + theirs) + residual), elementwise; additions in fp32. ``theirs`` is ``near`` in the first
+    ``num_near`` places, a multiple of BLOCK, and ``far`` behind them."""
+    lane = tl.program_id(0) % LANES
+    start = (lane * (tl.num_programs(0) // LANES) + tl.program_id(0) // LANES).to(tl.int64) * BLOCK
+    place = start + tl.arange(0, BLOCK)
     inside = place < count
-    total = tl.load(a + place, inside).to(tl.float32) + tl.load(b + place, inside).to(tl.float32)
-    total = total.to(out.dtype.element_ty).to(tl.float32) + tl.load(c + place, inside).to(tl.float32)
+    total = tl.load(mine + place, inside).to(tl.float32)
+    if start < num_near:
+        total += tl.load(near + place, inside).to(tl.float32)
+    else:
+        total += tl.load(far + place, inside).to(tl.float32)
+    if HAS_RESIDUAL:
+        total = total.to(out.dtype.element_ty).to(tl.float32) + tl.load(residual + place, inside).to(tl.float32)
     tl.store(out + place, total.to(out.dtype.element_ty), inside)
 
 
-def add_three(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
-    """``(a + b) + c`` as two operators would round it: contiguous tensors of one shape and dtype, on one device."""
-    out = torch.empty_like(a)
-    add_three_kernel[(triton.cdiv(a.numel(), BLOCK),)](a, b, c, out, a.numel(), BLOCK=BLOCK, num_warps=8)
+def add(mine: Tensor, near: Tensor, far: Tensor, residual: Tensor | None) -> Tensor:
+    """``(mine + theirs) + residual`` as two operators would round it: contiguous [m, n] of one dtype, on one device.
+
+    ``theirs`` is ``near`` [k, n] in the first k rows and ``far`` [m, n] in the others; k * n is a multiple of BLOCK.
+    """
+    assert near.numel() % BLOCK == 0, "a program reads one of the two"
+    out = torch.empty_like(mine)
+    lanes = triton.cdiv(mine.numel(), LANES * BLOCK)
+    add_kernel[(LANES * lanes,)](
+        mine, near, far, mine if residual is None else residual, out, near.numel(), mine.numel(),
+        HAS_RESIDUAL=residual is not None, BLOCK=BLOCK, LANES=LANES, num_warps=8,
+    )  # fmt: skip
     return out

@@ -21,6 +21,8 @@ log = logging.getLogger(__name__)
 
 MIN_BYTES = 2**20
 """Smaller sums are left to NCCL."""
+FIRST_ROWS = 256
+"""Rows of a product that is summed in two blocks: the first has a multiple of these."""
 
 
 def reach_each_other(group: dist.ProcessGroup, device: torch.device) -> bool:
@@ -48,6 +50,13 @@ def add_products(pairs: Sequence[tuple[Tensor, Tensor]], out: Tensor) -> Tensor:
     return out
 
 
+def first_rows(rows: int, contracted: int, columns: int) -> int:
+    """How many rows of a product [rows, contracted] @ [contracted, columns] to copy while the others are multiplied: as
+    many as that leaves time for, and none of a small product or one that the adding kernel cannot divide."""
+    quarters = 3 if contracted >= columns else 2
+    return 0 if columns % 16 else rows * quarters // (4 * FIRST_ROWS) * FIRST_ROWS
+
+
 def _uuid(device: torch.device | int) -> bytes:
     return str(torch.cuda.get_device_properties(device).uuid).encode()
 
@@ -64,16 +73,16 @@ class PeerSums:
         """Collective: maps 2 x ``num_bytes`` of each rank into the other. Raises RuntimeError where that is impossible."""
         import torch.distributed._symmetric_memory as symmetric_memory
 
-        from apollo_tp.peer_kernels import add_three  # here: a CPU has no use for Triton
+        from apollo_tp.peer_kernels import add  # here: a CPU has no use for Triton
 
-        self._add_three = add_three
+        self._add = add
         self.num_bytes = num_bytes
         device = torch.device("cuda", torch.cuda.current_device())
         memory = symmetric_memory.empty(2 * num_bytes, dtype=torch.uint8, device=device)
         self._handle: _SymmetricMemory = symmetric_memory.rendezvous(memory, group)
         other = self._handle.get_buffer(1 - rank, (2 * num_bytes,), torch.uint8)
         self._halves = [(memory[:num_bytes], other[:num_bytes]), (memory[num_bytes:], other[num_bytes:])]
-        self._copies = torch.cuda.Stream(device)
+        self._copies = torch.cuda.Stream(device, priority=-1)  # its barriers need not wait for a product's last blocks
         self._turn = 0
 
     def summed_products(
@@ -86,19 +95,40 @@ class PeerSums:
         """
         (a, b), *_ = pairs
         mine, other = self._next_half(a.shape[0], b.shape[1], a.dtype)
-        add_products(pairs, mine)
         if beside is None:
-            self._handle.barrier(channel=0)
-            return mine + other if residual is None else self._add_three(mine, other, residual.contiguous())
-        main = torch.cuda.current_stream()
+            return self._sum_in_blocks(pairs, mine, other, residual)
+        add_products(pairs, mine)
         copy = torch.empty_like(mine)
-        self._copies.wait_stream(main)
+        self._copy_aside(other, copy)
+        beside()
+        torch.cuda.current_stream().wait_stream(self._copies)
+        return mine.add(copy)
+
+    def _sum_in_blocks(
+        self, pairs: Sequence[tuple[Tensor, Tensor]], mine: Tensor, other: Tensor, residual: Tensor | None
+    ) -> Tensor:
+        """In work that is recorded the first rows are copied from the other rank while the others are multiplied. Else it
+        would not pay: the host has about five calls more to launch."""
+        rows, columns = mine.shape
+        first = first_rows(rows, pairs[0][0].shape[1], columns) if torch.cuda.is_current_stream_capturing() else 0
+        copy = torch.empty_like(mine[:first])
+        if first:
+            add_products([(a[:first], b) for a, b in pairs], mine[:first])
+            self._copy_aside(other[:first], copy)
+        add_products([(a[first:], b) for a, b in pairs], mine[first:])
+        self._handle.barrier(channel=0)
+        if first:
+            torch.cuda.current_stream().wait_stream(self._copies)
+        elif residual is None:
+            return mine + other
+        return self._add(mine, copy, other, None if residual is None else residual.contiguous())
+
+    def _copy_aside(self, other: Tensor, copy: Tensor) -> None:
+        """Once both ranks have come here, ``other`` goes to ``copy``, beside what is launched next."""
+        self._copies.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._copies):
             self._handle.barrier(channel=1)
             copy.copy_(other, non_blocking=True)
-        beside()
-        main.wait_stream(self._copies)
-        return mine.add(copy)
 
     def settle(self) -> None:
         """Until both ranks are here nobody goes on: then neither reads the other's memory any more."""

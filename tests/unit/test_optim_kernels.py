@@ -178,13 +178,21 @@ def test_the_random_bits_of_the_kernel_are_those_of_the_twin():
 
 
 @pytest.mark.skipif(not HERE, reason="run by test_in_the_interpreter")
-@pytest.mark.parametrize("shape", [(3, 5), (64, 128), (5, 4096)])
-def test_a_sum_with_a_residual_is_rounded_as_two_sums_are(shape):
+@pytest.mark.parametrize(
+    ("shape", "first"), [((3, 5), 0), ((64, 128), 0), ((5, 4096), 3), ((300, 48), 256), ((2, 4096), 2)]
+)
+def test_a_sum_over_two_ranks_is_rounded_as_torch_does(shape, first):
     """Bit for bit on a GPU. The interpreter cuts bf16 off where it should round: up to one unit in the last place, twice."""
-    from apollo_tp.peer_kernels import add_three
+    from apollo_tp.peer_kernels import add
 
     for dtype in (torch.bfloat16, torch.float32):
-        a, b, c = (torch.randn(shape, device=DEVICE).to(dtype) for _ in range(3))
-        expected = (a + b) + c
-        cut_off = 2**-7 * ((a + b).abs() + expected.abs()) if DEVICE == "cpu" and dtype is torch.bfloat16 else 0
-        assert ((add_three(a, b, c) - expected).abs() <= cut_off).all()
+        mine, theirs, residual = (torch.randn(shape, device=DEVICE).to(dtype) for _ in range(3))
+        far = theirs.clone()
+        far[:first] = torch.nan  # these come from the other tensor
+        for expected, got in (
+            (mine + theirs, add(mine, theirs[:first], far, None)),
+            ((mine + theirs) + residual, add(mine, theirs[:first], far, residual)),
+        ):
+            cut_off = 2**-7 * ((mine + theirs).abs() + expected.abs())
+            tolerance = cut_off if DEVICE == "cpu" and dtype is torch.bfloat16 else 0
+            assert ((got - expected).abs() <= tolerance).all()
