@@ -44,6 +44,8 @@ def compile_layers(module: PreTrainedModel) -> int:
     from apollo_tp.model.residuals import JoinResiduals
 
     torch._inductor.config.joint_custom_pre_pass = JoinResiduals() if JOIN_RESIDUALS else None
+    # the gradient of a norm's weight together with that of its input, for any number of tokens
+    torch._inductor.config.triton.mix_order_reduction_non_strict_mode = True
     layers = [layer for layer in decoder_layers(module) if _is_traceable(layer)]
     for layer in layers:
         layer.forward = torch.compile(layer.forward, backend=BACKEND)  # not the call: hooks around it stay as they are
