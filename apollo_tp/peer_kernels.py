@@ -48,8 +48,8 @@ def add(mine: Tensor, near: Tensor, far: Tensor, residual: Tensor | None) -> Ten
     """
     assert near.numel() % BLOCK == 0, "a program reads one of the two"
     out = torch.empty_like(mine)
-    lanes = triton.cdiv(mine.numel(), LANES * BLOCK)
-    add_kernel[(LANES * lanes,)](
+    programs_per_lane = triton.cdiv(mine.numel(), LANES * BLOCK)
+    add_kernel[(LANES * programs_per_lane,)](
         mine, near, far, mine if residual is None else residual, out, near.numel(), mine.numel(),
         HAS_RESIDUAL=residual is not None, BLOCK=BLOCK, LANES=LANES, num_warps=8,
     )  # fmt: skip

@@ -65,11 +65,6 @@ STEPS = {
         ("-m", "torch.distributed.run", "--nproc-per-node", "2", "benchmarks/profile_step.py", "--kernels", "45"),
         150, server=False,
     ),
-    "profile-mixed": Step(
-        ("-m", "torch.distributed.run", "--nproc-per-node", "2", "benchmarks/profile_step.py", "--precision", "stochastic",
-         "--inductor", "triton.mix_order_reduction_non_strict_mode"),
-        120, server=False,
-    ),
     "optimizer": Step(bench("optimizer", "--steps", "40", "--out", "{out}/optimizer.md"), 110, server=False, rehearsal=()),
     "step": Step(bench("step", "--cases", "1x", "1x-stochastic", "fsdp2-1x-compiled", "--out", "{out}"), 480),
     "baselines": Step(bench("step", "--cases", "fsdp2-1x", "fsdp2-4x-recompute", "--out", "{out}/rest"), 330),

@@ -33,6 +33,7 @@ from stack import QWEN3_8B, TINY, device_name, write_results
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PretrainedConfig, Qwen3Config
 
+from apollo_tp import peer_memory
 from apollo_tp.config import GradientMode, OptimConfig, Precision, TrainConfig
 from apollo_tp.graphs import Replays
 from apollo_tp.layout import Shard
@@ -159,6 +160,7 @@ def main() -> int:
     parser.add_argument("--keep-activations", action="store_true", help="compiled code repeats nothing")
     parser.add_argument("--peer-memory", action=argparse.BooleanOptionalAction, default=True, help="of two GPUs")
     parser.add_argument("--join-residuals", action=argparse.BooleanOptionalAction, default=True, help="and sums")
+    parser.add_argument("--blocks", action=argparse.BooleanOptionalAction, default=True, help="of recorded sums")
     parser.add_argument("--overlap", action=argparse.BooleanOptionalAction, default=True, help="of sums and products")
     parser.add_argument("--graphs", action=argparse.BooleanOptionalAction, default=True, help="replay recorded passes")
     parser.add_argument("--kernels", type=int, default=0, help="also print this many of the longest kernels")
@@ -168,6 +170,8 @@ def main() -> int:
         setattr(torch._inductor.config, name, True)
     compiled.REPEAT_CHEAP_WORK = not options.keep_activations
     compiled.JOIN_RESIDUALS = options.join_residuals
+    if not options.blocks:
+        peer_memory.first_rows = lambda *_: 0
     if not options.overlap:
         joined.JoinedLinear.enter = lambda *_: None
     device = "cuda" if torch.cuda.is_available() else "cpu"
