@@ -118,12 +118,15 @@ class MemoryPlan:
         )
 
 
-def ran_out(rank: int, tokens: int, max_tokens: int, available: int, *, recomputes: bool, fused: bool) -> str:
-    """The refusal where not even a short micro-batch of ``tokens`` could be measured."""
+def ran_out(
+    rank: int, tokens: int, max_tokens: int, available: int, largest: int, *, recomputes: bool, fused: bool
+) -> str:
+    """The refusal where a trial of ``tokens`` ran out of memory. ``largest`` is what shorter ones say would fit, or 0."""
+    lower = f"lower it to {largest}, which would fit" if largest >= 2 else f"lower it below {tokens}"
     return (
         f"rank {rank}: got an out-of-memory error from a trial micro-batch of {tokens} tokens ({_gb(available)} free on its "
         f"GPU), expected room for train.max_micro_batch_tokens={max_tokens}; "
-        f"{_cures(f'lower it below {tokens}', recomputes=recomputes, fused=fused)}"
+        f"{_cures(lower, recomputes=recomputes, fused=fused)}"
     )
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import gc
 import logging
 import traceback
-from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -91,6 +90,7 @@ class _Rehearsal:
         self.leaves: list[nn.Parameter] = list(trained.values())
         self.not_finite = torch.full((), torch.nan, device=self.device)
         self.length = 0
+        self.rehearsed: list[Rehearsed] = []
         self.optimizer_peak = 0
 
     def plan(self) -> MemoryPlan:
@@ -98,7 +98,7 @@ class _Rehearsal:
         self._agree(MemoryPlan(self.tp.rank, tokens, kept, 0, 0, self.meter.available(), 0))
         skipped_before = self.optimizer.skipped_in_a_row
         try:
-            rehearsed = self._rehearse()
+            self._rehearse()
         except torch.OutOfMemoryError as error:
             traceback.clear_frames(error.__traceback__)  # they hold the activations, and the group that peers wait in
             self._clean_up()
@@ -109,19 +109,23 @@ class _Rehearsal:
         self.optimizer.skipped_in_a_row = skipped_before
         self._clean_up()
         # only now: what the first steps leave for good (workspaces, tables, communicators) is allocated
-        base, available = self.meter.allocated(), self.meter.available()
-        limit = base + int(available / (1 + MARGIN))
+        base = self.meter.allocated()
         return self._agree(
             MemoryPlan(
                 rank=self.tp.rank,
                 tokens=tokens,
                 gradients=kept,
-                activations=max(0, predict(rehearsed, tokens) - base - kept),
+                activations=max(0, predict(self.rehearsed, tokens) - base - kept),
                 optimizer=max(0, self.optimizer_peak - base - kept),
-                available=available,
-                largest=longest_that_fits(rehearsed, tokens, limit),
+                available=self.meter.available(),
+                largest=self._largest(tokens),
             )
         )
+
+    def _largest(self, max_tokens: int) -> int:
+        """The largest number of tokens, up to ``max_tokens``, that should fit into what is free now, MARGIN included."""
+        limit = self.meter.allocated() + int(self.meter.available() / (1 + MARGIN))
+        return longest_that_fits(self.rehearsed, max_tokens, limit)
 
     def _kept_gradient_bytes(self) -> int:
         """Bytes of the gradients that live until the optimizer's step."""
@@ -129,22 +133,22 @@ class _Rehearsal:
         kept = {id(p.leaf): p.leaf for p in self.model.parameters if p.leaf.requires_grad and p.name not in freed}
         return sum(leaf.nbytes for leaf in kept.values())
 
-    def _rehearse(self) -> list[Rehearsed]:
+    def _rehearse(self) -> None:
         """Micro-batches of three lengths, and longer ones until the need is a straight line or the longest is reached."""
         max_tokens = self.trainer.max_micro_batch_tokens
         rows = -(-self.vocab_size // self.tp.size)  # of an even cut: all ranks must take the same lengths
         lengths = first_lengths(max_tokens, CHUNK_BYTES // (4 * rows))
         self._step(lengths[0])  # compiles, allocates workspaces, and leaves gradients to be accumulated onto
         base = self.meter.allocated()
-        rehearsed = [Rehearsed(tokens, self._step(tokens)) for tokens in lengths]
-        while rehearsed[-1].tokens < max_tokens and self._is_bent(rehearsed, base):
-            tokens = min(2 * rehearsed[-1].tokens, max_tokens)
-            rehearsed.append(Rehearsed(tokens, self._step(tokens)))
-        return rehearsed
+        for tokens in lengths:
+            self.rehearsed.append(Rehearsed(tokens, self._step(tokens)))
+        while self.length < max_tokens and self._is_bent(base):
+            tokens = min(2 * self.length, max_tokens)
+            self.rehearsed.append(Rehearsed(tokens, self._step(tokens)))
 
-    def _is_bent(self, rehearsed: Sequence[Rehearsed], base: int) -> bool:
+    def _is_bent(self, base: int) -> bool:
         """On some rank. One all-reduce of one number."""
-        bent = torch.tensor(float(not is_straight(rehearsed, base)), device=self.device)
+        bent = torch.tensor(float(not is_straight(self.rehearsed, base)), device=self.device)
         return bool(self.tp.all_reduce_(bent, dist.ReduceOp.MAX))
 
     def _step(self, tokens: int) -> tuple[int, ...]:
@@ -195,11 +199,13 @@ class _Rehearsal:
         return worst
 
     def _ran_out(self) -> str:
+        """The refusal; two shorter trials tell what this rank has room for."""
         return ran_out(
             self.tp.rank,
             self.length,
             self.trainer.max_micro_batch_tokens,
             self.meter.available(),
+            self._largest(self.length - 1) if len(self.rehearsed) > 1 else 0,
             recomputes=self._recomputes,
             fused=self.fused,
         )

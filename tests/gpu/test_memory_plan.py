@@ -36,11 +36,14 @@ CONFIG = Qwen3Config(
 
 
 @pytest.fixture(autouse=True)
-def _empty_gpu() -> Iterator[None]:
-    """What other tests of this process left unused, and what this one leaves, goes back to the device."""
+def _allocator() -> Iterator[None]:
+    """The trainer's allocator (expandable segments, not for the servers of other tests); what other tests left unused,
+    and what this one leaves, goes back to the device."""
     gc.collect()
     torch.cuda.empty_cache()
+    torch.cuda.memory._set_allocator_settings("expandable_segments:True")
     yield
+    torch.cuda.memory._set_allocator_settings("expandable_segments:False")
     gc.collect()
     torch.cuda.empty_cache()
 

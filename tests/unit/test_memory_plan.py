@@ -103,9 +103,15 @@ def test_what_was_not_rehearsed_is_a_lower_bound() -> None:
 def test_no_cure_is_offered_that_is_taken_already(recomputes: bool, fused: bool) -> None:
     for text in (
         plan(largest=0).refusal(recomputes=recomputes, fused=fused),
-        ran_out(1, 256, 65536, GB, recomputes=recomputes, fused=fused),
+        ran_out(1, 256, 65536, GB, 0, recomputes=recomputes, fused=fused),
     ):
         assert ("gradient_checkpointing=true" in text) is not recomputes
         assert ("train.gradients=fused" in text) is not fused
         assert "--kv-cache-memory-bytes" in text
         assert text.startswith("rank 1: got ")
+
+
+def test_a_trial_that_ran_out_offers_what_shorter_ones_say() -> None:
+    cures = [ran_out(1, 256, 65536, GB, largest, recomputes=False, fused=False) for largest in (0, 1, 200)]
+    assert all("lower it below 256, set" in text for text in cures[:2])
+    assert "lower it to 200, which would fit, set" in cures[2]
