@@ -11,6 +11,7 @@
     ├── ServerGoneError        the vLLM process that owns the weights ended
     ├── ReplicaError           ranks that hold the same part of a weight hold different bits
     ├── RankFailedError        a trainer rank raised; carries that rank and its traceback
+    ├── DeviceError            a GPU computes wrong results
     ├── DeviceMemoryError      the longest micro-batch would not fit into the GPU's free memory
     ├── DeadlineError          a wait ran out; says for whom
     └── CheckpointError        a checkpoint cannot be written or resumed from
@@ -85,6 +86,10 @@ class RankFailedError(ApolloTpError):
         super().__init__(message)
         self.rank = rank
         self.traceback = traceback
+
+
+class DeviceError(ApolloTpError):
+    """A GPU computes wrong results as it is set up; found before the first step."""
 
 
 class DeviceMemoryError(ApolloTpError):

@@ -125,7 +125,7 @@ class Hello(Reply, frozen=True):
     cache: str = "none"
     memory: str = ""
     """What was planned for the longest micro-batch, in one line."""
-    qos: str = "sm_percent=null pace=1"
+    qos: str = "sm_percent=null low_priority=false pace=1"
     layout: list[dict[str, str | int | list[int]]] = []
     """Rows for the layout view: checkpoint tensor, rank, served tensor, part; may be empty."""
     last_job_id: str = ""

@@ -141,10 +141,13 @@ class _Rehearsal:
         self._step(lengths[0])  # compiles, allocates workspaces, and leaves gradients to be accumulated onto
         base = self.meter.allocated()
         for tokens in lengths:
-            self.rehearsed.append(Rehearsed(tokens, self._step(tokens)))
+            self._try(tokens, base)
         while self.length < max_tokens and self._is_bent(base):
-            tokens = min(2 * self.length, max_tokens)
-            self.rehearsed.append(Rehearsed(tokens, self._step(tokens)))
+            self._try(min(2 * self.length, max_tokens), base)
+
+    def _try(self, tokens: int, base: int) -> None:
+        self.rehearsed.append(Rehearsed(tokens, self._step(tokens)))
+        log.debug("trial of %d tokens: %.3f GB", tokens, (max(self.rehearsed[-1].peaks) - base) / 1e9)
 
     def _is_bent(self, base: int) -> bool:
         """On some rank. One all-reduce of one number."""

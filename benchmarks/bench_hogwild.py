@@ -7,7 +7,8 @@ At each learning rate (the second goes on where the first ended), streams genera
 ``sync=hogwild``, under vLLM's default mode (CUDA graphs on a GPU): log-probabilities that are not finite are counted, and
 must be none. Then fixed prompts are decoded greedily, one at a time. The initial weights are put back through the mapping,
 the same steps run with ``sync=drain``, and the same prompts are decoded: equal tokens, and log-probabilities up to where
-tokens part.
+tokens part. That is done twice: gradients on a GPU are not the same to the last bit from one run to the next, and the
+difference to a run without pauses must be read against that of two runs with pauses.
 
 vLLM's dummy weights, norms included, are uniform within 1e-3: every token would have the same probability, whatever is
 trained. So matrices with a deviation of 0.02 and norms of one are written over them first. Such a model is still surer of
@@ -247,20 +248,31 @@ def run(served: Served, folder: Path, options: argparse.Namespace, results: dict
                 f"hogwild, lr {rate:g}: {row['tokens']} tokens, {row['steps']} steps, {row['seconds']:.0f} s",
                 flush=True,
             )
-    weights.restore(saved)
-    results["weights restored"] = compare(fixed(), first) | {"bits": share_equal(weights.fingerprint(), start)}
-    with training(served, folder / "drain", tp=options.tp, overrides=[*overrides, "sync=drain"]) as trainer:
-        for seed, (rate, (answers, bits)) in enumerate(zip(LEARNING_RATES, after, strict=True)):
-            row = results["rates"][seed]
-            job = trainer.submit(job_body(options, rate, seed) | {"max_steps": row["steps"], "wait": True})
-            assert job["state"] == "succeeded", job["error"]
-            paused = fixed()
-            row |= compare(answers, paused) | {
-                "weights_bit_equal": share_equal(bits, weights.fingerprint()),
-                "weights_as_at_start": share_equal(bits, start),
-                "tokens_as_at_start": compare(answers, first)["equal_tokens"], "mean_logprob": mean_logprob(answers),
-                "paused_seconds": sum(step.get("paused_seconds") or 0.0 for step in trainer.steps(job["id"])),
-            }  # fmt: skip
+
+    def paused(state: str) -> list[tuple[list[Answer], dict[str, int], float]]:
+        """Answers, weights and seconds of pause after the same steps, from the same weights, with a pause for each."""
+        weights.restore(saved)
+        results["weights restored"] = compare(fixed(), first) | {"bits": share_equal(weights.fingerprint(), start)}
+        found = []
+        with training(served, folder / state, tp=options.tp, overrides=[*overrides, "sync=drain"]) as trainer:
+            for seed, (rate, row) in enumerate(zip(LEARNING_RATES, results["rates"], strict=True)):
+                job = trainer.submit(job_body(options, rate, seed) | {"max_steps": row["steps"], "wait": True})
+                assert job["state"] == "succeeded", job["error"]
+                seconds = sum(step.get("paused_seconds") or 0.0 for step in trainer.steps(job["id"]))
+                found.append((fixed(), weights.fingerprint(), seconds))
+        return found
+
+    once, again = paused("drain"), paused("drain-again")
+    for row, hogwild, (answers, bits, seconds), other in zip(results["rates"], after, once, again, strict=True):
+        row |= compare(hogwild[0], answers) | {"weights_bit_equal": share_equal(hogwild[1], bits)}
+        row |= {f"paused_twice_{key}": value for key, value in compare(other[0], answers).items()}
+        row |= {
+            "paused_twice_weights_bit_equal": share_equal(other[1], bits),
+            "weights_as_at_start": share_equal(hogwild[1], start),
+            "tokens_as_at_start": compare(hogwild[0], first)["equal_tokens"], "mean_logprob": mean_logprob(hogwild[0]),
+            "paused_twice_mean_logprob": mean_logprob(other[0]), "paused_mean_logprob": mean_logprob(answers),
+            "paused_seconds": seconds,
+        }  # fmt: skip
     norm = next(tensor for name, tensor in weights.tensors.items() if name.startswith("model.norm.weight"))
     norm.fill_(math.nan)
     results["NaN control: bad of 4 tokens"] = decode(served, prompts[:1], 4)[0].num_bad

@@ -27,7 +27,7 @@ from rich.table import Table
 
 GRACE_SECONDS = 45
 """Between the request to end and SIGKILL: two processes are stopped in it, for up to 20 s each."""
-MPS = "MPS,MPS 75 %,MPS 50 %,MPS 25 %"
+MPS = "MPS idle,MPS,MPS 75 %,MPS 50 %,MPS 25 %,MPS 50 % low,MPS 25 % low"
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,7 @@ def pytest(*words: str) -> tuple[str, ...]:
 
 STEPS = {
     "sums": Step(pytest("tests/gpu/test_peer_memory.py"), 100, server=False, rehearsal=None),
+    "products": Step(pytest("tests/gpu/test_products.py"), 150, server=False, rehearsal=None),
     "graphs": Step(pytest("tests/gpu/test_graphs.py"), 150, server=False, rehearsal=None),
     "gdn": Step(pytest("tests/gpu/test_gated_delta_net.py"), 400, server=False, rehearsal=None),
     "memory": Step(pytest("tests/gpu/test_memory_plan.py"), 300, server=False, rehearsal=None),
@@ -75,7 +76,7 @@ STEPS = {
         540, rehearsal=None,
     ),
     "map": Step(bench("map", "--out", "{out}"), 300),
-    "latency-mps": Step(bench("latency", "--cases", MPS, "--seconds", "4", "--out", "{out}/mps"), 400),
+    "latency-mps": Step(bench("latency", "--cases", MPS, "--seconds", "4", "--out", "{out}/mps"), 500),
     "ipc": Step(pytest("tests/gpu/test_cuda_ipc.py"), 330, server=False, rehearsal=None),
     "refusals": Step(pytest("tests/gpu/test_faults.py", "-k", "refused"), 330, server=False, rehearsal=None),
     "faults": Step(pytest("tests/gpu/test_faults.py", "-k", "not refused"), 450, server=False, rehearsal=None),

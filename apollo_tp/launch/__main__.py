@@ -9,7 +9,7 @@ import sys
 
 from apollo_tp.errors import ApolloTpError, ServerGoneError
 from apollo_tp.launch.compose import help_text, read_config
-from apollo_tp.launch.qos import limit_sms
+from apollo_tp.launch.qos import share_gpu
 
 EXIT_FAILED = 1
 EXIT_OPTIONS = 2
@@ -26,7 +26,7 @@ def main(arguments: list[str]) -> int:
     logging.basicConfig(level=logging.INFO, format=f"%(asctime)s rank {rank} %(levelname)s %(message)s")
     try:
         config = read_config(arguments)
-        limit_sms(config.qos)
+        share_gpu(config.qos)
     except ApolloTpError as error:
         if rank == "0":
             print(f"apollo_tp.launch: {error}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""The trainer's share of a GPU's SMs, which CUDA MPS enforces. No torch here: CUDA reads the share when it initialises."""
+"""The trainer's share of a GPU and its priority, which CUDA MPS enforces. No torch here: CUDA reads them as it starts."""
 
 from __future__ import annotations
 
@@ -11,19 +11,29 @@ from apollo_tp.errors import ConfigError
 DRIVER = Path("/dev/nvidiactl")
 DEFAULT_PIPE_DIR = "/tmp/nvidia-mps"
 """Where CUDA looks for the control daemon unless CUDA_MPS_PIPE_DIRECTORY says otherwise."""
+BELOW_NORMAL = "1"
+"""The lower of MPS's two client priorities; the server has the other."""
 
 
-def limit_sms(config: QosConfig) -> None:
-    """Have this process's CUDA contexts use ``config.sm_percent`` of the SMs. Call it before CUDA initialises.
+def share_gpu(config: QosConfig) -> None:
+    """Have this process's CUDA contexts use ``config.sm_percent`` of the SMs and, with ``config.low_priority``, those that
+    no other process's kernels wait for. Call it before CUDA initialises.
 
     Raises ConfigError where nothing would enforce it: no NVIDIA GPU, or no MPS control daemon.
     """
-    if config.sm_percent is None:
+    variables, options = {}, []
+    if config.sm_percent is not None:
+        variables["CUDA_MPS_ACTIVE_THREAD_PERCENTAGE"] = str(config.sm_percent)
+        options.append(f"qos.sm_percent={config.sm_percent}")
+    if config.low_priority:
+        variables["CUDA_MPS_CLIENT_PRIORITY"] = BELOW_NORMAL
+        options.append("qos.low_priority=true")
+    if not options:
         return
-    got = f"qos.sm_percent: got {config.sm_percent}"
+    got = f"got {' '.join(options)}"
     if not DRIVER.exists():
         raise ConfigError(
-            f"{got} on a machine without an NVIDIA GPU ({DRIVER}), expected null: CPU ranks have no SMs; use qos.pace"
+            f"{got} on a machine without an NVIDIA GPU ({DRIVER}), expected neither: CPU ranks have no SMs; use qos.pace"
         )
     pipe_dir = Path(os.environ.get("CUDA_MPS_PIPE_DIRECTORY") or DEFAULT_PIPE_DIR)
     if not daemon_runs(pipe_dir):
@@ -31,7 +41,7 @@ def limit_sms(config: QosConfig) -> None:
             f"{got}, expected a running MPS control daemon in {pipe_dir} (CUDA_MPS_PIPE_DIRECTORY); run "
             "`launch/mps.sh start` and export what it prints before you start the server and the trainer, or use qos.pace"
         )
-    os.environ["CUDA_MPS_ACTIVE_THREAD_PERCENTAGE"] = str(config.sm_percent)
+    os.environ.update(variables)
 
 
 def daemon_runs(pipe_dir: Path) -> bool:

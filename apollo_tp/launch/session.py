@@ -32,6 +32,7 @@ from apollo_tp.model import BoundModel, bind_model
 from apollo_tp.optim import Optimizer, build_optimizer
 from apollo_tp.pace import Pace
 from apollo_tp.parallel import TPGroup
+from apollo_tp.product_check import check_products
 from apollo_tp.rank_loop import Control, Link, RankLoop, ServerWatch, compute_group
 from apollo_tp.rehearsal import CudaMeter, plan_memory
 from apollo_tp.trainer import Trainer
@@ -119,6 +120,10 @@ def _run(
     )
     memory = _plan_memory(config, control, trainer)
     log.info("memory: %s", memory)
+    if mapped.device.type == "cuda":
+        with _together(control):
+            check_products(model.leaves, trainer.max_micro_batch_tokens, world.rank, config.qos.sm_percent)
+            torch.cuda.empty_cache()
     hello = _hello(config, manifests, model, trainer, memory)
     checkpoints = _Checkpoints(config, mapped, tp, hf_config, trainer, lineage)
     _serve(config, world, control, folder, manifests[0], hello, trainer, checkpoints, lineage, gate, form, stack)
@@ -339,7 +344,7 @@ def _hello(
 def _qos(config: Config, device: torch.device) -> str:
     """As status shows it; on a GPU with the number of SMs that CUDA grants this rank, from which MPS has taken its cut."""
     percent = "null" if config.qos.sm_percent is None else config.qos.sm_percent
-    text = f"sm_percent={percent} pace={config.qos.pace:g}"
+    text = f"sm_percent={percent} low_priority={str(config.qos.low_priority).lower()} pace={config.qos.pace:g}"
     if device.type != "cuda":
         return text
     return f"{text} ({torch.cuda.get_device_properties(device).multi_processor_count} SMs)"

@@ -186,7 +186,7 @@ def test_step_lock_keeps_a_running_stream_and_reset_makes_answers_fresh(server: 
     """A stream stands still during the writes and goes on; the cache is emptied; a dead trainer leaves no pause behind."""
     trainer = start("sync=step_lock", "cache=reset", "qos=paced")
     status = httpx.get(f"{server.url}/train/status", timeout=30).json()["trainer"]
-    assert (status["sync"], status["qos"]) == ("step_lock", "sm_percent=null pace=0.5")
+    assert (status["sync"], status["qos"]) == ("step_lock", "sm_percent=null low_priority=false pace=0.5")
     check_cache_after_update(server, trainer, stale=False)
 
     (trainer.state_dir / "order").write_text("1.5")

@@ -73,7 +73,7 @@ def test_help_explains_every_group() -> None:
 def test_options_are_read_before_torch() -> None:
     """A typing error costs a moment, not the import of torch; and the share of SMs is set before CUDA can initialise."""
     code = (
-        "import sys; from apollo_tp.launch.compose import read_config; from apollo_tp.launch.qos import limit_sms; "
-        "limit_sms(read_config([]).qos); sys.exit('torch' in sys.modules)"
+        "import sys; from apollo_tp.launch.compose import read_config; from apollo_tp.launch.qos import share_gpu; "
+        "share_gpu(read_config([]).qos); sys.exit('torch' in sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

@@ -17,7 +17,7 @@ from apollo_tp.launch import qos
 from apollo_tp.launch.compose import groups, read_config
 
 SCRIPT = Path(__file__).parents[2] / "launch" / "mps.sh"
-PERCENTAGE = "CUDA_MPS_ACTIVE_THREAD_PERCENTAGE"
+PERCENTAGE, PRIORITY = "CUDA_MPS_ACTIVE_THREAD_PERCENTAGE", "CUDA_MPS_CLIENT_PRIORITY"
 FAKE_DAEMON = """#!/usr/bin/env bash
 # As the real one behaves: a process id in the pipe directory while it runs, and commands on standard input.
 pid="$CUDA_MPS_PIPE_DIRECTORY/nvidia-cuda-mps-control.pid"
@@ -38,20 +38,21 @@ esac
 
 
 @pytest.mark.parametrize(
-    ("name", "sm_percent", "pace"),
-    [("off", None, 1.0), ("shared", 50, 1.0), ("gentle", 25, 1.0), ("paced", None, 0.5)],
+    ("name", "sm_percent", "low_priority", "pace"),
+    [("off", None, False, 1.0), ("shared", 50, True, 1.0), ("gentle", 25, True, 1.0), ("paced", None, False, 0.5)],
 )
-def test_presets(name: str, sm_percent: int | None, pace: float) -> None:
+def test_presets(name: str, sm_percent: int | None, low_priority: bool, pace: float) -> None:
     """Each by its name, and one of its options changed on top."""
     config = read_config([f"qos={name}"]).qos
-    assert (config.sm_percent, config.pace) == (sm_percent, pace)
-    assert read_config([f"qos={name}", "qos.pace=0.3"]).qos == QosConfig(sm_percent=sm_percent, pace=0.3)
+    assert (config.sm_percent, config.low_priority, config.pace) == (sm_percent, low_priority, pace)
+    changed = QosConfig(sm_percent=sm_percent, low_priority=low_priority, pace=0.3)
+    assert read_config([f"qos={name}", "qos.pace=0.3"]).qos == changed
 
 
 def test_every_preset_is_tested_and_off_is_the_default() -> None:
     """A new file in conf/qos needs a row above."""
     assert groups()["qos"] == ["gentle", "off", "paced", "shared"]
-    assert read_config([]).qos == QosConfig(sm_percent=None, pace=1.0)
+    assert read_config([]).qos == QosConfig(sm_percent=None, low_priority=False, pace=1.0)
 
 
 @pytest.mark.parametrize(
@@ -83,6 +84,7 @@ def environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dic
         "JOURNAL": str(tmp_path / "journal"),
     }
     monkeypatch.setenv(PERCENTAGE, "100")  # put back afterwards
+    monkeypatch.setenv(PRIORITY, "0")
     for name in ("CUDA_MPS_PIPE_DIRECTORY", "CUDA_MPS_LOG_DIRECTORY"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(qos, "DRIVER", tmp_path)  # a machine with a GPU
@@ -135,17 +137,19 @@ def test_a_share_of_the_sms_needs_a_daemon_that_lives(
 ) -> None:
     """Set for CUDA while it runs; refused before, and after, when only its folder is left."""
     config = QosConfig(sm_percent=50)
-    with pytest.raises(ConfigError, match=r"qos\.sm_percent: got 50, .*/tmp/nvidia-mps .*launch/mps\.sh start"):
-        qos.limit_sms(config)
+    with pytest.raises(ConfigError, match=r"got qos\.sm_percent=50, .*/tmp/nvidia-mps .*launch/mps\.sh start"):
+        qos.share_gpu(config)
     folders = exported(mps("start", environment).stdout)
     for name, folder in folders.items():
         monkeypatch.setenv(name, folder)
-    qos.limit_sms(config)
-    assert os.environ[PERCENTAGE] == "50"
-    qos.limit_sms(QosConfig())
+    qos.share_gpu(config)
+    assert (os.environ[PERCENTAGE], os.environ[PRIORITY]) == ("50", "0")
+    qos.share_gpu(QosConfig(low_priority=True))
+    assert os.environ[PRIORITY] == "1"
+    qos.share_gpu(QosConfig())
     assert mps("stop", environment).returncode == 0
     with pytest.raises(ConfigError, match=folders["CUDA_MPS_PIPE_DIRECTORY"]):
-        qos.limit_sms(config)
+        qos.share_gpu(config)
     pid = Path(folders["CUDA_MPS_PIPE_DIRECTORY"], "nvidia-cuda-mps-control.pid")
     gone = subprocess.Popen(["true"])
     gone.wait()
@@ -157,7 +161,9 @@ def test_a_machine_without_a_gpu_is_told_the_reason(monkeypatch: pytest.MonkeyPa
     """MPS is not what is missing there."""
     monkeypatch.setattr(qos, "DRIVER", tmp_path / "nvidiactl")
     with pytest.raises(ConfigError, match=r"without an NVIDIA GPU .* CPU ranks have no SMs; use qos\.pace"):
-        qos.limit_sms(QosConfig(sm_percent=25))
+        qos.share_gpu(QosConfig(sm_percent=25))
+    with pytest.raises(ConfigError, match=r"got qos\.low_priority=true on a machine without"):
+        qos.share_gpu(QosConfig(low_priority=True))
 
 
 def test_the_launcher_refuses_before_anything_starts(tmp_path: Path) -> None:
@@ -170,4 +176,4 @@ def test_the_launcher_refuses_before_anything_starts(tmp_path: Path) -> None:
         timeout=60,
     )
     assert done.returncode == 2
-    assert "qos.sm_percent: got 50" in done.stderr
+    assert "got qos.sm_percent=50 qos.low_priority=true" in done.stderr
