@@ -28,8 +28,8 @@ SHOWN = 3
 def check_products(leaves: Iterable[Tensor], max_tokens: int, rank: int, sm_percent: int | None) -> None:
     """Try the products of layers with weights like the matrices among ``leaves``, all on one device.
 
-    Local, no collective; takes about a second on a GPU and, for that time, the memory of the largest weight and of inputs
-    and outputs of at most MOST_BYTES each. Raises DeviceError with the first that are wrong.
+    Local, no collective. Takes twice the memory of the largest weight, and inputs and outputs of at most MOST_BYTES each.
+    Raises DeviceError with the first that are wrong.
     """
     matrices = [leaf for leaf in leaves if leaf.ndim >= 2]
     kinds = sorted({(leaf.shape[-2], leaf.shape[-1], leaf.dtype) for leaf in matrices if leaf.numel()}, key=str)
