@@ -19,7 +19,7 @@ MOST_BYTES = 256 * 2**20
 """Of the larger one of a product's inputs and outputs; the longest products of wide layers are cut to it."""
 MAX_TOKENS = 8192
 SLACK = 8
-"""A row's sum may be off by this many roundings of the row's norm: n roundings with random signs stay below one."""
+"""A row's sum may be off by this many roundings of the row's norm: n roundings with random signs stay below two."""
 BLOCK_BYTES = 64 * 2**20
 """What the comparison holds of a matrix in fp32 at once."""
 SHOWN = 3
@@ -71,7 +71,8 @@ def wrong_products(
             ("gradient of the input", grad, weight),
             ("gradient of the weight", grad.T, x),
         ):
-            if bad := count_wrong_rows(a, b, a @ b):
+            product = torch.full((len(a), b.shape[1]), torch.nan, dtype=dtype, device=device)  # not what it was last time
+            if bad := count_wrong_rows(a, b, torch.mm(a, b, out=product)):
                 yield f"{what} of a layer [{rows}, {columns}] at {tokens} tokens: {bad} of {len(a)} rows"
 
 

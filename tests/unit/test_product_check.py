@@ -38,15 +38,15 @@ def test_a_tile_that_was_not_written_is_found(columns: int, value: float) -> Non
 
 def test_what_is_wrong_is_named_and_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """By layer, product and length; the cure depends on whether multiprocessors are limited."""
-    multiply = Tensor.__matmul__
+    multiply = torch.mm
 
-    def loses_a_row(a: Tensor, b: Tensor) -> Tensor:
-        product = multiply(a, b)
-        if a.shape == (100, 96):  # the gradient of the input of one layer
-            product[-1] = 0
-        return product
+    def leaves_a_row(a: Tensor, b: Tensor, *, out: Tensor) -> Tensor:
+        """Of the gradient of the input of one layer; the row keeps what was in its memory."""
+        rows = len(a) - (a.shape == (100, 96))
+        multiply(a[:rows], b, out=out[:rows])
+        return out
 
-    monkeypatch.setattr(Tensor, "__matmul__", loses_a_row)
+    monkeypatch.setattr(torch, "mm", leaves_a_row)
     with pytest.raises(DeviceError) as refused:
         check_products(LEAVES, 100, 3, 75)
     assert str(refused.value) == (
