@@ -71,7 +71,8 @@ def wrong_products(
             ("gradient of the input", grad, weight),
             ("gradient of the weight", grad.T, x),
         ):
-            product = torch.full((len(a), b.shape[1]), torch.nan, dtype=dtype, device=device)  # not what it was last time
+            # else unwritten parts could hold an earlier, right product
+            product = torch.full((len(a), b.shape[1]), torch.nan, dtype=dtype, device=device)
             if bad := count_wrong_rows(a, b, torch.mm(a, b, out=product)):
                 yield f"{what} of a layer [{rows}, {columns}] at {tokens} tokens: {bad} of {len(a)} rows"
 
