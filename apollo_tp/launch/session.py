@@ -122,7 +122,8 @@ def _run(
     log.info("memory: %s", memory)
     if mapped.device.type == "cuda":
         with _together(control):
-            check_products(model.leaves, trainer.max_micro_batch_tokens, world.rank, config.qos.sm_percent)
+            tensors = [*model.leaves, *(parameter.tensor for parameter in model.parameters)]  # joined, and their parts
+            check_products(tensors, trainer.max_micro_batch_tokens, world.rank, config.qos.sm_percent)
             torch.cuda.empty_cache()
     hello = _hello(config, manifests, model, trainer, memory)
     checkpoints = _Checkpoints(config, mapped, tp, hf_config, trainer, lineage)
