@@ -18,23 +18,26 @@ from apollo_tp.errors import DeviceError
 MOST_BYTES = 256 * 2**20
 """Of the larger one of a product's inputs and outputs; the longest products of wide layers are cut to it."""
 MAX_TOKENS = 8192
+"""Longer products are not tried."""
 SLACK = 8
 """A row's sum may be off by this many roundings of the row's norm: n roundings with random signs stay below two."""
 BLOCK_BYTES = 64 * 2**20
 """What the comparison holds of a matrix in fp32 at once."""
 SHOWN = 3
+"""Wrong products that the refusal lists."""
 
 
-def check_products(leaves: Iterable[Tensor], max_tokens: int, rank: int, sm_percent: int | None) -> None:
-    """Try the products of layers with weights like the matrices among ``leaves``, all on one device.
+def check_products(tensors: Iterable[Tensor], max_tokens: int, rank: int, sm_percent: int | None) -> None:
+    """Try the products of layers with weights like the matrices among ``tensors``, all on one device; stacked matrices
+    (experts) as if each was a layer.
 
     Local, no collective. Takes twice the memory of the largest weight, and inputs and outputs of at most MOST_BYTES each.
     Raises DeviceError with the first that are wrong.
     """
-    matrices = [leaf for leaf in leaves if leaf.ndim >= 2]
-    kinds = sorted({(leaf.shape[-2], leaf.shape[-1], leaf.dtype) for leaf in matrices if leaf.numel()}, key=str)
+    matrices = [tensor for tensor in tensors if tensor.ndim >= 2]
+    kinds = {(matrix.shape[-2], matrix.shape[-1], matrix.dtype) for matrix in matrices if matrix.numel()}
     lengths = sampled_lengths(max_tokens)
-    found = (line for kind in kinds for line in wrong_products(*kind, lengths, matrices[0].device))
+    found = (line for kind in sorted(kinds, key=str) for line in wrong_products(*kind, lengths, matrices[0].device))
     if wrong := list(itertools.islice(found, SHOWN)):
         expected = "expected right ones"
         cure = "do not train on this GPU: it is defective, or its driver or cuBLAS is"

@@ -38,7 +38,7 @@ from rich.table import Table
 from stack import QWEN3_8B, TINY, Served, Training, device_name, random_samples, serving, training, write_results
 
 from apollo_tp.demo.processes import ManagedProcess
-from apollo_tp.errors import ApolloTpError, DeadlineError
+from apollo_tp.errors import DeadlineError, DeviceError, ServerGoneError
 
 MPS_SCRIPT = Path(__file__).parents[1] / "launch" / "mps.sh"
 WARM_UP_STEPS, STEPS_ALONE = 2, 4
@@ -200,24 +200,31 @@ class Job:
 
 
 def measure(served: Served, folder: Path, name: str, environment: dict[str, str], options: argparse.Namespace) -> list:
-    """One row per number of streams."""
+    """One row per number of streams; one alone if the GPU multiplies wrong in this case, so that the trainer refuses."""
+    try:
+        return loads(served, folder, name, environment, options)
+    except ServerGoneError:
+        log = folder / f"state{list(CASES).index(name)}" / "trainer.log"
+        refusals = (
+            [line for line in log.read_text().splitlines() if DeviceError.__name__ in line] if log.exists() else []
+        )
+        if not refusals:
+            raise
+        return [{"case": name, "refused": refusals[0]}]
+
+
+def loads(served: Served, folder: Path, name: str, environment: dict[str, str], options: argparse.Namespace) -> list:
     case, seed = CASES[name], list(CASES).index(name)
     if case.overrides is None:
-        loads = [asyncio.run(generate(served, [served.process], n, options, seed)) for n in options.streams]
-        return [{"case": name, "streams": n} | load.summary() for n, load in zip(options.streams, loads, strict=True)]
+        seen = [(n, asyncio.run(generate(served, [served.process], n, options, seed))) for n in options.streams]
+        return [{"case": name, "streams": n} | load.summary() for n, load in seen]
     size = options.step_tokens
     overrides = [f"train.max_sequence_tokens={size}", f"train.max_micro_batch_tokens={size}", "optim.lr=1e-6"]
     rows: list[dict[str, Any]] = []
-    with contextlib.ExitStack() as stack:
-        try:
-            trainer = stack.enter_context(
-                training(
-                    served, folder / f"state{seed}", tp=options.tp, overrides=[*overrides, *case.overrides],
-                    environment=environment, seconds=options.case_seconds,
-                )
-            )  # fmt: skip
-        except ApolloTpError as error:  # a share of the SMs that this GPU gets wrong, for one
-            return [{"case": name, "failed": str(error)[-600:]}]
+    with training(
+        served, folder / f"state{seed}", tp=options.tp, overrides=[*overrides, *case.overrides],
+        environment=environment, seconds=options.case_seconds,
+    ) as trainer:  # fmt: skip
         processes = [served.process, trainer.process]
         job = Job(trainer, processes, options)
         alone = training_speed(job.wait(WARM_UP_STEPS + STEPS_ALONE, options.case_seconds)[WARM_UP_STEPS - 1 :])
@@ -313,8 +320,8 @@ def report(rows: list[dict[str, Any]], options: argparse.Namespace) -> None:
     ):  # fmt: skip
         table.add_column(column, justify="left" if column == "case" else "right", no_wrap=column == "case")
     for row in rows:
-        if "failed" in row:
-            print(f"{row['case']}: {row['failed']}")
+        if "refused" in row:
+            print(f"{row['case']}: {row['refused']}")
             continue
         cells = [f"{row[f'{what}_{p}_ms']:.1f}" for what in ("itl", "ttft") for p in ("p50", "p99")]
         cells += [f"{row['output_tokens_per_second']:,.0f}", f"{row['tokens_per_chunk']:.2f}"]

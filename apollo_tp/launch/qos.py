@@ -16,8 +16,8 @@ BELOW_NORMAL = "1"
 
 
 def share_gpu(config: QosConfig) -> None:
-    """Have this process's CUDA contexts use ``config.sm_percent`` of the SMs and, with ``config.low_priority``, those that
-    no other process's kernels wait for. Call it before CUDA initialises.
+    """Have this process's CUDA contexts use ``config.sm_percent`` of the SMs and, with ``config.low_priority``, start their
+    work on an SM after that of the server. Call it before CUDA initialises.
 
     Raises ConfigError where nothing would enforce it: no NVIDIA GPU, or no MPS control daemon.
     """
@@ -33,7 +33,7 @@ def share_gpu(config: QosConfig) -> None:
     got = f"got {' '.join(options)}"
     if not DRIVER.exists():
         raise ConfigError(
-            f"{got} on a machine without an NVIDIA GPU ({DRIVER}), expected neither: CPU ranks have no SMs; use qos.pace"
+            f"{got} on a machine without an NVIDIA GPU ({DRIVER}), expected neither set: CPU ranks have no SMs; use qos.pace"
         )
     pipe_dir = Path(os.environ.get("CUDA_MPS_PIPE_DIRECTORY") or DEFAULT_PIPE_DIR)
     if not daemon_runs(pipe_dir):
