@@ -92,6 +92,10 @@ def _run(
         optimizer = build_optimizer(config.optim, config.train.precision, model.parameters, tp)
     with _together(control):
         _resume(config, optimizer, lineage.record)
+        if lineage.trained_here and (names := optimizer.level_replicas()):
+            log.warning(
+                "ranks held different bits of %s (a trainer was killed as it wrote): now the lowest one's", names
+            )
     gate = _update_gate(config, world, control, folder, lineage.record.weight_version, tp, mapped.device, stack)
     pace = Pace(config.qos.pace, model.module, tp, mapped.device)
 

@@ -21,7 +21,7 @@ from apollo_tp.optim.bundle import Bundle
 from apollo_tp.optim.fused import FusedStep, by_leaf, whole_leaves
 from apollo_tp.optim.interface import Decision, OptimParameter, StepOutcome
 from apollo_tp.optim.matrices import moment_rank
-from apollo_tp.optim.replicas import check_replicas
+from apollo_tp.optim.replicas import check_replicas, level_replicas
 from apollo_tp.optim.schedule import learning_rate
 from apollo_tp.optim.weight import Weight
 from apollo_tp.parallel import TPGroup
@@ -97,6 +97,10 @@ class Optimizer:
             if self.config.check_replicas_every and self.step_count % self.config.check_replicas_every == 0:
                 check_replicas(self.weights, self.tp)
         return outcome
+
+    def level_replicas(self) -> list[str]:
+        """See replicas.level_replicas: before the first step of a trainer whose predecessor may have been killed."""
+        return level_replicas(self.weights, self.tp)
 
     def _conclude(self, decisions: list[tuple[Bundle, Decision]], lr: float) -> StepOutcome:
         """Count what is written, and say what stopped the rest. Waits for the decisions, not for the writes."""

@@ -1,4 +1,4 @@
-"""A check that ranks which hold the same part of a weight hold the same bits."""
+"""Ranks that hold the same part of a weight must hold the same bits: the check, and the mending after a killed write."""
 
 from __future__ import annotations
 
@@ -18,31 +18,58 @@ COLUMNS = 5
 """Of a record: weight (-1 is padding), lowest rank that holds the part, its global start, and two checksums."""
 
 
+Part = tuple[int, int, int]
+"""A part that several ranks hold: the weight's place in the list, the lowest of these ranks, its global start."""
+
+
 def check_replicas(weights: Sequence[Weight], tp: TPGroup) -> None:
     """Compare checksums of everything that more than one rank holds, weights and remainders, whole or in part.
 
     Collectives: one max all-reduce of the number of replicated parts, one all-gather of COLUMNS int64 for each. Raises
     ReplicaError on all ranks alike if bits differ.
     """
+    for (place, *_), sums in _differing(weights, tp):
+        raise ReplicaError(
+            f"{weights[place].name}: got checksums {list(sums.values())} on ranks {list(sums)}, expected one value, "
+            "since they hold the same part; a gradient was not summed over replicas, or one rank's memory was written "
+            "from outside"
+        )
+
+
+def level_replicas(weights: Sequence[Weight], tp: TPGroup) -> list[str]:
+    """Give every rank the lowest one's bits of what they share, where they differ: of a trainer that was killed as it wrote,
+    some ranks may have written and others not. Returns the names of these weights, the same on all ranks.
+
+    Collectives: those of ``check_replicas``, and per part that differs one all-reduce over the ranks that hold it.
+    """
+    own = {(place, lowest, start): views for place, w in enumerate(weights) for lowest, start, views in _shared(w)}
+    differing = _differing(weights, tp)
+    for part, sums in differing:
+        holders = tp.subgroup(tuple(sorted(sums)))
+        for view in own.get(part, []):
+            bits = view.clone(memory_format=torch.contiguous_format)  # inference reads ``view`` all the while
+            if tp.rank != part[1]:
+                bits.view(torch.uint8).zero_()  # a sum of bytes with zeros keeps them
+            holders.all_reduce_(bits.view(torch.uint8))
+            view.copy_(bits)
+    return sorted({weights[place].name for (place, *_), _ in differing})
+
+
+def _differing(weights: Sequence[Weight], tp: TPGroup) -> list[tuple[Part, dict[int, tuple[int, ...]]]]:
+    """Parts whose checksums are not the same on the ranks that hold them, with those of each rank; on all ranks alike."""
     if tp.size == 1:
-        return
+        return []
     device = weights[0].data.device
     rows = [row for place, weight in enumerate(weights) for row in _records(place, weight)]
     count = int(tp.all_reduce_(torch.tensor(len(rows), device=device), dist.ReduceOp.MAX))
     own = torch.full((count, COLUMNS), -1, dtype=torch.int64, device=device)
     if rows:
         own[: len(rows)] = torch.stack(rows)
-    holders: dict[tuple[int, ...], dict[int, tuple[int, ...]]] = defaultdict(dict)
+    holders: dict[Part, dict[int, tuple[int, ...]]] = defaultdict(dict)
     for rank, records in enumerate(tp.all_gather(own).view(tp.size, count, COLUMNS).tolist()):
-        for *part, plain, placed in records:
-            holders[tuple(part)][rank] = plain, placed
-    for (place, *_), sums in sorted(holders.items()):
-        if place >= 0 and len(set(sums.values())) > 1:
-            raise ReplicaError(
-                f"{weights[place].name}: got checksums {list(sums.values())} on ranks {list(sums)}, expected one value, "
-                "since they hold the same part; a gradient was not summed over replicas, or one rank's memory was written "
-                "from outside"
-            )
+        for place, lowest, start, plain, placed in records:
+            holders[place, lowest, start][rank] = plain, placed
+    return [(part, sums) for part, sums in sorted(holders.items()) if part[0] >= 0 and len(set(sums.values())) > 1]
 
 
 def _records(place: int, weight: Weight) -> Iterator[Tensor]:
