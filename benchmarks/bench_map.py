@@ -19,6 +19,7 @@ import importlib.util
 import json
 import os
 import pickle
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -54,7 +55,7 @@ def main() -> int:
         return 0
     with tempfile.TemporaryDirectory(prefix="apollo_tp-") as name:
         skipped, extra, environment = weight_transfer(Path(name))
-        extra += options.server_args.split()
+        extra += shlex.split(options.server_args)
         config = TINY if options.tiny else QWEN3_8B
         with serving(Path(name), config, tp=options.tp, extra=extra, environment=environment) as served:
             results = measure(served, options.tp, skipped)
