@@ -106,6 +106,13 @@ class TPGroup:
             dist.all_reduce(tensor, op=op, group=self.group)
         return tensor
 
+    def broadcast_(self, tensor: Tensor) -> Tensor:
+        """Rank 0's ``tensor`` on all ranks, in place; returns it. One broadcast."""
+        if self.size > 1:
+            self.traffic["broadcast"] += tensor.nbytes
+            dist.broadcast(tensor, group=self.group, group_src=0)
+        return tensor
+
     def summed_products(
         self,
         pairs: Sequence[tuple[Tensor, Tensor]],

@@ -16,7 +16,7 @@ from apollo_tp.loss import VocabShard
 from apollo_tp.model.bound import BoundModel, BoundParameter, Role
 from apollo_tp.model.compiled import compile_layers
 from apollo_tp.model.families import logits_transform, refuse_unknown_layers
-from apollo_tp.model.gradients import GradientSync
+from apollo_tp.model.gradients import GradientSync, Place
 from apollo_tp.model.joined import JoinedLinear, JoinedPart, stack_rows
 from apollo_tp.model.names import NameMap, map_names
 from apollo_tp.model.narrow import build_on_meta
@@ -72,15 +72,11 @@ def bind_model(
     if gradient_checkpointing:
         module.gradient_checkpointing_enable({"use_reentrant": False})
     num_compiled = compile_layers(module) if compiled else 0
-    sync = GradientSync(
-        [
-            (shard, leaf.parameter, index)
-            for name, leaf in leaves.items()
-            if inside(name, regions) and not _is_row_parallel_bias(module, name)
-            for shard, index in leaf.parts
-        ],
-        tp,
-    )
+    places: dict[bool, list[Place]] = {True: [], False: []}
+    for name, leaf in leaves.items():
+        in_region = inside(name, regions) and not _is_row_parallel_bias(module, name)
+        places[in_region] += [(shard, leaf.parameter, index) for shard, index in leaf.parts]
+    sync = GradientSync(places[True], places[False], tp)
     return BoundModel(
         module=module,
         parameters=_bound_parameters(leaves, vocabulary, sync),

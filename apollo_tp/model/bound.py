@@ -135,7 +135,8 @@ class BoundModel:
         )
 
     def finish_gradients(self) -> None:
-        """Once per optimizer step, after the last backward pass: complete the gradients that are partial sums.
+        """Once per optimizer step, after the last backward pass: complete the gradients that are partial sums, and give
+        all ranks the same ones of replicated tensors.
 
         Collectives: see GradientSync. Calling it twice in a step would count gradients twice.
         """

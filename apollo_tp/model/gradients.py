@@ -1,9 +1,10 @@
-"""Completing, once per step, the gradients that each rank of a replica group holds a part of."""
+"""Once per step: completing the gradients that each rank of a replica group holds a part of, and making all ranks agree on
+those that each computes as a whole."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +15,7 @@ from apollo_tp.layout import Shard, replicated_parts
 from apollo_tp.parallel import TPGroup
 
 BUCKET_BYTES = 64 * 2**20
-"""Gradients are joined into flat buffers of about this size, one all-reduce each."""
+"""Gradients are joined into flat buffers of at most this size (a larger one stays alone), one collective each."""
 
 
 @dataclass(frozen=True)
@@ -34,21 +35,31 @@ class _Slice:
         return grad if self.dim is None else grad.narrow(self.dim, self.start, self.length)
 
 
-class GradientSync:
-    """Sums over replicas the gradients of tensors inside parallel regions that more than one rank holds.
+Place = tuple[Shard, nn.Parameter, tuple[int | slice, ...]]
+"""A shard and where its gradient is: leaf, index."""
 
-    ``shards`` lists, in the same order on all ranks, this rank's shards inside regions with the place of their gradient
-    (leaf, index). Construction is collective over ``tp``: one all-gather of the index ranges, and one process group per
-    distinct set of replicas.
+
+class GradientSync:
+    """Sums over replicas the gradients of tensors inside parallel regions that more than one rank holds, and gives all ranks
+    rank 0's gradients of tensors outside, such as norms.
+
+    Outside, every rank computes the whole gradient from the same numbers, which does not make it the same to the last bit:
+    compiled code may add in an order that its GPU was fastest with. On two GPUs replicas parted within 100 steps (LOG.md).
+
+    ``inside`` and ``outside`` list places in the same order on all ranks. Construction is collective over ``tp``: one
+    all-gather of the index ranges, and one process group per distinct set of replicas.
     """
 
-    def __init__(self, shards: Sequence[tuple[Shard, nn.Parameter, tuple[int | slice, ...]]], tp: TPGroup) -> None:
+    def __init__(self, inside: Sequence[Place], outside: Sequence[Place], tp: TPGroup) -> None:
+        self._tp = tp
         self._slices: dict[tuple[int, ...], list[_Slice]] = defaultdict(list)
+        self._whole: list[_Slice] = []
         self.partial: set[str] = set()
         if tp.size == 1:
             return
+        self._whole = [_Slice(leaf, index, None, 0, 0) for shard, leaf, index in outside if shard.dim is None]
         groups: set[tuple[int, ...]] = set()
-        for (shard, leaf, index), ranges in zip(shards, _gather_ranges(shards, tp), strict=True):
+        for (shard, leaf, index), ranges in zip(inside, _gather_ranges(inside, tp), strict=True):
             if shard.dim is None:
                 everyone = tuple(range(tp.size))
                 groups.add(everyone)
@@ -66,39 +77,40 @@ class GradientSync:
         }  # collective: the same order on all ranks
 
     def finish(self) -> None:
-        """Sum in place: per replica group and dtype, one all-reduce for every BUCKET_BYTES."""
+        """In place: per replica group and dtype, one all-reduce for every BUCKET_BYTES; then likewise broadcasts."""
         for ranks in sorted(self._slices):
-            by_dtype: dict[torch.dtype, list[Tensor]] = defaultdict(list)
-            for part in self._slices[ranks]:
-                if part.leaf.requires_grad:
-                    gradient = part.gradient()
-                    by_dtype[gradient.dtype].append(gradient)
-            for gradients in by_dtype.values():
-                for bucket in _buckets(gradients):
-                    self._sum(bucket, ranks)
-
-    def _sum(self, gradients: list[Tensor], ranks: tuple[int, ...]) -> None:
-        flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
-        self._groups[ranks].all_reduce_(flat)
-        for gradient, summed in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
-            gradient.copy_(summed.view(gradient.shape))
+            for bucket in _buckets(self._slices[ranks]):
+                _together(bucket, self._groups[ranks].all_reduce_)
+        for bucket in _buckets(self._whole):
+            _together(bucket, self._tp.broadcast_)
 
 
-def _buckets(gradients: list[Tensor]) -> list[list[Tensor]]:
-    buckets: list[list[Tensor]] = []
-    room = 0
-    for gradient in gradients:
-        if not buckets or gradient.nbytes > room:
-            buckets.append([])
-            room = BUCKET_BYTES
-        buckets[-1].append(gradient)
-        room -= gradient.nbytes
-    return buckets
+def _together(gradients: list[Tensor], collective: Callable[[Tensor], Tensor]) -> None:
+    """Replace the gradients by what one ``collective`` makes of them side by side."""
+    flat = collective(torch.cat([gradient.reshape(-1) for gradient in gradients]))
+    parts = flat.split([gradient.numel() for gradient in gradients])
+    torch._foreach_copy_(gradients, [part.view(g.shape) for part, g in zip(parts, gradients, strict=True)])
 
 
-def _gather_ranges(
-    shards: Sequence[tuple[Shard, nn.Parameter, tuple[int | slice, ...]]], tp: TPGroup
-) -> list[list[list[tuple[int, int]]]]:
+def _buckets(slices: Sequence[_Slice]) -> Iterator[list[Tensor]]:
+    """The gradients of what is trained, of one dtype and about BUCKET_BYTES at a time."""
+    by_dtype: dict[torch.dtype, list[Tensor]] = defaultdict(list)
+    for part in slices:
+        if part.leaf.requires_grad:
+            gradient = part.gradient()
+            by_dtype[gradient.dtype].append(gradient)
+    for gradients in by_dtype.values():
+        bucket, size = [], 0
+        for gradient in gradients:
+            if bucket and size + gradient.nbytes > BUCKET_BYTES:
+                yield bucket
+                bucket, size = [], 0
+            bucket.append(gradient)
+            size += gradient.nbytes
+        yield bucket
+
+
+def _gather_ranges(shards: Sequence[Place], tp: TPGroup) -> list[list[list[tuple[int, int]]]]:
     """Per shard and rank: the global index ranges that the rank holds. One max all-reduce and one all-gather."""
     if not shards:
         return []
