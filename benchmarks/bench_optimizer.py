@@ -15,9 +15,11 @@ from __future__ import annotations
 import argparse
 import datetime
 import itertools
+import math
 import platform
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 
@@ -116,7 +118,8 @@ def traffic(optimizer: Optimizer) -> tuple[int, int]:
 
 
 def measure(parameters: list[OptimParameter], args: argparse.Namespace, bandwidth: float) -> list[tuple]:
-    """Rows of the table: what, milliseconds, gigabytes by formula, share of the copy bandwidth, state in gigabytes."""
+    """Rows of the table: what, seconds, of which the device works, seconds of the two-pass floor, bytes by formula, share of
+    the copy bandwidth, bytes of state."""
     size = MODELS[args.model][2]
     elements, rows = sum(p.tensor.numel() for p in parameters), []
     variants = [(kind, precision, False) for precision in Precision for kind in (OptimizerKind.apollo,)]
@@ -138,14 +141,15 @@ def measure(parameters: list[OptimParameter], args: argparse.Namespace, bandwidt
         assert not outcome.skipped, outcome.skipped
         label = f"{kind.value}, {precision.value}" + (", plain torch" if plain else "")
         floor, moved = (elements * 36, elements * 36) if kind is OptimizerKind.adamw else traffic(optimizer)
-        rows.append((label, took, floor / bandwidth, moved, moved / took / bandwidth, optimizer.state_bytes()))
+        busy = math.nan if plain else device_seconds(optimizer.step, args.device)
+        rows.append((label, took, busy, floor / bandwidth, moved, moved / took / bandwidth, optimizer.state_bytes()))
         del optimizer
     theirs = torch.optim.AdamW([p.tensor for p in parameters], lr=1e-6, fused=True)
     took = seconds(theirs.step, args.steps, args.device)
     moved = elements * 2 * 7  # bf16: read W, G, m, v; write W, m, v
-    rows.append(
-        ("torch fused AdamW, bf16 state", took, moved / bandwidth, moved, moved / took / bandwidth, elements * 4)
-    )
+    busy = device_seconds(theirs.step, args.device)
+    label = "torch fused AdamW, bf16 state"
+    rows.append((label, took, busy, moved / bandwidth, moved, moved / took / bandwidth, elements * 4))
     return rows
 
 
@@ -157,25 +161,33 @@ def report(rows: list[tuple], args: argparse.Namespace, elements: int, bandwidth
         f"{datetime.date.today()}, {device}, torch {torch.__version__}, copy bandwidth {bandwidth / 1e12:.3g} TB/s",
         f"Command: `python {' '.join(sys.argv)}`",
         "",
-        "| optimizer | ms | two-pass floor, ms | GB by formula | share of copy bandwidth | state, GB |",
-        "|---|---|---|---|---|---|",
+        "| optimizer | ms | device busy, ms | two-pass floor, ms | GB by formula | share of copy bandwidth | state, GB |",
+        "|---|---|---|---|---|---|---|",
     ]
-    for label, took, floor, moved, share, state in rows:
+    for label, took, busy, floor, moved, share, state in rows:
+        device_ms = "-" if math.isnan(busy) else f"{busy * 1e3:.3g}"
         lines.append(
-            f"| {label} | {took * 1e3:.3g} | {floor * 1e3:.3g} | {moved / 1e9:.3g} | {share:.0%} | {state / 1e9:.3g} |"
+            f"| {label} | {took * 1e3:.3g} | {device_ms} | {floor * 1e3:.3g} | {moved / 1e9:.3g} | {share:.0%} | "
+            f"{state / 1e9:.3g} |"
         )
     return "\n".join(lines) + "\n"
 
 
-def phases(optimizer: Optimizer) -> dict[str, float]:
-    """Milliseconds on the device by kernel, of one step. CUDA only."""
+def phases(run: Callable[[], object]) -> dict[str, float]:
+    """Milliseconds on the device by kernel, of one ``run``. CUDA only."""
     with torch.profiler.profile() as profile:
-        optimizer.step()
-    return {
-        event.key.split("(")[0][:60]: event.self_device_time_total / 1e3
-        for event in profile.key_averages()
-        if event.device_type == torch.autograd.DeviceType.CUDA and event.self_device_time_total > 20
-    }
+        run()
+        torch.cuda.synchronize()
+    found: dict[str, float] = defaultdict(float)
+    for event in profile.key_averages():
+        if event.device_type == torch.autograd.DeviceType.CUDA:
+            found[event.key.split("(")[0][:60]] += event.self_device_time_total / 1e3
+    return found
+
+
+def device_seconds(run: Callable[[], object], device: str) -> float:
+    """What the device works in one ``run``, its pauses between kernels left out; NaN on a CPU."""
+    return sum(phases(run).values()) / 1e3 if device == "cuda" else math.nan
 
 
 def tune(parameters: list[OptimParameter], args: argparse.Namespace) -> None:
@@ -190,7 +202,7 @@ def tune(parameters: list[OptimParameter], args: argparse.Namespace) -> None:
     for precision in (Precision.stochastic, Precision.remainder):
         optimizer = build_optimizer(config, precision, parameters, LocalGroup(0, MODELS[args.model][2]))
         optimizer.step()
-        print(precision.value, {k: round(v, 3) for k, v in phases(optimizer).items()})
+        print(precision.value, {k: round(v, 3) for k, v in phases(optimizer.step).items() if v > 0.02})
         candidates = [("write", *w) for w in writes]
         if precision is Precision.stochastic:  # the projection knows nothing of precision
             candidates += [("project", *p) for p in projections]
@@ -206,7 +218,7 @@ def tune(parameters: list[OptimParameter], args: argparse.Namespace) -> None:
                 bundle = optimizer.bundle
                 bundle.backend = module.TritonBackend(bundle.groups, bundle.adamw, config, bundle.weights)
                 optimizer.step()
-                took = [sum(v for k, v in phases(optimizer).items() if k.startswith(kernel)) for _ in range(3)]
+                took = [sum(v for k, v in phases(optimizer.step).items() if k.startswith(kernel)) for _ in range(3)]
                 results.append((kernel, min(took), tile, warps, stages))
             except triton.runtime.errors.OutOfResources as error:
                 print(f"{kernel} {tile} {warps} {stages}: {error}")

@@ -1,0 +1,71 @@
+"""Two GPUs that may round the same sum differently hold the same bits of replicated tensors after every step."""
+
+from __future__ import annotations
+
+import datetime
+import random
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import Qwen3Config
+
+from apollo_tp.config import OptimConfig, Precision
+from apollo_tp.model import bind_model
+from apollo_tp.optim import build_optimizer
+from apollo_tp.parallel import TPGroup
+from apollo_tp.protocol import Sample
+from apollo_tp.trainer import Trainer
+from tests.ranks import run_ranks
+
+pytestmark = [pytest.mark.gpu, pytest.mark.multigpu, pytest.mark.timeout(300)]
+
+CONFIG = {
+    "vocab_size": 4096, "hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 4, "num_attention_heads": 32,
+    "num_key_value_heads": 8, "head_dim": 128, "tie_word_embeddings": False, "dtype": "bfloat16",
+}  # fmt: skip
+"""Layers as wide as an 8B model's: kernels are chosen by width."""
+STEPS, TOKENS = 60, 2048
+
+
+def _train(tp: TPGroup) -> tuple[int, int]:
+    """Numbers of the norms' gradients that differ between the ranks before they agree, and all of them, over all steps.
+    Raises ReplicaError after a step that leaves a weight with different bits."""
+    torch.cuda.set_device(tp.rank)
+    tp = TPGroup.world("nccl", datetime.timedelta(seconds=60))
+    sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+    from profile_step import served_memory
+
+    torch.manual_seed(0)
+    config = Qwen3Config(**CONFIG)
+    shards, side_by_side = served_memory(config, "cuda", tp)
+    model = bind_model(config, shards, tp, fused=side_by_side, compiled=True)
+    optim = OptimConfig(lr=1e-4, max_relative_update=1.0, check_replicas_every=1)
+    optimizer = build_optimizer(optim, Precision.remainder, model.parameters, tp)
+    device = torch.device("cuda", torch.cuda.current_device())
+    trainer = Trainer(model, optimizer, tp, device=device, max_micro_batch_tokens=TOKENS)
+    norms = [p for p in model.parameters if p.name.endswith(("layernorm.weight", "model.norm.weight"))]
+    finish, differing, total = model.finish_gradients, 0, 0
+
+    def count() -> None:
+        nonlocal differing, total
+        own = torch.cat([p.grad.float() for p in norms if p.grad is not None])
+        a, b = tp.all_gather(own).view(2, -1)
+        differing, total = differing + int((a != b).sum()), total + own.numel()
+        finish()
+
+    model.finish_gradients = count  # type: ignore[method-assign]
+    draw = random.Random(0)
+    for _ in range(STEPS):
+        tokens = draw.choices(range(config.vocab_size), k=TOKENS)
+        outcome = trainer.step([Sample(tokens, [0.0] + [1.0] * (TOKENS - 1))]).outcome
+        assert not outcome.skipped
+    return differing, total
+
+
+def test_replicas_stay_equal_whatever_the_compiler_chose_on_each_gpu() -> None:
+    found = run_ranks(_train, 2, deadline_seconds=250)
+    print(f"{found[0][0]} of {found[0][1]} numbers of norms' gradients differed between the GPUs before they agreed")
+    assert found[0] == found[1]
+    assert found[0][1] > 0
