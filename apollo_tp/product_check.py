@@ -74,20 +74,27 @@ def wrong_products(
             ("gradient of the input", grad, weight),
             ("gradient of the weight", grad.T, x),
         ):
-            # else unwritten parts could hold an earlier, right product
-            product = torch.full((len(a), b.shape[1]), torch.nan, dtype=dtype, device=device)
-            if bad := count_wrong_rows(a, b, torch.mm(a, b, out=product)):
-                yield f"{what} of a layer [{rows}, {columns}] at {tokens} tokens: {bad} of {len(a)} rows"
+            for kind, bad in _wrong_rows(a, b):
+                if bad:
+                    yield f"{what}{kind} of a layer [{rows}, {columns}] at {tokens} tokens: {bad} of {len(a)} rows"
 
 
-def count_wrong_rows(a: Tensor, b: Tensor, product: Tensor) -> int:
-    """Rows of ``product`` that are not those of ``a @ b``, told from their sums with random signs (Freivalds 1977)."""
+def _wrong_rows(a: Tensor, b: Tensor) -> Iterator[tuple[str, int]]:
+    """Wrong rows of the product, and of it added to ones: two kernels perhaps. The result's memory is never that of an
+    earlier, right product, which unwritten parts would hold."""
+    result = torch.full((len(a), b.shape[1]), torch.nan, dtype=a.dtype, device=a.device)
+    yield "", count_wrong_rows(a, b, torch.mm(a, b, out=result))
+    yield " in a sum", count_wrong_rows(a, b, result.fill_(1.0).addmm_(a, b), addend=1.0)
+
+
+def count_wrong_rows(a: Tensor, b: Tensor, product: Tensor, addend: float = 0.0) -> int:
+    """Rows of ``product`` that are not those of ``a @ b + addend``, told from sums with random signs (Freivalds 1977)."""
     random = torch.Generator(b.device).manual_seed(0)  # the same verdict every time
     signs = torch.randint(0, 2, (b.shape[1],), generator=random, device=b.device).float().mul_(2).sub_(1)
     sums, norms = _sums_and_norms(product, signs)
     expected, _ = _sums_and_norms(a, _sums_and_norms(b, signs)[0])
     rounding = max(torch.finfo(product.dtype).eps / 2, 2.0**-16)
-    right = (sums - expected).abs() <= SLACK * rounding * norms  # NaN is not
+    right = (sums - expected - addend * signs.sum()).abs() <= SLACK * rounding * norms  # NaN is not
     return int((~right).sum())
 
 

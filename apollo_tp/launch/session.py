@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
@@ -23,7 +24,7 @@ from apollo_tp.errors import ConfigError, RankFailedError, ServerGoneError
 from apollo_tp.graphs import Replays
 from apollo_tp.launch.coordinator_process import CoordinatorProcess
 from apollo_tp.launch.distributed import World, join
-from apollo_tp.launch.lineage import Lineage, LineageFile
+from apollo_tp.launch.lineage import LineageFile
 from apollo_tp.launch.progress import StepProgress
 from apollo_tp.launch.update_gate import Lock, UpdateGate, needs_lock
 from apollo_tp.manifest import Manifest, check_agreement, read_instance, wait_for_server
@@ -40,6 +41,16 @@ from apollo_tp.trainer import Trainer
 log = logging.getLogger("apollo_tp")
 
 
+@dataclass(frozen=True)
+class _Start:
+    """What every part of the start-up works with; ``stack`` undoes it."""
+
+    config: Config
+    world: World
+    control: Control
+    stack: contextlib.ExitStack
+
+
 def run(config: Config, on_server_gone: Callable[[ServerGoneError], None]) -> None:
     """Train one server until told to stop. Every rank calls it. Raises ApolloTpError with what is wrong and what to do."""
     if config.train.threads:
@@ -48,102 +59,48 @@ def run(config: Config, on_server_gone: Callable[[ServerGoneError], None]) -> No
     control = Control(world.rank, world.size)
     try:
         with contextlib.ExitStack() as stack:
-            _run(config, world, control, stack, on_server_gone)
+            _run(_Start(config, world, control, stack), on_server_gone)
     finally:
         dist.destroy_process_group()
 
 
-def _run(
-    config: Config,
-    world: World,
-    control: Control,
-    stack: contextlib.ExitStack,
-    on_server_gone: Callable[[ServerGoneError], None],
-) -> None:
-    manifests, folder = _find_server(config, world, control, stack)
+def _run(start: _Start, on_server_gone: Callable[[ServerGoneError], None]) -> None:
+    config, control = start.config, start.control
+    manifests, folder = _find_server(start)
     watch = ServerWatch(manifests, on_server_gone)
-    stack.callback(watch.stop)
-    with _together(control):
-        mapped = map_rank(manifests, world.rank)
-    lineage = LineageFile(folder, manifests[0].model_path, keep=world.rank == 0)
-    with _together(control):
-        if not lineage.trained_here:
-            compared = verify_against_checkpoint(mapped, config.server.verify_tensors)
-            log.info("%d checkpoint tensors equal the served memory bit for bit", compared)
-    if mapped.device.type == "cuda":
-        torch.cuda.set_device(mapped.device)
-    tp = TPGroup(world.rank, world.size, peer_memory=config.train.peer_memory)
+    start.stack.callback(watch.stop)
+    mapped, lineage = _map(start, manifests, folder)
+    tp = TPGroup(start.world.rank, start.world.size, peer_memory=config.train.peer_memory)
 
     def form() -> None:
         compute_group(tp, mapped.device, config.command_timeout_seconds)
 
     form()
-    stack.callback(tp.dissolve)
+    start.stack.callback(tp.dissolve)
     with _together(control):
         hf_config = AutoConfig.from_pretrained(manifests[0].model_path)
-        model = bind_model(
-            hf_config,
-            mapped.tensors,
-            tp,
-            fused=mapped.fused,
-            gradient_checkpointing=config.train.gradient_checkpointing,
-            compiled=mapped.device.type == "cuda" if config.train.compile is None else config.train.compile,
-        )
-        optimizer = build_optimizer(config.optim, config.train.precision, model.parameters, tp)
+        model, optimizer = _bind(config, hf_config, mapped, tp)
     with _together(control):
-        _resume(config, optimizer, lineage.record)
-        if lineage.trained_here and (names := optimizer.level_replicas()):
-            log.warning(
-                "ranks held different bits of %s (a trainer was killed as it wrote): now the lowest one's", names
-            )
-    gate = _update_gate(config, world, control, folder, lineage.record.weight_version, tp, mapped.device, stack)
-    pace = Pace(config.qos.pace, model.module, tp, mapped.device)
-
-    def before_write() -> None:
-        lineage.before_write()
-        gate.before_write()
-        if gate.pauses:
-            pace.hold()
-
-    trainer = Trainer(
-        model,
-        optimizer,
-        tp,
-        device=mapped.device,
-        max_micro_batch_tokens=config.train.max_micro_batch_tokens,
-        gradients=config.train.gradients,
-        weight_version=lineage.record.weight_version,
-        before_write=before_write,
-        pace=pace,
-    )
-    log.info(
-        "optimizer: %s; gradients: %s; qos: %s",
-        optimizer.describe(),
-        trainer.gradients.value,
-        _qos(config, mapped.device),
-    )
-    memory = _plan_memory(config, control, trainer)
-    log.info("memory: %s", memory)
-    if mapped.device.type == "cuda":
-        with _together(control):
-            tensors = [*model.leaves, *(parameter.tensor for parameter in model.parameters)]  # joined, and their parts
-            check_products(tensors, trainer.max_micro_batch_tokens, world.rank, config.qos.sm_percent)
-            torch.cuda.empty_cache()
+        _resume(config, optimizer, lineage)
+    gate = _update_gate(start, folder, lineage.record.weight_version, tp, mapped.device)
+    trainer = _make_trainer(config, model, optimizer, tp, mapped.device, gate, lineage)
+    memory = _plan_memory(start, trainer)
+    _check_products(start, trainer)
     hello = _hello(config, manifests, model, trainer, memory)
     checkpoints = _Checkpoints(config, mapped, tp, hf_config, trainer, lineage)
-    _serve(config, world, control, folder, manifests[0], hello, trainer, checkpoints, lineage, gate, form, stack)
+    link = _coordinate(start, folder, manifests[0])
+    _serve(start, link, hello, trainer, checkpoints, lineage, gate, form)
 
 
-def _find_server(
-    config: Config, world: World, control: Control, stack: contextlib.ExitStack
-) -> tuple[list[Manifest], Path]:
+def _find_server(start: _Start) -> tuple[list[Manifest], Path]:
     """The one server to train, locked by rank 0 and read by every rank."""
+    config, world, control = start.config, start.world, start.control
     base = runtime.base_dir(config.server.runtime_dir)
     name = ""
     with _together(control):
         if world.rank == 0:
             name = wait_for_server(base, config.server.instance, config.server.wait_seconds)[0].instance_id
-            stack.enter_context(runtime.trainer_lock(runtime.instance_dir(name, base)))
+            start.stack.enter_context(runtime.trainer_lock(runtime.instance_dir(name, base)))
     folder = base / control.broadcast(name.encode()).decode()
     with _together(control):
         manifests = read_instance(folder)
@@ -156,6 +113,65 @@ def _find_server(
     if world.rank == 0:
         log.info("training server %s: %s, TP %d", folder.name, manifests[0].model_path, world.size)
     return manifests, folder
+
+
+def _map(start: _Start, manifests: list[Manifest], folder: Path) -> tuple[MappedRank, LineageFile]:
+    """The served memory of this rank, which is what the folder on disk says unless it was trained, and its history."""
+    with _together(start.control):
+        mapped = map_rank(manifests, start.world.rank)
+    lineage = LineageFile(folder, manifests[0].model_path, keep=start.world.rank == 0)
+    with _together(start.control):
+        if not lineage.trained_here:
+            compared = verify_against_checkpoint(mapped, start.config.server.verify_tensors)
+            log.info("%d checkpoint tensors equal the served memory bit for bit", compared)
+    if mapped.device.type == "cuda":
+        torch.cuda.set_device(mapped.device)
+    return mapped, lineage
+
+
+def _bind(config: Config, hf_config: PretrainedConfig, mapped: MappedRank, tp: TPGroup) -> tuple[BoundModel, Optimizer]:
+    model = bind_model(
+        hf_config,
+        mapped.tensors,
+        tp,
+        fused=mapped.fused,
+        gradient_checkpointing=config.train.gradient_checkpointing,
+        compiled=mapped.device.type == "cuda" if config.train.compile is None else config.train.compile,
+    )
+    return model, build_optimizer(config.optim, config.train.precision, model.parameters, tp)
+
+
+def _make_trainer(
+    config: Config,
+    model: BoundModel,
+    optimizer: Optimizer,
+    tp: TPGroup,
+    device: torch.device,
+    gate: UpdateGate,
+    lineage: LineageFile,
+) -> Trainer:
+    pace = Pace(config.qos.pace, model.module, tp, device)
+
+    def before_write() -> None:
+        lineage.before_write()
+        gate.before_write()
+        if gate.pauses:
+            pace.hold()
+
+    trainer = Trainer(
+        model,
+        optimizer,
+        tp,
+        device=device,
+        max_micro_batch_tokens=config.train.max_micro_batch_tokens,
+        gradients=config.train.gradients,
+        weight_version=lineage.record.weight_version,
+        before_write=before_write,
+        pace=pace,
+    )
+    how = (optimizer.describe(), trainer.gradients.value, _qos(config, device))
+    log.info("optimizer: %s; gradients: %s; qos: %s", *how)
+    return trainer
 
 
 @contextlib.contextmanager
@@ -174,53 +190,57 @@ def _together(control: Control):  # type: ignore[no-untyped-def]  # noqa: ANN202
         raise RankFailedError(f"rank {failed[0][0]} failed: {failed[0][1]}", rank=failed[0][0], traceback="")
 
 
-def _resume(config: Config, optimizer: Optimizer, lineage: Lineage) -> None:
+def _resume(config: Config, optimizer: Optimizer, lineage: LineageFile) -> None:
     """Load the optimizer state that belongs to the served weights: of this instance's last checkpoint, or of the
-    checkpoint that the server was started from."""
-    source = Path(lineage.checkpoint)
-    wanted = lineage.checkpoint and config.checkpoint.resume and not config.optim.reset_state
-    if not wanted or not (source / OPTIMIZER_DIR).is_dir():
-        return
-    optimizer.load(source / OPTIMIZER_DIR)
-    info = read_info(source)
-    log.info("optimizer state of %s (weight version %s) loaded", source, info.weight_version if info else "?")
+    checkpoint that the server was started from. Mend what a killed trainer may have left of the weights. Collective."""
+    source = Path(lineage.record.checkpoint)
+    wanted = lineage.record.checkpoint and config.checkpoint.resume and not config.optim.reset_state
+    if wanted and (source / OPTIMIZER_DIR).is_dir():
+        optimizer.load(source / OPTIMIZER_DIR)
+        info = read_info(source)
+        log.info("optimizer state of %s (weight version %s) loaded", source, info.weight_version if info else "?")
+    if lineage.trained_here and (names := optimizer.level_replicas()):
+        log.warning("ranks held different bits of %s (a trainer was killed as it wrote): now the lowest one's", names)
 
 
-def _plan_memory(config: Config, control: Control, trainer: Trainer) -> str:
+def _plan_memory(start: _Start, trainer: Trainer) -> str:
     """What the longest micro-batch will need, in one line. Collective. Raises DeviceMemoryError if it does not fit."""
+    config = start.config
+    memory = "not planned on a CPU, where attention keeps its scores: their need depends on the lengths in each batch"
+    if trainer.device.type == "cuda":
+        with _together(start.control):
+            plan = plan_memory(trainer, CudaMeter(trainer.device), config.train.max_sequence_tokens)
+        replays = config.train.cuda_graphs and plan.fits_replays(beside=False)
+        if replays:
+            replays = trainer.record_passes(Replays(trainer.model, beside=plan.fits_replays(beside=True)))
+        memory = f"{plan.describe()}; steps that are alike are {'' if replays else 'not '}recorded"
+    log.info("memory: %s", memory)
+    return memory
+
+
+def _check_products(start: _Start, trainer: Trainer) -> None:
+    """Refuse a GPU that multiplies wrong, as some do under MPS. Raises DeviceError."""
     if trainer.device.type != "cuda":
-        return "not planned on a CPU, where attention keeps its scores: their need depends on the lengths in each batch"
-    with _together(control):
-        plan = plan_memory(trainer, CudaMeter(trainer.device), config.train.max_sequence_tokens)
-    replays = config.train.cuda_graphs and plan.fits_replays(beside=False)
-    if replays:
-        replays = trainer.record_passes(Replays(trainer.model, beside=plan.fits_replays(beside=True)))
-    return f"{plan.describe()}; steps that are alike are {'' if replays else 'not '}recorded"
+        return
+    model = trainer.model
+    tensors = [*model.leaves, *(parameter.tensor for parameter in model.parameters)]  # joined, and their parts
+    with _together(start.control):
+        check_products(tensors, trainer.max_micro_batch_tokens, start.world.rank, start.config.qos.sm_percent)
+        torch.cuda.empty_cache()
 
 
-def _update_gate(
-    config: Config,
-    world: World,
-    control: Control,
-    folder: Path,
-    weight_version: int,
-    tp: TPGroup,
-    device: torch.device,
-    stack: contextlib.ExitStack,
-) -> UpdateGate:
+def _update_gate(start: _Start, folder: Path, weight_version: int, tp: TPGroup, device: torch.device) -> UpdateGate:
     """How updates and running requests keep out of each other's way. Collective."""
     me = runtime.ProcessId.of(os.getpid())
     assert me is not None
-    ranks = [
-        runtime.ProcessId(*msgspec.json.decode(a))
-        for a in control.gather(msgspec.json.encode((me.pid, me.start_ticks)))
-    ]
-    lock: Lock | None = None
-    with _together(control):
-        if world.rank == 0 and needs_lock(config.sync):
-            lock = Lock(folder, config.sync, weight_version, ranks)
-            stack.callback(lock.close)
-    return UpdateGate(config.sync.mode, tp, device, lock)
+    answers = start.control.gather(msgspec.json.encode((me.pid, me.start_ticks)))
+    ranks = [runtime.ProcessId(*msgspec.json.decode(answer)) for answer in answers]
+    sync, lock = start.config.sync, None
+    with _together(start.control):
+        if start.world.rank == 0 and needs_lock(sync):
+            lock = Lock(folder, sync, weight_version, ranks)
+            start.stack.callback(lock.close)
+    return UpdateGate(sync.mode, tp, device, lock)
 
 
 class _Checkpoints:
@@ -253,37 +273,38 @@ class _Checkpoints:
         return str(path), num_bytes
 
 
+def _coordinate(start: _Start, folder: Path, manifest: Manifest) -> Link | None:
+    """On rank 0 the coordinator's process and the way to it."""
+    if start.world.rank > 0:
+        return None
+    coordinator = CoordinatorProcess(start.config, folder, manifest)
+    start.stack.callback(coordinator.stop)
+    return Link(f"ipc://{runtime.socket_path(folder, 'ranks.sock')}", alive=coordinator.check)
+
+
 def _serve(
-    config: Config,
-    world: World,
-    control: Control,
-    folder: Path,
-    manifest: Manifest,
+    start: _Start,
+    link: Link | None,
     hello: Callable[[str, int], protocol.Hello],
     trainer: Trainer,
     checkpoints: _Checkpoints,
     lineage: LineageFile,
     gate: UpdateGate,
     form: Callable[[], None],
-    stack: contextlib.ExitStack,
 ) -> None:
-    link: Link | None = None
-    if world.rank == 0:
-        coordinator = CoordinatorProcess(config, folder, manifest)
-        stack.callback(coordinator.stop)
-        link = Link(f"ipc://{runtime.socket_path(folder, 'ranks.sock')}", alive=coordinator.check)
+    """Commands, until told to stop."""
     progress = StepProgress()
 
     def on_step(command: protocol.Step | protocol.PreferenceStep, done: protocol.StepDone) -> None:
         step = {"last_job_id": command.job_id, "last_job_step": command.job_step}
         lineage.update(weight_version=done.weight_version, **step)
-        if world.rank == 0:
+        if start.world.rank == 0:
             progress(command, done)
 
     loop = RankLoop(
         trainer,
         checkpoints,
-        control,
+        start.control,
         hello,
         link,
         form_group=form,

@@ -30,14 +30,16 @@ for rows, columns in json.loads(sys.argv[1]):
     inputs, grads, weight = (torch.randn(size, generator=random).bfloat16() for size in sizes)
     for x, grad in ((inputs[:n], grads[:n]) for n in lengths):
         for a, b in ((x, weight.T), (grad, weight), (grad.T, x)):
+            here, there = a.to(device), b.to(device)
             product = torch.full((len(a), b.shape[1]), torch.nan, dtype=a.dtype, device=device)
-            torch.mm(a.to(device), b.to(device), out=product)
-            found, expected = product[::37].cpu().float(), a[::37].float() @ b.float()
-            wrong += not ((found - expected).norm() <= 0.01 * expected.norm())
-            total += 1
+            expected = a[::37].float() @ b.float()
+            torch.mm(here, there, out=product)
+            for found in (product[::37].cpu().float(), product.fill_(1.0).addmm_(here, there)[::37].cpu().float() - 1):
+                wrong += not ((found - expected).norm() <= 0.01 * expected.norm())
+                total += 1
 print(json.dumps([torch.cuda.get_device_properties(0).multi_processor_count, accused, wrong, total]))
 """
-"""Every 37th row of each product is compared, which any tile has some of."""
+"""Every 37th row of each product, and of each added to ones, is compared, which any tile has some of."""
 
 
 def test_a_whole_gpu_multiplies_right() -> None:

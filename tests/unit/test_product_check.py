@@ -22,6 +22,7 @@ def test_right_products_pass(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
     for rows, inner, columns in ((300, 64, 512), (64, 20_000, 300), (7, 1, 5), (1, 300, 1)):
         a, b = torch.randn(rows, inner, generator=draw).to(dtype), torch.randn(inner, columns, generator=draw).to(dtype)
         assert count_wrong_rows(a, b, a @ b) == 0
+        assert count_wrong_rows(a, b, torch.ones(rows, columns, dtype=dtype).addmm_(a, b), addend=1.0) == 0
     check_products([leaf.to(dtype) for leaf in LEAVES], 100, 0, None)
 
 
@@ -59,6 +60,23 @@ def test_what_is_wrong_is_named_and_refused(monkeypatch: pytest.MonkeyPatch) -> 
         check_products(LEAVES, 100, 0, None)
 
 
+def test_a_sum_that_a_product_is_not_added_to_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An unwritten tile keeps the sum so far there: finite, and of the usual size."""
+    add = Tensor.addmm_
+
+    def leaves_a_tile(self: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        before = self[:32, :32].clone()
+        add(self, a, b)
+        self[:32, :32] = before
+        return self
+
+    monkeypatch.setattr(Tensor, "addmm_", leaves_a_tile)
+    lines = list(wrong_products(96, 64, torch.bfloat16, [100], CPU))
+    assert [line.partition(" of a layer")[0] for line in lines] == [
+        "output in a sum", "gradient of the input in a sum", "gradient of the weight in a sum",
+    ]  # fmt: skip
+
+
 def test_lengths_are_spread_and_wide_layers_are_cut(monkeypatch: pytest.MonkeyPatch) -> None:
     assert sampled_lengths(4096)[-1] == 4096
     assert {1024, 2048, 3072} <= set(sampled_lengths(4096)), "blocks of rows that sums over ranks are cut into"
@@ -66,6 +84,8 @@ def test_lengths_are_spread_and_wide_layers_are_cut(monkeypatch: pytest.MonkeyPa
     assert sampled_lengths(1) == [1]
     assert max(sampled_lengths(1 << 20)) == 8192
     monkeypatch.setattr("apollo_tp.product_check.MOST_BYTES", 96 * 2 * 10)
-    monkeypatch.setattr("apollo_tp.product_check.count_wrong_rows", lambda a, b, product: len(product))
+    monkeypatch.setattr(
+        "apollo_tp.product_check.count_wrong_rows", lambda a, b, product, addend=0.0: len(product) * (not addend)
+    )
     lines = list(wrong_products(96, 64, torch.bfloat16, [5, 40, 70], CPU))
     assert [line.rpartition(" tokens")[0].rpartition(" ")[2] for line in lines] == ["5"] * 3 + ["10"] * 3
