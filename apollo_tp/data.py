@@ -158,5 +158,5 @@ def _packed(samples: Sequence[Sample], members: list[int]) -> PackedBatch:
         loss_positions=weights.nonzero()[:, 0],
         sample_index=tuple(members),
         lengths=lengths,
-        weight_sum=math.fsum(weight for sample in chosen for weight in sample.weights),
+        weight_sum=math.fsum(itertools.chain.from_iterable(s.weights for s in chosen)),
     )

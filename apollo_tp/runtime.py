@@ -102,13 +102,12 @@ def socket_path(folder: Path, name: str) -> Path:
 
 
 def write_private(path: Path, content: bytes) -> None:
-    """Write a 0600 file that appears complete or not at all."""
+    """Write a 0600 file that appears complete or not at all. Not for what must survive the machine: it waits for no disk,
+    since what these files speak of dies with the server."""
     fd, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")  # mkstemp makes it 0600
     try:
         with os.fdopen(fd, "wb") as file:
             file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
