@@ -1,8 +1,8 @@
 """torch.compile, one decoder layer at a time: norms, rotary embeddings, activations and residual sums fuse into few kernels.
 
 Layers of one kind share their compiled code; the first batch of a new length makes it anew for any length. Collectives and
-attention stay calls of their own within it. Layers whose code depends on the data or on where sequences end (routed experts,
-gated delta nets) run as they are.
+attention stay calls of their own within it. Layers whose code depends on where sequences end (gated delta nets) run as they
+are, and models with routed experts as a whole.
 """
 
 from __future__ import annotations
@@ -28,10 +28,11 @@ MAX_VARIANTS = 32
 def compile_layers(module: PreTrainedModel) -> int:
     """Compile the decoder layers of ``module`` in place, each at its first call; returns how many.
 
-    None if one has two collectives that do not depend on each other (FullWidthRMSNorm): the compiler may order them
-    one way on one rank and another way on the next.
+    None where ranks must not differ in what the compiler does, which it decides on each alone: it may order two collectives
+    that do not depend on each other (FullWidthRMSNorm) one way or another; and it may choose kernels that round otherwise,
+    after which the routers of two ranks could send a token to different experts.
     """
-    if any(isinstance(child, FullWidthRMSNorm) for child in module.modules()):
+    if any(isinstance(child, FullWidthRMSNorm) or _has_experts(child) for child in module.modules()):
         return 0
     import torch._dynamo  # here: the compiler takes seconds to import
     import torch._functorch.config
@@ -52,6 +53,12 @@ def compile_layers(module: PreTrainedModel) -> int:
     return len(layers)
 
 
+def _has_experts(module: nn.Module) -> bool:
+    """Whether stacked experts are its own: a parameter of three dimensions that is no convolution's."""
+    stacked = any(parameter.ndim == 3 for parameter in module.parameters(recurse=False))
+    return stacked and not isinstance(module, nn.Conv1d)
+
+
 def _is_traceable(layer: nn.Module) -> bool:
-    """No recurrent mixer (which has a convolution) and no stacked experts: both have a parameter of three dimensions."""
+    """No recurrent mixer, which has a convolution, the only parameter of three dimensions in a model without experts."""
     return all(parameter.ndim <= 2 for parameter in layer.parameters())

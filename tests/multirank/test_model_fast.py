@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from transformers import AutoConfig
+from transformers import AutoConfig, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from apollo_tp.data import pack
 from apollo_tp.model import BoundModel, bind_model, compiled, tp_linear
@@ -167,6 +167,16 @@ def test_padding_behind_a_sequence_changes_nothing(length: int) -> None:
 
 def _layers_compiled(tp: TPGroup, folder: Path) -> int:
     return compile_layers(_bound(tp, folder, "olmo2", fast=False).module)
+
+
+def test_a_model_with_routed_experts_is_not_compiled() -> None:
+    """Nor its dense layers, whose rounding on each rank the routers behind them would follow."""
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "moe_intermediate_size": 16, "num_hidden_layers": 2}
+    sizes |= {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16, "vocab_size": 64, "num_experts": 4}
+    with torch.device("meta"):
+        model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes, mlp_only_layers=[0]))
+    assert [type(layer.mlp).__name__ for layer in model.model.layers] == ["Qwen3MoeMLP", "Qwen3MoeSparseMoeBlock"]
+    assert compile_layers(model) == 0
 
 
 def test_layers_with_independent_collectives_are_not_compiled(checkpoints: Path) -> None:
