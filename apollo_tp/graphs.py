@@ -39,7 +39,8 @@ class Passes(Protocol):
     correct: Tensor
     gradients: Gradients
 
-    def replay(self) -> None: ...
+    def replay(self, between: Callable[[], None]) -> None:
+        """``between`` is called behind the start of the forward pass and before that of the backward pass."""
 
     def idle_bytes(self) -> int:
         """Memory that only a replay uses, and that nobody else can have."""
@@ -83,9 +84,11 @@ class CudaPasses:
             yield
         self._graphs.append(graph)
 
-    def replay(self) -> None:
-        for graph in self._graphs:
-            graph.replay()
+    def replay(self, between: Callable[[], None]) -> None:
+        forward, backward = self._graphs
+        forward.replay()
+        between()
+        backward.replay()
         self._tp.traffic.update(self._traffic)
 
     def idle_bytes(self) -> int:
@@ -139,13 +142,13 @@ class Replays:
         self._num_replayed += recorded
         return recorded
 
-    def run(self, batch: PackedBatch, *, accumulate: bool) -> tuple[Tensor, Tensor]:
+    def run(self, batch: PackedBatch, *, accumulate: bool, between: Callable[[], None]) -> tuple[Tensor, Tensor]:
         """Forward and backward pass of one micro-batch: its loss and number of hits, valid until the next run. Sets the
-        gradients, or adds to them."""
+        gradients, or adds to them. ``between`` is called between the starts of the passes."""
         assert self._batch is not None
         passes = self._passes[accumulate]
         self._batch.copy_(batch)
-        passes.replay()
+        passes.replay(between)
         assign(self._model, passes.gradients)  # while the device works
         return passes.loss, passes.correct
 

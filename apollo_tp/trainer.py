@@ -26,7 +26,8 @@ from apollo_tp.protocol import PreferencePair, Sample
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one step did, the same on every rank but for times (seconds), which are this rank's.
+    """What one step did, the same on every rank but for times (seconds), which are this rank's: of the host for the whole
+    step, of the device (on CUDA) for its phases.
 
     ``loss`` is the weighted mean negative log-likelihood in nats (or the mean DPO loss) before the update. ``gradients``
     says how they were kept: "fused" (updated in the backward pass) or "stored".
@@ -156,7 +157,7 @@ class Trainer:
         correct = torch.zeros((), device=self.device)
         for position, batch in enumerate(batches):
             if replays is not None:
-                loss, hits = replays.run(batch, accumulate=position > 0)
+                loss, hits = replays.run(batch, accumulate=position > 0, between=lambda: clock.mark("forward"))
             else:
                 loss, hits = loss_of(batch)
                 self._pace.give_way()
@@ -247,19 +248,40 @@ class Trainer:
 
 
 class _Clock:
-    """Wall time per phase. On CUDA the phases are those of the host, which runs ahead; the total is exact."""
+    """Time per phase: the device's on CUDA, where the host is phases ahead, and the host's elsewhere. A phase goes from the
+    mark before it to its own; the first begins with the clock."""
 
     def __init__(self, device: torch.device) -> None:
         self.seconds = {"forward": 0.0, "backward": 0.0, "optimizer": 0.0}
-        self._start = self._last = time.perf_counter()
-        self._device = device
+        self._device, self._start = device, time.perf_counter()
+        self._last = self._now()
+        self._marks: list[tuple[str, torch.cuda.Event | float]] = []
 
     def mark(self, phase: str) -> None:
-        now = time.perf_counter()
-        self.seconds[phase] += now - self._last
-        self._last = now
+        self._marks.append((phase, self._now()))
 
     def total(self) -> float:
+        """Seconds of the host until the device is done. From here on ``seconds`` are those of the marks so far."""
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
-        return time.perf_counter() - self._start
+        total = time.perf_counter() - self._start
+        for phase, now in self._marks:
+            self.seconds[phase] += _elapsed(self._last, now)
+            self._last = now
+        self._marks = []
+        return total
+
+    def _now(self) -> torch.cuda.Event | float:
+        if self._device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+
+def _elapsed(start: torch.cuda.Event | float, stop: torch.cuda.Event | float) -> float:
+    """Seconds."""
+    if isinstance(start, float):
+        assert isinstance(stop, float)
+        return stop - start
+    return start.elapsed_time(stop) / 1e3  # type: ignore[no-any-return]

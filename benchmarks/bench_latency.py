@@ -21,6 +21,7 @@ import json
 import math
 import os
 import random
+import re
 import shlex
 import shutil
 import subprocess
@@ -61,13 +62,17 @@ CASES = {
     "MPS idle": Case(True, None),
     "MPS": Case(True, ("qos=off",)),
     "MPS low": Case(True, ("qos=off", "qos.low_priority=true")),
-    "MPS 75 %": Case(True, ("qos=off", "qos.sm_percent=75")),
-    "MPS 50 %": Case(True, ("qos=off", "qos.sm_percent=50")),
-    "MPS 25 %": Case(True, ("qos=off", "qos.sm_percent=25")),
-    "MPS 50 % low": Case(True, ("qos=shared",)),
-    "MPS 25 % low": Case(True, ("qos=gentle",)),
 }
-"""``low``: inference's kernels go first. An ``MPS idle`` server tells what MPS alone costs."""
+"""By name. ``low``: inference's kernels go first. An ``MPS idle`` server tells what MPS alone costs."""
+DEFAULT = [*CASES, "MPS 75 %", "MPS 50 %", "MPS 25 %", "MPS 50 % low", "MPS 25 % low"]
+
+
+def case_of(name: str) -> Case | None:
+    """One of CASES, or "MPS N %", "MPS N % low": ``qos=shared`` and ``gentle`` are 50 and 25 % low."""
+    if share := re.fullmatch(r"MPS (\d+) %( low)?", name):
+        low = str(share[2] is not None).lower()
+        return Case(True, ("qos=off", f"qos.sm_percent={share[1]}", f"qos.low_priority={low}"))
+    return CASES.get(name)
 
 
 @dataclass
@@ -204,7 +209,7 @@ def measure(served: Served, folder: Path, name: str, environment: dict[str, str]
     try:
         return loads(served, folder, name, environment, options)
     except ServerGoneError:
-        log = folder / f"state{list(CASES).index(name)}" / "trainer.log"
+        log = folder / f"state{options.cases.index(name)}" / "trainer.log"
         refusals = (
             [line for line in log.read_text().splitlines() if DeviceError.__name__ in line] if log.exists() else []
         )
@@ -214,7 +219,7 @@ def measure(served: Served, folder: Path, name: str, environment: dict[str, str]
 
 
 def loads(served: Served, folder: Path, name: str, environment: dict[str, str], options: argparse.Namespace) -> list:
-    case, seed = CASES[name], list(CASES).index(name)
+    case, seed = case_of(name), options.cases.index(name)
     if case.overrides is None:
         seen = [(n, asyncio.run(generate(served, [served.process], n, options, seed))) for n in options.streams]
         return [{"case": name, "streams": n} | load.summary() for n, load in seen]
@@ -256,7 +261,7 @@ def mps_daemon(folder: Path) -> Iterator[dict[str, str]]:
 def run(folder: Path, options: argparse.Namespace) -> Iterator[list]:
     """The rows of each case, as they come."""
     for mps in (False, True):
-        names = [name for name in options.cases if CASES[name].mps == mps]
+        names = [name for name in options.cases if case_of(name).mps == mps]
         if mps and names and not shutil.which("nvidia-cuda-mps-control"):
             print(f"skipped: {', '.join(names)}: no nvidia-cuda-mps-control on PATH (a CPU has no SMs to share)")
             continue
@@ -284,7 +289,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tiny", action="store_true", help="a model for any machine, 2 and 4 streams of 32 tokens")
     parser.add_argument("--tp", type=int, default=2)
-    parser.add_argument("--cases", default=",".join(CASES), help="some of the default, separated by commas")
+    parser.add_argument("--cases", default=",".join(DEFAULT), help="separated by commas; MPS N %% [low] with any N")
     parser.add_argument("--seconds", type=float, default=8.0, help="of each load that are counted")
     parser.add_argument("--case-seconds", type=float, default=150.0, help="longest wait for the trainer, or for a step")
     parser.add_argument("--server-seconds", type=float, default=240.0, help="longest wait for a server")
@@ -292,8 +297,8 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help="folder for the JSON file")
     options = parser.parse_args()
     options.cases = options.cases.split(",")
-    if unknown := set(options.cases) - set(CASES):
-        parser.error(f"--cases: got {', '.join(sorted(unknown))}, expected some of {', '.join(CASES)}")
+    if unknown := [name for name in options.cases if case_of(name) is None]:
+        parser.error(f"--cases: got {', '.join(unknown)}, expected {', '.join(DEFAULT)}, or another share")
     options.begun = time.monotonic()
     options.streams, options.tokens, options.step_tokens = ((2, 4), 32, 64) if options.tiny else ((8, 32), 256, 4096)
     options.vocab_size = (TINY if options.tiny else QWEN3_8B)["vocab_size"]

@@ -6,7 +6,8 @@
 
 TFLOP/s counts 6 x parameters x tokens (recomputation is not counted as work). Our rows: the server is up and idle during the
 steps; a step's sequences are shared by all ranks, one micro-batch each. tokens/s is of a step, from its samples to the end
-of the write; what passes between two steps of a job, through the coordinator, stands beside it. FSDP2's rows
+of the write; what passes between two steps of a job, through the coordinator, stands beside it. Forward, backward and
+optimizer are the device's times, sums over ranks included: profile_step.py tells how much those are. FSDP2's rows
 (baseline_fsdp2.py) run after the server has ended, on a copy of the weights of their own: each rank takes whole sequences,
 at least one, so that at p ranks "1x" is p sequences a step. Peak memory is the allocator's, beyond the weights: served
 ones, or a rank's share of the copy.
@@ -201,6 +202,7 @@ def report(results: list[dict[str, Any]], options: argparse.Namespace) -> None:
         "tokens/s",
         "TFLOP/s per GPU",
         "step s",
+        "forward + backward + optimizer, ms",
         "between, ms",
         "weights GB",
         "peak GB beyond",
@@ -213,11 +215,12 @@ def report(results: list[dict[str, Any]], options: argparse.Namespace) -> None:
         weights, beyond = (", ".join(f"{gb:.1f}" for gb in r[key]) for key in ("weights_gb", "beyond_weights_gb"))
         between = r.get("seconds_between_steps")
         between = f"{between * 1e3:.0f}" if between else "-"
+        phases = " + ".join(f"{1e3 * t:.0f}" for t in r.get("seconds", {}).values()) or "-"
         table.add_row(
             r["case"], f"{r['tokens_per_step']:,}", f"{r['tokens_per_rank']:,}", f"{r['tokens_per_second']:,.0f}",
-            f"{r['tflops_per_gpu']:.1f}", f"{r['step_seconds']:.3f}", between, weights, beyond,
+            f"{r['tflops_per_gpu']:.1f}", f"{r['step_seconds']:.3f}", phases, between, weights, beyond,
         )  # fmt: skip
-    Console(width=140).print(table)
+    Console(width=160).print(table)
     write_results(options.out, "step", options.tp, results)
 
 

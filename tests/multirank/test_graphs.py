@@ -6,6 +6,7 @@ A CPU has no graphs: a stand-in computes anew, into tensors that stay where they
 from __future__ import annotations
 
 import datetime
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -43,7 +44,8 @@ class Recomputed:
         self.loss.copy_(sums.loss.detach())
         self.correct.copy_(sums.correct)
 
-    def replay(self) -> None:
+    def replay(self, between: Callable[[], None]) -> None:
+        between()
         assign(self.model, self.gradients if self.adds else [None] * len(self.gradients))
         self._run()
         if not self.adds:

@@ -67,6 +67,9 @@ def _five_steps(tp: TPGroup, checkpoint: Path) -> dict[str, float]:
         result = trainer.step(samples(seed=step))
         assert result.outcome.skipped == ""
         assert result.num_micro_batches >= 3
+        phases = (result.forward_seconds, result.backward_seconds, result.optimizer_seconds)
+        assert min(phases) > 0
+        assert sum(phases) <= result.step_seconds
         errors[f"loss {step}"] = abs(result.loss - losses[step]) / abs(losses[step])
     assert trainer.weight_version == STEPS
     for name, (shard, local) in tensors.items():
