@@ -60,6 +60,7 @@ STEPS = {
     "sums": Step(pytest("tests/gpu/test_peer_memory.py"), 100, server=False, rehearsal=None),
     "products": Step(pytest("tests/gpu/test_products.py"), 150, server=False, rehearsal=None),
     "replicas": Step(pytest("tests/gpu/test_replicas.py"), 200, server=False, rehearsal=None),
+    "shares": Step(bench("shares", "--out", "{out}"), 300, server=False),
     "graphs": Step(pytest("tests/gpu/test_graphs.py"), 150, server=False, rehearsal=None),
     "gdn": Step(pytest("tests/gpu/test_gated_delta_net.py"), 400, server=False, rehearsal=None),
     "memory": Step(pytest("tests/gpu/test_memory_plan.py"), 300, server=False, rehearsal=None),
