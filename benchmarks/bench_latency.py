@@ -19,12 +19,10 @@ import contextlib
 import datetime
 import json
 import math
-import os
 import random
 import re
 import shlex
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
@@ -36,12 +34,22 @@ from typing import Any
 import httpx
 from rich.console import Console
 from rich.table import Table
-from stack import QWEN3_8B, TINY, Served, Training, device_name, random_samples, serving, training, write_results
+from stack import (
+    QWEN3_8B,
+    TINY,
+    Served,
+    Training,
+    device_name,
+    mps_daemon,
+    random_samples,
+    serving,
+    training,
+    write_results,
+)  # fmt: skip
 
 from apollo_tp.demo.processes import ManagedProcess
 from apollo_tp.errors import DeadlineError, DeviceError, ServerGoneError
 
-MPS_SCRIPT = Path(__file__).parents[1] / "launch" / "mps.sh"
 WARM_UP_STEPS, STEPS_ALONE = 2, 4
 SETTLE_SECONDS = 1.0
 """Of a load before it counts: all its streams begin at once, which no traffic does."""
@@ -244,18 +252,6 @@ def loads(served: Served, folder: Path, name: str, environment: dict[str, str], 
             )
         job.cancel(options.case_seconds)
     return rows
-
-
-@contextlib.contextmanager
-def mps_daemon(folder: Path) -> Iterator[dict[str, str]]:
-    """A private MPS daemon through launch/mps.sh; gives what its clients need in their environment."""
-    variables = {f"CUDA_MPS_{name.upper()}_DIRECTORY": str(folder / "mps" / name) for name in ("pipe", "log")}
-    command = [MPS_SCRIPT, "start"]
-    subprocess.run(command, env=os.environ | variables, check=True, stdout=subprocess.DEVNULL, timeout=60)
-    try:
-        yield variables
-    finally:
-        subprocess.run([MPS_SCRIPT, "stop"], env=os.environ | variables, check=True, timeout=90)
 
 
 def run(folder: Path, options: argparse.Namespace) -> Iterator[list]:

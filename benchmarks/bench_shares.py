@@ -24,15 +24,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench_latency import mps_daemon
 from rich.console import Console
 from rich.table import Table
-from stack import QWEN3_8B, TINY, device_name, write_results
+from stack import QWEN3_8B, TINY, device_name, mps_daemon, write_results
 
 from apollo_tp.product_check import sampled_lengths, wrong_products
 
 AT_ONCE = 4
-"""Processes; each takes some 3 GB of the GPU's memory."""
+"""Processes, which share the GPU's memory."""
 CHILD_SECONDS = 120
 
 

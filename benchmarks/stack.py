@@ -10,11 +10,13 @@ import datetime
 import itertools
 import json
 import math
+import os
 import platform
 import random
 import shlex
 import signal
 import socket
+import subprocess
 import sys
 import tempfile
 import time
@@ -54,6 +56,9 @@ TINY_QWEN35_TEXT = QWEN35_27B_TEXT | {
     "num_key_value_heads": 2, "head_dim": 32, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
 }  # fmt: skip
 """Gated-delta-net heads stay at 128: vLLM's CPU kernels take no other width."""
+
+
+MPS_SCRIPT = Path(__file__).parents[1] / "launch" / "mps.sh"
 
 
 def qwen35(text: dict[str, Any]) -> dict[str, Any]:
@@ -279,3 +284,15 @@ def write_results(out: Path | None, name: str, tp: int, results: Any) -> None:
     today = datetime.date.today().isoformat()
     content = {"date": today, "device": device_name(), "tp": tp, "command": shlex.join(sys.argv), "results": results}
     (out / f"{today}_{name}.json").write_text(json.dumps(content, indent=2) + "\n")
+
+
+@contextlib.contextmanager
+def mps_daemon(folder: Path) -> Iterator[dict[str, str]]:
+    """A private MPS daemon through launch/mps.sh; gives what its clients need in their environment."""
+    variables = {f"CUDA_MPS_{name.upper()}_DIRECTORY": str(folder / "mps" / name) for name in ("pipe", "log")}
+    command = [MPS_SCRIPT, "start"]
+    subprocess.run(command, env=os.environ | variables, check=True, stdout=subprocess.DEVNULL, timeout=60)
+    try:
+        yield variables
+    finally:
+        subprocess.run([MPS_SCRIPT, "stop"], env=os.environ | variables, check=True, timeout=90)

@@ -80,12 +80,12 @@ class GradientSync:
         """In place: per replica group and dtype, one all-reduce for every BUCKET_BYTES; then likewise broadcasts."""
         for ranks in sorted(self._slices):
             for bucket in _buckets(self._slices[ranks]):
-                _together(bucket, self._groups[ranks].all_reduce_)
+                _side_by_side(bucket, self._groups[ranks].all_reduce_)
         for bucket in _buckets(self._whole):
-            _together(bucket, self._tp.broadcast_)
+            _side_by_side(bucket, self._tp.broadcast_)
 
 
-def _together(gradients: list[Tensor], collective: Callable[[Tensor], Tensor]) -> None:
+def _side_by_side(gradients: list[Tensor], collective: Callable[[Tensor], Tensor]) -> None:
     """Replace the gradients by what one ``collective`` makes of them side by side."""
     flat = collective(torch.cat([gradient.reshape(-1) for gradient in gradients]))
     parts = flat.split([gradient.numel() for gradient in gradients])
