@@ -111,7 +111,7 @@ class Optimizer:
             relative = flags[len(bundle.weights) :]
             square, num_updated, largest = square + norm, num_updated + sum(written), max(largest, *relative, 0.0)
             skipped = skipped or self._why_skipped(bundle, decision, bool(finite), relative)
-            bundle.accept(decision, written)
+            bundle.accept(written)
         if skipped:
             self.skipped_in_a_row, largest = self.skipped_in_a_row + 1, 0.0
             skipped += f"; {num_updated or 'nothing'} {'tensors were' if num_updated else 'was'} written"

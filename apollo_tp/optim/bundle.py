@@ -23,7 +23,7 @@ from torch import Tensor
 
 from apollo_tp.config import EmbeddingMode, OptimConfig, OptimizerKind
 from apollo_tp.optim.adamw import AdamWState
-from apollo_tp.optim.interface import Decision, OptimParameter, Scales
+from apollo_tp.optim.interface import Decision, Facts, OptimParameter, Scales, Sums
 from apollo_tp.optim.matrices import Matrix, make_groups, moment_rank, refresh_projections
 from apollo_tp.optim.torch_backend import TorchBackend
 from apollo_tp.optim.weight import Weight, to_device
@@ -72,11 +72,25 @@ class Bundle:
             self.adamw = [AdamWState(w) for w in others]
             self.groups = make_groups(self.matrices, moment_rank(config), tp, BUCKET_BYTES)
         self.backend = _make_backend(self)
-        self.is_projected = self.vector([float(i in roots) for i in range(count)]) > 0
+        self._place_rows()
+        self.scales = self.no_scales = torch.empty(0, device=self.device)
+        self.one, self.always = self.vector([1.0]).float()[0], self.vector([1.0]).int()[0]
+        self.is_projected = self.vector([float(i in roots) for i in range(count)]).int()
         self.root_scales = self.vector([roots.get(i, 1.0) for i in range(count)])
         self.adamw_index = torch.tensor([a.index for a in self.adamw], dtype=torch.int64, device=self.device)
         self.adamw_counts = self.vector([float(a.weight.represents) for a in self.adamw]).float()
         self.adamw_in_part = [a for a in self.adamw if a.weight.counted is not None]  # few: in plain torch everywhere
+
+    def _place_rows(self) -> None:
+        """Where the rows of moments of each group lie among those of all, and what their sums by matrix need."""
+        first_rows = list(itertools.accumulate((g.num_rows for g in self.groups), initial=0))
+        for group, first_row in zip(self.groups, first_rows[:-1], strict=True):
+            group.first_row = first_row
+        if self.groups:
+            self.matrix_index = torch.cat([g.index for g in self.groups])
+            self.row_counts = torch.cat([g.counts for g in self.groups])
+            self.row_lengths = torch.cat([g.segments for g in self.groups])
+        self.local_rows = sum(g.num_rows for g in self.groups if not g.exchanged)  # groups without exchange come first
         exchanged = [m for g in self.groups if g.exchanged for m in g.matrices]
         starts = itertools.accumulate((m.per_rank for m in exchanged), initial=0)
         self.gather_starts = {m.index: start for m, start in zip(exchanged, starts, strict=False)}
@@ -86,36 +100,26 @@ class Bundle:
         """Updates of each parameter; a step with zero gradient is none."""
         return [self.counters.steps[place] for place in self.places]
 
-    @property
-    def limiter_norms(self) -> Tensor:
-        """(parameters,) fp64: the norm that the limiter let each update of a matrix have the last time."""
-        return self.counters.limiter_norms[self.place_index]
-
-    @property
-    def weight_norms(self) -> Tensor:
-        """(parameters,) fp64: the norm of each matrix when it was last measured."""
-        return self.counters.weight_norms[self.place_index]
-
     def vector(self, values: Sequence[float]) -> Tensor:
         """(len(values),) fp64 on the device, without waiting for it."""
         return to_device(values, torch.float64, self.device)
 
     def update(self, lr: float, loss: Tensor | None = None, alive: Tensor | None = None) -> Decision:
-        """Decide and, if so decided, write. Nothing is written where ``alive`` (0-d bool) is False.
+        """Decide and, if so decided, write. Nothing is written where ``alive`` (int32, 0-d) is 0.
 
         The counters of the bundle follow in ``accept``, once the decision has been read. Collectives: see the module.
         """
         gradients = [weight.gradient() for weight in self.weights]
-        decision = self._decide(gradients, lr, loss, alive)
+        decision = self._decide(gradients, lr, loss, self.always if alive is None else alive)
         decision.send_report()
-        self.backend.write(gradients, decision, self._gather_scales(), self.steps)
+        self.backend.write(gradients, decision, self._gather_scales())
         for group in self.groups:
             group.release()
+        self.scales = self.no_scales
         return decision
 
-    def accept(self, decision: Decision, written: Sequence[bool]) -> None:
-        """Count the updates that ``decision`` made."""
-        self.counters.limiter_norms[self.place_index] = decision.limiter_norms
+    def accept(self, written: Sequence[bool]) -> None:
+        """Count the updates that a decision made."""
         for place, moved in zip(self.places, written, strict=True):
             self.counters.steps[place] += moved
 
@@ -128,8 +132,8 @@ class Bundle:
         zero = torch.zeros((), device=self.device)
         return torch.stack([w.square_norm(w.data) if w.is_matrix else zero for w in self.weights])
 
-    def _decide(self, gradients: list[Tensor], lr: float, loss: Tensor | None, alive: Tensor | None) -> Decision:
-        """Steps 1 to 3. Touches neither state nor weights."""
+    def _decide(self, gradients: list[Tensor], lr: float, loss: Tensor | None, alive: Tensor) -> Decision:
+        """Steps 1 to 3. Touches neither moments nor weights."""
         config = self.config
         steps = self.steps
         refresh_projections(self.matrices, [steps[m.index] // config.refresh_every for m in self.matrices], config)
@@ -138,26 +142,35 @@ class Bundle:
         self.backend.project(counted)  # first: the device is busy while the host prepares the rest
         if counted is not gradients:
             self.backend.prepare(gradients)
-        count = len(steps)
-        small = self.vector([*(_bias_correction(n + 1, *config.betas) for n in steps), *(float(n == 0) for n in steps)])
-        bias, first = small[:count], small[count:] > 0
-        sums = self._local_square_sums(gradients, loss)
-        local_sums = sums.clone()
+        facts = self._facts(lr, steps)
+        self.backend.begin(lr, steps, facts.steps)
+        squares = local_squares = self._local_square_sums(gradients, loss)
         for group in self.groups:
             group.exchange()
-        clip = sums.new_ones(())
-        if config.max_grad_norm is not None:
-            self.tp.all_reduce_(sums)
-            clip = (config.max_grad_norm / (sums[:-1].sum().sqrt() + 1e-6)).clamp(max=1.0)
-        norms = self._update_norms(gradients, clip)
-        if config.max_grad_norm is not None:
-            self.tp.all_reduce_(norms)
+        if config.max_grad_norm is None:
+            clip = self.one
+            norms = self._update_norms(gradients, clip)
+            packed = self.tp.all_reduce_(torch.cat([norms.flatten(), squares]))
+            norms, squares = packed[: norms.numel()].view_as(norms), packed[norms.numel() :]
         else:
-            packed = self.tp.all_reduce_(torch.cat([norms.flatten(), sums]))
-            norms, sums = packed[: norms.numel()].view_as(norms), packed[norms.numel() :]
-        decision = self._agree(lr, clip, sums, norms, bias, first)
-        decision.local_sums = local_sums
-        return decision if alive is None else decision.under(alive)
+            squares = self.tp.all_reduce_(squares.clone())
+            clip = (config.max_grad_norm / (squares[:-1].sum().sqrt() + 1e-6)).clamp(max=1.0)
+            norms = self.tp.all_reduce_(self._update_norms(gradients, clip))
+        return self.backend.decide(lr, Sums(local_squares, squares, norms, clip, alive), facts)
+
+    def _facts(self, lr: float, steps: Sequence[int]) -> Facts:
+        """What the decision needs beside the sums; two small copies to the device."""
+        numbers = self.vector([lr, *(_bias_correction(n + 1, *self.config.betas) for n in steps)])
+        return Facts(
+            projected=self.is_projected,
+            root_scales=self.root_scales,
+            places=self.place_index,
+            limiter_norms=self.counters.limiter_norms,
+            weight_norms=self.counters.weight_norms,
+            corrections=numbers[1:],
+            steps=to_device(steps, torch.int32, self.device),
+            learning_rate=numbers[0],
+        )
 
     def _counted_once(self, gradients: list[Tensor]) -> list[Tensor]:
         """The gradients to project: without what another rank puts into the sum, where partial projections are summed. The
@@ -167,54 +180,26 @@ class Bundle:
             return gradients
         return [g * masks[i].to(g.dtype) if i in masks else g for i, g in enumerate(gradients)]
 
-    def _agree(self, lr: float, clip: Tensor, sums: Tensor, norms: Tensor, bias: Tensor, first: Tensor) -> Decision:
-        """The decision, from scalars that are the same on all ranks; (parameters,) vectors in fp64."""
-        config, square_sums, one = self.config, sums[:-1].double(), torch.ones_like(bias)
-        old_norms = self.limiter_norms
-        norm, inner = norms[:, 0].double().sqrt(), one
-        if config.kind is OptimizerKind.apollo_mini:
-            mini = norm / (norms[:, 1].double().sqrt() + 1e-8)
-            inner = torch.where(self.is_projected, mini, inner)
-            norm = torch.where(self.is_projected, mini * clip * square_sums.sqrt(), norm)
-        excess = one
-        if config.norm_growth_limit is not None:
-            gamma = config.norm_growth_limit
-            excess = (norm / (old_norms + 1e-8)).clamp(min=gamma) / gamma
-            excess = torch.where(first | ~self.is_projected, one, excess)
-        factor = torch.where(self.is_projected, lr * bias * self.root_scales, lr * one) / excess
-        active = square_sums > 0
-        relative = torch.where(active, factor * norm / self.weight_norms, 0.0)
-        finite = torch.isfinite(sums).all() & torch.isfinite(norms).all()
-        good = finite & (relative <= config.max_relative_update).all()
-        write = active & good
-        return Decision(
-            learning_rate=lr,
-            clip=clip,
-            write=write,
-            coefficients=factor * inner * clip,
-            limiter_norms=torch.where(write, norm / excess, old_norms),
-            old_limiter_norms=old_norms,
-            relative_updates=relative,
-            grad_norm=square_sums.sum().sqrt(),
-            finite=finite,
-            good=good,
-            local_sums=sums,
-        )
+    def _sum_rows(self, values: Tensor) -> Tensor:
+        """(rows of all groups,) summed by matrix, (matrices of all groups,), each replicated channel on one rank only."""
+        return torch.segment_reduce(values * self.row_counts, "sum", lengths=self.row_lengths, unsafe=True)
 
     def _gather_scales(self) -> Scales:
-        """The channel scales of other ranks; one all-gather for all exchanged matrices."""
-        exchanged = [g for g in self.groups if g.exchanged]
-        if not exchanged or self.config.kind is OptimizerKind.apollo_mini:
-            return Scales(None, {})
-        gathered = self.tp.all_gather(torch.cat([g.scales for g in exchanged])).view(self.tp.size, -1)
-        return Scales(gathered, self.gather_starts)
+        """The channel scales of all matrices; one all-gather for those of exchanged ones."""
+        exchanged = self.scales[self.local_rows :]
+        if not exchanged.numel():
+            return Scales(self.scales, None, {})
+        if self.config.kind is OptimizerKind.apollo_mini:
+            return Scales(self.scales, exchanged.new_ones(self.tp.size, exchanged.numel()), self.gather_starts)
+        gathered = self.tp.all_gather(exchanged).view(self.tp.size, -1)
+        return Scales(self.scales, gathered, self.gather_starts)
 
     def _local_square_sums(self, gradients: list[Tensor], loss: Tensor | None) -> Tensor:
         """(parameters + 1,) fp32: squared gradient norms of this rank's part, replicas once; last, not-finite losses."""
         sums = torch.zeros(len(self.weights) + 1, device=self.device)
-        for group in self.groups:
-            energy = group.all_energy
-            sums[group.index] = group.segment_sum(energy[0] if len(energy) == 1 else energy.sum(0))
+        if self.groups:
+            energies = [g.all_energy.sum(0) if g.exchanged else g.all_energy[0] for g in self.groups]
+            sums[self.matrix_index] = self._sum_rows(torch.cat(energies))
         if self.adamw:
             sums[self.adamw_index] = self.backend.adamw_square_sums(gradients) * self.adamw_counts
             for state in self.adamw_in_part:
@@ -226,20 +211,19 @@ class Bundle:
     def _update_norms(self, gradients: list[Tensor], clip: Tensor) -> Tensor:
         """(parameters, 2) fp32, this rank's part: what the limiter and the limit on the size of a step need.
 
-        Channel scaling: squared norm of the scaled, clipped gradient; also sets each group's ``scales``. APOLLO-Mini: the
+        Channel scaling: squared norm of the scaled, clipped gradient; also sets ``scales`` (all rows,). APOLLO-Mini: the
         squared norms of adapted and projected gradient. AdamW: squared norm of the update at learning rate 1.
         """
         norms = torch.zeros(len(self.weights), 2, device=self.device)
-        for group in self.groups:
-            if self.config.kind is OptimizerKind.apollo_mini:
-                group.scales = torch.ones_like(group.energy)
-                for column, squares in enumerate(self.backend.row_norms(group, clip)):
-                    norms[group.index, column] = group.segment_sum(squares)
-            else:
-                group.scales, limited = self.backend.row_scales(group, clip)
-                norms[group.index, 0] = group.segment_sum(limited)
+        if self.groups and self.config.kind is OptimizerKind.apollo_mini:
+            self.scales = torch.ones_like(self.row_counts)
+            for column, squares in enumerate(self.backend.row_norms(clip)):
+                norms[self.matrix_index, column] = self._sum_rows(squares)
+        elif self.groups:
+            self.scales, limited = self.backend.row_scales(clip)
+            norms[self.matrix_index, 0] = self._sum_rows(limited)
         if self.adamw:
-            updates = self.backend.adamw_update_norms(gradients, clip, self.steps)
+            updates = self.backend.adamw_update_norms(gradients, clip)
             norms[self.adamw_index, 0] = updates * self.adamw_counts
             for state in self.adamw_in_part:
                 gradient = gradients[state.index].float() * clip

@@ -47,7 +47,7 @@ class FusedStep:
         self.names = [weight.name for weight in fused]
         self.rest = whole.part([w for w in whole.weights if w.name not in set(self.names)])
         self._lr: float | None = None
-        self._alive = torch.ones((), dtype=torch.bool, device=self.device)
+        self._alive = torch.ones((), dtype=torch.int32, device=self.device)
         self._decisions: list[tuple[Bundle, Decision]] = []
         self._done: set[int] = set()
         # the backward pass meets the last layers first
@@ -73,7 +73,7 @@ class FusedStep:
         bad = torch.zeros((), device=self.device)
         if loss is not None:
             bad = (~torch.isfinite(loss.detach())).float().to(self.device)
-        self._alive = self.tp.all_reduce_(bad) == 0
+        self._alive = (self.tp.all_reduce_(bad) == 0).int()
 
     def _hook(self, bucket: _Bucket, leaf: Tensor) -> None:
         if self._lr is None:

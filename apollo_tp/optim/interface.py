@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -65,38 +65,28 @@ class StepOutcome:
 class Decision:
     """What all ranks know before anything is written, as device tensors; (parameters of the bundle,) unless noted.
 
-    ``write`` says which parameters to write (all False in a skipped step), ``coefficients`` multiplies channel scale and
-    gradient (matrices), ``clip`` (0-d) the gradient (AdamW). ``good`` (0-d): finite, and no step too long. ``local_sums``
-    are this rank's squared gradient norms and, last, a NaN if its loss is not finite.
+    ``write`` (int32) is 1 for each parameter to write, 0 for all in a skipped step. ``coefficients`` (fp32) multiplies
+    channel scale and gradient (matrices), ``clip`` (fp32, 0-d) the gradient (AdamW). ``good`` (int32, 0-d) is 1 if all is
+    finite and no step too long. ``report`` (fp64, 2 + 2 x parameters): see ``read_report``. ``local_sums`` (fp32) are this
+    rank's squared gradient norms and, last, a NaN if its loss is not finite.
     """
 
     learning_rate: float
     clip: Tensor
     write: Tensor
     coefficients: Tensor
-    limiter_norms: Tensor
-    old_limiter_norms: Tensor
-    relative_updates: Tensor
-    grad_norm: Tensor
-    finite: Tensor
     good: Tensor
+    report: Tensor
     local_sums: Tensor
     _sent: tuple[Tensor, torch.cuda.Event | None] | None = None
 
-    def under(self, alive: Tensor) -> Decision:
-        """This decision with nothing written where ``alive`` (0-d bool) is False."""
-        write = self.write & alive
-        return replace(self, write=write, limiter_norms=torch.where(alive, self.limiter_norms, self.old_limiter_norms))
-
     def send_report(self) -> None:
-        """Start to copy to the host what ``read_report`` returns. Before the write, so that nobody waits for that."""
-        flat = [self.finite[None], self.grad_norm.square()[None], self.write, self.relative_updates]
-        report = torch.cat([part.double() for part in flat])
-        if report.device.type != "cuda":
-            self._sent = report, None
+        """Start to copy ``report`` to the host. Before the write, so that nobody waits for that."""
+        if self.report.device.type != "cuda":
+            self._sent = self.report, None
             return
-        host = torch.empty(report.shape, dtype=report.dtype, pin_memory=True)
-        host.copy_(report, non_blocking=True)
+        host = torch.empty(self.report.shape, dtype=self.report.dtype, pin_memory=True)
+        host.copy_(self.report, non_blocking=True)
         event = torch.cuda.Event()
         event.record()
         self._sent = host, event
@@ -111,10 +101,47 @@ class Decision:
 
 
 @dataclass(frozen=True)
-class Scales:
-    """Channel scales of all matrices. ``gathered`` (ranks, rows of all exchanged groups) holds those of other ranks too;
-    None if no matrix is exchanged or the scales are one number per matrix (APOLLO-Mini)."""
+class Sums:
+    """From which a step is decided, the same on all ranks: fp32 on the device, each replicated element counted once.
 
+    ``squares`` (parameters + 1,): squared gradient norms, last a NaN if a loss is not finite. ``norms`` (parameters, 2): see
+    Bundle._update_norms. ``clip`` 0-d. ``alive`` int32, 0-d: 0 if an earlier part of the step forbids to write.
+    ``local_squares``: this rank's part of ``squares``.
+    """
+
+    local_squares: Tensor
+    squares: Tensor
+    norms: Tensor
+    clip: Tensor
+    alive: Tensor
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a decision depends on beside the sums: (parameters,) on the device, fp64 unless noted.
+
+    ``projected`` (int32): 1 for APOLLO's matrices. ``root_scales``: square roots of their scale. ``places`` (int64): where
+    each parameter stands in ``limiter_norms`` and ``weight_norms``, which are those of the whole model; ``limiter_norms`` is
+    moved by the decision. ``corrections``: Adam's bias correction of this step; ``steps`` (int32): updates before it.
+    ``learning_rate`` 0-d.
+    """
+
+    projected: Tensor
+    root_scales: Tensor
+    places: Tensor
+    limiter_norms: Tensor
+    weight_norms: Tensor
+    corrections: Tensor
+    steps: Tensor
+    learning_rate: Tensor
+
+
+@dataclass(frozen=True)
+class Scales:
+    """Channel scales of all matrices. ``local`` (rows of all groups,) are those of this rank's rows of moments. ``gathered``
+    (ranks, rows of all exchanged groups) holds other ranks' too; None if no matrix is exchanged. APOLLO-Mini: all 1."""
+
+    local: Tensor
     gathered: Tensor | None
     starts: dict[int, int]
     """Column of ``gathered`` where an exchanged parameter's rows begin."""
@@ -123,8 +150,7 @@ class Scales:
         """(local channels,) scales of one matrix, fp32."""
         matrix = group.matrices[position]
         if not group.exchanged:
-            return group.scales[group.rows(position)]
-        if self.gathered is None:
-            return torch.ones(matrix.num_channels, device=group.device)
+            return self.local[group.first_row :][group.rows(position)]
+        assert self.gathered is not None  # Bundle._gather_scales
         start = self.starts[matrix.index]
         return self.gathered[:, start : start + matrix.per_rank].reshape(-1)[: matrix.num_channels]

@@ -114,8 +114,8 @@ class MatrixGroup:
     """Matrices side by side along the channel axis: state, and the buffers of one step.
 
     State, LOCAL, fp32: ``exp_avg``, ``exp_avg_sq`` (rows, rank); ``moments`` if given, which another group owns. Per step:
-    ``projected`` (rows, rank), the projected gradient; ``energy`` (rows,), the squared norm of each channel; ``scales``
-    (rows,), each channel's factor.
+    ``projected`` (rows, rank), the projected gradient; ``energy`` (rows,), the squared norm of each channel. ``first_row``
+    is where its rows begin among those of all groups of a bundle.
     """
 
     def __init__(
@@ -137,6 +137,7 @@ class MatrixGroup:
                 torch.zeros(self.num_rows, rank, device=self.device),
             )
         self.exp_avg, self.exp_avg_sq = moments
+        self.first_row = 0
         self.index = torch.tensor([m.index for m in matrices], device=self.device)
         self.counts = torch.cat([m.row_counts() for m in matrices]).to(self.device)
         self.segments = torch.tensor(self.lengths, device=self.device)
@@ -174,13 +175,9 @@ class MatrixGroup:
             self.use(self.tp.reduce_scatter(self.flat))
         self.projected, self.energy = self.all_projected[0], self.all_energy[0]
 
-    def segment_sum(self, values: Tensor) -> Tensor:
-        """Sum of (rows,) per matrix, (matrices,), each replicated channel counted on one rank only."""
-        return torch.segment_reduce(values * self.counts, "sum", lengths=self.segments, unsafe=True)
-
     def release(self) -> None:
         """Drop the buffers of the step."""
-        del self.flat, self.all_projected, self.all_energy, self.projected, self.energy, self.scales
+        del self.flat, self.all_projected, self.all_energy, self.projected, self.energy
 
 
 def make_groups(matrices: Sequence[Matrix], rank: int, tp: TPGroup, bucket_bytes: int) -> list[MatrixGroup]:

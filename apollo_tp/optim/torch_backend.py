@@ -13,7 +13,8 @@ from torch import Tensor
 
 from apollo_tp.config import OptimConfig
 from apollo_tp.optim.adamw import AdamWState
-from apollo_tp.optim.interface import Decision, Scales
+from apollo_tp.optim.decide import decide
+from apollo_tp.optim.interface import Decision, Facts, Scales, Sums
 from apollo_tp.optim.matrices import Matrix, MatrixGroup
 
 
@@ -25,6 +26,10 @@ class TorchBackend:
 
     def prepare(self, gradients: Sequence[Tensor]) -> None:
         """Nothing to prepare."""
+
+    def begin(self, learning_rate: float, steps: Sequence[int], steps_on_device: Tensor) -> None:
+        """Numbers of this step, for ``adamw_update_norms`` and ``write``: each parameter's updates before it."""
+        self.steps = steps
 
     def project(self, gradients: Sequence[Tensor]) -> None:
         """Fill ``all_projected`` and ``all_energy`` of every group."""
@@ -38,17 +43,21 @@ class TorchBackend:
                 _deal(projected, group.all_projected, group.rows(position))
                 _deal(by_channel.square().sum(1), group.all_energy, group.rows(position))
 
-    def row_norms(self, group: MatrixGroup, clip: Tensor) -> tuple[Tensor, Tensor]:
-        """Squared norms (rows,) of adapted and of projected gradient. ``clip`` is 0-d. The moments stay as they are."""
+    def row_norms(self, clip: Tensor) -> tuple[Tensor, Tensor]:
+        """Squared norms of adapted and of projected gradient, (rows of all groups,). ``clip`` is 0-d. No moment moves."""
+        norms = [self._row_norms(group, clip) for group in self.groups]
+        return torch.cat([adapted for adapted, _ in norms]), torch.cat([projected for _, projected in norms])
+
+    def _row_norms(self, group: MatrixGroup, clip: Tensor) -> tuple[Tensor, Tensor]:
         projected = group.projected * clip
         m, v = self._moments(group.exp_avg, group.exp_avg_sq, projected)
         return (m / (v.sqrt() + self.config.eps)).square().sum(1), projected.square().sum(1)
 
-    def row_scales(self, group: MatrixGroup, clip: Tensor) -> tuple[Tensor, Tensor]:
-        """Channel scales (rows,), and the squared norm of each scaled, clipped channel. The moments stay as they are."""
-        adapted_sq, projected_sq = self.row_norms(group, clip)
+    def row_scales(self, clip: Tensor) -> tuple[Tensor, Tensor]:
+        """Channel scales, and the squared norm of each scaled, clipped channel, (rows of all groups,). No moment moves."""
+        adapted_sq, projected_sq = self.row_norms(clip)
         scales = adapted_sq.sqrt() / (projected_sq.sqrt() + 1e-8)
-        return scales, scales.square() * group.energy * clip.square()
+        return scales, scales.square() * torch.cat([group.energy for group in self.groups]) * clip.square()
 
     def _moments(self, exp_avg: Tensor, exp_avg_sq: Tensor, projected: Tensor) -> tuple[Tensor, Tensor]:
         beta1, beta2 = self.config.betas
@@ -58,16 +67,21 @@ class TorchBackend:
         """Squared norm of each AdamW parameter's local gradient."""
         return torch.stack([gradients[state.index].float().square().sum() for state in self.adamw])
 
-    def adamw_update_norms(self, gradients: Sequence[Tensor], clip: Tensor, steps: Sequence[int]) -> Tensor:
+    def adamw_update_norms(self, gradients: Sequence[Tensor], clip: Tensor) -> Tensor:
         """Squared norm of each local AdamW update at learning rate 1."""
         norms = []
         for state in self.adamw:
             gradient = gradients[state.index].float() * clip
-            norms.append(state.candidate(gradient, steps[state.index], self.config)[2].square().sum())
+            norms.append(state.candidate(gradient, self.steps[state.index], self.config)[2].square().sum())
         return torch.stack(norms)
 
-    def write(self, gradients: Sequence[Tensor], decision: Decision, scales: Scales, steps: Sequence[int]) -> None:
-        """Move moments and write weights where ``decision.write`` says so; ``steps`` counts each one's updates before."""
+    def decide(self, learning_rate: float, sums: Sums, facts: Facts) -> Decision:
+        """See ``decide.decide``."""
+        return decide(learning_rate, sums, facts, self.config)
+
+    def write(self, gradients: Sequence[Tensor], decision: Decision, scales: Scales) -> None:
+        """Move moments and write weights where ``decision.write`` says so."""
+        steps = self.steps
         write, coefficients = decision.write.tolist(), decision.coefficients.tolist()
         decay = 1.0 - decision.learning_rate * self.config.weight_decay
         for group in self.groups:

@@ -18,6 +18,7 @@ from torch import Tensor
 from apollo_tp.config import OptimConfig, Precision, Projection
 from apollo_tp.optim import kernels
 from apollo_tp.optim.adamw import AdamWState
+from apollo_tp.optim.decide_kernel import DecideOnDevice
 from apollo_tp.optim.interface import Decision, Scales
 from apollo_tp.optim.matrices import MatrixGroup
 from apollo_tp.optim.projection import num_words
@@ -48,6 +49,7 @@ class TritonBackend:
         self.starts: list[int] = []
         self.word_parts: list[Tensor | None] = []
         self.adamw_index = torch.tensor([a.index for a in adamw], dtype=torch.int64, device=self.device)
+        self.decide = DecideOnDevice(config, self.device)
         self.row_parameters = [
             g.index.repeat_interleave(g.segments, output_size=g.num_rows).to(torch.int32) for g in groups
         ]
@@ -176,6 +178,18 @@ class TritonBackend:
 
     # --- the step --------------------------------------------------------------------------------------------------
 
+    def begin(self, learning_rate: float, steps: Sequence[int], steps_on_device: Tensor) -> None:
+        """Numbers of this step, for what follows: each parameter's updates before it. After ``project``, so that the device
+        is busy meanwhile."""
+        self.steps = steps_on_device
+        if self.adamw:
+            beta1, beta2 = self.config.betas
+            decay = 1.0 - learning_rate * self.config.weight_decay
+            decays = [decay if w.is_matrix else 1.0 for w in self.weights]
+            corrections = [1 - beta1 ** (n + 1) for n in steps] + [1 - beta2 ** (n + 1) for n in steps]
+            small = self._tensor([*decays, *corrections], torch.float32)
+            self.decays, self.corrections = small[: len(decays)], small[len(decays) :]
+
     def project(self, gradients: Sequence[Tensor]) -> None:
         """Fill ``all_projected`` and ``all_energy`` of every group."""
         if not self.groups:
@@ -227,19 +241,21 @@ class TritonBackend:
         )
         return dense
 
-    def row_norms(self, group: MatrixGroup, clip: Tensor) -> tuple[Tensor, Tensor]:
-        """Squared norms (rows,) of adapted and of projected gradient. ``clip`` is 0-d. The moments stay as they are."""
-        return self._rows(group, clip, scales=False)
+    def row_norms(self, clip: Tensor) -> tuple[Tensor, Tensor]:
+        """Squared norms of adapted and of projected gradient, (rows of all groups,). ``clip`` is 0-d. No moment moves."""
+        return self._rows(clip, scales=False)
 
-    def row_scales(self, group: MatrixGroup, clip: Tensor) -> tuple[Tensor, Tensor]:
-        """Channel scales (rows,), and the squared norm of each scaled, clipped channel. The moments stay as they are."""
-        return self._rows(group, clip, scales=True)
+    def row_scales(self, clip: Tensor) -> tuple[Tensor, Tensor]:
+        """Channel scales, and the squared norm of each scaled, clipped channel, (rows of all groups,). No moment moves."""
+        return self._rows(clip, scales=True)
 
-    def _rows(self, group: MatrixGroup, clip: Tensor, *, scales: bool) -> tuple[Tensor, Tensor]:
-        first, second = torch.empty_like(group.energy), torch.empty_like(group.energy)
-        tensors = (group.energy, first, second, clip)
-        self._by_rows(kernels.rows_kernel, group, tensors, (self.config.eps,), {"SCALES": scales})
-        return first, second
+    def _rows(self, clip: Tensor, *, scales: bool) -> tuple[Tensor, Tensor]:
+        both = torch.empty(2, sum(g.num_rows for g in self.groups), device=self.device)
+        for group in self.groups:
+            first, second = both[:, group.first_row : group.first_row + group.num_rows]
+            tensors = (group.energy, first, second, clip)
+            self._by_rows(kernels.rows_kernel, group, tensors, (self.config.eps,), {"SCALES": scales})
+        return both[0], both[1]
 
     def _by_rows(
         self,
@@ -267,22 +283,17 @@ class TritonBackend:
 
     def adamw_square_sums(self, gradients: Sequence[Tensor]) -> Tensor:
         """Squared norm of each AdamW parameter's local gradient."""
-        return self._adamw(0, None, [0] * len(self.weights), 0.0)
+        return self._adamw(0, None)
 
-    def adamw_update_norms(self, gradients: Sequence[Tensor], clip: Tensor, steps: Sequence[int]) -> Tensor:
+    def adamw_update_norms(self, gradients: Sequence[Tensor], clip: Tensor) -> Tensor:
         """Squared norm of each local AdamW update at learning rate 1."""
-        return self._adamw(1, clip, steps, 0.0)
+        return self._adamw(1, clip)
 
     def _adamw(
-        self, stage: int, clip: Tensor | None, steps: Sequence[int], learning_rate: float, write: Tensor | None = None
+        self, stage: int, clip: Tensor | None, learning_rate: float = 0.0, write: Tensor | None = None
     ) -> Tensor:
         """Run one stage of the AdamW kernel; returns the sums of stages 0 and 1 by AdamW parameter."""
-        config, count = self.config, len(self.weights)
-        beta1, beta2 = config.betas
-        corrections = [1 - beta1 ** (n + 1) for n in steps] + [1 - beta2 ** (n + 1) for n in steps]
-        decays = [1.0 - learning_rate * config.weight_decay if w.is_matrix else 1.0 for w in self.weights]
-        small = self._tensor([*decays, *corrections], torch.float32)
-        counts = self._tensor(steps, torch.int32)
+        count = len(self.weights)
         sums = torch.zeros(count, device=self.device)
         for launch in self.adamw_launches:
             partial = torch.empty(launch.grid, device=self.device)
@@ -291,16 +302,15 @@ class TritonBackend:
                 launch.table,
                 launch.addresses,
                 partial,
-                counts if write is None else write,
-                counts,
-                small[:count],
-                small[count:],
-                small[:1] if clip is None else clip,
+                self.steps if write is None else write,
+                self.steps,
+                self.decays,
+                self.corrections,
+                self.decays if clip is None else clip,
                 count,
                 learning_rate,
-                beta1,
-                beta2,
-                config.eps,
+                *self.config.betas,
+                self.config.eps,
                 STAGE=stage,
                 BLOCK_R=WRITE_TILE[launch.options["REMAINDER"]][0],
                 BLOCK_N=WRITE_TILE[launch.options["REMAINDER"]][1],
@@ -311,33 +321,29 @@ class TritonBackend:
                 sums[launch.distinct] = torch.segment_reduce(partial, "sum", lengths=launch.tile_counts, unsafe=True)
         return sums[self.adamw_index]
 
-    def write(self, gradients: Sequence[Tensor], decision: Decision, scales: Scales, steps: Sequence[int]) -> None:
-        """Move moments and write weights where ``decision.write`` says so; ``steps`` counts each one's updates before."""
-        flags = decision.write.to(torch.int32)
+    def write(self, gradients: Sequence[Tensor], decision: Decision, scales: Scales) -> None:
+        """Move moments and write weights where ``decision.write`` says so."""
         for group, parameters in zip(self.groups, self.row_parameters, strict=True):
-            self._by_rows(kernels.commit_kernel, group, (parameters, flags, decision.clip), (), {})
+            self._by_rows(kernels.commit_kernel, group, (parameters, decision.write, decision.clip), (), {})
         if self.groups:
-            self._write_matrices(decision, scales, flags, self._tensor(steps, torch.int32))
+            self._write_matrices(decision, scales)
         if self.adamw:
-            self._adamw(2, decision.clip, steps, decision.learning_rate, flags)
+            self._adamw(2, decision.clip, decision.learning_rate, decision.write)
 
-    def _write_matrices(self, decision: Decision, scales: Scales, flags: Tensor, steps: Tensor) -> None:
-        parts = [g.scales for g in self.groups if not g.exchanged]
-        exchanged = [g for g in self.groups if g.exchanged]
+    def _write_matrices(self, decision: Decision, scales: Scales) -> None:
+        all_scales = scales.local
         if scales.gathered is not None:
-            parts.append(scales.gathered.flatten())
-        elif exchanged:
-            parts.append(torch.ones(exchanged[0].tp.size * sum(g.num_rows for g in exchanged), device=self.device))
-        all_scales, coefficients = torch.cat(parts), decision.coefficients.float()
+            local_rows = sum(g.num_rows for g in self.groups if not g.exchanged)
+            all_scales = torch.cat([all_scales[:local_rows], scales.gathered.flatten()])
         for launch in self.write_launches:
             kernels.write_kernel[launch.grid](
                 *launch.tiles,
                 launch.table,
                 launch.addresses,
                 all_scales,
-                coefficients,
-                flags,
-                steps,
+                decision.coefficients,
+                decision.write,
+                self.steps,
                 1.0 - decision.learning_rate * self.config.weight_decay,
                 BLOCK_R=WRITE_TILE[launch.options["REMAINDER"]][0],
                 BLOCK_N=WRITE_TILE[launch.options["REMAINDER"]][1],

@@ -18,7 +18,7 @@ def snapshot(optimizer: Optimizer) -> list[torch.Tensor]:
     bundle = optimizer.bundle
     tensors = [t for g in (*bundle.groups, *bundle.adamw) for t in (g.exp_avg, g.exp_avg_sq)]
     tensors += [w.data for w in optimizer.weights] + [w.remainder for w in optimizer.weights if w.remainder is not None]
-    counters = [bundle.limiter_norms, torch.tensor(bundle.steps)]
+    counters = [bundle.counters.limiter_norms.clone(), torch.tensor(bundle.steps)]
     return [t.clone() for t in (*tensors, *counters)]
 
 

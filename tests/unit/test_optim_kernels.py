@@ -6,6 +6,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -13,6 +14,8 @@ import torch
 from apollo_tp.config import OptimizerKind, Precision, Projection
 from apollo_tp.layout import Shard
 from apollo_tp.optim import OptimParameter, build_optimizer
+from apollo_tp.optim.decide import decide
+from apollo_tp.optim.interface import Facts, Sums
 from apollo_tp.optim.rounding import join
 from apollo_tp.optim.torch_backend import TorchBackend
 from apollo_tp.parallel import TPGroup
@@ -175,6 +178,64 @@ def test_the_random_bits_of_the_kernel_are_those_of_the_twin():
     assert torch.equal(ends[0], ends[1])
     share = float((ends[0] < 1.0).float().mean())
     assert 0.2 < share < 0.8  # 1e-3 is a quarter of the ulp below 1.0, twice
+
+
+def facts_and_sums(count: int, kind: OptimizerKind, spoil: str) -> tuple[Sums, Facts]:
+    """Plausible numbers of ``count`` parameters out of 2 ``count``, with one thing wrong."""
+    generator = torch.Generator().manual_seed(count)
+    places = torch.randperm(2 * count, generator=generator)[:count]
+
+    def positive(*shape: int) -> torch.Tensor:
+        return torch.rand(shape, generator=generator, dtype=torch.float64) + 0.1
+
+    facts = Facts(
+        projected=(torch.rand(count, generator=generator) < 0.7).int(),
+        root_scales=positive(count),
+        places=places,
+        limiter_norms=positive(2 * count),
+        weight_norms=positive(2 * count) * 100,
+        corrections=positive(count),
+        steps=torch.randint(0, 3, (count,), generator=generator, dtype=torch.int32),
+        learning_rate=torch.tensor(0.01, dtype=torch.float64),
+    )
+    squares, norms = positive(count + 1).float(), positive(count, 2).float()
+    squares[count], squares[count // 3] = 0, 0  # no loss is bad; one parameter without a gradient
+    alive = torch.tensor(int(spoil != "not alive"), dtype=torch.int32)
+    if spoil == "loss":
+        squares[count] = torch.nan
+    elif spoil == "gradient":
+        squares[count - 1] = torch.inf
+    elif spoil == "norm":
+        norms[count - 1, int(kind is OptimizerKind.apollo_mini)] = torch.nan
+    elif spoil == "too long":
+        facts.weight_norms[places[count - 1]] = 1e-3
+    return Sums(squares, squares, norms, torch.tensor(0.7), alive), facts
+
+
+@pytest.mark.skipif(not HERE, reason="run by test_in_the_interpreter")
+@pytest.mark.parametrize("spoil", ["nothing", "not alive", "loss", "gradient", "norm", "too long"])
+@pytest.mark.parametrize("kind", [OptimizerKind.apollo, OptimizerKind.apollo_mini])
+def test_the_decision_on_the_device_equals_its_twin(kind, spoil):
+    """What is written, reported and remembered, for more parameters than the kernel takes at a time; fp64 throughout."""
+    from apollo_tp.optim.decide_kernel import BLOCK, DecideOnDevice
+
+    for growth in (1.01, None):
+        config = model.config(kind=kind, norm_growth_limit=growth, max_relative_update=0.1)
+        both = []
+        for on_device in (False, True):
+            sums, facts = facts_and_sums(BLOCK + 300, kind, spoil)
+            sums, facts = (type(x)(*(t.to(DEVICE) for t in vars(x).values())) for x in (sums, facts))
+            make = DecideOnDevice(config, torch.device(DEVICE)) if on_device else partial(decide, config=config)
+            both.append((make(0.01, sums, facts), facts.limiter_norms))
+        (expected, limiter), (got, moved) = both
+        assert torch.equal(got.write, expected.write), growth
+        assert torch.equal(got.good, expected.good), growth
+        assert int(got.good) == (spoil in {"nothing", "not alive"})
+        assert int(got.write.sum()) == (BLOCK + 299) * (spoil == "nothing")
+        torch.testing.assert_close(got.report, expected.report, rtol=1e-12, atol=0.0, equal_nan=True)
+        torch.testing.assert_close(moved, limiter, rtol=1e-12, atol=0.0)
+        if spoil == "nothing":
+            torch.testing.assert_close(got.coefficients, expected.coefficients, rtol=2e-7, atol=0.0)
 
 
 @pytest.mark.skipif(not HERE, reason="run by test_in_the_interpreter")
