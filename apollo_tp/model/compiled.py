@@ -19,6 +19,8 @@ REPEAT_CHEAP_WORK = True
 memory. Matrix products, attention and sums over ranks are never repeated: a budget of activation memory
 (``activation_memory_budget`` of torch) would repeat operators that it does not know first, and our sums are such."""
 BACKEND = "inductor"
+SAME_KERNELS = True
+"""Whether the compiler chooses kernels by rule instead of by timing them on each GPU: two ranks then sum in the same order."""
 JOIN_RESIDUALS = True
 """Whether compiled code adds residuals where it sums products over ranks, see JoinResiduals."""
 MAX_VARIANTS = 32
@@ -44,6 +46,7 @@ def compile_layers(module: PreTrainedModel) -> int:
         setattr(torch._functorch.config, f"ban_recompute_{reason}", not REPEAT_CHEAP_WORK)
     from apollo_tp.model.residuals import JoinResiduals
 
+    torch._inductor.config.deterministic = SAME_KERNELS
     torch._inductor.config.joint_custom_pre_pass = JoinResiduals() if JOIN_RESIDUALS else None
     # the gradient of a norm's weight together with that of its input, for any number of tokens
     torch._inductor.config.triton.mix_order_reduction_non_strict_mode = True

@@ -149,7 +149,8 @@ def test_kernels_equal_their_twin(name):
         error = (weights[key] - value).abs()
         if whole_bits:
             assert float((error > 0).float().mean()) < 0.01, key
-            assert bool((error <= value.abs() * 2.0**-7).all()), key
+            excess = float((error - value.abs() * 2.0**-7).max())
+            assert excess <= 0, f"{key}: excess {excess}"
         else:  # 24 bits: the last of 16 of the significand; fp32: rounding
             assert bool((error <= value.abs() * 2.0**-14 + 1e-6).all()), key
 
