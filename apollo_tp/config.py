@@ -209,7 +209,7 @@ class SyncConfig:
 
 @dataclass(kw_only=True)
 class QosConfig:
-    sm_percent: int | None = option(None, "share of each GPU's SMs for the trainer, under CUDA MPS; null: all of them")
+    sm_percent: int | None = option(None, "share of each GPU's SMs for the trainer, beside CUDA MPS; null: all of them")
     low_priority: bool = option(False, "whether inference's kernels go before the trainer's, under CUDA MPS")
     pace: float = option(
         1.0, "share of the time that the trainer keeps the GPU busy; it sleeps after each layer's work"

@@ -74,12 +74,15 @@ class CudaPasses:
 
     @contextlib.contextmanager
     def _recording(self) -> Iterator[None]:
-        graph = torch.cuda.CUDAGraph()
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+        confined = stream != torch.cuda.default_stream()  # to some SMs (sm_share), as are replays of what it records
         # A recording that fails would leave its stream the current one. Threads that watch over NCCL ask for events
         # meanwhile, which is no part of it.
         with (
-            torch.cuda.stream(torch.cuda.current_stream()),
-            torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"),
+            torch.cuda.stream(stream),
+            torch.cuda.graph(
+                graph, pool=self._pool, stream=stream if confined else None, capture_error_mode="thread_local"
+            ),
         ):
             yield
         self._graphs.append(graph)

@@ -1,13 +1,14 @@
 """Does this GPU multiply right? Products of the model's own shapes against sums that use no matrix product.
 
-Where a process may use a part of a GPU's multiprocessors (CUDA MPS, ``qos.sm_percent``), cuBLAS 13 was seen to leave whole
-tiles of results unwritten, without an error, on an H100 (LOG.md). Training on such products would write garbage into served
-weights. So the trainer asks before its first step.
+Where CUDA MPS lets a process use a part of a GPU's multiprocessors (CUDA_MPS_ACTIVE_THREAD_PERCENTAGE), cuBLAS 13 was seen
+to leave whole tiles of results unwritten, without an error, on H100s and H200s (LOG.md). Training on such products would write
+garbage into served weights. So the trainer asks before its first step.
 """
 
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Iterable, Iterator
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from apollo_tp.errors import DeviceError
 
+MPS_SHARE = "CUDA_MPS_ACTIVE_THREAD_PERCENTAGE"
 MOST_BYTES = 256 * 2**20
 """Of the larger one of a product's inputs and outputs; the longest products of wide layers are cut to it."""
 MAX_TOKENS = 8192
@@ -27,7 +29,7 @@ SHOWN = 3
 """Wrong products that the refusal lists."""
 
 
-def check_products(tensors: Iterable[Tensor], max_tokens: int, rank: int, sm_percent: int | None) -> None:
+def check_products(tensors: Iterable[Tensor], max_tokens: int, rank: int) -> None:
     """Try the products of layers with weights like the matrices among ``tensors``, all on one device; stacked matrices
     (experts) as if each was a layer.
 
@@ -41,9 +43,9 @@ def check_products(tensors: Iterable[Tensor], max_tokens: int, rank: int, sm_per
     if wrong := list(itertools.islice(found, SHOWN)):
         expected = "expected right ones"
         cure = "do not train on this GPU: it is defective, or its driver or cuBLAS is"
-        if sm_percent is not None:
-            expected += f" with the multiprocessors that MPS grants for qos.sm_percent={sm_percent}"
-            cure = "choose another qos.sm_percent (50 was right on an H100), or use qos.pace"
+        if (percentage := os.environ.get(MPS_SHARE, "100")) != "100":
+            expected += f" with the multiprocessors that MPS grants for {MPS_SHARE}={percentage}"
+            cure = "unset that and use qos.sm_percent, which takes multiprocessors in another way"
         raise DeviceError(f"rank {rank}: got wrong matrix products ({'; '.join(wrong)}), {expected}; {cure}")
 
 

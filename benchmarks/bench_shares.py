@@ -1,11 +1,12 @@
-"""Which shares of a GPU's multiprocessors (SMs) multiply right under CUDA MPS? Those are the values for ``qos.sm_percent``.
+"""Which shares of a GPU's multiprocessors (SMs) multiply right under CUDA MPS?
 
     python benchmarks/bench_shares.py --out benchmarks/results              # a GPU, the layers of an 8.19B Qwen3 at TP = 2
-    python benchmarks/bench_shares.py --percent 50 55 60                    # some shares
+    python benchmarks/bench_shares.py --by-mps --out benchmarks/results     # the SMs that MPS itself grants a client
     python benchmarks/bench_shares.py --tiny                                # rehearsal on any machine, without MPS
 
 For each share a process of its own, some at a time, tries the products that a trainer tries before its first step
-(``apollo_tp/product_check.py``). What is wrong is wrong; what is not found wrong at the lengths tried may be right.
+(``apollo_tp/product_check.py``), on SMs taken as ``qos.sm_percent`` takes them. What is wrong is wrong; what is not found
+wrong at the lengths tried may be right.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ from rich.console import Console
 from rich.table import Table
 from stack import QWEN3_8B, TINY, device_name, mps_daemon, write_results
 
-from apollo_tp.product_check import sampled_lengths, wrong_products
+from apollo_tp.product_check import MPS_SHARE, sampled_lengths, wrong_products
+from apollo_tp.sm_share import confine
 
 AT_ONCE = 4
 """Processes, which share the GPU's memory."""
@@ -50,24 +52,25 @@ def local_layers(config: dict[str, Any], tp: int) -> list[tuple[int, int]]:
 
 def try_products(options: argparse.Namespace) -> dict[str, Any]:
     """In this process: the SMs that CUDA grants it, and what is wrong."""
-    cuda = torch.cuda.is_available()
-    device, config = torch.device("cuda" if cuda else "cpu"), TINY if options.tiny else QWEN3_8B
+    cuda, sms = torch.cuda.is_available(), 0
+    device, config = torch.device("cuda:0" if cuda else "cpu"), TINY if options.tiny else QWEN3_8B
+    if cuda:
+        sms = confine(device, None if options.by_mps else options.percent[0])
     lengths = sampled_lengths(options.tokens)
     wrong = [
         line
         for shape in local_layers(config, options.tp)
         for line in wrong_products(*shape, torch.bfloat16, lengths, device)
     ]
-    sms = torch.cuda.get_device_properties(device).multi_processor_count if cuda else 0
     return {"sms": sms, "wrong": len(wrong), "first_wrong": wrong[:3]}
 
 
 def try_share(percent: int, environment: dict[str, str]) -> dict[str, Any]:
     """In a process that MPS gives this share."""
-    share = {"CUDA_MPS_ACTIVE_THREAD_PERCENTAGE": str(percent)} if environment else {}
+    share = {MPS_SHARE: str(percent) if "--by-mps" in sys.argv else "100"} if environment else {}
     done = subprocess.run(
-        [sys.executable, *sys.argv, "--child"], env=os.environ | environment | share, capture_output=True, text=True,
-        timeout=CHILD_SECONDS, check=False,
+        [sys.executable, *sys.argv, "--child", "--percent", str(percent)], env=os.environ | environment | share,
+        capture_output=True, text=True, timeout=CHILD_SECONDS, check=False,
     )  # fmt: skip
     if done.returncode:
         return {"percent": percent, "failed": (done.stderr.strip().splitlines() or ["no output"])[-1]}
@@ -77,6 +80,7 @@ def try_share(percent: int, environment: dict[str, str]) -> dict[str, Any]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--percent", type=int, nargs="+", default=[25, *range(50, 100, 2), 100], help="shares to try")
+    parser.add_argument("--by-mps", action="store_true", help="have MPS limit the process")
     parser.add_argument("--tokens", type=int, default=4096, help="the longest micro-batch")
     parser.add_argument("--tp", type=int, default=2)
     parser.add_argument("--tiny", action="store_true", help="a model for any machine")
@@ -101,7 +105,7 @@ def main() -> int:
 
 def report(rows: list[dict[str, Any]], options: argparse.Namespace) -> None:
     table = Table(
-        title=f"bench_shares: {device_name()}, torch {torch.__version__}, {datetime.date.today().isoformat()}"
+        title=f"bench_shares{' --by-mps' if options.by_mps else ''}: {device_name()}, torch {torch.__version__}, {datetime.date.today().isoformat()}"
     )
     for column in ("percent", "SMs", "products wrong", "the first"):
         table.add_column(column)
@@ -109,7 +113,7 @@ def report(rows: list[dict[str, Any]], options: argparse.Namespace) -> None:
         first = row["failed"] if "failed" in row else (row["first_wrong"] or [""])[0]
         table.add_row(str(row["percent"]), str(row.get("sms", "-")), str(row.get("wrong", "-")), first)
     Console(width=150).print(table)
-    write_results(options.out, "shares", options.tp, rows)
+    write_results(options.out, "shares_by_mps" if options.by_mps else "shares", options.tp, rows)
 
 
 if __name__ == "__main__":

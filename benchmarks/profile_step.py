@@ -42,6 +42,7 @@ from apollo_tp.optim import build_optimizer
 from apollo_tp.parallel import TPGroup
 from apollo_tp.protocol import Sample
 from apollo_tp.rehearsal import CudaMeter, plan_memory
+from apollo_tp.sm_share import confine
 from apollo_tp.trainer import Trainer
 
 TIMEOUT = datetime.timedelta(seconds=120)
@@ -163,6 +164,7 @@ def main() -> int:
     parser.add_argument("--blocks", action=argparse.BooleanOptionalAction, default=True, help="of recorded sums")
     parser.add_argument("--overlap", action=argparse.BooleanOptionalAction, default=True, help="of sums and products")
     parser.add_argument("--graphs", action=argparse.BooleanOptionalAction, default=True, help="replay recorded passes")
+    parser.add_argument("--sm-percent", type=int, help="of the GPU's multiprocessors, as qos.sm_percent")
     parser.add_argument("--kernels", type=int, default=0, help="also print this many of the longest kernels")
     parser.add_argument("--out", type=Path, help="folder for the JSON file")
     options = parser.parse_args()
@@ -180,6 +182,8 @@ def main() -> int:
         tp.peer_memory = options.peer_memory
         whole = TINY if options.tiny else QWEN3_8B
         config = Qwen3Config(**(whole if options.tiny or tp.size > 1 else whole | RANK_OF_TWO))
+        if options.sm_percent:
+            confine(torch.device("cuda", torch.cuda.current_device()), options.sm_percent)
         result = run(config, tokens, device, tp, options)
         if tp.rank == 0:
             report(result, tp, options)

@@ -1,4 +1,4 @@
-"""The trainer's share of a GPU and its priority, which CUDA MPS enforces. No torch here: CUDA reads them as it starts."""
+"""What CUDA must know before it starts of a trainer that shares its GPUs with a server under CUDA MPS. No torch here."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ BELOW_NORMAL = "1"
 
 
 def share_gpu(config: QosConfig) -> None:
-    """Have this process's CUDA contexts use ``config.sm_percent`` of the SMs and, with ``config.low_priority``, start their
-    work on an SM after that of the server. Call it before CUDA initialises.
+    """With ``config.low_priority``, have this process's CUDA contexts start their work on an SM after that of the server;
+    with ``config.sm_percent``, leave all SMs to what will choose among them (``sm_share``). Call it before CUDA initialises.
 
-    Raises ConfigError where nothing would enforce it: no NVIDIA GPU, or no MPS control daemon.
+    Raises ConfigError where the processes would not run side by side: no NVIDIA GPU, or no MPS control daemon.
     """
     variables, options = {}, []
     if config.sm_percent is not None:
-        variables["CUDA_MPS_ACTIVE_THREAD_PERCENTAGE"] = str(config.sm_percent)
+        variables["CUDA_MPS_ACTIVE_THREAD_PERCENTAGE"] = "100"  # a green context cannot divide what MPS has cut
         options.append(f"qos.sm_percent={config.sm_percent}")
     if config.low_priority:
         variables["CUDA_MPS_CLIENT_PRIORITY"] = BELOW_NORMAL

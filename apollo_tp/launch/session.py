@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from transformers import AutoConfig, PretrainedConfig
 
-from apollo_tp import protocol, runtime
+from apollo_tp import protocol, runtime, sm_share
 from apollo_tp.checkpoint import CheckpointWriter, read_info
 from apollo_tp.checkpoint.folder import OPTIMIZER_DIR
 from apollo_tp.config import Config
@@ -126,6 +126,8 @@ def _map(start: _Start, manifests: list[Manifest], folder: Path) -> tuple[Mapped
             log.info("%d checkpoint tensors equal the served memory bit for bit", compared)
     if mapped.device.type == "cuda":
         torch.cuda.set_device(mapped.device)
+        with _together(start.control):
+            sm_share.confine(mapped.device, start.config.qos.sm_percent)
     return mapped, lineage
 
 
@@ -225,7 +227,7 @@ def _check_products(start: _Start, trainer: Trainer) -> None:
     model = trainer.model
     tensors = [*model.leaves, *(parameter.tensor for parameter in model.parameters)]  # joined, and their parts
     with _together(start.control):
-        check_products(tensors, trainer.max_micro_batch_tokens, start.world.rank, start.config.qos.sm_percent)
+        check_products(tensors, trainer.max_micro_batch_tokens, start.world.rank)
         torch.cuda.empty_cache()
 
 
@@ -368,12 +370,13 @@ def _hello(
 
 
 def _qos(config: Config, device: torch.device) -> str:
-    """As status shows it; on a GPU with the number of SMs that CUDA grants this rank, from which MPS has taken its cut."""
+    """As status shows it; on a GPU with the number of SMs that this rank uses."""
     percent = "null" if config.qos.sm_percent is None else config.qos.sm_percent
     text = f"sm_percent={percent} low_priority={str(config.qos.low_priority).lower()} pace={config.qos.pace:g}"
     if device.type != "cuda":
         return text
-    return f"{text} ({torch.cuda.get_device_properties(device).multi_processor_count} SMs)"
+    total = torch.cuda.get_device_properties(device).multi_processor_count
+    return f"{text} ({sm_share.num_sms(config.qos.sm_percent, total)} of {total} SMs)"
 
 
 if sys.platform != "linux":  # memfd, /proc and flock are what this is made of

@@ -23,7 +23,7 @@ def test_right_products_pass(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
         a, b = torch.randn(rows, inner, generator=draw).to(dtype), torch.randn(inner, columns, generator=draw).to(dtype)
         assert count_wrong_rows(a, b, a @ b) == 0
         assert count_wrong_rows(a, b, torch.ones(rows, columns, dtype=dtype).addmm_(a, b), addend=1.0) == 0
-    check_products([leaf.to(dtype) for leaf in LEAVES], 100, 0, None)
+    check_products([leaf.to(dtype) for leaf in LEAVES], 100, 0)
 
 
 @pytest.mark.parametrize("value", [0.0, torch.nan, torch.inf])
@@ -49,15 +49,17 @@ def test_what_is_wrong_is_named_and_refused(monkeypatch: pytest.MonkeyPatch) -> 
         return out
 
     monkeypatch.setattr(torch, "mm", leaves_a_row)
+    monkeypatch.setenv("CUDA_MPS_ACTIVE_THREAD_PERCENTAGE", "75")
     with pytest.raises(DeviceError) as refused:
-        check_products(LEAVES, 100, 3, 75)
+        check_products(LEAVES, 100, 3)
     assert str(refused.value) == (
         "rank 3: got wrong matrix products (gradient of the input of a layer [96, 64] at 100 tokens: 1 of 100 rows), "
-        "expected right ones with the multiprocessors that MPS grants for qos.sm_percent=75; choose another qos.sm_percent "
-        "(50 was right on an H100), or use qos.pace"
+        "expected right ones with the multiprocessors that MPS grants for CUDA_MPS_ACTIVE_THREAD_PERCENTAGE=75; unset that "
+        "and use qos.sm_percent, which takes multiprocessors in another way"
     )
+    monkeypatch.setenv("CUDA_MPS_ACTIVE_THREAD_PERCENTAGE", "100")  # as qos.sm_percent has it
     with pytest.raises(DeviceError, match=r"expected right ones; do not train on this GPU"):
-        check_products(LEAVES, 100, 0, None)
+        check_products(LEAVES, 100, 0)
 
 
 def test_a_sum_that_a_product_is_not_added_to_is_found(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,7 @@ from apollo_tp.config import QosConfig
 from apollo_tp.errors import ConfigError
 from apollo_tp.launch import qos
 from apollo_tp.launch.compose import groups, read_config
+from apollo_tp.sm_share import num_sms
 
 SCRIPT = Path(__file__).parents[2] / "launch" / "mps.sh"
 PERCENTAGE, PRIORITY = "CUDA_MPS_ACTIVE_THREAD_PERCENTAGE", "CUDA_MPS_CLIENT_PRIORITY"
@@ -47,6 +48,18 @@ def test_presets(name: str, sm_percent: int | None, low_priority: bool, pace: fl
     assert (config.sm_percent, config.low_priority, config.pace) == (sm_percent, low_priority, pace)
     changed = QosConfig(sm_percent=sm_percent, low_priority=low_priority, pace=0.3)
     assert read_config([f"qos={name}", "qos.pace=0.3"]).qos == changed
+
+
+@pytest.mark.parametrize(
+    ("percent", "total", "expected"),
+    [(None, 132, 132), (100, 132, 132), (50, 132, 64), (60, 132, 80), (25, 132, 32), (1, 132, 8), (99, 132, 128),
+     (50, 108, 56), (75, 10, 8), (50, 8, 8), (100, 6, 6)],
+)  # fmt: skip
+def test_a_share_is_a_number_of_multiprocessors_that_a_gpu_can_set_apart(
+    percent: int | None, total: int, expected: int
+) -> None:
+    """Multiples of eight, as near as can be, never none; all of them only where that is asked for or there are few."""
+    assert num_sms(percent, total) == expected
 
 
 def test_every_preset_is_tested_and_off_is_the_default() -> None:
@@ -143,7 +156,7 @@ def test_a_share_of_the_sms_needs_a_daemon_that_lives(
     for name, folder in folders.items():
         monkeypatch.setenv(name, folder)
     qos.share_gpu(config)
-    assert (os.environ[PERCENTAGE], os.environ[PRIORITY]) == ("50", "0")
+    assert (os.environ[PERCENTAGE], os.environ[PRIORITY]) == ("100", "0")
     qos.share_gpu(QosConfig(low_priority=True))
     assert os.environ[PRIORITY] == "1"
     qos.share_gpu(QosConfig())

@@ -1,0 +1,53 @@
+"""A share of a GPU's multiprocessors (SMs) for this process, by a CUDA green context: a set of SMs to which everything that
+is launched into its stream is confined.
+
+Beside a server under CUDA MPS the other SMs are the server's alone. MPS itself can limit a client too, by
+CUDA_MPS_ACTIVE_THREAD_PERCENTAGE, but cuBLAS then multiplies wrong at most shares (``product_check``, LOG.md); in a green
+context it knows of its SMs.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from apollo_tp.errors import DeviceError
+
+GRANULARITY = 8
+"""SMs come in such numbers on compute capability 9.0; earlier devices allow others between."""
+
+_contexts: list[object] = []
+"""Green contexts live as long as the process, as the streams in them do."""
+
+
+def num_sms(percent: int | None, total: int) -> int:
+    """SMs of a share of ``percent`` of ``total``: the nearest multiple of GRANULARITY, at least one; all for None or 100."""
+    if percent is None or percent == 100 or total <= GRANULARITY:
+        return total
+    return min(max(1, round(total * percent / 100 / GRANULARITY)) * GRANULARITY, total)
+
+
+def confine(device: torch.device, percent: int | None) -> int:
+    """Have what this thread launches on the CUDA ``device`` from now on run on ``percent`` of its SMs; returns how many.
+
+    Changes the thread's current stream, in which autograd runs the backward pass of what was launched there too. Streams made
+    later are not confined, nor are NCCL's, which need few SMs. Waits for the device. Raises DeviceError where torch or the
+    driver knows no green contexts.
+    """
+    total = torch.cuda.get_device_properties(device).multi_processor_count
+    count = num_sms(percent, total)
+    if count == total:
+        return total
+    from torch.cuda import green_contexts
+
+    try:
+        context = green_contexts.GreenContext.create(num_sms=count, device_id=device.index)
+        stream = context.Stream()
+    except (RuntimeError, AttributeError) as error:
+        raise DeviceError(
+            f"qos.sm_percent={percent}: got no green context of {count} of {total} SMs on {device} ({error}), expected one; "
+            "it needs torch 2.11 or newer built for CUDA 12.8 or newer, and such a driver. Use qos.pace instead"
+        ) from error
+    _contexts.append(context)
+    torch.cuda.synchronize(device)
+    torch.cuda.set_stream(stream)
+    return count
