@@ -29,9 +29,9 @@ def num_sms(percent: int | None, total: int) -> int:
 def confine(device: torch.device, percent: int | None) -> int:
     """Have what this thread launches on the CUDA ``device`` from now on run on ``percent`` of its SMs; returns how many.
 
-    Changes the thread's current stream, in which autograd runs the backward pass of what was launched there too. Streams made
-    later are not confined, nor are NCCL's, which need few SMs. Waits for the device. Raises DeviceError where torch or the
-    driver knows no green contexts.
+    Changes the thread's current stream, in which autograd runs the backward pass of what was launched there too. Streams
+    made later are not confined, nor are NCCL's, which need few SMs. Waits for the device. Raises DeviceError where torch or
+    the driver knows no green contexts.
     """
     total = torch.cuda.get_device_properties(device).multi_processor_count
     count = num_sms(percent, total)

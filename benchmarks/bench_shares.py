@@ -104,9 +104,9 @@ def main() -> int:
 
 
 def report(rows: list[dict[str, Any]], options: argparse.Namespace) -> None:
-    table = Table(
-        title=f"bench_shares{' --by-mps' if options.by_mps else ''}: {device_name()}, torch {torch.__version__}, {datetime.date.today().isoformat()}"
-    )
+    how = "as MPS grants them" if options.by_mps else "in a green context"
+    today = datetime.date.today().isoformat()
+    table = Table(title=f"bench_shares, SMs {how}: {device_name()}, torch {torch.__version__}, {today}")
     for column in ("percent", "SMs", "products wrong", "the first"):
         table.add_column(column)
     for row in rows:

@@ -20,7 +20,7 @@ memory. Matrix products, attention and sums over ranks are never repeated: a bud
 (``activation_memory_budget`` of torch) would repeat operators that it does not know first, and our sums are such."""
 BACKEND = "inductor"
 SAME_KERNELS = True
-"""Whether the compiler chooses kernels by rule instead of by timing them on each GPU: two ranks then sum in the same order."""
+"""Whether the compiler chooses kernels by rule, not by timing them on each GPU: two ranks then sum in the same order."""
 JOIN_RESIDUALS = True
 """Whether compiled code adds residuals where it sums products over ranks, see JoinResiduals."""
 MAX_VARIANTS = 32

@@ -22,7 +22,7 @@ PROGRAMS = 8192
 
 
 @triton.jit
-def _where(out):  # noqa: ANN001, ANN202
+def _where(out):
     """The number of the multiprocessor of each program."""
     sm = tl.inline_asm_elementwise("mov.u32 $0, %smid;", "=r", [], dtype=tl.int32, is_pure=False, pack=1)
     tl.store(out + tl.program_id(0), sm)

@@ -151,9 +151,10 @@ def test_kernels_equal_their_twin(name):
         error = (weights[key] - value).abs()
         if whole_bits:
             assert float((error > 0).float().mean()) < 0.01, key
-            # a step's neighbour is 2**-8 to 2**-7 away; the first step's stays when the second brings the weight near zero
+            # a step's neighbour is 2**-8 to 2**-7 away; the first step's stays when the second brings the weight near zero,
+            # and so does the fp32 rounding of terms of about 0.1
             excess = float((error - magnitudes[key] * 2.0**-7).max())
-            assert excess <= 0, f"{key}: excess {excess}"
+            assert excess <= 1e-8, f"{key}: excess {excess}"
         else:  # 24 bits: the last of 16 of the significand; fp32: rounding
             assert bool((error <= value.abs() * 2.0**-14 + 1e-6).all()), key
 
