@@ -27,7 +27,7 @@ from rich.table import Table
 
 GRACE_SECONDS = 45
 """Between the request to end and SIGKILL: two processes are stopped in it, for up to 20 s each."""
-MPS = "MPS idle,MPS,MPS 75 %,MPS 50 %,MPS 25 %,MPS 50 % low,MPS 25 % low"
+MPS = "MPS idle,MPS,MPS 75 % low,MPS 65 % low,MPS 50 % low,MPS 25 % low,MPS 50 %"
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,9 @@ def pytest(*words: str) -> tuple[str, ...]:
 
 STEPS = {
     "sums": Step(pytest("tests/gpu/test_peer_memory.py"), 100, server=False, rehearsal=None),
-    "products": Step(pytest("tests/gpu/test_products.py"), 150, server=False, rehearsal=None),
+    "products": Step(
+        pytest("tests/gpu/test_products.py", "tests/gpu/test_sm_share.py"), 180, server=False, rehearsal=None
+    ),
     "replicas": Step(pytest("tests/gpu/test_replicas.py"), 200, server=False, rehearsal=None),
     "shares": Step(bench("shares", "--out", "{out}"), 300, server=False),
     "graphs": Step(pytest("tests/gpu/test_graphs.py"), 150, server=False, rehearsal=None),
