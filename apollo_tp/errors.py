@@ -9,7 +9,7 @@
     ├── MappingError           the server's memory could not be mapped, or is not what the manifest says
     ├── TrainerBusyError       another trainer holds this server
     ├── ServerGoneError        the vLLM process that owns the weights ended
-    ├── ReplicaError           ranks that hold the same part of a weight hold different bits
+    ├── ReplicaError           ranks that should agree do not: other bits of a weight, another gradient
     ├── RankFailedError        a trainer rank raised; carries that rank and its traceback
     ├── DeviceError            a GPU computes wrong results
     ├── DeviceMemoryError      the longest micro-batch would not fit into the GPU's free memory
@@ -76,7 +76,7 @@ class ServerGoneError(ApolloTpError):
 
 
 class ReplicaError(ApolloTpError):
-    """Ranks that hold the same part of a weight hold different bits."""
+    """Ranks that hold the same part of a weight hold different bits of it, or different gradients."""
 
 
 class RankFailedError(ApolloTpError):

@@ -176,7 +176,7 @@ class _Rehearsal:
         finally:
             for handle in handles:
                 handle.remove()
-        self.model.finish_gradients()
+        self.model.finish_gradients(compare=self.optimizer.config.check_replicas_every > 0)
         lap()
         outcome = self.optimizer.step(loss=self.not_finite)
         assert outcome.skipped, "a step with a loss that is not finite went through"

@@ -93,6 +93,7 @@ class Trainer:
             optimizer.attach_fused()
         self.gradients = gradients
         self._replays: Replays | None = None
+        self._has_compared = False
 
     def record_passes(self, replays: Replays) -> bool:
         """From now on steps that are alike are replayed; False if none ever can be: gradients are not stored, inference has
@@ -166,7 +167,7 @@ class Trainer:
             clock.mark("backward")
             loss_sum += loss.detach()
             correct += hits.detach()
-        self.model.finish_gradients()
+        self.model.finish_gradients(compare=self._compares_gradients())
         clock.mark("backward")
         if not fused:
             self._before_write()
@@ -200,6 +201,13 @@ class Trainer:
             self.optimizer.begin_fused_step(fused_learning_rate_scale, loss)
         loss.backward(unit(loss.device))
         self._pace.give_way()
+
+    def _compares_gradients(self) -> bool:
+        """Whether this step compares what ranks should have alike: the first, and each before a check of the replicas."""
+        every, count = self.optimizer.config.check_replicas_every, self.optimizer.step_count + 1
+        due = every > 0 and (not self._has_compared or count % every == 0)
+        self._has_compared |= due
+        return due
 
     def abandon_step(self) -> None:
         """After a step that raised: forget it, and count it if it has written already, as a fused one may have. Local."""

@@ -134,13 +134,14 @@ class BoundModel:
             correct=zeros.index_add(0, sequence, hits),
         )
 
-    def finish_gradients(self) -> None:
+    def finish_gradients(self, *, compare: bool = False) -> None:
         """Once per optimizer step, after the last backward pass: complete the gradients that are partial sums, and give
-        all ranks the same ones of replicated tensors.
+        all ranks the same ones of replicated tensors; with ``compare`` see that they were nearly the same before.
 
-        Collectives: see GradientSync. Calling it twice in a step would count gradients twice.
+        Collectives, and the ReplicaError of ``compare``: see GradientSync.finish. Calling it twice in a step would count
+        gradients twice.
         """
-        self.gradient_sync.finish()
+        self.gradient_sync.finish(compare=compare)
 
     def zero_grad(self) -> None:
         """Forget all gradients. The device waits for this between steps: no walk over the module's children."""

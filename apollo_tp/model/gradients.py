@@ -11,11 +11,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from apollo_tp.errors import ReplicaError
 from apollo_tp.layout import Shard, replicated_parts
 from apollo_tp.parallel import TPGroup
 
 BUCKET_BYTES = 64 * 2**20
 """Gradients are joined into flat buffers of at most this size (a larger one stays alone), one collective each."""
+MOST_DIFFERENCE, NEGLIGIBLE = 0.25, 0.01
+"""Ranks may differ in a gradient that each computes as a whole by this share of its norm, far above what rounding does and
+far below what a sum over ranks that is missing does; or by this share of the largest norm among such gradients, since one
+that is zero but for rounding is nothing but rounding."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +50,7 @@ class GradientSync:
 
     Outside, every rank computes the whole gradient from the same numbers, which does not make it the same to the last bit:
     compiled code may add in an order that its GPU was fastest with. On two GPUs replicas parted within 100 steps (LOG.md).
+    What differs by more than rounding lacks a sum, and would train rank 0's share alone: ``compare`` finds it.
 
     ``inside`` and ``outside`` list places in the same order on all ranks. Construction is collective over ``tp``: one
     all-gather of the index ranges, and one process group per distinct set of replicas.
@@ -53,11 +59,13 @@ class GradientSync:
     def __init__(self, inside: Sequence[Place], outside: Sequence[Place], tp: TPGroup) -> None:
         self._tp = tp
         self._slices: dict[tuple[int, ...], list[_Slice]] = defaultdict(list)
+        self._names: list[str] = []
         self._whole: list[_Slice] = []
         self.partial: set[str] = set()
         if tp.size == 1:
             return
-        self._whole = [_Slice(leaf, index, None, 0, 0) for shard, leaf, index in outside if shard.dim is None]
+        whole = [(shard.name, _Slice(leaf, index, None, 0, 0)) for shard, leaf, index in outside if shard.dim is None]
+        self._names, self._whole = [name for name, _ in whole], [part for _, part in whole]
         groups: set[tuple[int, ...]] = set()
         for (shard, leaf, index), ranges in zip(inside, _gather_ranges(inside, tp), strict=True):
             if shard.dim is None:
@@ -76,13 +84,37 @@ class GradientSync:
             ranks: tp.subgroup(ranks) for ranks in sorted(groups)
         }  # collective: the same order on all ranks
 
-    def finish(self) -> None:
-        """In place: per replica group and dtype, one all-reduce for every BUCKET_BYTES; then likewise broadcasts."""
+    def finish(self, *, compare: bool) -> None:
+        """In place: per replica group and dtype, one all-reduce for every BUCKET_BYTES; then likewise broadcasts.
+
+        With ``compare`` one all-reduce more, of a float for each gradient outside. Raises ReplicaError on all ranks alike if
+        it differs between ranks by more than rounding; what is broadcast is rank 0's all the same.
+        """
+        trained = [(n, s) for n, s in zip(self._names, self._whole, strict=True) if compare and s.leaf.requires_grad]
+        own = [part.gradient().clone() for _, part in trained]
         for ranks in sorted(self._slices):
             for bucket in _buckets(self._slices[ranks]):
                 _side_by_side(bucket, self._groups[ranks].all_reduce_)
         for bucket in _buckets(self._whole):
             _side_by_side(bucket, self._tp.broadcast_)
+        if trained:
+            self._compare([name for name, _ in trained], own, [part.gradient() for _, part in trained])
+
+    def _compare(self, names: Sequence[str], own: list[Tensor], given: list[Tensor]) -> None:
+        norms = torch.stack([norm.float() for norm in torch._foreach_norm(given)])
+        apart = torch._foreach_norm(torch._foreach_sub(own, given))
+        distances = torch.stack([norm.float() for norm in apart]).nan_to_num(0.0)
+        self._tp.all_reduce_(distances, dist.ReduceOp.MAX)  # of no NaN: backends take them one way or another
+        wrong = (distances > MOST_DIFFERENCE * norms) & (distances > NEGLIGIBLE * norms.max())
+        if (places := wrong.nonzero().flatten().tolist()) == []:
+            return
+        found = [f"{names[i]} by {float(distances[i]):.3g} of {float(norms[i]):.3g}" for i in places[:3]]
+        more = f" and {len(places) - 3} more" if len(places) > 3 else ""
+        raise ReplicaError(
+            f"gradients of replicated tensors: got ranks that differ from rank 0 in {', '.join(found)}{more} (norms), "
+            f"expected at most {MOST_DIFFERENCE:g} of the norm, far more than rounding makes; a sum over ranks is missing in "
+            "the model's backward pass, so do not train it: report the model. optim.check_replicas_every=0 stops these checks"
+        )
 
 
 def _side_by_side(gradients: list[Tensor], collective: Callable[[Tensor], Tensor]) -> None:
