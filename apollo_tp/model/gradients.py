@@ -112,8 +112,8 @@ class GradientSync:
         more = f" and {len(places) - 3} more" if len(places) > 3 else ""
         raise ReplicaError(
             f"gradients of replicated tensors: got ranks that differ from rank 0 in {', '.join(found)}{more} (norms), "
-            f"expected at most {MOST_DIFFERENCE:g} of the norm, far more than rounding makes; a sum over ranks is missing in "
-            "the model's backward pass, so do not train it: report the model. optim.check_replicas_every=0 stops these checks"
+            f"expected at most {MOST_DIFFERENCE:g} of the norm, far more than rounding; a sum over ranks is missing in "
+            "the model's backward pass, so do not train it: report the model. optim.check_replicas_every=0 stops the checks"
         )
 
 
