@@ -167,7 +167,9 @@ class Trainer:
             clock.mark("backward")
             loss_sum += loss.detach()
             correct += hits.detach()
-        self.model.finish_gradients(compare=self._compares_gradients())
+        compare = self._compares_gradients()
+        self.model.finish_gradients(compare=compare)
+        self._has_compared |= compare  # if it did not raise
         clock.mark("backward")
         if not fused:
             self._before_write()
@@ -205,9 +207,7 @@ class Trainer:
     def _compares_gradients(self) -> bool:
         """Whether this step compares what ranks should have alike: the first, and each before a check of the replicas."""
         every, count = self.optimizer.config.check_replicas_every, self.optimizer.step_count + 1
-        due = every > 0 and (not self._has_compared or count % every == 0)
-        self._has_compared |= due
-        return due
+        return every > 0 and (not self._has_compared or count % every == 0)
 
     def abandon_step(self) -> None:
         """After a step that raised: forget it, and count it if it has written already, as a fused one may have. Local."""
