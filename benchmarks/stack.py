@@ -15,7 +15,6 @@ import platform
 import random
 import shlex
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -29,7 +28,7 @@ import httpx
 import torch
 from transformers import Qwen3Config
 
-from apollo_tp.demo.processes import ManagedProcess, coordinator_url, start_server, start_trainer
+from apollo_tp.demo.processes import ManagedProcess, coordinator_url, free_port, start_server, start_trainer
 from apollo_tp.manifest import Manifest, read_instance
 
 QWEN3_8B = {
@@ -198,10 +197,7 @@ def _server(
     model, runtime_dir = folder / "model", folder / "rt"
     runtime_dir.mkdir(mode=0o700, exist_ok=True)
     config_class(**config).save_pretrained(model)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    options = [*COMMON, *extra]
+    port, options = free_port(), [*COMMON, *extra]
     log = folder / "server.log"
     server = start_server(model, port, runtime_dir, log, tensor_parallel=tp, extra=options, environment=environment)
     try:

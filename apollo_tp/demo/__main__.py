@@ -8,7 +8,6 @@ import logging
 import shlex
 import shutil
 import signal
-import socket
 import sys
 import tempfile
 import time
@@ -24,7 +23,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from apollo_tp.demo.load import GenerationLoad
 from apollo_tp.demo.model import make_model, standard_library_text
-from apollo_tp.demo.processes import ManagedProcess, coordinator_url, start_server, start_trainer
+from apollo_tp.demo.processes import ManagedProcess, coordinator_url, free_port, start_server, start_trainer
 from apollo_tp.manifest import read_instance
 from apollo_tp.mapping import map_rank
 
@@ -65,7 +64,7 @@ def run(out: Path, runtime_dir: Path, num_steps: int, server_args: list[str]) ->
     # enough to compare with transformers token by token. The end-to-end tests serve bf16.
     num_parameters = make_model(out / "model", train_texts, dtype=torch.float32)
     console.print(f"model: {num_parameters / 1e6:.1f}M parameters in {out / 'model'}")
-    port = _free_port()
+    port = free_port()
     extra = ["--dtype", "float32", *server_args]  # vLLM would serve a checkpoint in fp32 as bf16
     server = start_server(out / "model", port, runtime_dir, out / "server.log", tensor_parallel=NUM_RANKS, extra=extra)
     url, trainer, load = f"http://127.0.0.1:{port}", None, None
@@ -188,12 +187,6 @@ def _post(url: str, body: dict[str, Any]) -> dict[str, Any]:
     if response.is_error:
         raise SystemExit(f"{url}: got {response.status_code}: {response.text}")
     return response.json()  # type: ignore[no-any-return]
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def _promises_held(result: dict[str, Any]) -> bool:

@@ -6,7 +6,9 @@ import contextlib
 import importlib.metadata
 import json
 import os
+import random
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -19,6 +21,21 @@ import torch
 from apollo_tp.errors import ConfigError, DeadlineError, ServerGoneError
 
 STOP_SECONDS = 20.0
+EPHEMERAL_PORTS = Path("/proc/sys/net/ipv4/ip_local_port_range")
+LOWEST_PORT = 20_000
+
+
+def free_port() -> int:
+    """A TCP port of 127.0.0.1 that nobody listens on; if it can be, below those that the kernel gives to connections, of which
+    one may be given away before a server binds it. Raises ConfigError if there is none."""
+    ports = range(LOWEST_PORT, int(EPHEMERAL_PORTS.read_text().split()[0])) or range(LOWEST_PORT, 65_536)
+    for port in random.SystemRandom().sample(ports, min(100, len(ports))):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise ConfigError(
+        f"no free port in {ports}: got all that were tried taken, expected one that nobody uses; stop some servers"
+    )
 
 
 class ManagedProcess:

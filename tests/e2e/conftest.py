@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ import httpx
 import pytest
 
 from apollo_tp.demo.model import make_model, standard_library_text
-from apollo_tp.demo.processes import ManagedProcess, coordinator_url, start_server, start_trainer
+from apollo_tp.demo.processes import ManagedProcess, coordinator_url, free_port, start_server, start_trainer
 from apollo_tp.manifest import Manifest, read_instance
 from apollo_tp.mapping import map_rank, verify_against_checkpoint
 
@@ -64,12 +63,6 @@ class Trainer:
 
     def get(self, path: str) -> dict:
         return httpx.get(f"{self.url}{path}", timeout=60).raise_for_status().json()
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @pytest.fixture(scope="session")

@@ -13,10 +13,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from apollo_tp.demo.model import make_tokenizer, standard_library_text
-from apollo_tp.demo.processes import coordinator_url, start_server, start_trainer
+from apollo_tp.demo.processes import coordinator_url, free_port, start_server, start_trainer
 from apollo_tp.mapping import map_rank, verify_against_checkpoint
 from apollo_tp.protocol import Sample
-from tests.e2e.conftest import START_SECONDS, Server, Trainer, free_port
+from tests.e2e.conftest import START_SECONDS, Server, Trainer
 from tests.e2e.test_live_server import _trainer_logprobs
 from tests.ranks import run_ranks
 from tests.unit.families import FAMILIES, build

@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from apollo_tp.demo.model import make_model, standard_library_text
-from apollo_tp.demo.processes import start_server
+from apollo_tp.demo.processes import free_port, start_server
 from apollo_tp.mapping import map_rank, verify_against_checkpoint
-from tests.e2e.conftest import Server, free_port
+from tests.e2e.conftest import Server
 from tests.gpu.conftest import SERVER_ARGS
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(600)]
