@@ -26,8 +26,8 @@ LOWEST_PORT = 20_000
 
 
 def free_port() -> int:
-    """A TCP port of 127.0.0.1 that nobody listens on; if it can be, below those that the kernel gives to connections, of which
-    one may be given away before a server binds it. Raises ConfigError if there is none."""
+    """A TCP port of 127.0.0.1 that nobody listens on; if it can be, below those that the kernel gives to connections, of
+    which one may be given away before a server binds it. Raises ConfigError if there is none."""
     ports = range(LOWEST_PORT, int(EPHEMERAL_PORTS.read_text().split()[0])) or range(LOWEST_PORT, 65_536)
     for port in random.SystemRandom().sample(ports, min(100, len(ports))):
         with socket.socket() as probe, contextlib.suppress(OSError):
