@@ -163,6 +163,7 @@ def main() -> int:
     parser.add_argument("--join-residuals", action=argparse.BooleanOptionalAction, default=True, help="and sums")
     parser.add_argument("--blocks", action=argparse.BooleanOptionalAction, default=True, help="of recorded sums")
     parser.add_argument("--overlap", action=argparse.BooleanOptionalAction, default=True, help="of sums and products")
+    parser.add_argument("--same-kernels", action=argparse.BooleanOptionalAction, default=True, help="on every GPU")
     parser.add_argument("--graphs", action=argparse.BooleanOptionalAction, default=True, help="replay recorded passes")
     parser.add_argument("--sm-percent", type=int, help="of the GPU's multiprocessors, as qos.sm_percent")
     parser.add_argument("--kernels", type=int, default=0, help="also print this many of the longest kernels")
@@ -171,6 +172,7 @@ def main() -> int:
     for name in options.inductor:
         setattr(torch._inductor.config, name, True)
     compiled.REPEAT_CHEAP_WORK = not options.keep_activations
+    compiled.SAME_KERNELS = options.same_kernels
     compiled.JOIN_RESIDUALS = options.join_residuals
     if not options.blocks:
         peer_memory.first_rows = lambda *_: 0

@@ -31,8 +31,8 @@ def compile_layers(module: PreTrainedModel) -> int:
     """Compile the decoder layers of ``module`` in place, each at its first call; returns how many.
 
     None where ranks must not differ in what the compiler does, which it decides on each alone: it may order two collectives
-    that do not depend on each other (FullWidthRMSNorm) one way or another; and it may choose kernels that round otherwise,
-    after which the routers of two ranks could send a token to different experts.
+    that do not depend on each other (FullWidthRMSNorm) one way or another; and if two ranks rounded otherwise their routers
+    could send a token to different experts. SAME_KERNELS should prevent that, but why norms once parted is open (LOG.md).
     """
     if any(isinstance(child, FullWidthRMSNorm) or _has_experts(child) for child in module.modules()):
         return 0

@@ -1,12 +1,11 @@
-"""The decision of a step as one Triton kernel. In plain torch it is some forty operations on a few hundred numbers each, for
-which the device would wait on a slow host. ``decide.decide`` is its twin."""
+"""The decision of a step as one Triton kernel. In plain torch it is many operations on a few hundred numbers each, for which
+the device would wait on a slow host. ``decide.decide`` is its twin."""
 
 from __future__ import annotations
 
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from apollo_tp.config import OptimConfig, OptimizerKind
 from apollo_tp.optim.interface import Decision, Facts, Sums
@@ -126,7 +125,11 @@ class DecideOnDevice:
         flags = torch.empty(count + 1, dtype=torch.int32, device=device)
         write, good = flags[:count], flags[count]
         coefficients = torch.empty(count, device=device)
-        facts_at: list[Tensor] = [
+        decide_kernel[(1,)](
+            sums.squares,
+            sums.norms,
+            sums.clip,
+            sums.alive,
             facts.projected,
             facts.root_scales,
             facts.places,
@@ -135,13 +138,6 @@ class DecideOnDevice:
             facts.corrections,
             facts.steps,
             facts.learning_rate,
-        ]
-        decide_kernel[(1,)](
-            sums.squares,
-            sums.norms,
-            sums.clip,
-            sums.alive,
-            *facts_at,
             self.limits,
             write,
             coefficients,

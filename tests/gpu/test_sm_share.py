@@ -59,7 +59,7 @@ def test_kernels_and_replays_run_on_that_many_multiprocessors(device: torch.devi
 
 @pytest.mark.parametrize("percent", [25, 50, 60, 75, 90])
 def test_products_are_right_there(device: torch.device, percent: int) -> None:
-    """At shares of which most are wrong where MPS grants them (test_products)."""
+    """At shares of which 60 and 75 are wrong where MPS grants them (test_products)."""
     count = sm_share.confine(device, percent)
     lengths = sampled_lengths(4096)
     wrong = [line for shape in ((4096, 2048), (3072, 4096), (12288, 4096))
