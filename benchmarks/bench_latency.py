@@ -72,11 +72,11 @@ CASES = {
     "MPS low": Case(True, ("qos=off", "qos.low_priority=true")),
 }
 """By name. ``low``: inference's kernels go first. An ``MPS idle`` server tells what MPS alone costs."""
-DEFAULT = [*CASES, *(f"MPS {share} % low" for share in (75, 65, 50, 25)), "MPS 50 %"]
+DEFAULT = [*CASES, *(f"MPS {share} % low" for share in (75, 50, 25)), "MPS 50 %"]
 
 
 def case_of(name: str) -> Case | None:
-    """One of CASES, or "MPS N %", "MPS N % low": ``qos=shared`` and ``gentle`` are 65 and 25 % low."""
+    """One of CASES, or "MPS N %", "MPS N % low": ``qos=shared`` and ``gentle`` are 75 and 25 % low."""
     if share := re.fullmatch(r"MPS (\d+) %( low)?", name):
         low = str(share[2] is not None).lower()
         return Case(True, ("qos=off", f"qos.sm_percent={share[1]}", f"qos.low_priority={low}"))

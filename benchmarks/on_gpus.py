@@ -27,7 +27,7 @@ from rich.table import Table
 
 GRACE_SECONDS = 45
 """Between the request to end and SIGKILL: two processes are stopped in it, for up to 20 s each."""
-MPS = "MPS idle,MPS,MPS 75 % low,MPS 65 % low,MPS 50 % low,MPS 25 % low,MPS 50 %"
+MPS = "MPS idle,MPS,MPS 75 % low,MPS 50 % low,MPS 25 % low,MPS 50 %"
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,7 @@ def pytest(*words: str) -> tuple[str, ...]:
 
 
 STEPS = {
+    "kernels": Step(pytest("tests/unit/test_optim_kernels.py"), 120, server=False, rehearsal=None),
     "sums": Step(pytest("tests/gpu/test_peer_memory.py"), 100, server=False, rehearsal=None),
     "products": Step(
         pytest("tests/gpu/test_products.py", "tests/gpu/test_sm_share.py"), 180, server=False, rehearsal=None
@@ -83,7 +84,8 @@ STEPS = {
     "latency-mps": Step(bench("latency", "--cases", MPS, "--seconds", "4", "--out", "{out}/mps"), 500),
     "ipc": Step(pytest("tests/gpu/test_cuda_ipc.py"), 330, server=False, rehearsal=None),
     "refusals": Step(pytest("tests/gpu/test_faults.py", "-k", "refused"), 330, server=False, rehearsal=None),
-    "faults": Step(pytest("tests/gpu/test_faults.py", "-k", "not refused"), 450, server=False, rehearsal=None),
+    "faults": Step(pytest("tests/gpu/test_faults.py", "-k", "not refused and TP1"), 450, server=False, rehearsal=None),
+    "faults-tp2": Step(pytest("tests/gpu/test_faults.py", "-k", "not refused and TP2"), 700, server=False, rehearsal=None),
     "demo": Step(pytest("tests/gpu/test_demo.py"), 240, server=False, rehearsal=None),
 }  # fmt: skip
 

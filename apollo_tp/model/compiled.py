@@ -32,7 +32,8 @@ def compile_layers(module: PreTrainedModel) -> int:
 
     None where ranks must not differ in what the compiler does, which it decides on each alone: it may order two collectives
     that do not depend on each other (FullWidthRMSNorm) one way or another; and if two ranks rounded otherwise their routers
-    could send a token to different experts. SAME_KERNELS should prevent that, but why norms once parted is open (LOG.md).
+    could send a token to different experts. SAME_KERNELS prevents what was seen of it (``tests/gpu/test_replicas.py``); for
+    routers that has not been tried.
     """
     if any(isinstance(child, FullWidthRMSNorm) or _has_experts(child) for child in module.modules()):
         return 0

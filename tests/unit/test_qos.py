@@ -40,7 +40,7 @@ esac
 
 @pytest.mark.parametrize(
     ("name", "sm_percent", "low_priority", "pace"),
-    [("off", None, False, 1.0), ("shared", 65, True, 1.0), ("gentle", 25, True, 1.0), ("paced", None, False, 0.5)],
+    [("off", None, False, 1.0), ("shared", 75, True, 1.0), ("gentle", 25, True, 1.0), ("paced", None, False, 0.5)],
 )
 def test_presets(name: str, sm_percent: int | None, low_priority: bool, pace: float) -> None:
     """Each by its name, and one of its options changed on top."""
@@ -189,4 +189,4 @@ def test_the_launcher_refuses_before_anything_starts(tmp_path: Path) -> None:
         timeout=60,
     )
     assert done.returncode == 2
-    assert "got qos.sm_percent=65 qos.low_priority=true" in done.stderr
+    assert "got qos.sm_percent=75 qos.low_priority=true" in done.stderr
