@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import logging
 import os
+import signal
 import sys
 
 from apollo_tp.errors import ApolloTpError, ServerGoneError
@@ -14,6 +16,9 @@ from apollo_tp.launch.qos import share_gpu
 EXIT_FAILED = 1
 EXIT_OPTIONS = 2
 EXIT_SERVER_GONE = 3
+LAUNCHED = {"TORCHELASTIC_RUN_ID", "OMPI_COMM_WORLD_RANK", "PMI_RANK"}
+"""Set by torchrun and by mpirun, each for the ranks that it starts."""
+PR_SET_PDEATHSIG = 1
 
 
 def main(arguments: list[str]) -> int:
@@ -22,6 +27,8 @@ def main(arguments: list[str]) -> int:
         print(help_text())
         return 0
     os.umask(0o077)  # nothing that we write is for others to read
+    if LAUNCHED & os.environ.keys():  # a launcher that is killed cannot end its ranks: the kernel does
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
     rank = os.environ.get("RANK") or os.environ.get("OMPI_COMM_WORLD_RANK") or os.environ.get("PMI_RANK") or "0"
     logging.basicConfig(level=logging.INFO, format=f"%(asctime)s rank {rank} %(levelname)s %(message)s")
     try:

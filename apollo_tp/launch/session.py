@@ -27,7 +27,7 @@ from apollo_tp.launch.distributed import World, join
 from apollo_tp.launch.lineage import LineageFile
 from apollo_tp.launch.progress import StepProgress
 from apollo_tp.launch.update_gate import Lock, UpdateGate, needs_lock
-from apollo_tp.manifest import Manifest, check_agreement, read_instance, wait_for_server
+from apollo_tp.manifest import Manifest, check_agreement, live_instances, read_instance, wait_for_server
 from apollo_tp.mapping import MappedRank, map_rank, verify_against_checkpoint
 from apollo_tp.model import BoundModel, bind_model
 from apollo_tp.optim import Optimizer, build_optimizer
@@ -93,13 +93,16 @@ def _run(start: _Start, on_server_gone: Callable[[ServerGoneError], None]) -> No
 
 
 def _find_server(start: _Start) -> tuple[list[Manifest], Path]:
-    """The one server to train, locked by rank 0 and read by every rank."""
+    """The one server to train, awaited and read by every rank, locked by rank 0."""
     config, world, control = start.config, start.world, start.control
     base = runtime.base_dir(config.server.runtime_dir)
-    name = ""
+    name, wanted, seconds = "", config.server.instance, config.server.wait_seconds
     with _together(control):
+        if world.rank == 0 and not live_instances(base)[0]:
+            log.info("waiting up to %.0f s for a vLLM server with VLLM_PLUGINS=apollo in %s", seconds, base)
+        # on every rank: who waited for rank 0 in a collective would give up at that one's deadline
+        name = wait_for_server(base, wanted, seconds)[0].instance_id
         if world.rank == 0:
-            name = wait_for_server(base, config.server.instance, config.server.wait_seconds)[0].instance_id
             start.stack.enter_context(runtime.trainer_lock(runtime.instance_dir(name, base)))
     folder = base / control.broadcast(name.encode()).decode()
     with _together(control):
