@@ -228,13 +228,15 @@ def decode_reply(frame: bytes) -> AnyReply:
 
 
 class TunnelRequest(msgspec.Struct, frozen=True, tag=True):
-    """Head of one HTTP request. ``query`` is the raw query string; ``headers`` are pairs of latin-1 bytes."""
+    """Head of one HTTP request. ``query`` is the raw query string; ``headers`` are pairs of latin-1 bytes; ``client`` is the
+    address that it came from, if by HTTP."""
 
     id: int
     method: str
     path: str
     query: bytes
     headers: list[tuple[bytes, bytes]]
+    client: str | None = None
 
 
 class TunnelBody(msgspec.Struct, frozen=True, tag=True):

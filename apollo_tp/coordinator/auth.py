@@ -1,4 +1,6 @@
-"""Who may call what: bearer tokens with a ``read`` or a ``train`` scope, compared in constant time."""
+"""Who may call what: bearer tokens with a ``read`` or a ``train`` scope, compared in constant time. Without tokens, this
+machine: requests also come by vLLM's port, which listens on all addresses by default.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +10,7 @@ import hashlib
 import hmac
 import ipaddress
 import os
+import socket
 import stat
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,15 +24,20 @@ READ, TRAIN = "read", "train"
 
 
 class Access:
-    """The known tokens, kept as digests. Without tokens everything on this (loopback) address is allowed."""
+    """The known tokens, kept as digests. Without tokens this machine may do everything, and others nothing."""
 
     def __init__(self, tokens: list[tuple[str, str]]) -> None:
         self._digests = [(scope, hashlib.sha256(token.encode()).digest()) for scope, token in tokens]
 
-    def check(self, method: str, path: str, headers: Mapping[str, str]) -> None:
-        """Raise RequestError 401 or 403 unless this request is allowed. /health is open."""
+    def check(self, method: str, path: str, headers: Mapping[str, str], client: str | None) -> None:
+        """Raise RequestError 401 or 403 unless this request is allowed. /health is open. ``client`` is the address that it
+        came from; None if it came by a private socket or with a CURVE key."""
         self._check_origin(method, headers)
-        if path == "/health" or not self._digests:
+        if path == "/health":
+            return
+        if not self._digests:
+            if client is not None:
+                _check_local(client, headers.get("host"))
             return
         token = _presented(headers)
         if token is None:
@@ -60,6 +68,28 @@ class Access:
             f"got a request from the page of another site ({origin[:80]!r}), expected this server's own", field="Origin",
             got=origin[:80], expected="the origin of this server", status=403, code="cross_origin",
         )  # fmt: skip
+
+
+def _check_local(client: str, host: str | None) -> None:
+    """Without tokens: a client on this machine, by a name of this machine. A page of another site whose name suddenly
+    resolves to this machine (DNS rebinding) has its own name there."""
+    if not is_loopback(client):
+        raise RequestError(
+            f"got a request from {client} while the trainer has no tokens, expected one from this machine; set "
+            f"service.token_file or ${TOKEN_VARIABLE}, or connect to 127.0.0.1", field="Authorization",
+            got=f"address {client}", expected="a loopback address, or a trainer with tokens", status=403, code="not_local",
+        )  # fmt: skip
+    name = urlsplit(f"//{host}").hostname if host else None
+    if name is None or name in (socket.gethostname().lower(), "localhost") or name.endswith(".localhost"):
+        return
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        raise RequestError(
+            f"got Host {name[:80]!r} while the trainer has no tokens, expected localhost or an address; set "
+            f"service.token_file or ${TOKEN_VARIABLE}", field="Host", got=name[:80], expected="localhost or an address",
+            status=403, code="not_local",
+        ) from None  # fmt: skip
 
 
 def _presented(headers: Mapping[str, str]) -> str | None:
@@ -130,6 +160,7 @@ def is_loopback(host: str) -> bool:
     if host == "localhost":
         return True
     try:
-        return ipaddress.ip_address(host).is_loopback
+        address = ipaddress.ip_address(host)
     except ValueError:
         return False
+    return (getattr(address, "ipv4_mapped", None) or address).is_loopback

@@ -92,7 +92,8 @@ class Edge:
 
         try:
             headers = Headers(scope=scope)
-            self._access.check(scope["method"], scope["path"], headers)
+            client = scope["client"][0] if scope.get("client") else None
+            self._access.check(scope["method"], scope["path"], headers, client)
             await self._app(scope, self._limited(scope["path"], headers, receive), watched_send)
         except Exception as error:
             if started:

@@ -135,7 +135,7 @@ def _scope(request: protocol.TunnelRequest) -> dict[str, Any]:
         "query_string": request.query,
         "root_path": "",
         "headers": [(name.lower(), value) for name, value in request.headers],
-        "client": None,
+        "client": None if request.client is None else (request.client, 0),
         "server": None,
         "state": {},
     }

@@ -183,7 +183,8 @@ class ApolloEndpoints:
 
     async def _upload(self, tunnel: Tunnel, identity: int, request: Request) -> None:
         path, query, headers = request.url.path, request.scope["query_string"], request.headers.raw
-        await tunnel.send(protocol.TunnelRequest(identity, request.method, path, query, list(headers)))
+        client = request.client.host if request.client else None
+        await tunnel.send(protocol.TunnelRequest(identity, request.method, path, query, list(headers), client))
         async for part in request.stream():
             for start in range(0, len(part), CHUNK_BYTES):
                 await tunnel.send(protocol.TunnelBody(identity, part[start : start + CHUNK_BYTES], True))

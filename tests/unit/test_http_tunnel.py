@@ -1,5 +1,6 @@
 """The same routes on the server's port: the endpoint plugin in a real FastAPI app under uvicorn, over the ZMQ tunnel."""
 
+import asyncio
 import os
 import threading
 import time
@@ -143,3 +144,25 @@ def test_without_a_coordinator_the_answer_is_503_and_comes_back(stack):
         assert jobs["queue"] == []
         assert jobs["running"] is None
         assert client.post("/train", json=ONE | {"wait": True}).json()["state"] == "succeeded"
+
+
+def test_without_tokens_other_machines_are_refused(stack):
+    """vLLM listens on all addresses by default: whoever reaches its port must not be able to train, nor a page whose name
+    resolves to this machine."""
+    app = FastAPI()
+    ApolloEndpoints().attach_router(app)
+
+    async def ask(address, host):
+        transport = httpx.ASGITransport(app, client=(address, 1))
+        async with httpx.AsyncClient(transport=transport, base_url=f"http://{host}") as client:
+            return await client.post("/train?dry_run=true", json=ONE)
+
+    for address, host, status, words in [
+        ("127.0.0.1", "localhost:8000", 200, ""),
+        ("::ffff:127.0.0.1", "10.0.0.5:8000", 200, ""),
+        ("10.0.0.7", "10.0.0.5:8000", 403, "got a request from 10.0.0.7 while the trainer has no tokens"),
+        ("127.0.0.1", "evil.example:8000", 403, "got Host 'evil.example'"),
+    ]:
+        answer = asyncio.run(ask(address, host))
+        assert answer.status_code == status, answer.text
+        assert words in answer.text
