@@ -53,10 +53,12 @@ def plan(tensors: Iterable[tuple[str, tuple[int, ...], torch.dtype]]) -> tuple[b
 
 
 def create(path: Path, header: bytes, entries: dict[str, Entry]) -> None:
-    """A 0600 file with its header and room for all tensors."""
+    """A 0600 file with its header and room for all tensors. Raises OSError if the disk has not that much left: later, in
+    memory that maps a file, a full disk would be SIGBUS."""
     with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
         file.write(header)
-        file.truncate(len(header) + sum(entry.num_bytes for entry in entries.values()))
+        file.flush()
+        os.posix_fallocate(file.fileno(), 0, len(header) + sum(entry.num_bytes for entry in entries.values()))
 
 
 def write_box(path: Path, entry: Entry, box: Box, values: Tensor) -> None:

@@ -34,6 +34,11 @@ class Reference(msgspec.Struct, frozen=True):
     rejected: float
 
 
+def _mean(total: float, weight: float) -> float | None:
+    """None, as JSON has no other word for it, if it is not finite."""
+    return total / weight if weight and math.isfinite(total) else None
+
+
 class Evaluator:
     """``ask`` sends a command to the ranks and returns its reply."""
 
@@ -103,10 +108,11 @@ class Evaluator:
                 total, weight = total - sum(done.logprobs), weight + sum(done.weights)
                 correct += sum(done.num_correct)
         self._counted_from = self._evaluated_at = job.step
-        job.valid_loss, job.valid_token_accuracy = total / weight, correct / weight
+        job.valid_loss, job.valid_token_accuracy = _mean(total, weight), _mean(correct, weight)
         data = {"step": job.step, "total_steps": job.total_steps, "valid_loss": job.valid_loss,
                 "valid_mean_token_accuracy": job.valid_token_accuracy}  # fmt: skip
-        message = f"Step {job.step}/{job.total_steps}: validation loss={job.valid_loss:.4f}"
+        shown = "not finite" if job.valid_loss is None else f"{job.valid_loss:.4f}"
+        message = f"Step {job.step}/{job.total_steps}: validation loss={shown}"
         self.store.save_job(job, message, type="metrics", data=data)
 
     async def _pair_losses(self, pairs: list[protocol.PreferencePair]) -> list[float]:

@@ -115,12 +115,12 @@ class FineTuningApi:
             error = JobError(code="validation", message=str(problem), param="training_file")
         current = store.job(job.id)
         if current is None or current.state is not State.validating_files:
-            for part in ("train", "valid"):
-                (folder / f"{job.id}.{part}").unlink(missing_ok=True)
+            store.remove_samples(job.id)
             return  # cancelled meanwhile
         if error is not None:
             job.state, job.error, job.finished_at = State.failed, error, time.time()
             store.save_job(job, f"Job failed: {error.message}", level="error")
+            store.remove_samples(job.id)
             return
         job.num_samples, job.num_validation, job.state = count, valid, State.queued
         job.total_steps = plan_total_steps(job.spec, count)

@@ -15,6 +15,8 @@ import secrets
 import time
 from collections.abc import Callable
 
+import msgspec
+
 from apollo_tp import protocol
 from apollo_tp.config import OnCrash
 from apollo_tp.coordinator.evaluation import Evaluator
@@ -47,7 +49,7 @@ class Scheduler:
         self.recent_losses: collections.deque[tuple[str, int, float]] = collections.deque(maxlen=50)
         self._wake = asyncio.Event()
         self._idle_since = time.monotonic()
-        self._saving: dict[str, asyncio.Task[None]] = {}
+        self._saving: dict[str, asyncio.Task[ApolloTpError | None]] = {}
         self._last_failure = 0.0
 
     # --- what HTTP handlers call -------------------------------------------------------------------------------------
@@ -66,7 +68,7 @@ class Scheduler:
         self,
         reason: str,
         job: Job | None = None,
-        metrics: dict[str, float] | None = None,
+        metrics: dict[str, float | None] | None = None,
         idempotency: tuple[str, str, str] | None = None,
     ) -> Checkpoint:
         """Store a request for a checkpoint; it is sent between two steps."""
@@ -198,7 +200,7 @@ class Scheduler:
         except RankFailedError as error:
             failure = JobError(code="rank_failed", message=str(error), rank=error.rank, traceback=error.traceback)
             self._fail(job, failure)
-        except ApolloTpError as error:
+        except (ApolloTpError, OSError, msgspec.MsgspecError) as error:  # the last two: its samples cannot be read
             self._fail(job, JobError(code=type(error).__name__, message=str(error)))
         finally:
             self.running = None
@@ -230,18 +232,21 @@ class Scheduler:
         await self._end(job, evaluator)
 
     async def _end(self, job: Job, evaluator: Evaluator) -> None:
+        if not job.wanted:
+            await evaluator.evaluate()
+        if not job.wanted and job.spec.save_at_end:
+            metrics = {"step": float(job.step), "train_loss": job.loss, "train_mean_token_accuracy": job.token_accuracy,
+                       "valid_loss": job.valid_loss, "valid_mean_token_accuracy": job.valid_token_accuracy}  # fmt: skip
+            known: dict[str, float | None] = {name: value for name, value in metrics.items() if value is not None}
+            error = await self._save(self.request_checkpoint("job", job, known))
+            if isinstance(error, RanksGoneError):
+                raise error
         if job.wanted == "cancel":
             self._finish(job, State.cancelled, "Job cancelled")
         elif job.wanted == "pause":
             job.state, job.wanted = State.paused, ""
             self.store.save_job(job, f"Job paused after step {job.step}")
         else:
-            await evaluator.evaluate()
-            if job.spec.save_at_end:
-                metrics = {"step": float(job.step), "train_loss": job.loss, "train_mean_token_accuracy": job.token_accuracy,
-                           "valid_loss": job.valid_loss, "valid_mean_token_accuracy": job.valid_token_accuracy}  # fmt: skip
-                known = {name: value for name, value in metrics.items() if value is not None}
-                await self._save(self.request_checkpoint("job", job, known))
             self._finish(job, State.succeeded, "The job has successfully completed")
 
     async def _send_step(self, job: Job, step: int, evaluator: Evaluator) -> asyncio.Future[protocol.AnyReply]:
@@ -339,8 +344,7 @@ class Scheduler:
     ) -> None:
         job.state, job.finished_at, job.wanted, job.resumable = state, time.time(), "", False
         self.store.save_job(job, message, level=level, data={"state": state.value} | (data or {}))
-        for part in ("train", "valid", "ref"):
-            (self.store.samples_dir / f"{job.id}.{part}").unlink(missing_ok=True)
+        self.store.remove_samples(job.id)
 
     def _fail(self, job: Job, error: JobError) -> None:
         log.error("job %s failed: %s", job.id, error.message)
@@ -357,8 +361,9 @@ class Scheduler:
             if checkpoint.id not in self._saving:
                 self._saving[checkpoint.id] = asyncio.create_task(self._save(checkpoint))
 
-    async def _save(self, checkpoint: Checkpoint) -> None:
-        """Ask for a checkpoint and record how that went. A failed one does not raise: training goes on."""
+    async def _save(self, checkpoint: Checkpoint) -> ApolloTpError | None:
+        """Ask for a checkpoint and record how that went. A failed one returns its error: training goes on."""
+        failure = None
         if checkpoint.id in self._saving and self._saving[checkpoint.id] is not asyncio.current_task():
             return await self._saving[checkpoint.id]
         self._saving[checkpoint.id] = asyncio.current_task()  # type: ignore[assignment]
@@ -371,7 +376,7 @@ class Scheduler:
                 self.store.set_meta("unsaved", "")
         except ApolloTpError as error:
             log.error("checkpoint %s failed: %s", checkpoint.name, error)
-            checkpoint.state, checkpoint.error = "failed", str(error)
+            failure, checkpoint.state, checkpoint.error = error, "failed", str(error)
             self._last_failure = time.monotonic()
         finally:
             del self._saving[checkpoint.id]
@@ -384,6 +389,7 @@ class Scheduler:
             data = {"checkpoint_id": checkpoint.id, "path": checkpoint.path}
             self.store.save_job(job, message, type="checkpoint", level="info" if ok else "warn", data=data)
         self.wake()
+        return failure
 
 
 class TooManySkipsError(ApolloTpError):

@@ -72,6 +72,8 @@ class Service:
         else:
             job.state = State.paused if action == "pause" else State.queued
         self.store.save_job(job, f"Job {job.state.value}")
+        if job.terminal:
+            self.store.remove_samples(job.id)
         self.scheduler.wake()
         return job
 

@@ -22,6 +22,8 @@ from apollo_tp.coordinator.jobs import TERMINAL, Event, Job, State
 from apollo_tp.errors import RequestError
 
 SCHEMA_VERSION = 1
+PARTS = ("train", "valid", "ref")
+"""Files of a job's samples, and of what the weights before its first step say of them."""
 _SCHEMA = """
 CREATE TABLE jobs (seq INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT UNIQUE NOT NULL, state TEXT NOT NULL,
                    source TEXT NOT NULL, data BLOB NOT NULL);
@@ -53,7 +55,7 @@ class Checkpoint(msgspec.Struct, kw_only=True):
     num_bytes: int = 0
     seconds: float = 0.0
     weight_version: int | None = None
-    metrics: dict[str, float] = {}
+    metrics: dict[str, float | None] = {}
     error: str = ""
 
 
@@ -312,9 +314,14 @@ class Store:
             entry.stat().st_size for folder in (self.files_dir, self.samples_dir) for entry in os.scandir(folder)
         )
 
+    def remove_samples(self, job_id: str) -> None:
+        """Of a job that is over."""
+        for part in PARTS:
+            (self.samples_dir / f"{job_id}.{part}").unlink(missing_ok=True)
+
     def remove_orphans(self) -> None:
         """Remove samples of jobs that were never stored or are over, and contents of files that were never stored."""
-        alive = {f"{job.id}.{part}" for job in self.jobs(*set(State) - TERMINAL) for part in ("train", "valid", "ref")}
+        alive = {f"{job.id}.{part}" for job in self.jobs(*set(State) - TERMINAL) for part in PARTS}
         for entry in os.scandir(self.samples_dir):
             if entry.name not in alive:
                 os.unlink(entry.path)

@@ -29,12 +29,14 @@ HEARTBEAT_SECONDS = 0.1
 
 
 class FakeRanks:
-    """One rank 0. ``fail_at`` and ``skip_at`` name job steps that raise or are skipped; ``mute`` stops every sending."""
+    """One rank 0. ``fail_at`` and ``skip_at`` name job steps that raise or are skipped; ``mute`` stops every sending.
+    ``logprob`` is that of a token; a checkpoint takes ``save_seconds``."""
 
     def __init__(self, socket_path, journal, *, step_seconds=0.0, instance_id="fake", max_tokens=256):
         self.socket_path, self.journal, self.step_seconds = str(socket_path), Path(journal), step_seconds
         self.instance_id, self.max_tokens = instance_id, max_tokens
         self.fail_at, self.skip_at, self.mute = set(), set(), False
+        self.logprob, self.save_seconds = -0.5, 0.0
         self.commands, self.scored = [], []
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self.run, daemon=True)
@@ -99,8 +101,8 @@ class FakeRanks:
                 if not busy and queue:
                     busy = queue.popleft()
                     self.commands.append(busy)
-                    slow = isinstance(busy, protocol.Step | protocol.PreferenceStep)
-                    until = now + (self.step_seconds if slow else 0.0)
+                    seconds = dict.fromkeys((protocol.Step, protocol.PreferenceStep), self.step_seconds)
+                    until = now + (seconds | {protocol.SaveCheckpoint: self.save_seconds}).get(type(busy), 0.0)
 
     def _send(self, socket, message):
         if not self.mute:
@@ -113,7 +115,7 @@ class FakeRanks:
             self.scored.append(len(self.applied()))
             weights = [sum(sample.weights) for sample in command.samples]
             logprobs = [
-                -0.5 * weight * (1 + 0.01 * sample.token_ids[-1])
+                self.logprob * weight * (1 + 0.01 * sample.token_ids[-1])
                 for weight, sample in zip(weights, command.samples, strict=True)
             ]
             return protocol.ScoreDone(

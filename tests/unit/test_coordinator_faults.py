@@ -1,0 +1,111 @@
+"""What may go wrong at a job's end, with its figures, its files or the disk: it is said, nothing acknowledged is lost."""
+
+import math
+
+import pytest
+
+from tests.unit.chat_model import write_model
+from tests.unit.fakes import CoordinatorProcess, FakeRanks, wait_for
+
+ONE = {"context_ids": [1, 2], "continuation_ids": [3, 4]}
+CHAT = b'{"messages": [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "I am fine"}]}'
+
+
+@pytest.fixture
+def stack(tmp_path):
+    with (
+        CoordinatorProcess(tmp_path, model_path=write_model(tmp_path / "model")) as coordinator,
+        FakeRanks(coordinator.ranks_socket, tmp_path / "journal", step_seconds=0.05) as ranks,
+        coordinator.client() as client,
+    ):
+        wait_for(lambda: client.get("/health").json()["trainer"])
+        yield client, ranks, coordinator
+
+
+def tune(client, **contents):
+    """Start a job over uploaded files; it writes a checkpoint before it succeeds."""
+    files = {}
+    for name, content in contents.items():
+        upload = {"file": ("a.jsonl", content)}
+        files[name] = client.post("/v1/files", files=upload, data={"purpose": "fine-tune"}).json()["id"]
+    return client.post("/v1/fine_tuning/jobs", json={"model": "fake"} | files).json()["id"]
+
+
+def saving(client, job):
+    """A checkpoint of the job is being written."""
+    return [c for c in client.get("/checkpoints").json()["data"] if c["job_id"] == job and c["state"] == "queued"]
+
+
+def ends(client, job):
+    states = ("succeeded", "failed", "cancelled", "paused")
+    return wait_for(lambda: (j := client.get(f"/train/jobs/{job}").json())["state"] in states and j)
+
+
+@pytest.mark.parametrize("logprob", [math.nan, -math.inf])
+def test_a_validation_loss_that_is_not_finite_is_none(stack, logprob):
+    """JSON has no NaN: one that was stored could not be read again, by status, by the jobs' routes, or at a restart."""
+    client, ranks, coordinator = stack
+    ranks.logprob = logprob
+    job = tune(client, training_file=CHAT, validation_file=CHAT)
+    assert ends(client, job)["state"] == "succeeded"
+    coordinator.kill()
+    coordinator.start()
+    with coordinator.client() as again:
+        assert again.get(f"/train/jobs/{job}").json()["valid_loss"] is None
+        for path in ("/train/jobs", "/train/status", "/checkpoints", f"/v1/fine_tuning/jobs/{job}/checkpoints"):
+            assert again.get(path).status_code == 200, path
+
+
+@pytest.mark.parametrize(("action", "state"), [("cancel", "cancelled"), ("pause", "paused")])
+def test_what_is_asked_while_the_last_checkpoint_is_written_holds(stack, action, state):
+    """The answer to the request was yes."""
+    client, ranks, _ = stack
+    ranks.save_seconds = 0.5
+    job = tune(client, training_file=CHAT)
+    wait_for(lambda: saving(client, job))
+    num_steps = len(ranks.applied())
+    assert client.post(f"/train/jobs/{job}/{action}").status_code == 200
+    assert ends(client, job)["state"] == state
+    if action == "pause":
+        assert client.post(f"/train/jobs/{job}/resume").status_code == 200
+        assert ends(client, job)["state"] == "succeeded"
+        assert len(ranks.applied()) == num_steps
+
+
+def test_a_trainer_that_dies_as_it_writes_the_last_checkpoint_leaves_the_job_open(tmp_path):
+    """A job that succeeded has its checkpoint: the next trainer writes it, and repeats no step."""
+    model = write_model(tmp_path / "model")
+    with CoordinatorProcess(tmp_path, model_path=model) as coordinator, coordinator.client() as client:
+        with FakeRanks(coordinator.ranks_socket, tmp_path / "journal") as ranks:
+            ranks.save_seconds = 60.0
+            wait_for(lambda: client.get("/health").json()["trainer"])
+            job = tune(client, training_file=CHAT)
+            wait_for(lambda: saving(client, job))
+            num_steps = len(ranks.applied())
+        with FakeRanks(coordinator.ranks_socket, tmp_path / "journal") as ranks:
+            assert ends(client, job)["state"] == "succeeded"
+            assert len(ranks.applied()) == num_steps
+        assert "succeeded" in [c["state"] for c in client.get("/checkpoints").json()["data"] if c["job_id"] == job]
+
+
+def test_jobs_that_are_over_leave_no_samples(stack):
+    """Cancelled before they ran, or refused with one file converted: their samples count against the quota."""
+    client, ranks, coordinator = stack
+    ranks.step_seconds = 0.5
+    running, queued, paused = (client.post("/train", json=ONE).json()["id"] for _ in range(3))
+    client.post(f"/train/jobs/{paused}/pause")
+    for job in (paused, queued, running):
+        assert client.post(f"/train/jobs/{job}/cancel").status_code == 200
+        ends(client, job)
+    assert ends(client, tune(client, training_file=CHAT, validation_file=b"x"))["state"] == "failed"
+    assert list((coordinator.folder / "state" / "samples").iterdir()) == []
+
+
+def test_a_job_whose_samples_are_gone_fails_alone(stack):
+    """It says so, and the next one runs."""
+    client, ranks, coordinator = stack
+    ranks.step_seconds = 0.3
+    first, second, third = (client.post("/train", json=ONE).json()["id"] for _ in range(3))
+    (coordinator.folder / "state" / "samples" / f"{second}.train").unlink()
+    assert [ends(client, job)["state"] for job in (first, second, third)] == ["succeeded", "failed", "succeeded"]
+    assert "FileNotFoundError" in client.get(f"/train/jobs/{second}").json()["error"]["code"]
