@@ -10,6 +10,7 @@ import logging
 import os
 import signal
 import socket
+import sqlite3
 import sys
 import time
 from pathlib import Path
@@ -28,7 +29,7 @@ from apollo_tp.coordinator.ranks import RankLink, bind_private
 from apollo_tp.coordinator.render import Renderer
 from apollo_tp.coordinator.scheduler import Scheduler
 from apollo_tp.coordinator.service import Service, model_vocab_size
-from apollo_tp.coordinator.settings import Settings, load
+from apollo_tp.coordinator.settings import EXIT_STORAGE, Settings, load
 from apollo_tp.coordinator.store import Store
 from apollo_tp.coordinator.tunnel import Tunnel
 from apollo_tp.coordinator.views import Changes
@@ -52,6 +53,9 @@ def main() -> int:
     except ApolloTpError as error:
         log.error("%s", error)
         return 1
+    except (sqlite3.Error, OSError) as error:
+        log.error("got %s, expected to write to service.state_dir; free space there", error, exc_info=error)
+        return EXIT_STORAGE
     return 0
 
 

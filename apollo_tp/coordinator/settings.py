@@ -9,6 +9,9 @@ import msgspec
 from apollo_tp.config import ServiceConfig
 from apollo_tp.errors import ConfigError
 
+EXIT_STORAGE = 4
+"""Exit status when nothing can be stored, for example on a full disk: who starts this process tries again."""
+
 
 class Settings(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     """Everything the coordinator process is told. ``instance_dir`` is the server's private folder (see runtime.py).

@@ -14,13 +14,15 @@ import msgspec
 
 from apollo_tp import runtime
 from apollo_tp.config import Config
-from apollo_tp.coordinator.settings import Settings
+from apollo_tp.coordinator.settings import EXIT_STORAGE, Settings
 from apollo_tp.errors import ConfigError
 from apollo_tp.manifest import Manifest
 
 STOP_SECONDS = 10.0
 MIN_LIFE_SECONDS = 10.0
 """One that ends by itself sooner would end again: a port that is taken, a state folder that cannot be written."""
+PAUSE_SECONDS = 5.0
+"""Between two tries to store something, on a disk that was full: jobs wait meanwhile, and go on where they were."""
 
 log = logging.getLogger("apollo_tp")
 
@@ -41,6 +43,7 @@ class CoordinatorProcess:
         )
         self._settings_path = folder / "coordinator_settings.json"
         runtime.write_private(self._settings_path, msgspec.json.encode(settings))
+        self._has_lived = False
         self._start()
 
     def _start(self) -> None:
@@ -52,13 +55,18 @@ class CoordinatorProcess:
     def check(self) -> None:
         """Start it again if it ended: jobs are durable, and it asks the ranks how far they came.
 
-        Raises ConfigError if it ended by itself soon after its start; its log lines above say why.
+        Raises ConfigError if it ended by itself soon after its start; its log lines above say why. A disk that was not full
+        at first is no such reason.
         """
-        status = self._process.poll()
+        status, age = self._process.poll(), time.monotonic() - self._started_at
+        self._has_lived |= age >= MIN_LIFE_SECONDS
         if status is None:
             return
+        full = status == EXIT_STORAGE and self._has_lived
+        if full and age < PAUSE_SECONDS:
+            return
         killed = status == -signal.SIGKILL  # by an operator or for memory: no fault of its settings
-        if not killed and time.monotonic() - self._started_at < MIN_LIFE_SECONDS:
+        if not (killed or full) and age < MIN_LIFE_SECONDS:
             raise ConfigError(
                 f"coordinator: got exit status {status} at its start, expected it to run; see its log lines"
             )

@@ -1,9 +1,14 @@
 """What may go wrong at a job's end, with its figures, its files or the disk: it is said, nothing acknowledged is lost."""
 
 import math
+import resource
+import signal
 
 import pytest
 
+from apollo_tp.coordinator.settings import EXIT_STORAGE
+from apollo_tp.errors import ConfigError
+from apollo_tp.launch import coordinator_process
 from tests.unit.chat_model import write_model
 from tests.unit.fakes import CoordinatorProcess, FakeRanks, wait_for
 
@@ -109,3 +114,54 @@ def test_a_job_whose_samples_are_gone_fails_alone(stack):
     (coordinator.folder / "state" / "samples" / f"{second}.train").unlink()
     assert [ends(client, job)["state"] for job in (first, second, third)] == ["succeeded", "failed", "succeeded"]
     assert "FileNotFoundError" in client.get(f"/train/jobs/{second}").json()["error"]["code"]
+
+
+def test_a_full_disk_ends_the_coordinator_until_there_is_room(stack):
+    """It says why; started again with room, it loses and repeats nothing. A limit on files' size stands for the disk."""
+    client, ranks, coordinator = stack
+    job = client.post("/train", json=ONE | {"epochs": 20}).json()["id"]
+    wait_for(lambda: client.get(f"/train/jobs/{job}").json()["step"] > 2)
+    size = (coordinator.folder / "state" / "jobs.sqlite3-wal").stat().st_size
+    resource.prlimit(coordinator.process.pid, resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+    assert coordinator.process.wait(15) == EXIT_STORAGE
+    assert "free space there" in coordinator.log_path.read_text()
+    coordinator.start()
+    with coordinator.client() as again:
+        assert ends(again, job)["state"] == "succeeded"
+    assert [step for name, step in ranks.applied() if name == job] == list(range(1, 21))
+
+
+class Ended:
+    """A coordinator that has ended with this status."""
+
+    def __init__(self, status):
+        self.poll = lambda: status
+
+
+@pytest.mark.parametrize(
+    ("status", "earlier_life", "age", "outcome"),
+    [
+        (EXIT_STORAGE, 60.0, 0.5, "waits"),
+        (EXIT_STORAGE, 60.0, 6.0, "starts"),
+        (EXIT_STORAGE, 0.0, 6.0, "raises"),  # it never could store anything
+        (-signal.SIGKILL, 0.0, 0.5, "starts"),
+        (1, 60.0, 0.5, "raises"),
+    ],
+)
+def test_when_a_coordinator_is_started_again(monkeypatch, status, earlier_life, age, outcome):
+    """After a full disk for as long as it takes; not if it could not have worked."""
+    clock, starts = [100.0], []
+    monkeypatch.setattr(coordinator_process.time, "monotonic", lambda: clock[0])
+    process = object.__new__(coordinator_process.CoordinatorProcess)
+    process._has_lived, process._started_at, process._process = False, clock[0], Ended(None)
+    monkeypatch.setattr(process, "_start", lambda: starts.append(clock[0]))
+    clock[0] += earlier_life
+    process.check()
+    process._started_at, process._process = clock[0], Ended(status)
+    clock[0] += age
+    if outcome == "raises":
+        with pytest.raises(ConfigError, match=f"exit status {status}"):
+            process.check()
+    else:
+        process.check()
+    assert bool(starts) == (outcome == "starts")
