@@ -193,6 +193,14 @@ def test_one_trainer_per_server(base: Path) -> None:
         pass
 
 
+def test_a_lock_is_not_handed_on_to_started_programs(base: Path) -> None:
+    """One that outlives the holder (wandb's, a compiler's worker) does not keep the place."""
+    with runtime.trainer_lock(base):
+        child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, close_fds=False)
+    with runtime.trainer_lock(base):
+        child.communicate(b"\n")
+
+
 def _server(segments: list[list[SegmentRecord]], shape: list[int], **changes: Any) -> list[Manifest]:
     served = [ServedTensor(name="w", allocation=0, offset_bytes=0, shape=[8, 4], stride=[4, 1], dtype="bfloat16")]
     checkpoint = [CheckpointTensor(name="w", shape=shape, dtype="BF16")]
