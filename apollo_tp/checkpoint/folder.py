@@ -7,7 +7,7 @@
     apollo_tp.json         CheckpointInfo
   latest -> <name>
   .writer.lock             held (flock) by the one trainer that writes here
-  .<name>.partial/         being written, or left by a crash; removed when that name is written again or pruned
+  .<name>.partial/         being written, or left by a crash; removed when the next one is begun
 """
 
 from __future__ import annotations
@@ -82,12 +82,14 @@ def partial_path(root: Path, name: str) -> Path:
 
 
 def begin(root: Path, name: str) -> Path:
-    """An empty folder to write to, alone on rank 0. Raises CheckpointError if the name is taken."""
+    """An empty folder to write to, alone on rank 0; what a crash or a failure left of others goes. Raises CheckpointError if
+    the name is taken."""
     partial = partial_path(root, name)
     root.mkdir(mode=0o700, parents=True, exist_ok=True)
     if (root / name).exists():
         raise CheckpointError(f"checkpoint {root / name}: got a name that is taken, expected a new one")
-    shutil.rmtree(partial, ignore_errors=True)
+    for left in root.glob(".*.partial"):  # as large as a model each, and no name comes twice
+        shutil.rmtree(left, ignore_errors=True)
     partial.mkdir(mode=0o700)
     return partial
 

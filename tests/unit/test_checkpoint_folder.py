@@ -1,4 +1,4 @@
-"""The folder of checkpoints: one trainer writes there."""
+"""The folder of checkpoints: one trainer writes there, and clears up behind a crash."""
 
 from __future__ import annotations
 
@@ -44,3 +44,11 @@ def test_files_beside_the_checkpoints_are_left_alone(tmp_path: Path) -> None:
     folders.begin(tmp_path, "first")
     folders.complete(tmp_path, "first", keep=1)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["first", "latest", "note"]
+
+
+def test_what_a_crash_left_goes_with_the_next_checkpoint(tmp_path: Path) -> None:
+    """Names are new each time, so it must not wait for its own; nothing else goes."""
+    (folders.begin(tmp_path, "crashed") / "model.safetensors").touch()
+    (tmp_path / ".cache").mkdir()
+    assert folders.begin(tmp_path, "next").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".cache", ".next.partial"]
