@@ -1,8 +1,10 @@
 """The private folder through which a server and its trainer find each other, and who is alive. No torch.
 
     <base>/                       0700, owned by this user
+      claims.lock                 held (flock) by a server while it claims its instance id
       <instance id>/              one per vLLM server
         rank0.json, rank1.json    manifests, written under a temporary name and renamed
+        apollo_tp_server.lock     held (flock) by the server's first process, and those forked from it
         trainer.lock              held (flock) by the one trainer of this server
         ranks.sock, coordinator.sock
 

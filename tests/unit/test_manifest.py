@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,9 @@ from apollo_tp import runtime
 from apollo_tp.errors import ConfigError, ManifestError, NoServerError, TrainerBusyError, UnsupportedModelError
 from apollo_tp.manifest import (
     CLAIMED_VARIABLE,
+    REFUSED_VARIABLE,
     SCHEMA_VERSION,
+    SERVER_LOCK,
     CheckpointTensor,
     Manifest,
     Refusal,
@@ -119,22 +123,57 @@ def test_waiting_says_what_is_there(base: Path) -> None:
     assert wait_for_server(base, "other", 0)[0].tp_size == 1
 
 
-def test_a_new_server_does_not_inherit_from_a_dead_one(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Same name, restarted: the dead server's manifests and its record of weights are gone. A live name is refused."""
+@pytest.fixture
+def claims(base: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
+    """This process is the first of a server called prod; what it claims is free again afterwards."""
     monkeypatch.setenv(runtime.RUNTIME_DIR_VARIABLE, str(base))
     monkeypatch.setenv(runtime.INSTANCE_VARIABLE, "prod")
-    monkeypatch.delenv(CLAIMED_VARIABLE, raising=False)
+    monkeypatch.setenv(CLAIMED_VARIABLE, "")
+    monkeypatch.setenv(REFUSED_VARIABLE, "")
+    with contextlib.ExitStack() as claim:
+        monkeypatch.setattr("apollo_tp.manifest._claim", claim)
+        yield monkeypatch
+
+
+def test_a_new_server_does_not_inherit_from_a_dead_one(base: Path, claims: pytest.MonkeyPatch) -> None:
+    """Same name, restarted: the dead server's manifests and its record of weights are gone. A live name is refused."""
     dead = ended_process()
     folder = runtime.instance_dir("prod", base)
     publish(manifest(0, 1, pid=dead.pid, pid_start_ticks=dead.start_ticks), folder)
     (folder / "weights.json").write_text("{}")
     assert claim_instance() == "prod"
-    assert not folder.exists()
-    publish(manifest(0, 1), runtime.instance_dir("prod", base))
+    assert [path.name for path in folder.iterdir()] == [SERVER_LOCK]
+    publish(manifest(0, 1), folder)
     assert claim_instance() == "prod", "a later process of the same server"
-    monkeypatch.delenv(CLAIMED_VARIABLE)
+    claims.setenv(CLAIMED_VARIABLE, "")
     with pytest.raises(ManifestError, match="live server has"):
         claim_instance()
+
+
+CLAIM = "from apollo_tp.manifest import claim_instance; print(claim_instance(), flush=True); input()"
+
+
+def test_a_server_that_loads_has_its_name_already(base: Path, claims: pytest.MonkeyPatch) -> None:
+    """Before any manifest: the second is refused, and so are its later processes even when the first one is gone. The
+    name is free then, and the folder of one that ended while it loaded goes."""
+    with subprocess.Popen([sys.executable, "-c", CLAIM], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as first:
+        assert first.stdout
+        assert first.stdout.readline() == b"prod\n"
+        with pytest.raises(ManifestError, match=rf"live server has \(process {first.pid}\).*APOLLO_TP_INSTANCE"):
+            claim_instance()
+        claims.setenv(runtime.INSTANCE_VARIABLE, "other")
+        claims.setenv(REFUSED_VARIABLE, "")
+        assert claim_instance() == "other"
+        assert (base / "prod").exists()
+        claims.setenv(CLAIMED_VARIABLE, "")
+        claims.setenv(REFUSED_VARIABLE, "prod is taken")
+        first.kill()
+    with pytest.raises(ManifestError, match="prod is taken"):
+        claim_instance()
+    claims.setenv(runtime.INSTANCE_VARIABLE, "third")
+    claims.setenv(REFUSED_VARIABLE, "")
+    assert claim_instance() == "third"
+    assert sorted(path.name for path in base.iterdir() if path.is_dir()) == ["other", "third"]
 
 
 @pytest.mark.parametrize(
