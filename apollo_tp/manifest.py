@@ -152,8 +152,11 @@ class _Versioned(msgspec.Struct):
 
 
 def read_instance(folder: Path) -> list[Manifest]:
-    """Manifests present in one server's folder, by rank; possibly not all of them yet."""
-    return sorted((read(path) for path in folder.glob("rank*.json")), key=lambda m: m.tp_rank)
+    """Manifests present in one server's folder, by rank; possibly not all of them yet, and none as it is removed."""
+    try:
+        return sorted((read(path) for path in folder.glob("rank*.json")), key=lambda m: m.tp_rank)
+    except FileNotFoundError:
+        return []
 
 
 def live_instances(base: Path) -> tuple[list[str], list[str]]:
@@ -250,20 +253,22 @@ def check_agreement(manifests: list[Manifest]) -> None:
 def wait_for_server(base: Path, instance: str | None, wait_seconds: float) -> list[Manifest]:
     """Manifests of the named server (or of the only live one), once all its ranks have published.
 
-    Raises NoServerError when the time is over, ManifestError if several servers are live and none was named, or if the
-    manifests do not agree.
+    A server that ended may be restarting under its name, so it is waited for as well. Raises NoServerError when the time is
+    over, ManifestError if several servers are live and none was named, or if the manifests do not agree.
     """
     deadline = time.monotonic() + wait_seconds
     while True:
+        over = time.monotonic() > deadline
         live, stale = live_instances(base)
         if instance is None and len(live) > 1:
             raise ManifestError(f"got {len(live)} live servers {live}, expected one; choose with server.instance=...")
         name = instance or (live[0] if live else None)
         manifests = read_instance(base / name) if name and (base / name).is_dir() else []
-        if manifests and (len(manifests) == manifests[0].tp_size or any(m.error for m in manifests)):
+        complete = manifests and (len(manifests) == manifests[0].tp_size or any(m.error for m in manifests))
+        if complete and (over or name not in stale):
             check_agreement(manifests)
             return manifests
-        if time.monotonic() > deadline:
+        if over:
             have = [m.tp_rank for m in manifests]
             raise NoServerError(
                 f"waited {wait_seconds:.0f} s for server {instance or '(any)'} in {base}: got manifests of ranks {have}, "

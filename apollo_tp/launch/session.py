@@ -98,7 +98,8 @@ def _find_server(start: _Start) -> tuple[list[Manifest], Path]:
     base = runtime.base_dir(config.server.runtime_dir)
     name, wanted, seconds = "", config.server.instance, config.server.wait_seconds
     with _together(control):
-        if world.rank == 0 and not live_instances(base)[0]:
+        live, _ = live_instances(base)
+        if world.rank == 0 and (wanted not in live if wanted else not live):
             log.info("waiting up to %.0f s for a vLLM server with VLLM_PLUGINS=apollo in %s", seconds, base)
         # on every rank: who waited for rank 0 in a collective would give up at that one's deadline
         name = wait_for_server(base, wanted, seconds)[0].instance_id

@@ -123,6 +123,28 @@ def test_waiting_says_what_is_there(base: Path) -> None:
     assert wait_for_server(base, "other", 0)[0].tp_size == 1
 
 
+def test_a_named_server_that_restarts_is_waited_for(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it left is not it: its folder goes, its manifests come. Only at the deadline is it stale."""
+    dead, folder = ended_process(), runtime.instance_dir("prod", base)
+    stale = manifest(0, 1, instance_id="prod", pid=dead.pid, pid_start_ticks=dead.start_ticks)
+    publish(stale, folder)
+    restart = [
+        lambda: runtime.remove_instance(folder),
+        lambda: publish(manifest(0, 1), runtime.instance_dir("prod", base)),
+    ]
+    monkeypatch.setattr("apollo_tp.manifest.time.sleep", lambda _: restart.pop(0)())
+    assert wait_for_server(base, "prod", 60)[0].process.alive()
+    publish(stale, folder)
+    with pytest.raises(ManifestError, match=f"server prod: rank 0: stale, its process {dead.pid} has ended"):
+        wait_for_server(base, "prod", -1)
+
+
+def test_a_folder_that_is_being_removed_holds_no_manifests(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gone between the listing and the reading."""
+    monkeypatch.setattr(Path, "glob", lambda folder, _: iter([folder / "rank0.json"]))
+    assert read_instance(base) == []
+
+
 @pytest.fixture
 def claims(base: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
     """This process is the first of a server called prod; what it claims is free again afterwards."""
