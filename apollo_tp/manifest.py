@@ -7,6 +7,7 @@ manifest with ``error`` set, so that the trainer can say why instead of waiting.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from pathlib import Path
@@ -15,11 +16,18 @@ from typing import Literal
 import msgspec
 
 from apollo_tp import runtime
-from apollo_tp.errors import ManifestError, NoServerError
+from apollo_tp.errors import ApolloTpError, ManifestError, NoServerError
 
 SCHEMA_VERSION = 1
 CLAIMED_VARIABLE = "APOLLO_TP_CLAIMED"
 """Set once the first process of a server has settled the instance id."""
+REFUSED_VARIABLE = "APOLLO_TP_REFUSED"
+"""Why it could not: to its children, which would otherwise speak and listen as the server that has the id."""
+SERVER_LOCK = "apollo_tp_server.lock"
+CLAIM_SECONDS = 10.0
+
+_claim = contextlib.ExitStack()
+"""The server's lock, for the life of its first process."""
 
 
 class Allocation(msgspec.Struct, frozen=True, kw_only=True):
@@ -144,8 +152,11 @@ class _Versioned(msgspec.Struct):
 
 
 def read_instance(folder: Path) -> list[Manifest]:
-    """Manifests present in one server's folder, by rank; possibly not all of them yet."""
-    return sorted((read(path) for path in folder.glob("rank*.json")), key=lambda m: m.tp_rank)
+    """Manifests present in one server's folder, by rank; possibly not all of them yet, and none as it is removed."""
+    try:
+        return sorted((read(path) for path in folder.glob("rank*.json")), key=lambda m: m.tp_rank)
+    except FileNotFoundError:
+        return []
 
 
 def live_instances(base: Path) -> tuple[list[str], list[str]]:
@@ -165,24 +176,52 @@ def live_instances(base: Path) -> tuple[list[str], list[str]]:
 
 
 def claim_instance() -> str:
-    """Settle this server's instance id, in the first process of a vLLM process tree; the others inherit it.
+    """Settle this server's instance id, in the first process of a vLLM process tree; the others inherit it, or the refusal.
 
     Folders of servers that ended are removed first, above all one of this very name: its manifests and its record of
-    trained weights are not this server's. Raises ManifestError if a live server has the name.
+    trained weights are not this server's. Raises ManifestError if a live server has the name, also one that loads.
     """
     instance_id = runtime.ensure_instance_id()
-    if CLAIMED_VARIABLE not in os.environ:
-        base = runtime.base_dir()
-        live, stale = live_instances(base)
-        if instance_id in live:
-            raise ManifestError(
-                f"instance {instance_id}: got a name that a live server has, expected a new one; "
-                f"set ${runtime.INSTANCE_VARIABLE} to another"
-            )
-        for name in stale:
-            runtime.remove_instance(base / name)
+    if os.environ.get(REFUSED_VARIABLE):
+        raise ManifestError(os.environ[REFUSED_VARIABLE])
+    if not os.environ.get(CLAIMED_VARIABLE):
+        try:
+            _claim_first(instance_id, runtime.base_dir())
+        except (ApolloTpError, OSError) as error:
+            os.environ[REFUSED_VARIABLE] = str(error)
+            raise
         os.environ[CLAIMED_VARIABLE] = str(os.getpid())
     return instance_id
+
+
+def _claim_first(instance_id: str, base: Path) -> None:
+    def taken(holder: str) -> ManifestError:
+        return ManifestError(
+            f"instance {instance_id}: got a name that a live server has (process {holder}), expected a new one; "
+            f"set ${runtime.INSTANCE_VARIABLE} to another"
+        )
+
+    def busy(holder: str) -> ManifestError:
+        return ManifestError(
+            f"{base}: got a claim of process {holder} that lasts {CLAIM_SECONDS:.0f} s, expected milliseconds; stop it"
+        )
+
+    with runtime.locked(base / "claims.lock", busy, CLAIM_SECONDS):
+        live, stale = live_instances(base)
+        if instance_id in live:
+            raise taken(str(read_instance(base / instance_id)[0].pid))
+        # a server that ended while it loaded left nothing but its lock
+        for name in {*stale, *(lock.parent.name for lock in base.glob(f"*/{SERVER_LOCK}"))}.difference(live):
+            with contextlib.suppress(ManifestError), runtime.locked(base / name / SERVER_LOCK, taken):
+                runtime.remove_instance(base / name)
+        _claim.enter_context(runtime.locked(runtime.instance_dir(instance_id, base) / SERVER_LOCK, taken))
+
+
+def unclaimed() -> str:
+    """Why no process of this server may act as its instance; "" if it may."""
+    if os.environ.get(CLAIMED_VARIABLE):
+        return ""
+    return os.environ.get(REFUSED_VARIABLE) or "the apollo plugin did not load; start vLLM with VLLM_PLUGINS=apollo"
 
 
 def check_agreement(manifests: list[Manifest]) -> None:
@@ -214,20 +253,22 @@ def check_agreement(manifests: list[Manifest]) -> None:
 def wait_for_server(base: Path, instance: str | None, wait_seconds: float) -> list[Manifest]:
     """Manifests of the named server (or of the only live one), once all its ranks have published.
 
-    Raises NoServerError when the time is over, ManifestError if several servers are live and none was named, or if the
-    manifests do not agree.
+    A server that ended may be restarting under its name, so it is waited for as well. Raises NoServerError when the time is
+    over, ManifestError if several servers are live and none was named, or if the manifests do not agree.
     """
     deadline = time.monotonic() + wait_seconds
     while True:
+        over = time.monotonic() > deadline
         live, stale = live_instances(base)
         if instance is None and len(live) > 1:
             raise ManifestError(f"got {len(live)} live servers {live}, expected one; choose with server.instance=...")
         name = instance or (live[0] if live else None)
         manifests = read_instance(base / name) if name and (base / name).is_dir() else []
-        if manifests and (len(manifests) == manifests[0].tp_size or any(m.error for m in manifests)):
+        complete = manifests and (len(manifests) == manifests[0].tp_size or any(m.error for m in manifests))
+        if complete and (over or name not in stale):
             check_agreement(manifests)
             return manifests
-        if time.monotonic() > deadline:
+        if over:
             have = [m.tp_rank for m in manifests]
             raise NoServerError(
                 f"waited {wait_seconds:.0f} s for server {instance or '(any)'} in {base}: got manifests of ranks {have}, "

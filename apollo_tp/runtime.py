@@ -1,8 +1,10 @@
 """The private folder through which a server and its trainer find each other, and who is alive. No torch.
 
     <base>/                       0700, owned by this user
+      claims.lock                 held (flock) by a server while it claims its instance id
       <instance id>/              one per vLLM server
         rank0.json, rank1.json    manifests, written under a temporary name and renamed
+        apollo_tp_server.lock     held (flock) by the server's first process, and those forked from it
         trainer.lock              held (flock) by the one trainer of this server
         ranks.sock, coordinator.sock
 
@@ -17,13 +19,14 @@ import re
 import shutil
 import stat
 import tempfile
+import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from apollo_tp.errors import ConfigError, TrainerBusyError
+from apollo_tp.errors import ApolloTpError, ConfigError, TrainerBusyError
 
 INSTANCE_VARIABLE = "APOLLO_TP_INSTANCE"
 RUNTIME_DIR_VARIABLE = "APOLLO_TP_RUNTIME_DIR"
@@ -115,23 +118,39 @@ def write_private(path: Path, content: bytes) -> None:
 
 
 @contextmanager
-def trainer_lock(folder: Path) -> Iterator[None]:
-    """Hold the one trainer's place at a server. Raises TrainerBusyError if another process has it."""
-    fd = os.open(folder / "trainer.lock", os.O_RDWR | os.O_CREAT, 0o600)
+def locked(path: Path, refuse: Callable[[str], ApolloTpError], wait_seconds: float = 0.0) -> Iterator[None]:
+    """Hold the file ``path`` (flock: free again once this process has ended, however it did, and not handed on to programs
+    that it starts). Raises ``refuse(the holder's pid)`` if another has it for longer than ``wait_seconds``."""
+    deadline = time.monotonic() + wait_seconds
+    fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
     try:
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            holder = os.pread(fd, 32, 0).decode() or "?"
-            raise TrainerBusyError(
-                f"server {folder.name}: got a second trainer, expected one; process {holder} trains it already. "
-                "Stop that one, or name another server with server.instance=..."
-            ) from None
+        while True:
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() >= deadline:
+                    raise refuse(os.pread(fd, 32, 0).decode() or "?") from None
+            time.sleep(0.05)
         os.ftruncate(fd, 0)
         os.pwrite(fd, str(os.getpid()).encode(), 0)
         yield
     finally:
         os.close(fd)
+
+
+@contextmanager
+def trainer_lock(folder: Path) -> Iterator[None]:
+    """Hold the one trainer's place at a server. Raises TrainerBusyError if another process has it."""
+
+    def refuse(holder: str) -> ApolloTpError:
+        return TrainerBusyError(
+            f"server {folder.name}: got a second trainer, expected one; process {holder} trains it already. "
+            "Stop that one, or name another server with server.instance=..."
+        )
+
+    with locked(folder / "trainer.lock", refuse):
+        yield
 
 
 def remove_instance(folder: Path) -> None:

@@ -6,7 +6,8 @@
     optimizer/             state in global coordinates
     apollo_tp.json         CheckpointInfo
   latest -> <name>
-  .<name>.partial/         being written, or left by a crash; removed when that name is written again or pruned
+  .writer.lock             held (flock) by the one trainer that writes here
+  .<name>.partial/         being written, or left by a crash; removed when the next one is begun
 """
 
 from __future__ import annotations
@@ -14,11 +15,14 @@ from __future__ import annotations
 import os
 import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import msgspec
 
-from apollo_tp.errors import CheckpointError
+from apollo_tp import runtime
+from apollo_tp.errors import ApolloTpError, CheckpointError, ConfigError
 
 INFO_FILE = "apollo_tp.json"
 OPTIMIZER_DIR = "optimizer"
@@ -40,7 +44,7 @@ def read_info(folder: Path) -> CheckpointInfo | None:
     path = folder / INFO_FILE
     try:
         return msgspec.json.decode(path.read_bytes(), type=CheckpointInfo)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except msgspec.DecodeError as error:
         raise CheckpointError(f"{path}: got an unreadable record ({error}), expected JSON; remove the folder") from None
@@ -50,6 +54,22 @@ def latest(root: Path) -> Path | None:
     """The newest complete checkpoint below ``root``."""
     link = root / LATEST
     return link.resolve() if link.exists() else None
+
+
+@contextmanager
+def writer_lock(root: Path) -> Iterator[None]:
+    """Hold the one writer's place below ``root``, created if missing: what is dropped there as old, and ``latest``, are one
+    model's. Raises ConfigError if another trainer has it."""
+
+    def refuse(holder: str) -> ApolloTpError:
+        return ConfigError(
+            f"checkpoint.dir: got {root}, below which another trainer (process {holder}) writes, expected a folder of this "
+            "one's own; set checkpoint.dir=..., or stop the other trainer"
+        )
+
+    root.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with runtime.locked(root / ".writer.lock", refuse):
+        yield
 
 
 def partial_path(root: Path, name: str) -> Path:
@@ -62,12 +82,14 @@ def partial_path(root: Path, name: str) -> Path:
 
 
 def begin(root: Path, name: str) -> Path:
-    """An empty folder to write to, alone on rank 0. Raises CheckpointError if the name is taken."""
+    """An empty folder to write to, alone on rank 0; what a crash or a failure left of others goes. Raises CheckpointError if
+    the name is taken."""
     partial = partial_path(root, name)
     root.mkdir(mode=0o700, parents=True, exist_ok=True)
     if (root / name).exists():
         raise CheckpointError(f"checkpoint {root / name}: got a name that is taken, expected a new one")
-    shutil.rmtree(partial, ignore_errors=True)
+    for left in root.glob(".*.partial"):  # as large as a model each, and no name comes twice
+        shutil.rmtree(left, ignore_errors=True)
     partial.mkdir(mode=0o700)
     return partial
 

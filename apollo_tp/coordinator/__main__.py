@@ -39,6 +39,8 @@ from apollo_tp.errors import ApolloTpError, ConfigError
 log = logging.getLogger("apollo_tp.coordinator")
 ADDRESS_FILE = "coordinator.json"
 STOP_SECONDS = 5.0
+LOCK_SECONDS = STOP_SECONDS + 1
+"""The coordinator of a trainer that was killed notices, and leaves, within this time."""
 
 
 def main() -> int:
@@ -74,7 +76,7 @@ async def serve(settings: Settings) -> None:
     """Bind everything, then run the parts until one ends or the process is told to stop."""
     access = load_access(settings.service)
     changes = Changes()
-    store = Store(Path(settings.service.state_dir), changes.notify)
+    store = Store(Path(settings.service.state_dir), changes.notify, lock_seconds=LOCK_SECONDS)
     context = zmq.asyncio.Context()
     listener = bind_http(settings.service.http.host, settings.service.http.port)
     scheduler = _build_scheduler(settings, store, context, changes)

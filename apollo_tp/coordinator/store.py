@@ -2,7 +2,8 @@
 
 Nothing is acknowledged before it is here. State changes are committed with fsync; per-step progress survives the death
 of any process, and of the machine up to the last seconds. Samples are written once, before the job's row, under a
-temporary name; a file without a row is removed at the next start.
+temporary name; a file without a row is removed at the next start. Hence one coordinator per folder, which it locks: to a
+second one the first one's jobs are those of a crash.
 """
 
 from __future__ import annotations
@@ -18,8 +19,9 @@ from typing import Any
 
 import msgspec
 
+from apollo_tp import runtime
 from apollo_tp.coordinator.jobs import TERMINAL, Event, Job, State
-from apollo_tp.errors import RequestError
+from apollo_tp.errors import ConfigError, RequestError
 
 SCHEMA_VERSION = 1
 PARTS = ("train", "valid", "ref")
@@ -73,11 +75,18 @@ class StoredFile(msgspec.Struct, kw_only=True):
 class Store:
     """The one writer. Used from the event loop's thread: each call is a short transaction.
 
-    ``on_change`` is called after every commit that a client could be waiting for.
+    ``on_change`` is called after every commit that a client could be waiting for. Raises ConfigError if another coordinator
+    holds ``folder`` for longer than ``lock_seconds``.
     """
 
-    def __init__(self, folder: Path, on_change: Callable[[], None] = lambda: None) -> None:
+    def __init__(
+        self, folder: Path, on_change: Callable[[], None] = lambda: None, *, lock_seconds: float = 0.0
+    ) -> None:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._lock = contextlib.ExitStack()
+        self._lock.enter_context(
+            runtime.locked(folder / "coordinator.lock", lambda p: _in_use(folder, p), lock_seconds)
+        )
         self.folder = folder
         self.files_dir = folder / "files"
         self.samples_dir = folder / "samples"
@@ -104,8 +113,9 @@ class Store:
             )
 
     def close(self) -> None:
-        """Close the database; the WAL is folded into it."""
+        """Close the database; the WAL is folded into it. The folder is free for another."""
         self._db.close()
+        self._lock.close()
 
     def checkpoint_wal(self) -> None:
         """Fold the write-ahead log into the database file. For a worker thread: it waits for fsync."""
@@ -329,6 +339,13 @@ class Store:
         for entry in os.scandir(self.files_dir):
             if entry.name not in known:
                 os.unlink(entry.path)
+
+
+def _in_use(folder: Path, holder: str) -> ConfigError:
+    return ConfigError(
+        f"service.state_dir: got {folder.absolute()}, in which another trainer's coordinator (process {holder}) keeps its "
+        "jobs, expected a folder of this one's own; set service.state_dir=..., or stop the other trainer"
+    )
 
 
 def _event(row: tuple[Any, ...]) -> Event:

@@ -18,7 +18,7 @@ from transformers import AutoConfig, PretrainedConfig
 
 from apollo_tp import protocol, runtime, sm_share
 from apollo_tp.checkpoint import CheckpointWriter, read_info
-from apollo_tp.checkpoint.folder import OPTIMIZER_DIR
+from apollo_tp.checkpoint.folder import OPTIMIZER_DIR, writer_lock
 from apollo_tp.config import Config
 from apollo_tp.errors import ConfigError, RankFailedError, ServerGoneError
 from apollo_tp.graphs import Replays
@@ -93,17 +93,19 @@ def _run(start: _Start, on_server_gone: Callable[[ServerGoneError], None]) -> No
 
 
 def _find_server(start: _Start) -> tuple[list[Manifest], Path]:
-    """The one server to train, awaited and read by every rank, locked by rank 0."""
+    """The one server to train, awaited and read by every rank; it and the checkpoints' folder are locked by rank 0."""
     config, world, control = start.config, start.world, start.control
     base = runtime.base_dir(config.server.runtime_dir)
     name, wanted, seconds = "", config.server.instance, config.server.wait_seconds
     with _together(control):
-        if world.rank == 0 and not live_instances(base)[0]:
+        live, _ = live_instances(base)
+        if world.rank == 0 and (wanted not in live if wanted else not live):
             log.info("waiting up to %.0f s for a vLLM server with VLLM_PLUGINS=apollo in %s", seconds, base)
         # on every rank: who waited for rank 0 in a collective would give up at that one's deadline
         name = wait_for_server(base, wanted, seconds)[0].instance_id
         if world.rank == 0:
             start.stack.enter_context(runtime.trainer_lock(runtime.instance_dir(name, base)))
+            start.stack.enter_context(writer_lock(Path(config.checkpoint.dir).resolve()))
     folder = base / control.broadcast(name.encode()).decode()
     with _together(control):
         manifests = read_instance(folder)

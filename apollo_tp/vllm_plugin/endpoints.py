@@ -11,7 +11,6 @@ import contextlib
 import itertools
 import json
 import logging
-import os
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from starlette.responses import Response, StreamingResponse
 
 from apollo_tp import protocol, runtime
 from apollo_tp.errors import ConfigError
+from apollo_tp.manifest import unclaimed
 from apollo_tp.vllm_plugin.update_lock import UpdateLock
 
 logger = logging.getLogger("vllm.apollo_tp")  # vLLM configures the "vllm" logger only
@@ -134,6 +134,9 @@ class ApolloEndpoints:
         """Listen for the trainer's update lock. The tunnel's socket is opened by the first request."""
         if engine_client is None:  # vLLM's render server has no weights
             return
+        if reason := unclaimed():
+            logger.warning("apollo_tp: this server cannot be trained: %s", reason)
+            return
         from apollo_tp.vllm_plugin.compat import Engine
 
         count = getattr(args, "api_server_count", None) or 1
@@ -150,13 +153,10 @@ class ApolloEndpoints:
 
     def _find(self) -> Tunnel:
         if self._tunnel is None:
-            instance = os.environ.get(runtime.INSTANCE_VARIABLE)
-            if not instance:
-                raise UnavailableError(
-                    f"${runtime.INSTANCE_VARIABLE} is not set in this server: the plugin did not load"
-                )
+            if reason := unclaimed():
+                raise UnavailableError(f"this server cannot be trained: {reason}")
             try:
-                folder = runtime.instance_dir(instance)
+                folder = runtime.instance_dir(runtime.ensure_instance_id())
                 self._tunnel = Tunnel(runtime.socket_path(folder, "coordinator.sock"))
             except (ConfigError, OSError) as error:
                 raise UnavailableError(str(error)) from error

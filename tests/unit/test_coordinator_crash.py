@@ -4,6 +4,7 @@ The fake's journal is what really happened to the weights; a real coordinator an
 """
 
 import random
+import re
 import subprocess
 import sys
 import time
@@ -11,6 +12,8 @@ import time
 import httpx
 import pytest
 
+from apollo_tp.coordinator.store import Store
+from apollo_tp.errors import ConfigError
 from tests.unit.fakes import CoordinatorProcess, FakeRanks, wait_for
 
 ONE = {"context_ids": [1, 2], "continuation_ids": [3, 4]}
@@ -200,6 +203,22 @@ def test_the_idle_checkpoint_is_written_once_and_only_after_training(tmp_path):
         wait_for(lambda: [c["state"] for c in client.get("/checkpoints").json()["data"]] == ["succeeded"])
         time.sleep(0.6)
         assert len(client.get("/checkpoints").json()["data"]) == 1
+
+
+def test_a_second_coordinator_leaves_the_first_ones_jobs_alone(parts):
+    """Two trainers started from one folder: the second is refused before it touches a job; a killed one holds nothing."""
+    coordinator, _ = parts
+    folder = coordinator.folder / "state"
+    refusal = rf"{re.escape(str(folder))}.*process {coordinator.process.pid}\).*service\.state_dir=\.\.\."
+    with coordinator.client() as client:
+        job = client.post("/train", json=ONE | {"epochs": STEPS}).json()["id"]
+        wait_for(lambda: client.get(f"/train/jobs/{job}").json()["step"] > 2)
+        with pytest.raises(ConfigError, match=refusal):
+            Store(folder)
+        wait_for(lambda: client.get(f"/train/jobs/{job}").json()["state"] == "succeeded")
+    coordinator.kill()
+    Store(folder).close()
+    Store(folder).close()
 
 
 def test_the_coordinator_ends_with_its_parent(tmp_path):

@@ -4,13 +4,16 @@ import asyncio
 import os
 import threading
 import time
+from types import SimpleNamespace
 
 import httpx
 import pytest
 import uvicorn
 from fastapi import FastAPI
 
+from apollo_tp import protocol, runtime
 from apollo_tp.coordinator.__main__ import bind_http
+from apollo_tp.manifest import CLAIMED_VARIABLE, REFUSED_VARIABLE
 from apollo_tp.vllm_plugin.endpoints import ApolloEndpoints
 from tests.unit.fakes import CoordinatorProcess, FakeRanks, wait_for
 
@@ -39,7 +42,7 @@ class Server:
 @pytest.fixture(scope="module")
 def stack(tmp_path_factory):
     folder = tmp_path_factory.mktemp("t")
-    os.environ |= {"APOLLO_TP_INSTANCE": "i", "APOLLO_TP_RUNTIME_DIR": str(folder)}
+    os.environ |= {"APOLLO_TP_INSTANCE": "i", "APOLLO_TP_CLAIMED": "1", "APOLLO_TP_RUNTIME_DIR": str(folder)}
     folder.chmod(0o700)
     coordinator = CoordinatorProcess(folder, max_body_bytes=3_000_000)
     server = Server()
@@ -57,7 +60,7 @@ def stack(tmp_path_factory):
     finally:
         coordinator.stop()
         server.close()
-        for name in ("APOLLO_TP_INSTANCE", "APOLLO_TP_RUNTIME_DIR"):
+        for name in ("APOLLO_TP_INSTANCE", "APOLLO_TP_CLAIMED", "APOLLO_TP_RUNTIME_DIR"):
             del os.environ[name]
 
 
@@ -166,3 +169,26 @@ def test_without_tokens_other_machines_are_refused(stack):
         answer = asyncio.run(ask(address, host))
         assert answer.status_code == status, answer.text
         assert words in answer.text
+
+
+def test_a_server_whose_name_is_taken_keeps_off_the_other_one(tmp_path, monkeypatch):
+    """It neither listens for the other's trainer nor forwards to it; the 503 says why."""
+    tmp_path.chmod(0o700)
+    monkeypatch.setenv(runtime.RUNTIME_DIR_VARIABLE, str(tmp_path))
+    monkeypatch.setenv(runtime.INSTANCE_VARIABLE, "prod")
+    monkeypatch.setenv(CLAIMED_VARIABLE, "")
+    monkeypatch.setenv(REFUSED_VARIABLE, "instance prod: got a name that a live server has")
+    folder = runtime.instance_dir("prod")
+    for name in ("coordinator.sock", protocol.SYNC_SOCKET):
+        (folder / name).touch()
+    plugin = ApolloEndpoints()
+    asyncio.run(plugin.init_state(SimpleNamespace(), None, SimpleNamespace()))
+    assert sorted(path.name for path in folder.iterdir() if path.is_file()) == ["coordinator.sock", "sync.sock"]
+    server = Server()
+    try:
+        answer = httpx.post(f"{server.url}/train", json=ONE)
+    finally:
+        server.close()
+    assert answer.status_code == 503
+    assert answer.json()["error"]["code"] == "no_trainer"
+    assert "a name that a live server has" in answer.json()["error"]["message"]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,9 @@ from apollo_tp import runtime
 from apollo_tp.errors import ConfigError, ManifestError, NoServerError, TrainerBusyError, UnsupportedModelError
 from apollo_tp.manifest import (
     CLAIMED_VARIABLE,
+    REFUSED_VARIABLE,
     SCHEMA_VERSION,
+    SERVER_LOCK,
     CheckpointTensor,
     Manifest,
     Refusal,
@@ -119,22 +123,79 @@ def test_waiting_says_what_is_there(base: Path) -> None:
     assert wait_for_server(base, "other", 0)[0].tp_size == 1
 
 
-def test_a_new_server_does_not_inherit_from_a_dead_one(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Same name, restarted: the dead server's manifests and its record of weights are gone. A live name is refused."""
+def test_a_named_server_that_restarts_is_waited_for(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it left is not it: its folder goes, its manifests come. Only at the deadline is it stale."""
+    dead, folder = ended_process(), runtime.instance_dir("prod", base)
+    stale = manifest(0, 1, instance_id="prod", pid=dead.pid, pid_start_ticks=dead.start_ticks)
+    publish(stale, folder)
+    restart = [
+        lambda: runtime.remove_instance(folder),
+        lambda: publish(manifest(0, 1), runtime.instance_dir("prod", base)),
+    ]
+    monkeypatch.setattr("apollo_tp.manifest.time.sleep", lambda _: restart.pop(0)())
+    assert wait_for_server(base, "prod", 60)[0].process.alive()
+    publish(stale, folder)
+    with pytest.raises(ManifestError, match=f"server prod: rank 0: stale, its process {dead.pid} has ended"):
+        wait_for_server(base, "prod", -1)
+
+
+def test_a_folder_that_is_being_removed_holds_no_manifests(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gone between the listing and the reading."""
+    monkeypatch.setattr(Path, "glob", lambda folder, _: iter([folder / "rank0.json"]))
+    assert read_instance(base) == []
+
+
+@pytest.fixture
+def claims(base: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
+    """This process is the first of a server called prod; what it claims is free again afterwards."""
     monkeypatch.setenv(runtime.RUNTIME_DIR_VARIABLE, str(base))
     monkeypatch.setenv(runtime.INSTANCE_VARIABLE, "prod")
-    monkeypatch.delenv(CLAIMED_VARIABLE, raising=False)
+    monkeypatch.setenv(CLAIMED_VARIABLE, "")
+    monkeypatch.setenv(REFUSED_VARIABLE, "")
+    with contextlib.ExitStack() as claim:
+        monkeypatch.setattr("apollo_tp.manifest._claim", claim)
+        yield monkeypatch
+
+
+def test_a_new_server_does_not_inherit_from_a_dead_one(base: Path, claims: pytest.MonkeyPatch) -> None:
+    """Same name, restarted: the dead server's manifests and its record of weights are gone. A live name is refused."""
     dead = ended_process()
     folder = runtime.instance_dir("prod", base)
     publish(manifest(0, 1, pid=dead.pid, pid_start_ticks=dead.start_ticks), folder)
     (folder / "weights.json").write_text("{}")
     assert claim_instance() == "prod"
-    assert not folder.exists()
-    publish(manifest(0, 1), runtime.instance_dir("prod", base))
+    assert [path.name for path in folder.iterdir()] == [SERVER_LOCK]
+    publish(manifest(0, 1), folder)
     assert claim_instance() == "prod", "a later process of the same server"
-    monkeypatch.delenv(CLAIMED_VARIABLE)
+    claims.setenv(CLAIMED_VARIABLE, "")
     with pytest.raises(ManifestError, match="live server has"):
         claim_instance()
+
+
+CLAIM = "from apollo_tp.manifest import claim_instance; print(claim_instance(), flush=True); input()"
+
+
+def test_a_server_that_loads_has_its_name_already(base: Path, claims: pytest.MonkeyPatch) -> None:
+    """Before any manifest: the second is refused, and so are its later processes even when the first one is gone. The
+    name is free then, and the folder of one that ended while it loaded goes."""
+    with subprocess.Popen([sys.executable, "-c", CLAIM], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as first:
+        assert first.stdout
+        assert first.stdout.readline() == b"prod\n"
+        with pytest.raises(ManifestError, match=rf"live server has \(process {first.pid}\).*APOLLO_TP_INSTANCE"):
+            claim_instance()
+        claims.setenv(runtime.INSTANCE_VARIABLE, "other")
+        claims.setenv(REFUSED_VARIABLE, "")
+        assert claim_instance() == "other"
+        assert (base / "prod").exists()
+        claims.setenv(CLAIMED_VARIABLE, "")
+        claims.setenv(REFUSED_VARIABLE, "prod is taken")
+        first.kill()
+    with pytest.raises(ManifestError, match="prod is taken"):
+        claim_instance()
+    claims.setenv(runtime.INSTANCE_VARIABLE, "third")
+    claims.setenv(REFUSED_VARIABLE, "")
+    assert claim_instance() == "third"
+    assert sorted(path.name for path in base.iterdir() if path.is_dir()) == ["other", "third"]
 
 
 @pytest.mark.parametrize(
@@ -191,6 +252,15 @@ def test_one_trainer_per_server(base: Path) -> None:
         pass
     with runtime.trainer_lock(base):
         pass
+
+
+def test_a_lock_is_not_handed_on_to_started_programs(base: Path) -> None:
+    """One that outlives the holder (wandb's, a compiler's worker) does not keep the place."""
+    with runtime.trainer_lock(base):
+        child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, close_fds=False)
+    # a moment: the kernel may still be closing the child's copy when Popen returns
+    with runtime.locked(base / "trainer.lock", ManifestError, wait_seconds=5.0):
+        child.communicate(b"\n")
 
 
 def _server(segments: list[list[SegmentRecord]], shape: list[int], **changes: Any) -> list[Manifest]:
