@@ -12,6 +12,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import shutil
@@ -23,6 +24,8 @@ import msgspec
 
 from apollo_tp import runtime
 from apollo_tp.errors import ApolloTpError, CheckpointError, ConfigError
+
+log = logging.getLogger(__name__)
 
 INFO_FILE = "apollo_tp.json"
 OPTIMIZER_DIR = "optimizer"
@@ -40,13 +43,14 @@ class CheckpointInfo(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def read_info(folder: Path) -> CheckpointInfo | None:
-    """The record of a complete checkpoint, or None if ``folder`` is not one of ours."""
+    """The record of a complete checkpoint, or None if ``folder`` is not one of ours. Raises CheckpointError for a record
+    that cannot be read."""
     path = folder / INFO_FILE
     try:
         return msgspec.json.decode(path.read_bytes(), type=CheckpointInfo)
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except msgspec.DecodeError as error:
+    except (OSError, msgspec.DecodeError) as error:
         raise CheckpointError(f"{path}: got an unreadable record ({error}), expected JSON; remove the folder") from None
 
 
@@ -94,8 +98,9 @@ def begin(root: Path, name: str) -> Path:
     return partial
 
 
-def complete(root: Path, name: str, keep: int) -> Path:
-    """Make the partial folder the checkpoint ``name`` and the latest one, alone on rank 0; drop the oldest."""
+def complete(root: Path, name: str, keep: int, served: Path) -> Path:
+    """Make the partial folder the checkpoint ``name`` and the latest one, alone on rank 0; drop the oldest, but not the
+    one that is ``served``."""
     final = root / name
     fsync_tree(partial_path(root, name))
     os.rename(partial_path(root, name), final)
@@ -104,14 +109,22 @@ def complete(root: Path, name: str, keep: int) -> Path:
     link.symlink_to(name)
     os.replace(link, root / LATEST)
     fsync(root)
-    _prune(root, keep)
+    _prune(root, keep, served)
     return final
 
 
-def _prune(root: Path, keep: int) -> None:
-    complete_ones = [(info.created_at, p) for p in root.iterdir() if not p.is_symlink() and (info := read_info(p))]
+def _prune(root: Path, keep: int, served: Path) -> None:
+    """Raises nothing: the newest checkpoint is complete, whatever becomes of the oldest."""
+    complete_ones = []
+    for folder in root.iterdir():
+        try:
+            if not folder.is_symlink() and (info := read_info(folder)):
+                complete_ones.append((info.created_at, folder))
+        except CheckpointError as error:  # lost+found, say
+            log.warning("left alone: %s", error)
     for _, folder in sorted(complete_ones)[: max(0, len(complete_ones) - max(keep, 1))]:
-        shutil.rmtree(folder)
+        if folder.resolve() != served.resolve():
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def fsync(path: Path) -> None:

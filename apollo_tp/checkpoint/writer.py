@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -71,8 +72,16 @@ class CheckpointWriter:
         """Write checkpoint ``name``; returns its folder and size in bytes.
 
         Two all-reduces of one flag besides the optimizer's own collectives. Raises CheckpointError on all ranks if one
-        could not write; nothing appears then.
+        could not write; nothing appears then, and what was written is gone.
         """
+        with contextlib.ExitStack() as stack:
+            if self._tp.rank == 0:  # renamed by now, unless it failed
+                stack.callback(shutil.rmtree, folders.partial_path(self._root, name), ignore_errors=True)
+            self._write(name, optimizer, weight_version)
+        final = self._root / name
+        return final, sum(path.stat().st_size for path in final.rglob("*") if path.is_file())
+
+    def _write(self, name: str, optimizer: SavesState, weight_version: int) -> None:
         partial = folders.partial_path(self._root, name)
         self._together(lambda: self._prepare(name) if self._tp.rank == 0 else None)
         self._together(lambda: self._write_own_boxes(partial))
@@ -85,8 +94,6 @@ class CheckpointWriter:
             created_at=time.time(),
         )
         self._together(lambda: self._finish(name, info) if self._tp.rank == 0 else None)
-        final = self._root / name
-        return final, sum(path.stat().st_size for path in final.rglob("*") if path.is_file())
 
     def _together(self, action: Callable[[], object]) -> None:
         """Run ``action`` here and agree on success. One all-reduce."""
@@ -147,7 +154,7 @@ class CheckpointWriter:
         path = partial / folders.INFO_FILE
         with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT, 0o600), "wb") as file:
             file.write(msgspec.json.format(msgspec.json.encode(info), indent=2))
-        folders.complete(self._root, name, self._keep)
+        folders.complete(self._root, name, self._keep, self._source)
 
 
 def _plan_files(checkpoint: Sequence[CheckpointTensor], served: dict[str, torch.dtype]) -> list[_File]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import gc
+import resource
 from dataclasses import replace
 from pathlib import Path
 
@@ -247,12 +248,19 @@ def _save(tp: TPGroup, checkpoint: Path, root: Path) -> bool:
     state = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).state_dict()
     with pytest.raises(CheckpointError, match="taken" if tp.rank == 0 else "1 other rank"):
         writer.save("third", trainer.optimizer, trainer.weight_version)
+    unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+    # in place of a full disk, where writing to a file's map would be SIGBUS
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, unlimited[1]))
+    with pytest.raises(CheckpointError, match="large" if tp.rank == 0 else "1 other rank"):
+        writer.save("fourth", trainer.optimizer, trainer.weight_version)
+    resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
     return all(torch.equal(local_part(state[name], shard), local) for name, (shard, local) in tensors.items())
 
 
 @pytest.mark.parametrize("size", [1, 4])
 def test_checkpoint_holds_the_served_bits(size: int, checkpoints: Path, tmp_path: Path) -> None:
-    """Written in parts by all ranks, replicas once; private; complete, with `latest`, and old ones pruned."""
+    """Written in parts by all ranks, replicas once; private; complete, with `latest`, and old ones pruned. Of one for which
+    there is no room nothing is left."""
     root = tmp_path / "checkpoints"
     assert all(run_ranks(_save, size, checkpoints / CASES[CASE].checkpoint, root))
     assert sorted(p.name for p in root.iterdir()) == ["latest", "second", "third"]

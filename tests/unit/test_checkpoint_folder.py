@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from types import SimpleNamespace
 
+import msgspec
 import pytest
 
 from apollo_tp import runtime
@@ -42,8 +43,23 @@ def test_files_beside_the_checkpoints_are_left_alone(tmp_path: Path) -> None:
     """The lock's own file, or a user's note, is no checkpoint."""
     (tmp_path / "note").touch()
     folders.begin(tmp_path, "first")
-    folders.complete(tmp_path, "first", keep=1)
+    folders.complete(tmp_path, "first", keep=1, served=Path("a/hub/id"))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["first", "latest", "note"]
+
+
+def _checkpoint(root: Path, name: str, created_at: float, *, keep: int, served: Path) -> None:
+    info = folders.CheckpointInfo(weight_version=1, model_path="m", optimizer="o", num_ranks=1, created_at=created_at)
+    (folders.begin(root, name) / folders.INFO_FILE).write_bytes(msgspec.json.encode(info))
+    folders.complete(root, name, keep, served)
+
+
+def test_the_oldest_go_but_not_the_served_one(tmp_path: Path) -> None:
+    """Nor what cannot be read, which does not make a complete checkpoint a failed one. A folder in the record's place
+    stands for one that nobody may read."""
+    (tmp_path / "lost+found" / folders.INFO_FILE).mkdir(parents=True)
+    for number in range(1, 6):
+        _checkpoint(tmp_path, f"c{number}", float(number), keep=2, served=tmp_path / "c1")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["c1", "c4", "c5", "latest", "lost+found"]
 
 
 def test_what_a_crash_left_goes_with_the_next_checkpoint(tmp_path: Path) -> None:
