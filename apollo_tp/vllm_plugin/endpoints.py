@@ -34,7 +34,7 @@ CONNECT_SECONDS = 3.0
 ACCEPT_SECONDS = 10.0
 ALIVE_SECONDS = 15.0
 CHUNK_BYTES = 256 * 1024
-HOP_HEADERS = {b"connection", b"keep-alive", b"transfer-encoding", b"upgrade", b"te", b"trailer", b"content-length"}
+HOP_HEADERS = {b"connection", b"keep-alive", b"transfer-encoding", b"upgrade", b"te", b"trailer"}
 PATHS = {
     "/train": ["POST"],
     "/train/{rest:path}": ["GET", "POST"],
