@@ -29,8 +29,9 @@ ONE = {"context_ids": [1, 2], "continuation_ids": [3, 4]}
 class Server:
     """What vLLM does with the plugin: build an app, attach, serve."""
 
-    def __init__(self):
+    def __init__(self, root_path=""):
         app = FastAPI()
+        app.root_path = root_path
         app.get("/ping")(lambda: {"ok": True})
         self.plugin = ApolloEndpoints()
         self.plugin.attach_router(app)
@@ -86,6 +87,20 @@ def test_the_routes_answer_alike_on_both_ports(stack):
     assert client.post("/train", content=b"{").json() == direct.post("/train", content=b"{").json()
     assert client.post("/checkpoint", json={"wait": True}).json()["state"] == "succeeded"
     assert client.get("/train/nope").status_code == 404
+
+
+def test_a_root_path_is_no_part_of_the_route(stack):
+    """Under --root-path a request is the same, whether a proxy has taken the prefix off or not; odd names stay whole."""
+    client, direct, *_ = stack
+    server = Server("/api")
+    try:
+        for url in (f"{server.url}/api", server.url, client.base_url):
+            assert httpx.get(f"{url}/train/status").status_code == 200, url
+            answer = httpx.get(f"{url}/train/jobs/a%3Fb")
+            assert answer.json() == direct.get("/train/jobs/a%3Fb").json(), url
+            assert "a?b" in answer.text
+    finally:
+        server.close()
 
 
 def test_events_arrive_live_through_the_tunnel(stack):
