@@ -5,7 +5,7 @@ machine: requests also come by vLLM's port, which listens on all addresses by de
 from __future__ import annotations
 
 import base64
-import binascii
+import contextlib
 import hashlib
 import hmac
 import ipaddress
@@ -62,8 +62,11 @@ class Access:
     def _check_origin(self, method: str, headers: Mapping[str, str]) -> None:
         """Another site's page, open in a browser on this machine, must not be able to start training here."""
         origin = headers.get("origin")
-        if method in ("GET", "HEAD") or origin is None or urlsplit(origin).netloc == headers.get("host"):
+        if method in ("GET", "HEAD") or origin is None:
             return
+        with contextlib.suppress(ValueError):  # no URL: the origin of nothing here
+            if urlsplit(origin).netloc == headers.get("host"):
+                return
         raise RequestError(
             f"got a request from the page of another site ({origin[:80]!r}), expected this server's own", field="Origin",
             got=origin[:80], expected="the origin of this server", status=403, code="cross_origin",
@@ -79,7 +82,9 @@ def _check_local(client: str, host: str | None) -> None:
             f"service.token_file or ${TOKEN_VARIABLE}, or connect to 127.0.0.1", field="Authorization",
             got=f"address {client}", expected="a loopback address, or a trainer with tokens", status=403, code="not_local",
         )  # fmt: skip
-    name = urlsplit(f"//{host}").hostname if host else None
+    name = host
+    with contextlib.suppress(ValueError):  # what is no host is no address either
+        name = urlsplit(f"//{host}").hostname if host else None
     if name is None or name in (socket.gethostname().lower(), "localhost") or name.endswith(".localhost"):
         return
     try:
@@ -102,7 +107,7 @@ def _presented(headers: Mapping[str, str]) -> str | None:
     if scheme.lower() == "basic":
         try:
             return base64.b64decode(value, validate=True).decode().partition(":")[2] or None
-        except (binascii.Error, UnicodeDecodeError):
+        except ValueError:  # no base64, or no text in it
             return None
     return None
 

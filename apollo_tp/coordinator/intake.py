@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 from dataclasses import dataclass
 from typing import Any
 
@@ -116,7 +118,8 @@ class Intake:
             weights = [min(weight, 0.0) for weight in weights[:-1]] + weights[-1:]
         if not any(weight > 0 for weight in weights):
             raise refuse("messages", "no assistant message with a weight above 0", "at least one to learn from")
-        return renderer.chat([_plain(message) for message in messages], weights, tools)
+        plain = [_plain(message, f"messages[{index}]") for index, message in enumerate(messages)]
+        return renderer.chat(plain, weights, tools)
 
     def checked(self, ids: list[int], weights: list[float], field: str) -> Sample:
         """Apply limits and truncation."""
@@ -149,18 +152,36 @@ class Intake:
         return Pair(*sides)
 
 
-def _plain(message: Message) -> dict[str, Any]:
-    """The message as templates expect it: no weight, no absent fields, text parts joined."""
+def _plain(message: Message, where: str) -> dict[str, Any]:
+    """The message as vLLM gives it to a template: no weight, no absent fields, text parts joined, arguments decoded."""
     plain: dict[str, Any] = msgspec.to_builtins(message)
     plain.pop("weight", None)
-    content = plain.get("content")
+    content = plain.setdefault("content", "")
     if isinstance(content, list):
         texts = [part.get("text") for part in content]
         if not all(isinstance(text, str) for text in texts):
             raise refuse("messages", "a content part that is not text", "text parts only")
-        plain["content"] = "".join(str(text) for text in texts)
-    plain.setdefault("content", "" if message.content is None and not message.tool_calls else None)
+        plain["content"] = "\n".join(str(text) for text in texts)
+    if message.role == "assistant":
+        calls = plain.pop("tool_calls", None) or []
+        if calls:
+            plain["tool_calls"] = [_call(call, f"{where}.tool_calls[{index}]") for index, call in enumerate(calls)]
     return plain
+
+
+def _call(call: dict[str, Any], where: str) -> dict[str, Any]:
+    """A tool call whose arguments, a string of JSON in OpenAI's format, are an object."""
+    function = call.get("function")
+    if call.get("type", "function") != "function" or not isinstance(function, dict):
+        raise refuse(where, "another kind of call", "type 'function' and an object 'function'")
+    arguments = function.get("arguments") or {}
+    if isinstance(arguments, str):
+        with contextlib.suppress(ValueError, RecursionError):  # what is no JSON stays a string
+            arguments = json.loads(arguments)
+    if not isinstance(arguments, dict):
+        # vLLM goes on with {} here, for the sake of a running conversation; nobody should learn that
+        raise refuse(f"{where}.function.arguments", repr(arguments)[:80], "a JSON object, or its text")
+    return call | {"function": function | {"arguments": arguments}}
 
 
 def spec_of(body: TrainBody) -> JobSpec:

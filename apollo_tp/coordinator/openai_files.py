@@ -18,7 +18,7 @@ from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.routing import Route
 
 from apollo_tp.coordinator.intake import refuse
-from apollo_tp.coordinator.service import Service, page_of
+from apollo_tp.coordinator.service import Service, choice, page_of
 from apollo_tp.coordinator.store import StoredFile
 from apollo_tp.errors import RequestError
 
@@ -78,9 +78,12 @@ class FilesApi:
         return JSONResponse(file_view(file))
 
     async def list(self, request: Request) -> Response:
-        """Files, newest first."""
+        """Files, newest first unless ``order`` is asc."""
         after, limit = page_of(request, most=10_000)
+        choice(request, "purpose", "fine-tune")  # no file has another
         files = self._service.store.files()
+        if choice(request, "order", "desc", "asc") == "asc":
+            files.reverse()
         ids = [file.id for file in files]
         start = ids.index(after) + 1 if after in ids else 0
         data = [file_view(file) for file in files[start : start + limit]]

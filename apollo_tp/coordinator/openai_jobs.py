@@ -184,9 +184,10 @@ class FineTuningApi:
         return model if model in names or not names else names[0]
 
     async def list(self, request: Request) -> Response:
-        """Fine-tuning jobs, newest first."""
+        """Fine-tuning jobs, newest first; those that have all of ``metadata``."""
         after, limit = page_of(request)
-        jobs, more = self._service.store.page_of_jobs(after=after, limit=limit, source="openai")
+        metadata = _metadata(request)
+        jobs, more = self._service.store.page_of_jobs(after=after, limit=limit, source="openai", metadata=metadata)
         data = [self.view(self._service.find(job.id)) for job in jobs]
         return JSONResponse({"object": "list", "data": data, "has_more": more})
 
@@ -225,6 +226,17 @@ class FineTuningApi:
         handler.__name__ = f"fine_tuning_{action}"
         handler.__doc__ = f"{action.capitalize()} a fine-tuning job."
         return handler
+
+
+def _metadata(request: Request) -> dict[str, str]:
+    """The query's metadata[KEY]=VALUE."""
+    wanted = {}
+    for name, value in request.query_params.items():
+        if name.partition("[")[0] == "metadata":
+            if not (name.startswith("metadata[") and name.endswith("]")):
+                raise refuse("metadata", repr(name[:80]), "metadata[KEY]=VALUE")
+            wanted[name[9:-1]] = value
+    return wanted
 
 
 def _spec(body: FineTuningBody) -> JobSpec:

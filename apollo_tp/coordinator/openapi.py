@@ -35,6 +35,12 @@ _QUERY: dict[tuple[str, str], dict[str, Any]] = {
         for path in _PAGED
     },
 }
+_QUERY["GET", "/v1/files"] |= {
+    "limit": {"type": "integer", "minimum": 1, "maximum": 10_000},
+    "purpose": {"type": "string", "enum": ["fine-tune"]},
+    "order": {"type": "string", "enum": ["desc", "asc"]},
+}
+_QUERY["GET", "/v1/fine_tuning/jobs"]["metadata"] = {"type": "object", "additionalProperties": {"type": "string"}}
 _FORM = {
     "type": "object",
     "required": ["file", "purpose"],
@@ -100,7 +106,11 @@ def _operation(method: str, route: Route, body: dict[str, Any] | None) -> dict[s
     names = re.findall(r"\{(\w+)\}", route.path)
     parameters = [{"name": name, "in": "path", "required": True, "schema": {"type": "string"}} for name in names]
     query = _QUERY.get((method, route.path), {})
-    parameters += [{"name": name, "in": "query", "schema": schema} for name, schema in query.items()]
+    parameters += [
+        {"name": name, "in": "query", "schema": schema}
+        | ({"style": "deepObject"} if schema["type"] == "object" else {})
+        for name, schema in query.items()
+    ]
     error = {"description": "Refused", "content": {"application/json": {"schema": {"$ref": _REF.format(name="Error")}}}}
     operation: dict[str, Any] = {
         "operationId": re.sub(r"\W+", "_", f"{method.lower()}{route.path}").strip("_"),

@@ -95,6 +95,14 @@ def flag(request: Request, name: str) -> bool:
     return value in ("true", "1")
 
 
+def choice(request: Request, name: str, *values: str) -> str:
+    """A query parameter that is one of ``values``, the first if absent. Raises RequestError for any other."""
+    value = request.query_params.get(name) or values[0]
+    if value not in values:
+        raise refuse(name, repr(value[:40]), " or ".join(map(repr, values)))
+    return value
+
+
 def whole(text: str, name: str, least: int = 0, most: int = 2**62) -> int:
     """A whole number from a client. Raises RequestError naming ``name``."""
     if not (text.isascii() and text.isdigit() and len(text) < 20 and least <= int(text) <= most):

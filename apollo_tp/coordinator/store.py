@@ -14,6 +14,7 @@ import os
 import sqlite3
 import time
 from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -203,14 +204,18 @@ class Store:
         )
         return [msgspec.json.decode(row[0], type=Job) for row in rows]
 
-    def page_of_jobs(self, *, after: str | None, limit: int, source: str | None = None) -> tuple[list[Job], bool]:
-        """Newest first, those older than job ``after``; and whether there are more."""
+    def page_of_jobs(
+        self, *, after: str | None, limit: int, source: str | None = None, metadata: dict[str, str] | None = None
+    ) -> tuple[list[Job], bool]:
+        """Newest first, those older than job ``after`` that have all of ``metadata``; and whether there are more."""
         rows = self._db.execute(
             "SELECT data FROM jobs WHERE seq < COALESCE((SELECT seq FROM jobs WHERE id=?), 9e18)"
-            " AND (? IS NULL OR source=?) ORDER BY seq DESC LIMIT ?",
-            (after, source, source, limit + 1),
-        ).fetchall()
-        return [msgspec.json.decode(row[0], type=Job) for row in rows[:limit]], len(rows) > limit
+            " AND (? IS NULL OR source=?) ORDER BY seq DESC",
+            (after, source, source),
+        )
+        jobs = (msgspec.json.decode(row[0], type=Job) for row in rows)
+        found = list(islice((job for job in jobs if (metadata or {}).items() <= job.spec.metadata.items()), limit + 1))
+        return found[:limit], len(found) > limit
 
     def count_jobs(self) -> dict[State, int]:
         """Number of jobs by state."""

@@ -24,6 +24,7 @@ log = logging.getLogger(__name__)
 MAX_FRAME_BYTES = 4 * 2**20
 MAX_REQUESTS = 512
 SEND_SECONDS = 10.0
+FULL_SECONDS = 0.01
 Key = tuple[bytes, int]
 
 
@@ -33,6 +34,7 @@ class Tunnel:
     def __init__(self, context: zmq.asyncio.Context, bind: Callable[[zmq.Socket[Any]], None], app: ASGIApp) -> None:
         self._socket = context.socket(zmq.ROUTER)
         self._socket.setsockopt(zmq.LINGER, 0)
+        self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)  # else what a full queue does not take is dropped in silence
         self._socket.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME_BYTES)
         bind(self._socket)
         self._app = app
@@ -65,20 +67,22 @@ class Tunnel:
                 )
                 return
             self._bodies[key] = asyncio.Queue()
-            self._tasks[key] = asyncio.create_task(self._serve(key, message))
+            name = f"{message.method} {message.path}"
+            self._tasks[key] = asyncio.create_task(self._serve(key, message), name=name)
         elif isinstance(message, protocol.TunnelBody):
             if key in self._bodies:
                 self._bodies[key].put_nowait(message)
         elif key in self._tasks:
-            self._bodies[key].put_nowait(None)
-            self._tasks[key].cancel()
+            self._cancel(key)
+
+    def _cancel(self, key: Key) -> None:
+        self._bodies[key].put_nowait(None)
+        self._tasks[key].cancel()
 
     async def _serve(self, key: Key, request: protocol.TunnelRequest) -> None:
         beat = asyncio.create_task(self._beat(key))
         try:
             await self._app(_scope(request), self._receiver(key), self._sender(key))
-        except TimeoutError:
-            log.warning("the server's plugin takes no answer of %s %s", request.method, request.path)
         finally:
             beat.cancel()
             del self._tasks[key], self._bodies[key]
@@ -89,8 +93,24 @@ class Tunnel:
             await asyncio.sleep(protocol.TUNNEL_ALIVE_SECONDS)
 
     async def _send(self, key: Key, message: protocol.TunnelDown) -> None:
-        async with asyncio.timeout(SEND_SECONDS):
-            await self._socket.send_multipart([key[0], protocol.encode_tunnel(message)])
+        """Send once the peer's queue has room. A peer that makes none, or is gone, has cancelled its request."""
+        frames = [key[0], protocol.encode_tunnel(message)]
+        try:
+            async with asyncio.timeout(SEND_SECONDS):
+                await self._put(frames)
+        except (TimeoutError, zmq.ZMQError) as error:
+            reason = str(error) or f"its queue was full for {SEND_SECONDS:g} s"
+            log.warning("the server's plugin takes no answer of %s: %s", self._tasks[key].get_name(), reason)
+            self._cancel(key)
+            await asyncio.Event().wait()  # until the cancellation arrives
+
+    async def _put(self, frames: list[bytes]) -> None:
+        while True:
+            try:
+                await self._socket.send_multipart(frames, zmq.NOBLOCK)
+                return
+            except zmq.Again:  # a send that waits would be woken by any peer's room, and hold up the others
+                await asyncio.sleep(FULL_SECONDS)
 
     def _receiver(self, key: Key) -> Any:
         ended = False

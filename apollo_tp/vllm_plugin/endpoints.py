@@ -34,7 +34,7 @@ CONNECT_SECONDS = 3.0
 ACCEPT_SECONDS = 10.0
 ALIVE_SECONDS = 15.0
 CHUNK_BYTES = 256 * 1024
-HOP_HEADERS = {b"connection", b"keep-alive", b"transfer-encoding", b"upgrade", b"te", b"trailer", b"content-length"}
+HOP_HEADERS = {b"connection", b"keep-alive", b"transfer-encoding", b"upgrade", b"te", b"trailer"}
 PATHS = {
     "/train": ["POST"],
     "/train/{rest:path}": ["GET", "POST"],
@@ -182,7 +182,7 @@ class ApolloEndpoints:
                 await tunnel.close(identity, finished=False)
 
     async def _upload(self, tunnel: Tunnel, identity: int, request: Request) -> None:
-        path, query, headers = request.url.path, request.scope["query_string"], request.headers.raw
+        path, query, headers = _route_path(request), request.scope["query_string"], request.headers.raw
         client = request.client.host if request.client else None
         await tunnel.send(protocol.TunnelRequest(identity, request.method, path, query, list(headers), client))
         async for part in request.stream():
@@ -224,6 +224,12 @@ class ApolloEndpoints:
         finally:
             upload.cancel()
             await tunnel.close(identity, finished=finished)
+
+
+def _route_path(request: Request) -> str:
+    """The path that a route was found by: without ``--root-path``, which a proxy may have taken off already or not."""
+    root, path = request.scope.get("root_path", ""), request.scope["path"]
+    return str(path[len(root) :] if path.startswith(f"{root}/") else path)
 
 
 def _unavailable(error: Exception) -> Response:

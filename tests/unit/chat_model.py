@@ -41,6 +41,13 @@ MARKED = (
     "{% else %}{{ m.content + '<|im_end|>' }}{% endif %}{{ '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
+CALLING = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content }}"
+    "{% if 'tool_calls' in m %}{% for call in m.tool_calls %}"
+    "{{ '<call>' + call.function.name + ' ' + call.function.arguments | tojson }}"
+    "{% else %}{{ '<no call>' }}{% endfor %}{% endif %}{{ '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
 # what comes first depends on what comes later
 COUNTING = "{{ messages | length }} " + CHATML
 # as Llama 2: the system message moves into the first user turn, contents are trimmed, turns end with eos

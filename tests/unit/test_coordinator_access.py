@@ -11,8 +11,8 @@ import zmq
 
 from apollo_tp import protocol
 from apollo_tp.config import HttpConfig, ServiceConfig
-from apollo_tp.coordinator.auth import load_access
-from apollo_tp.errors import ConfigError
+from apollo_tp.coordinator.auth import Access, load_access
+from apollo_tp.errors import ConfigError, RequestError
 from tests.unit.fakes import CoordinatorProcess, FakeRanks, wait_for
 
 ONE = {"context_ids": [1, 2], "continuation_ids": [3, 4]}
@@ -66,6 +66,33 @@ def test_scopes(guarded):
     assert client.post("/train", json=ONE, headers={"X-Apollo-Token": TRAIN}).status_code == 202
     assert client.get("/", auth=("anybody", READ)).status_code == 200
     assert "Basic" in client.get("/").headers["www-authenticate"]
+
+
+@pytest.mark.parametrize(
+    ("headers", "status", "code"),
+    [
+        ({"origin": "http://[::1", "host": "a"}, 403, "cross_origin"),
+        ({"origin": "null"}, 403, "cross_origin"),
+        ({"origin": "http://b", "host": "a"}, 403, "cross_origin"),
+        ({"authorization": "Basic é"}, 401, "no_token"),
+        ({"authorization": "Basic =a"}, 401, "no_token"),
+        ({"authorization": "Basic /w=="}, 401, "no_token"),
+        ({"authorization": "Bearer é"}, 401, "bad_token"),
+        ({"x-apollo-token": "é"}, 401, "bad_token"),
+    ],
+)
+def test_headers_that_make_no_sense_are_refused(headers, status, code):
+    """As an origin or a token that is not known, whatever they are made of."""
+    with pytest.raises(RequestError) as error:
+        Access([("train", TRAIN)]).check("POST", "/train", headers, None)
+    assert (error.value.status, error.value.code) == (status, code)
+
+
+def test_a_host_that_is_none_is_refused():
+    """Without tokens, as any other name that is not this machine's."""
+    with pytest.raises(RequestError, match="got Host") as error:
+        Access([]).check("POST", "/train", {"host": "[::1"}, "127.0.0.1")
+    assert (error.value.status, error.value.code) == (403, "not_local")
 
 
 def test_tokens_are_in_no_log(guarded):

@@ -8,7 +8,7 @@ from apollo_tp.coordinator.jobs import Truncate
 from apollo_tp.coordinator.render import Renderer
 from apollo_tp.coordinator.schema import Message, SampleBody
 from apollo_tp.errors import ConfigError, RequestError
-from tests.unit.chat_model import CHATML, COUNTING, INST, MARKED, THINKING, write_model
+from tests.unit.chat_model import CALLING, CHATML, COUNTING, INST, MARKED, THINKING, write_model
 
 TURNS = [
     {"role": "user", "content": "Hello there"},
@@ -137,6 +137,41 @@ def test_prompt_completion_and_text(tmp_path):
     assert sample.weights == [0.0] + [1.0] * (len(sample.token_ids) - 1)
 
 
+def call(arguments, **other):
+    return {"id": "1", "type": "function", "function": {"name": "f", "arguments": arguments}} | other
+
+
+def test_messages_reach_the_template_as_in_vllm(tmp_path):
+    """Arguments are decoded, empty tool_calls dropped, text parts joined by lines: as vLLM's chat_utils does it."""
+    renderer = Renderer(write_model(tmp_path, CALLING))
+    intake = Intake(renderer, Limits(400, 400), Truncate.refuse)
+    parts = [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}]
+    calls = [call('{"b": "\\u00e9", "a": [1.5]}'), call({"c": None}), call(""), call(None)]
+    messages = [
+        Message(role="user", content=parts),
+        Message(role="assistant", tool_calls=calls),
+        Message(role="tool", content=parts, tool_call_id="1"),
+        Message(role="assistant", content="x", tool_calls=[]),
+    ]
+    sample = intake.sample(SampleBody(messages=messages), "")
+    assert renderer._tokenizer.decode(sample.token_ids, skip_special_tokens=False) == (
+        "<|im_start|>user\none\ntwo<|im_end|>\n"
+        '<|im_start|>assistant\n<call>f {"b": "é", "a": [1.5]}<call>f {"c": null}<call>f {}<call>f {}<|im_end|>\n'
+        "<|im_start|>tool\none\ntwo<|im_end|>\n"
+        "<|im_start|>assistant\nx<|im_end|>\n"
+    )
+
+
+@pytest.mark.parametrize("arguments", ["{", "[1]", "3", "nul", "[" * 100_000, [1]])
+def test_arguments_that_are_no_object_are_refused(tmp_path, arguments):
+    """vLLM serves {} in their place; learning that would be learning another conversation."""
+    intake = Intake(Renderer(write_model(tmp_path, CALLING)), Limits(400, 400), Truncate.refuse)
+    messages = [Message(role="user", content="x"), Message(role="assistant", tool_calls=[call({}), call(arguments)])]
+    with pytest.raises(RequestError) as error:
+        intake.sample(SampleBody(messages=messages), "samples[3].")
+    assert error.value.field == "samples[3].messages[1].tool_calls[1].function.arguments"
+
+
 @pytest.mark.parametrize(
     ("body", "field"),
     [
@@ -149,6 +184,11 @@ def test_prompt_completion_and_text(tmp_path):
         (SampleBody(text="", append_eos=False), "text"),
         (SampleBody(text="x", tools=[{}]), "tools"),
         (SampleBody(messages=[Message(role="assistant", content=[{"type": "image_url"}])]), "messages"),
+        (SampleBody(messages=[Message(role="assistant", tool_calls=[{}])]), "messages[0].tool_calls[0]"),
+        (
+            SampleBody(messages=[Message(role="assistant", tool_calls=[call("", type="custom")])]),
+            "messages[0].tool_calls[0]",
+        ),
     ],
 )
 def test_bad_samples_name_their_field(tmp_path, body, field):

@@ -201,6 +201,32 @@ def test_files(stack, tmp_path):
     assert http.get("/v1/files/..%2f..%2fjobs.sqlite3/content").status_code == 404
 
 
+def test_lists_are_filtered(stack):
+    """Files by purpose and order, jobs by metadata, over several pages; what is not understood is refused."""
+    client, _, http = stack
+    files = [upload(client, [chat(0)]).id for _ in range(3)]
+    ids = [file.id for file in client.files.list(purpose="fine-tune", order="asc", limit=2)]
+    assert ids[-3:] == files
+    assert [file.id for file in client.files.list(limit=2)] == ids[::-1]
+    create = client.fine_tuning.jobs.create
+    tags = [{"run": "1", "part": "a"}, {"run": "2", "part": "a"}, {"part": "a", "run": "1"}, None]
+    jobs = [finished(client, create(model="fake", training_file=files[0], metadata=tag)).id for tag in tags]
+    for wanted, found in (
+        ({"run": "1"}, [jobs[2], jobs[0]]),
+        ({"run": "2", "part": "a"}, [jobs[1]]),
+        ({"run": "a"}, []),
+    ):
+        assert [job.id for job in client.fine_tuning.jobs.list(metadata=wanted, limit=1)] == found
+    for query in (
+        "files?purpose=batch",
+        "files?order=up",
+        "fine_tuning/jobs?metadata=null",
+        "fine_tuning/jobs?metadata[a=b",
+    ):
+        answer = http.get(f"/v1/{query}")
+        assert (answer.status_code, answer.json()["error"]["param"] in query) == (400, True), query
+
+
 def test_cancel_pause_resume(stack):
     """The SDK's cancel, pause and resume."""
     client, *_ = stack

@@ -1,10 +1,21 @@
 """POST /train and its jobs over real HTTP against a real coordinator process; rank 0 is a fake over a real socket."""
 
+import asyncio
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
+import httpx
 import pytest
 
+from apollo_tp.coordinator.auth import Access
+from apollo_tp.coordinator.http import build_app
+from apollo_tp.coordinator.metrics import Metrics
+from apollo_tp.coordinator.openai_jobs import FineTuningApi
+from apollo_tp.coordinator.service import Service
+from apollo_tp.coordinator.settings import Settings
+from apollo_tp.coordinator.store import Store
+from apollo_tp.coordinator.views import Changes
 from tests.unit.fakes import VOCAB_SIZE, CoordinatorProcess, FakeRanks, wait_for
 
 ONE = {"context_ids": [1, 2], "continuation_ids": [3, 4]}
@@ -282,3 +293,28 @@ def test_another_sites_page_cannot_start_training(stack):
     """A request with a foreign Origin is refused: a browser on this machine is no way in."""
     client, _ = stack
     assert client.post("/train", json=ONE, headers={"Origin": "https://evil.example"}).status_code == 403
+
+
+def test_an_unforeseen_error_has_an_id_that_the_log_has(tmp_path, caplog):
+    """500 in JSON, logged once with its traceback, and raised no further; other errors are JSON as ever."""
+
+    async def get(path):
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost") as client:
+            return await client.get(path)
+
+    store = Store(tmp_path)
+    scheduler = SimpleNamespace(link=SimpleNamespace(weight_version=7), on_step=[])
+    service = Service(Settings(instance_dir=""), store, scheduler, Changes(), None, None)
+    app = build_app(service, Access([]), Metrics(scheduler, store), FineTuningApi(service))
+    store.files = lambda: 1 / 0
+    answer = asyncio.run(get("/v1/files"))
+    error = answer.json()["error"]
+    assert (answer.status_code, error["code"], answer.headers["x-apollo-weight-version"]) == (500, "internal", "7")
+    (record,) = caplog.records
+    assert error["id"] in record.getMessage()
+    assert record.exc_info[0] is ZeroDivisionError
+    for path, status in (("/nope", 404), ("/train", 405)):
+        answer = asyncio.run(get(path))
+        assert (answer.status_code, answer.json()["error"]["code"]) == (status, "http")
+    assert answer.headers["allow"] == "POST"
+    store.close()

@@ -1,6 +1,8 @@
 """The same routes on the server's port: the endpoint plugin in a real FastAPI app under uvicorn, over the ZMQ tunnel."""
 
 import asyncio
+import contextlib
+import gc
 import os
 import threading
 import time
@@ -9,10 +11,14 @@ from types import SimpleNamespace
 import httpx
 import pytest
 import uvicorn
+import zmq
+import zmq.asyncio
 from fastapi import FastAPI
+from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from apollo_tp import protocol, runtime
 from apollo_tp.coordinator.__main__ import bind_http
+from apollo_tp.coordinator.tunnel import Tunnel
 from apollo_tp.manifest import CLAIMED_VARIABLE, REFUSED_VARIABLE
 from apollo_tp.vllm_plugin.endpoints import ApolloEndpoints
 from tests.unit.fakes import CoordinatorProcess, FakeRanks, wait_for
@@ -23,8 +29,9 @@ ONE = {"context_ids": [1, 2], "continuation_ids": [3, 4]}
 class Server:
     """What vLLM does with the plugin: build an app, attach, serve."""
 
-    def __init__(self):
+    def __init__(self, root_path=""):
         app = FastAPI()
+        app.root_path = root_path
         app.get("/ping")(lambda: {"ok": True})
         self.plugin = ApolloEndpoints()
         self.plugin.attach_router(app)
@@ -80,6 +87,20 @@ def test_the_routes_answer_alike_on_both_ports(stack):
     assert client.post("/train", content=b"{").json() == direct.post("/train", content=b"{").json()
     assert client.post("/checkpoint", json={"wait": True}).json()["state"] == "succeeded"
     assert client.get("/train/nope").status_code == 404
+
+
+def test_a_root_path_is_no_part_of_the_route(stack):
+    """Under --root-path a request is the same, whether a proxy has taken the prefix off or not; odd names stay whole."""
+    client, direct, *_ = stack
+    server = Server("/api")
+    try:
+        for url in (f"{server.url}/api", server.url, client.base_url):
+            assert httpx.get(f"{url}/train/status").status_code == 200, url
+            answer = httpx.get(f"{url}/train/jobs/a%3Fb")
+            assert answer.json() == direct.get("/train/jobs/a%3Fb").json(), url
+            assert "a?b" in answer.text
+    finally:
+        server.close()
 
 
 def test_events_arrive_live_through_the_tunnel(stack):
@@ -192,3 +213,132 @@ def test_a_server_whose_name_is_taken_keeps_off_the_other_one(tmp_path, monkeypa
     assert answer.status_code == 503
     assert answer.json()["error"]["code"] == "no_trainer"
     assert "a name that a live server has" in answer.json()["error"]["message"]
+
+
+@contextlib.asynccontextmanager
+async def tunnel_to(app, path):
+    """The coordinator's end of a tunnel in this process, and what makes peers of it."""
+    context = zmq.asyncio.Context()
+    tunnel = Tunnel(context, lambda socket: socket.bind(f"ipc://{path}"), app)
+    running = asyncio.create_task(tunnel.run())
+
+    def peer():
+        socket = context.socket(zmq.DEALER)
+        socket.connect(f"ipc://{path}")
+        return socket
+
+    try:
+        yield tunnel, peer
+    finally:
+        running.cancel()
+        await asyncio.wait({running})
+        context.destroy(linger=0)
+
+
+async def ask(peer):
+    await peer.send(protocol.encode_tunnel(protocol.TunnelRequest(1, "GET", "/", b"", [])))
+
+
+async def answer_of(peer):
+    parts = []
+    while not parts or parts[-1].more:
+        message = protocol.decode_tunnel_down(await peer.recv())
+        parts += [message] if isinstance(message, protocol.TunnelBody) else []
+    return [part.data for part in parts]
+
+
+def test_a_peer_that_stalls_loses_nothing(tmp_path):
+    """An answer longer than the queues arrives whole when its peer reads again, and meanwhile others are served."""
+    numbers = [b"%04d" % number + bytes(1000) for number in range(6000)]
+
+    async def app(scope, receive, send):
+        await send({"type": "http.response.start", "status": 200})
+        for number in numbers:
+            await send({"type": "http.response.body", "body": number, "more_body": True})
+        sent.append(await send({"type": "http.response.body"}))
+
+    async def main():
+        async with tunnel_to(app, tmp_path / "t") as (_, peer), asyncio.timeout(20):
+            slow, other = peer(), peer()
+            await ask(slow)
+            await slow.poll()
+            await ask(other)
+            assert await answer_of(other) == [*numbers, b""]
+            assert len(sent) == 1
+            assert await answer_of(slow) == [*numbers, b""]
+
+    sent = []
+    asyncio.run(main())
+
+
+def test_a_peer_that_is_gone_ends_its_request(tmp_path, monkeypatch, caplog):
+    """Its task is cancelled, with one line in the log and no exception that nobody retrieves."""
+
+    async def app(scope, receive, send):
+        await asyncio.Event().wait()
+
+    async def main():
+        asyncio.get_running_loop().set_exception_handler(lambda _, context: unhandled.append(context))
+        async with tunnel_to(app, tmp_path / "t") as (tunnel, peer), asyncio.timeout(10):
+            leaving = peer()
+            await ask(leaving)
+            await leaving.poll()
+            (task,) = tunnel._tasks.values()
+            leaving.close(0)
+            await asyncio.wait({task})
+            assert tunnel._tasks == tunnel._bodies == {}
+        gc.collect()
+
+    unhandled = []
+    monkeypatch.setattr(protocol, "TUNNEL_ALIVE_SECONDS", 0.01)
+    asyncio.run(main())
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "no answer of GET /: " in caplog.text
+    assert not unhandled
+
+
+async def answers_of_all_kinds(scope, receive, send):
+    async def parts():
+        yield b"12"
+        yield b"345"
+
+    await {
+        "/train/plain": JSONResponse([12345]),
+        "/train/stream": StreamingResponse(parts()),
+        "/train/204": Response(status_code=204),
+        "/train/304": Response(status_code=304, headers={"Etag": "x"}),
+        "/train/short": StreamingResponse(parts(), headers={"Content-Length": "6"}),
+    }[scope["path"]](scope, receive, send)
+
+
+def test_an_answer_keeps_its_length(tmp_path, monkeypatch):
+    """A body shorter than the coordinator said is an error at the client; answers without a length or body still work."""
+    tmp_path.chmod(0o700)
+    (tmp_path / "i").mkdir(mode=0o700)
+    monkeypatch.setenv("APOLLO_TP_INSTANCE", "i")
+    monkeypatch.setenv("APOLLO_TP_RUNTIME_DIR", str(tmp_path))
+
+    async def main():
+        async with (
+            tunnel_to(answers_of_all_kinds, tmp_path / "i" / "coordinator.sock"),
+            httpx.AsyncClient(base_url=server.url, timeout=10) as client,
+        ):
+            for method, name, status, length, body in (
+                ("GET", "plain", 200, "7", b"[12345]"),
+                ("HEAD", "plain", 200, "7", b""),
+                ("GET", "stream", 200, None, b"12345"),
+                ("HEAD", "stream", 200, None, b""),
+                ("GET", "204", 204, None, b""),
+                ("GET", "304", 304, None, b""),
+            ):
+                answer = await client.request(method, f"/train/{name}")
+                got = (answer.status_code, answer.headers.get("content-length"), answer.content)
+                assert got == (status, length, body), (method, name)
+            with pytest.raises(httpx.RemoteProtocolError):
+                await client.get("/train/short")
+
+    server = Server()
+    try:
+        asyncio.run(main())
+    finally:
+        server.close()
