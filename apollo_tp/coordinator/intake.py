@@ -118,8 +118,11 @@ class Intake:
             weights = [min(weight, 0.0) for weight in weights[:-1]] + weights[-1:]
         if not any(weight > 0 for weight in weights):
             raise refuse("messages", "no assistant message with a weight above 0", "at least one to learn from")
-        plain = [_plain(message, f"messages[{index}]") for index, message in enumerate(messages)]
-        return renderer.chat(plain, weights, tools)
+        try:
+            plain = [_plain(message, f"messages[{index}]") for index, message in enumerate(messages)]
+            return renderer.chat(plain, weights, tools)
+        except RecursionError:
+            raise refuse("messages", "values nested too deep to be rendered", "a few levels") from None
 
     def checked(self, ids: list[int], weights: list[float], field: str) -> Sample:
         """Apply limits and truncation."""

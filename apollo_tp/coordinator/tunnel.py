@@ -68,7 +68,8 @@ class Tunnel:
                 return
             self._bodies[key] = asyncio.Queue()
             name = f"{message.method} {message.path}"
-            self._tasks[key] = asyncio.create_task(self._serve(key, message), name=name)
+            task = self._tasks[key] = asyncio.create_task(self._serve(key, message), name=name)
+            task.add_done_callback(lambda _: self._forget(key))  # also if it was cancelled before it ran
         elif isinstance(message, protocol.TunnelBody):
             if key in self._bodies:
                 self._bodies[key].put_nowait(message)
@@ -79,13 +80,15 @@ class Tunnel:
         self._bodies[key].put_nowait(None)
         self._tasks[key].cancel()
 
+    def _forget(self, key: Key) -> None:
+        del self._tasks[key], self._bodies[key]
+
     async def _serve(self, key: Key, request: protocol.TunnelRequest) -> None:
         beat = asyncio.create_task(self._beat(key))
         try:
             await self._app(_scope(request), self._receiver(key), self._sender(key))
         finally:
             beat.cancel()
-            del self._tasks[key], self._bodies[key]
 
     async def _beat(self, key: Key) -> None:
         while True:

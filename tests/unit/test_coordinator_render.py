@@ -6,7 +6,7 @@ from transformers import AutoTokenizer
 from apollo_tp.coordinator.intake import Intake, Limits
 from apollo_tp.coordinator.jobs import Truncate
 from apollo_tp.coordinator.render import Renderer
-from apollo_tp.coordinator.schema import Message, SampleBody
+from apollo_tp.coordinator.schema import Message, SampleBody, SupervisedLine, decode
 from apollo_tp.errors import ConfigError, RequestError
 from tests.unit.chat_model import CALLING, CHATML, COUNTING, INST, MARKED, THINKING, write_model
 
@@ -199,3 +199,20 @@ def test_bad_samples_name_their_field(tmp_path, body, field):
     assert error.value.field == f"samples[3].{field}"
     assert error.value.got
     assert error.value.expected
+
+
+def test_no_depth_of_nesting_is_an_error_of_ours(tmp_path):
+    """Each is taken or refused: an exception nobody foresaw would leave an OpenAI job in validation for ever."""
+    limits = Limits(1000, 100_000)
+    intake = Intake(Renderer(write_model(tmp_path / "model")), limits, Truncate.refuse)
+    line = (
+        '{"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y", "tool_calls": '
+        '[{"type": "function", "id": "a", "function": {"name": "f", "arguments": {"a": %s%s}}}]}]}'
+    )
+    refused = 0
+    for depth in range(900, 1100):
+        try:
+            intake.sample(decode((line % ("[" * depth, "]" * depth)).encode(), SupervisedLine), "")
+        except RequestError:
+            refused += 1
+    assert 0 < refused < 200

@@ -297,6 +297,20 @@ def test_a_peer_that_is_gone_ends_its_request(tmp_path, monkeypatch, caplog):
     assert not unhandled
 
 
+def test_a_request_that_is_cancelled_before_it_begins_is_forgotten(tmp_path):
+    """As many of them as may be open at once would be the end of the tunnel."""
+
+    async def main():
+        async with tunnel_to(answers_of_all_kinds, tmp_path / "t") as (tunnel, _):
+            tunnel._received(b"peer", protocol.TunnelRequest(1, "GET", "/", b"", []))
+            (task,) = tunnel._tasks.values()
+            tunnel._received(b"peer", protocol.TunnelCancel(1))
+            await asyncio.wait({task})
+            assert tunnel._tasks == tunnel._bodies == {}
+
+    asyncio.run(main())
+
+
 async def answers_of_all_kinds(scope, receive, send):
     async def parts():
         yield b"12"
