@@ -144,6 +144,12 @@ class TPGroup:
         if self.peers is not None:
             self.peers.settle()
 
+    def restart_sums(self) -> None:
+        """All ranks, after a recording that failed on some: each has counted the sums that it came to, and a rank that
+        then takes the other half of ``peers`` reads what nobody wrote."""
+        if self.peers is not None:
+            self.peers.restart()
+
     def _peers_for(self, device: torch.device, num_bytes: int) -> PeerSums | None:
         """Memory for sums of ``num_bytes``, made when first needed; None where NCCL or gloo do better. Collective."""
         if (
