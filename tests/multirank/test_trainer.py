@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import datetime
 import gc
+import traceback
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -233,6 +235,29 @@ def test_ranks_join_again_after_one_failed(checkpoints: Path) -> None:
     results = run_ranks(_lose_and_join_again, 4, checkpoints / CASES[CASE].checkpoint, deadline_seconds=60)
     assert all(result == results[0] for result in results)
     assert results[0][1] < results[0][0]
+
+
+class _ShortOfMemory(torch.nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        raise torch.OutOfMemoryError("injected")
+
+
+def test_a_step_that_raises_inside_a_layer_keeps_nothing_of_it_alive(checkpoints: Path) -> None:
+    """Between the parts of a joined product (gate and up): what autograd saved would leave no room for the next step."""
+    trainer, _ = make_trainer(TPGroup.single(), checkpoints / CASES[CASE].checkpoint)
+    first, *_, last = trainer.model.module.base_model.layers
+    found = []
+    first.register_forward_hook(lambda module, arguments, output: found.append(weakref.ref(output)))
+    sound, last.mlp.act_fn = last.mlp.act_fn, _ShortOfMemory()
+    with pytest.raises(torch.OutOfMemoryError) as caught:
+        trainer.step(samples())
+    traceback.clear_frames(caught.value.__traceback__)
+    del caught
+    trainer.abandon_step()
+    gc.collect()
+    assert [activation() for activation in found] == [None]
+    last.mlp.act_fn = sound
+    assert trainer.step(samples()).outcome.skipped == ""
 
 
 def _save(tp: TPGroup, checkpoint: Path, root: Path) -> bool:
