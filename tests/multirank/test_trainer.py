@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from apollo_tp.checkpoint import CheckpointWriter, latest, read_info
@@ -258,6 +259,28 @@ def test_a_step_that_raises_inside_a_layer_keeps_nothing_of_it_alive(checkpoints
     assert [activation() for activation in found] == [None]
     last.mlp.act_fn = sound
     assert trainer.step(samples()).outcome.skipped == ""
+
+
+def _form_parts(tp: TPGroup) -> None:
+    FakeStore()  # its import makes "fake" known
+    for backend in ("fake", "gloo"):
+        own = TPGroup(tp.rank, tp.size)
+        for _ in range(2):
+            own.form(backend, datetime.timedelta(seconds=7))
+            part = own.subgroup((0, 1))
+            if tp.rank < 2:
+                assert dist.get_backend(part.group) == backend
+            if tp.rank < 2 and backend == "gloo":  # the other one has no options
+                options = part.group._get_backend(torch.device("cpu")).options  # type: ignore[union-attr]
+                assert options._timeout == datetime.timedelta(seconds=7)
+            dist.barrier()
+            own.dissolve()
+            dist.barrier()
+
+
+def test_parts_of_a_group_have_its_backend_and_deadline() -> None:
+    """Not those of the default group (gloo), neither when they are made nor when they join again."""
+    run_ranks(_form_parts, 3)
 
 
 def _save(tp: TPGroup, checkpoint: Path, root: Path) -> bool:
