@@ -107,11 +107,10 @@ class Optimizer:
         square, num_updated, largest, skipped = 0.0, 0, 0.0, ""
         for bundle, decision in decisions:
             finite, norm, *flags = decision.read_report()
-            written = [bool(x) for x in flags[: len(bundle.weights)]]
-            relative = flags[len(bundle.weights) :]
+            written, relative = decision.written(), flags[len(bundle.weights) :]
+            bundle.accept(written)  # first: to say why needs a collective, which may raise
             square, num_updated, largest = square + norm, num_updated + sum(written), max(largest, *relative, 0.0)
             skipped = skipped or self._why_skipped(bundle, decision, bool(finite), relative)
-            bundle.accept(written)
         if skipped:
             self.skipped_in_a_row, largest = self.skipped_in_a_row + 1, 0.0
             skipped += f"; {num_updated or 'nothing'} {'tensors were' if num_updated else 'was'} written"
