@@ -216,6 +216,11 @@ class Trainer:
         self.optimizer.zero_grad()
         self.model.zero_grad()
 
+    def rejoin(self) -> None:
+        """On all ranks, once one has raised: forget what may not be the same on all of them."""
+        self._has_compared = False
+        self.model.zero_grad()
+
     def _is_fused(self, batches: Sequence[PackedBatch]) -> bool:
         """Whether this step updates in its backward pass. Raises ConfigError if it must and cannot; nothing is written."""
         if self.gradients is GradientMode.fused and len(batches) != 1:

@@ -26,6 +26,7 @@ from apollo_tp.launch.coordinator_process import CoordinatorProcess
 from apollo_tp.launch.distributed import World, join
 from apollo_tp.launch.lineage import LineageFile
 from apollo_tp.launch.progress import StepProgress
+from apollo_tp.launch.server_watch import ServerWatch
 from apollo_tp.launch.update_gate import Lock, UpdateGate, needs_lock
 from apollo_tp.manifest import Manifest, check_agreement, live_instances, read_instance, wait_for_server
 from apollo_tp.mapping import MappedRank, map_rank, verify_against_checkpoint
@@ -34,7 +35,7 @@ from apollo_tp.optim import Optimizer, build_optimizer
 from apollo_tp.pace import Pace
 from apollo_tp.parallel import TPGroup
 from apollo_tp.product_check import check_products
-from apollo_tp.rank_loop import Control, Link, RankLoop, ServerWatch, compute_group
+from apollo_tp.rank_loop import Control, Link, RankLoop, compute_group
 from apollo_tp.rehearsal import CudaMeter, plan_memory
 from apollo_tp.trainer import Trainer
 

@@ -8,6 +8,8 @@ that gives up. The arithmetic and its collectives are in ``bundle``, the hooks i
 from __future__ import annotations
 
 import math
+import zlib
+from array import array
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -73,6 +75,10 @@ class Optimizer:
     def learning_rate(self, scale: float = 1.0) -> float:
         """The learning rate of the next step."""
         return learning_rate(self.config, self.step_count) * scale
+
+    def progress(self) -> tuple[int, int]:
+        """Steps so far, and a checksum of all parameters' updates. Which collectives come when follows from them."""
+        return self.step_count, zlib.crc32(array("q", self.bundle.counters.steps))
 
     def step(self, learning_rate_scale: float = 1.0, loss: Tensor | None = None) -> StepOutcome:
         """Update all weights in place from their local gradients, or none on any rank. After ``begin_fused_step``: what
