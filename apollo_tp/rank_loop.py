@@ -125,7 +125,8 @@ class RankLoop:
     """Executes commands until Shutdown. ``link`` is rank 0's DEALER to the coordinator, None elsewhere.
 
     ``after_write(weight_version)`` is called once all ranks have ended a command, and says for how many seconds the
-    server was paused for it.
+    server was paused for it. ``after_failure(weight_version)`` is called on all ranks if it failed on some; it may have
+    written all the same.
     """
 
     def __init__(
@@ -140,6 +141,7 @@ class RankLoop:
         on_step: Callable[[protocol.Step | protocol.PreferenceStep, protocol.StepDone], None],
         last_step: tuple[str, int] = ("", 0),
         after_write: Callable[[int], float] = lambda weight_version: 0.0,
+        after_failure: Callable[[int], None] = lambda weight_version: None,
     ) -> None:
         self.trainer = trainer
         self.checkpoints = checkpoints
@@ -149,6 +151,7 @@ class RankLoop:
         self._form_group = form_group
         self._on_step = on_step
         self._after_write = after_write
+        self._after_failure = after_failure
         self._last_step = last_step
         self._stop_reason = ""
 
@@ -199,6 +202,7 @@ class RankLoop:
         paused_seconds = self._after_write(self.trainer.weight_version)  # also when it failed: the server waits
         failures = [v.failure for v in verdicts if v.failure]
         if failures:
+            self._after_failure(self.trainer.weight_version)
             self._recover()
             reply = _failed(command, failures)
             if len({v.progress for v in verdicts}) > 1:

@@ -317,6 +317,7 @@ def _serve(
         on_step=on_step,
         last_step=(lineage.record.last_job_id, lineage.record.last_job_step),
         after_write=gate.after_step,
+        after_failure=lineage.count_to,
     )
     for signum in (signal.SIGTERM, signal.SIGINT):
         signal.signal(signum, lambda number, frame: loop.stop(f"got {signal.Signals(number).name}"))

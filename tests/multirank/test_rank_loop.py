@@ -26,16 +26,19 @@ DEADLINE = datetime.timedelta(seconds=15)
 
 
 class Loop(RankLoop):
-    """A rank's loop over a real trainer. ``sent`` is what rank 0 told the coordinator out of turn."""
+    """A rank's loop over a real trainer. ``sent`` is what rank 0 told the coordinator out of turn, ``noted`` are the weight
+    versions after failures."""
 
     def __init__(self, rank: int, size: int, checkpoint: Path) -> None:
         tp = TPGroup.world("gloo", DEADLINE)
         trainer, _ = make_trainer(tp, checkpoint, replace(CONFIG, check_replicas_every=3))
         self.sent: list[protocol.AnyReply] = []
+        self.noted: list[int] = []
         link = SimpleNamespace(send=self.sent.append, working_on=lambda *_: None) if rank == 0 else None
         super().__init__(
             trainer, SimpleNamespace(), Control(rank, size), SimpleNamespace(), link,  # type: ignore[arg-type]
             form_group=lambda: tp.form("gloo", DEADLINE), on_step=lambda command, done: None,
+            after_failure=self.noted.append,
         )  # fmt: skip
 
     def step(self, number: int) -> protocol.AnyReply:
@@ -115,3 +118,25 @@ def test_ranks_end_together_after_one_raised_while_others_wrote(checkpoints: Pat
     assert "got [2, 1] steps by rank" in error
     assert "rank 1 raised while others wrote (OutOfMemoryError: injected). Start the trainer again" in error
     assert sent == ["injected"]
+
+
+def _let_replicas_differ(tp: TPGroup, checkpoint: Path) -> tuple[str, list[int], list[int]]:
+    """Found in the third step, which has written by then; a command that fails afterwards has not."""
+    loop = Loop(tp.rank, tp.size, checkpoint)
+    versions = []
+    for number in range(3):
+        if number == 2 and tp.rank == 1:
+            norm = next(p for p in loop.trainer.model.parameters if p.name == "model.norm.weight")
+            norm.tensor[0] += 1
+        reply = loop.step(number)
+        versions.append(loop.trainer.weight_version)
+    in_forward(loop.trainer)
+    assert isinstance(loop.step(3), protocol.CommandFailed)
+    assert isinstance(reply, protocol.CommandFailed)
+    return reply.error, [*versions, loop.trainer.weight_version], loop.noted
+
+
+def test_a_step_that_finds_replicas_to_differ_counts_as_written(checkpoints: Path) -> None:
+    """Caches of the old weights must not outlive it, nor may the record of the weights forget it."""
+    results = run_ranks(_let_replicas_differ, 2, checkpoints / CASES[CASE].checkpoint)
+    assert results == [("ReplicaError", [1, 2, 3, 3], [3, 3])] * 2
