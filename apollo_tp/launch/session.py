@@ -200,8 +200,17 @@ def _resume(config: Config, optimizer: Optimizer, lineage: LineageFile) -> None:
     """Load the optimizer state that belongs to the served weights: of this instance's last checkpoint, or of the
     checkpoint that the server was started from. Mend what a killed trainer may have left of the weights. Collective."""
     source = Path(lineage.record.checkpoint)
-    wanted = lineage.record.checkpoint and config.checkpoint.resume and not config.optim.reset_state
-    if wanted and (source / OPTIMIZER_DIR).is_dir():
+    wanted = lineage.record.checkpoint and config.checkpoint.resume
+    if wanted and config.optim.reset_state:
+        log.warning(
+            "optim.reset_state=true: fresh optimizer state, as at every start while it is set, not that of %s", source
+        )
+    elif wanted and not (source / OPTIMIZER_DIR).is_dir():
+        log.warning(
+            "%s: got no such folder, expected the optimizer state of the served weights, which starts afresh; to keep it, "
+            "put the folder back and start the trainer again", source / OPTIMIZER_DIR,
+        )  # fmt: skip
+    elif wanted:
         optimizer.load(source / OPTIMIZER_DIR)
         info = read_info(source)
         log.info("optimizer state of %s (weight version %s) loaded", source, info.weight_version if info else "?")
