@@ -84,7 +84,7 @@ class OptimConfig:
     max_skipped_steps: int = option(5, "a job fails after this many skipped (non-finite) steps in a row")
     check_replicas_every: int = option(50, "steps between two checks that replicas are bit-identical; 0 is never")
     seed: int = option(0, "seed of projections and stochastic rounding")
-    reset_state: bool = option(False, "start with fresh optimizer state when the saved one does not fit")
+    reset_state: bool = option(False, "start with fresh optimizer state, at every start while it is set")
 
     def __post_init__(self) -> None:
         check(self.rank >= 1, "optim.rank", self.rank, "an integer >= 1")

@@ -185,6 +185,7 @@ class Replays:
         flag = torch.tensor(float(failed), device=self._batch.token_ids.device)
         if self._model.tp.all_reduce_(flag, dist.ReduceOp.MAX).item():
             self._is_possible = False
+            self._model.tp.restart_sums()
             self.drop()
             return False
         self._note_peak(self._passes[-1].idle_bytes())

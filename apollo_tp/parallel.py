@@ -53,6 +53,8 @@ class TPGroup:
     """The memory that sums go through, if any have yet: work that was recorded goes on using it."""
     _peers_reached: bool | None = field(default=None, init=False, repr=False)
     _children: dict[tuple[int, ...], TPGroup] = field(default_factory=dict, repr=False)
+    _options: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
+    """Backend and timeout of ``group``, which its parts share: new_group would take those of the default group."""
     recordings: weakref.WeakSet[Recording] = field(default_factory=weakref.WeakSet, repr=False)
     """What was recorded with collectives of this group: NCCL would wait for its end before it leaves a group."""
 
@@ -78,7 +80,7 @@ class TPGroup:
         if ranks not in self._children:
             child = TPGroup(ranks.index(self.rank) if self.rank in ranks else -1, len(ranks), traffic=self.traffic)
             members = dist.get_process_group_ranks(self.group)
-            child.group = dist.new_group([members[r] for r in ranks])
+            child.group = dist.new_group([members[r] for r in ranks], **self._options)
             self._children[ranks] = child
         return self._children[ranks]
 
@@ -95,9 +97,10 @@ class TPGroup:
         """Join a new process group over the default group, and new ones for the parts. Collective."""
         if self.size == 1:
             return
-        self.group = dist.new_group(backend=backend, timeout=timeout)
+        self._options = {"backend": backend, "timeout": timeout}
+        self.group = dist.new_group(**self._options)
         for ranks, child in self._children.items():
-            child.group = dist.new_group(list(ranks), backend=backend, timeout=timeout)
+            child.group = dist.new_group(list(ranks), **self._options)
 
     def all_reduce_(self, tensor: Tensor, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
         """Reduce ``tensor`` over the group, in place; returns it. One all-reduce."""
@@ -143,6 +146,12 @@ class TPGroup:
         """At the edges of work that is recorded and replayed: what comes next may begin with either half of ``peers``."""
         if self.peers is not None:
             self.peers.settle()
+
+    def restart_sums(self) -> None:
+        """All ranks, after a recording that failed on some: each has counted the sums that it came to, and a rank that
+        then takes the other half of ``peers`` reads what nobody wrote."""
+        if self.peers is not None:
+            self.peers.restart()
 
     def _peers_for(self, device: torch.device, num_bytes: int) -> PeerSums | None:
         """Memory for sums of ``num_bytes``, made when first needed; None where NCCL or gloo do better. Collective."""

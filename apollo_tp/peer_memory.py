@@ -134,6 +134,11 @@ class PeerSums:
         """Until both ranks are here nobody goes on: then neither reads the other's memory any more."""
         self._handle.barrier(channel=2)
 
+    def restart(self) -> None:
+        """After work that either rank may have broken off: both begin with the same half again. Collective."""
+        self.settle()
+        self._turn = 0
+
     def _next_half(self, rows: int, columns: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Where to put a matrix that is to be summed, and where the other rank's is."""
         self._turn ^= 1

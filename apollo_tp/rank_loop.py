@@ -4,6 +4,7 @@ Rank 0 holds the socket; commands reach the other ranks as msgpack bytes over th
 process group), which nothing else uses. Idle ranks wait in a broadcast that rank 0 answers at least once a second, so a
 dead rank 0 is noticed by the group's timeout. A rank that raises in the middle of a command leaves the compute group; the
 others, waiting for it in a collective, fail with a closed connection; all agree on who was first, and form the group again.
+If some ranks have counted an update that others have not, all end instead.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import time
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Protocol
+from typing import NoReturn, Protocol
 
 import msgspec
 import torch
@@ -24,8 +25,7 @@ import torch.distributed as dist
 import zmq
 
 from apollo_tp import protocol
-from apollo_tp.errors import ServerGoneError
-from apollo_tp.manifest import Manifest
+from apollo_tp.errors import RankFailedError
 from apollo_tp.parallel import TPGroup
 from apollo_tp.trainer import StepResult, Trainer
 
@@ -55,6 +55,8 @@ class Verdict(msgspec.Struct, frozen=True):
     failure: Failure | None
     weight_version: int
     peak_memory_bytes: int
+    progress: tuple[int, int]
+    """Of the optimizer."""
 
 
 class SavesCheckpoints(Protocol):
@@ -123,7 +125,8 @@ class RankLoop:
     """Executes commands until Shutdown. ``link`` is rank 0's DEALER to the coordinator, None elsewhere.
 
     ``after_write(weight_version)`` is called once all ranks have ended a command, and says for how many seconds the
-    server was paused for it.
+    server was paused for it. ``after_failure(weight_version)`` is called on all ranks if it failed on some; it may have
+    written all the same.
     """
 
     def __init__(
@@ -138,6 +141,7 @@ class RankLoop:
         on_step: Callable[[protocol.Step | protocol.PreferenceStep, protocol.StepDone], None],
         last_step: tuple[str, int] = ("", 0),
         after_write: Callable[[int], float] = lambda weight_version: 0.0,
+        after_failure: Callable[[int], None] = lambda weight_version: None,
     ) -> None:
         self.trainer = trainer
         self.checkpoints = checkpoints
@@ -147,6 +151,7 @@ class RankLoop:
         self._form_group = form_group
         self._on_step = on_step
         self._after_write = after_write
+        self._after_failure = after_failure
         self._last_step = last_step
         self._stop_reason = ""
 
@@ -197,8 +202,11 @@ class RankLoop:
         paused_seconds = self._after_write(self.trainer.weight_version)  # also when it failed: the server waits
         failures = [v.failure for v in verdicts if v.failure]
         if failures:
+            self._after_failure(self.trainer.weight_version)
             self._recover()
             reply = _failed(command, failures)
+            if len({v.progress for v in verdicts}) > 1:
+                self._end(reply, [v.progress[0] for v in verdicts])
         elif isinstance(reply, protocol.StepDone) and isinstance(command, protocol.Step | protocol.PreferenceStep):
             memory = [v.peak_memory_bytes for v in verdicts]
             reply = msgspec.structs.replace(reply, peak_memory_bytes=memory, paused_seconds=paused_seconds)
@@ -220,18 +228,31 @@ class RankLoop:
         )
 
     def _agree(self, failure: Failure | None) -> list[Verdict]:
-        verdict = Verdict(failure, self.trainer.weight_version, self.trainer.peak_memory_bytes())
+        trainer = self.trainer
+        verdict = Verdict(failure, trainer.weight_version, trainer.peak_memory_bytes(), trainer.optimizer.progress())
         answers = self.control.gather(msgspec.msgpack.encode(verdict))
         return [msgspec.msgpack.decode(answer, type=Verdict) for answer in answers]
 
     def _recover(self) -> None:
         """All ranks: forget the failed step and join a new compute group."""
         self.trainer.tp.dissolve()
-        self.trainer.model.zero_grad()
+        self.trainer.rejoin()
         gc.collect()
         if self.trainer.device.type == "cuda":
             torch.cuda.empty_cache()
         self._form_group()
+
+    def _end(self, reply: protocol.CommandFailed, steps: list[int]) -> NoReturn:
+        """On all ranks alike: who has counted other updates takes other collectives before long."""
+        if self.link:
+            self.link.send(reply)
+        raise RankFailedError(
+            f"optimizer: got {steps} steps by rank, or other counts of updates, expected the same on all ranks; rank "
+            f"{reply.rank} raised while others wrote ({reply.error}: {reply.message}). Start the trainer again: it mends "
+            "replicas and loads the last saved state",
+            rank=reply.rank,
+            traceback=reply.traceback,
+        )
 
     def _dispatch(self, command: protocol.AnyCommand) -> protocol.AnyReply:
         match command:
@@ -356,37 +377,6 @@ class Link:
                     )
         dealer.close()
         pair.close(0)
-
-
-class ServerWatch:
-    """A thread per rank that notices within about a second that a vLLM worker has ended.
-
-    ``on_gone`` runs in that thread: the main thread may be inside a collective or a kernel for long.
-    """
-
-    def __init__(self, manifests: list[Manifest], on_gone: Callable[[ServerGoneError], None]) -> None:
-        self._manifests = manifests
-        self._on_gone = on_gone
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="server-watch", daemon=True)
-        self._thread.start()
-
-    def stop(self) -> None:
-        self._stop.set()
-        self._thread.join(5)
-
-    def _watch(self) -> None:
-        while not self._stop.wait(1.0):
-            gone = [m for m in self._manifests if not m.process.alive()]
-            if gone:
-                ranks = ", ".join(f"rank {m.tp_rank} (process {m.pid})" for m in gone)
-                self._on_gone(
-                    ServerGoneError(
-                        f"server {gone[0].instance_id}: got the end of {ranks}, expected a running vLLM; the weights went "
-                        "with it. Start the server, then the trainer"
-                    )
-                )
-                return
 
 
 def compute_group(tp: TPGroup, device: torch.device, timeout_seconds: float) -> None:

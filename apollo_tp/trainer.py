@@ -94,6 +94,7 @@ class Trainer:
         self.gradients = gradients
         self._replays: Replays | None = None
         self._has_compared = False
+        self._counted_steps = optimizer.step_count
 
     def record_passes(self, replays: Replays) -> bool:
         """From now on steps that are alike are replayed; False if none ever can be: gradients are not stored, inference has
@@ -152,6 +153,7 @@ class Trainer:
             self._make_room()
             replays = None
         self._pace.begin()
+        self._counted_steps = self.optimizer.step_count
         self.optimizer.zero_grad()
         self.model.zero_grad()
         loss_sum = torch.zeros((), device=self.device)
@@ -176,6 +178,7 @@ class Trainer:
         outcome = self.optimizer.step(learning_rate_scale, loss_sum)
         if not outcome.skipped or outcome.num_updated:  # a fused step may stop after its first matrices
             self.weight_version += 1
+        self._counted_steps = self.optimizer.step_count
         self.model.zero_grad()
         self._pace.give_way()
         clock.mark("optimizer")
@@ -210,10 +213,18 @@ class Trainer:
         return every > 0 and (not self._has_compared or count % every == 0)
 
     def abandon_step(self) -> None:
-        """After a step that raised: forget it, and count it if it has written already, as a fused one may have. Local."""
-        if self.optimizer.fused is not None and self.optimizer.fused.has_written:
+        """After a step that raised: forget it, and count it if it has written already, as a fused one may have, or one that
+        found replicas to differ. Local."""
+        fused, steps = self.optimizer.fused, self.optimizer.step_count
+        if steps > self._counted_steps or (fused is not None and fused.has_written):
             self.weight_version += 1
+        self._counted_steps = steps
         self.optimizer.zero_grad()
+        self.model.zero_grad()
+
+    def rejoin(self) -> None:
+        """On all ranks, once one has raised: forget what may not be the same on all of them."""
+        self._has_compared = False
         self.model.zero_grad()
 
     def _is_fused(self, batches: Sequence[PackedBatch]) -> bool:

@@ -48,6 +48,11 @@ class LineageFile:
             self.trained_here = True
             self.update()
 
+    def count_to(self, weight_version: int) -> None:
+        """After a step that failed: it may have written."""
+        if weight_version != self.record.weight_version:
+            self.update(weight_version=weight_version)
+
     def update(self, **changes: Any) -> None:
         """Change fields, and write the record."""
         self.record = msgspec.structs.replace(self.record, **changes)

@@ -26,6 +26,7 @@ from apollo_tp.launch.coordinator_process import CoordinatorProcess
 from apollo_tp.launch.distributed import World, join
 from apollo_tp.launch.lineage import LineageFile
 from apollo_tp.launch.progress import StepProgress
+from apollo_tp.launch.server_watch import ServerWatch
 from apollo_tp.launch.update_gate import Lock, UpdateGate, needs_lock
 from apollo_tp.manifest import Manifest, check_agreement, live_instances, read_instance, wait_for_server
 from apollo_tp.mapping import MappedRank, map_rank, verify_against_checkpoint
@@ -34,7 +35,7 @@ from apollo_tp.optim import Optimizer, build_optimizer
 from apollo_tp.pace import Pace
 from apollo_tp.parallel import TPGroup
 from apollo_tp.product_check import check_products
-from apollo_tp.rank_loop import Control, Link, RankLoop, ServerWatch, compute_group
+from apollo_tp.rank_loop import Control, Link, RankLoop, compute_group
 from apollo_tp.rehearsal import CudaMeter, plan_memory
 from apollo_tp.trainer import Trainer
 
@@ -201,8 +202,17 @@ def _resume(config: Config, optimizer: Optimizer, lineage: LineageFile) -> None:
     """Load the optimizer state that belongs to the served weights: of this instance's last checkpoint, or of the
     checkpoint that the server was started from. Mend what a killed trainer may have left of the weights. Collective."""
     source = Path(lineage.record.checkpoint)
-    wanted = lineage.record.checkpoint and config.checkpoint.resume and not config.optim.reset_state
-    if wanted and (source / OPTIMIZER_DIR).is_dir():
+    wanted = lineage.record.checkpoint and config.checkpoint.resume
+    if wanted and config.optim.reset_state:
+        log.warning(
+            "optim.reset_state=true: fresh optimizer state, as at every start while it is set, not that of %s", source
+        )
+    elif wanted and not (source / OPTIMIZER_DIR).is_dir():
+        log.warning(
+            "%s: got no such folder, expected the optimizer state of the served weights, which starts afresh; to keep it, "
+            "put the folder back and start the trainer again", source / OPTIMIZER_DIR,
+        )  # fmt: skip
+    elif wanted:
         optimizer.load(source / OPTIMIZER_DIR)
         info = read_info(source)
         log.info("optimizer state of %s (weight version %s) loaded", source, info.weight_version if info else "?")
@@ -318,6 +328,7 @@ def _serve(
         on_step=on_step,
         last_step=(lineage.record.last_job_id, lineage.record.last_job_step),
         after_write=gate.after_step,
+        after_failure=lineage.count_to,
     )
     for signum in (signal.SIGTERM, signal.SIGINT):
         signal.signal(signum, lambda number, frame: loop.stop(f"got {signal.Signals(number).name}"))

@@ -14,6 +14,7 @@ from apollo_tp.data import PackedBatch
 from apollo_tp.layout import Shard
 from apollo_tp.loss import VocabShard, nll_sum, target_logprobs
 from apollo_tp.model.gradients import GradientSync
+from apollo_tp.model.joined import JoinedLinear
 from apollo_tp.parallel import TPGroup
 
 Role = Literal["matrix", "embedding", "other"]
@@ -144,11 +145,18 @@ class BoundModel:
         self.gradient_sync.finish(compare=compare)
 
     def zero_grad(self) -> None:
-        """Forget all gradients. The device waits for this between steps: no walk over the module's children."""
+        """Forget all gradients, and what is left of a pass that raised. The device waits for this between steps: no walk
+        over the module's children."""
         for leaf in self.leaves:
             leaf.grad = None
+        for joined in self._joined:
+            joined.let_go()
 
     @cached_property
     def leaves(self) -> list[nn.Parameter]:
         """What autograd accumulates the gradients of ``parameters`` in."""
         return list({id(parameter.leaf): parameter.leaf for parameter in self.parameters}.values())
+
+    @cached_property
+    def _joined(self) -> list[JoinedLinear]:
+        return [module for module in self.module.modules() if isinstance(module, JoinedLinear)]

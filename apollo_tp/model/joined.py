@@ -44,12 +44,16 @@ class JoinedLinear(nn.Module):
 
     def part(self, position: int, x: Tensor) -> Tensor:
         if self.last_input is not x:
+            self.outputs = self._products(x)  # first: it may raise
             self.last_input = x
-            self.outputs = self._products(x)
         output = self.outputs[position]
         if position == len(self.rows) - 1:
-            self.last_input, self.outputs, self.entry = None, (), None
+            self.let_go()
         return output
+
+    def let_go(self) -> None:
+        """Of a pass that raised between two parts, too: what is kept here keeps all that autograd saved before it."""
+        self.last_input, self.outputs, self.entry = None, (), None
 
 
 class JoinedPart(nn.Module):

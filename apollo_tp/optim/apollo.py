@@ -8,6 +8,8 @@ that gives up. The arithmetic and its collectives are in ``bundle``, the hooks i
 from __future__ import annotations
 
 import math
+import zlib
+from array import array
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -74,6 +76,10 @@ class Optimizer:
         """The learning rate of the next step."""
         return learning_rate(self.config, self.step_count) * scale
 
+    def progress(self) -> tuple[int, int]:
+        """Steps so far, and a checksum of all parameters' updates. Which collectives come when follows from them."""
+        return self.step_count, zlib.crc32(array("q", self.bundle.counters.steps))
+
     def step(self, learning_rate_scale: float = 1.0, loss: Tensor | None = None) -> StepOutcome:
         """Update all weights in place from their local gradients, or none on any rank. After ``begin_fused_step``: what
         the backward pass has left.
@@ -107,11 +113,10 @@ class Optimizer:
         square, num_updated, largest, skipped = 0.0, 0, 0.0, ""
         for bundle, decision in decisions:
             finite, norm, *flags = decision.read_report()
-            written = [bool(x) for x in flags[: len(bundle.weights)]]
-            relative = flags[len(bundle.weights) :]
+            written, relative = decision.written(), flags[len(bundle.weights) :]
+            bundle.accept(written)  # first: to say why needs a collective, which may raise
             square, num_updated, largest = square + norm, num_updated + sum(written), max(largest, *relative, 0.0)
             skipped = skipped or self._why_skipped(bundle, decision, bool(finite), relative)
-            bundle.accept(written)
         if skipped:
             self.skipped_in_a_row, largest = self.skipped_in_a_row + 1, 0.0
             skipped += f"; {num_updated or 'nothing'} {'tensors were' if num_updated else 'was'} written"

@@ -107,11 +107,15 @@ class FusedStep:
             if bucket.arrived:  # some of its leaves had no part in the loss
                 self._update(bucket, lr)
         decisions = [*self._decisions, (self.rest, self.rest.update(lr, loss, self._alive))]
+        self._decisions = []  # the caller counts them
         self.abandon()
         return decisions
 
     def abandon(self) -> None:
-        """Forget the step; the next one stores its gradients unless ``begin`` is called."""
+        """Forget the step; the next one stores its gradients unless ``begin`` is called. What it updated counts as updates:
+        moments and limiter have moved, and the next bias correction and random bits must follow."""
+        for bundle, decision in self._decisions:
+            bundle.accept(decision.written())
         self._lr, self._decisions, self._done = None, [], set()
         for bucket in self._buckets:
             bucket.arrived = set()

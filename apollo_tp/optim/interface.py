@@ -99,6 +99,10 @@ class Decision:
             event.synchronize()
         return report.tolist()  # type: ignore[no-any-return]
 
+    def written(self) -> list[bool]:
+        """Which parameters of the bundle were written. Waits for the report."""
+        return [bool(flag) for flag in self.read_report()[2 : 2 + len(self.write)]]
+
 
 @dataclass(frozen=True)
 class Sums:

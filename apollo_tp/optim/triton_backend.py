@@ -318,7 +318,8 @@ class TritonBackend:
                 **launch.options,
             )
             if stage < 2:
-                sums[launch.distinct] = torch.segment_reduce(partial, "sum", lengths=launch.tile_counts, unsafe=True)
+                # a parameter may have pieces in several launches; once in each, so that no order of additions is left open
+                sums[launch.distinct] += torch.segment_reduce(partial, "sum", lengths=launch.tile_counts, unsafe=True)
         return sums[self.adamw_index]
 
     def write(self, gradients: Sequence[Tensor], decision: Decision, scales: Scales) -> None:

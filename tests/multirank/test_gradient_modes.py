@@ -207,7 +207,10 @@ def _raise_half_way(tp: TPGroup, folder: Path, mode: GradientMode) -> tuple[int,
         run.trainer.step(samples(lengths=ONE_BATCH))
     handle.remove()
     run.trainer.abandon_step()
-    version, changed = run.trainer.weight_version, len(differing(start, run.values()))
+    optimizer, written = run.trainer.optimizer, differing(start, run.values())
+    version, changed = run.trainer.weight_version, len(written)
+    counted = [name for name, count in zip(optimizer.names, optimizer.bundle.steps, strict=True) if count]
+    assert sorted(counted) == sorted(written), "their moments have moved: the next update is their second"
     assert all(leaf.grad is None for leaf in run.leaves)
     following = run.trainer.step(samples(lengths=ONE_BATCH))
     assert (following.outcome.skipped, following.weight_version) == ("", version + 1)

@@ -8,15 +8,18 @@ from __future__ import annotations
 import datetime
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from apollo_tp.config import GradientMode
-from apollo_tp.data import PackedBatch
+from apollo_tp.data import PackedBatch, pack
 from apollo_tp.graphs import Replays, assign
 from apollo_tp.model import BoundModel
 from apollo_tp.parallel import TPGroup
+from apollo_tp.peer_memory import PeerSums
 from tests.multirank.exactness import samples
 from tests.multirank.test_gradient_modes import CONFIG, Run, differing
 from tests.multirank.test_memory_plan import state
@@ -120,6 +123,47 @@ def _fail(tp: TPGroup, folder: Path) -> None:
 @pytest.mark.parametrize("size", [1, 2])
 def test_work_that_cannot_be_recorded_on_one_rank_runs_as_usual_on_all(size: int, checkpoints: Path) -> None:
     run_ranks(_fail, size, checkpoints)
+
+
+class MappedSums(PeerSums):
+    """Sums through memory of two processes on a CPU."""
+
+    def __init__(self, rank: int, folder: Path, num_bytes: int) -> None:
+        self.num_bytes, self._turn = num_bytes, 0
+        self._handle = SimpleNamespace(barrier=lambda channel: dist.barrier())  # type: ignore[assignment]
+        mine, other = (
+            torch.from_file(str(folder / f"rank-{r}"), shared=True, size=2 * num_bytes, dtype=torch.uint8)
+            for r in (rank, 1 - rank)
+        )
+        self._halves = list(zip(mine.split(num_bytes), other.split(num_bytes), strict=True))
+
+
+def _break_off_a_recording(tp: TPGroup, folder: Path, sums_before_failure: int) -> list[bool]:
+    """Whether each of four sums is right, after a recording of eight in which the last rank failed."""
+    torch.cuda.is_current_stream_capturing = lambda: False
+    tp.peers = peers = MappedSums(tp.rank, folder, 1024)
+
+    def record(*_: object) -> None:
+        for position in range(8):  # nothing runs while CUDA records: the host alone goes through the sums
+            if tp.rank and position == sums_before_failure:
+                raise RuntimeError("out of memory")
+            peers._next_half(8, 16, torch.float32)
+
+    model = SimpleNamespace(tp=tp, zero_grad=lambda: None)
+    replays = Replays(model, beside=True, record=record)  # type: ignore[arg-type]
+    batches = pack(samples(lengths=SHORT), 64)
+    assert [replays.ready(batches) for _ in range(3)] == [False] * 3
+    right = []
+    for _ in range(4):
+        a, b = torch.randn(8, 32), torch.randn(32, 16)
+        right.append(torch.equal(peers.summed_products([(a, b)], None), tp.all_reduce_(a @ b)))
+    return right
+
+
+@pytest.mark.parametrize("sums_before_failure", [2, 3])
+def test_sums_are_right_after_a_recording_that_one_rank_broke_off(sums_before_failure: int, tmp_path: Path) -> None:
+    """The ranks went through different numbers of sums, and their halves of the memory with them."""
+    assert run_ranks(_break_off_a_recording, 2, tmp_path, sums_before_failure) == [[True] * 4] * 2
 
 
 def _rejoin(tp: TPGroup, folder: Path) -> None:

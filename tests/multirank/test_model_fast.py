@@ -137,6 +137,18 @@ def test_parts_of_a_joined_product_asked_out_of_turn_are_right(
         torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
 
 
+def test_a_joined_product_that_raised_is_computed_when_it_is_asked_for_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It holds neither its input nor rows that it does not have."""
+    joined = JoinedLinear(nn.Parameter(torch.randn(7, 3)), None, (2, 5))
+    x = torch.randn(5, 3)
+    with monkeypatch.context() as patched:
+        patched.setattr(joined, "_products", lambda x: [].pop())
+        with pytest.raises(IndexError):
+            joined.part(0, x)
+    assert joined.last_input is None
+    torch.testing.assert_close(joined.part(0, x), x @ joined.weight[:2].T)
+
+
 def test_only_neighbours_in_memory_are_stacked() -> None:
     memory = torch.arange(24.0).view(8, 3)
     above, below = memory[:2], memory[2:5]

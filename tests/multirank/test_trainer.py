@@ -5,12 +5,15 @@ from __future__ import annotations
 import datetime
 import gc
 import resource
+import traceback
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from apollo_tp.checkpoint import CheckpointWriter, latest, read_info
@@ -234,6 +237,51 @@ def test_ranks_join_again_after_one_failed(checkpoints: Path) -> None:
     results = run_ranks(_lose_and_join_again, 4, checkpoints / CASES[CASE].checkpoint, deadline_seconds=60)
     assert all(result == results[0] for result in results)
     assert results[0][1] < results[0][0]
+
+
+class _ShortOfMemory(torch.nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        raise torch.OutOfMemoryError("injected")
+
+
+def test_a_step_that_raises_inside_a_layer_keeps_nothing_of_it_alive(checkpoints: Path) -> None:
+    """Between the parts of a joined product (gate and up): what autograd saved would leave no room for the next step."""
+    trainer, _ = make_trainer(TPGroup.single(), checkpoints / CASES[CASE].checkpoint)
+    first, *_, last = trainer.model.module.base_model.layers
+    found = []
+    first.register_forward_hook(lambda module, arguments, output: found.append(weakref.ref(output)))
+    sound, last.mlp.act_fn = last.mlp.act_fn, _ShortOfMemory()
+    with pytest.raises(torch.OutOfMemoryError) as caught:
+        trainer.step(samples())
+    traceback.clear_frames(caught.value.__traceback__)
+    del caught
+    trainer.abandon_step()
+    gc.collect()
+    assert [activation() for activation in found] == [None]
+    last.mlp.act_fn = sound
+    assert trainer.step(samples()).outcome.skipped == ""
+
+
+def _form_parts(tp: TPGroup) -> None:
+    FakeStore()  # its import makes "fake" known
+    for backend in ("fake", "gloo"):
+        own = TPGroup(tp.rank, tp.size)
+        for _ in range(2):
+            own.form(backend, datetime.timedelta(seconds=7))
+            part = own.subgroup((0, 1))
+            if tp.rank < 2:
+                assert dist.get_backend(part.group) == backend
+            if tp.rank < 2 and backend == "gloo":  # the other one has no options
+                options = part.group._get_backend(torch.device("cpu")).options  # type: ignore[union-attr]
+                assert options._timeout == datetime.timedelta(seconds=7)
+            dist.barrier()
+            own.dissolve()
+            dist.barrier()
+
+
+def test_parts_of_a_group_have_its_backend_and_deadline() -> None:
+    """Not those of the default group (gloo), neither when they are made nor when they join again."""
+    run_ranks(_form_parts, 3)
 
 
 def _save(tp: TPGroup, checkpoint: Path, root: Path) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import os
 import subprocess
 import sys
@@ -183,6 +184,31 @@ def test_the_random_bits_of_the_kernel_are_those_of_the_twin():
     assert torch.equal(ends[0], ends[1])
     share = float((ends[0] < 1.0).float().mean())
     assert 0.2 < share < 0.8  # 1e-3 is a quarter of the ulp below 1.0, twice
+
+
+@pytest.mark.skipif(not HERE, reason="run by test_in_the_interpreter")
+@pytest.mark.parametrize("value", [1.0, math.nan])
+def test_a_parameter_whose_pieces_differ_in_kernel_is_summed_whole(value):
+    """A fused bias of which this rank holds 32 rows, which tiles divide, and twice 8, which they do not."""
+    shard = Shard("qkv.bias", (96,), 0, ((0, 32), (64, 72), (80, 88)), (0,))
+    ends = []
+    for make in ("torch", "triton"):
+        bias = torch.nn.Parameter(torch.ones(48, device=DEVICE))
+        config = model.config(check_replicas_every=0, max_relative_update=100.0, max_grad_norm=None)
+        optimizer = build_optimizer(config, Precision.nearest, [OptimParameter(shard, bias, "other")], TPGroup.single())
+        bundle = optimizer.bundle
+        bundle.backend = TorchBackend(bundle.groups, bundle.adamw, config)
+        if make == "triton":
+            bundle.backend = triton_backend(bundle)
+        bias.grad = torch.full_like(bias, 0.5)
+        bias.grad[3] = value
+        outcome = optimizer.step()
+        ends.append((outcome.grad_norm, outcome.largest_update, outcome.skipped))
+    (norm, update, skipped), (expected_norm, expected_update, expected_skipped) = reversed(ends)
+    assert norm == pytest.approx(expected_norm, rel=1e-6, nan_ok=True)
+    assert update == pytest.approx(expected_update, rel=1e-6)
+    assert skipped == expected_skipped
+    assert ("qkv.bias on rank 0" in skipped) == math.isnan(value)
 
 
 def facts_and_sums(count: int, kind: OptimizerKind, spoil: str) -> tuple[Sums, Facts]:

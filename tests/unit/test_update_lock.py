@@ -184,8 +184,7 @@ def test_a_step_that_raises_during_its_write_resumes_the_server(plugin: Plugin) 
 
     trainer = SimpleNamespace(
         step=step, tp=TPGroup.single(), weight_version=7, device=torch.device("cpu"), peak_memory_bytes=lambda: 0,
-        abandon_step=lambda: None,
-        model=SimpleNamespace(zero_grad=lambda: None),
+        abandon_step=lambda: None, rejoin=lambda: None, optimizer=SimpleNamespace(progress=lambda: (0, 0)),
     )  # fmt: skip
     loop = RankLoop(
         trainer, SimpleNamespace(), Control(0, 1), SimpleNamespace(), None,

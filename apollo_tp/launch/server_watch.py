@@ -1,0 +1,40 @@
+"""Notice that the server has ended, whatever the ranks do."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+from apollo_tp.errors import ServerGoneError
+from apollo_tp.manifest import Manifest
+
+
+class ServerWatch:
+    """A thread per rank that notices within about a second that a vLLM worker has ended.
+
+    ``on_gone`` runs in that thread: the main thread may be inside a collective or a kernel for long.
+    """
+
+    def __init__(self, manifests: list[Manifest], on_gone: Callable[[ServerGoneError], None]) -> None:
+        self._manifests = manifests
+        self._on_gone = on_gone
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="server-watch", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        self._stop.set()
+        self._thread.join(5)
+
+    def _watch(self) -> None:
+        while not self._stop.wait(1.0):
+            gone = [m for m in self._manifests if not m.process.alive()]
+            if gone:
+                ranks = ", ".join(f"rank {m.tp_rank} (process {m.pid})" for m in gone)
+                self._on_gone(
+                    ServerGoneError(
+                        f"server {gone[0].instance_id}: got the end of {ranks}, expected a running vLLM; the weights went "
+                        "with it. Start the server, then the trainer"
+                    )
+                )
+                return
