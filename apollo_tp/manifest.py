@@ -11,7 +11,7 @@ import contextlib
 import os
 import time
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 
@@ -103,6 +103,8 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     device: Literal["cpu", "cuda"]
     device_uuid: str = ""
     max_model_len: int = 0
+    config_overrides: dict[str, Any] = {}
+    """Fields of the model's config that the server was told to see otherwise, with their values there."""
     trace_seconds: float = 0.0
     publish_seconds: float = 0.0
     allocations: list[Allocation] = []

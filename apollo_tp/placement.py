@@ -45,6 +45,7 @@ def place(manifests: Sequence[Manifest]) -> list[dict[str, Placement]]:
         for rank, placement in enumerate(parts):
             result[rank][tensor.name] = placement
     problems.update(_untraced(manifests))
+    problems.update(_on_top_of_another(manifests))
     if problems:
         lines = "\n".join(f"  {name}: {reason}" for name, reason in problems.items())
         raise UnsupportedModelError(
@@ -59,6 +60,18 @@ def _by_checkpoint_name(manifest: Manifest) -> dict[str, list[SegmentRecord]]:
     for segment in manifest.segments:
         found[segment.checkpoint].append(segment)
     return found
+
+
+def _on_top_of_another(manifests: Sequence[Manifest]) -> dict[str, str]:
+    """Checkpoint tensors that begin where another does: trained twice, and neither is what is served."""
+    result = {}
+    for manifest in manifests:
+        first: dict[tuple[str, int], str] = {}
+        for s in manifest.segments:
+            if first.setdefault((s.served, s.view_offset), s.checkpoint) != s.checkpoint:
+                other = first[s.served, s.view_offset]
+                result[s.checkpoint] = f"rank {manifest.tp_rank}: it is copied to where {other} is, in {s.served}"
+    return result
 
 
 def _untraced(manifests: Sequence[Manifest]) -> dict[str, str]:

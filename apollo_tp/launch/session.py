@@ -31,6 +31,7 @@ from apollo_tp.launch.update_gate import Lock, UpdateGate, needs_lock
 from apollo_tp.manifest import Manifest, check_agreement, live_instances, read_instance, wait_for_server
 from apollo_tp.mapping import MappedRank, map_rank, verify_against_checkpoint
 from apollo_tp.model import BoundModel, bind_model
+from apollo_tp.model.served_config import as_served
 from apollo_tp.optim import Optimizer, build_optimizer
 from apollo_tp.pace import Pace
 from apollo_tp.parallel import TPGroup
@@ -80,7 +81,8 @@ def _run(start: _Start, on_server_gone: Callable[[ServerGoneError], None]) -> No
     start.stack.callback(tp.dissolve)
     with _together(control):
         hf_config = AutoConfig.from_pretrained(manifests[0].model_path)
-        model, optimizer = _bind(config, hf_config, mapped, tp)
+        served = as_served(hf_config, manifests[0].config_overrides, manifests[0].max_model_len)
+        model, optimizer = _bind(config, served, mapped, tp)
     with _together(control):
         _resume(config, optimizer, lineage)
     gate = _update_gate(start, folder, lineage.record.weight_version, tp, mapped.device)

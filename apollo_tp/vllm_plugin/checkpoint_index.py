@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,30 @@ def model_folder(model: str, revision: str | None, download_dir: str | None = No
         return None
 
 
-def read_index(folder: Path) -> list[CheckpointTensor]:
-    """Tensors of all ``*.safetensors`` in a Hugging Face folder, in name order; empty if it has none."""
+def weight_files(folder: Path, load_format: str) -> list[Path]:
+    """The ``*.safetensors`` of a Hugging Face folder that vLLM loads: those of the index, if there is one.
+
+    Raises RuntimeError where it would take Mistral's own files, whose rows are in another order.
+    """
+    files, own = sorted(folder.glob("*.safetensors")), set(folder.glob("consolidated*.safetensors"))
+    if own and load_format in ("auto", "mistral"):
+        raise RuntimeError(
+            f"{folder}: got Mistral's own format ({min(own).name}), expected Hugging Face's, mostly beside it; serve with "
+            "--load-format safetensors --config-format hf --tokenizer-mode hf"
+        )
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        named = set(json.loads(index.read_bytes())["weight_map"].values())
+        return [path for path in files if path.name in named]
+    return [path for path in files if path not in own]
+
+
+def read_index(folder: Path, load_format: str = "auto") -> list[CheckpointTensor]:
+    """Tensors of the ``*.safetensors`` that vLLM loads from a Hugging Face folder, in name order; empty if it has none."""
     from safetensors import safe_open
 
     found: dict[str, CheckpointTensor] = {}
-    for path in sorted(folder.glob("*.safetensors")):
+    for path in weight_files(folder, load_format):
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118 - not a dict
                 part = file.get_slice(name)

@@ -16,6 +16,8 @@ from torch import nn
 
 from apollo_tp.vllm_plugin.cpu import import_image_processors, let_queue_readers_sleep, serve_plain_experts
 
+ENGINES_VARIABLE = "APOLLO_TP_ENGINES"
+"""Data-parallel engines of this server."""
 SUPPORTED_VERSIONS = ("0.26", "0.32")
 """First and last supported minor release, inclusive."""
 
@@ -68,12 +70,54 @@ def install_hooks(on_loaded: Callable[[nn.Module, Any, Any], None]) -> None:
     @functools.wraps(original)
     def load_model(self: Any, vllm_config: Any, model_config: Any, *args: Any, **kwargs: Any) -> nn.Module:
         model = original(self, vllm_config, model_config, *args, **kwargs)
-        if model_config is vllm_config.model_config:  # not a draft model
+        if not is_draft(vllm_config, model_config):
             on_loaded(model, vllm_config, model_config)
         return model
 
     load_model.apollo_tp = True  # type: ignore[attr-defined]
     BaseModelLoader.load_model = load_model  # type: ignore[method-assign]
+    _note_engines()
+
+
+def is_draft(vllm_config: Any, model_config: Any) -> bool:
+    """Whether this is speculative decoding's draft model. Some drafts come with a ``vllm_config`` that is about them."""
+    speculative = getattr(vllm_config, "speculative_config", None)
+    its_own = speculative is not None and model_config is speculative.draft_model_config
+    # n-gram speculation has the target as its draft
+    return model_config is not vllm_config.model_config or (
+        its_own and model_config is not speculative.target_model_config
+    )
+
+
+def _note_engines() -> None:
+    """Have the engines of this server, which start behind its configuration, know of each other: to each engine of a dense
+    model vLLM says that it is the only one."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    original = EngineArgs.create_engine_config
+
+    @functools.wraps(original)
+    def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
+        config = original(self, *args, **kwargs)
+        os.environ[ENGINES_VARIABLE] = str(config.parallel_config.data_parallel_size)
+        return config
+
+    EngineArgs.create_engine_config = create_engine_config  # type: ignore[method-assign]
+
+
+def load_format(vllm_config: Any) -> str:
+    """``--load-format``."""
+    value = vllm_config.load_config.load_format
+    return str(getattr(value, "value", value))
+
+
+def config_overrides(model_config: Any) -> dict[str, Any]:
+    """What ``--hf-overrides`` made of each field of the model's config that it names; rope settings as a whole."""
+    overrides, config = getattr(model_config, "hf_overrides", None), model_config.hf_config
+    if not isinstance(overrides, dict):
+        return {}
+    names = {"rope_parameters" if name.startswith("rope_") else name for name in overrides} - {"dtype", "torch_dtype"}
+    return {name: getattr(config, name) for name in sorted(names) if hasattr(config, name)}
 
 
 def _serve_plain_weights_on_cpu() -> None:
@@ -111,8 +155,9 @@ def refusals_of_server(vllm_config: Any, model: nn.Module) -> list[str]:
         found.append(f"pipeline parallelism ({parallel.pipeline_parallel_size} stages): use tensor parallelism alone")
     if getattr(parallel, "enable_expert_parallel", False):
         found.append("expert parallelism: serve without --enable-expert-parallel")
-    if parallel.data_parallel_size > 1:
-        found.append(f"data parallelism ({parallel.data_parallel_size} engines): start one server per engine")
+    engines = max(parallel.data_parallel_size, int(os.environ.get(ENGINES_VARIABLE) or 1))
+    if engines > 1 or getattr(parallel, "data_parallel_index", 0):
+        found.append(f"data parallelism ({engines} engines): start one server per engine")
     if vllm_config.lora_config is not None:
         found.append("LoRA-wrapped layers: serve without --enable-lora")
     if getattr(model_config, "enable_sleep_mode", False) or getattr(model_config, "enable_cumem_allocator", False):
@@ -122,6 +167,13 @@ def refusals_of_server(vllm_config: Any, model: nn.Module) -> list[str]:
         found.append("expandable segments: unset expandable_segments in PYTORCH_CUDA_ALLOC_CONF of the server")
     if getattr(model_config, "use_mla", False):
         found.append("multi-head latent attention: vLLM serves derived copies of kv_b_proj, which would go stale")
+    overrides = getattr(model_config, "hf_overrides", None) or {}
+    if callable(overrides) or any(name.endswith("_config") for name in overrides):
+        found.append(
+            "--hf-overrides by a function, or of a part's config: only fields of the model's own are passed on"
+        )
+    if getattr(model_config, "hf_config_path", None):
+        found.append("--hf-config-path: the trainer reads the model's folder; put config.json there")
     if getattr(model_config.hf_config, "is_encoder_decoder", False):
         found.append("encoder-decoder model: only decoder-only models are trained")
     found += _moe_refusals(model)

@@ -86,6 +86,7 @@ def _header(vllm_config: Any, model_config: Any, rank: int, size: int) -> dict[s
         if device == "cuda"
         else "",
         "max_model_len": model_config.max_model_len,
+        "config_overrides": compat.config_overrides(model_config),
     }
 
 
@@ -117,11 +118,11 @@ def _export(model: nn.Module, vllm_config: Any, model_config: Any, header: dict[
 
 
 def _checkpoint_tensors(model_config: Any, vllm_config: Any, header: dict[str, Any]) -> list[CheckpointTensor]:
-    folder = Path(header["model_path"])
-    found = checkpoint_index.read_index(folder) if folder.is_dir() else []
+    folder, load_format = Path(header["model_path"]), compat.load_format(vllm_config)
+    found = checkpoint_index.read_index(folder, load_format) if folder.is_dir() else []
     if found:
         return found
-    if str(vllm_config.load_config.load_format) not in ("dummy", "LoadFormat.DUMMY"):
+    if load_format != "dummy":
         raise RuntimeError(
             f"{model_config.model}: got no *.safetensors, expected a safetensors checkpoint; convert it with "
             "model.save_pretrained(folder)"

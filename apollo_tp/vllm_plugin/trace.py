@@ -128,7 +128,10 @@ def _box_of(probe: Probe) -> tuple[Box, list[int | None]]:
 
 
 class _ParametersStay(TorchDispatchMode):
-    """While tracing, writes into served parameters that carry no probe (zeroing padding rows) are not executed."""
+    """While tracing, padding of served parameters is not filled, and what else is done to them is an error: a loader that
+    computes with what it has copied would leave a trace of the copy alone."""
+
+    FILLS = (torch.ops.aten.fill_.Scalar, torch.ops.aten.fill_.Tensor, torch.ops.aten.zero_.default)
 
     def __init__(self, storages: set[int]) -> None:
         super().__init__()
@@ -138,6 +141,8 @@ class _ParametersStay(TorchDispatchMode):
         if func._schema.is_mutable and args and isinstance(args[0], Tensor) and not isinstance(args[0], Probe):
             is_copy_of_probe = any(isinstance(leaf, Probe) for leaf in args[1:])
             if not is_copy_of_probe and args[0].untyped_storage().data_ptr() in self.storages:
+                if func not in self.FILLS:
+                    raise TransformedError(f"vLLM's loader applies {func} to the parameter that it was copied to")
                 return args[0]
         return func(*args, **(kwargs or {}))
 

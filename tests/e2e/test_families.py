@@ -4,17 +4,19 @@ training steps, agreement of log-probabilities, and checkpoints that load elsewh
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from apollo_tp.demo.model import make_tokenizer, standard_library_text
 from apollo_tp.demo.processes import coordinator_url, free_port, start_server, start_trainer
 from apollo_tp.mapping import map_rank, verify_against_checkpoint
+from apollo_tp.model.served_config import as_served
 from apollo_tp.protocol import Sample
 from tests.e2e.conftest import START_SECONDS, Server, Trainer
 from tests.e2e.test_live_server import _trainer_logprobs
@@ -40,8 +42,13 @@ SERVED: dict[str, dict[str, Any]] = {
 FP32 = {"qwen3-moe"}
 
 
+# vLLM is told to stretch positions: trainer and server must compute alike, whatever the model's own config says.
+OVERRIDES = {"llama": {"rope_parameters": {"rope_type": "linear", "factor": 8.0, "rope_theta": 10000.0}}}
+
+
 def _server_args(name: str) -> list[str]:
-    return ["--dtype", "float32"] if name in FP32 else []
+    overrides = ["--hf-overrides", json.dumps(OVERRIDES[name])] if name in OVERRIDES else []
+    return [*overrides, *(["--dtype", "float32"] if name in FP32 else [])]
 
 
 class Family:
@@ -157,7 +164,7 @@ def test_ten_steps_and_a_checkpoint_with_the_served_log_probabilities(
     job = trainer.post("/train", {"samples": [sample] * 4, "epochs": 10, "batch_size": 4, "wait": True})
     assert (job["state"], job["step"]) == ("succeeded", 10), job
     assert server.mean_logprob(TOKENS) > before + 0.1
-    live = server.logprobs(TOKENS)
+    live, manifest = server.logprobs(TOKENS), server.manifests[0]
     saved = trainer.post("/checkpoint", {"wait": True})["path"]
     trainer.process.stop()  # neither is needed any more, and their memory is
     server.process.stop()
@@ -167,7 +174,8 @@ def test_ten_steps_and_a_checkpoint_with_the_served_log_probabilities(
     try:
         for name in _following(request):
             start_family(name)  # a start leaves half of two cores idle
-        model = AutoModelForCausalLM.from_pretrained(saved, dtype="auto", attn_implementation="eager")
+        config = as_served(AutoConfig.from_pretrained(saved), manifest.config_overrides, manifest.max_model_len)
+        model = AutoModelForCausalLM.from_pretrained(saved, config=config, dtype="auto", attn_implementation="eager")
         with torch.no_grad():
             logprobs = model(torch.tensor([TOKENS])).logits[0, :-1].float().log_softmax(-1)
         expected = logprobs.gather(1, torch.tensor(TOKENS[1:])[:, None])[:, 0].tolist()

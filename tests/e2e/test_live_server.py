@@ -19,6 +19,7 @@ from apollo_tp.demo.processes import coordinator_url, start_trainer
 from apollo_tp.manifest import Manifest
 from apollo_tp.mapping import map_rank
 from apollo_tp.model import bind_model
+from apollo_tp.model.served_config import as_served
 from apollo_tp.parallel import TPGroup
 from apollo_tp.protocol import Sample
 from tests.e2e.conftest import Server, Trainer
@@ -51,6 +52,7 @@ def test_every_parameter_reaches_inference_and_is_restored_exactly(server: Serve
 def _trainer_logprobs(tp: TPGroup, manifests: list[Manifest], samples: list[Sample]) -> list[float]:
     mapped = map_rank(manifests, tp.rank)
     config = AutoConfig.from_pretrained(manifests[0].model_path)
+    config = as_served(config, manifests[0].config_overrides, manifests[0].max_model_len)
     bound = bind_model(config, mapped.tensors, tp, fused=mapped.fused)
     (batch,) = pack(samples, 1024)
     with torch.no_grad():

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from torch import nn
 
-from apollo_tp.vllm_plugin.compat import refusals_of_server
+from apollo_tp.vllm_plugin.compat import ENGINES_VARIABLE, config_overrides, is_draft, refusals_of_server
 
 
 def server(**changes: Any) -> SimpleNamespace:
@@ -72,3 +72,41 @@ def test_backends_that_reorder_expert_weights_are_refused(backend: str) -> None:
     assert [backend in reason and "--moe-backend triton" in reason for reason in found] == [True] * (
         backend != "triton"
     )
+
+
+def test_each_engine_of_a_data_parallel_server_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """To the engines of a dense model vLLM says that each is the only one; they would publish in each other's place."""
+    monkeypatch.setenv(ENGINES_VARIABLE, "4")
+    assert "data parallelism (4 engines)" in refusals_of_server(server(), nn.Module())[0]
+    monkeypatch.setenv(ENGINES_VARIABLE, "1")
+    (second,) = refusals_of_server(server(parallel_config__data_parallel_index=1), nn.Module())
+    assert "data parallelism" in second
+
+
+def test_a_draft_model_is_not_taken_for_the_served_one() -> None:
+    """vLLM loads one of method draft_model with a config that is all about the draft."""
+    target, draft = object(), object()
+
+    def config(model: object, **speculative: object) -> SimpleNamespace:
+        return SimpleNamespace(
+            model_config=model, speculative_config=SimpleNamespace(**speculative) if speculative else None
+        )
+
+    assert not is_draft(config(target), target)
+    assert not is_draft(config(target, draft_model_config=draft, target_model_config=target), target)
+    assert not is_draft(config(target, draft_model_config=target, target_model_config=target), target), "n-gram"
+    assert is_draft(config(draft, draft_model_config=draft, target_model_config=target), draft), "draft_model"
+    assert is_draft(config(target, draft_model_config=draft, target_model_config=target), draft), "EAGLE, MTP"
+
+
+def test_overrides_of_the_config_are_passed_on_as_the_server_has_them() -> None:
+    """What vLLM made of them, since it takes older names too; by a function they cannot be."""
+    rope = {"rope_type": "yarn", "factor": 4.0}
+    hf_config = SimpleNamespace(is_encoder_decoder=False, rope_parameters=rope, sliding_window=8, hidden_size=64)
+    changes = {"model_config__hf_overrides": {"rope_scaling": rope, "sliding_window": 8, "dtype": "bfloat16"}}
+    vllm_config = server(model_config__hf_config=hf_config, **changes)
+    assert config_overrides(vllm_config.model_config) == {"rope_parameters": rope, "sliding_window": 8}
+    assert refusals_of_server(vllm_config, nn.Module()) == []
+    for value in (lambda config: config, {"text_config": {"sliding_window": 8}}):
+        (reason,) = refusals_of_server(server(model_config__hf_overrides=value), nn.Module())
+        assert "--hf-overrides" in reason

@@ -322,3 +322,13 @@ def test_refusals_of_the_loader_are_listed() -> None:
     refusals = [Refusal(name="w", reason="vLLM's loader applies aten.mul to it")]
     with pytest.raises(UnsupportedModelError, match=r"w: rank 1: vLLM's loader applies aten\.mul"):
         place(_server([[_rows(0, 4, 0)], [_rows(4, 4, 0)]], [8, 4], refusals=refusals))
+
+
+def test_two_checkpoint_tensors_in_one_place_are_refused() -> None:
+    """Of a folder with two sets of files, say: the trainer would update the same numbers twice."""
+    segments = [[_rows(0, 4, 0)], [_rows(4, 4, 0)]]
+    again = [msgspec.structs.replace(mine, checkpoint="v") for part in segments for mine in part]
+    manifests = _server([[first, second] for (first,), second in zip(segments, again, strict=True)], [8, 4])
+    both = [*manifests[0].checkpoint, CheckpointTensor(name="v", shape=[8, 4], dtype="BF16")]
+    with pytest.raises(UnsupportedModelError, match="v: rank 1: it is copied to where w is"):
+        place([msgspec.structs.replace(m, checkpoint=both) for m in manifests])
