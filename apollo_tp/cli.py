@@ -8,8 +8,11 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import math
 import os
+import random
 import sys
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -25,6 +28,7 @@ from apollo_tp.zmq_transport import ZmqTransport
 
 URL_VARIABLE = "APOLLO_TP_URL"
 TOKEN_VARIABLE = "APOLLO_TP_TOKEN"
+SERVER_KEY_VARIABLE = "VLLM_API_KEY"
 DEFAULT_URL = "http://127.0.0.1:8300"
 OK, REFUSED, USAGE, UNREACHABLE = 0, 1, 2, 3
 
@@ -199,6 +203,52 @@ def inspect(client: Client, args: argparse.Namespace) -> int:
     return OK
 
 
+def compare(client: Client, args: argparse.Namespace) -> int:
+    """Does the trainer compute what the server serves? Log-probabilities of the same tokens by both.
+
+    They differ by rounding (bf16, other kernels). More means that gradients are of another function than is served.
+    """
+    trainer = client.call("GET", "/train/status")["trainer"]
+    if not trainer["connected"]:
+        raise RefusedError(f"no trainer: {trainer.get('reason')}")
+    count = max(2, min(args.tokens, trainer["max_sequence_tokens"]))
+    draw = random.Random(args.seed)
+    tokens = [
+        draw.randrange(trainer["vocab_size"] // 2) for _ in range(count)
+    ]  # special tokens are mostly in the other half
+    samples = [{"context_ids": tokens[:i], "continuation_ids": [tokens[i]]} for i in range(1, count)]
+    scored = client.call("POST", "/train/score", json={"samples": samples}, timeout=None)
+    served = _served_logprobs(args, trainer["served_model_names"][0], tokens)
+    gaps = [math.inf if row["logprob"] is None else abs(row["logprob"] - value)
+            for row, value in zip(scored["data"], served, strict=True)]  # fmt: skip
+    answer = {
+        "tokens": len(gaps), "mean_gap_nats": sum(gaps) / len(gaps), "largest_gap_nats": max(gaps),
+        "weight_version": scored["weight_version"],
+    }  # fmt: skip
+    if not _json(args, answer):
+        out.print(
+            f"{len(gaps)} log-probabilities of random tokens, weight version {scored['weight_version']}: server and trainer "
+            f"differ by {answer['mean_gap_nats']:.4f} nats in the mean, {answer['largest_gap_nats']:.4f} at most"
+        )
+    return OK if args.at_most is None or answer["mean_gap_nats"] <= args.at_most else REFUSED
+
+
+def _served_logprobs(args: argparse.Namespace, model: str, tokens: list[int]) -> list[float]:
+    """The server's log-probability (nats) of each token but the first."""
+    key = os.environ.get(SERVER_KEY_VARIABLE)
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    body = {
+        "model": model, "prompt": tokens, "max_tokens": 1, "temperature": 0, "prompt_logprobs": 0,
+        "cache_salt": uuid.uuid4().hex,  # away from entries of older weights
+    }  # fmt: skip
+    answer = httpx.post(
+        f"{args.server.rstrip('/')}/v1/completions", json=body, headers=headers, timeout=120, trust_env=False
+    )
+    _check(answer)
+    entries = answer.json()["choices"][0]["prompt_logprobs"][1:]
+    return [entry[str(token)]["logprob"] for entry, token in zip(entries, tokens[1:], strict=True)]
+
+
 def _follow(client: Client, job_id: str, args: argparse.Namespace) -> int:
     if args.json:
         for event in client.events(job_id):
@@ -303,6 +353,13 @@ def _parser() -> argparse.ArgumentParser:
     }.items():
         trained.add_argument(f"--{name}", type=kind)
     trained.add_argument("--truncate", choices=["refuse", "left", "right"])
+    compared = add("compare", compare)
+    compared.add_argument(
+        "--server", default="http://127.0.0.1:8000", help=f"vLLM; its API key in ${SERVER_KEY_VARIABLE}"
+    )
+    compared.add_argument("--tokens", type=int, default=64)
+    compared.add_argument("--seed", type=int, default=0)
+    compared.add_argument("--at-most", type=float, metavar="NATS", help="exit with status 1 if the mean gap is larger")
     made = add("keys", keys)
     made.add_argument("folder", metavar="DIR", type=Path)
     made.add_argument("--client", default="client", help="name of the client that may connect")

@@ -16,6 +16,7 @@ from apollo_tp.coordinator.samples import read_records, write_records
 from apollo_tp.coordinator.store import Store
 
 T = TypeVar("T")
+Ask = Callable[[protocol.AnyCommand], Awaitable[protocol.AnyReply]]
 SCORE_BATCH = 32
 EVALUATIONS_PER_JOB = 10
 
@@ -39,12 +40,25 @@ def _mean(total: float, weight: float) -> float | None:
     return total / weight if weight and math.isfinite(total) else None
 
 
+async def score(samples: Sequence[protocol.Sample], ask: Ask) -> list[tuple[float, float, float]]:
+    """Per sample: summed weighted log-probability (nats), sum of weights, weighted arg-max hits."""
+    found: list[tuple[float, float, float]] = []
+    for start in range(0, len(samples), SCORE_BATCH):
+        done = await _score(list(samples[start : start + SCORE_BATCH]), ask)
+        found += zip(done.logprobs, done.weights, done.num_correct, strict=True)
+    return found
+
+
+async def _score(samples: list[protocol.Sample], ask: Ask) -> protocol.ScoreDone:
+    done = await ask(protocol.Score(id=f"score/{secrets.token_hex(8)}", samples=samples))
+    assert isinstance(done, protocol.ScoreDone)
+    return done
+
+
 class Evaluator:
     """``ask`` sends a command to the ranks and returns its reply."""
 
-    def __init__(
-        self, job: Job, store: Store, ask: Callable[[protocol.AnyCommand], Awaitable[protocol.AnyReply]]
-    ) -> None:
+    def __init__(self, job: Job, store: Store, ask: Ask) -> None:
         self.job, self.store, self._ask = job, store, ask
         self._interval = max(1, job.total_steps // EVALUATIONS_PER_JOB)
         self._counted_from = job.step  # after a restart the next interval is soon enough
@@ -127,9 +141,7 @@ class Evaluator:
         return losses
 
     async def _score(self, samples: list[protocol.Sample]) -> protocol.ScoreDone:
-        done = await self._ask(protocol.Score(id=f"score/{secrets.token_hex(8)}", samples=samples))
-        assert isinstance(done, protocol.ScoreDone)
-        return done
+        return await _score(samples, self._ask)
 
     def _read(self, part: str, indices: Sequence[int], type: type[T]) -> list[T]:
         return read_records(self.store.samples_dir / f"{self.job.id}.{part}", indices, type)

@@ -43,7 +43,11 @@ class Intake:
         own = [name for name in SampleBody.__struct_fields__ if getattr(body, name) not in (None, True, 1.0)]
         if own:
             raise refuse(own[0], "it beside 'samples'", "either 'samples' or the fields of one sample")
-        return [self.sample(sample, f"samples[{index}].") for index, sample in enumerate(body.samples)]
+        return self.samples(body.samples)
+
+    def samples(self, bodies: list[SampleBody]) -> list[Sample]:
+        """Those of a list ``samples``."""
+        return [self.sample(sample, f"samples[{index}].") for index, sample in enumerate(bodies)]
 
     def sample(self, body: SampleBody, where: str) -> Sample:
         """One sample; ``where`` prefixes the field in errors."""

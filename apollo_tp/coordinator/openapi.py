@@ -12,10 +12,11 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from apollo_tp import __version__
-from apollo_tp.coordinator.schema import CheckpointBody, FineTuningBody, TrainBody
+from apollo_tp.coordinator.schema import CheckpointBody, FineTuningBody, ScoreBody, TrainBody
 
 _BODIES: dict[tuple[str, str], type[msgspec.Struct]] = {
     ("POST", "/train"): TrainBody,
+    ("POST", "/train/score"): ScoreBody,
     ("POST", "/checkpoint"): CheckpointBody,
     ("POST", "/v1/fine_tuning/jobs"): FineTuningBody,
 }

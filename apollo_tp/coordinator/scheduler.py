@@ -19,7 +19,7 @@ import msgspec
 
 from apollo_tp import protocol
 from apollo_tp.config import OnCrash
-from apollo_tp.coordinator.evaluation import Evaluator
+from apollo_tp.coordinator.evaluation import Evaluator, score
 from apollo_tp.coordinator.jobs import Job, JobError, State, batch_indices
 from apollo_tp.coordinator.progress import Progress
 from apollo_tp.coordinator.ranks import RankLink, RanksGoneError
@@ -87,6 +87,11 @@ class Scheduler:
         self.store.save_checkpoint(checkpoint, idempotency)
         self.wake()
         return checkpoint
+
+    async def score(self, samples: list[protocol.Sample]) -> list[tuple[float, float, float]]:
+        """Per sample: summed weighted log-probability (nats), sum of weights, weighted arg-max hits, under the weights of
+        the moment; between two steps if a job runs. Raises RanksGoneError, RankFailedError, DeadlineError."""
+        return await score(samples, self._ask)
 
     # --- life ---------------------------------------------------------------------------------------------------------
 

@@ -70,6 +70,13 @@ class CheckpointBody(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     wait_seconds: Annotated[float, Meta(gt=0, le=86_400)] = 600.0
 
 
+class ScoreBody(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """Body of POST /train/score."""
+
+    samples: Annotated[list[SampleBody], Meta(min_length=1, max_length=1024)]
+    truncate: Truncate = Truncate.refuse
+
+
 class Preference(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     """The ``input`` of a line of a DPO file."""
 

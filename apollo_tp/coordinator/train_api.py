@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import Callable
 from typing import Any
@@ -15,7 +16,7 @@ from starlette.routing import Route
 from apollo_tp.coordinator.intake import spec_of
 from apollo_tp.coordinator.jobs import Job, State, new_job, plan_total_steps
 from apollo_tp.coordinator.samples import write_records
-from apollo_tp.coordinator.schema import CheckpointBody, TrainBody, decode
+from apollo_tp.coordinator.schema import CheckpointBody, ScoreBody, TrainBody, decode
 from apollo_tp.coordinator.service import Service, flag, idempotency, page_of, whole
 from apollo_tp.coordinator.store import Checkpoint
 from apollo_tp.coordinator.views import event_stream, event_view, job_view, status_view
@@ -36,6 +37,7 @@ class TrainApi:
         """The route table of this surface."""
         return [
             Route("/train", self.train, methods=["POST"]),
+            Route("/train/score", self.score, methods=["POST"]),
             Route("/train/status", self.status, methods=["GET"]),
             Route("/train/layout", self.layout, methods=["GET"]),
             Route("/train/jobs", self.jobs, methods=["GET"]),
@@ -109,6 +111,18 @@ class TrainApi:
     def _accepted(self, job: Job, status: int, headers: dict[str, str] | None = None) -> Response:
         headers = {"Location": f"/train/jobs/{job.id}"} | (headers or {})
         return JSONResponse(job_view(job, self._service.scheduler), status_code=status, headers=headers)
+
+    async def score(self, request: Request) -> Response:
+        """What the trainer makes of samples under the weights of this moment. Trains nothing. For `apollo-tp compare`."""
+        body = decode(await request.body(), ScoreBody)
+        samples = await asyncio.to_thread(self._service.intake(body.truncate).samples, body.samples)
+        data = [
+            {"logprob": logprob if math.isfinite(logprob) else None, "weight": weight, "correct": correct,
+             "num_tokens": len(sample.token_ids)}
+            for sample, (logprob, weight, correct) in zip(samples, await self._service.scheduler.score(samples), strict=True)
+        ]  # fmt: skip
+        version = self._service.scheduler.link.weight_version
+        return JSONResponse({"object": "train.score", "weight_version": version, "data": data})
 
     async def status(self, request: Request) -> Response:
         """What runs, waits and is done; the last losses; the trainer."""

@@ -13,6 +13,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from apollo_tp import cli
 from apollo_tp.demo.model import make_tokenizer, standard_library_text
 from apollo_tp.demo.processes import coordinator_url, free_port, start_server, start_trainer
 from apollo_tp.mapping import map_rank, verify_against_checkpoint
@@ -142,7 +143,9 @@ def test_every_parameter_reaches_inference_and_is_restored_exactly(family: tuple
 
 def test_trainer_and_server_agree_on_log_probabilities(family: tuple[Server, Trainer]) -> None:
     """Same tokens, same bf16 weights, two programs: bf16 rounds logits of size 4 to 1/64, and hidden states before."""
-    server, _ = family
+    server, trainer = family
+    compare = ["compare", "--url", trainer.url, "--server", server.url, "--at-most", "0.02"]
+    assert cli.main(compare) == 0, "as a user would ask the trainer's own process"
     sample = Sample(token_ids=TOKENS, weights=[0.0] + [1.0] * (len(TOKENS) - 1))
     served = server.logprobs(TOKENS)
     for values in run_ranks(_trainer_logprobs, 2, server.manifests, [sample], deadline_seconds=240):

@@ -4,6 +4,8 @@ import json
 import os
 import subprocess
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
@@ -29,6 +31,31 @@ def run(stack, *arguments, env=None, text=None):
     environment = os.environ | {"APOLLO_TP_RUNTIME_DIR": folder, "TERM": "dumb", "COLUMNS": "200"} | (env or {})
     command = [sys.executable, "-m", "apollo_tp.cli", *map(str, arguments)]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=30, input=text)
+
+
+@pytest.fixture
+def completions():
+    """A server's /v1/completions, that answers as the fake rank scores, and 0.25 nats below."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self):
+            body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+            known = self.headers["authorization"] is None
+            entries = [{str(t): {"logprob": -0.5 * (1 + 0.01 * t) - 0.25}} for t in body["prompt"]]
+            answer = {"choices": [{"prompt_logprobs": [None, *entries[1:]]}]}
+            content = json.dumps(answer if known else {"error": {"message": "no such key"}}).encode()
+            self.send_response(200 if known else 401)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+
+        def log_message(self, *_):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
 
 
 @pytest.fixture
@@ -100,3 +127,16 @@ def test_errors_are_sentences(stack, data, tmp_path):
         assert done.returncode == status, done
         assert words in done.stderr
         assert "Traceback" not in done.stderr
+
+
+def test_compare_says_how_far_server_and_trainer_are_apart(stack, completions):
+    """The fake rank gives every token -0.5 (1 + its id / 100), the server -0.25 more."""
+    arguments = ("compare", "--server", completions, "--tokens", 10)
+    shown = run(stack, *arguments)
+    assert shown.returncode == 0, shown.stderr
+    assert "9 log-probabilities" in shown.stdout
+    assert "0.2500 nats in the mean, 0.2500 at most" in shown.stdout
+    assert run(stack, *arguments, "--at-most", 0.3).returncode == 0
+    assert run(stack, *arguments, "--at-most", 0.2).returncode == 1
+    assert json.loads(run(stack, *arguments, "--json").stdout)["tokens"] == 9
+    assert "401" in run(stack, *arguments, env={"VLLM_API_KEY": "wrong"}).stderr

@@ -318,3 +318,23 @@ def test_an_unforeseen_error_has_an_id_that_the_log_has(tmp_path, caplog):
         assert (answer.status_code, answer.json()["error"]["code"]) == (status, "http")
     assert answer.headers["allow"] == "POST"
     store.close()
+
+
+def test_scores_of_samples_in_any_number(stack):
+    """In the order given, more than one command takes; nothing is trained, and what is not finite is null."""
+    client, ranks = stack
+    before = len(ranks.applied())
+    samples = [{"context_ids": [1], "continuation_ids": [2] * (1 + i % 3)} for i in range(70)]
+    answer = client.post("/train/score", json={"samples": samples}).json()
+    assert answer["weight_version"] == before == len(ranks.applied())
+    assert [row["weight"] for row in answer["data"]] == [1 + i % 3 for i in range(70)]
+    assert answer["data"][1] == {"logprob": pytest.approx(-1.02), "weight": 2.0, "correct": 1.0, "num_tokens": 3}
+    ranks.logprob = float("nan")
+    try:
+        assert client.post("/train/score", json={"samples": samples[:1]}).json()["data"][0]["logprob"] is None
+    finally:
+        ranks.logprob = -0.5
+    for body, field in (({}, "samples"), ({"samples": []}, "samples"), ({"samples": [{}]}, "samples[0]")):
+        refused = client.post("/train/score", json=body)
+        assert refused.status_code == 400, refused.text
+        assert field in refused.json()["error"]["message"]
