@@ -228,7 +228,8 @@ def compare(client: Client, args: argparse.Namespace) -> int:
     if not _json(args, answer):
         out.print(
             f"{len(gaps)} log-probabilities of random tokens, weight version {scored['weight_version']}: server and trainer "
-            f"differ by {answer['mean_gap_nats']:.4f} nats in the mean, {answer['largest_gap_nats']:.4f} at most"
+            f"differ by {answer['mean_gap_nats']:.4f} nats in the mean, {answer['largest_gap_nats']:.4f} at most",
+            soft_wrap=True,
         )
     return OK if args.at_most is None or answer["mean_gap_nats"] <= args.at_most else REFUSED
 
