@@ -82,11 +82,9 @@ def install_hooks(on_loaded: Callable[[nn.Module, Any, Any], None]) -> None:
 def is_draft(vllm_config: Any, model_config: Any) -> bool:
     """Whether this is speculative decoding's draft model. Some drafts come with a ``vllm_config`` that is about them."""
     speculative = getattr(vllm_config, "speculative_config", None)
-    its_own = speculative is not None and model_config is speculative.draft_model_config
+    draft, target = (getattr(speculative, f"{whose}_model_config", None) for whose in ("draft", "target"))
     # n-gram speculation has the target as its draft
-    return model_config is not vllm_config.model_config or (
-        its_own and model_config is not speculative.target_model_config
-    )
+    return model_config is not vllm_config.model_config or (model_config is draft and draft is not target)
 
 
 def _note_engines() -> None:
