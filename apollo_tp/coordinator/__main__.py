@@ -55,7 +55,7 @@ def main() -> int:
     except ApolloTpError as error:
         log.error("%s", error)
         return 1
-    except (sqlite3.Error, OSError) as error:
+    except sqlite3.Error as error:
         log.error("got %s, expected to write to service.state_dir; free space there", error, exc_info=error)
         return EXIT_STORAGE
     return 0

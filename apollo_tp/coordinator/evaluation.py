@@ -41,7 +41,8 @@ def _mean(total: float, weight: float) -> float | None:
 
 
 async def score(samples: Sequence[protocol.Sample], ask: Ask) -> list[tuple[float, float, float]]:
-    """Per sample: summed weighted log-probability (nats), sum of weights, weighted arg-max hits."""
+    """Per sample: summed weighted log-probability (nats), sum of weights, weighted arg-max hits, under the weights of the
+    moment; between two steps if a job runs."""
     found: list[tuple[float, float, float]] = []
     for start in range(0, len(samples), SCORE_BATCH):
         done = await _score(list(samples[start : start + SCORE_BATCH]), ask)

@@ -19,7 +19,7 @@ import msgspec
 
 from apollo_tp import protocol
 from apollo_tp.config import OnCrash
-from apollo_tp.coordinator.evaluation import Evaluator, score
+from apollo_tp.coordinator.evaluation import Evaluator
 from apollo_tp.coordinator.jobs import Job, JobError, State, batch_indices
 from apollo_tp.coordinator.progress import Progress
 from apollo_tp.coordinator.ranks import RankLink, RanksGoneError
@@ -31,6 +31,8 @@ from apollo_tp.errors import ApolloTpError, DeadlineError, RankFailedError
 log = logging.getLogger(__name__)
 
 STEPS_IN_FLIGHT = 2
+FAILURES = (ApolloTpError, OSError, msgspec.MsgspecError)
+"""Of a job alone. The last two: its samples cannot be read."""
 OnStep = Callable[[Job, protocol.StepDone], None]
 Pending = tuple[int, asyncio.Future[protocol.AnyReply]]
 
@@ -87,11 +89,6 @@ class Scheduler:
         self.store.save_checkpoint(checkpoint, idempotency)
         self.wake()
         return checkpoint
-
-    async def score(self, samples: list[protocol.Sample]) -> list[tuple[float, float, float]]:
-        """Per sample: summed weighted log-probability (nats), sum of weights, weighted arg-max hits, under the weights of
-        the moment; between two steps if a job runs. Raises RanksGoneError, RankFailedError, DeadlineError."""
-        return await score(samples, self._ask)
 
     # --- life ---------------------------------------------------------------------------------------------------------
 
@@ -205,14 +202,14 @@ class Scheduler:
         except RankFailedError as error:
             failure = JobError(code="rank_failed", message=str(error), rank=error.rank, traceback=error.traceback)
             self._fail(job, failure)
-        except (ApolloTpError, OSError, msgspec.MsgspecError) as error:  # the last two: its samples cannot be read
+        except FAILURES as error:
             self._fail(job, JobError(code=type(error).__name__, message=str(error)))
         finally:
             self.running = None
             self.store.on_change()
 
     async def _train(self, job: Job) -> None:
-        evaluator = Evaluator(job, self.store, self._ask)
+        evaluator = Evaluator(job, self.store, self.ask)
         await evaluator.prepare()
         pending: collections.deque[Pending] = collections.deque()
         try:
@@ -231,7 +228,7 @@ class Scheduler:
                 assert isinstance(done, protocol.StepDone)
                 self._record_step(job, done)
                 self._check_skips(job, done)
-        except ApolloTpError:
+        except FAILURES:
             await self._drain(job, pending)
             raise
         await self._end(job, evaluator)
@@ -282,7 +279,8 @@ class Scheduler:
             )
         return await self.link.send(command)
 
-    async def _ask(self, command: protocol.AnyCommand) -> protocol.AnyReply:
+    async def ask(self, command: protocol.AnyCommand) -> protocol.AnyReply:
+        """Send a command and await its reply. Raises RanksGoneError, RankFailedError, DeadlineError."""
         return await self._reply(await self.link.send(command))
 
     async def _reply(self, future: asyncio.Future[protocol.AnyReply]) -> protocol.AnyReply:
@@ -373,7 +371,7 @@ class Scheduler:
             return await self._saving[checkpoint.id]
         self._saving[checkpoint.id] = asyncio.current_task()  # type: ignore[assignment]
         try:
-            done = await self._ask(protocol.SaveCheckpoint(id=self.link.new_id("save"), name=checkpoint.name))
+            done = await self.ask(protocol.SaveCheckpoint(id=self.link.new_id("save"), name=checkpoint.name))
             assert isinstance(done, protocol.CheckpointDone)
             checkpoint.state, checkpoint.path, checkpoint.num_bytes = "succeeded", done.path, done.num_bytes
             checkpoint.seconds, checkpoint.weight_version = done.seconds, done.weight_version

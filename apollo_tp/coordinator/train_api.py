@@ -13,6 +13,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
+from apollo_tp.coordinator.evaluation import score
 from apollo_tp.coordinator.intake import spec_of
 from apollo_tp.coordinator.jobs import Job, State, new_job, plan_total_steps
 from apollo_tp.coordinator.samples import write_records
@@ -116,10 +117,11 @@ class TrainApi:
         """What the trainer makes of samples under the weights of this moment. Trains nothing. For `apollo-tp compare`."""
         body = decode(await request.body(), ScoreBody)
         samples = await asyncio.to_thread(self._service.intake(body.truncate).samples, body.samples)
+        scores = await score(samples, self._service.scheduler.ask)
         data = [
             {"logprob": logprob if math.isfinite(logprob) else None, "weight": weight, "correct": correct,
              "num_tokens": len(sample.token_ids)}
-            for sample, (logprob, weight, correct) in zip(samples, await self._service.scheduler.score(samples), strict=True)
+            for sample, (logprob, weight, correct) in zip(samples, scores, strict=True)
         ]  # fmt: skip
         version = self._service.scheduler.link.weight_version
         return JSONResponse({"object": "train.score", "weight_version": version, "data": data})

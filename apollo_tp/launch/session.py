@@ -28,7 +28,7 @@ from apollo_tp.launch.lineage import LineageFile
 from apollo_tp.launch.progress import StepProgress
 from apollo_tp.launch.server_watch import ServerWatch
 from apollo_tp.launch.update_gate import Lock, UpdateGate, needs_lock
-from apollo_tp.manifest import Manifest, check_agreement, live_instances, read_instance, wait_for_server
+from apollo_tp.manifest import Manifest, check_agreement, read_instance, wait_for_server
 from apollo_tp.mapping import MappedRank, map_rank, verify_against_checkpoint
 from apollo_tp.model import BoundModel, bind_model
 from apollo_tp.model.served_config import as_served
@@ -99,13 +99,12 @@ def _find_server(start: _Start) -> tuple[list[Manifest], Path]:
     """The one server to train, awaited and read by every rank; it and the checkpoints' folder are locked by rank 0."""
     config, world, control = start.config, start.world, start.control
     base = runtime.base_dir(config.server.runtime_dir)
-    name, wanted, seconds = "", config.server.instance, config.server.wait_seconds
+    name, seconds = "", config.server.wait_seconds
     with _together(control):
-        live, _ = live_instances(base)
-        if world.rank == 0 and (wanted not in live if wanted else not live):
-            log.info("waiting up to %.0f s for a vLLM server with VLLM_PLUGINS=apollo in %s", seconds, base)
+        if world.rank == 0:
+            log.info("looking for a vLLM server with VLLM_PLUGINS=apollo in %s, for up to %.0f s", base, seconds)
         # on every rank: who waited for rank 0 in a collective would give up at that one's deadline
-        name = wait_for_server(base, wanted, seconds)[0].instance_id
+        name = wait_for_server(base, config.server.instance, seconds)[0].instance_id
         if world.rank == 0:
             start.stack.enter_context(runtime.trainer_lock(runtime.instance_dir(name, base)))
             start.stack.enter_context(writer_lock(Path(config.checkpoint.dir).resolve()))

@@ -30,7 +30,7 @@ def test_ranks_end_with_a_killed_launcher(launcher: str, tmp_path: Path) -> None
         process = subprocess.Popen(command, stdout=out, stderr=out, env=environment, start_new_session=True)
     ranks: list[int] = []
     try:
-        _until(lambda: "waiting up to 100 s for a vLLM server" in log.read_text(), 60, log)
+        _until(lambda: "looking for a vLLM server" in log.read_text(), 60, log)
         ranks = _ranks(process.pid)
         assert len(ranks) == 2, log.read_text()
         process.kill()

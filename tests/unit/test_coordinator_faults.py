@@ -116,6 +116,18 @@ def test_a_job_whose_samples_are_gone_fails_alone(stack):
     assert "FileNotFoundError" in client.get(f"/train/jobs/{second}").json()["error"]["code"]
 
 
+def test_a_step_in_flight_counts_when_the_next_one_cannot_be_read(stack):
+    """What it wrote is in the weights."""
+    client, ranks, coordinator = stack
+    ranks.step_seconds = 0.5
+    job = client.post("/train", json=ONE | {"epochs": 9}).json()["id"]
+    wait_for(lambda: client.get(f"/train/jobs/{job}").json()["step"] == 1)
+    (coordinator.folder / "state" / "samples" / f"{job}.train").unlink()
+    failed = ends(client, job)
+    assert (failed["state"], failed["step"]) == ("failed", len(ranks.applied()))
+    assert failed["step"] > 1
+
+
 def test_a_full_disk_ends_the_coordinator_until_there_is_room(stack):
     """It says why; started again with room, it loses and repeats nothing. A limit on files' size stands for the disk."""
     client, ranks, coordinator = stack
