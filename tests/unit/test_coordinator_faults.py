@@ -124,6 +124,7 @@ def test_a_step_in_flight_counts_when_the_next_one_cannot_be_read(stack):
     wait_for(lambda: client.get(f"/train/jobs/{job}").json()["step"] == 1)
     (coordinator.folder / "state" / "samples" / f"{job}.train").unlink()
     failed = ends(client, job)
+    wait_for(lambda: not client.get("/train/status").json()["trainer"]["busy_with"])
     assert (failed["state"], failed["step"]) == ("failed", len(ranks.applied()))
     assert failed["step"] > 1
 
