@@ -8,12 +8,10 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import math
 import os
-import random
 import sys
-import uuid
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +21,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from apollo_tp import runtime
+from apollo_tp.compare import SERVER_KEY_VARIABLE, ask_server, gap, random_tokens, score_request, served_logprobs
 from apollo_tp.errors import ConfigError
 from apollo_tp.zmq_transport import ZmqTransport
 
 URL_VARIABLE = "APOLLO_TP_URL"
 TOKEN_VARIABLE = "APOLLO_TP_TOKEN"
-SERVER_KEY_VARIABLE = "VLLM_API_KEY"
 DEFAULT_URL = "http://127.0.0.1:8300"
 OK, REFUSED, USAGE, UNREACHABLE = 0, 1, 2, 3
 
@@ -204,48 +202,22 @@ def inspect(client: Client, args: argparse.Namespace) -> int:
 
 
 def compare(client: Client, args: argparse.Namespace) -> int:
-    """Does the trainer compute what the server serves? Log-probabilities of the same tokens by both.
-
-    They differ by rounding (bf16, other kernels). More means that gradients are of another function than is served.
-    """
+    """Does the trainer compute what the server serves? See ``apollo_tp.compare``."""
     trainer = client.call("GET", "/train/status")["trainer"]
     if not trainer["connected"]:
         raise RefusedError(f"no trainer: {trainer.get('reason')}")
-    count = max(2, min(args.tokens, trainer["max_sequence_tokens"]))
-    # of the half of the vocabulary that mostly has no special tokens
-    tokens = random.Random(0).choices(range(trainer["vocab_size"] // 2), k=count)
-    samples = [{"context_ids": tokens[:i], "continuation_ids": [tokens[i]]} for i in range(1, count)]
-    scored = client.call("POST", "/train/score", json={"samples": samples}, timeout=None)
-    served = _served_logprobs(args, trainer["served_model_names"][0], tokens)
-    gaps = [math.inf if row["logprob"] is None else abs(row["logprob"] - value)
-            for row, value in zip(scored["data"], served, strict=True)]  # fmt: skip
-    answer = {
-        "tokens": len(gaps), "mean_gap_nats": sum(gaps) / len(gaps), "largest_gap_nats": max(gaps),
-        "weight_version": scored["weight_version"],
-    }  # fmt: skip
-    if not _json(args, answer):
+    tokens = random_tokens(max(2, min(args.tokens, trainer["max_sequence_tokens"])), trainer["vocab_size"])
+    scored = client.call("POST", "/train/score", json=score_request(tokens), timeout=None)
+    served = ask_server(args.server, trainer["served_model_names"][0], tokens)
+    _check(served)
+    found, version = gap(scored, served_logprobs(served, tokens)), scored["weight_version"]
+    if not _json(args, asdict(found) | {"weight_version": version}):
         out.print(
-            f"{len(gaps)} log-probabilities of random tokens, weight version {scored['weight_version']}: server and trainer "
-            f"differ by {answer['mean_gap_nats']:.4f} nats in the mean, {answer['largest_gap_nats']:.4f} at most",
+            f"{found.tokens} log-probabilities of random tokens, weight version {version}: server and trainer "
+            f"differ by {found.mean_gap_nats:.4f} nats in the mean, {found.largest_gap_nats:.4f} at most",
             soft_wrap=True,
         )
-    return OK if args.at_most is None or answer["mean_gap_nats"] <= args.at_most else REFUSED
-
-
-def _served_logprobs(args: argparse.Namespace, model: str, tokens: list[int]) -> list[float]:
-    """The server's log-probability (nats) of each token but the first."""
-    key = os.environ.get(SERVER_KEY_VARIABLE)
-    headers = {"Authorization": f"Bearer {key}"} if key else {}
-    body = {
-        "model": model, "prompt": tokens, "max_tokens": 1, "temperature": 0, "prompt_logprobs": 0,
-        "cache_salt": uuid.uuid4().hex,  # away from entries of older weights
-    }  # fmt: skip
-    answer = httpx.post(
-        f"{args.server.rstrip('/')}/v1/completions", json=body, headers=headers, timeout=120, trust_env=False
-    )
-    _check(answer)
-    entries = answer.json()["choices"][0]["prompt_logprobs"][1:]
-    return [entry[str(token)]["logprob"] for entry, token in zip(entries, tokens[1:], strict=True)]
+    return OK if args.at_most is None or found.mean_gap_nats <= args.at_most else REFUSED
 
 
 def _follow(client: Client, job_id: str, args: argparse.Namespace) -> int:

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import datetime
 import math
 import random
@@ -29,6 +30,7 @@ import sys
 import tempfile
 import time
 import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -77,6 +79,22 @@ class ServedWeights:
         for name, tensor in self.tensors.items():
             tensor.copy_(saved[name])
         self._finish()
+
+    @contextlib.contextmanager
+    def without(self, name: str) -> Iterator[None]:
+        """Zeros in the place of one parameter, on all ranks; nothing must run."""
+        parts = {key: tensor for key, tensor in self.tensors.items() if key.rsplit(" ", 1)[0] == name}
+        assert parts, name
+        saved = {key: tensor.clone() for key, tensor in parts.items()}
+        for tensor in parts.values():
+            tensor.zero_()
+        self._finish()
+        try:
+            yield
+        finally:
+            for key, tensor in parts.items():
+                tensor.copy_(saved[key])
+            self._finish()
 
     def _finish(self) -> None:
         for mapped in self._ranks:

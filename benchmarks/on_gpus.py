@@ -81,6 +81,7 @@ STEPS = {
         540, rehearsal=None,
     ),
     "map": Step(bench("map", "--out", "{out}"), 300),
+    "compare": Step(bench("compare", "--out", "{out}"), 300),
     "latency-mps": Step(bench("latency", "--cases", MPS, "--seconds", "4", "--out", "{out}/mps"), 500),
     "ipc": Step(pytest("tests/gpu/test_cuda_ipc.py"), 330, server=False, rehearsal=None),
     "refusals": Step(pytest("tests/gpu/test_faults.py", "-k", "refused"), 330, server=False, rehearsal=None),
