@@ -1,4 +1,4 @@
-"""Does the trainer compute the function that is served? Log-probabilities of the same tokens by both, over one set of weights.
+"""Does the trainer compute the function that is served? Log-probabilities of the same tokens by both, over the same weights.
 
 They differ by rounding (bf16, other kernels). More means that the gradients are of another function than is served.
 """

@@ -5,7 +5,7 @@
 
 The measure is that of ``apollo-tp compare``: log-probabilities of the same random tokens from both. What rounding does is
 read before and after training (at a rate that drives the loss of the fixed samples down, which makes the logits large). Then
-the trainer's numbers are kept and one layer's part is taken out of what is served: the least that a wrong trainer would show.
+the trainer's numbers are kept and one layer's part is taken out of what is served: the least that a wrong trainer shows.
 """
 
 from __future__ import annotations
