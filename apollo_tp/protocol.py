@@ -267,8 +267,17 @@ class TunnelCancel(msgspec.Struct, frozen=True, tag=True):
     id: int
 
 
+class TunnelTaken(msgspec.Struct, frozen=True, tag=True):
+    """The client has taken ``num_bytes`` more of the response's body: as many may follow (flow control)."""
+
+    id: int
+    num_bytes: int
+
+
 TUNNEL_ALIVE_SECONDS = 2.0
-TunnelUp = TunnelRequest | TunnelBody | TunnelCancel
+TUNNEL_WINDOW_BYTES = 4 * 2**20
+"""Of a response's body, at most so much is on its way to a client that has not taken it."""
+TunnelUp = TunnelRequest | TunnelBody | TunnelCancel | TunnelTaken
 TunnelDown = TunnelHead | TunnelBody | TunnelAlive
 
 _tunnel_up_decoder: msgspec.msgpack.Decoder[TunnelUp] = msgspec.msgpack.Decoder(TunnelUp)

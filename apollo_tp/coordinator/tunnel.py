@@ -2,7 +2,7 @@
 
 A ROUTER on a 0600 unix socket, and on request one over TCP with CURVE keys. A request is one asyncio task; frames that
 cannot be decoded, or belong to no request, are dropped. The body of a request waits in a bounded way: the edge refuses it as
-soon as it is over the limit.
+soon as it is over the limit. That of a response is sent as the client takes it: a slow one fills no memory of vLLM's.
 """
 
 from __future__ import annotations
@@ -25,7 +25,28 @@ MAX_FRAME_BYTES = 4 * 2**20
 MAX_REQUESTS = 512
 SEND_SECONDS = 10.0
 FULL_SECONDS = 0.01
+UNTAKEN_SECONDS = 300.0
+"""A client that takes nothing of its answer for so long is gone."""
 Key = tuple[bytes, int]
+
+
+class Window:
+    """How much more of a response's body may be sent, in bytes."""
+
+    def __init__(self) -> None:
+        self._left = protocol.TUNNEL_WINDOW_BYTES
+        self._room = asyncio.Event()
+
+    def give(self, num_bytes: int) -> None:
+        self._left += num_bytes
+        self._room.set()
+
+    async def take(self, num_bytes: int) -> None:
+        """Wait until some of the window is open, then use it: a part may be larger than what is left."""
+        while self._left <= 0:
+            self._room.clear()
+            await self._room.wait()
+        self._left -= num_bytes
 
 
 class Tunnel:
@@ -39,6 +60,7 @@ class Tunnel:
         bind(self._socket)
         self._app = app
         self._bodies: dict[Key, asyncio.Queue[protocol.TunnelBody | None]] = {}
+        self._windows: dict[Key, Window] = {}
         self._tasks: dict[Key, asyncio.Task[None]] = {}
 
     async def run(self) -> None:
@@ -66,13 +88,16 @@ class Tunnel:
                     "dropped a tunnelled request: %d are open, expected at most %d", len(self._tasks), MAX_REQUESTS
                 )
                 return
-            self._bodies[key] = asyncio.Queue()
+            self._bodies[key], self._windows[key] = asyncio.Queue(), Window()
             name = f"{message.method} {message.path}"
             task = self._tasks[key] = asyncio.create_task(self._serve(key, message), name=name)
             task.add_done_callback(lambda _: self._forget(key))  # also if it was cancelled before it ran
         elif isinstance(message, protocol.TunnelBody):
             if key in self._bodies:
                 self._bodies[key].put_nowait(message)
+        elif isinstance(message, protocol.TunnelTaken):
+            if key in self._windows:
+                self._windows[key].give(message.num_bytes)
         elif key in self._tasks:
             self._cancel(key)
 
@@ -81,7 +106,7 @@ class Tunnel:
         self._tasks[key].cancel()
 
     def _forget(self, key: Key) -> None:
-        del self._tasks[key], self._bodies[key]
+        del self._tasks[key], self._bodies[key], self._windows[key]
 
     async def _serve(self, key: Key, request: protocol.TunnelRequest) -> None:
         beat = asyncio.create_task(self._beat(key))
@@ -102,10 +127,12 @@ class Tunnel:
             async with asyncio.timeout(SEND_SECONDS):
                 await self._put(frames)
         except (TimeoutError, zmq.ZMQError) as error:
-            reason = str(error) or f"its queue was full for {SEND_SECONDS:g} s"
-            log.warning("the server's plugin takes no answer of %s: %s", self._tasks[key].get_name(), reason)
-            self._cancel(key)
-            await asyncio.Event().wait()  # until the cancellation arrives
+            await self._give_up(key, str(error) or f"its queue was full for {SEND_SECONDS:g} s")
+
+    async def _give_up(self, key: Key, reason: str) -> None:
+        log.warning("the server's plugin takes no answer of %s: %s", self._tasks[key].get_name(), reason)
+        self._cancel(key)
+        await asyncio.Event().wait()  # until the cancellation arrives
 
     async def _put(self, frames: list[bytes]) -> None:
         while True:
@@ -141,9 +168,17 @@ class Tunnel:
                 for start in range(0, max(len(body), 1), step):
                     last = start + step >= len(body)
                     part = protocol.TunnelBody(key[1], body[start : start + step], more or not last)
+                    await self._window(key, len(part.data))
                     await self._send(key, part)
 
         return send
+
+    async def _window(self, key: Key, num_bytes: int) -> None:
+        try:
+            async with asyncio.timeout(UNTAKEN_SECONDS):
+                await self._windows[key].take(num_bytes)
+        except TimeoutError:
+            await self._give_up(key, f"its client took nothing for {UNTAKEN_SECONDS:g} s")
 
 
 def _scope(request: protocol.TunnelRequest) -> dict[str, Any]:

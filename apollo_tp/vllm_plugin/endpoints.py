@@ -220,7 +220,9 @@ class ApolloEndpoints:
                 frame = await tunnel.next(identity, ALIVE_SECONDS)
                 if isinstance(frame, protocol.TunnelBody):
                     finished = not frame.more
-                    yield frame.data
+                    yield frame.data  # resumed once the client has taken it, but for what the transport holds
+                    if not finished:
+                        await tunnel.send(protocol.TunnelTaken(identity, len(frame.data)))
         finally:
             upload.cancel()
             await tunnel.close(identity, finished=finished)

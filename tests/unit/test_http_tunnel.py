@@ -243,7 +243,9 @@ async def answer_of(peer):
     parts = []
     while not parts or parts[-1].more:
         message = protocol.decode_tunnel_down(await peer.recv())
-        parts += [message] if isinstance(message, protocol.TunnelBody) else []
+        if isinstance(message, protocol.TunnelBody):
+            parts.append(message)
+            await peer.send(protocol.encode_tunnel(protocol.TunnelTaken(1, len(message.data))))
     return [part.data for part in parts]
 
 
@@ -269,6 +271,62 @@ def test_a_peer_that_stalls_loses_nothing(tmp_path):
 
     sent = []
     asyncio.run(main())
+
+
+def test_a_slow_client_fills_no_memory(tmp_path, monkeypatch):
+    """Of a large answer that its client does not read, little is sent to the server; read at last, it arrives whole."""
+    tmp_path.chmod(0o700)
+    (tmp_path / "i").mkdir(mode=0o700)
+    monkeypatch.setenv("APOLLO_TP_INSTANCE", "i")
+    monkeypatch.setenv("APOLLO_TP_RUNTIME_DIR", str(tmp_path))
+    part, count, sent = bytes(2**20), 100, []
+
+    async def app(scope, receive, send):
+        await send({"type": "http.response.start", "status": 200})
+        for number in range(count):
+            await send({"type": "http.response.body", "body": part, "more_body": number + 1 < count})
+            sent.append(number)
+
+    async def main():
+        path = tmp_path / "i" / "coordinator.sock"
+        client = httpx.AsyncClient(base_url=server.url, timeout=20)
+        async with tunnel_to(app, path) as (tunnel, _), client, client.stream("GET", "/train/large") as answer:
+            before = -1
+            while before < len(sent):  # until nothing more is sent
+                before = len(sent)
+                await asyncio.sleep(0.5)
+            # the window, and what sockets on the way hold
+            assert before <= 2 * protocol.TUNNEL_WINDOW_BYTES // len(part) + 8
+            assert sum([len(piece) async for piece in answer.aiter_raw()]) == count * len(part)
+        assert tunnel._windows == {}
+
+    server = Server()
+    try:
+        asyncio.run(main())
+    finally:
+        server.close()
+
+
+def test_a_client_that_takes_nothing_is_given_up(tmp_path, monkeypatch, caplog):
+    """Its request ends, on both sides."""
+
+    async def app(scope, receive, send):
+        await send({"type": "http.response.start", "status": 200})
+        while True:
+            await send({"type": "http.response.body", "body": bytes(2**20), "more_body": True})
+
+    async def main():
+        async with tunnel_to(app, tmp_path / "t") as (tunnel, peer), asyncio.timeout(10):
+            stalled = peer()
+            await ask(stalled)
+            await stalled.poll()
+            (task,) = tunnel._tasks.values()
+            await asyncio.wait({task})
+            assert tunnel._windows == {}
+
+    monkeypatch.setattr("apollo_tp.coordinator.tunnel.UNTAKEN_SECONDS", 0.2)
+    asyncio.run(main())
+    assert "its client took nothing for 0.2 s" in caplog.text
 
 
 def test_a_peer_that_is_gone_ends_its_request(tmp_path, monkeypatch, caplog):
