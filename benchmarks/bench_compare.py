@@ -3,9 +3,9 @@
     python benchmarks/bench_compare.py --out benchmarks/results      # 2 GPUs, 8.19B Qwen3 shape, random weights
     python benchmarks/bench_compare.py --tp 1 --tiny                 # rehearsal on any machine
 
-The measure is that of ``apollo-tp compare``: log-probabilities of the same random tokens from both. What rounding does is
-read before and after training (at a rate that drives the loss of the fixed samples down, which makes the logits large). Then
-the trainer's numbers are kept and one layer's part is taken out of what is served: the least that a wrong trainer shows.
+The measure is that of ``apollo-tp compare``: log-probabilities of the same random tokens from both. Then the trainer's
+numbers are kept and one layer's part is taken out of what is served: the least that a wrong trainer shows. Last, some
+steps on a few samples, these tokens among them: training makes logits large, and what they are rounded to as well.
 """
 
 from __future__ import annotations
@@ -27,8 +27,9 @@ from stack import QWEN3_8B, TINY, Served, Training, device_name, random_samples,
 
 from apollo_tp.compare import ask_server, gap, random_tokens, score_request, served_logprobs
 
-STEPS = 24
-LEARNING_RATE = 3e-4
+BLOCKS, STEPS = 5, 3
+"""As many rows, after as many steps each."""
+LEARNING_RATE = 1e-4
 WRONG = ("self_attn.o_proj.weight", "mlp.down_proj.weight")
 """Made zero in the middle layer, one after the other."""
 
@@ -53,22 +54,23 @@ def measure(
             {"what": what, "mean_logprob": sum(by_server) / len(by_server)} | asdict(gap(by_trainer, by_server))
         )
 
-    row("as served", scored(trainer, tokens), served_now(served, tokens))
-    # the tokens of the comparison among them: random ones alone stay as improbable as they were
+    first = scored(trainer, tokens)
+    row("as served", first, served_now(served, tokens))
+    layer = options.layers // 2
+    for name in WRONG:
+        with weights.without(f"model.layers.{layer}.{name}"):
+            row(f"layer {layer} of {options.layers} served without {name}", first, served_now(served, tokens))
+    row("put back", first, served_now(served, tokens))
+    # random ones alone would stay as improbable as they were
     samples = [
         {"context_ids": tokens[:1], "continuation_ids": tokens[1:]},
         *random_samples(3, len(tokens), options.vocab_size),
     ]
-    job = trainer.submit({"samples": samples, "max_steps": STEPS, "epochs": STEPS, "batch_size": 4, "wait": True})
-    assert job["state"] == "succeeded", job["error"]
-    losses = [step["train_loss"] for step in trainer.steps(job["id"])]
-    after = scored(trainer, tokens)
-    row(f"after {len(losses)} steps, loss {losses[0]:.2f} to {losses[-1]:.2f}", after, served_now(served, tokens))
-    layer = options.layers // 2
-    for name in WRONG:
-        with weights.without(f"model.layers.{layer}.{name}"):
-            row(f"layer {layer} of {options.layers} served without {name}", after, served_now(served, tokens))
-    row("put back", after, served_now(served, tokens))
+    for block in range(1, BLOCKS + 1):
+        job = trainer.submit({"samples": samples, "max_steps": STEPS, "epochs": STEPS, "batch_size": 4, "wait": True})
+        assert job["state"] == "succeeded", job["error"]
+        loss = trainer.steps(job["id"])[-1]["train_loss"]
+        row(f"after {block * STEPS} steps, loss {loss:.2f}", scored(trainer, tokens), served_now(served, tokens))
     return rows
 
 
