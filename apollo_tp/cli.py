@@ -10,6 +10,7 @@ import contextlib
 import json
 import os
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -21,13 +22,22 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from apollo_tp import runtime
-from apollo_tp.compare import SERVER_KEY_VARIABLE, ask_server, gap, random_tokens, score_request, served_logprobs
+from apollo_tp.compare import (
+    MOST_TOKENS,
+    SERVER_KEY_VARIABLE,
+    ask_server,
+    gap,
+    random_tokens,
+    score_request,
+    served_logprobs,
+)
 from apollo_tp.errors import ConfigError
 from apollo_tp.zmq_transport import ZmqTransport
 
 URL_VARIABLE = "APOLLO_TP_URL"
 TOKEN_VARIABLE = "APOLLO_TP_TOKEN"
 DEFAULT_URL = "http://127.0.0.1:8300"
+RECONNECT_SECONDS = 60.0
 OK, REFUSED, USAGE, UNREACHABLE = 0, 1, 2, 3
 
 out, err = Console(highlight=False), Console(stderr=True, highlight=False)
@@ -61,8 +71,9 @@ class Client:
         return answer.json()
 
     def events(self, job_id: str) -> Iterator[dict[str, Any]]:
-        """Events as they happen, until the job is over; reconnects where it was."""
+        """Events as they happen, until the job is over; reconnects where it was, also to a coordinator that starts again."""
         headers = {"Accept": "text/event-stream"}
+        heard = time.monotonic()
         while True:
             try:
                 with self._http.stream("GET", f"/train/jobs/{job_id}/events", headers=headers) as stream:
@@ -70,13 +81,17 @@ class Client:
                         stream.read()
                     _check(stream)
                     for line in stream.iter_lines():
+                        heard = time.monotonic()
                         if line == "event: end":
                             return
                         if line.startswith("data: ") and (event := json.loads(line[6:])):
                             headers["Last-Event-ID"] = str(event["id"])
                             yield event
-            except (httpx.RemoteProtocolError, httpx.ReadError, httpx.ReadTimeout):
+            except (httpx.RemoteProtocolError, httpx.ReadError, httpx.ReadTimeout, httpx.ConnectError):
+                if time.monotonic() - heard > RECONNECT_SECONDS:
+                    raise
                 err.print("[dim]the connection broke; going on where it was[/dim]")
+                time.sleep(1)
 
 
 def _check(answer: httpx.Response) -> None:
@@ -172,9 +187,14 @@ def events(client: Client, args: argparse.Namespace) -> int:
     """The events of a job."""
     if args.follow:
         return _follow(client, args.id, args)
-    for event in client.call("GET", f"/train/jobs/{args.id}/events", params={"limit": 10_000})["data"]:
-        if not _json(args, event):
-            out.print(f"{event['id']:6} {event['level']:5} {event['message']}", markup=False)
+    after, more = 0, True
+    while more:
+        page = client.call("GET", f"/train/jobs/{args.id}/events", params={"limit": 10_000, "after": after})
+        more = page["has_more"]
+        for event in page["data"]:
+            after = event["id"]
+            if not _json(args, event):
+                out.print(f"{event['id']:6} {event['level']:5} {event['message']}", markup=False)
     return OK
 
 
@@ -206,7 +226,7 @@ def compare(client: Client, args: argparse.Namespace) -> int:
     trainer = client.call("GET", "/train/status")["trainer"]
     if not trainer["connected"]:
         raise RefusedError(f"no trainer: {trainer.get('reason')}")
-    tokens = random_tokens(max(2, min(args.tokens, trainer["max_sequence_tokens"])), trainer["vocab_size"])
+    tokens = random_tokens(max(2, min(args.tokens, trainer["max_sequence_tokens"], MOST_TOKENS)), trainer["vocab_size"])
     scored = client.call("POST", "/train/score", json=score_request(tokens), timeout=None)
     served = ask_server(args.server, trainer["served_model_names"][0], tokens)
     _check(served)
@@ -230,7 +250,7 @@ def _follow(client: Client, job_id: str, args: argparse.Namespace) -> int:
             task = bar.add_task(job_id, total=None, figures="")
             for event in client.events(job_id):
                 data = event["data"]
-                if event["type"] == "metrics" and "train_loss" in data:
+                if event["type"] == "metrics" and data.get("train_loss") is not None:
                     speed = data.get("tokens_per_second")
                     figures = f"loss {data['train_loss']:.4f}" + (f", {speed:.0f} tokens/s" if speed else "")
                     bar.update(task, completed=data["step"], total=data["total_steps"], figures=figures)

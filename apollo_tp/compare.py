@@ -16,6 +16,8 @@ from typing import Any
 import httpx
 
 SERVER_KEY_VARIABLE = "VLLM_API_KEY"
+MOST_TOKENS = 1024
+"""``POST /train/score`` takes as many samples, and each token but the first is one."""
 
 
 @dataclass(frozen=True)

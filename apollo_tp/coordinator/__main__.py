@@ -28,7 +28,7 @@ from apollo_tp.coordinator.openai_jobs import FineTuningApi
 from apollo_tp.coordinator.ranks import RankLink, bind_private
 from apollo_tp.coordinator.render import Renderer
 from apollo_tp.coordinator.scheduler import Scheduler
-from apollo_tp.coordinator.service import Service, model_vocab_size
+from apollo_tp.coordinator.service import Service, model_digest, model_vocab_size
 from apollo_tp.coordinator.settings import EXIT_STORAGE, Settings, load
 from apollo_tp.coordinator.store import Store
 from apollo_tp.coordinator.tunnel import Tunnel
@@ -87,7 +87,10 @@ async def serve(settings: Settings) -> None:
     fine_tuning = FineTuningApi(service)
     app = build_app(service, access, metrics, fine_tuning)
     stack = contextlib.ExitStack()
-    scheduler.on_step += [stack.enter_context(writer) for writer in open_writers(settings.service)]
+    for writer in open_writers(settings.service):
+        stack.enter_context(writer)
+        scheduler.on_step.append(writer)
+        scheduler.on_evaluation.append(writer.evaluated)
     path = runtime.socket_path(Path(settings.instance_dir), "coordinator.sock")
     tunnels = [Tunnel(context, lambda socket: bind_private(socket, path), app)]
     if settings.service.zmq.port is not None:
@@ -136,7 +139,7 @@ def _build_scheduler(settings: Settings, store: Store, context: zmq.asyncio.Cont
         timeout_seconds=settings.service.rank_timeout_seconds,
         on_change=changes.notify,
     )
-    scheduler = Scheduler(settings, store, link)
+    scheduler = Scheduler(settings, store, link, model_digest(Path(settings.model_path)) if settings.model_path else "")
     link.attach(on_hello=scheduler.reconcile, on_stray=scheduler.stray, needs_barrier=scheduler.needs_barrier)
     store.remove_orphans()
     scheduler.recover()

@@ -21,6 +21,7 @@ from apollo_tp.errors import ConfigError, RequestError
 
 TOKEN_VARIABLE = "APOLLO_TP_TOKEN"
 READ, TRAIN = "read", "train"
+FORWARDED = ("x-forwarded-for", "forwarded", "x-real-ip")
 
 
 class Access:
@@ -37,7 +38,7 @@ class Access:
             return
         if not self._digests:
             if client is not None:
-                _check_local(client, headers.get("host"))
+                _check_local(client, headers)
             return
         token = _presented(headers)
         if token is None:
@@ -73,9 +74,16 @@ class Access:
         )  # fmt: skip
 
 
-def _check_local(client: str, host: str | None) -> None:
+def _check_local(client: str, headers: Mapping[str, str]) -> None:
     """Without tokens: a client on this machine, by a name of this machine. A page of another site whose name suddenly
-    resolves to this machine (DNS rebinding) has its own name there."""
+    resolves to this machine (DNS rebinding) has its own name there. What a proxy passes on may come from anywhere."""
+    host = headers.get("host")
+    if passed := next((name for name in FORWARDED if name in headers), None):
+        raise RequestError(
+            f"got a request that a proxy passed on ({passed}) while the trainer has no tokens, expected one from this "
+            f"machine; set service.token_file or ${TOKEN_VARIABLE}", field="Authorization", got=f"the header {passed}",
+            expected="no proxy, or a trainer with tokens", status=403, code="not_local",
+        )  # fmt: skip
     if not is_loopback(client):
         raise RequestError(
             f"got a request from {client} while the trainer has no tokens, expected one from this machine; set "

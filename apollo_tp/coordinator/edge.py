@@ -18,7 +18,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from apollo_tp.coordinator.auth import Access
 from apollo_tp.coordinator.ranks import RanksGoneError
-from apollo_tp.errors import DeadlineError, RequestError
+from apollo_tp.errors import DeadlineError, RankFailedError, RequestError
 
 log = logging.getLogger(__name__)
 
@@ -27,6 +27,7 @@ STATUS: list[tuple[type[Exception], int | None, str | None]] = [
     (RequestError, None, None),
     (RanksGoneError, 503, "no_trainer"),
     (DeadlineError, 504, "deadline"),
+    (RankFailedError, 500, "rank_failed"),
     (HTTPException, None, "http"),
 ]
 

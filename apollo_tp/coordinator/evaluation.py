@@ -104,15 +104,16 @@ class Evaluator:
             for pair, reference in zip(self._read(part, indices, Pair), references, strict=True)
         ]
 
-    async def evaluate(self) -> None:
-        """Validation loss (nats per token; for DPO the pair loss) under the weights after the job's last step."""
+    async def evaluate(self) -> bool:
+        """Validation loss (nats per token; for DPO the pair loss) under the weights after the job's last step; False if
+        there is none, or it is known already."""
         job = self.job
         if not job.num_validation or self._evaluated_at == job.step:
-            return
+            return False
         total = weight = correct = 0.0
         for start in range(0, job.num_validation, SCORE_BATCH):
             if job.wanted:
-                return
+                return False
             indices = range(start, min(start + SCORE_BATCH, job.num_validation))
             if job.spec.method == "dpo":
                 losses = await self._pair_losses(self.pairs("valid", indices))
@@ -129,6 +130,7 @@ class Evaluator:
         shown = "not finite" if job.valid_loss is None else f"{job.valid_loss:.4f}"
         message = f"Step {job.step}/{job.total_steps}: validation loss={shown}"
         self.store.save_job(job, message, type="metrics", data=data)
+        return True
 
     async def _pair_losses(self, pairs: list[protocol.PreferencePair]) -> list[float]:
         done = await self._score([side for pair in pairs for side in (pair.preferred, pair.rejected)])

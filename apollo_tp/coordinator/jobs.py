@@ -68,12 +68,14 @@ class Job(msgspec.Struct, kw_only=True):
     """One durable job. ``step`` counts completed optimizer steps; times are Unix seconds; ``tokens`` were trained on.
 
     ``wanted`` is what a client asked of a running job ("pause", "cancel" or ""): it takes effect at the next step.
-    ``resumable`` marks a queued job that was interrupted by a crash after ``step`` steps.
+    ``resumable`` marks a queued job that was interrupted by a crash after ``step`` steps. ``model_digest`` says which model
+    its samples are made for.
     """
 
     id: str
     source: str  # "train" or "openai"
     spec: JobSpec
+    model_digest: str = ""
     state: State
     created_at: float
     started_at: float | None = None
@@ -115,10 +117,10 @@ class Event(msgspec.Struct, kw_only=True):
     data: dict[str, object]
 
 
-def new_job(source: str, spec: JobSpec, state: State) -> Job:
+def new_job(source: str, spec: JobSpec, state: State, model_digest: str = "") -> Job:
     """A job that is not stored yet."""
-    prefix = "ftjob" if source == "openai" else "job"
-    return Job(id=f"{prefix}-{secrets.token_hex(12)}", source=source, spec=spec, state=state, created_at=time.time())
+    identity = f"{'ftjob' if source == 'openai' else 'job'}-{secrets.token_hex(12)}"
+    return Job(id=identity, source=source, spec=spec, state=state, model_digest=model_digest, created_at=time.time())
 
 
 def plan_total_steps(spec: JobSpec, num_samples: int) -> int:

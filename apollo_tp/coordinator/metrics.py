@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -42,6 +43,9 @@ class Metrics:
         )
         registry.register(self)
         scheduler.on_step.append(self.on_step)
+        scheduler.on_evaluation.append(
+            lambda job: self._valid.set(math.nan if job.valid_loss is None else job.valid_loss)
+        )
 
     def on_step(self, job: Job, done: StepDone) -> None:
         """Count a completed step."""
@@ -54,8 +58,6 @@ class Metrics:
             self._loss.set(done.loss)
             self._accuracy.set(done.token_accuracy)
             self._norm.set(done.grad_norm)
-        if job.valid_loss is not None:
-            self._valid.set(job.valid_loss)
         self._seconds.observe(done.step_seconds)
         known = {
             "forward": done.forward_seconds,

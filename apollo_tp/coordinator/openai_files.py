@@ -79,7 +79,7 @@ class FilesApi:
 
     async def list(self, request: Request) -> Response:
         """Files, newest first unless ``order`` is asc."""
-        after, limit = page_of(request, most=10_000)
+        after, limit = page_of(request, most=10_000, usual=10_000)
         choice(request, "purpose", "fine-tune")  # no file has another
         files = self._service.store.files()
         if choice(request, "order", "desc", "asc") == "asc":

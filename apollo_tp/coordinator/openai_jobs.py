@@ -18,6 +18,7 @@ from apollo_tp.coordinator.evaluation import Pair
 from apollo_tp.coordinator.intake import Intake, refuse
 from apollo_tp.coordinator.jobs import Event, Job, JobError, JobSpec, State, Truncate, new_job, plan_total_steps
 from apollo_tp.coordinator.samples import write_records
+from apollo_tp.coordinator.scheduler import model_changed
 from apollo_tp.coordinator.schema import FineTuningBody, Hyperparameters, PreferenceLine, SupervisedLine, decode
 from apollo_tp.coordinator.service import Service, idempotency, page_of
 from apollo_tp.coordinator.store import Checkpoint, StoredFile
@@ -66,8 +67,17 @@ class FineTuningApi:
 
     def resume_validation(self) -> None:
         """After a restart: validate again what was being validated."""
-        for job in self._service.store.jobs(State.validating_files):
-            self._start_validation(job)
+        service = self._service
+        for job in service.store.jobs(State.validating_files):
+            if job.model_digest == service.scheduler.model:
+                self._start_validation(job)
+            else:
+                job.state, job.error, job.finished_at = (
+                    State.failed,
+                    model_changed(service.settings.model_path),
+                    time.time(),
+                )
+                service.store.save_job(job, f"Job failed: {job.error.message}", level="error")
 
     async def create(self, request: Request) -> Response:
         """Create a fine-tuning job."""
@@ -86,7 +96,7 @@ class FineTuningApi:
             file_id = getattr(body, name)
             if file_id is not None and service.store.file(file_id) is None:
                 raise refuse(name, repr(file_id[:80]), "the id of an uploaded file")
-        job = new_job("openai", _spec(body), State.validating_files)
+        job = new_job("openai", _spec(body), State.validating_files, service.scheduler.model)
         service.store.add_job(job, max_queued=service.settings.service.max_queued_jobs, idempotency=key)
         self._start_validation(job)
         return JSONResponse(self.view(job))
@@ -245,7 +255,12 @@ def _spec(body: FineTuningBody) -> JobSpec:
     if method not in ("supervised", "dpo"):
         raise refuse("method.type", repr(method[:40]), "'supervised' or 'dpo'")
     options = getattr(body.method, method) if body.method else None
-    asked = options.hyperparameters if options else body.hyperparameters or Hyperparameters()
+    other = "dpo" if method == "supervised" else "supervised"
+    if body.method and getattr(body.method, other) is not None:
+        raise refuse(f"method.{other}", "options", f"only method.{method}, as method.type says")
+    if options and options.hyperparameters and body.hyperparameters:
+        raise refuse("hyperparameters", "a second set", f"those of method.{method}.hyperparameters alone")
+    asked = (options.hyperparameters if options else None) or body.hyperparameters or Hyperparameters()
 
     def resolve(name: str, automatic: float) -> Any:
         value = getattr(asked, name)

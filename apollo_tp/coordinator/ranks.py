@@ -73,6 +73,7 @@ class RankLink:
         self.hello: protocol.Hello | None = None
         self.weight_version: int | None = None
         self.last_heard = 0.0
+        self.moved_at = 0.0  # when it last began or finished something
         self.busy_with = ""
         self.gone_reason = "no trainer has connected yet"
 
@@ -123,6 +124,10 @@ class RankLink:
             raise RanksGoneError(self.gone_reason) from error
         return future
 
+    def abandon(self, future: asyncio.Future[protocol.AnyReply]) -> None:
+        """Nobody waits for this reply any more: if it comes, it is a stray one."""
+        self._waiting = {identity: waiting for identity, waiting in self._waiting.items() if waiting is not future}
+
     async def run(self) -> None:
         """Receive until cancelled."""
         watcher = asyncio.create_task(self._watch())
@@ -155,6 +160,8 @@ class RankLink:
             self._dispatch(reply)
 
     def _dispatch(self, reply: protocol.AnyReply) -> None:
+        if not isinstance(reply, protocol.Heartbeat) or reply.busy_with != self.busy_with:
+            self.moved_at = time.monotonic()
         if isinstance(reply, protocol.Heartbeat):
             self.weight_version, self.busy_with = reply.weight_version, reply.busy_with
             return

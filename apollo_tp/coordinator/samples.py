@@ -10,10 +10,16 @@ from typing import TypeVar
 
 import msgspec
 
+from apollo_tp.errors import ApolloTpError
+
 T = TypeVar("T")
 _OFFSET = struct.Struct("<Q")
 _FOOTER = struct.Struct("<QQ8s")  # where the index begins, number of records, magic
 _MAGIC = b"apollo01"
+
+
+class SamplesError(ApolloTpError):
+    """A file of samples cannot be read."""
 
 
 def write_records(path: Path, records: Iterable[object]) -> int:
@@ -38,17 +44,25 @@ def write_records(path: Path, records: Iterable[object]) -> int:
 
 
 def read_records(path: Path, indices: Sequence[int], type: type[T]) -> list[T]:
-    """The records at these positions. Raises IndexError for a position outside, ValueError for another kind of file."""
-    decoder = msgspec.msgpack.Decoder(type)
+    """The records at these positions. Raises SamplesError if the file is damaged or has no such record, OSError if there is
+    none."""
+    try:
+        return _read(path, indices, msgspec.msgpack.Decoder(type))
+    except (struct.error, ValueError, OverflowError, msgspec.MsgspecError) as error:
+        raise SamplesError(f"{path}: got {error}, expected a complete file of samples; send the job again") from error
+
+
+def _read(path: Path, indices: Sequence[int], decoder: msgspec.msgpack.Decoder[T]) -> list[T]:
     with open(path, "rb") as file:
-        file.seek(-_FOOTER.size, os.SEEK_END)
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - _FOOTER.size))
         start, count, magic = _FOOTER.unpack(file.read(_FOOTER.size))
-        if magic != _MAGIC:
-            raise ValueError(f"{path} is not a complete file of samples")
+        if magic != _MAGIC or start + (count + 1) * _OFFSET.size + _FOOTER.size != size:
+            raise ValueError(f"{size} bytes of another kind")
         records = []
         for index in indices:
             if not 0 <= index < count:
-                raise IndexError(f"{path}: got record {index}, expected 0 to {count - 1}")
+                raise ValueError(f"{count} records without number {index}")
             file.seek(start + index * _OFFSET.size)
             begin, end = struct.unpack("<QQ", file.read(2 * _OFFSET.size))
             file.seek(begin)

@@ -11,7 +11,6 @@ import asyncio
 import collections
 import contextlib
 import logging
-import secrets
 import time
 from collections.abc import Callable
 
@@ -24,8 +23,9 @@ from apollo_tp.coordinator.jobs import Job, JobError, State, batch_indices
 from apollo_tp.coordinator.progress import Progress
 from apollo_tp.coordinator.ranks import RankLink, RanksGoneError
 from apollo_tp.coordinator.samples import read_records
+from apollo_tp.coordinator.saving import Saver
 from apollo_tp.coordinator.settings import Settings
-from apollo_tp.coordinator.store import Checkpoint, Store
+from apollo_tp.coordinator.store import Store
 from apollo_tp.errors import ApolloTpError, DeadlineError, RankFailedError
 
 log = logging.getLogger(__name__)
@@ -40,19 +40,20 @@ Pending = tuple[int, asyncio.Future[protocol.AnyReply]]
 class Scheduler:
     """Runs jobs one after the other, checkpoints between steps, and an automatic checkpoint when idle.
 
-    ``on_step(job, done)`` is told of every completed step (metrics, writers).
+    ``on_step(job, done)`` is told of completed steps, ``on_evaluation(job)`` of validation losses (metrics, writers).
+    ``model`` says which model samples were rendered for (model_digest): jobs of another are not trained into this one.
     """
 
-    def __init__(self, settings: Settings, store: Store, link: RankLink) -> None:
-        self.settings, self.store, self.link = settings, store, link
+    def __init__(self, settings: Settings, store: Store, link: RankLink, model: str = "") -> None:
+        self.settings, self.store, self.link, self.model = settings, store, link, model
         self.progress = Progress()
         self.running: Job | None = None
         self.on_step: list[OnStep] = []
+        self.on_evaluation: list[Callable[[Job], None]] = []
         self.recent_losses: collections.deque[tuple[str, int, float]] = collections.deque(maxlen=50)
         self._wake = asyncio.Event()
         self._idle_since = time.monotonic()
-        self._saving: dict[str, asyncio.Task[ApolloTpError | None]] = {}
-        self._last_failure = 0.0
+        self.saver = Saver(store, link, self.ask, self.live, self.wake)
 
     # --- what HTTP handlers call -------------------------------------------------------------------------------------
 
@@ -66,30 +67,6 @@ class Scheduler:
             return self.running
         return self.store.job(job_id)
 
-    def request_checkpoint(
-        self,
-        reason: str,
-        job: Job | None = None,
-        metrics: dict[str, float | None] | None = None,
-        idempotency: tuple[str, str, str] | None = None,
-    ) -> Checkpoint:
-        """Store a request for a checkpoint; it is sent between two steps."""
-        now = time.time()
-        stamp = time.strftime("%Y%m%d-%H%M%S", time.gmtime(now))
-        checkpoint = Checkpoint(
-            id=f"ckpt-{secrets.token_hex(8)}",
-            name=f"{stamp}-{secrets.token_hex(3)}",
-            state="queued",
-            reason=reason,
-            created_at=now,
-            job_id=job.id if job else "",
-            step=job.step if job else 0,
-            metrics=metrics or {},
-        )
-        self.store.save_checkpoint(checkpoint, idempotency)
-        self.wake()
-        return checkpoint
-
     # --- life ---------------------------------------------------------------------------------------------------------
 
     def needs_barrier(self) -> bool:
@@ -100,9 +77,7 @@ class Scheduler:
         """At start: what was running when the last coordinator died is resumed or failed."""
         for job in self.store.jobs(State.running):
             self._interrupt(job, "the coordinator ended while the job ran")
-        for checkpoint in self.store.checkpoints(state="queued"):
-            checkpoint.name += "-again"  # the first one may have been written, or may still be
-            self.store.save_checkpoint(checkpoint)
+        self.saver.recover()
 
     def _interrupt(self, job: Job, reason: str) -> None:
         wanted, job.wanted = job.wanted, ""
@@ -119,12 +94,16 @@ class Scheduler:
 
     def reconcile(self, hello: protocol.Hello) -> None:
         """Rank 0 said how far it came: count completed steps whose replies were lost, so that none runs twice."""
+        if self.store.get_meta("instance") != hello.instance_id:
+            self.store.set_meta("instance", hello.instance_id)
+            self.store.set_meta("unsaved", "")
         for job in self.store.jobs(State.queued, State.paused):
             if not job.resumable:
                 continue
             if job.id == hello.last_job_id and job.step < hello.last_job_step and job.instance_id == hello.instance_id:
                 lost = hello.last_job_step - job.step
-                job.step = hello.last_job_step
+                job.step, job.weight_version = hello.last_job_step, hello.weight_version
+                self.store.set_meta("unsaved", "1")
                 self.store.save_job(
                     job,
                     f"{lost} completed step(s) up to step {job.step} were counted; their figures were lost",
@@ -132,17 +111,17 @@ class Scheduler:
                 )
             job.resumable = job.state is State.queued and job.step > 0
             self.store.save_job(job)
-        if self.store.get_meta("instance") != hello.instance_id:
-            self.store.set_meta("instance", hello.instance_id)
-            self.store.set_meta("unsaved", "")
 
     def stray(self, reply: protocol.AnyReply) -> None:
-        """A reply to a command of a former life: a completed step counts if it is the next one of its job."""
+        """A reply to a command of a former life, or one that came too late: a completed step is in the weights, and counts
+        if it is the next one of its job."""
         if not isinstance(reply, protocol.StepDone):
             return
+        if not reply.skipped:
+            self.store.set_meta("unsaved", "1")
         job_id, _, step = reply.id.rpartition("/")
         job = self.store.job(job_id) if job_id else None
-        if job is not None and not job.terminal and job is not self.running and step == str(job.step + 1):
+        if job is not None and job is not self.running and step == str(job.step + 1):
             self._record_step(job, reply)
 
     async def run(self) -> None:
@@ -159,7 +138,7 @@ class Scheduler:
                     self.reconcile(self.link.hello)
 
     async def _work(self) -> None:
-        self._send_checkpoints()
+        self.saver.send()
         queued = self.store.jobs(State.queued)
         if queued:
             await self._run_job(queued[0])
@@ -167,10 +146,10 @@ class Scheduler:
             return
         after = self.settings.checkpoint_after_idle_seconds
         timeout = None
-        if after is not None and self.store.get_meta("unsaved") and not self._saving:
-            timeout = max(self._idle_since, self._last_failure) + after - time.monotonic()
+        if after is not None and self.store.get_meta("unsaved") and not self.saver.busy:
+            timeout = max(self._idle_since, self.saver.last_failure) + after - time.monotonic()
             if timeout <= 0:
-                self.request_checkpoint("idle")
+                self.saver.request("idle")
                 return
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout):
@@ -181,6 +160,9 @@ class Scheduler:
     async def _run_job(self, job: Job) -> None:
         hello = self.link.hello
         assert hello is not None  # no await between reading the queue and `self.running = job`: see jobs' actions
+        if job.model_digest != self.model:
+            self._fail(job, model_changed(hello.model_path))
+            return
         if job.step > 0 and job.instance_id != hello.instance_id:
             message = (
                 f"step {job.step} was trained into server {job.instance_id}, whose weights are gone; "
@@ -214,7 +196,7 @@ class Scheduler:
         pending: collections.deque[Pending] = collections.deque()
         try:
             while True:
-                self._send_checkpoints()
+                self.saver.send()
                 limit = min(job.total_steps, evaluator.next_evaluation())
                 while len(pending) < STEPS_IN_FLIGHT and not job.wanted and job.step + len(pending) < limit:
                     step = job.step + len(pending) + 1
@@ -222,7 +204,7 @@ class Scheduler:
                 if not pending:
                     if job.wanted or job.step >= job.total_steps:
                         break
-                    await evaluator.evaluate()
+                    await self._evaluate(evaluator)
                     continue
                 done = await self._reply(pending.popleft()[1])
                 assert isinstance(done, protocol.StepDone)
@@ -233,14 +215,19 @@ class Scheduler:
             raise
         await self._end(job, evaluator)
 
+    async def _evaluate(self, evaluator: Evaluator) -> None:
+        if await evaluator.evaluate():
+            for listener in self.on_evaluation:
+                listener(evaluator.job)
+
     async def _end(self, job: Job, evaluator: Evaluator) -> None:
         if not job.wanted:
-            await evaluator.evaluate()
+            await self._evaluate(evaluator)
         if not job.wanted and job.spec.save_at_end:
             metrics = {"step": float(job.step), "train_loss": job.loss, "train_mean_token_accuracy": job.token_accuracy,
                        "valid_loss": job.valid_loss, "valid_mean_token_accuracy": job.valid_token_accuracy}  # fmt: skip
             known: dict[str, float | None] = {name: value for name, value in metrics.items() if value is not None}
-            error = await self._save(self.request_checkpoint("job", job, known))
+            error = await self.saver.written(self.saver.request("job", job, known))
             if isinstance(error, RanksGoneError):
                 raise error
         if job.wanted == "cancel":
@@ -284,19 +271,21 @@ class Scheduler:
         return await self._reply(await self.link.send(command))
 
     async def _reply(self, future: asyncio.Future[protocol.AnyReply]) -> protocol.AnyReply:
-        # the ranks have their own deadline for a collective; this one is for a rank 0 that beats but never answers
+        # the ranks have their own deadline for a collective; this one is for a rank 0 that beats but never answers. It works
+        # on what was sent before first: the time begins anew with each of these
         seconds = STEPS_IN_FLIGHT * self.settings.command_timeout_seconds + self.settings.service.rank_timeout_seconds
-        try:
+        sent = time.monotonic()
+        while (left := max(sent, self.link.moved_at) + seconds - time.monotonic()) > 0:
             # not wait_for: on Python 3.11 it can swallow a cancellation that comes together with the reply
-            async with asyncio.timeout(seconds):
-                return await asyncio.shield(future)
-        except TimeoutError:
-            raise DeadlineError(
-                f"rank 0 sent heartbeats but no reply for {seconds:.0f} s; restart the trainer"
-            ) from None
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(left):
+                    return await asyncio.shield(future)
+        self.link.abandon(future)
+        raise DeadlineError(f"rank 0 sent heartbeats but no reply for {seconds:.0f} s; restart the trainer")
 
     async def _drain(self, job: Job, pending: collections.deque[Pending]) -> None:
-        """Wait for the steps in flight: what they wrote is in the weights, so it is recorded."""
+        """Wait for the steps in flight: what they wrote is in the weights, so it is recorded. A reply that comes too late
+        for this is a stray one."""
         while pending:
             with contextlib.suppress(ApolloTpError):
                 done = await self._reply(pending.popleft()[1])
@@ -357,42 +346,14 @@ class Scheduler:
             details |= {"rank": error.rank, "traceback": error.traceback}
         self._finish(job, State.failed, f"Job failed: {error.message}", level="error", data=details)
 
-    # --- checkpoints ----------------------------------------------------------------------------------------------------
 
-    def _send_checkpoints(self) -> None:
-        for checkpoint in self.store.checkpoints(state="queued"):
-            if checkpoint.id not in self._saving:
-                self._saving[checkpoint.id] = asyncio.create_task(self._save(checkpoint))
-
-    async def _save(self, checkpoint: Checkpoint) -> ApolloTpError | None:
-        """Ask for a checkpoint and record how that went. A failed one returns its error: training goes on."""
-        failure = None
-        if checkpoint.id in self._saving and self._saving[checkpoint.id] is not asyncio.current_task():
-            return await self._saving[checkpoint.id]
-        self._saving[checkpoint.id] = asyncio.current_task()  # type: ignore[assignment]
-        try:
-            done = await self.ask(protocol.SaveCheckpoint(id=self.link.new_id("save"), name=checkpoint.name))
-            assert isinstance(done, protocol.CheckpointDone)
-            checkpoint.state, checkpoint.path, checkpoint.num_bytes = "succeeded", done.path, done.num_bytes
-            checkpoint.seconds, checkpoint.weight_version = done.seconds, done.weight_version
-            if done.weight_version == self.link.weight_version:
-                self.store.set_meta("unsaved", "")
-        except ApolloTpError as error:
-            log.error("checkpoint %s failed: %s", checkpoint.name, error)
-            failure, checkpoint.state, checkpoint.error = error, "failed", str(error)
-            self._last_failure = time.monotonic()
-        finally:
-            del self._saving[checkpoint.id]
-        checkpoint.finished_at = time.time()
-        self.store.save_checkpoint(checkpoint)
-        job = self.live(checkpoint.job_id) if checkpoint.job_id else None
-        if job is not None:
-            ok = checkpoint.state == "succeeded"
-            message = f"Checkpoint written: {checkpoint.path}" if ok else f"Checkpoint failed: {checkpoint.error}"
-            data = {"checkpoint_id": checkpoint.id, "path": checkpoint.path}
-            self.store.save_job(job, message, type="checkpoint", level="info" if ok else "warn", data=data)
-        self.wake()
-        return failure
+def model_changed(model_path: str) -> JobError:
+    """Of a job that waited while its model was exchanged for another."""
+    message = (
+        f"got the server of {model_path}, expected the model that this job's samples were made for: its configuration, "
+        "tokenizer or chat template was another. Start the job again"
+    )
+    return JobError(code="model_changed", message=message)
 
 
 class TooManySkipsError(ApolloTpError):

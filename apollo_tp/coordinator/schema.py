@@ -111,7 +111,7 @@ class Hyperparameters(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, 
 class MethodOptions(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     """Options of one method."""
 
-    hyperparameters: Hyperparameters = msgspec.field(default_factory=Hyperparameters)
+    hyperparameters: Hyperparameters | None = None
 
 
 class Method(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import time
 from collections.abc import Callable
@@ -110,9 +111,9 @@ def whole(text: str, name: str, least: int = 0, most: int = 2**62) -> int:
     return int(text)
 
 
-def page_of(request: Request, most: int = MAX_PAGE) -> tuple[str | None, int]:
+def page_of(request: Request, most: int = MAX_PAGE, usual: int = 20) -> tuple[str | None, int]:
     """``after`` and ``limit`` of a list request."""
-    limit = whole(request.query_params.get("limit") or "20", "limit", 1, most)
+    limit = whole(request.query_params.get("limit") or str(usual), "limit", 1, most)
     return request.query_params.get("after") or None, limit
 
 
@@ -134,3 +135,21 @@ def model_vocab_size(model_path: Path) -> int | None:
         return None
     size = config.get("vocab_size") or (config.get("text_config") or {}).get("vocab_size")
     return size if isinstance(size, int) else None
+
+
+RENDERING = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+
+
+def model_digest(model_path: Path) -> str:
+    """What decides the meaning of token ids, and which model they are for: a checkpoint of a model has its digest."""
+    digest = hashlib.sha256()
+    try:
+        config = msgspec.json.decode((model_path / "config.json").read_bytes(), type=dict[str, Any])
+    except (OSError, msgspec.DecodeError):
+        config = {}
+    same = {name: value for name, value in config.items() if name not in ("_name_or_path", "transformers_version")}
+    digest.update(msgspec.json.encode(same, order="sorted"))
+    for name in RENDERING:
+        with contextlib.suppress(OSError):
+            digest.update(name.encode() + hashlib.sha256((model_path / name).read_bytes()).digest())
+    return digest.hexdigest()

@@ -112,6 +112,7 @@ class Store:
                 f"{self.folder}/jobs.sqlite3: got schema {version}, expected {SCHEMA_VERSION}; "
                 "it belongs to another version of apollo_tp: set service.state_dir to a new folder"
             )
+        self._db.execute("CREATE INDEX IF NOT EXISTS jobs_by_source ON jobs(source, seq)")
 
     def close(self) -> None:
         """Close the database; the WAL is folded into it. The folder is free for another."""
@@ -325,9 +326,12 @@ class Store:
 
     def used_bytes(self) -> int:
         """Disk use of uploaded files and samples."""
-        return sum(
-            entry.stat().st_size for folder in (self.files_dir, self.samples_dir) for entry in os.scandir(folder)
-        )
+        total = 0
+        for folder in (self.files_dir, self.samples_dir):
+            for entry in os.scandir(folder):
+                with contextlib.suppress(FileNotFoundError):  # worker threads rename what they have written
+                    total += entry.stat().st_size
+        return total
 
     def remove_samples(self, job_id: str) -> None:
         """Of a job that is over."""

@@ -58,7 +58,7 @@ class TrainApi:
         dry_run = flag(request, "dry_run")
         key = idempotency(request, "/train", data)
         if not dry_run and key and (known := service.store.repeated(*key)):
-            return self._accepted(service.find(known), 200, {"Idempotent-Replay": "true"})
+            return await self._answer(request, decode(data, TrainBody), known, {"Idempotent-Replay": "true"})
         if not dry_run:
             service.store.check_room(service.settings.service.max_queued_jobs)
             service.check_disk(len(data))
@@ -67,10 +67,17 @@ class TrainApi:
             shown = await asyncio.to_thread(self._dry_run, body, samples)
             return Response(shown, media_type="application/json")
         job = await self._store(body, samples, key)
-        if not body.wait and not flag(request, "wait"):
-            return self._accepted(job, 202)
-        ended = await service.wait(lambda: service.find(job.id).terminal, body.wait_seconds)
-        return self._accepted(service.find(job.id), 200 if ended else 202)
+        return await self._answer(request, body, job.id)
+
+    async def _answer(
+        self, request: Request, body: TrainBody, job_id: str, headers: dict[str, str] | None = None
+    ) -> Response:
+        """The job: 200 once it is over, for which this waits if asked to; else 202."""
+        service = self._service
+        if body.wait or flag(request, "wait"):
+            await service.wait(lambda: service.find(job_id).terminal, body.wait_seconds)
+        job = service.find(job_id)
+        return self._accepted(job, 200 if job.terminal else 202, headers)
 
     def _read(self, data: bytes) -> tuple[TrainBody, list[Sample]]:
         body = decode(data, TrainBody)
@@ -78,7 +85,7 @@ class TrainApi:
 
     async def _store(self, body: TrainBody, samples: list[Sample], key: tuple[str, str, str] | None) -> Job:
         service = self._service
-        job = new_job("train", spec_of(body), State.queued)
+        job = new_job("train", spec_of(body), State.queued, service.scheduler.model)
         job.num_samples, job.total_steps = len(samples), plan_total_steps(job.spec, len(samples))
         path = service.store.samples_dir / f"{job.id}.train"
         await asyncio.to_thread(write_records, path, samples)
@@ -181,13 +188,12 @@ class TrainApi:
         service, data = self._service, await request.body()
         body = decode(data or b"{}", CheckpointBody)
         key = idempotency(request, "/checkpoint", data)
-        if key and (known := service.store.repeated(*key)):
-            return _checkpoint_response(self._checkpoint(known), 200)
-        checkpoint = service.scheduler.request_checkpoint("request", idempotency=key)
-        if not body.wait and not flag(request, "wait"):
-            return _checkpoint_response(checkpoint, 202)
-        ended = await service.wait(lambda: self._checkpoint(checkpoint.id).state != "queued", body.wait_seconds)
-        return _checkpoint_response(self._checkpoint(checkpoint.id), 200 if ended else 202)
+        known = service.store.repeated(*key) if key else None
+        identity = known or service.scheduler.saver.request("request", idempotency=key).id
+        if body.wait or flag(request, "wait"):
+            await service.wait(lambda: self._checkpoint(identity).state != "queued", body.wait_seconds)
+        checkpoint = self._checkpoint(identity)
+        return _checkpoint_response(checkpoint, 202 if checkpoint.state == "queued" else 200)
 
     def _checkpoint(self, checkpoint_id: str) -> Checkpoint:
         checkpoint = self._service.store.checkpoint(checkpoint_id)

@@ -105,6 +105,7 @@ async def event_stream(store: Store, changes: Changes, job_id: str, after: int) 
 
     The SSE id is the event's, so that a client that reconnects with Last-Event-ID misses and repeats nothing.
     """
+    quiet_since = time.monotonic()
     while True:
         job = store.job(job_id)  # read before the events: the last ones are in it if it is over
         events = store.events(job_id, after=after)
@@ -112,9 +113,12 @@ async def event_stream(store: Store, changes: Changes, job_id: str, after: int) 
             after = event.id
             yield f"id: {event.id}\nevent: {event.type}\ndata: {json.dumps(event_view(event))}\n\n".encode()
         if events:
+            quiet_since = time.monotonic()
             continue
         if job is None or job.terminal:
             yield b"event: end\ndata: {}\n\n"
             return
-        if not await changes.wait(KEEP_ALIVE_SECONDS):
+        left = quiet_since + KEEP_ALIVE_SECONDS - time.monotonic()
+        if left <= 0 or not await changes.wait(left):  # changes of other jobs are none to this client
+            quiet_since = time.monotonic()
             yield b": still there\n\n"

@@ -55,6 +55,13 @@ class Writer:
         with contextlib.suppress(queue.Full):
             self._queue.put_nowait((job.id, done.weight_version, time.time(), values))
 
+    def evaluated(self, job: Job) -> None:
+        """Queue a validation loss."""
+        if job.valid_loss is not None:
+            values = {"valid_loss": job.valid_loss, "valid_token_accuracy": job.valid_token_accuracy or 0.0}
+            with contextlib.suppress(queue.Full):
+                self._queue.put_nowait((job.id, job.weight_version or 0, time.time(), values))
+
     def _run(self) -> None:
         try:
             while (figures := self._queue.get()) is not None:

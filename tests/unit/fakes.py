@@ -36,7 +36,7 @@ class FakeRanks:
         self.socket_path, self.journal, self.step_seconds = str(socket_path), Path(journal), step_seconds
         self.instance_id, self.max_tokens = instance_id, max_tokens
         self.fail_at, self.skip_at, self.mute = set(), set(), False
-        self.logprob, self.save_seconds = -0.5, 0.0
+        self.logprob, self.save_seconds, self.loss_of_skipped = -0.5, 0.0, 1.0
         self.commands, self.scored = [], []
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self.run, daemon=True)
@@ -142,8 +142,9 @@ class FakeRanks:
         samples = command.samples if isinstance(command, protocol.Step) else [p.preferred for p in command.pairs]
         tokens = sum(len(sample.token_ids) for sample in samples)
         version = len(self.applied())
+        loss = self.loss_of_skipped if skipped else 5.0 / (1 + version)
         return protocol.StepDone(
-            id=command.id, loss=5.0 / (1 + version), num_tokens=tokens, num_loss_tokens=tokens // 2, padding_share=0.25,
+            id=command.id, loss=loss, num_tokens=tokens, num_loss_tokens=tokens // 2, padding_share=0.25,
             num_micro_batches=1, grad_norm=1.0, learning_rate=1e-5, weight_version=version,
             step_seconds=self.step_seconds, forward_seconds=0.1, backward_seconds=0.2, optimizer_seconds=0.05,
             token_accuracy=0.5, peak_memory_bytes=[1000, 2000], gradients="fused", skipped=skipped,

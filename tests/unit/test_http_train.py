@@ -303,7 +303,7 @@ def test_an_unforeseen_error_has_an_id_that_the_log_has(tmp_path, caplog):
             return await client.get(path)
 
     store = Store(tmp_path)
-    scheduler = SimpleNamespace(link=SimpleNamespace(weight_version=7), on_step=[])
+    scheduler = SimpleNamespace(link=SimpleNamespace(weight_version=7), on_step=[], on_evaluation=[])
     service = Service(Settings(instance_dir=""), store, scheduler, Changes(), None, None)
     app = build_app(service, Access([]), Metrics(scheduler, store), FineTuningApi(service))
     store.files = lambda: 1 / 0
