@@ -112,6 +112,8 @@ class Hello(Reply, frozen=True):
 
     protocol_version: int
     instance_id: str
+    server_life: str
+    """Of one life of the server: its name may be that of an earlier one, whose weights are gone."""
     model_path: str
     served_model_names: list[str]
     num_ranks: int

@@ -12,6 +12,7 @@ from __future__ import annotations
 import datetime
 import gc
 import logging
+import signal
 import threading
 import time
 import traceback
@@ -159,9 +160,16 @@ class RankLoop:
         """End ``run`` on all ranks once the command being executed is done. Only rank 0's word counts. Signal-safe."""
         self._stop_reason = reason
 
+    def stop_on_signals(self) -> None:
+        """Let signals end it in order: a launcher hands them on, SIGHUP too when its terminal closes."""
+        for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            if signal.getsignal(signum) is not signal.SIG_IGN:  # as nohup leaves SIGHUP
+                signal.signal(signum, lambda number, frame: self.stop(f"got {signal.Signals(number).name}"))
+
     def run(self) -> str:
         """Until a Shutdown command or ``stop``; returns the reason. Collective over the control group."""
         if self.link:
+            self.link.working_on("", self.trainer.weight_version)
             self.link.send(self._hello(*self._last_step))
         while True:
             frame = self.control.broadcast(self._next_frame())

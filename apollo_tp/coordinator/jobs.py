@@ -96,7 +96,7 @@ class Job(msgspec.Struct, kw_only=True):
     training_seconds: float = 0.0
     wanted: str = ""
     resumable: bool = False
-    instance_id: str = ""
+    server_life: str = ""
     error: JobError | None = None
 
     @property

@@ -190,6 +190,8 @@ class RankLink:
             )
             return
         asked = self._asked.get(peer)
+        if hello.id and (asked is None or hello.id != asked[0]):
+            return  # asked again and again while it was busy, it answers each time: this one is older than our commands
         if self._needs_barrier() and (asked is None or hello.id != asked[0]):
             # a job was interrupted: only a Hello that is in order with the commands says how far it came
             await self._identify(peer)

@@ -94,13 +94,13 @@ class Scheduler:
 
     def reconcile(self, hello: protocol.Hello) -> None:
         """Rank 0 said how far it came: count completed steps whose replies were lost, so that none runs twice."""
-        if self.store.get_meta("instance") != hello.instance_id:
-            self.store.set_meta("instance", hello.instance_id)
+        if self.store.get_meta("server_life") != hello.server_life:
+            self.store.set_meta("server_life", hello.server_life)
             self.store.set_meta("unsaved", "")
         for job in self.store.jobs(State.queued, State.paused):
             if not job.resumable:
                 continue
-            if job.id == hello.last_job_id and job.step < hello.last_job_step and job.instance_id == hello.instance_id:
+            if job.id == hello.last_job_id and job.step < hello.last_job_step and job.server_life == hello.server_life:
                 lost = hello.last_job_step - job.step
                 job.step, job.weight_version = hello.last_job_step, hello.weight_version
                 self.store.set_meta("unsaved", "1")
@@ -163,17 +163,17 @@ class Scheduler:
         if job.model_digest != self.model:
             self._fail(job, model_changed(hello.model_path))
             return
-        if job.step > 0 and job.instance_id != hello.instance_id:
+        if job.step > 0 and job.server_life != hello.server_life:
             message = (
-                f"step {job.step} was trained into server {job.instance_id}, whose weights are gone; "
-                f"got server {hello.instance_id}. Start the job again"
+                f"step {job.step} was trained into a server ({job.server_life}) whose weights are gone; "
+                f"got {hello.server_life}. Start the job again"
             )
             self._fail(job, JobError(code="server_restarted", message=message))
             return
         self.running = job
         self.progress = Progress(job.id)
         resumed = job.step > 0
-        job.state, job.instance_id, job.resumable, job.wanted = State.running, hello.instance_id, False, ""
+        job.state, job.server_life, job.resumable, job.wanted = State.running, hello.server_life, False, ""
         job.started_at = job.started_at or time.time()
         self.store.save_job(job, f"Job running from step {job.step + 1}" if resumed else "Job running")
         try:

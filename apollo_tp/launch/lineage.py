@@ -6,6 +6,7 @@ the weights were updated, which step of which job was the last, and where the op
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,16 @@ from apollo_tp.checkpoint import read_info
 from apollo_tp.errors import ManifestError
 
 LINEAGE_FILE = "weights.json"
+RECORD_BYTES = 16384
+"""Longer than any record: its room is taken before weights are written, and a full disk changes nothing after that."""
 
 
 class Lineage(msgspec.Struct, frozen=True):
-    """``checkpoint`` is the last one written of these weights, or the one that the server was started from."""
+    """``checkpoint`` is the last one written of these weights, or the one that the server was started from; ``step_count``
+    is the optimizer's, from which the learning rate follows."""
 
     weight_version: int = 0
+    step_count: int = 0
     checkpoint: str = ""
     last_job_id: str = ""
     last_job_step: int = 0
@@ -32,10 +37,11 @@ class LineageFile:
 
     def __init__(self, folder: Path, model_path: str, *, keep: bool) -> None:
         self._path, self._keep = folder / LINEAGE_FILE, keep
+        self._file: int | None = None
         self.trained_here = self._path.exists()
         if not self.trained_here:
             info = read_info(Path(model_path))
-            self.record = Lineage(info.weight_version, model_path) if info else Lineage()
+            self.record = Lineage(info.weight_version, checkpoint=model_path) if info else Lineage()
             return
         try:
             self.record = msgspec.json.decode(self._path.read_bytes(), type=Lineage)
@@ -43,8 +49,9 @@ class LineageFile:
             raise ManifestError(f"{self._path}: got an unreadable record ({error}); restart the server") from None
 
     def before_write(self) -> None:
-        """The weights are about to differ from the folder that they were loaded from: say so before they do."""
-        if not self.trained_here:
+        """The weights are about to differ from the folder that they were loaded from: say so before they do. Raises OSError
+        if there is no room for it."""
+        if not self.trained_here or (self._keep and self._file is None):
             self.trained_here = True
             self.update()
 
@@ -54,7 +61,14 @@ class LineageFile:
             self.update(weight_version=weight_version)
 
     def update(self, **changes: Any) -> None:
-        """Change fields, and write the record."""
+        """Change fields, and write the record: at first complete or not at all, then in place, where it has its room."""
         self.record = msgspec.structs.replace(self.record, **changes)
-        if self._keep:
-            runtime.write_private(self._path, msgspec.json.encode(self.record))
+        if not self._keep:
+            return
+        content = msgspec.json.encode(self.record).ljust(RECORD_BYTES)
+        assert len(content) == RECORD_BYTES
+        if self._file is None:
+            runtime.write_private(self._path, content)
+            self._file = os.open(self._path, os.O_WRONLY | os.O_CLOEXEC)
+        else:
+            os.pwrite(self._file, content, 0)

@@ -1,12 +1,16 @@
-"""What CUDA must know before it starts of a trainer that shares its GPUs with a server under CUDA MPS. No torch here."""
+"""What CUDA must know before it starts of a trainer that shares its GPUs with a server under CUDA MPS. No torch before."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from apollo_tp.config import QosConfig
 from apollo_tp.errors import ConfigError
+
+if TYPE_CHECKING:
+    import torch
 
 DRIVER = Path("/dev/nvidiactl")
 DEFAULT_PIPE_DIR = "/tmp/nvidia-mps"
@@ -49,3 +53,17 @@ def daemon_runs(pipe_dir: Path) -> bool:
     path = pipe_dir / "nvidia-cuda-mps-control.pid"
     pid = path.read_text().strip() if path.is_file() else ""
     return pid.isdecimal() and Path("/proc", pid).is_dir()
+
+
+def describe(qos: QosConfig, device: torch.device) -> str:
+    """As status shows it; on a GPU with the number of SMs that this rank uses."""
+    percent = "null" if qos.sm_percent is None else qos.sm_percent
+    text = f"sm_percent={percent} low_priority={str(qos.low_priority).lower()} pace={qos.pace:g}"
+    if device.type != "cuda":
+        return text
+    import torch
+
+    from apollo_tp.sm_share import num_sms
+
+    total = torch.cuda.get_device_properties(device).multi_processor_count
+    return f"{text} ({num_sms(qos.sm_percent, total)} of {total} SMs)"

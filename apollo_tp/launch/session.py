@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import signal
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from apollo_tp.checkpoint.folder import OPTIMIZER_DIR, writer_lock
 from apollo_tp.config import Config
 from apollo_tp.errors import ConfigError, RankFailedError, ServerGoneError
 from apollo_tp.graphs import Replays
+from apollo_tp.launch import qos
 from apollo_tp.launch.coordinator_process import CoordinatorProcess
 from apollo_tp.launch.distributed import World, join
 from apollo_tp.launch.lineage import LineageFile
@@ -178,7 +178,7 @@ def _make_trainer(
         before_write=before_write,
         pace=pace,
     )
-    how = (optimizer.describe(), trainer.gradients.value, _qos(config, device))
+    how = (optimizer.describe(), trainer.gradients.value, qos.describe(config.qos, device))
     log.info("optimizer: %s; gradients: %s; qos: %s", *how)
     return trainer
 
@@ -217,6 +217,12 @@ def _resume(config: Config, optimizer: Optimizer, lineage: LineageFile) -> None:
         optimizer.load(source / OPTIMIZER_DIR)
         info = read_info(source)
         log.info("optimizer state of %s (weight version %s) loaded", source, info.weight_version if info else "?")
+    if not config.optim.reset_state and lineage.record.step_count > optimizer.step_count:
+        log.warning(
+            "optimizer: got the state of its step %d, expected that of %d, after which the last trainer ended: moments are "
+            "those of the last checkpoint, the schedule goes on", optimizer.step_count, lineage.record.step_count,
+        )  # fmt: skip
+        optimizer.step_count = lineage.record.step_count
     if lineage.trained_here and (names := optimizer.level_replicas()):
         log.warning("ranks held different bits of %s (a trainer was killed as it wrote): now the lowest one's", names)
 
@@ -315,7 +321,7 @@ def _serve(
 
     def on_step(command: protocol.Step | protocol.PreferenceStep, done: protocol.StepDone) -> None:
         step = {"last_job_id": command.job_id, "last_job_step": command.job_step}
-        lineage.update(weight_version=done.weight_version, **step)
+        lineage.update(weight_version=done.weight_version, step_count=trainer.optimizer.step_count, **step)
         if start.world.rank == 0:
             progress(command, done)
 
@@ -331,8 +337,7 @@ def _serve(
         after_write=gate.after_step,
         after_failure=lineage.count_to,
     )
-    for signum in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(signum, lambda number, frame: loop.stop(f"got {signal.Signals(number).name}"))
+    loop.stop_on_signals()
     goodbye = protocol.Goodbye(reason="the trainer raised", failed=True)
     try:
         goodbye = protocol.Goodbye(reason=loop.run())
@@ -365,6 +370,7 @@ def _hello(
         return protocol.Hello(
             protocol_version=protocol.PROTOCOL_VERSION,
             instance_id=first.instance_id,
+            server_life=f"{first.instance_id}@{first.pid}.{first.pid_start_ticks}",
             model_path=first.model_path,
             served_model_names=first.served_model_names,
             num_ranks=len(manifests),
@@ -377,23 +383,13 @@ def _hello(
             sync=config.sync.mode.value,
             cache=config.sync.cache.value,
             memory=memory,
-            qos=_qos(config, trainer.device),
+            qos=qos.describe(config.qos, trainer.device),
             layout=rows,
             last_job_id=last_job_id,
             last_job_step=last_job_step,
         )
 
     return hello
-
-
-def _qos(config: Config, device: torch.device) -> str:
-    """As status shows it; on a GPU with the number of SMs that this rank uses."""
-    percent = "null" if config.qos.sm_percent is None else config.qos.sm_percent
-    text = f"sm_percent={percent} low_priority={str(config.qos.low_priority).lower()} pace={config.qos.pace:g}"
-    if device.type != "cuda":
-        return text
-    total = torch.cuda.get_device_properties(device).multi_processor_count
-    return f"{text} ({sm_share.num_sms(config.qos.sm_percent, total)} of {total} SMs)"
 
 
 if sys.platform != "linux":  # memfd, /proc and flock are what this is made of

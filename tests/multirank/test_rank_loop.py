@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import datetime
+import os
+import signal
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -43,6 +45,26 @@ class Loop(RankLoop):
 
     def step(self, number: int) -> protocol.AnyReply:
         return self._execute(protocol.Step(id=f"j/{number}", job_id="j", job_step=number, samples=samples(seed=number)))
+
+
+def test_a_launchers_signals_end_it_in_order() -> None:
+    """SIGHUP too, which a terminal that closes sends, unless nohup has it ignored."""
+    loop = RankLoop.__new__(RankLoop)
+    reasons: list[str] = []
+    loop.stop = reasons.append  # type: ignore[method-assign]
+    signals = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+    before = {number: signal.getsignal(number) for number in signals}
+    try:
+        loop.stop_on_signals()
+        for number in signals:
+            os.kill(os.getpid(), number)
+        assert reasons == [f"got {number.name}" for number in signals]
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        loop.stop_on_signals()
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def once(owner: object, name: str, change: Callable[..., object]) -> None:

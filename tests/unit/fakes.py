@@ -34,9 +34,9 @@ class FakeRanks:
 
     def __init__(self, socket_path, journal, *, step_seconds=0.0, instance_id="fake", max_tokens=256):
         self.socket_path, self.journal, self.step_seconds = str(socket_path), Path(journal), step_seconds
-        self.instance_id, self.max_tokens = instance_id, max_tokens
+        self.instance_id, self.max_tokens, self.server_life = instance_id, max_tokens, f"{instance_id}@1"
         self.fail_at, self.skip_at, self.mute = set(), set(), False
-        self.logprob, self.save_seconds, self.loss_of_skipped = -0.5, 0.0, 1.0
+        self.logprob, self.save_seconds, self.loss_of_skipped, self.hello_seconds = -0.5, 0.0, 1.0, 0.0
         self.commands, self.scored = [], []
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self.run, daemon=True)
@@ -62,6 +62,7 @@ class FakeRanks:
             id=identity,
             protocol_version=protocol.PROTOCOL_VERSION,
             instance_id=self.instance_id,
+            server_life=self.server_life,
             model_path="/models/fake",
             served_model_names=["fake"],
             num_ranks=2,
@@ -110,6 +111,7 @@ class FakeRanks:
 
     def _execute(self, command):
         if isinstance(command, protocol.Identify):
+            time.sleep(self.hello_seconds)
             return self.hello(command.id)
         if isinstance(command, protocol.Score):
             self.scored.append(len(self.applied()))

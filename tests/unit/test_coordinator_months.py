@@ -141,6 +141,40 @@ def test_the_last_checkpoint_of_a_job_is_not_written_three_times(tmp_path):
         assert sorted(states) == ["failed", "succeeded"]
 
 
+def test_no_step_is_run_twice_after_many_questions(tmp_path):
+    """A coordinator that starts while rank 0 is busy asks who it is again and again, and all of it is answered at once."""
+    with (
+        CoordinatorProcess(tmp_path, rank_timeout_seconds=0.3) as coordinator,
+        FakeRanks(coordinator.ranks_socket, tmp_path / "journal", step_seconds=0.05) as ranks,
+    ):
+        ranks.save_seconds, ranks.hello_seconds = 3.0, 0.01
+        with coordinator.client() as client:
+            wait_for(lambda: client.get("/health").json()["trainer"])
+            client.post("/checkpoint")
+            wait_for(lambda: ranks.commands)
+        coordinator.kill()
+        coordinator.start()
+        ranks.save_seconds = 0.0
+        with coordinator.client() as client:
+            job = client.post("/train", json=ONE | {"epochs": 4}).json()["id"]
+            assert ends(client, job)["state"] == "succeeded"
+        assert [step for _, step in ranks.applied()] == [1, 2, 3, 4]
+
+
+def test_a_server_that_starts_again_under_its_name_is_another(tmp_path):
+    """Half a job was trained into weights that are gone."""
+    with CoordinatorProcess(tmp_path) as coordinator, coordinator.client() as client:
+        with FakeRanks(coordinator.ranks_socket, tmp_path / "journal", step_seconds=0.1) as ranks:
+            wait_for(lambda: client.get("/health").json()["trainer"])
+            job = client.post("/train", json=ONE | {"epochs": 50}).json()["id"]
+            wait_for(lambda: len(ranks.applied()) > 3)
+        wait_for(lambda: not client.get("/health").json()["trainer"])
+        with FakeRanks(coordinator.ranks_socket, tmp_path / "journal2") as ranks:
+            ranks.server_life = "fake@2"
+            assert ends(client, job)["error"]["code"] == "server_restarted"
+            assert ranks.applied() == []
+
+
 @pytest.mark.parametrize("content", [b"", bytes(200), b"x" * 23])
 def test_a_damaged_file_of_samples_fails_its_job_alone(stack, content):
     """The coordinator ended, and ended again at every start."""

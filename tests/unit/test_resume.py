@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,6 +23,49 @@ def test_the_record_counts_what_a_failed_step_wrote_and_nothing_else(tmp_path: P
     lineage.count_to(1)
     again = LineageFile(tmp_path, "no/such/model", keep=True)
     assert (again.trained_here, again.record.weight_version) == (True, 1)
+
+
+def test_a_full_folder_stops_a_step_before_it_writes_and_none_after_that(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The record's room is taken first: a step that was written and not recorded would be run again."""
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "no room")
+
+    lineage = LineageFile(tmp_path, "no/such/model", keep=True)
+    with monkeypatch.context() as patch:
+        patch.setattr("apollo_tp.runtime.tempfile.mkstemp", full)
+        with pytest.raises(OSError, match="no room"):
+            lineage.before_write()
+    lineage.before_write()
+    monkeypatch.setattr("apollo_tp.runtime.tempfile.mkstemp", full)
+    for version in (1, 2):
+        lineage.before_write()
+        lineage.update(weight_version=version, last_job_step=version, last_job_id="x" * (100 // version))
+    record = LineageFile(tmp_path, "no/such/model", keep=True).record
+    assert (record.weight_version, record.last_job_step, len(record.last_job_id)) == (2, 2, 50)
+    (tmp_path / "weights.json").unlink()  # a cleaner of temporary files: this trainer goes on
+    lineage.update(weight_version=3)
+
+
+@pytest.mark.parametrize(
+    ("saved", "reset", "expected"), [(0, False, 95), (40, False, 95), (95, False, 95), (40, True, 0)]
+)
+def test_the_schedule_goes_on_where_the_last_trainer_ended(
+    saved: int, reset: bool, expected: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its steps since the last checkpoint are in the weights, as the moments are not, which is said."""
+    if saved:
+        (tmp_path / "optimizer").mkdir()
+    lineage = LineageFile(tmp_path, "no/such/model", keep=True)
+    lineage.before_write()
+    lineage.update(step_count=95, checkpoint=str(tmp_path) if saved else "")
+    optimizer = SimpleNamespace(step_count=0, level_replicas=list)
+    optimizer.load = lambda folder: setattr(optimizer, "step_count", saved)
+    _resume(Config(optim=OptimConfig(reset_state=reset)), optimizer, LineageFile(tmp_path, "", keep=True))  # type: ignore[arg-type]
+    assert optimizer.step_count == expected
+    assert ("moments are those of the last checkpoint" in caplog.text) == (saved < 95 and not reset)
 
 
 @pytest.mark.parametrize(
@@ -45,7 +89,9 @@ def test_state_that_is_not_loaded_is_told(
     loaded: list[Path] = []
     lineage = SimpleNamespace(record=Lineage(checkpoint=str(tmp_path)), trained_here=False)
     with caplog.at_level(logging.WARNING, "apollo_tp"):
-        _resume(Config(optim=OptimConfig(reset_state=reset)), SimpleNamespace(load=loaded.append), lineage)  # type: ignore[arg-type]
+        _resume(
+            Config(optim=OptimConfig(reset_state=reset)), SimpleNamespace(load=loaded.append, step_count=0), lineage
+        )  # type: ignore[arg-type]
     assert loaded == ([] if message else [tmp_path / "optimizer"])
     assert bool(caplog.messages) == bool(message)
     assert message.format(tmp_path) in caplog.text
