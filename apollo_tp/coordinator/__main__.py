@@ -186,6 +186,7 @@ def _publish_address(settings: Settings, listener: socket.socket) -> None:
 async def _fold_wal(store: Store) -> None:
     while True:
         await asyncio.sleep(10)
+        await asyncio.to_thread(store.forget_old_steps)
         await asyncio.to_thread(store.checkpoint_wal)
 
 

@@ -27,6 +27,8 @@ from apollo_tp.errors import ConfigError, RequestError
 SCHEMA_VERSION = 1
 PARTS = ("train", "valid", "ref")
 """Files of a job's samples, and of what the weights before its first step say of them."""
+MAX_EVENTS = 1_000_000
+"""Of older ones, the steps of jobs that are over are forgotten. About 0.7 kB each."""
 _SCHEMA = """
 CREATE TABLE jobs (seq INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT UNIQUE NOT NULL, state TEXT NOT NULL,
                    source TEXT NOT NULL, data BLOB NOT NULL);
@@ -123,6 +125,17 @@ class Store:
         """Fold the write-ahead log into the database file. For a worker thread: it waits for fsync."""
         with contextlib.closing(sqlite3.connect(self.folder / "jobs.sqlite3", timeout=10)) as connection:
             connection.execute("PRAGMA wal_checkpoint(PASSIVE)")
+
+    def forget_old_steps(self, most: int = 2000) -> None:
+        """Remove the oldest steps' events, ``most`` at once, of which there are too many. For a worker thread."""
+        over = ",".join(f"'{state.value}'" for state in TERMINAL)
+        with contextlib.closing(sqlite3.connect(self.folder / "jobs.sqlite3", timeout=10)) as connection, connection:
+            last = connection.execute("SELECT COALESCE(MAX(id), 0) FROM events").fetchone()[0]
+            connection.execute(
+                "DELETE FROM events WHERE id IN (SELECT id FROM events WHERE id <= ? AND type = 'metrics'"
+                f" AND job_id IN (SELECT id FROM jobs WHERE state IN ({over})) LIMIT ?)",
+                (last - MAX_EVENTS, most),
+            )
 
     @contextlib.contextmanager
     def _transaction(self, *, durable: bool) -> Iterator[sqlite3.Connection]:

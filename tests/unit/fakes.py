@@ -30,14 +30,15 @@ HEARTBEAT_SECONDS = 0.1
 
 class FakeRanks:
     """One rank 0. ``fail_at`` and ``skip_at`` name job steps that raise or are skipped; ``mute`` stops every sending.
-    ``logprob`` is that of a token; a checkpoint takes ``save_seconds``."""
+    ``logprob`` is that of a token, and changes by ``learned`` of it with each step; a checkpoint takes ``save_seconds``, and
+    fails if ``fail_saves``."""
 
     def __init__(self, socket_path, journal, *, step_seconds=0.0, instance_id="fake", max_tokens=256):
         self.socket_path, self.journal, self.step_seconds = str(socket_path), Path(journal), step_seconds
         self.instance_id, self.max_tokens, self.server_life = instance_id, max_tokens, f"{instance_id}@1"
         self.fail_at, self.skip_at, self.mute = set(), set(), False
         self.logprob, self.save_seconds, self.loss_of_skipped, self.hello_seconds = -0.5, 0.0, 1.0, 0.0
-        self.commands, self.scored = [], []
+        self.commands, self.scored, self.learned, self.fail_saves = [], [], 0.0, False
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self.run, daemon=True)
 
@@ -117,12 +118,14 @@ class FakeRanks:
             self.scored.append(len(self.applied()))
             weights = [sum(sample.weights) for sample in command.samples]
             logprobs = [
-                self.logprob * weight * (1 + 0.01 * sample.token_ids[-1])
+                self.logprob * weight * (1 + 0.01 * sample.token_ids[-1]) * (1 + self.learned * len(self.applied()))
                 for weight, sample in zip(weights, command.samples, strict=True)
             ]
             return protocol.ScoreDone(
                 id=command.id, logprobs=logprobs, weights=weights, num_correct=[w / 2 for w in weights]
             )
+        if isinstance(command, protocol.SaveCheckpoint) and self.fail_saves:
+            return protocol.CommandFailed(id=command.id, rank=0, error="OSError", message="no space left", traceback="")
         if isinstance(command, protocol.SaveCheckpoint):
             version = len(self.applied())
             path = f"/ckpt/{command.name}"

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import math
 import os
 import threading
 import time
@@ -10,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from apollo_tp import cli
+from apollo_tp import cli, protocol
 from apollo_tp.coordinator.jobs import JobSpec, State, new_job
 from apollo_tp.coordinator.service import model_digest
 from apollo_tp.coordinator.store import Store
@@ -65,6 +66,27 @@ def test_a_checkpoint_of_a_model_has_its_digest(tmp_path):
     assert model_digest(model) == before
     (model / "config.json").write_text(json.dumps(config | {"hidden_size": 1}))
     assert model_digest(model) != before
+
+
+def test_the_oldest_steps_of_jobs_that_are_over_are_forgotten(tmp_path, monkeypatch):
+    """Else the database of a service that trains for months would fill the disk. What else happened stays."""
+    monkeypatch.setattr("apollo_tp.coordinator.store.MAX_EVENTS", 20)
+    store = Store(tmp_path)
+    over, running = new_job("train", JobSpec(), State.running), new_job("train", JobSpec(), State.running)
+    for job in (over, running):
+        store.add_job(job, max_queued=9)
+    for step in range(30):
+        for job in (over, running):
+            store.save_job(job, f"Step {step}", type="metrics")
+    over.state = State.succeeded
+    store.save_job(over, "over")
+    store.forget_old_steps()
+    assert [event.message for event in store.events(over.id)] == [
+        "Job running",
+        *(f"Step {step}" for step in range(21, 30)),
+        "over",
+    ]
+    assert len(store.events(running.id)) == 31
 
 
 def test_disk_use_is_told_while_others_write(tmp_path, monkeypatch):
@@ -173,6 +195,93 @@ def test_a_server_that_starts_again_under_its_name_is_another(tmp_path):
             ranks.server_life = "fake@2"
             assert ends(client, job)["error"]["code"] == "server_restarted"
             assert ranks.applied() == []
+
+
+def test_a_checkpoint_that_fails_is_said_and_tried_again_now_and_then(tmp_path):
+    """The job has succeeded, as its weights are served. The idle checkpoint is tried again after its time, not at once."""
+    settings = {"checkpoint_after_idle_seconds": 0.4}
+    with (
+        CoordinatorProcess(tmp_path, model_path=write_model(tmp_path / "model"), settings=settings) as coordinator,
+        FakeRanks(coordinator.ranks_socket, tmp_path / "journal") as ranks,
+        coordinator.client() as client,
+    ):
+        ranks.fail_saves = True
+        wait_for(lambda: client.get("/health").json()["trainer"])
+        job = tune(client, training_file=CHAT)
+        assert ends(client, job)["state"] == "succeeded"
+        events = client.get(f"/train/jobs/{job}/events").json()["data"]
+        assert [e["message"] for e in events if e["level"] == "warn"] == [
+            "Checkpoint failed: rank 0 raised OSError: no space left"
+        ]
+        assert client.get(f"/v1/fine_tuning/jobs/{job}/checkpoints").json()["data"] == []
+        begun = time.monotonic()
+        wait_for(lambda: len(client.get("/checkpoints").json()["data"]) == 4)
+        assert time.monotonic() - begun > 0.8  # three of the idle ones, 0.4 s after each other
+        assert client.get("/train/status").json()["unsaved"]
+        ranks.fail_saves = False
+        wait_for(lambda: not client.get("/train/status").json()["unsaved"])
+
+
+def test_what_is_trained_while_a_checkpoint_is_written_is_not_saved_by_it(stack):
+    """The step behind it in the queue."""
+    client, ranks, _ = stack
+    ranks.save_seconds = 0.5
+    client.post("/checkpoint")
+    job = client.post("/train", json=ONE).json()["id"]
+    assert ends(client, job)["state"] == "succeeded"
+    wait_for(lambda: client.get("/checkpoints").json()["data"][0]["state"] == "succeeded")
+    assert client.get("/train/status").json()["unsaved"]
+
+
+def test_skipped_steps_count_in_a_row(stack):
+    """Four of five are fewer than five in a row; twice that is not more."""
+    client, ranks, _ = stack
+    ranks.skip_at = {1, 2, 3, 4, 6, 7, 8, 9}
+    job = client.post("/train", json=ONE | {"epochs": 10}).json()["id"]
+    assert ends(client, job)["state"] == "succeeded"
+
+
+def test_the_validation_loss_of_pairs_is_that_of_their_margin(stack):
+    """-log sigmoid(beta * margin) over the weights from before the first step, for pairs of the validation file."""
+    client, ranks, _ = stack
+    ranks.learned = 0.1
+
+    def pair(number, good, bad):
+        def answer(text):
+            return [{"role": "assistant", "content": text}]
+
+        prompt = {"messages": [{"role": "user", "content": f"Hello {number}"}]}
+        return {"input": prompt, "preferred_output": answer(good), "non_preferred_output": answer(bad)}
+
+    def lines(*pairs):
+        return "\n".join(json.dumps(pair(*each)) for each in pairs).encode()
+
+    files = {
+        "training_file": lines((0, "I am fine", "x"), (1, "yes", "a b c d")),
+        "validation_file": lines((2, "one two three four", "I am")),
+    }
+    ids = {
+        name: client.post("/v1/files", files={"file": ("a.jsonl", content)}, data={"purpose": "fine-tune"}).json()["id"]
+        for name, content in files.items()
+    }
+    method = {"type": "dpo", "dpo": {"hyperparameters": {"n_epochs": 1, "batch_size": 2, "beta": 0.5,
+                                                         "learning_rate_multiplier": 0.25}}}  # fmt: skip
+    job = client.post("/v1/fine_tuning/jobs", json={"model": "fake", "method": method} | ids).json()["id"]
+    found = ends(client, job)
+    assert found["state"] == "succeeded", found["error"]
+    (step,) = [command for command in ranks.commands if isinstance(command, protocol.PreferenceStep)]
+    assert step.learning_rate_scale == 0.25
+    scored = [command for command in ranks.commands if isinstance(command, protocol.Score)]
+    preferred, rejected = scored[-1].samples  # of the validation pair, after the step
+
+    def reference(sample):
+        return -0.5 * sum(sample.weights) * (1 + 0.01 * sample.token_ids[-1])
+
+    # a step makes each log-probability 1.1 times what it was
+    margin = 0.1 * (reference(preferred) - reference(rejected))
+    assert abs(margin) > 0.05
+    assert found["valid_loss"] == pytest.approx(math.log1p(math.exp(-0.5 * margin)))
+    assert found["valid_token_accuracy"] == float(margin > 0)
 
 
 @pytest.mark.parametrize("content", [b"", bytes(200), b"x" * 23])
