@@ -75,7 +75,8 @@ class Bundle:
         self._place_rows()
         self.scales = self.no_scales = torch.empty(0, device=self.device)
         self.one, self.always = self.vector([1.0]).float()[0], self.vector([1.0]).int()[0]
-        self.is_projected = self.vector([float(i in roots) for i in range(count)]).int()
+        limited = {m.index for m in self.matrices if m.weight.parameter.role == "matrix"}
+        self.is_projected = self.vector([float((i in roots) + (i in limited)) for i in range(count)]).int()
         self.root_scales = self.vector([roots.get(i, 1.0) for i in range(count)])
         self.adamw_index = torch.tensor([a.index for a in self.adamw], dtype=torch.int64, device=self.device)
         self.adamw_counts = self.vector([float(a.weight.represents) for a in self.adamw]).float()

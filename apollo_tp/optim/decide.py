@@ -12,10 +12,12 @@ def decide(learning_rate: float, sums: Sums, facts: Facts, config: OptimConfig) 
     """Which parameters to write, with which coefficients. Moves ``facts.limiter_norms``; no collective, in fp64.
 
     The norm of a matrix's update is limited to ``norm_growth_limit`` times what the limiter let through the last time
-    (APOLLO, arXiv 2412.05270, section 4, and its published code). Nothing is written if a sum is not finite or a matrix
-    would move by more than ``max_relative_update`` of its norm. Only finite sums give finite coefficients.
+    (APOLLO, arXiv 2412.05270, section 4, and its published code), but for embedding and head: what a batch moves of these
+    grows with its number of tokens, and a short one would hold up those after it. Nothing is written if a sum is not
+    finite or a matrix would move by more than ``max_relative_update`` of its norm. Only finite sums give finite
+    coefficients.
     """
-    projected, squares = facts.projected > 0, sums.squares[:-1].double()
+    projected, limited, squares = facts.projected > 0, facts.projected > 1, sums.squares[:-1].double()
     one = torch.ones_like(facts.corrections)
     norm, inner = sums.norms[:, 0].double().sqrt(), one
     if config.kind is OptimizerKind.apollo_mini:
@@ -26,7 +28,7 @@ def decide(learning_rate: float, sums: Sums, facts: Facts, config: OptimConfig) 
     if config.norm_growth_limit is not None:
         gamma = config.norm_growth_limit
         excess = (norm / (facts.limiter_norms[facts.places] + 1e-8)).clamp(min=gamma) / gamma
-        excess = torch.where((facts.steps > 0) & projected, excess, one)
+        excess = torch.where((facts.steps > 0) & limited, excess, one)
     factor = torch.where(projected, learning_rate * facts.corrections * facts.root_scales, learning_rate) / excess
     active = squares > 0
     relative = torch.where(active, factor * norm / facts.weight_norms[facts.places], 0.0)

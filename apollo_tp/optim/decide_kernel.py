@@ -30,7 +30,8 @@ def _update(
     squares, norms, projected, root_scales, places, limiter_norms, corrections, steps = tensors
     square = tl.load(squares + i, mask=inside, other=0.0).to(tl.float64)
     norm = tl.sqrt(tl.load(norms + 2 * i, mask=inside, other=0.0).to(tl.float64))
-    is_projected = tl.load(projected + i, mask=inside, other=0) != 0
+    kind = tl.load(projected + i, mask=inside, other=0)
+    is_projected = kind > 0
     inner = tl.full(i.shape, 1.0, tl.float64)
     if MINI:
         mini = norm / (tl.sqrt(tl.load(norms + 2 * i + 1, mask=inside, other=0.0).to(tl.float64)) + 1e-8)
@@ -43,7 +44,7 @@ def _update(
         old = tl.load(limiter_norms + tl.load(places + i, mask=inside, other=0), mask=inside, other=0.0)
         growth = norm / (old + 1e-8)
         later = tl.load(steps + i, mask=inside, other=0) > 0
-        excess = tl.where(is_projected & later & (growth > gamma), growth / gamma, excess)
+        excess = tl.where((kind > 1) & later & (growth > gamma), growth / gamma, excess)
     return square, norm, excess, factor / excess, inner
 
 

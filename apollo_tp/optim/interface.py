@@ -124,10 +124,10 @@ class Sums:
 class Facts:
     """What a decision depends on beside the sums: (parameters,) on the device, fp64 unless noted.
 
-    ``projected`` (int32): 1 for APOLLO's matrices. ``root_scales``: square roots of their scale. ``places`` (int64): where
-    each parameter stands in ``limiter_norms`` and ``weight_norms``, which are those of the whole model; ``limiter_norms`` is
-    moved by the decision. ``corrections``: Adam's bias correction of this step; ``steps`` (int32): updates before it.
-    ``learning_rate`` 0-d.
+    ``projected`` (int32): 2 for APOLLO's matrices, 1 for those that the limiter leaves alone, else 0. ``root_scales``:
+    square roots of their scale. ``places`` (int64): where each parameter stands in ``limiter_norms`` and ``weight_norms``,
+    which are those of the whole model; ``limiter_norms`` is moved by the decision. ``corrections``: Adam's bias correction of
+    this step; ``steps`` (int32): updates before it. ``learning_rate`` 0-d.
     """
 
     projected: Tensor

@@ -114,7 +114,7 @@ class ReferenceOptimizer:
         else:
             scales = (adapted.norm(dim=1) / (projected.norm(dim=1) + 1e-8))[:, None]
         update = by_channel * scales
-        if config.norm_growth_limit is not None:
+        if config.norm_growth_limit is not None and self.roles[name] == "matrix":
             norm, gamma = float(update.norm()), config.norm_growth_limit
             if state.step > 1:
                 excess = max(norm / (state.limiter_norm + 1e-8), gamma) / gamma

@@ -7,7 +7,7 @@ from functools import lru_cache
 import pytest
 import torch
 
-from apollo_tp.config import OptimConfig, Precision
+from apollo_tp.config import OptimConfig, OptimizerKind, Precision
 from apollo_tp.layout import Shard
 from apollo_tp.optim import OptimParameter, build_optimizer
 from apollo_tp.optim.reference import ReferenceOptimizer
@@ -87,6 +87,26 @@ def test_sharded_equals_twin(name, size):
         assert error <= 1e-4 * moved, f"{spec.name}: {error} of {moved}"
     for rank in results:
         assert rank[1] == pytest.approx(norms, rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", [OptimizerKind.apollo, OptimizerKind.apollo_mini])
+def test_a_short_batch_does_not_hold_up_the_embedding(kind: OptimizerKind) -> None:
+    """An update of the embedding is as large as its batch has tokens. The limiter would let it grow by 1 % a step again."""
+    generator = torch.Generator().manual_seed(0)
+    shape = (512, 32)
+    weight = torch.randn(shape, generator=generator)
+    parameter = OptimParameter(Shard("embed_tokens.weight", shape, None, (), (0,)), weight, "embedding")
+    optimizer = build_optimizer(
+        model.config(kind=kind, max_grad_norm=None), Precision.remainder, [parameter], TPGroup.single()
+    )
+    lengths = []
+    for tokens in (512, 512, 512, 512, 4, 512):
+        before = weight.clone()
+        weight.grad = torch.zeros(shape)
+        weight.grad[:tokens] = torch.randn((tokens, 32), generator=generator)
+        assert optimizer.step().skipped == ""
+        lengths.append(float((weight - before).norm()))
+    assert lengths[5] > 0.5 * lengths[3]
 
 
 def naive(tp: TPGroup) -> dict:

@@ -220,7 +220,7 @@ def facts_and_sums(count: int, kind: OptimizerKind, spoil: str) -> tuple[Sums, F
         return torch.rand(shape, generator=generator, dtype=torch.float64) + 0.1
 
     facts = Facts(
-        projected=(torch.rand(count, generator=generator) < 0.7).int(),
+        projected=torch.randint(0, 3, (count,), generator=generator, dtype=torch.int32),
         root_scales=positive(count),
         places=places,
         limiter_norms=positive(2 * count),
