@@ -38,6 +38,8 @@ URL_VARIABLE = "APOLLO_TP_URL"
 TOKEN_VARIABLE = "APOLLO_TP_TOKEN"
 DEFAULT_URL = "http://127.0.0.1:8300"
 RECONNECT_SECONDS = 60.0
+POLL_SECONDS = 0.5
+HTTP = ("http://", "https://")
 OK, REFUSED, USAGE, UNREACHABLE = 0, 1, 2, 3
 
 out, err = Console(highlight=False), Console(stderr=True, highlight=False)
@@ -53,6 +55,7 @@ class Client:
     def __init__(self, url: str, token: str | None, key: Path | None = None) -> None:
         headers = {"Authorization": f"Bearer {token}"} if token else {}
         transport = None
+        _check_scheme("--url", url, *HTTP, "tcp://")
         if url.startswith("tcp://"):
             if key is None:
                 raise ConfigError(f"--url {url}: got no --key, expected NAME.key_secret, since ZMQ over TCP needs it")
@@ -102,6 +105,11 @@ def _check(answer: httpx.Response) -> None:
     except (ValueError, KeyError, TypeError):
         message = answer.text[:300]
     raise RefusedError(f"{answer.status_code}: {message}")
+
+
+def _check_scheme(option: str, url: str, *schemes: str) -> None:
+    if not url.lower().startswith(schemes):
+        raise ConfigError(f"{option}: got {url!r}, expected it to begin with {' or '.join(schemes)}")
 
 
 def find_url() -> str:
@@ -164,7 +172,10 @@ def train(client: Client, args: argparse.Namespace) -> int:
 def checkpoint(client: Client, args: argparse.Namespace) -> int:
     """Write the served weights and the optimizer state to disk, and wait for it."""
     with err.status("writing"):
-        answer = client.call("POST", "/checkpoint", json={"wait": True}, timeout=None)
+        answer = client.call("POST", "/checkpoint", json={})
+        while answer["state"] == "queued":  # however long: the server itself would wait for a time only
+            time.sleep(POLL_SECONDS)
+            answer = client.call("GET", f"/checkpoint/{answer['id']}")
     if not _json(args, answer):
         out.print(answer["path"] or f"{answer['state']}: {answer['error']}")
     return OK if answer["state"] == "succeeded" else REFUSED
@@ -223,12 +234,16 @@ def inspect(client: Client, args: argparse.Namespace) -> int:
 
 def compare(client: Client, args: argparse.Namespace) -> int:
     """Does the trainer compute what the server serves? See ``apollo_tp.compare``."""
+    _check_scheme("--server", args.server, *HTTP)
     trainer = client.call("GET", "/train/status")["trainer"]
     if not trainer["connected"]:
         raise RefusedError(f"no trainer: {trainer.get('reason')}")
     tokens = random_tokens(max(2, min(args.tokens, trainer["max_sequence_tokens"], MOST_TOKENS)), trainer["vocab_size"])
     scored = client.call("POST", "/train/score", json=score_request(tokens), timeout=None)
-    served = ask_server(args.server, trainer["served_model_names"][0], tokens)
+    try:
+        served = ask_server(args.server, trainer["served_model_names"][0], tokens)
+    except httpx.TransportError as error:
+        raise RefusedError(f"no server answers at {args.server} ({error}); is vLLM running? See --server") from error
     _check(served)
     found, version = gap(scored, served_logprobs(served, tokens)), scored["weight_version"]
     if not _json(args, asdict(found) | {"weight_version": version}):
@@ -273,16 +288,15 @@ def keys(args: argparse.Namespace) -> int:
 
 
 def _samples(path: Path) -> Iterator[dict[str, Any]]:
-    with sys.stdin if str(path) == "-" else open(path, encoding="utf-8") as lines:
+    with sys.stdin.buffer if str(path) == "-" else open(path, "rb") as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
             try:
-                yield json.loads(line)
+                yield json.loads(line.decode())
             except ValueError as error:
-                raise RefusedError(
-                    f"{path}, line {number}: got malformed JSON ({error}), expected one object"
-                ) from error
+                message = f"{path}, line {number}: got malformed JSON ({error}), expected one object in UTF-8"
+                raise RefusedError(message) from error
 
 
 def _show_dry_run(answer: dict[str, Any]) -> None:

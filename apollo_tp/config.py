@@ -5,11 +5,14 @@ No torch here: the launcher reads its options before anything heavy is imported.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
 from apollo_tp.errors import ConfigError
+
+MAX_PORT = 65535
 
 
 def option(default: Any, help_text: str) -> Any:
@@ -88,22 +91,30 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         check(self.rank >= 1, "optim.rank", self.rank, "an integer >= 1")
-        check(self.lr > 0, "optim.lr", self.lr, "a number > 0")
-        check(all(0 <= b < 1 for b in self.betas), "optim.betas", self.betas, "two numbers in [0, 1)")
+        check(0 < self.lr < math.inf, "optim.lr", self.lr, "a number > 0 and finite")
+        two = len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas)
+        check(two, "optim.betas", self.betas, "two numbers in [0, 1)")
         check(self.refresh_every >= 1, "optim.refresh_every", self.refresh_every, "an integer >= 1")
         check(self.scale == "auto" or _is_positive(self.scale), "optim.scale", self.scale, "'auto' or a number > 0")
         check(self.eps > 0, "optim.eps", self.eps, "a number > 0")
         check(self.weight_decay >= 0, "optim.weight_decay", self.weight_decay, "a number >= 0")
         check(self.max_relative_update > 0, "optim.max_relative_update", self.max_relative_update, "a number > 0")
         check(self.warmup_steps >= 0, "optim.warmup_steps", self.warmup_steps, "an integer >= 0")
+        check(self.max_skipped_steps >= 1, "optim.max_skipped_steps", self.max_skipped_steps, "an integer >= 1")
         limit, clip = self.norm_growth_limit, self.max_grad_norm
         check(limit is None or limit > 1, "optim.norm_growth_limit", limit, "a number > 1, or null")
         check(clip is None or clip > 0, "optim.max_grad_norm", clip, "a number > 0, or null")
+        self._check_schedule()
+
+    def _check_schedule(self) -> None:
+        total = self.total_steps
+        check(total is None or total >= 1, "optim.total_steps", total, "an integer >= 1, or null")
         check(
-            self.schedule is Schedule.constant or self.total_steps is not None,
+            self.schedule is Schedule.constant or (total is not None and total > self.warmup_steps),
             "optim.total_steps",
-            self.total_steps,
-            f"the number of steps, which schedule={self.schedule.value} needs",
+            total,
+            f"the number of steps, which schedule={self.schedule.value} needs: more than optim.warmup_steps "
+            f"({self.warmup_steps})",
         )
 
 
@@ -143,12 +154,19 @@ class HttpConfig:
     host: str = option("127.0.0.1", "address of the coordinator's HTTP endpoint")
     port: int = option(8300, "port of the coordinator's HTTP endpoint; 0 takes a free one")
 
+    def __post_init__(self) -> None:
+        check(0 <= self.port <= MAX_PORT, "service.http.port", self.port, f"an integer from 0 to {MAX_PORT}")
+
 
 @dataclass(kw_only=True)
 class ZmqConfig:
     host: str = option("127.0.0.1", "address of the coordinator's ZMQ endpoint over TCP")
     port: int | None = option(None, "its port; null: no ZMQ over TCP, only the private unix sockets")
     keys_dir: str | None = option(None, "folder of CURVE keys, which TCP needs; `apollo-tp keys DIR` makes them")
+
+    def __post_init__(self) -> None:
+        valid = self.port is None or 0 <= self.port <= MAX_PORT
+        check(valid, "service.zmq.port", self.port, f"an integer from 0 to {MAX_PORT}, or null")
 
 
 class OnCrash(Enum):
@@ -161,6 +179,10 @@ class WriterConfig:
     tensorboard_dir: str | None = option(None, "folder for TensorBoard event files; null writes none")
     wandb_project: str | None = option(None, "Weights & Biases project; null writes none")
     wandb_mode: str = option("offline", "offline | online")
+
+    def __post_init__(self) -> None:
+        mode = self.wandb_mode
+        check(mode in ("offline", "online"), "service.writers.wandb_mode", mode, "offline or online")
 
 
 @dataclass(kw_only=True)
@@ -228,6 +250,9 @@ class CheckpointConfig:
     keep: int = option(3, "complete checkpoints kept; older ones are removed")
     resume: bool = option(True, "load the optimizer state of the latest checkpoint of this model at start-up")
 
+    def __post_init__(self) -> None:
+        check(bool(self.dir), "checkpoint.dir", self.dir, "the path of a folder")
+
 
 @dataclass(kw_only=True)
 class Config:
@@ -245,6 +270,7 @@ class Config:
         # clipping needs the norm of the whole gradient before the first matrix is written
         check(not fused or clip is None, "optim.max_grad_norm", clip, "null with train.gradients=fused")
         seconds, limit = self.sync.timeout_seconds, self.command_timeout_seconds
+        check(0 < limit < math.inf, "command_timeout_seconds", limit, "a number > 0 and finite")
         # the other ranks wait in a collective while rank 0 waits for the server
         check(
             self.sync.mode is SyncMode.hogwild or seconds < limit,
@@ -256,6 +282,6 @@ class Config:
 
 def _is_positive(text: str) -> bool:
     try:
-        return float(text) > 0
+        return 0 < float(text) < math.inf
     except ValueError:
         return False

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from apollo_tp import runtime
-from apollo_tp.errors import ApolloTpError, UnsupportedModelError
+from apollo_tp.errors import ApolloTpError, ConfigError, UnsupportedModelError
 from apollo_tp.manifest import Manifest, wait_for_server
 from apollo_tp.placement import place
 
@@ -45,9 +45,20 @@ def _of_server(options: argparse.Namespace) -> list[Manifest]:
 
 
 def _of_folder(options: argparse.Namespace) -> list[Manifest]:
+    if options.tp < 1:
+        raise ConfigError(f"--tp: got {options.tp}, expected an integer >= 1")
+    folder = Path(options.model)
+    if (folder.is_absolute() or folder.exists()) and not (folder / "config.json").is_file():
+        raise ConfigError(f"MODEL: got {folder}, expected a Hugging Face folder, with a config.json")
     from apollo_tp.vllm_plugin.offline import offline_manifests  # vLLM, which a live server's layout does not need
 
-    manifests = offline_manifests(options.model, options.tp)
+    try:
+        manifests = offline_manifests(options.model, options.tp)
+    except (OSError, ValueError) as error:  # pydantic's among them, with its own words around vLLM's
+        reason = " ".join(str(error).split()).partition(" [type=")[0].rpartition("Value error, ")[2]
+        raise UnsupportedModelError(
+            f"{options.model} at --tp {options.tp}: got {reason!r} from vLLM, expected a folder and a size that it can serve"
+        ) from error
     if manifests[0].error:
         raise UnsupportedModelError(f"{options.model}: {manifests[0].error}")
     return manifests

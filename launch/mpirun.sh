@@ -2,4 +2,8 @@
 # The same under MPI: rank, size and rendezvous come from mpi4py.
 #   TP=2 launch/mpirun.sh [overrides]
 set -euo pipefail
-exec mpirun -n "${TP:-2}" "${PYTHON:-python}" -m apollo_tp.launch "$@"
+as_root=()  # Open MPI refuses to start as root, a container's usual user, unless told; others do not know the option
+if [ "$(id -u)" = 0 ] && [[ "$(mpirun --version 2>&1)" == *"Open MPI"* ]]; then
+  as_root=(--allow-run-as-root)
+fi
+exec mpirun "${as_root[@]}" -n "${TP:-2}" "${PYTHON:-python}" -m apollo_tp.launch "$@"

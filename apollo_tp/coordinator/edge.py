@@ -1,4 +1,4 @@
-"""What surrounds every route, whichever port a request came by: access, body limits, and errors as JSON.
+"""What surrounds every route, whichever port a request came by: access, names in the query, body limits, and errors as JSON.
 
 This is one of the two places that catch every exception (the other is the rank loop).
 """
@@ -11,12 +11,14 @@ import secrets
 from collections.abc import Callable
 from typing import Any
 
+from starlette.applications import Starlette
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from apollo_tp.coordinator.auth import Access
+from apollo_tp.coordinator.openapi import check_query
 from apollo_tp.coordinator.ranks import RanksGoneError
 from apollo_tp.errors import DeadlineError, RankFailedError, RequestError
 
@@ -70,7 +72,7 @@ class Edge:
 
     def __init__(
         self,
-        app: ASGIApp,
+        app: Starlette,
         access: Access,
         max_body_bytes: int,
         max_file_bytes: int,
@@ -95,6 +97,7 @@ class Edge:
             headers = Headers(scope=scope)
             client = scope["client"][0] if scope.get("client") else None
             self._access.check(scope["method"], scope["path"], headers, client)
+            check_query(scope, self._app.routes)
             await self._app(scope, self._limited(scope["path"], headers, receive), watched_send)
         except Exception as error:
             if started:

@@ -7,11 +7,14 @@ from collections.abc import Iterable
 from typing import Any
 
 import msgspec
+from starlette.datastructures import QueryParams
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
-from starlette.routing import Route
+from starlette.routing import BaseRoute, Match, Route
+from starlette.types import Scope
 
 from apollo_tp import __version__
+from apollo_tp.coordinator.intake import refuse
 from apollo_tp.coordinator.schema import CheckpointBody, FineTuningBody, ScoreBody, TrainBody
 
 _BODIES: dict[tuple[str, str], type[msgspec.Struct]] = {
@@ -65,6 +68,20 @@ _ERROR = {
     },
 }
 _REF = "#/components/schemas/{name}"
+
+
+def check_query(scope: Scope, routes: Iterable[BaseRoute]) -> None:
+    """Raise RequestError for a query parameter that the route of this request does not have: a misspelt ``dry_run`` must not
+    train. A path or method without a route is left to the router."""
+    names = QueryParams(scope["query_string"]).keys()
+    route = next((route for route in routes if route.matches(scope)[0] is Match.FULL), None) if names else None
+    if not isinstance(route, Route):
+        return
+    known = _QUERY.get(("GET" if scope["method"] == "HEAD" else scope["method"], route.path), {})
+    for name in names:
+        base = name.partition("[")[0]
+        if name not in known and known.get(base, {}).get("type") != "object":
+            raise refuse(name[:80], "an unknown query parameter", f"one of {', '.join(known)}" if known else "none")
 
 
 def openapi_route(routes: Iterable[Route]) -> Route:

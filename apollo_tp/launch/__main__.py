@@ -8,6 +8,7 @@ import logging
 import os
 import signal
 import sys
+import time
 
 from apollo_tp.errors import ApolloTpError, ServerGoneError
 from apollo_tp.launch.compose import help_text, read_config
@@ -19,6 +20,7 @@ EXIT_SERVER_GONE = 3
 LAUNCHED = {"TORCHELASTIC_RUN_ID", "OMPI_COMM_WORLD_RANK", "PMI_RANK"}
 """Set by torchrun and by mpirun, each for the ranks that it starts."""
 PR_SET_PDEATHSIG = 1
+RANK_0_SECONDS = 1.0
 
 
 def main(arguments: list[str]) -> int:
@@ -35,8 +37,9 @@ def main(arguments: list[str]) -> int:
         config = read_config(arguments)
         share_gpu(config.qos)
     except ApolloTpError as error:
-        if rank == "0":
-            print(f"apollo_tp.launch: {error}", file=sys.stderr)
+        if rank != "0":  # once is enough: the launcher ends this process when rank 0 has printed it, if that one lives
+            time.sleep(RANK_0_SECONDS)
+        print(f"apollo_tp.launch: {error}", file=sys.stderr)
         return EXIT_OPTIONS
     # A recorded step keeps its memory to itself: no part of it should be lost between blocks. CUDA's memory alone.
     if "PYTORCH_ALLOC_CONF" not in os.environ:

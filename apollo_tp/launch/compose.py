@@ -14,6 +14,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -51,18 +52,33 @@ def read_config(overrides: list[str]) -> Config:
 
 def _check_keys(overrides: list[str]) -> None:
     known = {name for name, _ in _leaves(Config)}
-    try:
-        parsed = OverridesParser.create().parse_overrides(overrides)
-    except HydraException as error:
-        raise ConfigError(f"{str(error).splitlines()[0]}; expected key=value, for example optim.lr=1e-5") from None
-    for override in parsed:
+    for override in map(_parsed, overrides):
         key = override.key_or_group
+        if key in groups() and not isinstance(override.value(), (str, list, dict)):
+            raise ConfigError(f"{key}: got {override.get_value_string()}, expected one of {groups()[key]}")
         if key in known or key in groups() or any(name.startswith(f"{key}.") for name in known):
             continue
         near = difflib.get_close_matches(key, [*known, *groups()], n=1, cutoff=0.4)
         leaf = [name for name in known if name.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]]
         nearest = leaf[0] if leaf else near[0] if near else "see --help"
         raise ConfigError(f"{key}: got an unknown option; the nearest valid key is {nearest}")
+
+
+def _parsed(argument: str) -> Override:
+    """One argument, read by itself so that a message can name it."""
+    key, equals, value = argument.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"{argument}: got no value, expected key=value, for example optim.lr=1e-5")
+    # twice: once for the shell, once for Hydra
+    quoted = f"""quote a text: '{key}="{value}"'"""
+    try:
+        override = OverridesParser.create().parse_override(argument)
+    except HydraException:
+        home = f"; nothing expands ~ here: {key}=$HOME{value[1:]}" if value.startswith("~") else f"; {quoted}"
+        raise ConfigError(f"{argument}: got a value that cannot be read, expected key=value{home}") from None
+    if override.is_sweep_override():
+        raise ConfigError(f"{argument}: got several values, expected one; write a list as {key}=[a,b], or {quoted}")
+    return override
 
 
 def _explain(error: Exception) -> str:

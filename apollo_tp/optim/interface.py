@@ -126,8 +126,8 @@ class Facts:
 
     ``projected`` (int32): 2 for APOLLO's matrices, 1 for those that the limiter leaves alone, else 0. ``root_scales``:
     square roots of their scale. ``places`` (int64): where each parameter stands in ``limiter_norms`` and ``weight_norms``,
-    which are those of the whole model; ``limiter_norms`` is moved by the decision. ``corrections``: Adam's bias correction of
-    this step; ``steps`` (int32): updates before it. ``learning_rate`` 0-d.
+    which are those of the whole model; ``limiter_norms`` is moved by the decision. ``corrections``: Adam's bias correction
+    of this step; ``steps`` (int32): updates before it. ``learning_rate`` 0-d.
     """
 
     projected: Tensor

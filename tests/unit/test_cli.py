@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import threading
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -33,21 +34,21 @@ def run(stack, *arguments, env=None, text=None):
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=30, input=text)
 
 
-@pytest.fixture
-def completions():
-    """A server's /v1/completions, that answers as the fake rank scores, and 0.25 nats below."""
+@contextmanager
+def served(respond):
+    """An HTTP server; ``respond`` takes the handler and the body, and gives status and answer."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self):
-            body = json.loads(self.rfile.read(int(self.headers["content-length"])))
-            known = self.headers["authorization"] is None
-            entries = [{str(t): {"logprob": -0.5 * (1 + 0.01 * t) - 0.25}} for t in body["prompt"]]
-            answer = {"choices": [{"prompt_logprobs": [None, *entries[1:]]}]}
-            content = json.dumps(answer if known else {"error": {"message": "no such key"}}).encode()
-            self.send_response(200 if known else 401)
+            body = self.rfile.read(int(self.headers.get("content-length", 0)))
+            status, answer = respond(self, json.loads(body or b"null"))
+            content = json.dumps(answer).encode()
+            self.send_response(status)
             self.send_header("Content-Length", str(len(content)))
             self.end_headers()
             self.wfile.write(content)
+
+        do_GET = do_POST  # noqa: N815 - http.server's name
 
         def log_message(self, *_):
             pass
@@ -56,6 +57,20 @@ def completions():
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{server.server_port}"
         server.shutdown()
+
+
+@pytest.fixture
+def completions():
+    """A server's /v1/completions, that answers as the fake rank scores, and 0.25 nats below."""
+
+    def respond(request, body):
+        if request.headers["authorization"] is not None:
+            return 401, {"error": {"message": "no such key"}}
+        entries = [{str(t): {"logprob": -0.5 * (1 + 0.01 * t) - 0.25}} for t in body["prompt"]]
+        return 200, {"choices": [{"prompt_logprobs": [None, *entries[1:]]}]}
+
+    with served(respond) as url:
+        yield url
 
 
 @pytest.fixture
@@ -115,9 +130,15 @@ def test_errors_are_sentences(stack, data, tmp_path):
     """No traceback for what a user can get wrong; the exit status tells the kinds apart."""
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"text": "x"}\n{')
+    latin = tmp_path / "latin.jsonl"
+    latin.write_bytes('{"text": "x"}\n{"text": "Grüße"}\n'.encode("latin-1"))
     for arguments, status, words in [
         (("train", bad), 1, "line 2"),
+        (("train", latin), 1, f"{latin}, line 2: got malformed JSON ('utf-8' codec"),
         (("train", tmp_path / "none"), 2, "No such file"),
+        (("status", "--url", "localhost:8300"), 2, "--url: got 'localhost:8300', expected it to begin with http://"),
+        (("compare", "--server", "localhost:8000"), 2, "--server: got 'localhost:8000', expected it to begin with"),
+        (("compare", "--server", "http://127.0.0.1:9"), 1, "no server answers at http://127.0.0.1:9"),
         (("status", "--url", "http://127.0.0.1:9"), 3, "no coordinator answers"),
         (("events", "job-x"), 1, "404"),
         (("train", data, "--epochs", "0"), 1, "epochs"),
@@ -127,6 +148,26 @@ def test_errors_are_sentences(stack, data, tmp_path):
         assert done.returncode == status, done
         assert words in done.stderr
         assert "Traceback" not in done.stderr
+
+
+def test_checkpoint_waits_until_it_is_written(stack):
+    """However often the answer is "queued", which a real coordinator says after 600 s when asked to wait."""
+    asked = []
+
+    def respond(request, _):
+        asked.append((request.command, request.path))
+        over = len(asked) == 3
+        return 200, {
+            "id": "ckpt-1",
+            "state": "succeeded" if over else "queued",
+            "path": "/ckpt/1" if over else "",
+            "error": "",
+        }
+
+    with served(respond) as url:
+        done = run(stack, "checkpoint", "--url", url)
+    assert (done.returncode, done.stdout) == (0, "/ckpt/1\n"), done.stderr
+    assert asked == [("POST", "/checkpoint"), *[("GET", "/checkpoint/ckpt-1")] * 2]
 
 
 def test_compare_says_how_far_server_and_trainer_are_apart(stack, completions):

@@ -222,6 +222,8 @@ def test_lists_are_filtered(stack):
         "files?order=up",
         "fine_tuning/jobs?metadata=null",
         "fine_tuning/jobs?metadata[a=b",
+        "fine_tuning/jobs?order=asc",
+        "files/x?limit=2",
     ):
         answer = http.get(f"/v1/{query}")
         assert (answer.status_code, answer.json()["error"]["param"] in query) == (400, True), query

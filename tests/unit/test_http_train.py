@@ -129,6 +129,48 @@ def test_bad_requests_say_field_got_and_expected(stack, name):
     assert (len(ranks.commands), len(client.get("/train/jobs?limit=100").json()["data"])) == before
 
 
+@pytest.mark.parametrize(
+    ("method", "path", "name", "known"),
+    [
+        ("POST", "/train?dryrun=true", "dryrun", "one of dry_run, wait"),
+        ("POST", "/train?dry_run=true&epochs=3", "epochs", "one of dry_run, wait"),
+        ("POST", "/train?dry_run[]=true", "dry_run[]", "one of dry_run, wait"),
+        ("POST", "/train/score?dry_run=true", "dry_run", "none"),
+        ("POST", "/checkpoint?wiat=", "wiat", "one of wait"),
+        ("GET", "/train/jobs?offset=3", "offset", "one of after, limit"),
+        ("HEAD", "/train/jobs?offset=3", None, None),
+        ("GET", "/train/jobs/x/events?from=3", "from", "one of stream, after, limit"),
+        ("POST", "/train/jobs/x/cancel?now=1", "now", "none"),
+        ("GET", "/?x", "x", "none"),
+    ],
+)
+def test_an_unknown_query_parameter_is_refused(stack, method, path, name, known):
+    """A misspelt dry_run must not train: 400 with the names that the route knows, and nothing is queued or sent."""
+    client, ranks = stack
+    before = (len(ranks.commands), len(client.get("/train/jobs?limit=100").json()["data"]))
+    answer = client.request(method, path, **({"json": ONE} if method == "POST" else {}))
+    assert answer.status_code == 400, answer.text
+    if name is not None:
+        error = answer.json()["error"]
+        assert (error["field"], error["got"], error["expected"]) == (name, "an unknown query parameter", known)
+    assert (len(ranks.commands), len(client.get("/train/jobs?limit=100").json()["data"])) == before
+
+
+def test_documented_query_parameters_are_taken(stack):
+    """Each that /openapi.json names; what has no route is 404 or 405 whatever its query."""
+    client, _ = stack
+    values = {"limit": "2", "after": "0", "order": "asc", "purpose": "fine-tune", "metadata": None}
+    for path, operations in client.get("/openapi.json").json()["paths"].items():
+        for parameter in operations.get("get", {}).get("parameters", []):
+            if parameter["in"] == "query":
+                name = parameter["name"]
+                query = f"{name}={values.get(name, 'false')}" if name != "metadata" else "metadata[run]=1"
+                answer = client.get(f"{path.replace('{job_id}', 'x')}?{query}")
+                assert answer.status_code == (404 if "{job_id}" in path else 200), (path, query)
+    assert client.get("/nope?x=1").status_code == 404
+    assert client.put("/train?x=1").status_code == 405
+
+
 def test_a_chunked_body_is_not_collected(stack):
     """Without a Content-Length the limit still holds: 413, and 100 MB sent do not become 100 MB held."""
     client, ranks = stack

@@ -113,6 +113,16 @@ def test_schedules():
         assert all(a >= b for a, b in itertools.pairwise(rates[4:]))
 
 
+@pytest.mark.parametrize("schedule", [Schedule.linear, Schedule.cosine])
+@pytest.mark.parametrize("total", [None, 9, 10])
+def test_a_schedule_needs_steps_after_its_warm_up(schedule, total):
+    """Else every step after the warm-up would have the end value, 0 with linear."""
+    with pytest.raises(ConfigError, match=rf"optim\.total_steps: got {total}, .*more than optim\.warmup_steps \(10\)"):
+        OptimConfig(schedule=schedule, warmup_steps=10, total_steps=total)
+    OptimConfig(schedule=schedule, warmup_steps=10, total_steps=11)
+    OptimConfig(warmup_steps=10)
+
+
 def test_what_cannot_be_trained_is_refused():
     """No parameters, a name twice, fp16 weights and a shape that is not the shard's are refused by name."""
     params = model.parameters(TPGroup.single())

