@@ -7,7 +7,7 @@
     apollo_tp.json         CheckpointInfo
   latest -> <name>
   .writer.lock             held (flock) by the one trainer that writes here
-  .<name>.partial/         being written, or left by a crash; removed when the next one is begun
+  .<name>.partial/         being written or removed, or left by a crash; gone when the next one is begun
 """
 
 from __future__ import annotations
@@ -40,6 +40,8 @@ class CheckpointInfo(msgspec.Struct, frozen=True, kw_only=True):
     optimizer: str
     num_ranks: int
     created_at: float
+    origin: str = ""
+    """The model that training began from, however many checkpoints ago. Empty in records of older versions."""
 
 
 def read_info(folder: Path) -> CheckpointInfo | None:
@@ -54,6 +56,13 @@ def read_info(folder: Path) -> CheckpointInfo | None:
         raise CheckpointError(f"{path}: got an unreadable record ({error}), expected JSON; remove the folder") from None
 
 
+def origin_of(model_path: str) -> str:
+    """The model that ``model_path`` was trained from if it is one of our checkpoints, else itself. Raises CheckpointError
+    for a record that cannot be read."""
+    info = read_info(Path(model_path))
+    return (info.origin or info.model_path) if info else model_path
+
+
 def latest(root: Path) -> Path | None:
     """The newest complete checkpoint below ``root``."""
     link = root / LATEST
@@ -62,8 +71,8 @@ def latest(root: Path) -> Path | None:
 
 @contextmanager
 def writer_lock(root: Path) -> Iterator[None]:
-    """Hold the one writer's place below ``root``, created if missing: what is dropped there as old, and ``latest``, are one
-    model's. Raises ConfigError if another trainer has it."""
+    """Hold the one writer's place below ``root``, created if missing: ``latest``, and what a crash left, are one trainer's.
+    Raises ConfigError if another trainer has it."""
 
     def refuse(holder: str) -> ApolloTpError:
         return ConfigError(
@@ -98,33 +107,57 @@ def begin(root: Path, name: str) -> Path:
     return partial
 
 
-def complete(root: Path, name: str, keep: int, served: Path) -> Path:
-    """Make the partial folder the checkpoint ``name`` and the latest one, alone on rank 0; drop the oldest, but not the
-    one that is ``served``."""
-    final = root / name
-    fsync_tree(partial_path(root, name))
-    os.rename(partial_path(root, name), final)
+def complete(root: Path, name: str, info: CheckpointInfo, keep: int, served: Path) -> Path:
+    """Make the partial folder the checkpoint ``name`` and the latest one, alone on rank 0; drop the oldest of the same
+    model, but not the one that is ``served``. Its time is behind that of all others, also if the clock went back."""
+    partial, final = partial_path(root, name), root / name
+    others = _complete_ones(root)
+    newest = max((other.created_at for other in others.values()), default=0.0)
+    info = msgspec.structs.replace(info, created_at=max(info.created_at, newest + 0.001))
+    with os.fdopen(os.open(partial / INFO_FILE, os.O_WRONLY | os.O_CREAT, 0o600), "wb") as file:
+        file.write(msgspec.json.format(msgspec.json.encode(info), indent=2))
+    fsync_tree(partial)
+    os.rename(partial, final)
     link = root / f".{LATEST}.new"
     link.unlink(missing_ok=True)
     link.symlink_to(name)
     os.replace(link, root / LATEST)
     fsync(root)
-    _prune(root, keep, served)
+    ours = sorted((other.created_at, path) for path, other in others.items() if _same_model(other, info))
+    for _, path in ours[: max(0, len(ours) + 1 - max(keep, 1))]:
+        if path.resolve() != served.resolve():
+            _remove(path, f"checkpoint.keep={keep}, and there are newer ones of {info.origin}")
     return final
 
 
-def _prune(root: Path, keep: int, served: Path) -> None:
-    """Raises nothing: the newest checkpoint is complete, whatever becomes of the oldest."""
-    complete_ones = []
+def _complete_ones(root: Path) -> dict[Path, CheckpointInfo]:
+    """Raises nothing: a folder that cannot be read makes no checkpoint a failed one."""
+    found = {}
     for folder in root.iterdir():
         try:
-            if not folder.is_symlink() and (info := read_info(folder)):
-                complete_ones.append((info.created_at, folder))
+            if not folder.name.startswith(".") and not folder.is_symlink() and (info := read_info(folder)):
+                found[folder] = info
         except CheckpointError as error:  # lost+found, say
             log.warning("left alone: %s", error)
-    for _, folder in sorted(complete_ones)[: max(0, len(complete_ones) - max(keep, 1))]:
-        if folder.resolve() != served.resolve():
-            shutil.rmtree(folder, ignore_errors=True)
+    return found
+
+
+def _same_model(other: CheckpointInfo, new: CheckpointInfo) -> bool:
+    """Results of another model are not ours to remove, nor those of which it is not known."""
+    return other.origin == new.origin if other.origin else other.model_path == new.model_path
+
+
+def _remove(folder: Path, why: str) -> None:
+    """Raises nothing: the newest checkpoint is complete, whatever becomes of the oldest. Under the name of a partial one
+    first, since ``begin`` clears those if this process is killed half-way."""
+    partial = folder.with_name(f".{folder.name}.partial")
+    try:
+        os.rename(folder, partial)
+    except OSError as error:
+        log.warning("%s could not be removed (%s): %s", folder, why, error)
+        return
+    shutil.rmtree(partial, ignore_errors=True)
+    log.info("%s removed: %s", folder, why)
 
 
 def fsync(path: Path) -> None:

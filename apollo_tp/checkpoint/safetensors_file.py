@@ -62,7 +62,8 @@ def create(path: Path, header: bytes, entries: dict[str, Entry]) -> None:
 
 
 def write_box(path: Path, entry: Entry, box: Box, values: Tensor) -> None:
-    """Write the box of a tensor (global coordinates) from ``values`` of the box's shape, cast to the entry's dtype."""
+    """Write the box of a tensor (global coordinates) from ``values`` of the box's shape, cast to the entry's dtype. It is
+    on disk once the file has been flushed (fsync), which is for the caller: once a file, not once a box."""
     if not box.numel:
         return
     bits = {
@@ -75,4 +76,3 @@ def write_box(path: Path, entry: Entry, box: Box, values: Tensor) -> None:
     content = values.detach().to("cpu", entry.dtype).contiguous().view(torch_bits).numpy()
     target = np.memmap(path, dtype=numpy_bits, mode="r+", offset=entry.start_byte, shape=entry.shape or (1,))
     target[tuple(slice(o, o + n) for o, n in zip(box.offset, box.shape, strict=True))] = content
-    target.flush()

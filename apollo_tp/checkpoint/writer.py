@@ -8,11 +8,11 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-import msgspec
 import torch
 from safetensors import safe_open
 from torch import Tensor
@@ -28,6 +28,12 @@ from apollo_tp.parallel import TPGroup
 
 MAX_FILE_BYTES = 5 * 10**9
 """File split of a checkpoint that never was on disk (a server started with dummy weights)."""
+
+OLD_WEIGHTS = {".safetensors", ".bin", ".pth", ".pt", ".gguf", ".h5", ".msgpack", ".onnx", ".onnx_data"}
+"""Files of the source that hold its weights, in whatever form: a checkpoint has its own."""
+CHAT_TEMPLATES = "additional_chat_templates/*.jinja"
+STILL_WORKING_SECONDS = 1.0
+"""How often the ranks meet while rank 0 works alone."""
 
 
 class SavesState(Protocol):
@@ -66,13 +72,14 @@ class CheckpointWriter:
     ) -> None:
         self._root, self._source, self._tensors, self._tp, self._keep = root, Path(model_path), tensors, tp, keep
         self._save_config = save_config
+        self._served, self._origin = self._source.resolve(), folders.origin_of(model_path)  # `latest` moves on
         self._files = _plan_files(checkpoint, {name: local.dtype for name, (_, local) in tensors.items()})
 
     def save(self, name: str, optimizer: SavesState, weight_version: int) -> tuple[Path, int]:
         """Write checkpoint ``name``; returns its folder and size in bytes.
 
-        Two all-reduces of one flag besides the optimizer's own collectives. Raises CheckpointError on all ranks if one
-        could not write; nothing appears then, and what was written is gone.
+        Collectives: all-reduces of one flag (see ``_together`` and ``_on_rank_0``) besides the optimizer's own. Raises
+        CheckpointError on all ranks if one could not write; nothing appears then, and what was written is gone.
         """
         with contextlib.ExitStack() as stack:
             if self._tp.rank == 0:  # renamed by now, unless it failed
@@ -83,7 +90,7 @@ class CheckpointWriter:
 
     def _write(self, name: str, optimizer: SavesState, weight_version: int) -> None:
         partial = folders.partial_path(self._root, name)
-        self._together(lambda: self._prepare(name) if self._tp.rank == 0 else None)
+        self._on_rank_0(lambda: self._prepare(name))
         self._together(lambda: self._write_own_boxes(partial))
         optimizer.save(partial / folders.OPTIMIZER_DIR)
         info = CheckpointInfo(
@@ -92,8 +99,19 @@ class CheckpointWriter:
             optimizer=optimizer.describe(),
             num_ranks=self._tp.size,
             created_at=time.time(),
+            origin=self._origin,
         )
-        self._together(lambda: self._finish(name, info) if self._tp.rank == 0 else None)
+        self._on_rank_0(lambda: folders.complete(self._root, name, info, self._keep, self._served))
+
+    def _on_rank_0(self, action: Callable[[], object]) -> None:
+        """Run ``action`` on rank 0, in a thread, and agree on success. An all-reduce every STILL_WORKING_SECONDS while it
+        lasts, then that of ``_together``: copies and flushes of a large model take longer than one collective may. So it
+        may take any time as long as rank 0 lives; how long the coordinator waits for its answer is another matter."""
+        with ThreadPoolExecutor(1, "checkpoint") as pool:  # waits for the thread, however this ends
+            work = [pool.submit(action)] if self._tp.rank == 0 else []
+            while self._count(bool(wait(work, STILL_WORKING_SECONDS).not_done)):
+                pass
+        self._together(lambda: [done.result() for done in work])
 
     def _together(self, action: Callable[[], object]) -> None:
         """Run ``action`` here and agree on success. One all-reduce."""
@@ -102,13 +120,16 @@ class CheckpointWriter:
             action()
         except (OSError, CheckpointError) as caught:
             error = caught
-        device = next(iter(self._tensors.values()))[1].device
-        failed = torch.tensor([float(error is not None)], device=device)
-        self._tp.all_reduce_(failed)
+        failed = self._count(error is not None)
         if error is not None:
             raise CheckpointError(f"rank {self._tp.rank}: {error}") from error
-        if failed.item():
-            raise CheckpointError(f"got a failure on {int(failed.item())} other rank(s), expected all ranks to write")
+        if failed:
+            raise CheckpointError(f"got a failure on {failed} other rank(s), expected all ranks to write")
+
+    def _count(self, flag: bool) -> int:
+        """On how many ranks ``flag`` is set. One all-reduce."""
+        device = next(iter(self._tensors.values()))[1].device
+        return int(self._tp.all_reduce_(torch.tensor([float(flag)], device=device)).item())
 
     def _prepare(self, name: str) -> None:
         partial = folders.begin(self._root, name)
@@ -119,9 +140,9 @@ class CheckpointWriter:
             else:
                 _link_or_copy(self._source / file.name, partial / file.name)
         if self._source.is_dir():
-            for path in self._source.iterdir():
-                if path.is_file() and path.suffix not in (".safetensors", ".bin", ".pth", ".pt"):
-                    _copy_private(path, partial / path.name)
+            for path in (*self._source.iterdir(), *self._source.glob(CHAT_TEMPLATES)):
+                if path.is_file() and path.suffix not in OLD_WEIGHTS:
+                    _copy_private(path, partial / path.relative_to(self._source))
         else:
             self._save_config(partial)
         (partial / folders.INFO_FILE).unlink(missing_ok=True)
@@ -138,23 +159,20 @@ class CheckpointWriter:
                     write_box(partial / file.name, entry, whole, source.get_tensor(entry.name))
 
     def _write_own_boxes(self, partial: Path) -> None:
+        """And flush them, so that little is left for rank 0, which flushes the whole at the end."""
         for file in self._files:
-            for name, entry in file.entries.items():
-                if name not in self._tensors:
-                    continue
+            own = [name for name in file.entries if self._writes(name)]
+            for name in own:
                 shard, local = self._tensors[name]
-                if shard.replica_ranks[0] != self._tp.rank:
-                    continue
                 for box, start in shard.boxes:
                     part = local if shard.dim is None else local.narrow(shard.dim, start, box.shape[shard.dim])
-                    write_box(partial / file.name, entry, box, part)
+                    write_box(partial / file.name, file.entries[name], box, part)
+            if own:
+                folders.fsync(partial / file.name)
 
-    def _finish(self, name: str, info: CheckpointInfo) -> None:
-        partial = folders.partial_path(self._root, name)
-        path = partial / folders.INFO_FILE
-        with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT, 0o600), "wb") as file:
-            file.write(msgspec.json.format(msgspec.json.encode(info), indent=2))
-        folders.complete(self._root, name, self._keep, self._source)
+    def _writes(self, name: str) -> bool:
+        """Whether this rank writes its part of the tensor: of replicas the first one does."""
+        return name in self._tensors and self._tensors[name][0].replica_ranks[0] == self._tp.rank
 
 
 def _plan_files(checkpoint: Sequence[CheckpointTensor], served: dict[str, torch.dtype]) -> list[_File]:
@@ -211,5 +229,6 @@ def _link_or_copy(source: Path, target: Path) -> None:
 
 
 def _copy_private(source: Path, target: Path) -> None:
+    target.parent.mkdir(mode=0o700, exist_ok=True)
     shutil.copyfile(source, target)
     target.chmod(0o600)

@@ -124,7 +124,9 @@ def save(optimizer: Optimizer, folder: Path) -> None:
                 dcp.save({}, storage_writer=writer, planner=planner, no_dist=True)
         if rank == 0:
             (folder / COUNTERS).write_text(json.dumps(_counters(optimizer), indent=1))
-    except (OSError, RuntimeError, dcp.api.CheckpointException) as error:
+    except dcp.api.CheckpointException as error:  # its own text does not begin with the cause
+        problem = "; ".join(f"{type(cause).__name__}: {cause}" for cause, _ in error.failures.values()) or repr(error)
+    except (OSError, RuntimeError) as error:
         problem = f"{type(error).__name__}: {error}"
     failed = torch.zeros(optimizer.tp.size, device=optimizer.device)
     failed[rank] = float(bool(problem))
@@ -139,8 +141,9 @@ def save(optimizer: Optimizer, folder: Path) -> None:
 def load(optimizer: Optimizer, folder: Path) -> None:
     """Read the state that any number of ranks wrote below ``folder``. No collective; every rank reads what it holds.
 
-    A remainder is read where both sides have one, else it stays zero. With ``optim.reset_state`` a state that does not fit
-    is left alone and the optimizer starts afresh. Raises CheckpointError otherwise, or if boxes are missing.
+    A remainder is read where both sides have one, else (saved from fp32 weights, say) it stays zero. With
+    ``optim.reset_state`` a state that does not fit is left alone and the optimizer starts afresh. Raises CheckpointError
+    otherwise, or if boxes are missing.
     """
     try:
         saved = json.loads((folder / COUNTERS).read_text())
@@ -157,10 +160,7 @@ def load(optimizer: Optimizer, folder: Path) -> None:
             f"optimizer state in {folder} does not fit: {'; '.join(differing)}; set these options back, or start with "
             "fresh state by optim.reset_state=true"
         )
-    wanted = [p for p in _pieces(optimizer) if p.tensor.numel()]
-    if saved["precision"] != "remainder":
-        wanted = [p for p in wanted if not p.key.endswith(".remainder")]
-    planner = _LoadPlanner(wanted)
+    planner = _LoadPlanner(p for p in _pieces(optimizer) if p.tensor.numel())
     for part in sorted(folder.glob("rank-*.part-*")):
         with _alone():
             dcp.load({}, storage_reader=dcp.HuggingFaceStorageReader(str(part)), planner=planner, no_dist=True)
@@ -240,6 +240,7 @@ class _LoadPlanner(LoadPlanner):
         for piece in pieces:
             self.wanted.setdefault(piece.key, []).append(piece)
         self.missing = {key: sum(p.box.numel for p in pieces) for key, pieces in self.wanted.items()}
+        self.stored: set[str] = set()
         self.metadata: Metadata | None = None
 
     def set_up_planner(self, state_dict: Any, metadata: Metadata | None = None, is_coordinator: bool = False) -> None:
@@ -247,6 +248,7 @@ class _LoadPlanner(LoadPlanner):
 
     def create_local_plan(self) -> LoadPlan:
         assert self.metadata is not None
+        self.stored.update(self.metadata.state_dict_metadata)
         items: list[ReadItem] = []
         for key, pieces in self.wanted.items():
             stored = self.metadata.state_dict_metadata.get(key)
@@ -279,10 +281,11 @@ class _LoadPlanner(LoadPlanner):
         """The reader copied into the view; nothing is left to do."""
 
     def check_complete(self, folder: Path) -> None:
-        """Raise CheckpointError unless every wanted element was read exactly once."""
-        short = [f"{key} ({count} elements)" for key, count in self.missing.items() if count]
+        """Raise CheckpointError unless every wanted element was read exactly once, but for remainders that nobody saved."""
+        expected = {k: n for k, n in self.missing.items() if k in self.stored or not k.endswith(".remainder")}
+        short = [f"{key} ({count} elements)" for key, count in expected.items() if count]
         if short:
             raise CheckpointError(
-                f"optimizer state in {folder}: got an incomplete set of files, expected {len(self.missing)} tensors; "
+                f"optimizer state in {folder}: got an incomplete set of files, expected {len(expected)} tensors; "
                 f"missing of {len(short)}: {', '.join(short[:3])}; copy all rank-* folders or use optim.reset_state=true"
             )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 from dataclasses import replace
 from pathlib import Path
 
@@ -133,3 +134,52 @@ def test_missing_files_are_noticed(tmp_path):
     (folder / COUNTERS).unlink()
     with pytest.raises(CheckpointError, match=r"optimizer\.json"):
         single(folder)
+
+
+def save_fp32(tp: TPGroup, folder: str) -> None:
+    run(tp, None, "float32", (0, 2), save=folder)
+
+
+def test_state_of_fp32_weights_loads_into_bf16_ones(tmp_path):
+    """No remainder was saved, so it stays zero; one that was saved in part alone is still missed."""
+    run_ranks(save_fp32, 2, str(tmp_path / "fp32"))
+    optimizer = single(tmp_path / "fp32")
+    assert optimizer.step_count == 2
+    remainders = [weight.remainder for weight in optimizer.weights]
+    assert len(remainders) == len(model.SPECS)
+    assert not any(remainder.any() for remainder in remainders)
+
+    run_ranks(save_at, 2, str(tmp_path / "bf16"))
+    path = next((tmp_path / "bf16" / "rank-00001.part-0").iterdir())
+    _rename_in_header(path, b"case_a.weight.remainder", b"case_a.weight.elsewhere")
+    with pytest.raises(CheckpointError, match=r"missing of 1: case_a.weight.remainder \(\d+ elements\)"):
+        single(tmp_path / "bf16")
+
+
+def _rename_in_header(path: Path, key: bytes, other: bytes) -> None:
+    """``key`` is not in the safetensors file any more; the names are as long as each other."""
+    content = path.read_bytes()
+    assert content.count(key) >= 1
+    path.write_bytes(content.replace(key, other))
+
+
+def fail_to_save(tp: TPGroup, folder: str) -> str:
+    """What a rank says of files that may not grow."""
+    optimizer = build_optimizer(model.config(), Precision.remainder, model.parameters(tp, torch.bfloat16), tp)
+    unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, unlimited[1]))
+    try:
+        with pytest.raises(CheckpointError) as caught:
+            optimizer.save(Path(folder))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+    return str(caught.value)
+
+
+def test_a_write_that_fails_says_why(tmp_path):
+    """Not only that one of the library's ranks has failed."""
+    for message in run_ranks(fail_to_save, 2, str(tmp_path / "state")):
+        assert "errors on ranks [0, 1]" in message
+        assert "File too large" in message
+        assert "CheckpointException" not in message
+        assert "Traceback" not in message

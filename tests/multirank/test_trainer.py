@@ -5,6 +5,8 @@ from __future__ import annotations
 import datetime
 import gc
 import resource
+import shutil
+import threading
 import traceback
 import weakref
 from dataclasses import replace
@@ -16,7 +18,8 @@ import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from apollo_tp.checkpoint import CheckpointWriter, latest, read_info
+from apollo_tp.checkpoint import CheckpointWriter, latest, read_info, writer
+from apollo_tp.checkpoint import folder as folders
 from apollo_tp.config import OptimConfig, OptimizerKind, Precision
 from apollo_tp.errors import CheckpointError, ReplicaError
 from apollo_tp.model import bind_model
@@ -284,13 +287,15 @@ def test_parts_of_a_group_have_its_backend_and_deadline() -> None:
     run_ranks(_form_parts, 3)
 
 
+def _writer(tp: TPGroup, checkpoint: Path, root: Path, tensors: dict, served: Path | None = None) -> CheckpointWriter:
+    content, path = map_case(checkpoint, tp).manifest.checkpoint, str(served or checkpoint)
+    return CheckpointWriter(root, path, content, tensors, tp, keep=2, save_config=lambda folder: None)
+
+
 def _save(tp: TPGroup, checkpoint: Path, root: Path) -> bool:
     trainer, tensors = make_trainer(tp, checkpoint)
     trainer.step(samples())
-    manifest_tensors = map_case(checkpoint, tp).manifest.checkpoint
-    writer = CheckpointWriter(
-        root, str(checkpoint), manifest_tensors, tensors, tp, keep=2, save_config=lambda folder: None
-    )
+    writer = _writer(tp, checkpoint, root, tensors)
     for name in ("first", "second", "third"):
         path, _ = writer.save(name, trainer.optimizer, trainer.weight_version)
     state = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).state_dict()
@@ -317,3 +322,76 @@ def test_checkpoint_holds_the_served_bits(size: int, checkpoints: Path, tmp_path
     info = read_info(newest)
     assert info is not None
     assert (info.weight_version, info.num_ranks) == (1, size)
+    assert info.origin == str(checkpoints / CASES[CASE].checkpoint)
+
+
+def _save_on_a_slow_disk(tp: TPGroup, checkpoint: Path, root: Path) -> tuple[bool, bool]:
+    """Whether the checkpoint is complete, and whether this rank flushed what it wrote. To rank 0 the disk is so slow that
+    all ranks meet twice while it makes room, and twice while it flushes the whole."""
+    trainer, tensors = make_trainer(tp, checkpoint)
+    met, flushed, meet = threading.Semaphore(0), [], tp.all_reduce_
+    writer.STILL_WORKING_SECONDS = 0.05
+
+    def all_reduce_(tensor: torch.Tensor) -> torch.Tensor:
+        result = meet(tensor)
+        met.release()
+        return result
+
+    def slow(action):
+        def run(*arguments):
+            while met.acquire(blocking=False):  # those before do not count
+                pass
+            if not all(met.acquire(timeout=20) for _ in range(2)):
+                raise OSError("the other ranks wait in a single collective")
+            return action(*arguments)
+
+        return run
+
+    folders.begin, folders.fsync_tree = slow(folders.begin), slow(folders.fsync_tree)
+    fsync, folders.fsync = folders.fsync, lambda path: (flushed.append((threading.current_thread(), path)), fsync(path))
+    checkpoints = _writer(tp, checkpoint, root, tensors)
+    tp.all_reduce_ = all_reduce_
+    path, _ = checkpoints.save("first", trainer.optimizer, 1)
+    own = {path.name for thread, path in flushed if thread is threading.main_thread()}
+    return read_info(path) is not None, "model.safetensors" in own
+
+
+def test_ranks_wait_for_rank_0_in_short_collectives(checkpoints: Path, tmp_path: Path) -> None:
+    """A large model's copies and flushes take longer than one collective may: the others hear that rank 0 still works."""
+    found = run_ranks(_save_on_a_slow_disk, 2, checkpoints / CASES[CASE].checkpoint, tmp_path / "checkpoints")
+    assert found == [(True, True)] * 2
+
+
+def test_a_checkpoint_has_all_chat_templates_and_no_old_weights(checkpoints: Path, tmp_path: Path) -> None:
+    """Whatever form the source has its weights in besides."""
+    source = shutil.copytree(checkpoints / CASES[CASE].checkpoint, tmp_path / "source")
+    for name in (
+        "model.gguf",
+        "tf_model.h5",
+        "flax_model.msgpack",
+        "model.onnx",
+        "model.onnx_data",
+        "chat_template.jinja",
+    ):
+        (source / name).touch()
+    (source / "additional_chat_templates").mkdir()
+    (source / "additional_chat_templates" / "tool_use.jinja").write_text("tools")
+    tp = TPGroup.single()
+    trainer, tensors = make_trainer(tp, source)
+    path, _ = _writer(tp, source, tmp_path / "root", tensors).save("first", trainer.optimizer, 1)
+    assert (path / "additional_chat_templates" / "tool_use.jinja").read_text() == "tools"
+    assert (path / "additional_chat_templates").stat().st_mode & 0o077 == 0
+    top = {file.name for file in path.iterdir()}
+    assert {"model.safetensors", "chat_template.jinja"} <= top
+    assert not {file for file in top if Path(file).suffix in (".gguf", ".h5", ".msgpack", ".onnx", ".onnx_data")}
+
+
+def test_the_served_checkpoint_stays_where_the_server_was_told_latest(checkpoints: Path, tmp_path: Path) -> None:
+    """The link moves on with each checkpoint."""
+    tp, source = TPGroup.single(), checkpoints / CASES[CASE].checkpoint
+    trainer, tensors = make_trainer(tp, source)
+    _writer(tp, source, tmp_path, tensors).save("c1", trainer.optimizer, 1)
+    served = _writer(tp, source, tmp_path, tensors, tmp_path / "latest")
+    for name in ("c2", "c3", "c4"):
+        served.save(name, trainer.optimizer, 1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["c1", "c3", "c4", "latest"]

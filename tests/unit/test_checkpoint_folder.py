@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 from pathlib import Path
 from types import SimpleNamespace
 
-import msgspec
 import pytest
 
 from apollo_tp import runtime
@@ -29,7 +29,8 @@ def _find_server(base: Path, name: str, stack: contextlib.ExitStack) -> None:
 
 
 def test_trainers_of_two_servers_do_not_share_a_folder(tmp_path: Path) -> None:
-    """`keep` would drop the other model's checkpoints: the second trainer is told whose the folder is, and what to do."""
+    """At a time: what one is writing is to the other what a crash left. The second is told whose the folder is, and what
+    to do."""
     tmp_path.chmod(0o700)
     with contextlib.ExitStack() as stack:
         _find_server(tmp_path, "one", stack)
@@ -42,15 +43,25 @@ def test_trainers_of_two_servers_do_not_share_a_folder(tmp_path: Path) -> None:
 def test_files_beside_the_checkpoints_are_left_alone(tmp_path: Path) -> None:
     """The lock's own file, or a user's note, is no checkpoint."""
     (tmp_path / "note").touch()
-    folders.begin(tmp_path, "first")
-    folders.complete(tmp_path, "first", keep=1, served=Path("a/hub/id"))
+    _checkpoint(tmp_path, "first", 1.0, keep=1, served=Path("a/hub/id"))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["first", "latest", "note"]
 
 
-def _checkpoint(root: Path, name: str, created_at: float, *, keep: int, served: Path) -> None:
-    info = folders.CheckpointInfo(weight_version=1, model_path="m", optimizer="o", num_ranks=1, created_at=created_at)
-    (folders.begin(root, name) / folders.INFO_FILE).write_bytes(msgspec.json.encode(info))
-    folders.complete(root, name, keep, served)
+NOWHERE = Path("/no/such/model")
+
+
+def _checkpoint(
+    root: Path, name: str, created_at: float, *, keep: int, served: Path = NOWHERE, path: str = "m", origin: str = "m"
+) -> None:
+    info = folders.CheckpointInfo(
+        weight_version=1, model_path=path, optimizer="o", num_ranks=1, created_at=created_at, origin=origin
+    )
+    (folders.begin(root, name) / "model.safetensors").touch()
+    folders.complete(root, name, info, keep, served)
+
+
+def _names(root: Path) -> list[str]:
+    return sorted(path.name for path in root.iterdir() if not path.is_symlink())
 
 
 def test_the_oldest_go_but_not_the_served_one(tmp_path: Path) -> None:
@@ -68,3 +79,52 @@ def test_what_a_crash_left_goes_with_the_next_checkpoint(tmp_path: Path) -> None
     (tmp_path / ".cache").mkdir()
     assert folders.begin(tmp_path, "next").exists()
     assert sorted(path.name for path in tmp_path.iterdir()) == [".cache", ".next.partial"]
+
+
+def test_another_models_checkpoints_stay(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """One trainer after the other writes to the same folder. The second one's origin counts, not the checkpoint that it was
+    served from; each removal is logged."""
+    caplog.set_level(logging.INFO, "apollo_tp")
+    for number in range(1, 4):
+        _checkpoint(tmp_path, f"a{number}", float(number), keep=2, origin="a")
+    assert [record.message for record in caplog.records if record.levelno == logging.INFO] == [
+        f"{tmp_path / 'a1'} removed: checkpoint.keep=2, and there are newer ones of a"
+    ]
+    for number in range(4, 7):
+        _checkpoint(tmp_path, f"b{number}", float(number), keep=2, origin="b")
+    assert _names(tmp_path) == ["a2", "a3", "b5", "b6"]
+    origin = folders.origin_of(str(tmp_path / "a3"))
+    _checkpoint(tmp_path, "a7", 7.0, keep=2, path=str(tmp_path / "a3"), origin=origin, served=tmp_path / "a3")
+    assert _names(tmp_path) == ["a3", "a7", "b5", "b6"]
+    assert folders.origin_of("a/hub/id") == "a/hub/id"
+
+
+def test_a_record_without_origin_counts_for_the_same_model_path_alone(tmp_path: Path) -> None:
+    """Those of older versions."""
+    _checkpoint(tmp_path, "old-a", 1.0, keep=9, path="a", origin="")
+    _checkpoint(tmp_path, "old-b", 2.0, keep=9, path="b", origin="")
+    _checkpoint(tmp_path, "new-a", 3.0, keep=1, path="a", origin="a")
+    assert _names(tmp_path) == ["new-a", "old-b"]
+    assert folders.origin_of(str(tmp_path / "old-b")) == "b"
+
+
+def test_the_newest_stays_newest_if_the_clock_goes_back(tmp_path: Path) -> None:
+    for number, clock in enumerate((1003.0, 1001.0, 1002.0)):
+        _checkpoint(tmp_path, f"c{number}", clock, keep=1)
+        assert _names(tmp_path) == [f"c{number}"]
+    _checkpoint(tmp_path, "c3", 1.0, keep=9)
+    _checkpoint(tmp_path, "c4", 2.0, keep=2)
+    assert _names(tmp_path) == ["c3", "c4"]
+
+
+def test_what_a_kill_left_of_an_old_checkpoint_goes_with_the_next_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Gigabytes, with or without a record: it is a checkpoint no more, before the first file goes."""
+    with monkeypatch.context() as patch:
+        patch.setattr(folders.shutil, "rmtree", lambda folder, **_: None)  # as far as it came
+        for number in range(1, 4):
+            _checkpoint(tmp_path, f"c{number}", float(number), keep=1)
+    assert _names(tmp_path) == [".c1.partial", ".c2.partial", "c3"]
+    _checkpoint(tmp_path, "c4", 4.0, keep=2)
+    assert _names(tmp_path) == ["c3", "c4"]
