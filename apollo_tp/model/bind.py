@@ -10,17 +10,20 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from apollo_tp.data import pack
 from apollo_tp.errors import UnsupportedModelError
 from apollo_tp.layout import Shard
 from apollo_tp.loss import VocabShard
-from apollo_tp.model.bound import BoundModel, BoundParameter, Role
+from apollo_tp.model.bound import BoundModel, BoundParameter, Role, final_hidden_states
 from apollo_tp.model.compiled import compile_layers
 from apollo_tp.model.families import logits_transform, refuse_unknown_layers
+from apollo_tp.model.fused import refuse_wrong_cuts
 from apollo_tp.model.gradients import GradientSync, Place
 from apollo_tp.model.joined import JoinedLinear, JoinedPart, stack_rows
 from apollo_tp.model.names import NameMap, map_names
 from apollo_tp.model.narrow import build_on_meta
 from apollo_tp.model.recurrent import respect_boundaries
+from apollo_tp.model.refusal import refusing
 from apollo_tp.model.regions import (
     FullWidthRMSNorm,
     RowParallelLinear,
@@ -31,6 +34,7 @@ from apollo_tp.model.regions import (
 from apollo_tp.model.vocabulary import VocabParallelEmbedding
 from apollo_tp.pace import decoder_layers
 from apollo_tp.parallel import TPGroup
+from apollo_tp.protocol import Sample
 
 Shards = dict[str, tuple[Shard, Tensor]]
 Index = tuple[int | slice, ...]
@@ -52,16 +56,18 @@ def bind_model(
     where their rows follow each other, they run as one product. ``compiled``: see compile_layers. Collective over ``tp``:
     see GradientSync. Raises UnsupportedModelError that lists every tensor and parameter that does not fit.
     """
-    tied = not any(name.endswith("lm_head.weight") for name in shards)
-    module = build_on_meta(config, tp.size, _dtype(shards), tied=tied)
+    module = build_on_meta(config, tp.size, _dtype(shards))
     refuse_unknown_layers(module)
     names = map_names(module, config, shards)
-    vocabulary = _VocabularyNames.of(module, tied=tied)
+    vocabulary = _VocabularyNames.of(module, names)
     transform = logits_transform(module)
     install_full_width_norms(module, tp)
     leaves = _fill(module, names, shards, vocabulary, tp)
+    refuse_wrong_cuts(
+        module, config, {name: leaf.parts[0][0] for name, leaf in leaves.items() if not leaf.parts[0][1]}, tp
+    )
     parameter_of = {part.name: name for name, leaf in leaves.items() for part, index in leaf.parts if not index}
-    for group in fused:
+    for group in fused if getattr(module.config, "clip_qkv", None) is None else ():  # clipped in place: not a view
         _join(module, leaves, [parameter_of[name] for name in group if name in parameter_of])
     embedding = shards[names.parts[vocabulary.embedding][0][0]][0]
     vocab = replace(_install_vocabulary(module, embedding, vocabulary, tp, transform), compiled=compiled)
@@ -69,8 +75,9 @@ def bind_model(
     regions = install_regions(module, _cut_last(leaves), tp)
     _check_cuts_in_regions(leaves, regions, vocabulary, tp)
     module.to(next(iter(leaves.values())).parameter.device)  # buffers: the parameters are there already
+    _try_out(module)
     if gradient_checkpointing:
-        module.gradient_checkpointing_enable({"use_reentrant": False})
+        _enable_checkpointing(module)
     num_compiled = compile_layers(module) if compiled else 0
     places: dict[bool, list[Place]] = {True: [], False: []}
     for name, leaf in leaves.items():
@@ -83,7 +90,7 @@ def bind_model(
         untouched=tuple(names.untouched),
         is_static=num_compiled == len(decoder_layers(module)) and not gradient_checkpointing,
         tp=tp,
-        head_weight=leaves[vocabulary.embedding if tied else vocabulary.head].parameter,
+        head_weight=leaves[vocabulary.embedding if vocabulary.tied else vocabulary.head].parameter,
         vocab=vocab,
         gradient_sync=sync,
     )
@@ -106,14 +113,16 @@ class _VocabularyNames:
     tied: bool
 
     @classmethod
-    def of(cls, module: PreTrainedModel, *, tied: bool) -> _VocabularyNames:
+    def of(cls, module: PreTrainedModel, names: NameMap) -> _VocabularyNames:
+        """Tied is the head that no checkpoint tensor is for."""
         head = module.get_output_embeddings()
         if head is None or head.bias is not None:
             raise UnsupportedModelError(
                 f"{type(module).__name__}: got no plain head, expected a linear one without bias"
             )
         found = {id(child): name for name, child in module.named_modules()}
-        return cls(f"{found[id(module.get_input_embeddings())]}.weight", f"{found[id(head)]}.weight", tied)
+        head_name = f"{found[id(head)]}.weight"
+        return cls(f"{found[id(module.get_input_embeddings())]}.weight", head_name, tied=head_name not in names.parts)
 
     def __contains__(self, name: str) -> bool:
         return name in (self.embedding, self.head)
@@ -149,6 +158,10 @@ def _fill(
             continue
         leaves[name] = leaf
         module.get_submodule(owner).register_parameter(attribute, leaf.parameter)
+    if not problems:
+        filled = {shard.name for leaf in leaves.values() for shard, _ in leaf.parts}
+        lost = sorted(shards.keys() - filled - set(names.untouched))
+        problems = [f"{name}: got it served, expected a parameter that is trained from it" for name in lost]
     if problems:
         raise UnsupportedModelError(
             f"rank {tp.rank} of {tp.size}: {len(problems)} tensors do not fit {type(module).__name__} at this rank's "
@@ -195,6 +208,22 @@ def _stack(parts: list[list[str]], shards: Shards, expected: tuple[int, ...]) ->
             places.append((shard, (expert, slice(j * rows, (j + 1) * rows)) if len(parts) > 1 else (expert,)))
     stacked = first.as_strided(expected, (stride, *first.stride()), first.storage_offset())
     return _Leaf(nn.Parameter(stacked), places)
+
+
+def _try_out(module: PreTrainedModel) -> None:
+    """Run two short sequences through it, without gradients and before anything is compiled: what would fail at each step is
+    refused here. Collective: the sums of a forward pass."""
+    trial = pack([Sample([0] * length, [0.0] + [1.0] * (length - 1)) for length in (3, 2)], 5)[0]
+    with torch.no_grad(), refusing(f"{type(module).__name__}: its forward pass over two packed sequences failed"):
+        final_hidden_states(module, trial.to(next(module.parameters()).device))
+
+
+def _enable_checkpointing(module: PreTrainedModel) -> None:
+    """The layers that are run again are in training mode, which transformers asks for; what is in them is not: it would draw
+    random numbers (dropout, noise in routers) where the server does not."""
+    module.gradient_checkpointing_enable({"use_reentrant": False})
+    for layer in module.modules():
+        layer.training = getattr(layer, "gradient_checkpointing", False)
 
 
 def _join(module: PreTrainedModel, leaves: dict[str, _Leaf], names: list[str]) -> None:

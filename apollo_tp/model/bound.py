@@ -77,6 +77,22 @@ class SequenceLogprobs:
     correct: Tensor
 
 
+def final_hidden_states(module: PreTrainedModel, batch: PackedBatch) -> Tensor:
+    """What ``BoundModel.hidden_states`` returns, of its module alone."""
+    longest = max(batch.lengths)
+    output = module.base_model(
+        input_ids=batch.token_ids[None],
+        position_ids=batch.position_ids[None],
+        use_cache=False,
+        cu_seq_lens_q=batch.cu_seqlens,
+        cu_seq_lens_k=batch.cu_seqlens,
+        max_length_q=longest,
+        max_length_k=longest,
+        sequence_lengths=batch.lengths,
+    )
+    return output.last_hidden_state[0]  # type: ignore[no-any-return]
+
+
 @dataclass(eq=False)
 class BoundModel:
     """The model of this rank. ``parameters`` has the same names in the same order on every rank, tied tensors once."""
@@ -93,18 +109,7 @@ class BoundModel:
 
     def hidden_states(self, batch: PackedBatch) -> Tensor:
         """Final hidden states [T, H] of the packed tokens, the same on all ranks."""
-        longest = max(batch.lengths)
-        output = self.module.base_model(
-            input_ids=batch.token_ids[None],
-            position_ids=batch.position_ids[None],
-            use_cache=False,
-            cu_seq_lens_q=batch.cu_seqlens,
-            cu_seq_lens_k=batch.cu_seqlens,
-            max_length_q=longest,
-            max_length_k=longest,
-            sequence_lengths=batch.lengths,
-        )
-        return output.last_hidden_state[0]
+        return final_hidden_states(self.module, batch)
 
     def _loss_tokens(self, batch: PackedBatch) -> tuple[Tensor, Tensor, Tensor]:
         """Hidden states, head and targets at ``batch.loss_positions`` alone: the head never sees context tokens."""

@@ -12,12 +12,13 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from apollo_tp.errors import UnsupportedModelError
 from apollo_tp.loss import LogitsTransform
 from apollo_tp.model.recurrent import keeps_boundaries
+from apollo_tp.model.refusal import refusing
 
 
 @dataclass(frozen=True)
@@ -45,8 +46,29 @@ LOGITS = (
 FULL_WIDTH_NORMS = {
     "Olmo2RMSNorm": "OLMo-2 normalises queries and keys over all heads: a rank's mean square covers its own heads only",
     "Olmo3RMSNorm": "as OLMo-2",
+    "OlmoeRMSNorm": "as OLMo-2",
 }
 """Norms inside parallel regions whose mean square spans ranks, by class name, and why; see regions.FullWidthRMSNorm."""
+
+
+def _delta_net_parts(config: PretrainedConfig) -> tuple[int, ...]:
+    keys = config.linear_num_key_heads * config.linear_key_head_dim
+    return keys, keys, config.linear_num_value_heads * config.linear_value_head_dim
+
+
+FUSED: dict[str, Callable[[PretrainedConfig], tuple[int, ...]]] = {
+    "gate_up_proj": lambda _: (1, 1),
+    "input_linear": lambda _: (1, 1),  # Granite's name for it
+    "qkv_proj": lambda config: (
+        config.num_attention_heads,
+        config.num_key_value_heads,
+        config.num_key_value_heads,
+    ),
+    "in_proj_qkv": _delta_net_parts,
+    "conv1d": _delta_net_parts,
+}
+"""Parameters that their modules split into parts one behind the other, by name: the relative sizes of these. What is split
+head by head (``query_key_value``, ``in_proj_qkvz``) is cut as one part, and not listed."""
 
 
 LAYER_TYPES = {"full_attention", "sliding_attention", "linear_attention"}
@@ -84,7 +106,9 @@ def logits_transform(module: PreTrainedModel) -> LogitsTransform:
         if value is not None:
             transform = row.apply(transform, float(value))
     probe = torch.linspace(-40.0, 40.0, 9).view(1, 1, 9)
-    if not torch.allclose(_logits_of_probe(module, probe), transform(probe), rtol=1e-4):
+    with refusing(f"{type(module).__name__}: its head could not be tried"):
+        logits = _logits_of_probe(module, probe)
+    if not torch.allclose(logits, transform(probe), rtol=1e-4):
         raise UnsupportedModelError(
             f"{type(module).__name__}: its forward pass changes the logits in a way that apollo_tp.model.families.LOGITS "
             "does not know; add a row for it"

@@ -41,10 +41,10 @@ class FullWidthRMSNorm(nn.Module):
     uses its own w. One all-reduce of the mean squares [...] forward, one backward.
     """
 
-    def __init__(self, replaced: nn.Module, tp: TPGroup) -> None:
+    def __init__(self, replaced: nn.Module, width: int, tp: TPGroup) -> None:
         super().__init__()
         self.weight = replaced.weight
-        self.width = self.weight.shape[0]
+        self.width = width
         self.eps = replaced.variance_epsilon
         self.tp = tp
 
@@ -68,10 +68,11 @@ def install_full_width_norms(module: nn.Module, tp: TPGroup) -> None:
     if tp.size == 1:
         return
     for block in list(module.modules()):
-        for name in ("q_norm", "k_norm"):
+        for name, projection in (("q_norm", "q_proj"), ("k_norm", "k_proj")):
             norm = getattr(block, name, None)
-            if type(norm).__name__ in FULL_WIDTH_NORMS:
-                setattr(block, name, FullWidthRMSNorm(norm, tp))
+            if type(norm).__name__ in FULL_WIDTH_NORMS:  # some are as wide as the hidden states, which is not divided
+                width = block.get_submodule(projection).out_features
+                setattr(block, name, FullWidthRMSNorm(norm, width, tp))
 
 
 def install_regions(module: nn.Module, cut_last: list[str], tp: TPGroup) -> list[str]:

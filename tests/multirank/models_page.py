@@ -7,7 +7,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from apollo_tp.model.families import FULL_WIDTH_NORMS, LAYER_TYPES, LOGITS
+from apollo_tp.model.families import FULL_WIDTH_NORMS, FUSED, LAYER_TYPES, LOGITS
 from tests.e2e.test_families import SERVED
 from tests.multirank.test_model_bind import REFUSED
 from tests.multirank.test_model_exact import Results, run_cases
@@ -89,6 +89,8 @@ def _tolerances() -> str:
 def _differences() -> list[str]:
     rows = [(f"`{row.field}` in the config", row.reason) for row in LOGITS]
     rows += [(f"`{name}`", reason) for name, reason in FULL_WIDTH_NORMS.items()]
+    fused = ", ".join(f"`{name}`" for name in FUSED)
+    rows.append((fused, "a rank must hold its share of every part of a fused tensor"))
     rows.append(("gated delta nets", "packed sequences must not share a convolution window or a recurrent state"))
     head = [
         "## What differs between families",
@@ -106,7 +108,9 @@ def _refused() -> list[str]:
         "",
         f"Layer types other than {', '.join(f'`{kind}`' for kind in sorted(LAYER_TYPES))}; recurrent layers whose state "
         "would run on into the next packed sequence; attention sinks; attention that transformers does not let one "
-        "exchange; changes of the logits that the table above does not know; encoder-decoder models. Held by a test for:",
+        "exchange; changes of the logits that the table above does not know; encoder-decoder models; models whose forward "
+        "pass over two packed sequences fails; fused tensors that are served cut across their parts (GLM through vLLM's "
+        "Transformers backend at TP 2 and more). Held by a test for:",
         "",
     ]
     return [*head, ", ".join(f"`{name}`" for name in REFUSED) + "."]

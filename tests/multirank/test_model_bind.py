@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from transformers import AutoConfig, PreTrainedModel
@@ -10,12 +12,14 @@ from transformers.core_model_loading import revert_weight_conversion
 from apollo_tp.data import pack
 from apollo_tp.errors import UnsupportedModelError
 from apollo_tp.layout import Shard
-from apollo_tp.model import bind_model
-from apollo_tp.model.narrow import narrow_config
+from apollo_tp.model import bind, bind_model
+from apollo_tp.model.names import NameMap, map_names
+from apollo_tp.model.narrow import build_on_meta, narrow_config
+from apollo_tp.model.refusal import refusing
 from apollo_tp.parallel import TPGroup
 from apollo_tp.protocol import Sample
-from tests.multirank.exactness import samples, train_gradients
-from tests.unit.families import FAMILIES, build
+from tests.multirank.exactness import reference_gradients, relative_error, samples, train_gradients
+from tests.unit.families import FAMILIES, Family, build
 
 WHOLE = TPGroup.single()
 
@@ -84,6 +88,12 @@ REFUSED = {
     "llama4_text": r"layer type chunked_attention",
     "bamba": r"mamba \(BambaMixer\): its recurrent state would run on",
     "t5": r"t5: got an encoder-decoder model",
+    "gpt2": r"GPT2LMHeadModel: its head could not be tried: got AttributeError: .*cross_attentions",
+    "gpt_bigcode": r"GPTBigCodeForCausalLM: its head could not be tried: got AttributeError: .*cross_attentions",
+    "opt": r"OPTForCausalLM: its head could not be tried: got TypeError: packed_attention",
+    "falcon": r"falcon at 1 / 1 of its width: got KeyError: 'apollo_packed'",
+    "gptj": r"gptj at 1 / 1 of its width: got KeyError: 'apollo_packed'",
+    "gemma4_text": r"gemma4_text at 1 / 1 of its width: got AmbiguousGlobalPerLayerAttributeError: 'head_dim'",
     "bloom": r"BloomForCausalLM cannot be trained.*\n.*attention is not exchangeable",
 }
 
@@ -96,6 +106,98 @@ def test_what_is_not_supported_is_refused_before_the_first_step(model_type: str)
     embedding = (Shard("model.embed_tokens.weight", (128, 64), None, (), (0,)), torch.ones(128, 64))
     with pytest.raises(UnsupportedModelError, match=REFUSED[model_type]):
         bind_model(config, {"model.embed_tokens.weight": embedding}, WHOLE)
+
+
+def test_a_config_without_attention_is_refused() -> None:
+    """Mamba has no heads to divide."""
+    with pytest.raises(UnsupportedModelError, match=r"mamba at 1 / 2 .*AttributeError: .*num_attention_heads"):
+        build_on_meta(AutoConfig.for_model("mamba"), 2, torch.float32)
+
+
+def test_a_device_that_is_full_is_no_property_of_the_model() -> None:
+    with pytest.raises(torch.OutOfMemoryError), refusing("a model"):
+        raise torch.OutOfMemoryError("full")
+
+
+def test_a_model_whose_layers_drop_the_boundaries_is_refused() -> None:
+    """StableLM's decoder layer takes the keywords of a forward pass and does not hand them to its attention."""
+    config = Family("stablelm").config()
+    with pytest.raises(
+        UnsupportedModelError, match=r"StableLmForCausalLM: its forward pass .* TypeError: packed_attention"
+    ):
+        bind_model(config, _shards(build(config)), WHOLE)
+
+
+def test_a_served_tensor_that_nothing_is_trained_from_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two names for one parameter: only one of them is bound."""
+    config = FAMILIES["llama"].config()
+    shards = _shards(build(config))
+    shards["alias.weight"] = (Shard("alias.weight", (64,), None, (), (0,)), torch.ones(64))
+
+    def with_alias(*args: object) -> NameMap:
+        names = map_names(*args)  # type: ignore[arg-type]
+        return replace(names, refused={}, parts=names.parts | {"model.alias.weight": [["alias.weight"]]})
+
+    monkeypatch.setattr(bind, "map_names", with_alias)
+    with pytest.raises(UnsupportedModelError, match=r"1 tensors do not fit .*\n  alias.weight: got it served"):
+        bind_model(config, shards, WHOLE)
+
+
+def _cut_in_two(model: PreTrainedModel, rank: int) -> dict[str, tuple[Shard, torch.Tensor]]:
+    """As vLLM's Transformers backend serves it at TP = 2: each tensor cut in one piece, fused ones too."""
+    local = build_on_meta(model.config, 2, torch.float32).state_dict()
+    shards = {}
+    for name, tensor in model.named_parameters():
+        cut = [d for d, n in enumerate(local[name].shape) if n != tensor.shape[d]]
+        if not cut:
+            shards[name] = (Shard(name, tuple(tensor.shape), None, (), (0, 1)), tensor.detach())
+            continue
+        part = tensor.detach().chunk(2, cut[0])[rank]
+        start = rank * part.shape[cut[0]]
+        ranges = ((start, start + part.shape[cut[0]]),)
+        shards[name] = (Shard(name, tuple(tensor.shape), cut[0], ranges, (rank,)), part)
+    return shards
+
+
+@pytest.mark.parametrize(("rank", "got", "expected"), [(0, "0:96", "0:48, 96:144"), (1, "96:192", "48:96, 144:192")])
+def test_a_fused_tensor_cut_across_its_parts_is_refused(rank: int, got: str, expected: str) -> None:
+    """All gate rows on one rank and all up rows on the other: the shapes are those that silu(gate) * up needs."""
+    model = build(Family("glm", {"head_dim": 16, "pad_token_id": 0}).config())
+    with pytest.raises(UnsupportedModelError) as caught:
+        bind_model(model.config, _cut_in_two(model, rank), TPGroup(rank, 2))
+    message = str(caught.value)
+    assert f"rank {rank} of 2: 2 fused tensors of GlmForCausalLM are served cut across their parts" in message
+    assert (
+        f"model.layers.1.mlp.gate_up_proj.weight: got {got} of 192 along dimension 0, expected {expected}," in message
+    )
+
+
+SAME_FUNCTION = {
+    "a head under another name than lm_head": Family("gpt_neox", {"rotary_pct": 0.25}),
+    "noise in routers and their input": Family(
+        "phimoe", {"num_local_experts": 4, "input_jitter_noise": 0.3, "lm_head_bias": False}
+    ),
+    "noise in a router": Family(
+        "mixtral", {"num_local_experts": 4, "sliding_window": None, "router_jitter_noise": 0.3}
+    ),
+    "dropout": Family("gpt_neox", {"hidden_dropout": 0.3, "attention_dropout": 0.3}),
+}
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("case", SAME_FUNCTION)
+def test_loss_and_gradients_are_those_of_the_model_that_is_served(case: str, checkpointing: bool) -> None:
+    """Evaluated without noise, and with every tensor that is served trained as what it is."""
+    family = SAME_FUNCTION[case]
+    model = build(family.config())
+    loss, expected = reference_gradients(model, samples())
+    bound = bind_model(family.config(), _shards(model), WHOLE, gradient_checkpointing=checkpointing)
+    assert train_gradients(bound, pack(samples(), 256)) == pytest.approx(loss, rel=1e-6)
+    assert {parameter.name for parameter in bound.parameters} == set(expected)
+    for parameter in bound.parameters:
+        assert parameter.grad is not None
+        whole = expected[parameter.name]
+        assert relative_error(parameter.grad, whole, whole) < family.tolerance, parameter.name
 
 
 @pytest.mark.parametrize("family", ["qwen3", "mistral-window", "gemma2", "qwen3-next", "qwen3.5"])

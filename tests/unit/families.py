@@ -129,6 +129,7 @@ FAMILIES = {
     "phi3": Family("phi3", {"num_key_value_heads": 2}),
     "olmo2": Family("olmo2"),
     "olmo3": Family("olmo3", {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}),
+    "olmo-clipped": Family("olmo", {"clip_qkv": 0.5}),
     "granite": Family(
         "granite",
         {"logits_scaling": 4.0, "embedding_multiplier": 3.0, "residual_multiplier": 0.5, "attention_multiplier": 0.2},
@@ -136,6 +137,8 @@ FAMILIES = {
     "smollm3": Family("smollm3", {"no_rope_layers": [1, 0], "tie_word_embeddings": True}),
     "qwen3-moe": Family("qwen3_moe", _MOE | {"moe_intermediate_size": 32, "norm_topk_prob": True, "head_dim": 16}),
     "mixtral": Family("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None}),
+    # as many KV heads as ranks: vLLM's own norm over all heads counts replicas twice
+    "olmoe": Family("olmoe", {"num_key_value_heads": 4, "num_experts": 4, "num_experts_per_tok": 2}),
     "qwen3-next": Family("qwen3_next", _GDN | _MOE | {"moe_intermediate_size": 32}, GDN_TOLERANCE),
     "qwen3.5": Family("qwen3_5_text", _GDN, GDN_TOLERANCE),
     "qwen3.5-vision": Family("qwen3_5", _GDN, GDN_TOLERANCE, _QWEN_VISION),

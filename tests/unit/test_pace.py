@@ -111,5 +111,5 @@ def test_full_speed_hooks_nothing() -> None:
 @pytest.mark.parametrize("name", sorted(FAMILIES))
 def test_every_family_has_its_layers_found(name: str) -> None:
     """As many as the model has, whatever they are called."""
-    module = build_on_meta(FAMILIES[name].config(), 1, torch.float32, tied=False)
+    module = build_on_meta(FAMILIES[name].config(), 1, torch.float32)
     assert len(decoder_layers(module)) == module.config.num_hidden_layers
