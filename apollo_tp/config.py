@@ -124,7 +124,7 @@ class ServerConfig:
     runtime_dir: str | None = option(
         None, "folder of manifests and sockets; null: $APOLLO_TP_RUNTIME_DIR or the default"
     )
-    wait_seconds: float = option(120.0, "how long to wait for the server's manifests at start-up")
+    wait_seconds: float = option(600.0, "how long to wait for the server at start-up, until its engine is up")
     verify_tensors: int = option(8, "checkpoint tensors compared bit for bit with the mapped memory; -1 is all")
 
 
@@ -247,7 +247,7 @@ class QosConfig:
 class CheckpointConfig:
     dir: str = option("apollo_tp_checkpoints", "folder that checkpoints are written below")
     after_idle_seconds: float | None = option(300.0, "write one this long after the last job; null is never")
-    keep: int = option(3, "complete checkpoints kept; older ones are removed")
+    keep: int = option(3, "complete checkpoints of one model kept; older ones are removed")
     resume: bool = option(True, "load the optimizer state of the latest checkpoint of this model at start-up")
 
     def __post_init__(self) -> None:

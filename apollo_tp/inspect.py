@@ -41,7 +41,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _of_server(options: argparse.Namespace) -> list[Manifest]:
     base = runtime.base_dir(str(options.runtime_dir) if options.runtime_dir else None)
-    return wait_for_server(base, options.instance, options.wait)
+    return wait_for_server(base, options.instance, options.wait, ready=False)
 
 
 def _of_folder(options: argparse.Namespace) -> list[Manifest]:

@@ -23,8 +23,13 @@ CLAIMED_VARIABLE = "APOLLO_TP_CLAIMED"
 """Set once the first process of a server has settled the instance id."""
 REFUSED_VARIABLE = "APOLLO_TP_REFUSED"
 """Why it could not: to its children, which would otherwise speak and listen as the server that has the id."""
+ENDPOINTS_VARIABLE = "APOLLO_TP_ENDPOINTS"
+"""Set if an API server with apollo_tp's endpoints comes up in front of this engine; it will publish ``SERVING_FILE``."""
 SERVER_LOCK = "apollo_tp_server.lock"
+SERVING_FILE = "serving.json"
 CLAIM_SECONDS = 10.0
+PROBE_SECONDS = 0.2
+"""A server's lock that another holds for longer is not merely being tried, but held by a live server."""
 
 _claim = contextlib.ExitStack()
 """The server's lock, for the life of its first process."""
@@ -92,6 +97,10 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     created_at: float
     vllm_version: str
     model_path: str
+    tokenizer_path: str = ""
+    """The folder of ``--tokenizer``; "" if it is the model's."""
+    endpoints: bool = False
+    """Whether an API server publishes ``SERVING_FILE`` once the engine is up; nobody does for a vllm.LLM."""
     served_model_names: list[str]
     dtype: str
     tp_rank: int
@@ -119,6 +128,13 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def process(self) -> runtime.ProcessId:
         return runtime.ProcessId(self.pid, self.pid_start_ticks)
+
+
+class Serving(msgspec.Struct, frozen=True, kw_only=True):
+    """What the API server adds once the engine is up: vLLM has measured its memory by then, and taken what it takes."""
+
+    chat_template: str | None = None
+    """Text of ``--chat-template``; None: the tokenizer's own is used."""
 
 
 _encoder = msgspec.json.Encoder()
@@ -149,6 +165,22 @@ def read(path: Path) -> Manifest:
         ) from None
 
 
+def publish_serving(serving: Serving, folder: Path) -> None:
+    """Say that the engine is up, and how conversations become text there (0600, complete or not at all)."""
+    runtime.write_private(folder / SERVING_FILE, _encoder.encode(serving))
+
+
+def read_serving(folder: Path) -> Serving | None:
+    """What the server's API server said; None if it has not yet, or if there is none."""
+    path = folder / SERVING_FILE
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=Serving)
+    except FileNotFoundError:
+        return None
+    except msgspec.DecodeError as error:
+        raise ManifestError(f"{path}: got {error}, expected what the server wrote; restart the server") from None
+
+
 class _Versioned(msgspec.Struct):
     schema_version: int
 
@@ -162,19 +194,35 @@ def read_instance(folder: Path) -> list[Manifest]:
 
 
 def live_instances(base: Path) -> tuple[list[str], list[str]]:
-    """(live, stale) instance ids below ``base``. Stale: a process that published a manifest has ended.
-
-    Servers of another PID namespace cannot be judged from here and count as live; ``check_agreement`` names the cure.
-    """
+    """(live, stale) instance ids below ``base``. Stale: a process that published a manifest has ended."""
     live: list[str] = []
     stale: list[str] = []
     for folder in sorted(p for p in base.iterdir() if p.is_dir()):
         manifests = read_instance(folder)
-        if not manifests:
-            continue
-        ours = manifests[0].pid_namespace == runtime.pid_namespace()
-        (stale if ours and not all(m.process.alive() for m in manifests) else live).append(folder.name)
+        if manifests:
+            (stale if _ended(folder, manifests) else live).append(folder.name)
     return live, stale
+
+
+def _ended(folder: Path, manifests: list[Manifest]) -> bool:
+    """Processes of another PID namespace (a container that was restarted) cannot be seen, but their lock on the server can:
+    it is free once they have ended. ``check_agreement`` names the cure for one that lives."""
+    if _is_ours(manifests):
+        return not all(m.process.alive() for m in manifests)
+    lock = folder / SERVER_LOCK
+    if not lock.exists():  # nothing to judge by, unless the folder is just being removed
+        return not read_instance(folder)
+    try:
+        with runtime.locked(lock, ManifestError, PROBE_SECONDS):
+            return True
+    except ManifestError:
+        return False
+    except FileNotFoundError:
+        return True  # removed meanwhile: only one that has ended is
+
+
+def _is_ours(manifests: list[Manifest]) -> bool:
+    return manifests[0].pid_namespace == runtime.pid_namespace()
 
 
 def claim_instance() -> str:
@@ -214,9 +262,10 @@ def _claim_first(instance_id: str, base: Path) -> None:
             raise taken(str(read_instance(base / instance_id)[0].pid))
         # a server that ended while it loaded left nothing but its lock
         for name in {*stale, *(lock.parent.name for lock in base.glob(f"*/{SERVER_LOCK}"))}.difference(live):
-            with contextlib.suppress(ManifestError), runtime.locked(base / name / SERVER_LOCK, taken):
+            with contextlib.suppress(ManifestError), runtime.locked(base / name / SERVER_LOCK, taken, PROBE_SECONDS):
                 runtime.remove_instance(base / name)
-        _claim.enter_context(runtime.locked(runtime.instance_dir(instance_id, base) / SERVER_LOCK, taken))
+        lock = runtime.instance_dir(instance_id, base) / SERVER_LOCK
+        _claim.enter_context(runtime.locked(lock, taken, PROBE_SECONDS))
 
 
 def unclaimed() -> str:
@@ -237,7 +286,7 @@ def check_agreement(manifests: list[Manifest]) -> None:
         values = {getattr(m, field) for m in manifests}
         if len(values) > 1:
             problems.append(f"{field} differs over ranks: {sorted(map(str, values))}")
-    if first.pid_namespace != runtime.pid_namespace():
+    if not _is_ours(manifests):
         problems.append(
             f"got a server in PID namespace {first.pid_namespace}, expected this process's {runtime.pid_namespace()}; "
             "run both in one container, or start the trainer's with --pid=container:NAME of the server's"
@@ -252,8 +301,9 @@ def check_agreement(manifests: list[Manifest]) -> None:
         raise ManifestError(f"server {first.instance_id}: " + "; ".join(problems))
 
 
-def wait_for_server(base: Path, instance: str | None, wait_seconds: float) -> list[Manifest]:
-    """Manifests of the named server (or of the only live one), once all its ranks have published.
+def wait_for_server(base: Path, instance: str | None, wait_seconds: float, *, ready: bool = True) -> list[Manifest]:
+    """Manifests of the named server (or of the only live one), once all its ranks have published; if ``ready``, once its
+    engine is up too: until then vLLM measures how much memory is free, and whoever takes some meanwhile takes it from it.
 
     A server that ended may be restarting under its name, so it is waited for as well. Raises NoServerError when the time is
     over, ManifestError if several servers are live and none was named, or if the manifests do not agree.
@@ -266,10 +316,17 @@ def wait_for_server(base: Path, instance: str | None, wait_seconds: float) -> li
             raise ManifestError(f"got {len(live)} live servers {live}, expected one; choose with server.instance=...")
         name = instance or (live[0] if live else None)
         manifests = read_instance(base / name) if name and (base / name).is_dir() else []
-        complete = manifests and (len(manifests) == manifests[0].tp_size or any(m.error for m in manifests))
-        if complete and (over or name not in stale):
+        loaded = bool(manifests) and (len(manifests) == manifests[0].tp_size or any(m.error for m in manifests))
+        if loaded and (name not in stale or (over and _is_ours(manifests))):
             check_agreement(manifests)
-            return manifests
+            if not (ready and manifests[0].endpoints) or read_serving(base / str(name)):
+                return manifests
+            if over:
+                raise NoServerError(
+                    f"server {name}: got a loaded model but no engine that is up after {wait_seconds:.0f} s (vLLM measures "
+                    "memory, allocates its KV cache, captures graphs), expected both; look at its log, or wait for longer "
+                    "with server.wait_seconds=..."
+                )
         if over:
             have = [m.tp_rank for m in manifests]
             raise NoServerError(
@@ -277,4 +334,4 @@ def wait_for_server(base: Path, instance: str | None, wait_seconds: float) -> li
                 f"live servers {live}, stale ones {stale}, expected one complete live server. Start vLLM with "
                 "VLLM_PLUGINS=apollo and look for 'apollo_tp' in its log"
             )
-        time.sleep(0.1)
+        time.sleep(1.0 if loaded else 0.1)  # each look reads all manifests, while vLLM needs the cores

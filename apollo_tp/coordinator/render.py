@@ -67,12 +67,14 @@ def _environment() -> jinja2.Environment:
 
 
 class Renderer:
-    """The tokenizer and chat template of one model folder. Raises ConfigError if the folder has no tokenizer.json."""
+    """The tokenizer and chat template that the server uses: the model folder's, unless it was started with others
+    (``folder``, the tokenizer's; ``chat_template``, a text). Raises ConfigError if there is no tokenizer.json."""
 
-    def __init__(self, model_path: Path) -> None:
-        tokenizer_file = model_path / "tokenizer.json"
+    def __init__(self, model_path: Path, folder: Path | None = None, chat_template: str | None = None) -> None:
+        folder = folder or model_path
+        tokenizer_file = folder / "tokenizer.json"
         if not tokenizer_file.is_file():
-            raise ConfigError(f"{model_path}: got no tokenizer.json, expected one; only token ids can be trained on")
+            raise ConfigError(f"{folder}: got no tokenizer.json, expected one; only token ids can be trained on")
         self._tokenizer = Tokenizer.from_file(str(tokenizer_file))
         # a second one without the post-processor, which adds special tokens and trims offsets: a chat rendering has its
         # own special tokens, and the spans need the offsets as they are
@@ -81,7 +83,7 @@ class Renderer:
         for tokenizer in (self._tokenizer, self._bare):
             tokenizer.no_padding()
             tokenizer.no_truncation()
-        config = _read_json(model_path / "tokenizer_config.json")
+        config = _read_json(folder / "tokenizer_config.json")
         self._special = {
             name: value["content"] if isinstance(value, dict) else value
             for name, value in config.items()
@@ -89,7 +91,7 @@ class Renderer:
         }
         self._added = [token.content for token in self._tokenizer.get_added_tokens_decoder().values() if token.special]
         self.eos_id = self._eos(model_path)
-        self._template = self._find_template(model_path, config)
+        self._template = self._compile(chat_template or _find_template(folder, config))
 
     def _eos(self, model_path: Path) -> int | None:
         if "eos_token" in self._special:
@@ -98,13 +100,8 @@ class Renderer:
         eos = eos[0] if isinstance(eos, list) and eos else eos
         return eos if isinstance(eos, int) else None
 
-    def _find_template(self, model_path: Path, config: dict[str, Any]) -> jinja2.Template | None:
-        source = config.get("chat_template")
-        if isinstance(source, list):  # named templates
-            source = {entry["name"]: entry["template"] for entry in source}.get("default")
-        if (model_path / "chat_template.jinja").is_file():
-            source = (model_path / "chat_template.jinja").read_text(encoding="utf-8")
-        if not isinstance(source, str):
+    def _compile(self, source: str | None) -> jinja2.Template | None:
+        if source is None:
             return None
         self._has_marks = re.search(r"\{%-?\s*generation\s*-?%\}", source) is not None
         return _environment().from_string(source)
@@ -210,6 +207,15 @@ class Renderer:
     def _without_trailing_space(self, text: str, begin: int, end: int) -> int:
         body = text[begin:end].rstrip()
         return begin + len(body) if body.endswith(tuple(self._added)) and self._added else end
+
+
+def _find_template(folder: Path, config: dict[str, Any]) -> str | None:
+    if (folder / "chat_template.jinja").is_file():
+        return (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    source = config.get("chat_template")
+    if isinstance(source, list):  # named templates
+        source = {entry["name"]: entry["template"] for entry in source}.get("default")
+    return source if isinstance(source, str) else None
 
 
 def _untellable(reason: str) -> RequestError:

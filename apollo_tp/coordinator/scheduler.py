@@ -31,6 +31,8 @@ from apollo_tp.errors import ApolloTpError, DeadlineError, RankFailedError
 log = logging.getLogger(__name__)
 
 STEPS_IN_FLIGHT = 2
+CHECKPOINT_FACTOR = 10
+"""A checkpoint may take as many times longer than a step: one of 140 GB may have to reach a slow disk."""
 FAILURES = (ApolloTpError, OSError, msgspec.MsgspecError)
 """Of a job alone. The last two: its samples cannot be read."""
 OnStep = Callable[[Job, protocol.StepDone], None]
@@ -273,13 +275,14 @@ class Scheduler:
     async def _reply(self, future: asyncio.Future[protocol.AnyReply]) -> protocol.AnyReply:
         # the ranks have their own deadline for a collective; this one is for a rank 0 that beats but never answers. It works
         # on what was sent before first: the time begins anew with each of these
-        seconds = STEPS_IN_FLIGHT * self.settings.command_timeout_seconds + self.settings.service.rank_timeout_seconds
-        sent = time.monotonic()
+        usual = STEPS_IN_FLIGHT * self.settings.command_timeout_seconds + self.settings.service.rank_timeout_seconds
+        sent, seconds = time.monotonic(), usual
         while (left := max(sent, self.link.moved_at) + seconds - time.monotonic()) > 0:
             # not wait_for: on Python 3.11 it can swallow a cancellation that comes together with the reply
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(left):
+                async with asyncio.timeout(min(left, usual)):
                     return await asyncio.shield(future)
+            seconds = usual * CHECKPOINT_FACTOR if self.link.busy_with.startswith("save/") else usual
         self.link.abandon(future)
         raise DeadlineError(f"rank 0 sent heartbeats but no reply for {seconds:.0f} s; restart the trainer")
 

@@ -140,8 +140,9 @@ def model_vocab_size(model_path: Path) -> int | None:
 RENDERING = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
 
-def model_digest(model_path: Path) -> str:
-    """What decides the meaning of token ids, and which model they are for: a checkpoint of a model has its digest."""
+def model_digest(model_path: Path, tokenizer: Path | None = None, chat_template: str | None = None) -> str:
+    """What decides the meaning of token ids, and which model they are for: a checkpoint of a model has its digest.
+    ``tokenizer`` and ``chat_template`` are what the server was told to use in place of the model's own."""
     digest = hashlib.sha256()
     try:
         config = msgspec.json.decode((model_path / "config.json").read_bytes(), type=dict[str, Any])
@@ -151,5 +152,7 @@ def model_digest(model_path: Path) -> str:
     digest.update(msgspec.json.encode(same, order="sorted"))
     for name in RENDERING:
         with contextlib.suppress(OSError):
-            digest.update(name.encode() + hashlib.sha256((model_path / name).read_bytes()).digest())
+            digest.update(name.encode() + hashlib.sha256(((tokenizer or model_path) / name).read_bytes()).digest())
+    if chat_template is not None:
+        digest.update(b"--chat-template" + hashlib.sha256(chat_template.encode()).digest())
     return digest.hexdigest()

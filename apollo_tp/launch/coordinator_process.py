@@ -16,7 +16,7 @@ from apollo_tp import runtime
 from apollo_tp.config import Config
 from apollo_tp.coordinator.settings import EXIT_STORAGE, Settings
 from apollo_tp.errors import ConfigError
-from apollo_tp.manifest import Manifest
+from apollo_tp.manifest import Manifest, read_serving
 
 STOP_SECONDS = 10.0
 MIN_LIFE_SECONDS = 10.0
@@ -31,10 +31,13 @@ class CoordinatorProcess:
     """Starts ``python -m apollo_tp.coordinator`` with its settings in a 0600 file of the instance's folder."""
 
     def __init__(self, config: Config, folder: Path, manifest: Manifest) -> None:
+        tokenizer, serving = Path(manifest.tokenizer_path or manifest.model_path), read_serving(folder)
         settings = Settings(
             service=config.service,
             instance_dir=str(folder),
-            model_path=manifest.model_path if Path(manifest.model_path, "tokenizer.json").is_file() else "",
+            model_path=manifest.model_path if (tokenizer / "tokenizer.json").is_file() else "",
+            tokenizer_path=manifest.tokenizer_path,
+            chat_template=serving.chat_template if serving else None,
             max_sequence_tokens=config.train.max_sequence_tokens,
             max_skipped_steps=config.optim.max_skipped_steps,
             command_timeout_seconds=config.command_timeout_seconds,

@@ -40,8 +40,9 @@ class LineageFile:
         self._file: int | None = None
         self.trained_here = self._path.exists()
         if not self.trained_here:
-            info = read_info(Path(model_path))
-            self.record = Lineage(info.weight_version, checkpoint=model_path) if info else Lineage()
+            source = Path(model_path).resolve()  # `latest` moves on
+            info = read_info(source)
+            self.record = Lineage(info.weight_version, checkpoint=str(source)) if info else Lineage()
             return
         try:
             self.record = msgspec.json.decode(self._path.read_bytes(), type=Lineage)

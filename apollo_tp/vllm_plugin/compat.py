@@ -5,15 +5,19 @@ Hooks replace module attributes that vLLM looks up at call time. ``install_hooks
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import importlib.metadata
 import os
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from inspect import signature
 from typing import Any
 
 import torch
 from torch import nn
 
+from apollo_tp.manifest import ENDPOINTS_VARIABLE
 from apollo_tp.vllm_plugin.cpu import import_image_processors, let_queue_readers_sleep, serve_plain_experts
 
 ENGINES_VARIABLE = "APOLLO_TP_ENGINES"
@@ -63,20 +67,40 @@ def install_hooks(on_loaded: Callable[[nn.Module, Any, Any], None]) -> None:
         serve_plain_experts()
         import_image_processors()
         let_queue_readers_sleep()
-    original = BaseModelLoader.load_model
-    if hasattr(original, "apollo_tp"):
+    if hasattr(BaseModelLoader.load_model, "apollo_tp"):
         return
+    for loader in [BaseModelLoader, *_own_loaders(BaseModelLoader)]:
+        _call_after_load(loader, on_loaded, knows_weights=loader is BaseModelLoader)
+    _note_engines()
+
+
+def _own_loaders(base: type) -> Iterator[type]:
+    """Loaders that load a model in a way of their own."""
+    for loader in base.__subclasses__():
+        if "load_model" in vars(loader):
+            yield loader
+        yield from _own_loaders(loader)
+
+
+def _call_after_load(loader: Any, on_loaded: Callable[[nn.Module, Any, Any], None], *, knows_weights: bool) -> None:
+    original = loader.load_model
 
     @functools.wraps(original)
     def load_model(self: Any, vllm_config: Any, model_config: Any, *args: Any, **kwargs: Any) -> nn.Module:
-        model = original(self, vllm_config, model_config, *args, **kwargs)
-        if not is_draft(vllm_config, model_config):
+        model: nn.Module = original(self, vllm_config, model_config, *args, **kwargs)
+        # one loader may have called another, which was followed by this already
+        if not is_draft(vllm_config, model_config) and not hasattr(model, "apollo_tp"):
+            model.apollo_tp = True  # type: ignore[assignment]
+            if not knows_weights:
+                model.untrainable = (  # type: ignore[assignment]
+                    f"--load-format {load_format(vllm_config)}: it does not load weights in vLLM's usual way; serve with "
+                    "--load-format auto"
+                )
             on_loaded(model, vllm_config, model_config)
         return model
 
     load_model.apollo_tp = True  # type: ignore[attr-defined]
-    BaseModelLoader.load_model = load_model  # type: ignore[method-assign]
-    _note_engines()
+    loader.load_model = load_model
 
 
 def is_draft(vllm_config: Any, model_config: Any) -> bool:
@@ -98,9 +122,18 @@ def _note_engines() -> None:
     def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
         config = original(self, *args, **kwargs)
         os.environ[ENGINES_VARIABLE] = str(config.parallel_config.data_parallel_size)
+        os.environ[ENDPOINTS_VARIABLE] = "1" if has_endpoints(*args, **kwargs) else ""
         return config
 
     EngineArgs.create_engine_config = create_engine_config  # type: ignore[method-assign]
+
+
+def has_endpoints(usage_context: Any = None, headless: bool = False) -> bool:
+    """Whether an API server that loads endpoint plugins comes up in front of the engine: not before a vllm.LLM, a batch, in
+    headless mode, nor with vLLM's front ends in Rust and for gRPC, which also call themselves API servers."""
+    server = str(getattr(usage_context, "value", usage_context)) == "OPENAI_API_SERVER"
+    rust = os.environ.get("VLLM_USE_RUST_FRONTEND", "0") != "0"
+    return server and not headless and not rust and "--grpc" not in sys.argv
 
 
 def load_format(vllm_config: Any) -> str:
@@ -156,6 +189,12 @@ def refusals_of_server(vllm_config: Any, model: nn.Module) -> list[str]:
     engines = max(parallel.data_parallel_size, int(os.environ.get(ENGINES_VARIABLE) or 1))
     if engines > 1 or getattr(parallel, "data_parallel_index", 0):
         found.append(f"data parallelism ({engines} engines): start one server per engine")
+    executor = getattr(parallel, "distributed_executor_backend", None)  # a name or a class
+    if "ray" in (executor, getattr(parallel, "data_parallel_backend", "")) or getattr(executor, "uses_ray", False):
+        found.append(
+            "Ray: its actors do not share this server's processes and environment; serve with "
+            "--distributed-executor-backend mp, and no --data-parallel-backend ray"
+        )
     if vllm_config.lora_config is not None:
         found.append("LoRA-wrapped layers: serve without --enable-lora")
     if getattr(model_config, "enable_sleep_mode", False) or getattr(model_config, "enable_cumem_allocator", False):
@@ -174,62 +213,104 @@ def refusals_of_server(vllm_config: Any, model: nn.Module) -> list[str]:
         found.append("--hf-config-path: the trainer reads the model's folder; put config.json there")
     if getattr(model_config.hf_config, "is_encoder_decoder", False):
         found.append("encoder-decoder model: only decoder-only models are trained")
-    found += _moe_refusals(model)
+    found += _layer_refusals(model)
     return found
 
 
-def _moe_refusals(model: nn.Module) -> list[str]:
-    """vLLM's other MoE backends shuffle expert weights without changing their shape."""
-    backends = set()
+def _layer_refusals(model: nn.Module) -> list[str]:
+    """What this plugin's hooks said when the model was loaded; and backends of vLLM's experts, others of which shuffle
+    weights without changing their shape."""
+    backends, said = set(), set()
     for module in model.modules():
         backend = getattr(getattr(module, "quant_method", None), "unquantized_backend", None)
         if backend is not None:
             backends.add(getattr(backend, "value", str(backend)).upper())
-    return [
+        said.add(getattr(module, "untrainable", ""))
+    return sorted(said - {""}) + [
         f"mixture-of-experts backend {backend}: it reorders expert weights; serve with --moe-backend triton"
         for backend in sorted(backends - {"TRITON", "CPU", "NONE"})
     ]
 
 
 class Engine:
-    """What the update lock needs of vLLM's engine client (AsyncLLM), beside the API server."""
+    """What the update lock needs of vLLM's engine client (AsyncLLM), beside the API server. vLLM knows one pause at a time,
+    whoever asked for it: while the update lock holds the engine, others' pauses and resumes wait here."""
 
     def __init__(self, client: Any) -> None:
         self._client = client
         self._salt = ""
+        self._pause, self._resume = client.pause_generation, client.resume_generation
+        self._free, self._complete = asyncio.Event(), asyncio.Event()
+        self._free.set()
+        self._complete.set()
+        self._paused_by_others = self._paused = False
+        client.pause_generation, client.resume_generation = self._pause_of_others, self._resume_of_others
+
+    async def _until_free(self) -> None:
+        while not self._free.is_set():  # it may be held again before this runs
+            await self._free.wait()
+
+    async def _pause_of_others(self, *args: Any, **kwargs: Any) -> Any:
+        await self._until_free()
+        self._complete = complete = asyncio.Event()
+        pausing = asyncio.ensure_future(self._pause(*args, **kwargs))
+        pausing.add_done_callback(lambda _: complete.set())
+        return await asyncio.shield(pausing)  # vLLM goes on pausing when whoever asked for it goes away
+
+    async def _resume_of_others(self, *args: Any, **kwargs: Any) -> Any:
+        await self._until_free()
+        self._complete.set()  # it also ends a pause that still waits for running requests
+        return await self._resume(*args, **kwargs)
+
+    async def hold(self) -> None:
+        """Let nobody else pause or resume until ``resume``. A pause of others that waits for running requests comes first:
+        vLLM calls itself paused at once."""
+        while not self._complete.is_set():
+            await self._complete.wait()
+        self._free.clear()
+        self._paused_by_others = bool(await self._client.is_paused())
 
     async def pause(self, *, drain: bool) -> None:
-        """Until nothing runs: running requests are frozen, or finished first (``drain``); new ones wait either way."""
-        await self._client.pause_generation(mode="wait" if drain else "keep", clear_cache=False)
+        """Until nothing runs: running requests are frozen, or finished first (``drain``); new ones wait either way. Nothing
+        is asked of vLLM where others have paused it."""
+        if not self._paused_by_others:
+            self._paused = True
+            await self._pause(mode="wait" if drain else "keep", clear_cache=False)
 
     async def resume(self) -> None:
-        """Let requests run again; also ends a pause that still waits for running requests."""
-        await self._client.resume_generation()
-
-    async def paused(self) -> bool:
-        """True if anybody paused it."""
-        return bool(await self._client.is_paused())
+        """Let requests run again unless others have paused them; also ends a pause that still waits for running requests."""
+        paused, self._paused = self._paused, False
+        try:
+            if paused:
+                await self._resume()
+        finally:
+            self._free.set()
 
     async def reset_prefix_cache(self) -> None:
-        """Empty the prefix cache. vLLM cannot while blocks are in use, so running requests give theirs up and are computed
-        again from their prompt and what they generated; their streams go on. Raises RuntimeError if vLLM could not."""
-        if not await self._client.reset_prefix_cache(reset_running_requests=True):
-            raise RuntimeError("vLLM did not reset its prefix cache")
+        """Empty the prefix cache, and a KV connector's. vLLM cannot while blocks are in use, so running requests give theirs
+        up and are computed again from their prompt and what they generated; their streams go on. Raises RuntimeError if vLLM
+        could not."""
+        reset = self._client.reset_prefix_cache
+        options = {"reset_running_requests": True}
+        # some releases answer that they could not where there is no connector
+        if self._client.vllm_config.kv_transfer_config is not None and "reset_connector" in signature(reset).parameters:
+            options["reset_connector"] = True
+        if not await reset(**options):
+            raise RuntimeError("vLLM did not reset its prefix cache, or its KV connector not its own")
 
     def salt_requests(self, salt: str) -> None:
         """Requests from now on share prefix-cache entries only among themselves ("" ends that). A client's own
-        ``cache_salt`` is left alone. All routes pass through ``process_inputs``, which is wrapped once."""
+        ``cache_salt`` is left alone. However a request came about, it is sent by ``add_request_async``, wrapped once."""
         self._salt = salt
-        processor = self._client.input_processor
-        original = processor.process_inputs
+        core = self._client.engine_core
+        original = core.add_request_async
         if hasattr(original, "apollo_tp"):
             return
 
         @functools.wraps(original)
-        def process_inputs(*args: Any, **kwargs: Any) -> Any:
-            request = original(*args, **kwargs)
+        async def add_request_async(request: Any) -> Any:
             request.cache_salt = request.cache_salt or self._salt or None
-            return request
+            return await original(request)
 
-        process_inputs.apollo_tp = True  # type: ignore[attr-defined]
-        processor.process_inputs = process_inputs
+        add_request_async.apollo_tp = True  # type: ignore[attr-defined]
+        core.add_request_async = add_request_async

@@ -94,13 +94,44 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 def serve_plain_experts() -> None:
     """vLLM's CPU experts are packed on load within an unchanged shape, which a trainer would take for plain weights; use
-    the weights as loaded, expert by expert."""
+    the weights as loaded, expert by expert. Others than ``_apply_plain_experts`` can compute stay as vLLM has them, and
+    their layer says so in ``untrainable``."""
     from vllm.model_executor.layers.fused_moe.experts import cpu_moe
 
     experts = cpu_moe.CPUUnquantizedExperts
-    experts._supports_grouped_gemm = classmethod(lambda cls, moe_config: (True, None))
-    experts.process_weights_after_loading = lambda self, layer: None
-    experts.apply = _apply_plain_experts
+    if hasattr(experts.apply, "apollo_tp"):
+        return
+    pack, apply = experts.process_weights_after_loading, experts.apply
+    supports = getattr(experts, "_supports_grouped_gemm", None)  # not in all releases
+
+    def supports_grouped_gemm(cls: Any, moe_config: Any) -> Any:
+        return supports.__func__(cls, moe_config) if supports and _not_plain(moe_config) else (True, None)
+
+    def process_weights_after_loading(self: Any, layer: nn.Module) -> None:
+        if reason := _not_plain(self.moe_config):
+            layer.untrainable = reason
+            pack(self, layer)
+
+    @functools.wraps(apply)
+    def apply_experts(self: Any, *args: Any, **kwargs: Any) -> None:
+        (apply if _not_plain(self.moe_config) else _apply_plain_experts)(self, *args, **kwargs)
+
+    apply_experts.apollo_tp = True  # type: ignore[attr-defined]
+    experts._supports_grouped_gemm = classmethod(supports_grouped_gemm)
+    experts.process_weights_after_loading = process_weights_after_loading
+    experts.apply = apply_experts
+
+
+def _not_plain(moe_config: Any) -> str:
+    """Why vLLM's packed copy of these experts must be served; "" if the plain weights can be."""
+    activation, has_biases = moe_config.activation.value, moe_config.has_bias
+    if activation in _ACTIVATIONS and not has_biases:
+        return ""
+    *others, last = _ACTIVATIONS
+    return (
+        f"experts: got activation {activation} {'with' if has_biases else 'without'} biases, expected "
+        f"{', '.join(others)} or {last} without, since a CPU serves a packed copy of others; serve this model on GPUs"
+    )
 
 
 def _apply_plain_experts(

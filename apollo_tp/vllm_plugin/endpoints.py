@@ -138,6 +138,7 @@ class ApolloEndpoints:
             logger.warning("apollo_tp: this server cannot be trained: %s", reason)
             return
         from apollo_tp.vllm_plugin.compat import Engine
+        from apollo_tp.vllm_plugin.export import on_serving
 
         count = getattr(args, "api_server_count", None) or 1
         refusal = "" if count == 1 else (
@@ -150,6 +151,10 @@ class ApolloEndpoints:
             await self._lock.start(runtime.socket_path(folder, protocol.SYNC_SOCKET))
         except (ConfigError, OSError) as error:  # serving must not depend on us; the trainer says what is missing
             logger.warning("apollo_tp: updates cannot pause this server: %s", error)
+        try:
+            on_serving(args, runtime.instance_dir(runtime.ensure_instance_id()))
+        except (ConfigError, OSError) as error:
+            logger.warning("apollo_tp: no trainer will hear that this server is ready: %s", error)
 
     def _find(self) -> Tunnel:
         if self._tunnel is None:
@@ -183,7 +188,8 @@ class ApolloEndpoints:
 
     async def _upload(self, tunnel: Tunnel, identity: int, request: Request) -> None:
         path, query, headers = _route_path(request), request.scope["query_string"], request.headers.raw
-        client = request.client.host if request.client else None
+        # of --uds uvicorn knows no address; None would say that the client is let in without a token
+        client = request.client.host if request.client else "a unix socket"
         await tunnel.send(protocol.TunnelRequest(identity, request.method, path, query, list(headers), client))
         async for part in request.stream():
             for start in range(0, len(part), CHUNK_BYTES):

@@ -1,8 +1,10 @@
-"""In each vLLM worker, once the model is loaded: share its memory, trace its loader, publish the manifest."""
+"""In each vLLM worker, once the model is loaded: share its memory, trace its loader, publish the manifest. In the API
+server, once the engine is up: say so, and which chat template it uses."""
 
 from __future__ import annotations
 
 import bisect
+import contextlib
 import logging
 import os
 import socket
@@ -17,6 +19,7 @@ from torch import nn
 from apollo_tp import runtime
 from apollo_tp.dtypes import DTYPES, NAMES
 from apollo_tp.manifest import (
+    ENDPOINTS_VARIABLE,
     SCHEMA_VERSION,
     Allocation,
     CheckpointTensor,
@@ -24,7 +27,9 @@ from apollo_tp.manifest import (
     Refusal,
     SegmentRecord,
     ServedTensor,
+    Serving,
     publish,
+    publish_serving,
 )
 from apollo_tp.vllm_plugin import checkpoint_index, compat, memory
 from apollo_tp.vllm_plugin.trace import Trace, trace_loader
@@ -39,6 +44,23 @@ def on_loaded(model: nn.Module, vllm_config: Any, model_config: Any) -> None:
     # The server must go on serving whatever is wrong with training it.
     except Exception:
         logger.exception("apollo_tp: could not export the weights; this server cannot be trained")
+
+
+def on_serving(args: Any, folder: Path) -> None:
+    """``args`` are the API server's, the only process that knows ``--chat-template``."""
+    template = getattr(args, "chat_template", None)
+    publish_serving(Serving(chat_template=_template_text(str(template)) if template else None), folder)
+
+
+def _template_text(given: str) -> str:
+    """As vLLM takes it: a file, a file among those that come with vLLM, or the template itself."""
+    with contextlib.suppress(OSError):
+        return Path(given).read_text(encoding="utf-8")
+    if any(character in given for character in "{}\n"):
+        return given
+    import vllm
+
+    return (Path(vllm.__file__).parent / "transformers_utils" / "chat_templates" / given).read_text(encoding="utf-8")
 
 
 def _publish_weights(model: nn.Module, vllm_config: Any, model_config: Any) -> None:
@@ -73,6 +95,8 @@ def _header(vllm_config: Any, model_config: Any, rank: int, size: int) -> dict[s
         "created_at": time.time(),
         "vllm_version": compat.vllm_version(),
         "model_path": str(folder or model_config.model),
+        "tokenizer_path": _tokenizer_path(model_config),
+        "endpoints": bool(os.environ.get(ENDPOINTS_VARIABLE)),
         "served_model_names": compat.served_model_names(model_config),
         "dtype": str(model_config.dtype).removeprefix("torch."),
         "tp_rank": rank,
@@ -88,6 +112,14 @@ def _header(vllm_config: Any, model_config: Any, rank: int, size: int) -> dict[s
         "max_model_len": model_config.max_model_len,
         "config_overrides": compat.config_overrides(model_config),
     }
+
+
+def _tokenizer_path(model_config: Any) -> str:
+    """The folder of ``--tokenizer``; "" if it is the model's. vLLM keeps it in the default cache, not in --download-dir."""
+    name, revision = model_config.tokenizer, model_config.tokenizer_revision
+    if (name, revision) == (model_config.model, model_config.revision):
+        return ""
+    return str(checkpoint_index.model_folder(name, revision) or name)
 
 
 def _export(model: nn.Module, vllm_config: Any, model_config: Any, header: dict[str, Any]) -> Manifest:

@@ -1,6 +1,6 @@
 """Ask vLLM's own loader where each checkpoint tensor goes: no rules per layer class.
 
-``model.load_weights`` is called once per checkpoint tensor with a *probe*: a wrapper-subclass tensor of the checkpoint's
+``model.load_weights`` is called with a *probe* for each checkpoint tensor: a wrapper-subclass tensor of the checkpoint's
 shape and dtype, backed by a meta tensor. View operations on it run on the meta tensor and give probes again; copying a
 probe into a real tensor is recorded and not executed. Anything else means that the loader transforms the tensor, and it is
 refused with that operation as the reason.
@@ -147,27 +147,32 @@ class _ParametersStay(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def trace_loader(
-    model: nn.Module,
-    tensors: Iterable[tuple[str, tuple[int, ...], torch.dtype]],
-    load: Callable[[Iterable[tuple[str, Tensor]]], Any] | None = None,
-) -> list[Trace]:
+Named = tuple[str, tuple[int, ...], torch.dtype]
+Load = Callable[[Iterable[tuple[str, Tensor]]], Any]
+
+
+def trace_loader(model: nn.Module, tensors: Iterable[Named], load: Load | None = None) -> list[Trace]:
     """Trace ``model.load_weights`` (or ``load``) for each checkpoint tensor (name, global shape, dtype).
 
     Nothing is written into the model. A trace neither served nor refused is a tensor that the loader passes over.
     """
-    load = load or model.load_weights  # type: ignore[assignment]
     storages = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    traces = []
     with torch.no_grad(), _ParametersStay(storages):
-        for name, shape, dtype in tensors:
-            trace = Trace(name)
-            root = torch.empty(shape, dtype=dtype, device="meta")
-            try:
-                load([(name, Probe(root, root, trace))])
-            # Loaders of many models run here, each free to raise what it likes at a name or shape it does not know;
-            # whatever it is becomes this tensor's refusal.
-            except Exception as error:  # noqa: BLE001
-                trace.refusal = f"{type(error).__name__}: {error}"
-            traces.append(trace)
+        return _trace(load or model.load_weights, list(tensors))  # type: ignore[arg-type]
+
+
+def _trace(load: Load, tensors: list[Named]) -> list[Trace]:
+    """All in one call, since each call takes milliseconds whatever it is given, and experts are many. If it raises, both
+    halves again, until the error is that of one tensor."""
+    traces = [Trace(name) for name, _, _ in tensors]
+    roots = [torch.empty(shape, dtype=dtype, device="meta") for _, shape, dtype in tensors]
+    try:
+        load([(trace.name, Probe(root, root, trace)) for trace, root in zip(traces, roots, strict=True)])
+    # Loaders of many models run here, each free to raise what it likes at a name or shape it does not know;
+    # whatever it is becomes this tensor's refusal.
+    except Exception as error:  # noqa: BLE001
+        if len(tensors) > 1:
+            middle = len(tensors) // 2
+            return _trace(load, tensors[:middle]) + _trace(load, tensors[middle:])
+        traces[0].refusal = f"{type(error).__name__}: {error}"
     return traces

@@ -2,7 +2,7 @@
 
 One trainer connection at a time, over a 0600 unix socket in the instance's private folder. The lock is a lease: when the
 connection ends, or nothing is heard for ``lease_seconds``, the server is resumed from here, whatever became of the trainer.
-A pause that somebody else asked for (vLLM's /pause) is left to them.
+A pause that somebody else asked for (vLLM's /pause) is left to them; what they ask for during ours comes after it.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ WRITE_SECONDS = 5.0
 class PausableEngine(Protocol):
     """The part of vLLM's engine that is used; compat.Engine."""
 
+    async def hold(self) -> None: ...
     async def pause(self, *, drain: bool) -> None: ...
     async def resume(self) -> None: ...
-    async def paused(self) -> bool: ...
     async def reset_prefix_cache(self) -> None: ...
     def salt_requests(self, salt: str) -> None: ...
 
@@ -44,7 +44,6 @@ class UpdateLock:
         self._attached: protocol.SyncAttach | None = None
         self._pausing: asyncio.Task[None] | None = None
         self._expired = False
-        self._paused_by_others = False
         self._num_salts = 0
         self._server: asyncio.Server | None = None
 
@@ -145,20 +144,19 @@ class UpdateLock:
         assert self._attached
         task, error, drain = asyncio.current_task(), "", self._attached.mode == SyncMode.drain.value
         try:
-            self._paused_by_others = await self._engine.paused()
+            await self._engine.hold()
             if self._pausing is task:
                 # No await between these two: what has the new salt must reach vLLM behind the pause, and run with the
                 # new weights; what has the old one must reach it before.
                 self._new_salt()
-                if not self._paused_by_others:
-                    await self._engine.pause(drain=drain)
+                await self._engine.pause(drain=drain)
         # vLLM hands engine failures on as plain exceptions; the trainer must hear of them, the server goes on.
         except Exception as caught:  # noqa: BLE001
             error = f"vLLM did not pause: {caught}"
         if self._pausing is task:
             with contextlib.suppress(ConnectionError, TimeoutError):  # the reader notices that the trainer is gone
                 await _answer(writer, "SyncPause", error)
-        elif self._pausing is None and not self._paused_by_others:  # given up meanwhile: leave no pause behind
+        elif self._pausing is None:  # given up meanwhile: hold nothing
             await self._engine.resume()
 
     async def _release(self, weight_version: int) -> str:
@@ -176,8 +174,7 @@ class UpdateLock:
             return
         # not cancelled: vLLM's engine answers the call when it is idle, and somebody must take that answer
         self._pausing = None
-        if not self._paused_by_others:
-            await self._engine.resume()
+        await self._engine.resume()
 
     def _new_salt(self) -> None:
         assert self._attached

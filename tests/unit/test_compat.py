@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
+import subprocess
+import sys
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from torch import nn
 
-from apollo_tp.vllm_plugin.compat import ENGINES_VARIABLE, config_overrides, is_draft, refusals_of_server
+from apollo_tp.vllm_plugin.compat import (
+    ENGINES_VARIABLE,
+    Engine,
+    config_overrides,
+    has_endpoints,
+    is_draft,
+    refusals_of_server,
+)
 
 
 def server(**changes: Any) -> SimpleNamespace:
@@ -46,6 +57,9 @@ def server(**changes: Any) -> SimpleNamespace:
         ({"model_config__hf_config__is_encoder_decoder": True}, "encoder-decoder model: only decoder-only models"),
         ({"model_config__quantization": "fp8"}, "quantised weights (fp8): serve the bf16 checkpoint"),
         ({"model_config__enable_sleep_mode": True}, "sleep mode (cumem allocator)"),
+        ({"parallel_config__distributed_executor_backend": "ray"}, "serve with --distributed-executor-backend mp"),
+        ({"parallel_config__distributed_executor_backend": type("E", (), {"uses_ray": True})}, "Ray: its actors"),
+        ({"parallel_config__data_parallel_backend": "ray"}, "no --data-parallel-backend ray"),
     ],
 )
 def test_a_server_that_cannot_be_trained_is_refused_with_the_cure(changes: dict[str, Any], reason: str) -> None:
@@ -60,8 +74,12 @@ def test_reasons_are_listed_together(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(found) == 3
 
 
-def test_a_plain_server_is_not_refused() -> None:
+@pytest.mark.parametrize("executor", [None, "mp", "uni", type("E", (), {"uses_ray": False})])
+def test_a_plain_server_is_not_refused(executor: Any) -> None:
     assert refusals_of_server(server(), nn.Module()) == []
+    parallel = {"distributed_executor_backend": executor, "data_parallel_backend": "mp"}
+    config = server(**{f"parallel_config__{name}": value for name, value in parallel.items()})
+    assert refusals_of_server(config, nn.Module()) == []
 
 
 @pytest.mark.parametrize("backend", ["FLASHINFER_CUTLASS", "triton"])
@@ -110,3 +128,77 @@ def test_overrides_of_the_config_are_passed_on_as_the_server_has_them() -> None:
     for value in (lambda config: config, {"text_config": {"sliding_window": 8}}):
         (reason,) = refusals_of_server(server(model_config__hf_overrides=value), nn.Module())
         assert "--hf-overrides" in reason
+
+
+@pytest.mark.parametrize("takes_connector", [True, False])
+@pytest.mark.parametrize("connector", [None, object()])
+def test_a_connectors_cache_is_emptied_too(connector: object, takes_connector: bool) -> None:
+    """Where there is one: some releases answer that they could not reset what is not there."""
+    asked: list[dict[str, bool]] = []
+
+    async def reset(reset_running_requests: bool = False, reset_connector: bool = False) -> bool:
+        asked.append({"running": reset_running_requests, "connector": reset_connector})
+        return True
+
+    async def older(reset_running_requests: bool = False) -> bool:
+        return await reset(reset_running_requests)
+
+    client = SimpleNamespace(
+        pause_generation=None, resume_generation=None, vllm_config=SimpleNamespace(kv_transfer_config=connector),
+        reset_prefix_cache=reset if takes_connector else older,
+    )  # fmt: skip
+    asyncio.run(Engine(client).reset_prefix_cache())
+    assert asked == [{"running": True, "connector": takes_connector and connector is not None}]
+
+
+@pytest.fixture(scope="module")
+def hooked(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What tests/unit/hooked_vllm.py found."""
+    command = [sys.executable, "-m", "tests.unit.hooked_vllm", str(tmp_path_factory.mktemp("hooked"))]
+    output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, timeout=120).stdout
+    found: dict[str, Any] = json.loads(output.splitlines()[-1])
+    return found
+
+
+def test_experts_on_a_cpu_are_served_plain_or_as_vllm_serves_them(hooked: dict[str, Any]) -> None:
+    """bf16, in another order of summation; those of gpt-oss, with biases and an activation of their own, stay vLLM's."""
+    difference, as_loaded, refusals = hooked["experts"]["qwen3-moe"]
+    assert (difference < 0.01, as_loaded, refusals) == (True, True, [])
+    difference, as_loaded, (refusal,) = hooked["experts"]["gpt-oss"]
+    assert (difference, as_loaded) == (0.0, False)
+    assert "got activation swigluoai with biases" in refusal
+
+
+def test_all_requests_are_salted(hooked: dict[str, Any]) -> None:
+    """Raw prompts, which vLLM prepares in a thread, rendered ones and ready requests; a salt of their own is left alone."""
+    salts = ["first", "second", "None"]
+    three = ["/".join([salt] * 3) for salt in salts]
+    assert hooked["salts"] == {
+        "raw": salts, "rendered": salts, "ready": salts, "three answers": three, "own salt": ["own"] * 3
+    }  # fmt: skip
+
+
+def test_models_of_other_loaders_are_followed_and_refused(hooked: dict[str, Any]) -> None:
+    """tensorizer's, for one, does not call the method of all loaders; one that does is as good as vLLM's."""
+    own = "--load-format mine: it does not load weights in vLLM's usual way; serve with --load-format auto"
+    assert hooked["loaders"] == {"tensorizer": ["True"], "Usual": [""], "Own": [own], "Calls": [""]}
+
+
+@pytest.mark.parametrize(
+    ("context", "headless", "argv", "rust", "expected"),
+    [
+        ("OPENAI_API_SERVER", False, ["vllm", "serve"], "0", True),
+        ("LLM_CLASS", False, ["x.py"], "0", False),
+        ("OPENAI_API_SERVER", True, ["vllm", "serve"], "0", False),
+        ("OPENAI_API_SERVER", False, ["vllm", "serve", "--grpc"], "0", False),
+        ("OPENAI_API_SERVER", False, ["vllm", "serve"], "1", False),
+        (None, False, ["x.py"], "0", False),
+    ],
+)
+def test_a_server_says_whether_its_api_will_tell_that_it_is_ready(
+    context: str | None, headless: bool, argv: list[str], rust: str, expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A trainer waits for that, and must not wait for what never comes."""
+    monkeypatch.setattr("sys.argv", argv)
+    monkeypatch.setenv("VLLM_USE_RUST_FRONTEND", rust)
+    assert has_endpoints(context, headless) is expected

@@ -121,6 +121,19 @@ def test_no_template_no_tokenizer(tmp_path):
         Renderer(tmp_path / "nothing")
 
 
+def test_the_servers_own_template_and_tokenizer_count(tmp_path):
+    """vLLM's --chat-template and --tokenizer: what the model's folder says of either is not what is served."""
+    model, other = write_model(tmp_path / "model", INST), write_model(tmp_path / "other", CHATML, vocab_size=300)
+    ids = learned(Renderer(model, None, MARKED), TURNS)[1]
+    marked = AutoTokenizer.from_pretrained(write_model(tmp_path / "marked", MARKED))
+    assert ids == marked.apply_chat_template(TURNS, return_dict=False)
+    assert learned(Renderer(model, None, MARKED), TURNS)[0][0] == "I am fine, thanks.<|im_end|>"
+    reference = AutoTokenizer.from_pretrained(other)
+    assert learned(Renderer(model, other), TURNS)[1] == reference.apply_chat_template(TURNS, return_dict=False)
+    with pytest.raises(ConfigError, match=r"nothing: got no tokenizer\.json"):
+        Renderer(model, tmp_path / "nothing")
+
+
 def test_prompt_completion_and_text(tmp_path):
     """Prompt and completion are tokenised apart; the end-of-text token is learned unless switched off."""
     renderer = Renderer(write_model(tmp_path))

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import gc
 import os
+import socket
 import threading
 import time
 from types import SimpleNamespace
@@ -29,14 +30,19 @@ ONE = {"context_ids": [1, 2], "continuation_ids": [3, 4]}
 class Server:
     """What vLLM does with the plugin: build an app, attach, serve."""
 
-    def __init__(self, root_path=""):
+    def __init__(self, root_path="", uds=None):
         app = FastAPI()
         app.root_path = root_path
         app.get("/ping")(lambda: {"ok": True})
         self.plugin = ApolloEndpoints()
         self.plugin.attach_router(app)
-        self.socket = bind_http("127.0.0.1", 0)
-        self.url = f"http://127.0.0.1:{self.socket.getsockname()[1]}"
+        if uds is None:
+            self.socket = bind_http("127.0.0.1", 0)
+            self.url = f"http://127.0.0.1:{self.socket.getsockname()[1]}"
+        else:
+            self.socket = socket.socket(socket.AF_UNIX)
+            self.socket.bind(str(uds))
+            self.socket.listen()
         self.server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
         self.thread = threading.Thread(target=self.server.run, kwargs={"sockets": [self.socket]}, daemon=True)
         self.thread.start()
@@ -190,6 +196,19 @@ def test_without_tokens_other_machines_are_refused(stack):
         answer = asyncio.run(ask(address, host))
         assert answer.status_code == status, answer.text
         assert words in answer.text
+
+
+def test_without_tokens_the_servers_unix_socket_is_refused(stack, tmp_path):
+    """vLLM's --uds is there for a proxy, which may pass on requests from anywhere without a word."""
+    server = Server(uds=tmp_path / "uds")
+    try:
+        transport = httpx.HTTPTransport(uds=str(tmp_path / "uds"))
+        with httpx.Client(transport=transport, base_url="http://localhost", timeout=10) as client:
+            answer = client.post("/train?dry_run=true", json=ONE)
+    finally:
+        server.close()
+    assert answer.status_code == 403, answer.text
+    assert "got a request from a unix socket while the trainer has no tokens" in answer.text
 
 
 def test_a_server_whose_name_is_taken_keeps_off_the_other_one(tmp_path, monkeypatch):

@@ -21,17 +21,21 @@ from apollo_tp.manifest import (
     REFUSED_VARIABLE,
     SCHEMA_VERSION,
     SERVER_LOCK,
+    SERVING_FILE,
     CheckpointTensor,
     Manifest,
     Refusal,
     SegmentRecord,
     ServedTensor,
+    Serving,
     check_agreement,
     claim_instance,
     live_instances,
     publish,
+    publish_serving,
     read,
     read_instance,
+    read_serving,
     wait_for_server,
 )
 from apollo_tp.placement import place
@@ -139,6 +143,31 @@ def test_a_named_server_that_restarts_is_waited_for(base: Path, monkeypatch: pyt
         wait_for_server(base, "prod", -1)
 
 
+def test_a_server_that_measures_memory_is_waited_for(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its manifests are there, its engine is not: what a trainer takes now is missing in its KV cache. Where no API server
+    will tell, and for a server whose export failed, nobody waits."""
+    folder = runtime.instance_dir("test", base)
+    publish(manifest(0, 1, endpoints=True), folder)
+    assert wait_for_server(base, None, -1, ready=False)[0].endpoints
+    with pytest.raises(NoServerError, match=r"server test: got a loaded model but no engine that is up.*wait_seconds"):
+        wait_for_server(base, None, -1)
+    ready = [lambda: None, lambda: publish_serving(Serving(chat_template="{{ 'x' }}"), folder)]
+    monkeypatch.setattr("apollo_tp.manifest.time.sleep", lambda _: ready.pop(0)())
+    assert wait_for_server(base, None, 60)[0].endpoints
+    assert not ready
+    assert read_serving(folder) == Serving(chat_template="{{ 'x' }}")
+    assert (folder / SERVING_FILE).stat().st_mode & 0o777 == 0o600
+    (folder / SERVING_FILE).write_text("{")
+    with pytest.raises(ManifestError, match=r"serving\.json"):
+        wait_for_server(base, None, 60)
+    (folder / SERVING_FILE).unlink()
+    publish(manifest(0, 1), folder)
+    assert wait_for_server(base, None, 60)
+    publish(manifest(0, 1, endpoints=True, error="no handle"), folder)
+    with pytest.raises(ManifestError, match="no handle"):
+        wait_for_server(base, None, 60)
+
+
 def test_a_folder_that_is_being_removed_holds_no_manifests(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Gone between the listing and the reading."""
     monkeypatch.setattr(Path, "glob", lambda folder, _: iter([folder / "rank0.json"]))
@@ -196,6 +225,31 @@ def test_a_server_that_loads_has_its_name_already(base: Path, claims: pytest.Mon
     claims.setenv(REFUSED_VARIABLE, "")
     assert claim_instance() == "third"
     assert sorted(path.name for path in base.iterdir() if path.is_dir()) == ["other", "third"]
+
+
+def test_a_server_of_another_pid_namespace_is_judged_by_its_lock(base: Path, claims: pytest.MonkeyPatch) -> None:
+    """A container that was restarted: its process 1 cannot be looked up from here, but the lock that it held is free."""
+    elsewhere = {"pid": 1, "pid_namespace": "pid:[1]"}
+    for name in ("other", "prod"):
+        publish(manifest(0, 1, instance_id=name, **elsewhere), runtime.instance_dir(name, base))
+    assert live_instances(base) == (["other", "prod"], []), "without a lock, nothing to judge by"
+    (base / "prod" / SERVER_LOCK).touch()
+    claims.setenv(runtime.INSTANCE_VARIABLE, "other")
+    with subprocess.Popen([sys.executable, "-c", CLAIM], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as server:
+        assert server.stdout
+        (base / "other" / "rank0.json").unlink()
+        assert server.stdout.readline() == b"other\n"
+        publish(manifest(0, 1, instance_id="other", **elsewhere), base / "other")
+        assert live_instances(base)[0] == ["other"]
+        claims.setenv(runtime.INSTANCE_VARIABLE, "prod")
+        assert claim_instance() == "prod"
+        assert [path.name for path in (base / "prod").iterdir()] == [SERVER_LOCK]
+        server.communicate(b"\n")
+    assert live_instances(base) == ([], ["other"])
+    publish(manifest(0, 1, instance_id="prod"), base / "prod")
+    assert wait_for_server(base, None, 0)[0].instance_id == "prod"
+    with pytest.raises(NoServerError, match=r"stale ones \['other'\]"):
+        wait_for_server(base, "other", -1)
 
 
 @pytest.mark.parametrize(

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import os
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -19,50 +21,74 @@ from apollo_tp.errors import ConfigError, DeadlineError
 from apollo_tp.launch.update_gate import Lock, UpdateGate
 from apollo_tp.parallel import TPGroup
 from apollo_tp.rank_loop import Control, RankLoop
+from apollo_tp.vllm_plugin.compat import Engine
 from apollo_tp.vllm_plugin.update_lock import UpdateLock
 
 LEASE_SECONDS = 1.5
 
 
-class FakeEngine:
-    """vLLM's engine as the lock sees it. While ``busy``, a draining pause does not come to its end."""
+class FakeVllm:
+    """vLLM's engine client: one pause, whoever asked for it. While ``busy``, one that waits does not come to its end."""
 
     def __init__(self) -> None:
         self.calls: list[str] = []
-        self.is_paused = False
-        self.busy = False
+        self.paused = self.busy = False
+        self.vllm_config = SimpleNamespace(kv_transfer_config=None)
+        self.engine_core = SimpleNamespace(add_request_async=None)
 
-    async def pause(self, *, drain: bool) -> None:
-        self.calls.append("drain" if drain else "keep")
-        self.is_paused = True
-        while drain and self.busy:  # noqa: ASYNC110 - set from another thread
+    async def pause_generation(self, *, mode: str, clear_cache: bool) -> None:
+        self.calls.append(mode)
+        self.paused = True
+        while mode == "wait" and self.busy:  # noqa: ASYNC110 - set from another thread
             await asyncio.sleep(0.01)
 
-    async def resume(self) -> None:
+    async def resume_generation(self) -> None:
         self.calls.append("resume")
-        self.is_paused = False
+        self.paused = False
 
-    async def paused(self) -> bool:
-        return self.is_paused
+    async def is_paused(self) -> bool:
+        return self.paused
 
-    async def reset_prefix_cache(self) -> None:
+    async def reset_prefix_cache(self, reset_running_requests: bool = False) -> bool:
+        assert reset_running_requests
         self.calls.append("reset")
+        return True
 
+
+class RecordingEngine(Engine):
     def salt_requests(self, salt: str) -> None:
-        self.calls.append(f"salt {salt}" if salt else "no salt")
+        self._client.calls.append(f"salt {salt}" if salt else "no salt")
 
 
 class Plugin:
     """The plugin's end in an event loop of its own."""
 
     def __init__(self, folder: Path, refusal: str = "") -> None:
-        self.engine, self.folder = FakeEngine(), folder
+        self.vllm, self.folder = FakeVllm(), folder
         self.loop = asyncio.new_event_loop()
-        self.lock = UpdateLock(self.engine, refusal, LEASE_SECONDS)
+        self.lock = UpdateLock(RecordingEngine(self.vllm), refusal, LEASE_SECONDS)
         self.thread = threading.Thread(target=self.loop.run_forever)
         self.thread.start()
         path = folder / protocol.SYNC_SOCKET
         asyncio.run_coroutine_threadsafe(self.lock.start(path), self.loop).result(5)
+
+    def others(self, what: str, **options: Any) -> concurrent.futures.Future[None]:
+        """Somebody else's pause_generation or resume_generation, as vLLM's /pause and /resume call it; begun."""
+
+        async def call() -> None:
+            begun.set()
+            await getattr(self.vllm, what)(**options)
+
+        begun = threading.Event()
+        future = asyncio.run_coroutine_threadsafe(call(), self.loop)
+        assert begun.wait(5)
+        self.settle()
+        return future
+
+    def settle(self) -> None:
+        """Until what could run in the loop has run."""
+        for _ in range(5):
+            asyncio.run_coroutine_threadsafe(asyncio.sleep(0), self.loop).result(5)
 
     def close(self) -> None:
         async def end() -> None:
@@ -108,12 +134,12 @@ def eventually(condition) -> float:
     ("mode", "cache", "expected"),
     [
         (SyncMode.step_lock, CacheMode.none, ["no salt", "keep", "resume"]),
-        (SyncMode.drain, CacheMode.reset, ["no salt", "reset", "drain", "reset", "resume"]),
+        (SyncMode.drain, CacheMode.reset, ["no salt", "reset", "wait", "reset", "resume"]),
         (SyncMode.hogwild, CacheMode.salt, ["no salt", "salt apollo-7-1", "salt apollo-8-2"]),
         (
             SyncMode.drain,
             CacheMode.salt,
-            ["no salt", "salt apollo-7-1", "salt apollo-7-2", "drain", "salt apollo-8-3", "resume"],
+            ["no salt", "salt apollo-7-1", "salt apollo-7-2", "wait", "salt apollo-8-3", "resume"],
         ),
     ],
 )
@@ -124,11 +150,11 @@ def test_what_the_engine_is_asked_around_an_update(
     lock = attach(plugin, options(mode, cache))
     gate = UpdateGate(mode, TPGroup.single(), torch.device("cpu"), lock)
     gate.before_write()
-    assert plugin.engine.is_paused == (mode is not SyncMode.hogwild)
+    assert plugin.vllm.paused == (mode is not SyncMode.hogwild)
     gate.after_step(8)
-    assert plugin.engine.calls == expected
+    assert plugin.vllm.calls == expected
     gate.after_step(8)  # a command that wrote nothing
-    assert plugin.engine.calls == expected
+    assert plugin.vllm.calls == expected
     assert (plugin.folder / protocol.SYNC_SOCKET).stat().st_mode & 0o077 == 0
     lock.close()
 
@@ -138,16 +164,16 @@ def test_a_trainer_that_renews_keeps_the_pause_and_one_that_leaves_ends_it(plugi
     lock = attach(plugin, options(SyncMode.step_lock), [runtime.ProcessId.of(os.getpid())])
     lock.pause()
     time.sleep(1.5 * LEASE_SECONDS)
-    assert plugin.engine.is_paused
+    assert plugin.vllm.paused
     lock.close()
-    assert eventually(lambda: not plugin.engine.is_paused) < 1
+    assert eventually(lambda: not plugin.vllm.paused) < 1
 
 
 def test_a_dead_rank_or_a_silent_trainer_loses_the_lease(plugin: Plugin, caplog: pytest.LogCaptureFixture) -> None:
     """Rank 0 lives on, waiting for a dead rank: the server is resumed all the same, and rank 0 hears of it."""
     lock = attach(plugin, options(SyncMode.step_lock), [runtime.ProcessId(2**22 + 1, 0)])
     lock.pause()
-    assert eventually(lambda: not plugin.engine.is_paused) < 2 * LEASE_SECONDS
+    assert eventually(lambda: not plugin.vllm.paused) < 2 * LEASE_SECONDS
     lock.release(8)
     assert "the lease ran out" in caplog.text
     lock.close()
@@ -156,18 +182,18 @@ def test_a_dead_rank_or_a_silent_trainer_loses_the_lease(plugin: Plugin, caplog:
 @pytest.mark.parametrize("end", ["close", "release"])
 def test_a_drain_that_is_given_up_leaves_no_pause(plugin: Plugin, end: str) -> None:
     """A request that never ends: the step fails after the deadline, and new requests run again."""
-    plugin.engine.busy = True
+    plugin.vllm.busy = True
     lock = attach(plugin, options(SyncMode.drain, timeout_seconds=0.3))
     with pytest.raises(DeadlineError, match=r"sync\.timeout_seconds"):
         lock.pause()
     lock.close() if end == "close" else lock.release(7)
-    eventually(lambda: not plugin.engine.is_paused)
-    plugin.engine.busy = False  # vLLM answers the call that nobody waits for any more
+    eventually(lambda: not plugin.vllm.paused)
+    plugin.vllm.busy = False  # vLLM answers the call that nobody waits for any more
     time.sleep(0.1)
-    assert not plugin.engine.is_paused
+    assert not plugin.vllm.paused
     if end == "release":
         lock.pause()
-        assert plugin.engine.is_paused
+        assert plugin.vllm.paused
         lock.release(8)
         lock.close()
 
@@ -179,7 +205,7 @@ def test_a_step_that_raises_during_its_write_resumes_the_server(plugin: Plugin) 
 
     def step(samples: object, learning_rate_scale: float) -> None:
         gate.before_write()
-        assert plugin.engine.is_paused
+        assert plugin.vllm.paused
         raise ValueError("injected in the optimizer")
 
     trainer = SimpleNamespace(
@@ -193,18 +219,68 @@ def test_a_step_that_raises_during_its_write_resumes_the_server(plugin: Plugin) 
     reply = loop._execute(protocol.Step(id="j/1", job_id="j", job_step=1, samples=[]))
     assert isinstance(reply, protocol.CommandFailed)
     assert "injected" in reply.message
-    assert plugin.engine.calls == ["no salt", "keep", "resume"]
+    assert plugin.vllm.calls == ["no salt", "keep", "resume"]
     lock.close()
 
 
 def test_a_pause_of_somebody_else_is_left_to_them(plugin: Plugin) -> None:
     """vLLM was paused through its own /pause: the update may be written, and the pause stays."""
-    plugin.engine.is_paused = True
+    plugin.vllm.paused = True
     lock = attach(plugin, options(SyncMode.drain))
     lock.pause()
     lock.release(8)
-    assert plugin.engine.is_paused
-    assert plugin.engine.calls == ["no salt"]
+    assert plugin.vllm.paused
+    assert plugin.vllm.calls == ["no salt"]
+    lock.close()
+
+
+@pytest.mark.parametrize("stays", [True, False])
+def test_a_drain_of_somebody_else_is_waited_for(plugin: Plugin, stays: bool) -> None:
+    """vLLM calls itself paused as soon as it is asked, while requests still run: nothing may be written yet. It goes on when
+    the client of their /pause has gone away."""
+    plugin.vllm.busy = True
+    theirs = plugin.others("pause_generation", mode="wait", clear_cache=True)
+    if not stays:
+        theirs.cancel()
+        plugin.settle()
+    lock = attach(plugin, options(SyncMode.step_lock, timeout_seconds=0.3))
+    with pytest.raises(DeadlineError):
+        lock.pause()
+    lock.release(7)
+    plugin.vllm.busy = False
+    if stays:
+        theirs.result(5)
+    lock.pause()
+    lock.release(8)
+    assert plugin.vllm.calls == ["wait", "no salt"]
+    assert plugin.vllm.paused
+    plugin.others("resume_generation").result(5)
+    lock.close()
+
+
+def test_a_drain_that_somebody_else_ended_is_not_waited_for(plugin: Plugin) -> None:
+    """With /resume, though vLLM answers their /pause once nothing runs."""
+    plugin.vllm.busy = True
+    plugin.others("pause_generation", mode="wait", clear_cache=True)
+    plugin.others("resume_generation").result(5)
+    lock = attach(plugin, options(SyncMode.step_lock))
+    lock.pause()
+    lock.release(8)
+    assert plugin.vllm.calls == ["wait", "resume", "no salt", "keep", "resume"]
+    lock.close()
+
+
+def test_what_others_ask_for_during_a_pause_comes_after_it(plugin: Plugin) -> None:
+    """Their /resume does not let requests run under a write, and their /pause outlives ours."""
+    lock = attach(plugin, options(SyncMode.step_lock))
+    lock.pause()
+    resumed = plugin.others("resume_generation")
+    paused = plugin.others("pause_generation", mode="abort", clear_cache=True)
+    assert plugin.vllm.calls == ["no salt", "keep"]
+    lock.release(8)
+    resumed.result(5), paused.result(5)
+    assert plugin.vllm.calls == ["no salt", "keep", "resume", "resume", "abort"]
+    assert plugin.vllm.paused
     lock.close()
 
 
