@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from apollo_tp.config import Config, OptimConfig
+from apollo_tp.errors import MappingError, RankFailedError
+from apollo_tp.launch import session
 from apollo_tp.launch.lineage import Lineage, LineageFile
 from apollo_tp.launch.session import _resume
 
@@ -89,9 +93,55 @@ def test_state_that_is_not_loaded_is_told(
     loaded: list[Path] = []
     lineage = SimpleNamespace(record=Lineage(checkpoint=str(tmp_path)), trained_here=False)
     with caplog.at_level(logging.WARNING, "apollo_tp"):
-        _resume(
-            Config(optim=OptimConfig(reset_state=reset)), SimpleNamespace(load=loaded.append, step_count=0), lineage
-        )  # type: ignore[arg-type]
+        config = Config(optim=OptimConfig(reset_state=reset))
+        optimizer = SimpleNamespace(load=loaded.append, step_count=0)
+        _resume(config, optimizer, lineage)  # type: ignore[arg-type]
     assert loaded == ([] if message else [tmp_path / "optimizer"])
     assert bool(caplog.messages) == bool(message)
     assert message.format(tmp_path) in caplog.text
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_weights_that_nobody_has_trained_must_be_those_of_the_folder(
+    trained: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A trainer over other ones would take its optimizer state, and its checkpoints, for those of this model."""
+
+    def differ(*_: object) -> int:
+        raise MappingError("other bits")
+
+    if trained:
+        LineageFile(tmp_path, "no/such/model", keep=True).before_write()
+    control = SimpleNamespace(gather=lambda answer: [answer])
+    start = SimpleNamespace(control=control, world=SimpleNamespace(rank=0), config=Config())
+    monkeypatch.setattr(session, "map_rank", lambda *_: SimpleNamespace(device=torch.device("cpu")))
+    monkeypatch.setattr(session, "verify_against_checkpoint", differ)
+    manifests = [SimpleNamespace(model_path="no/such/model")]
+    with contextlib.nullcontext() if trained else pytest.raises(MappingError, match="other bits"):
+        session._map(start, manifests, tmp_path)  # type: ignore[arg-type]
+
+
+def test_all_ranks_hear_of_the_one_that_failed_to_start() -> None:
+    """Else they would wait for it in the next collective."""
+    control = SimpleNamespace(gather=lambda answer: [answer, b"no room"])
+    with pytest.raises(RankFailedError, match="rank 1 failed: no room"), session._together(control):  # type: ignore[arg-type]
+        pass
+
+
+def test_before_weights_are_written_it_is_recorded_and_the_server_paused(tmp_path: Path) -> None:
+    """In this order: a pause is short, and a record without room stops the step."""
+    order: list[str] = []
+    lineage = LineageFile(tmp_path, "no/such/model", keep=True)
+    lineage.before_write = lambda: order.append("recorded")  # type: ignore[method-assign]
+    gate = SimpleNamespace(before_write=lambda: order.append("paused"), pauses=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(session, "Pace", lambda *_: SimpleNamespace(hold=lambda: order.append("pace held")))
+        patch.setattr(session, "Trainer", lambda *_, before_write, gradients, **__: SimpleNamespace(
+            before_write=before_write, gradients=gradients
+        ))  # fmt: skip
+        trainer = session._make_trainer(
+            Config(), SimpleNamespace(module=None), SimpleNamespace(describe=str), SimpleNamespace(),  # type: ignore[arg-type]
+            torch.device("cpu"), gate, lineage,  # type: ignore[arg-type]
+        )  # fmt: skip
+    trainer.before_write()  # type: ignore[attr-defined]
+    assert order == ["recorded", "paused", "pace held"]
