@@ -209,9 +209,12 @@ class TrainApi:
 
     async def checkpoints(self, request: Request) -> Response:
         """Checkpoints, newest first."""
-        limit = page_of(request)[1]
-        data = [msgspec.to_builtins(checkpoint) for checkpoint in self._service.store.checkpoints(limit=limit)]
-        return JSONResponse({"object": "list", "data": data})
+        after, limit = page_of(request)
+        found = self._service.store.checkpoints()
+        ids = [checkpoint.id for checkpoint in found]
+        start = ids.index(after) + 1 if after in ids else 0
+        data = [msgspec.to_builtins(checkpoint) for checkpoint in found[start : start + limit]]
+        return JSONResponse({"object": "list", "data": data, "has_more": len(found) > start + limit})
 
     async def health(self, request: Request) -> Response:
         """200 while this process answers; ``trainer`` says whether the ranks are there. Needs no token."""

@@ -112,6 +112,10 @@ def test_many_checkpoints_fail_no_job(stack):
     assert ends(client, job)["state"] == "succeeded"
     wait_for(lambda: {c["state"] for c in client.get("/checkpoints").json()["data"]} == {"succeeded"})
     assert [client.get(f"/checkpoint/{identity}").json()["state"] for identity in asked] == ["succeeded"] * 4
+    first = client.get("/checkpoints?limit=1").json()
+    second = client.get(f"/checkpoints?limit=1&after={first['data'][0]['id']}").json()
+    assert [page["has_more"] for page in (first, second)] == [True, False]
+    assert [page["data"][0]["id"] for page in (first, second)] == [asked[-1], asked[0]]
 
 
 def test_a_step_whose_reply_comes_too_late_counts(stack):
