@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -16,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from apollo_tp import cli
 from apollo_tp.demo.model import make_tokenizer, standard_library_text
 from apollo_tp.demo.processes import coordinator_url, free_port, start_server, start_trainer
+from apollo_tp.manifest import SERVING_FILE
 from apollo_tp.mapping import map_rank, verify_against_checkpoint
 from apollo_tp.model.served_config import as_served
 from apollo_tp.protocol import Sample
@@ -47,9 +49,19 @@ FP32 = {"qwen3-moe"}
 OVERRIDES = {"llama": {"rope_parameters": {"rope_type": "linear", "factor": 8.0, "rope_theta": 10000.0}}}
 
 
-def _server_args(name: str) -> list[str]:
+# vLLM is told to render conversations otherwise than the model's folder says, which neither it nor the workers know of.
+TEMPLATES = {
+    "gemma3": "{% for m in messages %}[[{{ m.role }}]]{{ m.content }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}[[assistant]]{% endif %}"
+}
+MESSAGES = [{"role": "user", "content": "Hello import os"}, {"role": "assistant", "content": "return None"}]
+
+
+def _server_args(name: str, tokenizer: Path) -> list[str]:
+    """``tokenizer`` is the folder of one that is not the model's."""
     overrides = ["--hf-overrides", json.dumps(OVERRIDES[name])] if name in OVERRIDES else []
-    return [*overrides, *(["--dtype", "float32"] if name in FP32 else [])]
+    text = ["--chat-template", TEMPLATES[name], "--tokenizer", str(tokenizer)] if name in TEMPLATES else []
+    return [*overrides, *text, *(["--dtype", "float32"] if name in FP32 else [])]
 
 
 class Family:
@@ -61,7 +73,7 @@ class Family:
         _write_model(folder / "model", name)
         port = free_port()
         self.folder, self.url, self.processes = folder, f"http://127.0.0.1:{port}", []
-        log, extra = folder / "server.log", _server_args(name)
+        log, extra = folder / "server.log", _server_args(name, folder / "tokenizer")
         self.processes.append(start_server(folder / "model", port, folder, log, instance="family", extra=extra))
         overrides = [
             "server.instance=family", f"server.wait_seconds={START_SECONDS}", "optim.lr=1e-3",
@@ -123,6 +135,8 @@ def _write_model(folder: Path, name: str) -> None:
     dtype = torch.float32 if name in FP32 else torch.bfloat16
     build(FAMILIES[name].config(**changes)).to(dtype).save_pretrained(folder)
     make_tokenizer(standard_library_text(1000, 30), 1000).save_pretrained(folder)
+    if name in TEMPLATES:
+        make_tokenizer(standard_library_text(1000, 5), 1000).save_pretrained(folder.with_name("tokenizer"))
 
 
 def test_every_parameter_reaches_inference_and_is_restored_exactly(family: tuple[Server, Trainer]) -> None:
@@ -153,6 +167,22 @@ def test_trainer_and_server_agree_on_log_probabilities(family: tuple[Server, Tra
         assert max(gaps) < 0.05, max(gaps)
 
 
+def test_the_trainer_waited_for_the_engine_and_renders_as_it_does(
+    family: tuple[Server, Trainer], request: pytest.FixtureRequest
+) -> None:
+    """Both were started at once. Conversations become the tokens that vLLM makes of them, whatever it was told."""
+    server, trainer = family
+    folder = server.runtime_dir / server.instance
+    assert all(manifest.endpoints for manifest in server.manifests)
+    ready, started = (folder / SERVING_FILE).stat().st_mtime, (folder / "coordinator_settings.json").stat().st_mtime
+    assert ready < started
+    if request.node.callspec.params["family"] in TEMPLATES:
+        body = {"model": "demo", "messages": MESSAGES, "add_generation_prompt": False}
+        served = httpx.post(f"{server.url}/tokenize", json=body, timeout=60).raise_for_status().json()
+        trained = trainer.post("/train?dry_run=true", {"samples": [{"messages": MESSAGES}]})
+        assert trained["samples"][0]["token_ids"] == served["tokens"]
+
+
 def test_ten_steps_and_a_checkpoint_with_the_served_log_probabilities(
     family: tuple[Server, Trainer],
     start_family: Callable[[str], Family],
@@ -171,7 +201,7 @@ def test_ten_steps_and_a_checkpoint_with_the_served_log_probabilities(
     saved = trainer.post("/checkpoint", {"wait": True})["path"]
     trainer.process.stop()  # neither is needed any more, and their memory is
     server.process.stop()
-    port, extra = free_port(), _server_args(request.node.callspec.params["family"])
+    port, extra = free_port(), _server_args(request.node.callspec.params["family"], server.model.parent / "tokenizer")
     # With the plugin: without it vLLM cannot import Qwen3.5 beside a CPU torch, and its packed kernels round otherwise.
     process = start_server(Path(saved), port, tmp_path, tmp_path / "again.log", instance="again", extra=extra)
     try:
