@@ -1,6 +1,8 @@
 """``python -m apollo_tp.inspect MODEL``: what a user can get wrong is a sentence."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 
@@ -33,9 +35,11 @@ def test_a_size_below_one_is_refused(model, capsys, size):
     assert f"--tp: got {size}, expected an integer >= 1" in capsys.readouterr().err
 
 
-def test_a_size_that_vllm_refuses_is_refused_in_its_words(model, capsys):
-    """Four heads on three ranks: vLLM's own sentence, without pydantic's frame around it."""
-    assert main(["--tp", "3", str(model)]) == 1
-    error = capsys.readouterr().err.strip().splitlines()[-1]
+def test_a_size_that_vllm_refuses_is_refused_in_its_words(model):
+    """Four heads on three ranks: vLLM's own sentence, without pydantic's frame around it. Its import changes a process."""
+    command = [sys.executable, "-m", "apollo_tp.inspect", "--tp", "3", str(model)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 1
+    error = next(line for line in done.stderr.splitlines() if "--tp 3" in line)
     assert f"{model} at --tp 3: got 'Total number of attention heads (4) must be divisible" in error
     assert "pydantic" not in error
