@@ -18,7 +18,7 @@ from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.routing import Route
 
 from apollo_tp.coordinator.intake import refuse
-from apollo_tp.coordinator.service import Service, choice, page_of
+from apollo_tp.coordinator.service import Service, choice, page, page_of
 from apollo_tp.coordinator.store import StoredFile
 from apollo_tp.errors import RequestError
 
@@ -84,10 +84,8 @@ class FilesApi:
         files = self._service.store.files()
         if choice(request, "order", "desc", "asc") == "asc":
             files.reverse()
-        ids = [file.id for file in files]
-        start = ids.index(after) + 1 if after in ids else 0
-        data = [file_view(file) for file in files[start : start + limit]]
-        return JSONResponse({"object": "list", "data": data, "has_more": len(files) > start + limit})
+        found, more = page(files, after, limit)
+        return JSONResponse({"object": "list", "data": [file_view(file) for file in found], "has_more": more})
 
     def _find(self, request: Request) -> StoredFile:
         file_id = request.path_params["file_id"]

@@ -20,7 +20,7 @@ from apollo_tp.coordinator.jobs import Event, Job, JobError, JobSpec, State, Tru
 from apollo_tp.coordinator.samples import write_records
 from apollo_tp.coordinator.scheduler import model_changed
 from apollo_tp.coordinator.schema import FineTuningBody, Hyperparameters, PreferenceLine, SupervisedLine, decode
-from apollo_tp.coordinator.service import Service, idempotency, page_of
+from apollo_tp.coordinator.service import Service, idempotency, page, page_of
 from apollo_tp.coordinator.store import Checkpoint, StoredFile
 from apollo_tp.errors import ApolloTpError, RequestError
 from apollo_tp.protocol import Sample
@@ -218,12 +218,9 @@ class FineTuningApi:
         """Checkpoints of a job, newest first."""
         job = self._service.find(request.path_params["job_id"])
         after, limit = page_of(request)
-        found = self._service.store.checkpoints(job_id=job.id, state="succeeded")
-        ids = [checkpoint.id for checkpoint in found]
-        start = ids.index(after) + 1 if after in ids else 0
-        page = found[start : start + limit]
-        data = [_checkpoint_view(checkpoint) for checkpoint in page]
-        answer = {"object": "list", "data": data, "has_more": len(found) > start + limit}
+        found, more = page(self._service.store.checkpoints(job_id=job.id, state="succeeded"), after, limit)
+        data = [_checkpoint_view(checkpoint) for checkpoint in found]
+        answer = {"object": "list", "data": data, "has_more": more}
         return JSONResponse(
             answer | {"first_id": data[0]["id"] if data else None, "last_id": data[-1]["id"] if data else None}
         )

@@ -5,10 +5,10 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 from starlette.requests import Request
@@ -18,11 +18,12 @@ from apollo_tp.coordinator.jobs import Job, State, Truncate, check_action
 from apollo_tp.coordinator.render import Renderer
 from apollo_tp.coordinator.scheduler import Scheduler
 from apollo_tp.coordinator.settings import Settings
-from apollo_tp.coordinator.store import Store
+from apollo_tp.coordinator.store import Checkpoint, Store, StoredFile
 from apollo_tp.coordinator.views import Changes
 from apollo_tp.errors import RequestError
 
 MAX_PAGE = 100
+Identified = TypeVar("Identified", Checkpoint, StoredFile)
 
 
 @dataclass
@@ -117,6 +118,13 @@ def page_of(request: Request, most: int = MAX_PAGE, usual: int = 20) -> tuple[st
     return request.query_params.get("after") or None, limit
 
 
+def page(found: Sequence[Identified], after: str | None, limit: int) -> tuple[Sequence[Identified], bool]:
+    """Those behind the one with id ``after``, ``limit`` at most; and whether there are more."""
+    ids = [each.id for each in found]
+    start = ids.index(after) + 1 if after in ids else 0
+    return found[start : start + limit], len(found) > start + limit
+
+
 def idempotency(request: Request, route: str, data: bytes) -> tuple[str, str, str] | None:
     """Route, Idempotency-Key and digest of a request that carries such a key."""
     key = request.headers.get("idempotency-key")
@@ -129,10 +137,7 @@ def idempotency(request: Request, route: str, data: bytes) -> tuple[str, str, st
 
 def model_vocab_size(model_path: Path) -> int | None:
     """Vocabulary of the model folder's config.json, or None."""
-    try:
-        config = msgspec.json.decode((model_path / "config.json").read_bytes(), type=dict[str, Any])
-    except (OSError, msgspec.DecodeError):
-        return None
+    config = _config(model_path)
     size = config.get("vocab_size") or (config.get("text_config") or {}).get("vocab_size")
     return size if isinstance(size, int) else None
 
@@ -144,11 +149,11 @@ def model_digest(model_path: Path, tokenizer: Path | None = None, chat_template:
     """What decides the meaning of token ids, and which model they are for: a checkpoint of a model has its digest.
     ``tokenizer`` and ``chat_template`` are what the server was told to use in place of the model's own."""
     digest = hashlib.sha256()
-    try:
-        config = msgspec.json.decode((model_path / "config.json").read_bytes(), type=dict[str, Any])
-    except (OSError, msgspec.DecodeError):
-        config = {}
-    same = {name: value for name, value in config.items() if name not in ("_name_or_path", "transformers_version")}
+    same = {
+        name: value
+        for name, value in _config(model_path).items()
+        if name not in ("_name_or_path", "transformers_version")
+    }
     digest.update(msgspec.json.encode(same, order="sorted"))
     for name in RENDERING:
         with contextlib.suppress(OSError):
@@ -156,3 +161,11 @@ def model_digest(model_path: Path, tokenizer: Path | None = None, chat_template:
     if chat_template is not None:
         digest.update(b"--chat-template" + hashlib.sha256(chat_template.encode()).digest())
     return digest.hexdigest()
+
+
+def _config(model_path: Path) -> dict[str, Any]:
+    """The model folder's config.json; empty if there is none that can be read."""
+    try:
+        return msgspec.json.decode((model_path / "config.json").read_bytes(), type=dict[str, Any])
+    except (OSError, msgspec.DecodeError):
+        return {}

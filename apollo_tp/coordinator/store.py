@@ -28,7 +28,7 @@ SCHEMA_VERSION = 1
 PARTS = ("train", "valid", "ref")
 """Files of a job's samples, and of what the weights before its first step say of them."""
 MAX_EVENTS = 1_000_000
-"""Of older ones, the steps of jobs that are over are forgotten. About 0.7 kB each."""
+"""Of older ones, the steps of jobs that are over are forgotten."""
 _SCHEMA = """
 CREATE TABLE jobs (seq INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT UNIQUE NOT NULL, state TEXT NOT NULL,
                    source TEXT NOT NULL, data BLOB NOT NULL);

@@ -18,7 +18,7 @@ from apollo_tp.coordinator.intake import spec_of
 from apollo_tp.coordinator.jobs import Job, State, new_job, plan_total_steps
 from apollo_tp.coordinator.samples import write_records
 from apollo_tp.coordinator.schema import CheckpointBody, ScoreBody, TrainBody, decode
-from apollo_tp.coordinator.service import Service, flag, idempotency, page_of, whole
+from apollo_tp.coordinator.service import Service, flag, idempotency, page, page_of, whole
 from apollo_tp.coordinator.store import Checkpoint
 from apollo_tp.coordinator.views import event_stream, event_view, job_view, status_view
 from apollo_tp.errors import RequestError
@@ -210,11 +210,8 @@ class TrainApi:
     async def checkpoints(self, request: Request) -> Response:
         """Checkpoints, newest first."""
         after, limit = page_of(request)
-        found = self._service.store.checkpoints()
-        ids = [checkpoint.id for checkpoint in found]
-        start = ids.index(after) + 1 if after in ids else 0
-        data = [msgspec.to_builtins(checkpoint) for checkpoint in found[start : start + limit]]
-        return JSONResponse({"object": "list", "data": data, "has_more": len(found) > start + limit})
+        found, more = page(self._service.store.checkpoints(), after, limit)
+        return JSONResponse({"object": "list", "data": msgspec.to_builtins(found), "has_more": more})
 
     async def health(self, request: Request) -> Response:
         """200 while this process answers; ``trainer`` says whether the ranks are there. Needs no token."""

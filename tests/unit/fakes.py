@@ -23,6 +23,7 @@ import zmq
 from apollo_tp import protocol
 from apollo_tp.config import HttpConfig, ServiceConfig, WriterConfig
 from apollo_tp.coordinator.settings import Settings
+from tests.unit.chat_model import write_model
 
 VOCAB_SIZE = 1000
 HEARTBEAT_SECONDS = 0.1
@@ -224,6 +225,18 @@ class CoordinatorProcess:
 
     def client(self, **options):
         return httpx.Client(base_url=self.url, timeout=30, **options)
+
+
+@contextlib.contextmanager
+def chat_stack(folder, *, settings=None, step_seconds=0.0):
+    """A coordinator of a model with a chat template, its fake rank 0, which is connected, and a client."""
+    with (
+        CoordinatorProcess(folder, model_path=write_model(folder / "model"), settings=settings) as coordinator,
+        FakeRanks(coordinator.ranks_socket, folder / "journal", step_seconds=step_seconds) as ranks,
+        coordinator.client() as client,
+    ):
+        wait_for(lambda: client.get("/health").json()["trainer"])
+        yield client, ranks, coordinator
 
 
 def wait_for(condition, seconds=15.0, what="the condition"):

@@ -10,7 +10,7 @@ from apollo_tp.coordinator.settings import EXIT_STORAGE
 from apollo_tp.errors import ConfigError
 from apollo_tp.launch import coordinator_process
 from tests.unit.chat_model import write_model
-from tests.unit.fakes import CoordinatorProcess, FakeRanks, wait_for
+from tests.unit.fakes import CoordinatorProcess, FakeRanks, chat_stack, wait_for
 
 ONE = {"context_ids": [1, 2], "continuation_ids": [3, 4]}
 CHAT = b'{"messages": [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "I am fine"}]}'
@@ -18,13 +18,8 @@ CHAT = b'{"messages": [{"role": "user", "content": "Hello"}, {"role": "assistant
 
 @pytest.fixture
 def stack(tmp_path):
-    with (
-        CoordinatorProcess(tmp_path, model_path=write_model(tmp_path / "model")) as coordinator,
-        FakeRanks(coordinator.ranks_socket, tmp_path / "journal", step_seconds=0.05) as ranks,
-        coordinator.client() as client,
-    ):
-        wait_for(lambda: client.get("/health").json()["trainer"])
-        yield client, ranks, coordinator
+    with chat_stack(tmp_path, step_seconds=0.05) as parts:
+        yield parts
 
 
 def tune(client, **contents):
