@@ -27,9 +27,10 @@ from stack import QWEN3_8B, TINY, Served, Training, device_name, random_samples,
 
 from apollo_tp.compare import ask_server, gap, random_tokens, score_request, served_logprobs
 
-BLOCKS, STEPS = 5, 3
+BLOCKS, STEPS = 8, 2
 """As many rows, after as many steps each."""
-LEARNING_RATE = 1e-4
+LEARNING_RATE = 1e-5
+"""Ten times as much learns the samples by heart in three steps: certain tokens have no gap left to see."""
 WRONG = ("self_attn.o_proj.weight", "mlp.down_proj.weight")
 """Made zero in the middle layer, one after the other."""
 

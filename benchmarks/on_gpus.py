@@ -84,10 +84,10 @@ STEPS = {
     "compare": Step(bench("compare", "--out", "{out}"), 300),
     "latency-mps": Step(bench("latency", "--cases", MPS, "--seconds", "4", "--out", "{out}/mps"), 500),
     "ipc": Step(pytest("tests/gpu/test_cuda_ipc.py"), 330, server=False, rehearsal=None),
-    "refusals": Step(pytest("tests/gpu/test_faults.py", "-k", "refused"), 330, server=False, rehearsal=None),
+    "refusals": Step(pytest("tests/gpu/test_faults.py", "-k", "refused"), 600, server=False, rehearsal=None),
     "faults": Step(pytest("tests/gpu/test_faults.py", "-k", "not refused and TP1"), 450, server=False, rehearsal=None),
     "faults-tp2": Step(pytest("tests/gpu/test_faults.py", "-k", "not refused and TP2"), 700, server=False, rehearsal=None),
-    "demo": Step(pytest("tests/gpu/test_demo.py"), 240, server=False, rehearsal=None),
+    "demo": Step(pytest("tests/gpu/test_demo.py"), 400, server=False, rehearsal=None),
 }  # fmt: skip
 
 
