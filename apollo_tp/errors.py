@@ -21,6 +21,8 @@ Every message has three parts: what was got, what was expected, what to do; it n
 
 from __future__ import annotations
 
+from typing import Any
+
 
 class ApolloTpError(Exception):
     """Base of all errors raised on purpose by this package."""
@@ -49,6 +51,11 @@ class RequestError(ApolloTpError):
         self.expected = expected
         self.status = status
         self.code = code
+
+
+def refuse(field: str, got: str, expected: str, **options: Any) -> RequestError:
+    """A RequestError whose message is its three parts."""
+    return RequestError(f"{field}: got {got}, expected {expected}", field=field, got=got, expected=expected, **options)
 
 
 class ManifestError(ApolloTpError):

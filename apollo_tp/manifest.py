@@ -130,11 +130,23 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
         return runtime.ProcessId(self.pid, self.pid_start_ticks)
 
 
-class Serving(msgspec.Struct, frozen=True, kw_only=True):
-    """What the API server adds once the engine is up: vLLM has measured its memory by then, and taken what it takes."""
+class ChatTemplate(msgspec.Struct, frozen=True, kw_only=True):
+    """A Jinja template. ``parts``: it is given each content as a list of parts ({"type": "text", ...}), not as a string."""
 
-    chat_template: str | None = None
-    """Text of ``--chat-template``; None: the tokenizer's own is used."""
+    text: str
+    parts: bool = False
+
+
+class Serving(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What the API server adds once the engine is up: vLLM has measured its memory by then, and taken what it takes. And how
+    it renders conversations, whatever its options and the model's folder say: None where there is no template."""
+
+    chat: ChatTemplate | None = None
+    chat_with_tools: ChatTemplate | None = None
+    chat_template_kwargs: dict[str, Any] = {}
+    """``--default-chat-template-kwargs``."""
+    chat_refusal: str = ""
+    """Why conversations cannot be rendered as they are served."""
 
 
 _encoder = msgspec.json.Encoder()

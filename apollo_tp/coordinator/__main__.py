@@ -139,7 +139,7 @@ def _build_scheduler(settings: Settings, store: Store, context: zmq.asyncio.Cont
         timeout_seconds=settings.service.rank_timeout_seconds,
         on_change=changes.notify,
     )
-    digest = model_digest(Path(settings.model_path), settings.tokenizer_folder, settings.chat_template)
+    digest = model_digest(Path(settings.model_path), settings.tokenizer_folder, settings.serving)
     scheduler = Scheduler(settings, store, link, digest if settings.model_path else "")
     link.attach(on_hello=scheduler.reconcile, on_stray=scheduler.stray, needs_barrier=scheduler.needs_barrier)
     store.remove_orphans()
@@ -169,7 +169,7 @@ def _renderer(settings: Settings) -> Renderer | None:
     if not settings.model_path:
         return None
     try:
-        return Renderer(Path(settings.model_path), settings.tokenizer_folder, settings.chat_template)
+        return Renderer(Path(settings.model_path), settings.tokenizer_folder, settings.serving)
     except ConfigError as error:
         log.warning("%s", error)
         return None

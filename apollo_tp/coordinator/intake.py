@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 from dataclasses import dataclass
-from typing import Any
-
-import msgspec
 
 from apollo_tp.coordinator.evaluation import Pair
 from apollo_tp.coordinator.jobs import JobSpec, Truncate
-from apollo_tp.coordinator.render import Renderer
-from apollo_tp.coordinator.schema import Message, PreferenceLine, SampleBody, TrainBody
-from apollo_tp.errors import RequestError
+from apollo_tp.coordinator.render import Chat, Renderer
+from apollo_tp.coordinator.schema import PreferenceLine, SampleBody, TrainBody
+from apollo_tp.errors import RequestError, refuse
 from apollo_tp.protocol import Sample
 
 
@@ -23,11 +18,6 @@ class Limits:
 
     vocab_size: int | None
     max_sequence_tokens: int
-
-
-def refuse(field: str, got: str, expected: str, **options: Any) -> RequestError:
-    """A RequestError whose message is its three parts."""
-    return RequestError(f"{field}: got {got}, expected {expected}", field=field, got=got, expected=expected, **options)
 
 
 class Intake:
@@ -61,8 +51,9 @@ class Intake:
         if len(forms) != 1:
             field = where.rstrip(".") or "body"
             raise refuse(field, " and ".join(forms) or "no data", "exactly one of " + ", ".join(given))
-        if body.tools is not None and body.messages is None:
-            raise refuse(f"{where}tools", "tools without messages", "tools only beside messages")
+        for name in ("tools", "chat_template_kwargs"):
+            if getattr(body, name) is not None and body.messages is None:
+                raise refuse(f"{where}{name}", f"{name} without messages", f"{name} only beside messages")
         try:
             ids, weights = self._tokens(body)
         except RequestError as error:
@@ -72,7 +63,7 @@ class Intake:
 
     def _tokens(self, body: SampleBody) -> tuple[list[int], list[float]]:
         if body.messages is not None:
-            return self._chat(body.messages, body.tools)
+            return self._chat(Chat(body.messages, body.tools, body.chat_template_kwargs))
         if body.text is not None:
             return self._text_renderer("text").text(body.text, append_eos=body.append_eos)
         if body.prompt is not None or body.completion is not None:
@@ -106,25 +97,22 @@ class Intake:
             )
         return self._renderer
 
-    def _chat(
-        self, messages: list[Message], tools: list[dict[str, Any]] | None, *, only_last: bool = False
-    ) -> tuple[list[int], list[float]]:
+    def _chat(self, chat: Chat, *, only_last: bool = False) -> tuple[list[int], list[float]]:
         renderer = self._text_renderer("messages")
         weights = []
-        for index, message in enumerate(messages):
-            assistant = message.role == "assistant"
-            if message.weight is not None and not assistant:
+        for index, message in enumerate(chat.messages):
+            if message.role == "assistant":
+                weights.append(1.0 if message.weight is None else message.weight)
+            elif message.weight is not None:
                 raise refuse(
                     f"messages[{index}].weight", f"a weight on role {message.role!r}", "a weight only on assistant"
                 )
-            weights.append((1.0 if message.weight is None else message.weight) if assistant else -1.0)
         if only_last:
-            weights = [min(weight, 0.0) for weight in weights[:-1]] + weights[-1:]
-        if not any(weight > 0 for weight in weights):
+            weights = [0.0] * (len(weights) - 1) + weights[-1:]
+        if not any(weights):
             raise refuse("messages", "no assistant message with a weight above 0", "at least one to learn from")
         try:
-            plain = [_plain(message, f"messages[{index}]") for index, message in enumerate(messages)]
-            return renderer.chat(plain, weights, tools)
+            return renderer.chat(chat, weights)
         except RecursionError:
             raise refuse("messages", "values nested too deep to be rendered", "a few levels") from None
 
@@ -154,41 +142,10 @@ class Intake:
         ):
             if output[-1].role != "assistant":
                 raise refuse(f"{name}[{len(output) - 1}].role", repr(output[-1].role), "'assistant'")
-            ids, weights = self._chat([*line.input.messages, *output], line.input.tools, only_last=True)
+            chat = Chat([*line.input.messages, *output], line.input.tools, line.input.chat_template_kwargs)
+            ids, weights = self._chat(chat, only_last=True)
             sides.append(self.checked(ids, weights, name))
         return Pair(*sides)
-
-
-def _plain(message: Message, where: str) -> dict[str, Any]:
-    """The message as vLLM gives it to a template: no weight, no absent fields, text parts joined, arguments decoded."""
-    plain: dict[str, Any] = msgspec.to_builtins(message)
-    plain.pop("weight", None)
-    content = plain.setdefault("content", "")
-    if isinstance(content, list):
-        texts = [part.get("text") for part in content]
-        if not all(isinstance(text, str) for text in texts):
-            raise refuse("messages", "a content part that is not text", "text parts only")
-        plain["content"] = "\n".join(str(text) for text in texts)
-    if message.role == "assistant":
-        calls = plain.pop("tool_calls", None) or []
-        if calls:
-            plain["tool_calls"] = [_call(call, f"{where}.tool_calls[{index}]") for index, call in enumerate(calls)]
-    return plain
-
-
-def _call(call: dict[str, Any], where: str) -> dict[str, Any]:
-    """A tool call whose arguments, a string of JSON in OpenAI's format, are an object."""
-    function = call.get("function")
-    if call.get("type", "function") != "function" or not isinstance(function, dict):
-        raise refuse(where, "another kind of call", "type 'function' and an object 'function'")
-    arguments = function.get("arguments") or {}
-    if isinstance(arguments, str):
-        with contextlib.suppress(ValueError, RecursionError):  # what is no JSON stays a string
-            arguments = json.loads(arguments)
-    if not isinstance(arguments, dict):
-        # vLLM goes on with {} here, for the sake of a running conversation; nobody should learn that
-        raise refuse(f"{where}.function.arguments", repr(arguments)[:80], "a JSON object, or its text")
-    return call | {"function": function | {"arguments": arguments}}
 
 
 def spec_of(body: TrainBody) -> JobSpec:

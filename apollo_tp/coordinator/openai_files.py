@@ -17,10 +17,9 @@ from starlette.requests import Request
 from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.routing import Route
 
-from apollo_tp.coordinator.intake import refuse
 from apollo_tp.coordinator.service import Service, choice, page, page_of
 from apollo_tp.coordinator.store import StoredFile
-from apollo_tp.errors import RequestError
+from apollo_tp.errors import RequestError, refuse
 
 
 def file_view(file: StoredFile) -> dict[str, Any]:

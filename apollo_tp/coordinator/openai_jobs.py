@@ -15,14 +15,14 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from apollo_tp.coordinator.evaluation import Pair
-from apollo_tp.coordinator.intake import Intake, refuse
+from apollo_tp.coordinator.intake import Intake
 from apollo_tp.coordinator.jobs import Event, Job, JobError, JobSpec, State, Truncate, new_job, plan_total_steps
 from apollo_tp.coordinator.samples import write_records
 from apollo_tp.coordinator.scheduler import model_changed
 from apollo_tp.coordinator.schema import FineTuningBody, Hyperparameters, PreferenceLine, SupervisedLine, decode
 from apollo_tp.coordinator.service import Service, idempotency, page, page_of
 from apollo_tp.coordinator.store import Checkpoint, StoredFile
-from apollo_tp.errors import ApolloTpError, RequestError
+from apollo_tp.errors import ApolloTpError, RequestError, refuse
 from apollo_tp.protocol import Sample
 
 log = logging.getLogger(__name__)

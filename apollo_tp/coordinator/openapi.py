@@ -14,8 +14,8 @@ from starlette.routing import BaseRoute, Match, Route
 from starlette.types import Scope
 
 from apollo_tp import __version__
-from apollo_tp.coordinator.intake import refuse
 from apollo_tp.coordinator.schema import CheckpointBody, FineTuningBody, ScoreBody, TrainBody
+from apollo_tp.errors import refuse
 
 _BODIES: dict[tuple[str, str], type[msgspec.Struct]] = {
     ("POST", "/train"): TrainBody,

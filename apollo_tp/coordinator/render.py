@@ -9,68 +9,42 @@ Which tokens are learned from (weight > 0):
                                      generation prompt to the end-of-turn token; white space behind that token is the
                                      template's, not the model's
 
-The spans of the assistant turns come from the template's own {% generation %} marks if it has them. Otherwise the
-conversation is rendered again with a mark behind one message, and the rendering without the mark must equal the whole
-conversation's, character by character: so a template that changes earlier turns (strips reasoning, trims) is handled or
-refused, never guessed. A token that begins before a span is context.
-
-The template runs in jinja2's immutable sandbox with the settings of transformers, which would cost seconds to import.
+A token that begins before a span is context.
 """
 
 from __future__ import annotations
 
 import json
-import re
-from datetime import datetime
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jinja2
-import jinja2.ext
-import jinja2.sandbox
 from tokenizers import Tokenizer
 
-from apollo_tp.errors import ConfigError, RequestError
-
-MARK = "\u2063APOLLO\u2063MARK\u2063"  # invisible separators: in no vocabulary's templates, and checked to be unique
-Span = tuple[int, int]
-
-
-class _GenerationTag(jinja2.ext.Extension):
-    """{% generation %} ... {% endgeneration %}: put marks around what the template says the model generates."""
-
-    tags = {"generation"}  # noqa: RUF012 - jinja2's own interface
-
-    def parse(self, parser: Any) -> Any:
-        line = next(parser.stream).lineno
-        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return jinja2.nodes.CallBlock(self.call_method("_wrap"), [], [], body).set_lineno(line)
-
-    def _wrap(self, caller: Any) -> str:
-        return f"{MARK}{caller()}{MARK}"
+from apollo_tp.coordinator.chat_template import Conversation, Template
+from apollo_tp.coordinator.conversation import template_messages, template_tools
+from apollo_tp.coordinator.schema import Message
+from apollo_tp.errors import ConfigError, refuse
+from apollo_tp.manifest import ChatTemplate, Serving
 
 
-def _environment() -> jinja2.Environment:
-    def raise_exception(message: str) -> None:
-        raise jinja2.TemplateError(message)
+@dataclass(frozen=True)
+class Chat:
+    """A conversation as the client sent it."""
 
-    def tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None, **options: Any) -> str:
-        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, **options)
-
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, jinja2.ext.loopcontrols]
-    )
-    environment.filters["tojson"] = tojson
-    environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-    return environment
+    messages: Sequence[Message]
+    tools: Sequence[dict[str, Any]] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
 
 
 class Renderer:
-    """The tokenizer and chat template that the server uses: the model folder's, unless it was started with others
-    (``folder``, the tokenizer's; ``chat_template``, a text). Raises ConfigError if there is no tokenizer.json."""
+    """The tokenizer and chat templates that the server uses: ``folder`` is the tokenizer's, if it is not the model's;
+    ``serving`` is what the server said of its templates, without which they are the folder's. Raises ConfigError if there is
+    no tokenizer.json."""
 
-    def __init__(self, model_path: Path, folder: Path | None = None, chat_template: str | None = None) -> None:
+    def __init__(self, model_path: Path, folder: Path | None = None, serving: Serving | None = None) -> None:
         folder = folder or model_path
         tokenizer_file = folder / "tokenizer.json"
         if not tokenizer_file.is_file():
@@ -91,7 +65,7 @@ class Renderer:
         }
         self._added = [token.content for token in self._tokenizer.get_added_tokens_decoder().values() if token.special]
         self.eos_id = self._eos(model_path)
-        self._template = self._compile(chat_template or _find_template(folder, config))
+        self._serving = serving or _folder_serving(folder, config)
 
     def _eos(self, model_path: Path) -> int | None:
         if "eos_token" in self._special:
@@ -99,12 +73,6 @@ class Renderer:
         eos = _read_json(model_path / "config.json").get("eos_token_id")
         eos = eos[0] if isinstance(eos, list) and eos else eos
         return eos if isinstance(eos, int) else None
-
-    def _compile(self, source: str | None) -> jinja2.Template | None:
-        if source is None:
-            return None
-        self._has_marks = re.search(r"\{%-?\s*generation\s*-?%\}", source) is not None
-        return _environment().from_string(source)
 
     def encode(self, text: str, *, special: bool) -> list[int]:
         """Token ids; ``special`` adds what the tokenizer puts around a text by itself (a BOS token, for example)."""
@@ -132,101 +100,62 @@ class Renderer:
     def _end(self, append_eos: bool) -> list[int]:
         return [self.eos_id] if append_eos and self.eos_id is not None else []
 
-    def chat(
-        self, messages: list[dict[str, Any]], weights: list[float], tools: list[dict[str, Any]] | None
-    ) -> tuple[list[int], list[float]]:
-        """Token ids and weights of a conversation; ``weights`` has one number per message (0 outside assistant turns).
+    def chat(self, chat: Chat, weights: Sequence[float]) -> tuple[list[int], list[float]]:
+        """Token ids and weights of a conversation; ``weights`` has one number per assistant message.
 
-        Raises RequestError if the template refuses the messages or their assistant turns cannot be told exactly.
+        Raises RequestError if there is no template, it refuses the messages, or assistant turns cannot be told exactly.
         """
-        text, spans = self._assistant_spans(messages, tools)
-        encoding = self._bare.encode(text, add_special_tokens=False)
+        template = self._template(chat)
+        conversation = Conversation(
+            template,
+            template_messages(chat.messages, parts=template.parts, developer=template.knows_developer),
+            self._variables(chat),
+        )
+        encoding = self._bare.encode(conversation.text, add_special_tokens=False)
         values = [0.0] * len(encoding.ids)
-        for (begin, end), weight in zip(spans, [w for w in weights if w >= 0], strict=True):
+        for (begin, end), weight in zip(conversation.turns, weights, strict=True):
+            if not template.has_marks:
+                end = self._without_trailing_space(conversation.text, begin, end)
             for index, (first, last) in enumerate(encoding.offsets):
                 if begin <= first and last <= end and first < last:
                     values[index] = weight
         return list(encoding.ids), values
 
-    def _render(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None, prompt: bool = False) -> str:
-        if self._template is None:
-            raise RequestError(
-                "messages: the served model has no chat template; send prompt + completion, text or token ids",
-                field="messages", got="messages", expected="prompt and completion, text, or token ids",
-            )  # fmt: skip
+    def _template(self, chat: Chat) -> Template:
+        """The one that the server would take. Raises RequestError if there is none."""
+        given = self._serving.chat if not chat.tools else self._serving.chat_with_tools
+        if self._serving.chat_refusal or given is None:
+            reason = self._serving.chat_refusal or "the served model has no chat template"
+            raise refuse("messages", f"a conversation, but {reason}", "prompt + completion, text or token ids")
         try:
-            return self._template.render(
-                messages=messages, tools=tools, documents=None, add_generation_prompt=prompt, **self._special
-            )
-        except (jinja2.TemplateError, TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
-            raise RequestError(
-                f"messages: the chat template refused them: {error}", field="messages", got=str(error),
-                expected="messages that the served model's chat template takes",
-            ) from error  # fmt: skip
+            return Template(given)
+        except jinja2.TemplateSyntaxError as error:
+            raise refuse("messages", f"a conversation for a template with an error ({error})", "a sound one") from error
 
-    def _assistant_spans(
-        self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None
-    ) -> tuple[str, list[Span]]:
-        if MARK in json.dumps(messages, ensure_ascii=False):
-            raise RequestError("messages: got apollo_tp's own mark inside a message", field="messages")
-        turns = [index for index, message in enumerate(messages) if message.get("role") == "assistant"]
-        text = self._render(messages, tools)
-        if self._template is not None and self._has_marks:
-            parts = text.split(MARK)
-            if len(parts) != 2 * len(turns) + 1:
-                raise _untellable(f"the template marks {len(parts) // 2} generations in {len(turns)} assistant turns")
-            starts = [sum(map(len, parts[:index])) for index in range(len(parts))]
-            return "".join(parts), [(starts[i], starts[i] + len(parts[i])) for i in range(1, len(parts), 2)]
-        return text, [self._span(text, messages, tools, index) for index in turns]
-
-    def _span(self, text: str, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None, index: int) -> Span:
-        head = self._render(messages[:index], tools, prompt=True)
-        if not text.startswith(head):
-            raise _untellable(f"message {index}: its generation prompt is not how the whole conversation begins")
-        alone = self._render(messages[: index + 1], tools)
-        end = len(alone)
-        if not text.startswith(alone):
-            end = self._marked_end(text, messages, tools, index)
-        return len(head), self._without_trailing_space(text, len(head), end)
-
-    def _marked_end(
-        self, text: str, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None, index: int
-    ) -> int:
-        """End of an assistant turn that later messages change: mark where its content ends, in both renderings."""
-        content = messages[index].get("content")
-        if not isinstance(content, str):
-            raise _untellable(f"message {index}: later messages change how it is rendered, and it has no text content")
-        marked = [dict(message) for message in messages]
-        marked[index]["content"] = content.rstrip() + MARK
-        whole = self._render(marked, tools).split(MARK)
-        alone = self._render(marked[: index + 1], tools).split(MARK)
-        if len(whole) != 2 or len(alone) != 2 or "".join(whole) != text or not whole[1].startswith(alone[1]):
-            raise _untellable(f"message {index}: later messages change how it is rendered")
-        return len(whole[0]) + len(alone[1])
+    def _variables(self, chat: Chat) -> dict[str, Any]:
+        """All but the messages. As in vLLM, null and "auto" leave the server's own value."""
+        asked = {
+            name: value for name, value in (chat.chat_template_kwargs or {}).items() if value not in (None, "auto")
+        }
+        tools = template_tools(chat.tools) if chat.tools else None  # vLLM takes no empty list
+        return {**self._special, "documents": None, **self._serving.chat_template_kwargs, **asked, "tools": tools}
 
     def _without_trailing_space(self, text: str, begin: int, end: int) -> int:
         body = text[begin:end].rstrip()
         return begin + len(body) if body.endswith(tuple(self._added)) and self._added else end
 
 
-def _find_template(folder: Path, config: dict[str, Any]) -> str | None:
-    if (folder / "chat_template.jinja").is_file():
-        return (folder / "chat_template.jinja").read_text(encoding="utf-8")
+def _folder_serving(folder: Path, config: dict[str, Any]) -> Serving:
+    """The templates of the tokenizer's folder, where transformers finds them."""
     source = config.get("chat_template")
-    if isinstance(source, list):  # named templates
-        source = {entry["name"]: entry["template"] for entry in source}.get("default")
-    return source if isinstance(source, str) else None
-
-
-def _untellable(reason: str) -> RequestError:
-    return RequestError(
-        f"messages: the assistant turns cannot be told exactly from this chat template: {reason}. "
-        "Use a template with {% generation %} marks, or send prompt + completion",
-        field="messages",
-        got=reason,
-        expected="a conversation whose assistant turns the template renders in place",
-        code="unsupported_template",
-    )
+    named = {entry["name"]: entry["template"] for entry in source} if isinstance(source, list) else {"default": source}
+    for file in (folder / "additional_chat_templates").glob("*.jinja"):
+        named[file.stem] = file.read_text(encoding="utf-8")
+    if (folder / "chat_template.jinja").is_file():
+        named["default"] = (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    default, tool_use = (ChatTemplate(text=text) if isinstance(text, str) else None
+                         for text in (named.get("default"), named.get("tool_use")))  # fmt: skip
+    return Serving(chat=default, chat_with_tools=tool_use or default)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

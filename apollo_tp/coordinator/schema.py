@@ -29,6 +29,7 @@ class Message(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, omit_def
     name: str | None = None
     tool_calls: list[dict[str, Any]] | None = None
     tool_call_id: str | None = None
+    reasoning: str | None = None
     reasoning_content: str | None = None
     refusal: str | None = None
     function_call: dict[str, Any] | None = None
@@ -41,6 +42,7 @@ class SampleBody(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, omit_
     continuation_ids: TokenIds | None = None
     messages: Annotated[list[Message], Meta(min_length=1)] | None = None
     tools: list[dict[str, Any]] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
     prompt: str | None = None
     completion: str | None = None
     text: str | None = None
@@ -82,6 +84,7 @@ class Preference(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
 
     messages: Annotated[list[Message], Meta(min_length=1)]
     tools: list[dict[str, Any]] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
 
 

@@ -13,14 +13,15 @@ from typing import Any, TypeVar
 import msgspec
 from starlette.requests import Request
 
-from apollo_tp.coordinator.intake import Intake, Limits, refuse
+from apollo_tp.coordinator.intake import Intake, Limits
 from apollo_tp.coordinator.jobs import Job, State, Truncate, check_action
 from apollo_tp.coordinator.render import Renderer
 from apollo_tp.coordinator.scheduler import Scheduler
 from apollo_tp.coordinator.settings import Settings
 from apollo_tp.coordinator.store import Checkpoint, Store, StoredFile
 from apollo_tp.coordinator.views import Changes
-from apollo_tp.errors import RequestError
+from apollo_tp.errors import RequestError, refuse
+from apollo_tp.manifest import Serving
 
 MAX_PAGE = 100
 Identified = TypeVar("Identified", Checkpoint, StoredFile)
@@ -145,9 +146,9 @@ def model_vocab_size(model_path: Path) -> int | None:
 RENDERING = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
 
-def model_digest(model_path: Path, tokenizer: Path | None = None, chat_template: str | None = None) -> str:
+def model_digest(model_path: Path, tokenizer: Path | None = None, serving: Serving | None = None) -> str:
     """What decides the meaning of token ids, and which model they are for: a checkpoint of a model has its digest.
-    ``tokenizer`` and ``chat_template`` are what the server was told to use in place of the model's own."""
+    ``tokenizer`` is the server's, if it is not the model's own; ``serving`` how it renders conversations."""
     digest = hashlib.sha256()
     same = {
         name: value
@@ -158,8 +159,8 @@ def model_digest(model_path: Path, tokenizer: Path | None = None, chat_template:
     for name in RENDERING:
         with contextlib.suppress(OSError):
             digest.update(name.encode() + hashlib.sha256(((tokenizer or model_path) / name).read_bytes()).digest())
-    if chat_template is not None:
-        digest.update(b"--chat-template" + hashlib.sha256(chat_template.encode()).digest())
+    if serving is not None:
+        digest.update(msgspec.json.encode(serving, order="sorted"))
     return digest.hexdigest()
 
 

@@ -8,6 +8,7 @@ import msgspec
 
 from apollo_tp.config import ServiceConfig
 from apollo_tp.errors import ConfigError
+from apollo_tp.manifest import Serving
 
 EXIT_STORAGE = 4
 """Exit status when nothing can be stored, for example on a full disk: who starts this process tries again."""
@@ -17,7 +18,7 @@ class Settings(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     """Everything the coordinator process is told. ``instance_dir`` is the server's private folder (see runtime.py).
 
     ``model_path`` is a local folder; "" means that only token ids are accepted. ``tokenizer_path`` is the folder with
-    tokenizer.json, if it is another; ``chat_template`` the text of the server's own, if it was started with one.
+    tokenizer.json, if it is another; ``serving`` is how the server renders conversations, None if it could not say.
     ``parent_pid`` is the process whose end ends this one; None for a coordinator that runs alone (tests).
     """
 
@@ -25,7 +26,7 @@ class Settings(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     instance_dir: str
     model_path: str = ""
     tokenizer_path: str = ""
-    chat_template: str | None = None
+    serving: Serving | None = None
     max_sequence_tokens: int = 2048
     """Used until rank 0 has said what it takes."""
     max_skipped_steps: int = 5

@@ -31,13 +31,13 @@ class CoordinatorProcess:
     """Starts ``python -m apollo_tp.coordinator`` with its settings in a 0600 file of the instance's folder."""
 
     def __init__(self, config: Config, folder: Path, manifest: Manifest) -> None:
-        tokenizer, serving = Path(manifest.tokenizer_path or manifest.model_path), read_serving(folder)
+        tokenizer = Path(manifest.tokenizer_path or manifest.model_path)
         settings = Settings(
             service=config.service,
             instance_dir=str(folder),
             model_path=manifest.model_path if (tokenizer / "tokenizer.json").is_file() else "",
             tokenizer_path=manifest.tokenizer_path,
-            chat_template=serving.chat_template if serving else None,
+            serving=read_serving(folder),
             max_sequence_tokens=config.train.max_sequence_tokens,
             max_skipped_steps=config.optim.max_skipped_steps,
             command_timeout_seconds=config.command_timeout_seconds,

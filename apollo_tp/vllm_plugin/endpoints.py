@@ -23,7 +23,7 @@ from starlette.responses import Response, StreamingResponse
 
 from apollo_tp import protocol, runtime
 from apollo_tp.errors import ConfigError
-from apollo_tp.manifest import unclaimed
+from apollo_tp.manifest import publish_serving, unclaimed
 from apollo_tp.vllm_plugin.update_lock import UpdateLock
 
 logger = logging.getLogger("vllm.apollo_tp")  # vLLM configures the "vllm" logger only
@@ -137,8 +137,8 @@ class ApolloEndpoints:
         if reason := unclaimed():
             logger.warning("apollo_tp: this server cannot be trained: %s", reason)
             return
+        from apollo_tp.vllm_plugin import chat
         from apollo_tp.vllm_plugin.compat import Engine
-        from apollo_tp.vllm_plugin.export import on_serving
 
         count = getattr(args, "api_server_count", None) or 1
         refusal = "" if count == 1 else (
@@ -152,7 +152,7 @@ class ApolloEndpoints:
         except (ConfigError, OSError) as error:  # serving must not depend on us; the trainer says what is missing
             logger.warning("apollo_tp: updates cannot pause this server: %s", error)
         try:
-            on_serving(args, runtime.instance_dir(runtime.ensure_instance_id()))
+            publish_serving(chat.serving(engine_client, args), runtime.instance_dir(runtime.ensure_instance_id()))
         except (ConfigError, OSError) as error:
             logger.warning("apollo_tp: no trainer will hear that this server is ready: %s", error)
 

@@ -1,10 +1,8 @@
-"""In each vLLM worker, once the model is loaded: share its memory, trace its loader, publish the manifest. In the API
-server, once the engine is up: say so, and which chat template it uses."""
+"""In each vLLM worker, once the model is loaded: share its memory, trace its loader, publish the manifest."""
 
 from __future__ import annotations
 
 import bisect
-import contextlib
 import logging
 import os
 import socket
@@ -27,9 +25,7 @@ from apollo_tp.manifest import (
     Refusal,
     SegmentRecord,
     ServedTensor,
-    Serving,
     publish,
-    publish_serving,
 )
 from apollo_tp.vllm_plugin import checkpoint_index, compat, memory
 from apollo_tp.vllm_plugin.trace import Trace, trace_loader
@@ -44,23 +40,6 @@ def on_loaded(model: nn.Module, vllm_config: Any, model_config: Any) -> None:
     # The server must go on serving whatever is wrong with training it.
     except Exception:
         logger.exception("apollo_tp: could not export the weights; this server cannot be trained")
-
-
-def on_serving(args: Any, folder: Path) -> None:
-    """``args`` are the API server's, the only process that knows ``--chat-template``."""
-    template = getattr(args, "chat_template", None)
-    publish_serving(Serving(chat_template=_template_text(str(template)) if template else None), folder)
-
-
-def _template_text(given: str) -> str:
-    """As vLLM takes it: a file, a file among those that come with vLLM, or the template itself."""
-    with contextlib.suppress(OSError):
-        return Path(given).read_text(encoding="utf-8")
-    if any(character in given for character in "{}\n"):
-        return given
-    import vllm
-
-    return (Path(vllm.__file__).parent / "transformers_utils" / "chat_templates" / given).read_text(encoding="utf-8")
 
 
 def _publish_weights(model: nn.Module, vllm_config: Any, model_config: Any) -> None:

@@ -51,16 +51,21 @@ OVERRIDES = {"llama": {"rope_parameters": {"rope_type": "linear", "factor": 8.0,
 
 # vLLM is told to render conversations otherwise than the model's folder says, which neither it nor the workers know of.
 TEMPLATES = {
-    "gemma3": "{% for m in messages %}[[{{ m.role }}]]{{ m.content }}<|end|>{% endfor %}"
-    "{% if add_generation_prompt %}[[assistant]]{% endif %}"
+    "gemma3": "{{ greeting }}{% for m in messages %}[[{{ m.role }}]]{% for part in m.content %}{{ part.text }}{% endfor %}"
+    "<|end|>{% endfor %}{% if add_generation_prompt %}[[assistant]]{% endif %}"
 }
-MESSAGES = [{"role": "user", "content": "Hello import os"}, {"role": "assistant", "content": "return None"}]
+GREETING = '{"greeting": "import sys"}'
+PARTS = [{"type": "text", "text": "Hello import os"}, {"type": "text", "text": " and re"}]
+MESSAGES = [{"role": "user", "content": PARTS}, {"role": "assistant", "content": "return None"}]
 
 
 def _server_args(name: str, tokenizer: Path) -> list[str]:
     """``tokenizer`` is the folder of one that is not the model's."""
     overrides = ["--hf-overrides", json.dumps(OVERRIDES[name])] if name in OVERRIDES else []
-    text = ["--chat-template", TEMPLATES[name], "--tokenizer", str(tokenizer)] if name in TEMPLATES else []
+    text = []
+    if name in TEMPLATES:
+        text = ["--chat-template", TEMPLATES[name], "--tokenizer", str(tokenizer)]
+        text += ["--default-chat-template-kwargs", GREETING]
     return [*overrides, *text, *(["--dtype", "float32"] if name in FP32 else [])]
 
 
@@ -180,7 +185,12 @@ def test_the_trainer_waited_for_the_engine_and_renders_as_it_does(
         body = {"model": "demo", "messages": MESSAGES, "add_generation_prompt": False}
         served = httpx.post(f"{server.url}/tokenize", json=body, timeout=60).raise_for_status().json()
         trained = trainer.post("/train?dry_run=true", {"samples": [{"messages": MESSAGES}]})
-        assert trained["samples"][0]["token_ids"] == served["tokens"]
+        ids = trained["samples"][0]["token_ids"]
+        assert ids == served["tokens"]
+        text = httpx.post(f"{server.url}/detokenize", json={"model": "demo", "tokens": ids}, timeout=60).json()[
+            "prompt"
+        ]
+        assert text == "import sys[[user]]Hello import os and re<|end|>[[assistant]]return None<|end|>"
 
 
 def test_ten_steps_and_a_checkpoint_with_the_served_log_probabilities(

@@ -18,6 +18,7 @@ from transformers import AutoConfig
 
 from apollo_tp.vllm_plugin import compat, offline
 from apollo_tp.vllm_plugin.cpu import serve_plain_experts
+from tests.unit import rendered_chats
 from tests.unit.families import FAMILIES
 
 TOKENS, CHOSEN = 5, 2
@@ -156,6 +157,8 @@ def main(folder: Path) -> dict[str, Any]:
         "experts": experts,
         "salts": asyncio.run(sent_requests(engine_config("qwen3-moe"))),
         "loaders": followed_loaders(),
+        "chats": rendered_chats.rendered(folder / "chats", engine_config("qwen3-moe").model_config),
+        "chat refusals": rendered_chats.refusals(engine_config("qwen3-moe").model_config),
     }
 
 

@@ -20,6 +20,7 @@ from apollo_tp.vllm_plugin.compat import (
     is_draft,
     refusals_of_server,
 )
+from tests.unit import rendered_chats
 
 
 def server(**changes: Any) -> SimpleNamespace:
@@ -182,6 +183,36 @@ def test_models_of_other_loaders_are_followed_and_refused(hooked: dict[str, Any]
     """tensorizer's, for one, does not call the method of all loaders; one that does is as good as vLLM's."""
     own = "--load-format mine: it does not load weights in vLLM's usual way; serve with --load-format auto"
     assert hooked["loaders"] == {"tensorizer": ["True"], "Usual": [""], "Own": [own], "Calls": [""]}
+
+
+@pytest.mark.parametrize("server", rendered_chats.SERVERS)
+def test_conversations_become_the_text_that_is_served(hooked: dict[str, Any], server: str) -> None:
+    """Whatever template vLLM chose, in whatever form it takes contents, tools, reasoning and the developer's role."""
+    for name, (by_vllm, by_us) in hooked["chats"][server].items():
+        if server == "none":
+            assert by_vllm.startswith("ChatTemplateResolutionError"), name
+            assert "the served model has no chat template" in by_us, name
+        else:
+            assert by_us == by_vllm, name
+            assert "<|im_start|>" in by_vllm, name
+
+
+def test_the_default_of_a_chat_is_seen_and_its_own_wins(hooked: dict[str, Any]) -> None:
+    """Had a template seen neither, the comparison above would say nothing of them."""
+    chats = hooked["chats"]["defaults"]
+    assert [chats[name][1][:5] for name in ("plain", "own", "automatic")] == ["null3", "nullé", "null3"]
+
+
+def test_servers_that_render_otherwise_say_so(hooked: dict[str, Any]) -> None:
+    """No template, no conversation; and the server goes on, whatever its tokenizer does."""
+    expected = {
+        "no tokenizer": "--skip-tokenizer-init",
+        "gpt-oss": "by Harmony",
+        "a renderer of its own": "by Other, not by a template",
+        "a tokenizer that fails": "vLLM could not say how it renders them (AttributeError:",
+    }
+    found = hooked["chat refusals"]
+    assert all(text in found[name] for name, text in expected.items()), found
 
 
 @pytest.mark.parametrize(

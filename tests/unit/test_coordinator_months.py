@@ -12,6 +12,7 @@ from apollo_tp import protocol
 from apollo_tp.coordinator.jobs import JobSpec, State, new_job
 from apollo_tp.coordinator.service import model_digest
 from apollo_tp.coordinator.store import Store
+from apollo_tp.manifest import ChatTemplate, Serving
 from tests.unit.chat_model import write_model
 from tests.unit.fakes import CoordinatorProcess, FakeRanks, chat_stack, wait_for
 from tests.unit.test_coordinator_faults import CHAT, ONE, ends, saving, tune
@@ -36,6 +37,12 @@ def test_jobs_that_wait_for_another_model_are_not_trained(tmp_path):
     before = model_digest(model)
     template.write_text("another {{ messages[0]['content'] }}")
     assert model_digest(model) != before
+    templates = [
+        None,
+        *(Serving(chat=ChatTemplate(text=text)) for text in "ab"),
+        Serving(chat_template_kwargs={"x": 1}),
+    ]
+    assert len({model_digest(model, None, serving) for serving in templates}) == len(templates)
     with (
         CoordinatorProcess(tmp_path, model_path=model) as coordinator,
         coordinator.client() as client,

@@ -3,11 +3,13 @@
 import pytest
 from transformers import AutoTokenizer
 
+from apollo_tp.coordinator.chat_template import MARK
 from apollo_tp.coordinator.intake import Intake, Limits
 from apollo_tp.coordinator.jobs import Truncate
-from apollo_tp.coordinator.render import Renderer
+from apollo_tp.coordinator.render import Chat, Renderer
 from apollo_tp.coordinator.schema import Message, SampleBody, SupervisedLine, decode
 from apollo_tp.errors import ConfigError, RequestError
+from apollo_tp.manifest import ChatTemplate, Serving
 from tests.unit.chat_model import CALLING, CHATML, COUNTING, INST, MARKED, THINKING, write_model
 
 TURNS = [
@@ -27,10 +29,14 @@ def named(request, tmp_path):
     return name, Renderer(folder), AutoTokenizer.from_pretrained(folder)
 
 
-def learned(renderer, messages, weights=None):
-    """The text of each run of learned tokens."""
-    weights = weights or [1.0 if m["role"] == "assistant" else -1.0 for m in messages]
-    ids, values = renderer.chat(messages, weights, None)
+def chat(messages, **options):
+    return Chat([Message(**message) for message in messages], **options)
+
+
+def learned(renderer, messages, **options):
+    """The text of each run of learned tokens, and all tokens."""
+    weights = [1.0 for message in messages if message["role"] == "assistant"]
+    ids, values = renderer.chat(chat(messages, **options), weights)
     runs, last = [], 0.0
     for token, value in zip(ids, values, strict=True):
         if value:
@@ -68,7 +74,7 @@ def test_marks_agree_with_transformers_mask(tmp_path):
     answer = AutoTokenizer.from_pretrained(folder).apply_chat_template(
         turns, return_assistant_tokens_mask=True, return_dict=True
     )
-    ids, weights = Renderer(folder).chat(turns, [-1.0, 1.0, -1.0, 1.0], None)
+    ids, weights = Renderer(folder).chat(chat(turns), [1.0, 1.0])
     assert ids == answer["input_ids"]
     assert [int(weight > 0) for weight in weights] == answer["assistant_masks"]
 
@@ -85,9 +91,12 @@ def test_reasoning_that_the_template_drops_is_not_learned(tmp_path):
 def test_weights_per_message(tmp_path):
     """A weight scales its own turn's tokens; 0 makes it context."""
     renderer = Renderer(write_model(tmp_path))
-    _, values = renderer.chat(TURNS, [-1.0, 0.0, -1.0, 0.5], None)
+    _, values = renderer.chat(chat(TURNS), [0.0, 0.5])
     assert set(values) == {0.0, 0.5}
-    assert learned(renderer, TURNS, [-1.0, 0.0, -1.0, 0.5])[0] == [" the answer\nis 42. <|im_end|>"]
+    first = next(index for index, value in enumerate(values) if value)
+    assert renderer._tokenizer.decode(renderer.chat(chat(TURNS), [0.0, 0.5])[0][first:], skip_special_tokens=False) == (
+        " the answer\nis 42. <|im_end|>\n"
+    )
 
 
 def test_an_untellable_template_is_refused(tmp_path):
@@ -124,14 +133,76 @@ def test_no_template_no_tokenizer(tmp_path):
 def test_the_servers_own_template_and_tokenizer_count(tmp_path):
     """vLLM's --chat-template and --tokenizer: what the model's folder says of either is not what is served."""
     model, other = write_model(tmp_path / "model", INST), write_model(tmp_path / "other", CHATML, vocab_size=300)
-    ids = learned(Renderer(model, None, MARKED), TURNS)[1]
+    ids = learned(Renderer(model, None, Serving(chat=ChatTemplate(text=MARKED))), TURNS)[1]
     marked = AutoTokenizer.from_pretrained(write_model(tmp_path / "marked", MARKED))
     assert ids == marked.apply_chat_template(TURNS, return_dict=False)
-    assert learned(Renderer(model, None, MARKED), TURNS)[0][0] == "I am fine, thanks.<|im_end|>"
+    assert (
+        learned(Renderer(model, None, Serving(chat=ChatTemplate(text=MARKED))), TURNS)[0][0]
+        == "I am fine, thanks.<|im_end|>"
+    )
     reference = AutoTokenizer.from_pretrained(other)
     assert learned(Renderer(model, other), TURNS)[1] == reference.apply_chat_template(TURNS, return_dict=False)
     with pytest.raises(ConfigError, match=r"nothing: got no tokenizer\.json"):
         Renderer(model, tmp_path / "nothing")
+
+
+def test_without_a_servers_word_the_folders_templates_count(tmp_path):
+    """A vllm.LLM has no API server to ask: named templates, in either place where transformers keeps them."""
+    named = [
+        {"name": "default", "template": CHATML},
+        {"name": "tool_use", "template": "{{ tools[0].function.name }}" + CHATML},
+    ]
+    tool = {"type": "function", "function": {"name": "f"}}
+    for folder in (write_model(tmp_path / "named", named), write_model(tmp_path / "files", CHATML)):
+        if folder.name == "files":
+            (folder / "additional_chat_templates").mkdir()
+            (folder / "additional_chat_templates" / "tool_use.jinja").write_text(named[1]["template"])
+        renderer = Renderer(folder)
+        plain, with_tools = learned(renderer, TURNS)[1], learned(renderer, TURNS, tools=[tool])[1]
+        assert with_tools == [*renderer.encode("f", special=False), *plain]
+
+
+def test_a_turn_over_parts_that_later_messages_change_is_told(tmp_path):
+    """Its mark goes behind its last part."""
+    template = THINKING.replace("m.content", "(m.content | map(attribute='text') | join)")
+    serving = Serving(chat=ChatTemplate(text=template, parts=True))
+    strings, parts = Renderer(write_model(tmp_path / "m", THINKING)), Renderer(tmp_path / "m", None, serving)
+    turns = [TURNS[0], {"role": "assistant", "content": "<think>\nso\n</think>\n\nI am fine"}, *TURNS[2:]]
+    assert learned(parts, turns) == learned(strings, turns)
+    empty = [TURNS[0], {"role": "assistant", "content": None}, *TURNS[2:]]
+    with pytest.raises(RequestError, match="no text content"):
+        learned(parts, empty)
+
+
+@pytest.mark.parametrize(
+    ("serving", "message"),
+    [
+        (
+            Serving(chat_refusal="vLLM renders them by X"),
+            "got a conversation, but vLLM renders them by X, expected prompt",
+        ),
+        (Serving(chat=ChatTemplate(text="{% for %}")), "a template with an error"),
+        (Serving(chat_with_tools=ChatTemplate(text=CHATML)), "the served model has no chat template"),
+    ],
+)
+def test_a_server_that_renders_otherwise_takes_no_messages(tmp_path, serving, message):
+    """And takes everything else."""
+    renderer = Renderer(write_model(tmp_path), None, serving)
+    with pytest.raises(RequestError, match=message) as error:
+        learned(renderer, TURNS)
+    assert error.value.field == "messages"
+    assert renderer.text("Hello", append_eos=True)[0]
+
+
+def test_the_mark_of_turns_cannot_be_smuggled_in(tmp_path):
+    """In a message, or in what the template is given beside it."""
+    renderer = Renderer(write_model(tmp_path))
+    for turns, options in (
+        ([TURNS[0] | {"content": MARK}, TURNS[1]], {}),
+        (TURNS, {"chat_template_kwargs": {"x": [MARK]}}),
+    ):
+        with pytest.raises(RequestError, match="own mark"):
+            learned(renderer, turns, **options)
 
 
 def test_prompt_completion_and_text(tmp_path):
@@ -196,6 +267,12 @@ def test_arguments_that_are_no_object_are_refused(tmp_path, arguments):
         (SampleBody(text="x" * 500), "text"),
         (SampleBody(text="", append_eos=False), "text"),
         (SampleBody(text="x", tools=[{}]), "tools"),
+        (SampleBody(text="x", chat_template_kwargs={}), "chat_template_kwargs"),
+        (SampleBody(messages=[Message(role="assistant", content="x")], tools=[{}]), "tools[0]"),
+        (
+            SampleBody(messages=[Message(role="assistant", content="x")], tools=[{"function": {"name": 1}}]),
+            "tools[0].function.name",
+        ),
         (SampleBody(messages=[Message(role="assistant", content=[{"type": "image_url"}])]), "messages"),
         (SampleBody(messages=[Message(role="assistant", tool_calls=[{}])]), "messages[0].tool_calls[0]"),
         (

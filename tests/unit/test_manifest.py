@@ -22,6 +22,7 @@ from apollo_tp.manifest import (
     SCHEMA_VERSION,
     SERVER_LOCK,
     SERVING_FILE,
+    ChatTemplate,
     CheckpointTensor,
     Manifest,
     Refusal,
@@ -151,11 +152,11 @@ def test_a_server_that_measures_memory_is_waited_for(base: Path, monkeypatch: py
     assert wait_for_server(base, None, -1, ready=False)[0].endpoints
     with pytest.raises(NoServerError, match=r"server test: got a loaded model but no engine that is up.*wait_seconds"):
         wait_for_server(base, None, -1)
-    ready = [lambda: None, lambda: publish_serving(Serving(chat_template="{{ 'x' }}"), folder)]
+    ready = [lambda: None, lambda: publish_serving(Serving(chat=ChatTemplate(text="{{ 'x' }}")), folder)]
     monkeypatch.setattr("apollo_tp.manifest.time.sleep", lambda _: ready.pop(0)())
     assert wait_for_server(base, None, 60)[0].endpoints
     assert not ready
-    assert read_serving(folder) == Serving(chat_template="{{ 'x' }}")
+    assert read_serving(folder) == Serving(chat=ChatTemplate(text="{{ 'x' }}"))
     assert (folder / SERVING_FILE).stat().st_mode & 0o777 == 0o600
     (folder / SERVING_FILE).write_text("{")
     with pytest.raises(ManifestError, match=r"serving\.json"):

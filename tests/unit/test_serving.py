@@ -12,9 +12,9 @@ from apollo_tp import runtime
 from apollo_tp.config import Config, HttpConfig, ServiceConfig
 from apollo_tp.coordinator import settings
 from apollo_tp.launch.coordinator_process import CoordinatorProcess
-from apollo_tp.manifest import ENDPOINTS_VARIABLE, Manifest, read_serving
+from apollo_tp.manifest import ENDPOINTS_VARIABLE, ChatTemplate, Manifest, Serving, publish_serving
 from apollo_tp.vllm_plugin import export
-from tests.unit.chat_model import CHATML, INST, write_model
+from tests.unit.chat_model import INST, write_model
 from tests.unit.test_manifest import manifest
 
 
@@ -46,28 +46,15 @@ def test_the_header_names_the_tokenizer_and_who_will_say_that_the_engine_is_up(
     assert _header(tmp_path, Path("nobody/nothing"), monkeypatch)["tokenizer_path"] == "nobody/nothing"
 
 
-@pytest.mark.parametrize("given", ["file", "text", "builtin", None])
-def test_the_template_is_published_as_vllm_takes_it(tmp_path: Path, given: str | None) -> None:
-    """A file's text, one of vLLM's own files, or the option itself; without one, only that the engine is up."""
-    (tmp_path / "t.jinja").write_text(CHATML + "é\n", encoding="utf-8")
-    option = {"file": str(tmp_path / "t.jinja"), "text": INST, "builtin": "template_chatml.jinja", None: None}[given]
-    export.on_serving(SimpleNamespace(chat_template=option), tmp_path)
-    serving = read_serving(tmp_path)
-    assert serving is not None
-    if given == "builtin":
-        assert "<|im_start|>" in str(serving.chat_template)
-    else:
-        assert serving.chat_template == {"file": CHATML + "é\n", "text": INST, None: None}[given]
-
-
 def test_the_coordinator_is_told(tmp_path: Path) -> None:
     """As the server renders, so does what is trained on."""
     tmp_path.chmod(0o700)
     model, tokenizer = write_model(tmp_path / "model"), write_model(tmp_path / "tokenizer")
     (model / "tokenizer.json").unlink()
-    export.on_serving(SimpleNamespace(chat_template=INST), tmp_path)
+    serving = Serving(chat=ChatTemplate(text=INST, parts=True), chat_template_kwargs={"brief": 1})
+    publish_serving(serving, tmp_path)
     config = Config(service=ServiceConfig(http=HttpConfig(port=0), state_dir=str(tmp_path / "state")))
     served = manifest(model_path=str(model), tokenizer_path=str(tokenizer))
     CoordinatorProcess(config, tmp_path, served).stop()
     told = settings.load(tmp_path / "coordinator_settings.json")
-    assert (told.model_path, told.tokenizer_folder, told.chat_template) == (str(model), tokenizer, INST)
+    assert (told.model_path, told.tokenizer_folder, told.serving) == (str(model), tokenizer, serving)
