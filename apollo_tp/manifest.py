@@ -216,6 +216,11 @@ def live_instances(base: Path) -> tuple[list[str], list[str]]:
     return live, stale
 
 
+def served_models(base: Path) -> set[Path]:
+    """The model folders of live servers below ``base``. Raises ManifestError if one cannot be read."""
+    return {Path(manifest.model_path) for name in live_instances(base)[0] for manifest in read_instance(base / name)}
+
+
 def _ended(folder: Path, manifests: list[Manifest]) -> bool:
     """Processes of another PID namespace (a container that was restarted) cannot be seen, but their lock on the server can:
     it is free once they have ended. ``check_agreement`` names the cure for one that lives."""

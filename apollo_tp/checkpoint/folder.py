@@ -16,7 +16,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -107,9 +107,11 @@ def begin(root: Path, name: str) -> Path:
     return partial
 
 
-def complete(root: Path, name: str, info: CheckpointInfo, keep: int, served: Path) -> Path:
+def complete(
+    root: Path, name: str, info: CheckpointInfo, keep: int, served: Callable[[], Collection[Path]] = tuple
+) -> Path:
     """Make the partial folder the checkpoint ``name`` and the latest one, alone on rank 0; drop the oldest of the same
-    model, but not the one that is ``served``. Its time is behind that of all others, also if the clock went back."""
+    model, but none that is ``served`` now. Its time is behind that of all others, also if the clock went back."""
     partial, final = partial_path(root, name), root / name
     others = _complete_ones(root)
     newest = max((other.created_at for other in others.values()), default=0.0)
@@ -124,10 +126,20 @@ def complete(root: Path, name: str, info: CheckpointInfo, keep: int, served: Pat
     os.replace(link, root / LATEST)
     fsync(root)
     ours = sorted((other.created_at, path) for path, other in others.items() if _same_model(other, info))
-    for _, path in ours[: max(0, len(ours) + 1 - max(keep, 1))]:
-        if path.resolve() != served.resolve():
-            _remove(path, f"checkpoint.keep={keep}, and there are newer ones of {info.origin}")
+    _prune([path for _, path in ours[: max(0, len(ours) + 1 - max(keep, 1))]], served, info.origin, keep)
     return final
+
+
+def _prune(old: list[Path], served: Callable[[], Collection[Path]], origin: str, keep: int) -> None:
+    """Raises nothing, as ``_remove``."""
+    try:
+        needed = {path.resolve() for path in served()} if old else set()
+    except (ApolloTpError, OSError) as error:
+        log.warning("no checkpoint removed, since it is unknown what is served: %s", error)
+        return
+    for path in old:
+        if path.resolve() not in needed:
+            _remove(path, f"checkpoint.keep={keep}, and there are newer ones of {origin}")
 
 
 def _complete_ones(root: Path) -> dict[Path, CheckpointInfo]:

@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,7 +56,8 @@ class _File:
 class CheckpointWriter:
     """Writes checkpoints of one served model. ``tensors``: checkpoint name -> (shard, local served view).
 
-    ``hf_config`` is saved where the model has no folder on disk. All methods are collective over ``tp``.
+    ``hf_config`` is saved where the model has no folder on disk. ``served`` are the folders that live servers were started
+    from, asked each time: they are not removed, nor this model's own. All methods are collective over ``tp``.
     """
 
     def __init__(
@@ -69,10 +70,12 @@ class CheckpointWriter:
         *,
         keep: int,
         save_config: Callable[[Path], None],
+        served: Callable[[], Collection[Path]] = tuple,
     ) -> None:
         self._root, self._source, self._tensors, self._tp, self._keep = root, Path(model_path), tensors, tp, keep
         self._save_config = save_config
-        self._served, self._origin = self._source.resolve(), folders.origin_of(model_path)  # `latest` moves on
+        own = self._source.resolve()  # `latest` moves on
+        self._served, self._origin = lambda: [own, *served()], folders.origin_of(model_path)
         self._files = _plan_files(checkpoint, {name: local.dtype for name, (_, local) in tensors.items()})
 
     def save(self, name: str, optimizer: SavesState, weight_version: int) -> tuple[Path, int]:

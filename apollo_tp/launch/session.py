@@ -28,7 +28,7 @@ from apollo_tp.launch.lineage import LineageFile
 from apollo_tp.launch.progress import StepProgress
 from apollo_tp.launch.server_watch import ServerWatch
 from apollo_tp.launch.update_gate import Lock, UpdateGate, needs_lock
-from apollo_tp.manifest import Manifest, check_agreement, read_instance, wait_for_server
+from apollo_tp.manifest import Manifest, check_agreement, read_instance, served_models, wait_for_server
 from apollo_tp.mapping import MappedRank, map_rank, verify_against_checkpoint
 from apollo_tp.model import BoundModel, bind_model
 from apollo_tp.model.served_config import as_served
@@ -288,6 +288,7 @@ class _Checkpoints:
             tp,
             keep=config.checkpoint.keep,
             save_config=hf_config.save_pretrained,
+            served=lambda: served_models(runtime.base_dir(config.server.runtime_dir)),
         )
 
     def save(self, name: str) -> tuple[str, int]:

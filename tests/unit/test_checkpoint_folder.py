@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+from collections.abc import Collection
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,7 +16,7 @@ from apollo_tp.checkpoint import folder as folders
 from apollo_tp.config import CheckpointConfig, Config, ServerConfig
 from apollo_tp.errors import ConfigError
 from apollo_tp.launch import session
-from apollo_tp.manifest import publish
+from apollo_tp.manifest import publish, served_models
 from tests.unit.test_manifest import manifest
 
 
@@ -43,25 +44,51 @@ def test_trainers_of_two_servers_do_not_share_a_folder(tmp_path: Path) -> None:
 def test_files_beside_the_checkpoints_are_left_alone(tmp_path: Path) -> None:
     """The lock's own file, or a user's note, is no checkpoint."""
     (tmp_path / "note").touch()
-    _checkpoint(tmp_path, "first", 1.0, keep=1, served=Path("a/hub/id"))
+    _checkpoint(tmp_path, "first", 1.0, keep=1, served=[Path("a/hub/id")])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["first", "latest", "note"]
 
 
-NOWHERE = Path("/no/such/model")
-
-
 def _checkpoint(
-    root: Path, name: str, created_at: float, *, keep: int, served: Path = NOWHERE, path: str = "m", origin: str = "m"
+    root: Path,
+    name: str,
+    created_at: float,
+    *,
+    keep: int,
+    served: Collection[Path] = (),
+    path: str = "m",
+    origin: str = "m",
 ) -> None:
     info = folders.CheckpointInfo(
         weight_version=1, model_path=path, optimizer="o", num_ranks=1, created_at=created_at, origin=origin
     )
     (folders.begin(root, name) / "model.safetensors").touch()
-    folders.complete(root, name, info, keep, served)
+    folders.complete(root, name, info, keep, lambda: served)
 
 
 def _names(root: Path) -> list[str]:
     return sorted(path.name for path in root.iterdir() if not path.is_symlink())
+
+
+def test_what_other_live_servers_were_started_from_stays(tmp_path: Path) -> None:
+    """All servers below the same folder are asked; one that cannot be read leaves everything in place."""
+    tmp_path.chmod(0o700)
+    root = tmp_path / "checkpoints"
+    instance = runtime.instance_dir("other", tmp_path)
+    publish(manifest(0, 1, instance_id="other", model_path=str(root / "c1")), instance)
+
+    def write(number: int) -> list[str]:
+        info = folders.CheckpointInfo(
+            weight_version=1, model_path="m", optimizer="o", num_ranks=1, created_at=float(number), origin="m"
+        )
+        folders.begin(root, f"c{number}")
+        folders.complete(root, f"c{number}", info, 1, lambda: served_models(tmp_path))
+        return _names(root)
+
+    assert [write(number) for number in (1, 2, 3)] == [["c1"], ["c1", "c2"], ["c1", "c3"]]
+    (instance / "rank0.json").write_text('{"schema_version": 0}')
+    assert write(4) == ["c1", "c3", "c4"]
+    (instance / "rank0.json").unlink()
+    assert write(5) == ["c5"]
 
 
 def test_the_oldest_go_but_not_the_served_one(tmp_path: Path) -> None:
@@ -69,7 +96,7 @@ def test_the_oldest_go_but_not_the_served_one(tmp_path: Path) -> None:
     stands for one that nobody may read."""
     (tmp_path / "lost+found" / folders.INFO_FILE).mkdir(parents=True)
     for number in range(1, 6):
-        _checkpoint(tmp_path, f"c{number}", float(number), keep=2, served=tmp_path / "c1")
+        _checkpoint(tmp_path, f"c{number}", float(number), keep=2, served=[tmp_path / "c1"])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["c1", "c4", "c5", "latest", "lost+found"]
 
 
@@ -94,7 +121,7 @@ def test_another_models_checkpoints_stay(tmp_path: Path, caplog: pytest.LogCaptu
         _checkpoint(tmp_path, f"b{number}", float(number), keep=2, origin="b")
     assert _names(tmp_path) == ["a2", "a3", "b5", "b6"]
     origin = folders.origin_of(str(tmp_path / "a3"))
-    _checkpoint(tmp_path, "a7", 7.0, keep=2, path=str(tmp_path / "a3"), origin=origin, served=tmp_path / "a3")
+    _checkpoint(tmp_path, "a7", 7.0, keep=2, path=str(tmp_path / "a3"), origin=origin, served=[tmp_path / "a3"])
     assert _names(tmp_path) == ["a3", "a7", "b5", "b6"]
     assert folders.origin_of("a/hub/id") == "a/hub/id"
 
