@@ -71,8 +71,10 @@ class UpdateLock:
             await _answer(writer, "SyncAttach", error)
             while mine:
                 await self._handle(await self._request(reader), writer)
-        except (asyncio.IncompleteReadError, ConnectionError, TimeoutError):
-            pass  # the trainer left, or takes no answer
+        except (asyncio.IncompleteReadError, ConnectionError):
+            pass  # the trainer left
+        except TimeoutError:
+            writer.transport.abort()  # it takes no answer: close would wait until it does
         except (msgspec.MsgspecError, ValueError) as error:
             logger.warning("apollo_tp: the update lock's connection is closed: %s", error)
         finally:

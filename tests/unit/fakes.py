@@ -32,14 +32,14 @@ HEARTBEAT_SECONDS = 0.1
 class FakeRanks:
     """One rank 0. ``fail_at`` and ``skip_at`` name job steps that raise or are skipped; ``mute`` stops every sending.
     ``logprob`` is that of a token, and changes by ``learned`` of it with each step; a checkpoint takes ``save_seconds``, and
-    fails if ``fail_saves``."""
+    fails if ``fail_saves``; a batch is scored in ``score_seconds``."""
 
     def __init__(self, socket_path, journal, *, step_seconds=0.0, instance_id="fake", max_tokens=256):
         self.socket_path, self.journal, self.step_seconds = str(socket_path), Path(journal), step_seconds
         self.instance_id, self.max_tokens, self.server_life = instance_id, max_tokens, f"{instance_id}@1"
         self.fail_at, self.skip_at, self.mute = set(), set(), False
         self.logprob, self.save_seconds, self.loss_of_skipped, self.hello_seconds = -0.5, 0.0, 1.0, 0.0
-        self.commands, self.scored, self.learned, self.fail_saves = [], [], 0.0, False
+        self.commands, self.scored, self.learned, self.fail_saves, self.score_seconds = [], [], 0.0, False, 0.0
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self.run, daemon=True)
 
@@ -105,7 +105,8 @@ class FakeRanks:
                     busy = queue.popleft()
                     self.commands.append(busy)
                     seconds = dict.fromkeys((protocol.Step, protocol.PreferenceStep), self.step_seconds)
-                    until = now + (seconds | {protocol.SaveCheckpoint: self.save_seconds}).get(type(busy), 0.0)
+                    seconds |= {protocol.SaveCheckpoint: self.save_seconds, protocol.Score: self.score_seconds}
+                    until = now + seconds.get(type(busy), 0.0)
 
     def _send(self, socket, message):
         if not self.mute:

@@ -13,7 +13,11 @@ from tests.unit.chat_model import write_model
 from tests.unit.fakes import CoordinatorProcess, FakeRanks, chat_stack, wait_for
 
 ONE = {"context_ids": [1, 2], "continuation_ids": [3, 4]}
-CHAT = b'{"messages": [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "I am fine"}]}'
+CHAT = b'{"messages": [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "I am fine"}]}\n'
+PAIR = (
+    b'{"input": {"messages": [{"role": "user", "content": "Hello"}]}, "preferred_output": [{"role": "assistant", "content":'
+    b' "fine"}], "non_preferred_output": [{"role": "assistant", "content": "no"}]}\n'
+)
 
 
 @pytest.fixture
@@ -22,13 +26,13 @@ def stack(tmp_path):
         yield parts
 
 
-def tune(client, **contents):
+def tune(client, *, method=None, **contents):
     """Start a job over uploaded files; it writes a checkpoint before it succeeds."""
     files = {}
     for name, content in contents.items():
         upload = {"file": ("a.jsonl", content)}
         files[name] = client.post("/v1/files", files=upload, data={"purpose": "fine-tune"}).json()["id"]
-    return client.post("/v1/fine_tuning/jobs", json={"model": "fake"} | files).json()["id"]
+    return client.post("/v1/fine_tuning/jobs", json={"model": "fake", "method": method} | files).json()["id"]
 
 
 def saving(client, job):
@@ -70,6 +74,32 @@ def test_what_is_asked_while_the_last_checkpoint_is_written_holds(stack, action,
         assert client.post(f"/train/jobs/{job}/resume").status_code == 200
         assert ends(client, job)["state"] == "succeeded"
         assert len(ranks.applied()) == num_steps
+
+
+@pytest.mark.parametrize(("action", "state"), [("cancel", "cancelled"), ("pause", "paused")])
+@pytest.mark.parametrize("method", ["dpo", "supervised"])
+def test_what_is_asked_while_samples_are_scored_holds(stack, action, state, method):
+    """A large file is scored for long: for DPO before the first step, and for the validation loss. What was asked takes
+    effect behind the batch that is scored now; a job that goes on scores all of them."""
+    client, ranks, _ = stack
+    num_batches, files = 4, {"training_file": CHAT, "validation_file": CHAT * 32 * 4}
+    if method == "dpo":
+        files = {"training_file": PAIR * 16 * 4}
+    ranks.score_seconds, before = 0.2, len(ranks.applied())
+    ranks.scored.clear()
+    job = tune(client, method={"type": method, method: {"hyperparameters": {"n_epochs": 1}}}, **files)
+    wait_for(lambda: ranks.scored)
+    assert client.post(f"/train/jobs/{job}/{action}").status_code == 200
+    shown = ends(client, job)
+    assert (shown["state"], shown["valid_loss"]) == (state, None)
+    assert len(ranks.scored) < num_batches
+    assert (len(ranks.applied()) == before) == (method == "dpo")
+    if action == "pause":
+        ranks.scored.clear()
+        ranks.score_seconds = 0.0
+        assert client.post(f"/train/jobs/{job}/resume").status_code == 200
+        assert ends(client, job)["state"] == "succeeded"
+        assert len(ranks.scored) == num_batches
 
 
 def test_a_trainer_that_dies_as_it_writes_the_last_checkpoint_leaves_the_job_open(tmp_path):

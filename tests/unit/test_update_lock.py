@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import contextlib
 import os
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -18,7 +20,7 @@ import torch
 from apollo_tp import protocol, runtime
 from apollo_tp.config import CacheMode, SyncConfig, SyncMode
 from apollo_tp.errors import ConfigError, DeadlineError
-from apollo_tp.launch.update_gate import Lock, UpdateGate
+from apollo_tp.launch.update_gate import Lock, UpdateGate, needs_lock
 from apollo_tp.parallel import TPGroup
 from apollo_tp.rank_loop import Control, RankLoop
 from apollo_tp.vllm_plugin.compat import Engine
@@ -282,6 +284,110 @@ def test_what_others_ask_for_during_a_pause_comes_after_it(plugin: Plugin) -> No
     assert plugin.vllm.calls == ["no salt", "keep", "resume", "resume", "abort"]
     assert plugin.vllm.paused
     lock.close()
+
+
+def raw(plugin: Plugin) -> socket.socket:
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    connection.settimeout(5)
+    connection.connect(str(plugin.folder / protocol.SYNC_SOCKET))
+    return connection
+
+
+def attached(plugin: Plugin) -> socket.socket:
+    connection = raw(plugin)
+    connection.sendall(protocol.encode_sync(protocol.SyncAttach("step_lock", "none", 7)))
+    assert connection.recv(1000)
+    return connection
+
+
+@pytest.mark.parametrize(
+    ("frame", "reason"),
+    [
+        (protocol.encode_sync(protocol.SyncAttach("step_lock", "none", 7)), "got SyncAttach, expected it once"),
+        (
+            (protocol.MAX_SYNC_FRAME_BYTES + 1).to_bytes(4, "big"),
+            f"got a frame of {protocol.MAX_SYNC_FRAME_BYTES + 1} bytes",
+        ),
+        ((3).to_bytes(4, "big") + b"abc", "the update lock's connection is closed"),
+        (protocol.encode_sync(protocol.SyncPause()), "the server is paused already"),
+    ],
+    ids=["attach", "long", "garbage", "pause"],
+)
+def test_what_nobody_should_send_ends_the_connection_and_the_pause(
+    plugin: Plugin, frame: bytes, reason: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Of another release, say. The place of the one trainer is free again."""
+    connection = attached(plugin)
+    connection.sendall(protocol.encode_sync(protocol.SyncPause()))
+    assert connection.recv(1000)
+    assert plugin.vllm.paused
+    connection.sendall(frame)
+    assert connection.recv(1000) == b""
+    assert reason in caplog.text
+    eventually(lambda: not plugin.vllm.paused and plugin.lock._attached is None)
+    assert plugin.vllm.calls == ["no salt", "keep", "resume"]
+    attach(plugin, options(SyncMode.step_lock)).close()
+
+
+@pytest.mark.parametrize(
+    "frame",
+    [
+        protocol.encode_sync(protocol.SyncPause()),
+        protocol.encode_sync(protocol.SyncAttach("backwards", "none", 7)),
+        protocol.encode_sync(protocol.SyncAttach("drain", "some", 7)),
+        b"GET / HTTP/1.1\r\n\r\n",
+        b"",
+    ],
+    ids=["pause", "mode", "cache", "http", "nothing"],
+)
+def test_strangers_are_hung_up_on_before_the_server_is_touched(plugin: Plugin, frame: bytes) -> None:
+    """And leave the trainer that is attached alone."""
+    lock = attach(plugin, options(SyncMode.step_lock))
+    connection = raw(plugin)
+    connection.sendall(frame)
+    connection.shutdown(socket.SHUT_WR)
+    assert connection.recv(1000) == b""
+    lock.pause()
+    assert plugin.vllm.calls == ["no salt", "keep"]
+    lock.release(8)
+    lock.close()
+
+
+def test_a_trainer_that_takes_no_answer_does_not_hold_the_server(
+    plugin: Plugin, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its renewals fill what nobody reads: stopped by a debugger, say, between them and the answers."""
+    monkeypatch.setattr("apollo_tp.vllm_plugin.update_lock.WRITE_SECONDS", 0.2)
+    connection = attached(plugin)
+    # more answers than the socket's buffers hold
+    pair = protocol.encode_sync(protocol.SyncPause()) + protocol.encode_sync(protocol.SyncRelease(8))
+
+    def send() -> None:
+        with contextlib.suppress(OSError):
+            for _ in range(20_000):
+                connection.sendall(pair)
+
+    sender = threading.Thread(target=send)
+    sender.start()
+    eventually(lambda: plugin.lock._attached is None)
+    assert not plugin.vllm.paused
+    sender.join(2)
+    assert not sender.is_alive(), "its connection is still open"
+
+
+@pytest.mark.parametrize(
+    ("mode", "cache", "needed"),
+    [
+        (SyncMode.hogwild, CacheMode.none, False),
+        (SyncMode.hogwild, CacheMode.salt, True),
+        (SyncMode.hogwild, CacheMode.reset, True),
+        (SyncMode.step_lock, CacheMode.none, True),
+        (SyncMode.drain, CacheMode.none, True),
+    ],
+)
+def test_nothing_is_asked_of_the_server_by_default_alone(mode: SyncMode, cache: CacheMode, needed: bool) -> None:
+    """A refreshed cache needs the plugin too, though nothing pauses."""
+    assert needs_lock(options(mode, cache)) is needed
 
 
 def test_one_trainer_at_a_time(plugin: Plugin) -> None:
