@@ -130,6 +130,14 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
         return runtime.ProcessId(self.pid, self.pid_start_ticks)
 
 
+RESERVED_TEMPLATE_KWARGS = frozenset({
+    "messages", "conversation", "tools", "chat_template", "tokenize", "add_generation_prompt", "continue_final_message",
+    "padding", "truncation", "max_length", "tokenizer_kwargs", "return_tensors", "return_dict",
+    "return_assistant_tokens_mask",
+})  # fmt: skip
+"""What vLLM or transformers take for themselves in ``chat_template_kwargs``, or refuse there."""
+
+
 class ChatTemplate(msgspec.Struct, frozen=True, kw_only=True):
     """A Jinja template. ``parts``: it is given each content as a list of parts ({"type": "text", ...}), not as a string."""
 
@@ -145,6 +153,8 @@ class Serving(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     chat_with_tools: ChatTemplate | None = None
     chat_template_kwargs: dict[str, Any] = {}
     """``--default-chat-template-kwargs``."""
+    special_tokens: dict[str, Any] | None = None
+    """Those of the server's tokenizer by name, which templates see; None: as its folder says."""
     chat_refusal: str = ""
     """Why conversations cannot be rendered as they are served."""
 

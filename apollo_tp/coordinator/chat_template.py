@@ -11,8 +11,7 @@ from __future__ import annotations
 
 import functools
 import json
-import re
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from datetime import datetime
 from typing import Any
 
@@ -28,9 +27,10 @@ Span = tuple[int, int]
 
 
 class _GenerationTag(jinja2.ext.Extension):
-    """{% generation %} ... {% endgeneration %}: put marks around what the template says the model generates."""
+    """{% generation %} ... {% endgeneration %}, around what the template says the model generates: says nothing."""
 
     tags = {"generation"}  # noqa: RUF012 - jinja2's own interface
+    mark = ""
 
     def parse(self, parser: Any) -> Any:
         line = next(parser.stream).lineno
@@ -38,18 +38,30 @@ class _GenerationTag(jinja2.ext.Extension):
         return jinja2.nodes.CallBlock(self.call_method("_wrap"), [], [], body).set_lineno(line)
 
     def _wrap(self, caller: Any) -> str:
-        return f"{MARK}{caller()}{MARK}"
+        return f"{self.mark}{caller()}{self.mark}"
 
 
-def _environment() -> jinja2.Environment:
+class _MarkingTag(_GenerationTag):
+    """Puts marks there."""
+
+    mark = MARK
+
+
+def _environment(tag: type[_GenerationTag]) -> jinja2.Environment:
     def raise_exception(message: str) -> None:
         raise jinja2.TemplateError(message)
 
-    def tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None, **options: Any) -> str:
-        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, **options)
+    def tojson(
+        value: Any,
+        ensure_ascii: bool = False,
+        indent: int | None = None,
+        separators: Any = None,
+        sort_keys: bool = False,
+    ) -> str:
+        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, jinja2.ext.loopcontrols]
+        trim_blocks=True, lstrip_blocks=True, extensions=[tag, jinja2.ext.loopcontrols]
     )
     environment.filters["tojson"] = tojson
     environment.globals["raise_exception"] = raise_exception
@@ -57,9 +69,9 @@ def _environment() -> jinja2.Environment:
     return environment
 
 
-@functools.lru_cache(maxsize=8)
-def _compile(text: str) -> jinja2.Template:
-    return _environment().from_string(text)
+@functools.lru_cache(maxsize=16)
+def _compile(text: str, tag: type[_GenerationTag]) -> jinja2.Template:
+    return _environment(tag).from_string(text)
 
 
 class Template:
@@ -70,57 +82,76 @@ class Template:
         self.knows_developer = any(
             role in template.text for role in ("'developer'", '"developer"')
         )  # as vLLM judges it
-        self.has_marks = re.search(r"\{%-?\s*generation\s*-?%\}", template.text) is not None
-        self._compiled = _compile(template.text)
+        self._plain = _compile(template.text, _GenerationTag)
+        self._marking = _compile(template.text, _MarkingTag)
 
-    def render(self, messages: list[dict[str, Any]], variables: dict[str, Any], *, prompt: bool) -> str:
+    def render(
+        self, messages: list[dict[str, Any]], variables: dict[str, Any], *, prompt: bool = False, marks: bool = False
+    ) -> str:
         """Raises RequestError if the template refuses the messages."""
+        compiled = self._marking if marks else self._plain
         try:
-            return self._compiled.render(variables | {"messages": messages, "add_generation_prompt": prompt})
-        except (jinja2.TemplateError, TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
+            return compiled.render(variables | {"messages": messages, "add_generation_prompt": prompt})
+        # The template is a program of somebody else's, run on a client's values: whatever it raises is about those.
+        except Exception as error:
             raise RequestError(
                 f"messages: the chat template refused them: {error}", field="messages", got=str(error),
                 expected="messages that the served model's chat template takes",
             ) from error  # fmt: skip
 
 
-@dataclass
 class Conversation:
-    """Messages as the template gets them, and its other variables (tools, special tokens, the client's own)."""
+    """Messages as the template gets them, and its other variables (tools, special tokens, the client's own).
 
-    template: Template
-    messages: list[dict[str, Any]]
-    variables: dict[str, Any]
-    text: str = field(init=False)
-    """What the server would be asked with."""
-    turns: list[Span] = field(init=False)
-    """Of each assistant message: from behind the generation prompt to its end, white space included."""
+    ``text`` is what the server would be asked with. Raises RequestError if there is none.
+    """
 
-    def __post_init__(self) -> None:
-        """Raises RequestError if the assistant turns cannot be told exactly."""
-        if MARK in json.dumps([self.messages, self.variables], ensure_ascii=False):
+    def __init__(self, template: Template, messages: list[dict[str, Any]], variables: dict[str, Any]) -> None:
+        self._template, self._messages, self._variables = template, messages, variables
+        if MARK in json.dumps([messages, variables], ensure_ascii=False):
             raise refuse("messages", "apollo_tp's own mark in them", "messages without it")
-        turns = [index for index, message in enumerate(self.messages) if message["role"] == "assistant"]
-        self.text = self._render(self.messages)
-        if self.template.has_marks:
-            self.text, self.turns = _marked(self.text, len(turns))
-        else:
-            self.turns = [self._turn(index) for index in turns]
+        self.text = self._render(messages)
+        marked = template.render(messages, variables, marks=True)
+        self.marked = MARK in marked
+        """Whether the template says itself what the model generates."""
+        self._marked_turns = self._marked(marked) if self.marked else []
+
+    def turns(self, wanted: Sequence[bool]) -> list[Span]:
+        """Of each assistant message that is ``wanted`` (one word for each): from behind the generation prompt to its end,
+        white space included. Raises RequestError if it cannot be told exactly."""
+        if self.marked:
+            return [turn for turn, asked in zip(self._marked_turns, wanted, strict=True) if asked]
+        return [self._turn(index) for index, asked in zip(self._assistants(), wanted, strict=True) if asked]
+
+    def _assistants(self) -> list[int]:
+        return [index for index, message in enumerate(self._messages) if message["role"] == "assistant"]
 
     def _render(self, messages: list[dict[str, Any]], *, prompt: bool = False) -> str:
-        return self.template.render(messages, self.variables, prompt=prompt)
+        return self._template.render(messages, self._variables, prompt=prompt)
+
+    def _marked(self, marked: str) -> list[Span]:
+        parts, num_turns = marked.split(MARK), len(self._assistants())
+        if len(parts) != 2 * num_turns + 1:
+            raise _untellable(f"the template marks {len(parts) // 2} generations in {num_turns} assistant turns")
+        if "".join(parts) != self.text:
+            raise _untellable("what it renders depends on its own marks")
+        starts = [sum(map(len, parts[:index])) for index in range(len(parts))]
+        return [(starts[i], starts[i] + len(parts[i])) for i in range(1, len(parts), 2)]
 
     def _turn(self, index: int) -> Span:
-        head = self._render(self.messages[:index], prompt=True)
+        head = self._render(self._messages[:index], prompt=True)
         if not self.text.startswith(head):
-            raise _untellable(f"message {index}: its generation prompt is not how the whole conversation begins")
-        alone = self._render(self.messages[: index + 1])
+            raise _untellable(
+                f"message {index}: its generation prompt is not how the whole conversation begins; send the conversation up "
+                "to each assistant message as a sample of its own, with weight 0 for the assistant messages before it"
+            )
+        alone = self._render(self._messages[: index + 1])
         return len(head), len(alone) if self.text.startswith(alone) else self._marked_end(index)
 
     def _marked_end(self, index: int) -> int:
         """End of an assistant turn that later messages change: mark where its content ends, in both renderings."""
-        marked = [*self.messages]
-        marked[index] = marked[index] | {"content": _with_mark(marked[index]["content"], index)}
+        marked = [*self._messages]
+        marked[index] = _with_mark(marked[index], index)
         whole = self._render(marked).split(MARK)
         alone = self._render(marked[: index + 1]).split(MARK)
         if len(whole) != 2 or len(alone) != 2 or "".join(whole) != self.text or not whole[1].startswith(alone[1]):
@@ -128,27 +159,24 @@ class Conversation:
         return len(whole[0]) + len(alone[1])
 
 
-def _with_mark(content: str | list[dict[str, Any]], index: int) -> str | list[dict[str, Any]]:
-    if isinstance(content, str):
-        return content.rstrip() + MARK
-    if not content:
+def _with_mark(message: dict[str, Any], index: int) -> dict[str, Any]:
+    """Behind the content; without one, behind the name of the last tool that is called."""
+    content = message["content"]
+    if content and isinstance(content, str):
+        return message | {"content": content.rstrip() + MARK}
+    if content:
+        return message | {"content": [*content[:-1], content[-1] | {"text": content[-1]["text"].rstrip() + MARK}]}
+    if not message.get("tool_calls"):
         raise _untellable(f"message {index}: later messages change how it is rendered, and it has no text content")
-    return [*content[:-1], content[-1] | {"text": content[-1]["text"].rstrip() + MARK}]
-
-
-def _marked(text: str, num_turns: int) -> tuple[str, list[Span]]:
-    """The text without the template's own marks, and what is between them."""
-    parts = text.split(MARK)
-    if len(parts) != 2 * num_turns + 1:
-        raise _untellable(f"the template marks {len(parts) // 2} generations in {num_turns} assistant turns")
-    starts = [sum(map(len, parts[:index])) for index in range(len(parts))]
-    return "".join(parts), [(starts[i], starts[i] + len(parts[i])) for i in range(1, len(parts), 2)]
+    *calls, last = message["tool_calls"]
+    function = last["function"] | {"name": f"{last['function'].get('name')}{MARK}"}
+    return message | {"tool_calls": [*calls, last | {"function": function}]}
 
 
 def _untellable(reason: str) -> RequestError:
     return RequestError(
         f"messages: the assistant turns cannot be told exactly from this chat template: {reason}. "
-        "Use a template with {% generation %} marks, or send prompt + completion",
+        "Or use a template with {% generation %} marks, or send prompt + completion",
         field="messages",
         got=reason,
         expected="a conversation whose assistant turns the template renders in place",

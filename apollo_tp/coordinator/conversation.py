@@ -12,6 +12,11 @@ import msgspec
 from apollo_tp.coordinator.schema import Message
 from apollo_tp.errors import refuse
 
+FUNCTION: dict[str, tuple[type, ...]] = {
+    "name": (str,), "description": (str, type(None)), "parameters": (dict, type(None)), "strict": (bool, type(None))
+}  # fmt: skip
+BILLING_HEADER = "x-anthropic-billing-header"
+
 
 def template_messages(messages: Sequence[Message], *, parts: bool, developer: bool) -> list[dict[str, Any]]:
     """What the template is given. ``parts``: contents as lists of parts; ``developer``: it knows that role, which otherwise
@@ -34,7 +39,11 @@ def _of_the_system(message: dict[str, Any]) -> dict[str, Any]:
 
 def _message(message: Message, where: str, *, parts: bool) -> dict[str, Any]:
     """No weight, no absent fields, nothing that vLLM leaves out."""
-    contents = _contents(message)
+    if message.role == "assistant" and message.content is None and not message.tool_calls:
+        raise refuse(f"{where}.content", "an assistant message without content and tool calls", "either")
+    contents = _contents(message, where, parts=parts)
+    if message.role == "system" and contents and contents[0]["text"].startswith(BILLING_HEADER):
+        raise refuse(f"{where}.content", f"a line {BILLING_HEADER}, which some releases of vLLM drop", "none")
     plain: dict[str, Any] = {"role": message.role}
     if not parts:
         contents = [part for part in contents if part["text"]]
@@ -56,12 +65,17 @@ def _message(message: Message, where: str, *, parts: bool) -> dict[str, Any]:
     return plain
 
 
-def _contents(message: Message) -> list[dict[str, Any]]:
+def _contents(message: Message, where: str, *, parts: bool) -> list[dict[str, Any]]:
     if isinstance(message.content, str):
         return [{"type": "text", "text": message.content}]
     contents = message.content or []
-    if not all(isinstance(part.get("text"), str) for part in contents):
-        raise refuse("messages", "a content part that is not text", "text parts only")
+    for index, part in enumerate(contents):
+        if part.get("type") != "text" or not isinstance(part.get("text"), str):
+            raise refuse(f"{where}.content[{index}]", "a content part that is not text", "text parts only")
+        if parts and part.keys() - {"type", "text"}:
+            raise refuse(
+                f"{where}.content[{index}]", "further fields, which the template is given", "'type' and 'text'"
+            )
     return [{"type": "text", "text": part["text"]} for part in contents]
 
 
@@ -81,9 +95,12 @@ def _call(call: dict[str, Any], where: str) -> dict[str, Any]:
     if not isinstance(arguments, dict):
         # vLLM goes on with {} here, for the sake of a running conversation; nobody should learn that
         raise refuse(f"{where}.function.arguments", repr(arguments)[:80], "a JSON object, or its text")
-    given: dict[str, Any] = {name: call[name] for name in ("id", "function", "type") if name in call}
-    named = {"name": function["name"]} if "name" in function else {}
-    return given | {"function": {"arguments": arguments} | named}
+    function = _ordered(function | {"arguments": arguments}, ("arguments", "name"))
+    return _ordered(call | {"function": function}, ("id", "function", "type"))
+
+
+def _ordered(fields: dict[str, Any], first: Sequence[str]) -> dict[str, Any]:
+    return {name: fields[name] for name in first if name in fields} | fields
 
 
 def template_tools(tools: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -95,8 +112,12 @@ def _tool(tool: dict[str, Any], where: str) -> dict[str, Any]:
     function = tool.get("function")
     if tool.get("type", "function") != "function" or not isinstance(function, dict):
         raise refuse(where, msgspec.json.encode(tool).decode()[:80], "type 'function' and an object 'function'")
-    if not isinstance(function.get("name"), str):
-        raise refuse(f"{where}.function.name", repr(function.get("name"))[:80], "a string")
-    shown = {name: function.get(name) for name in ("name", "description", "parameters")}
-    marks = {name: function[name] for name in ("strict", "defer_loading") if function.get(name) is not None}
-    return {"type": "function", "function": shown | marks}
+    # of others, some releases of vLLM show the template nothing
+    for fields, known, at in ((tool, {"type", "function"}, where), (function, FUNCTION.keys(), f"{where}.function")):
+        if unknown := sorted(fields.keys() - known):
+            raise refuse(f"{at}.{unknown[0]}"[:80], "an unknown field", f"one of {', '.join(known)}")
+    for name, kinds in FUNCTION.items():
+        if not isinstance(function.get(name), kinds):
+            raise refuse(f"{where}.function.{name}", repr(function.get(name))[:80], kinds[0].__name__)
+    shown = {name: function.get(name) for name in FUNCTION if name != "strict" or function.get(name) is not None}
+    return {"type": "function", "function": shown}

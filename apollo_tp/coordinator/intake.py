@@ -6,10 +6,13 @@ from dataclasses import dataclass
 
 from apollo_tp.coordinator.evaluation import Pair
 from apollo_tp.coordinator.jobs import JobSpec, Truncate
-from apollo_tp.coordinator.render import Chat, Renderer
+from apollo_tp.coordinator.render import Chat, Renderer, too_long
 from apollo_tp.coordinator.schema import PreferenceLine, SampleBody, TrainBody
 from apollo_tp.errors import RequestError, refuse
 from apollo_tp.protocol import Sample
+
+MOST_CUT = 16
+"""Conversations of more than as many sequences are refused, not cut: to tell their turns takes quadratic time."""
 
 
 @dataclass(frozen=True)
@@ -112,7 +115,8 @@ class Intake:
         if not any(weights):
             raise refuse("messages", "no assistant message with a weight above 0", "at least one to learn from")
         try:
-            return renderer.chat(chat, weights)
+            limit = self._limits.max_sequence_tokens
+            return renderer.chat(chat, weights, limit if self._truncate is Truncate.refuse else limit * MOST_CUT)
         except RecursionError:
             raise refuse("messages", "values nested too deep to be rendered", "a few levels") from None
 
@@ -121,8 +125,7 @@ class Intake:
         limit = self._limits.max_sequence_tokens
         if len(ids) > limit:
             if self._truncate is Truncate.refuse:
-                raise refuse(field, f"{len(ids)} tokens", f"at most {limit} (or set truncate to 'left' or 'right')",
-                             code="sequence_too_long")  # fmt: skip
+                raise too_long(field, len(ids), limit)
             part = slice(-limit, None) if self._truncate is Truncate.left else slice(0, limit)
             ids, weights = ids[part], weights[part]
         # the first token of a sequence has no predictor

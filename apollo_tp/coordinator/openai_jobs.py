@@ -123,6 +123,11 @@ class FineTuningApi:
             error = JobError(code=f"invalid_{problem.param}", message=str(problem), param=problem.param)
         except (ApolloTpError, OSError) as problem:
             error = JobError(code="validation", message=str(problem), param="training_file")
+        # a task's edge, as the table of HTTP errors is a request's: otherwise the job would be validated for ever
+        except Exception:
+            log.exception("job %s could not be validated", job.id)
+            message = "internal error; the trainer's log has it"
+            error = JobError(code="validation", message=message, param="training_file")
         current = store.job(job.id)
         if current is None or current.state is not State.validating_files:
             store.remove_samples(job.id)

@@ -26,8 +26,8 @@ from tokenizers import Tokenizer
 from apollo_tp.coordinator.chat_template import Conversation, Template
 from apollo_tp.coordinator.conversation import template_messages, template_tools
 from apollo_tp.coordinator.schema import Message
-from apollo_tp.errors import ConfigError, refuse
-from apollo_tp.manifest import ChatTemplate, Serving
+from apollo_tp.errors import ConfigError, RequestError, refuse
+from apollo_tp.manifest import RESERVED_TEMPLATE_KWARGS, ChatTemplate, Serving
 
 
 @dataclass(frozen=True)
@@ -58,14 +58,18 @@ class Renderer:
             tokenizer.no_padding()
             tokenizer.no_truncation()
         config = _read_json(folder / "tokenizer_config.json")
-        self._special = {
-            name: value["content"] if isinstance(value, dict) else value
-            for name, value in config.items()
-            if name.endswith("_token") and isinstance(value, str | dict)
-        }
+        self._told, self._serving = serving is not None, serving or _folder_serving(folder, config)
+        self._special = (
+            self._serving.special_tokens
+            if self._serving.special_tokens is not None
+            else {
+                name: value["content"] if isinstance(value, dict) else value
+                for name, value in config.items()
+                if name.endswith("_token") and isinstance(value, str | dict)
+            }
+        )
         self._added = [token.content for token in self._tokenizer.get_added_tokens_decoder().values() if token.special]
         self.eos_id = self._eos(model_path)
-        self._serving = serving or _folder_serving(folder, config)
 
     def _eos(self, model_path: Path) -> int | None:
         if "eos_token" in self._special:
@@ -100,21 +104,26 @@ class Renderer:
     def _end(self, append_eos: bool) -> list[int]:
         return [self.eos_id] if append_eos and self.eos_id is not None else []
 
-    def chat(self, chat: Chat, weights: Sequence[float]) -> tuple[list[int], list[float]]:
+    def chat(self, chat: Chat, weights: Sequence[float], most_tokens: int) -> tuple[list[int], list[float]]:
         """Token ids and weights of a conversation; ``weights`` has one number per assistant message.
 
-        Raises RequestError if there is no template, it refuses the messages, or assistant turns cannot be told exactly.
+        Raises RequestError if there is no template, it refuses the messages, they are more than ``most_tokens``, or an
+        assistant turn of another weight than 0 cannot be told exactly.
         """
         template = self._template(chat)
-        conversation = Conversation(
-            template,
-            template_messages(chat.messages, parts=template.parts, developer=template.knows_developer),
-            self._variables(chat),
-        )
+        messages = template_messages(chat.messages, parts=template.parts, developer=template.knows_developer)
+        conversation = Conversation(template, messages, self._variables(chat))
+        try:
+            conversation.text.encode()
+        except UnicodeEncodeError as error:  # half of a surrogate pair, of an escape in a tool call's arguments
+            raise refuse("messages", f"characters that are none ({error.reason})", "text") from error
         encoding = self._bare.encode(conversation.text, add_special_tokens=False)
+        if len(encoding.ids) > most_tokens:  # before each turn is told, by as many renderings
+            raise too_long("messages", len(encoding.ids), most_tokens)
         values = [0.0] * len(encoding.ids)
-        for (begin, end), weight in zip(conversation.turns, weights, strict=True):
-            if not template.has_marks:
+        turns = conversation.turns([weight > 0 for weight in weights])
+        for (begin, end), weight in zip(turns, (weight for weight in weights if weight > 0), strict=True):
+            if not conversation.marked:
                 end = self._without_trailing_space(conversation.text, begin, end)
             for index, (first, last) in enumerate(encoding.offsets):
                 if begin <= first and last <= end and first < last:
@@ -123,6 +132,10 @@ class Renderer:
 
     def _template(self, chat: Chat) -> Template:
         """The one that the server would take. Raises RequestError if there is none."""
+        if not self._told and any(isinstance(m.content, list) and len(m.content) > 1 for m in chat.messages):
+            raise refuse(
+                "messages", "several content parts, but no server that said how it joins them", "one text each"
+            )
         given = self._serving.chat if not chat.tools else self._serving.chat_with_tools
         if self._serving.chat_refusal or given is None:
             reason = self._serving.chat_refusal or "the served model has no chat template"
@@ -137,12 +150,24 @@ class Renderer:
         asked = {
             name: value for name, value in (chat.chat_template_kwargs or {}).items() if value not in (None, "auto")
         }
+        for name in asked:
+            if name in RESERVED_TEMPLATE_KWARGS:
+                raise refuse(
+                    f"chat_template_kwargs.{name}", "what vLLM does not hand to the template", "the template's own"
+                )
         tools = template_tools(chat.tools) if chat.tools else None  # vLLM takes no empty list
         return {**self._special, "documents": None, **self._serving.chat_template_kwargs, **asked, "tools": tools}
 
     def _without_trailing_space(self, text: str, begin: int, end: int) -> int:
         body = text[begin:end].rstrip()
         return begin + len(body) if body.endswith(tuple(self._added)) and self._added else end
+
+
+def too_long(field: str, count: int, limit: int) -> RequestError:
+    """Of a sample with ``count`` tokens."""
+    return refuse(
+        field, f"{count} tokens", f"at most {limit} (or set truncate to 'left' or 'right')", code="sequence_too_long"
+    )
 
 
 def _folder_serving(folder: Path, config: dict[str, Any]) -> Serving:

@@ -160,7 +160,8 @@ def model_digest(model_path: Path, tokenizer: Path | None = None, serving: Servi
         with contextlib.suppress(OSError):
             digest.update(name.encode() + hashlib.sha256(((tokenizer or model_path) / name).read_bytes()).digest())
     if serving is not None:
-        digest.update(msgspec.json.encode(serving, order="sorted"))
+        # not why it refuses conversations, which may be another error each time
+        digest.update(msgspec.json.encode(msgspec.structs.replace(serving, chat_refusal=""), order="sorted"))
     return digest.hexdigest()
 
 

@@ -35,6 +35,18 @@ THINKING = """{%- set ns = namespace(last=-1) %}
     {%- endif %}
 {%- endfor %}
 {%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"""
+# as Qwen3 also: calls of tools stand behind the content, on a line of their own if there is one
+THINKING_CALLS = THINKING.replace(
+    "        {{- '<|im_end|>\\n' }}\n",
+    "        {%- for call in m.tool_calls or [] %}"
+    "{{- ('\\n' if content or not loop.first else '') + '<call>' + call.function.name + '</call>' }}{%- endfor %}\n"
+    "        {{- '<|im_end|>\\n' }}\n",
+    1,
+)
+# as Qwen3.5: the generation prompt begins the reasoning, of which earlier turns keep nothing
+PROMPTED = THINKING.replace(
+    "'<|im_start|>assistant\\n' }}{%- endif %}", "'<|im_start|>assistant\\n<think>\\n' }}{%- endif %}"
+)
 MARKED = (
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}"
     "{% if m.role == 'assistant' %}{% generation %}{{ m.content + '<|im_end|>' }}{% endgeneration %}"

@@ -158,7 +158,7 @@ def main(folder: Path) -> dict[str, Any]:
         "salts": asyncio.run(sent_requests(engine_config("qwen3-moe"))),
         "loaders": followed_loaders(),
         "chats": rendered_chats.rendered(folder / "chats", engine_config("qwen3-moe").model_config),
-        "chat refusals": rendered_chats.refusals(engine_config("qwen3-moe").model_config),
+        "chat refusals": rendered_chats.refusals(folder / "plain", engine_config("qwen3-moe").model_config),
     }
 
 

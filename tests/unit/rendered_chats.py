@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 from apollo_tp.coordinator.render import Chat, Renderer
 from apollo_tp.coordinator.schema import SampleBody, decode
@@ -43,13 +43,13 @@ SERVERS: dict[str, dict[str, Any]] = {
     "none": {"template": None},
 }
 TOOLS = [
-    {"function": {"parameters": {"b": 1, "a": {"type": "x"}}, "name": "f", "other": [1]}, "type": "function"},
+    {"function": {"parameters": {"b": 1, "a": {"type": "x"}}, "name": "f"}, "type": "function"},
     {"type": "function", "function": {"description": "é", "name": "g", "strict": True}},
     {"type": "function", "function": {"strict": None, "name": "h", "description": "", "parameters": {}}},
 ]
 CALLS = [
     {"type": "function", "id": "1", "function": {"name": "f", "arguments": '{"b": "\\u00e9", "a": [1.5]}'}},
-    {"function": {"arguments": "", "name": "g"}, "id": "2", "type": "function"},
+    {"index": 1, "function": {"parsed": {"a": 1}, "arguments": "", "name": "g"}, "id": "2", "type": "function"},
 ]
 TWO = [{"type": "text", "text": "one"}, {"type": "text", "text": ""}, {"type": "text", "text": "two"}]
 USER, ANSWER = {"role": "user", "content": "Hello é"}, {"role": "assistant", "content": " I am fine. "}
@@ -103,7 +103,7 @@ def by_us(renderer: Renderer, body: dict[str, Any]) -> str:
     sample = decode(json.dumps(body).encode(), SampleBody)
     assert sample.messages is not None
     turns = sum(message.role == "assistant" for message in sample.messages)
-    ids, _ = renderer.chat(Chat(sample.messages, sample.tools, sample.chat_template_kwargs), [1.0] * turns)
+    ids, _ = renderer.chat(Chat(sample.messages, sample.tools, sample.chat_template_kwargs), [1.0] * turns, 10_000)
     return renderer._tokenizer.decode(ids, skip_special_tokens=False)
 
 
@@ -132,23 +132,34 @@ def rendered(folder: Path, model_config: Any) -> dict[str, dict[str, list[str]]]
     return found
 
 
-def refusals(model_config: Any) -> dict[str, str]:
+def refusals(folder: Path, model_config: Any) -> dict[str, str]:
     """Why servers without such a template have no conversations trained."""
+    from transformers import AutoTokenizer
     from vllm.renderers.hf import HfRenderer
 
     class Other(HfRenderer):
         def render_messages(self, *_: Any) -> Any:
             return None
 
+    class OwnTokenizer:
+        special_tokens_map: ClassVar[dict[str, str]] = {}
+
+        def apply_chat_template(self) -> None:
+            """Of a model's own code, say."""
+
     harmony = SimpleNamespace(hf_config=SimpleNamespace(model_type="gpt_oss"))
     clients = {
         "no tokenizer": _client(model_config, None),
         "gpt-oss": _client(harmony, object()),
         "a renderer of its own": _client(model_config, object(), Other),
+        "a tokenizer's own": _client(model_config, OwnTokenizer()),
         "a tokenizer that fails": _client(model_config, object()),
     }
     args = SimpleNamespace(chat_template="{{ x }}")
-    return {name: chat.serving(client, args).chat_refusal for name, client in clients.items()}
+    found = {name: chat.serving(client, args).chat_refusal for name, client in clients.items()}
+    args.default_chat_template_kwargs = {"tools": [], "a": 1}
+    tokenizer = AutoTokenizer.from_pretrained(write_model(folder))
+    return found | {"reserved": chat.serving(_client(model_config, tokenizer), args).chat_refusal}
 
 
 def _client(model_config: Any, tokenizer: Any, kind: Any = None) -> Any:

@@ -209,7 +209,9 @@ def test_servers_that_render_otherwise_say_so(hooked: dict[str, Any]) -> None:
         "no tokenizer": "--skip-tokenizer-init",
         "gpt-oss": "by Harmony",
         "a renderer of its own": "by Other, not by a template",
-        "a tokenizer that fails": "vLLM could not say how it renders them (AttributeError:",
+        "a tokenizer's own": "by OwnTokenizer.apply_chat_template",
+        "a tokenizer that fails": "vLLM could not say how it renders them (StopIteration:",
+        "reserved": "--default-chat-template-kwargs sets tools, which are vLLM's own",
     }
     found = hooked["chat refusals"]
     assert all(text in found[name] for name, text in expected.items()), found

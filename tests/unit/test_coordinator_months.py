@@ -43,6 +43,8 @@ def test_jobs_that_wait_for_another_model_are_not_trained(tmp_path):
         Serving(chat_template_kwargs={"x": 1}),
     ]
     assert len({model_digest(model, None, serving) for serving in templates}) == len(templates)
+    failed = [Serving(chat_refusal=reason) for reason in "ab"]  # a job of token ids has nothing to do with it
+    assert len({model_digest(model, None, serving) for serving in failed}) == 1
     with (
         CoordinatorProcess(tmp_path, model_path=model) as coordinator,
         coordinator.client() as client,

@@ -3,14 +3,24 @@
 import pytest
 from transformers import AutoTokenizer
 
-from apollo_tp.coordinator.chat_template import MARK
+from apollo_tp.coordinator.chat_template import MARK, Template
 from apollo_tp.coordinator.intake import Intake, Limits
 from apollo_tp.coordinator.jobs import Truncate
 from apollo_tp.coordinator.render import Chat, Renderer
-from apollo_tp.coordinator.schema import Message, SampleBody, SupervisedLine, decode
+from apollo_tp.coordinator.schema import Message, Preference, PreferenceLine, SampleBody, SupervisedLine, decode
 from apollo_tp.errors import ConfigError, RequestError
 from apollo_tp.manifest import ChatTemplate, Serving
-from tests.unit.chat_model import CALLING, CHATML, COUNTING, INST, MARKED, THINKING, write_model
+from tests.unit.chat_model import (
+    CALLING,
+    CHATML,
+    COUNTING,
+    INST,
+    MARKED,
+    PROMPTED,
+    THINKING,
+    THINKING_CALLS,
+    write_model,
+)
 
 TURNS = [
     {"role": "user", "content": "Hello there"},
@@ -36,7 +46,7 @@ def chat(messages, **options):
 def learned(renderer, messages, **options):
     """The text of each run of learned tokens, and all tokens."""
     weights = [1.0 for message in messages if message["role"] == "assistant"]
-    ids, values = renderer.chat(chat(messages, **options), weights)
+    ids, values = renderer.chat(chat(messages, **options), weights, 1000)
     runs, last = [], 0.0
     for token, value in zip(ids, values, strict=True):
         if value:
@@ -74,7 +84,7 @@ def test_marks_agree_with_transformers_mask(tmp_path):
     answer = AutoTokenizer.from_pretrained(folder).apply_chat_template(
         turns, return_assistant_tokens_mask=True, return_dict=True
     )
-    ids, weights = Renderer(folder).chat(chat(turns), [1.0, 1.0])
+    ids, weights = Renderer(folder).chat(chat(turns), [1.0, 1.0], 1000)
     assert ids == answer["input_ids"]
     assert [int(weight > 0) for weight in weights] == answer["assistant_masks"]
 
@@ -91,12 +101,12 @@ def test_reasoning_that_the_template_drops_is_not_learned(tmp_path):
 def test_weights_per_message(tmp_path):
     """A weight scales its own turn's tokens; 0 makes it context."""
     renderer = Renderer(write_model(tmp_path))
-    _, values = renderer.chat(chat(TURNS), [0.0, 0.5])
+    _, values = renderer.chat(chat(TURNS), [0.0, 0.5], 1000)
     assert set(values) == {0.0, 0.5}
     first = next(index for index, value in enumerate(values) if value)
-    assert renderer._tokenizer.decode(renderer.chat(chat(TURNS), [0.0, 0.5])[0][first:], skip_special_tokens=False) == (
-        " the answer\nis 42. <|im_end|>\n"
-    )
+    assert renderer._tokenizer.decode(
+        renderer.chat(chat(TURNS), [0.0, 0.5], 1000)[0][first:], skip_special_tokens=False
+    ) == (" the answer\nis 42. <|im_end|>\n")
 
 
 def test_an_untellable_template_is_refused(tmp_path):
@@ -169,9 +179,121 @@ def test_a_turn_over_parts_that_later_messages_change_is_told(tmp_path):
     strings, parts = Renderer(write_model(tmp_path / "m", THINKING)), Renderer(tmp_path / "m", None, serving)
     turns = [TURNS[0], {"role": "assistant", "content": "<think>\nso\n</think>\n\nI am fine"}, *TURNS[2:]]
     assert learned(parts, turns) == learned(strings, turns)
-    empty = [TURNS[0], {"role": "assistant", "content": None}, *TURNS[2:]]
+    empty = [TURNS[0], {"role": "assistant", "content": []}, *TURNS[2:]]
     with pytest.raises(RequestError, match="no text content"):
         learned(parts, empty)
+
+
+def tool_round(*more):
+    calls = [{"id": "1", "type": "function", "function": {"name": name, "arguments": "{}"}} for name in ("f", "g")]
+    asked = {"role": "assistant", "content": None, "tool_calls": calls}
+    return [TURNS[0], asked, {"role": "tool", "content": "42", "tool_call_id": "1"}, TURNS[1], *more]
+
+
+def test_a_turn_that_only_calls_tools_is_told(tmp_path):
+    """OpenAI's usual round. Its mark goes behind the last call's name: behind an empty content it would change the text."""
+    renderer = Renderer(write_model(tmp_path, THINKING_CALLS))
+    calls = "<call>f</call>\n<call>g</call><|im_end|>"
+    thought = "<think>\n\n</think>\n\n"
+    assert learned(renderer, tool_round())[0] == [thought + calls, thought + "I am fine, thanks.<|im_end|>"]
+    # once another question has followed, its reasoning is gone: with which the second turn had been asked for
+    with pytest.raises(RequestError, match="message 3: its generation prompt"):
+        learned(renderer, tool_round(*TURNS[2:]))
+    ids, values = renderer.chat(chat(tool_round(*TURNS[2:])), [1.0, 0.0, 1.0], 1000)
+    taken = [token for token, value in zip(ids, values, strict=True) if value]
+    assert renderer._tokenizer.decode(taken, skip_special_tokens=False) == (
+        calls + thought + " the answer\nis 42. <|im_end|>"
+    )
+
+
+def test_turns_of_weight_0_need_not_be_told(tmp_path):
+    """Where the generation prompt begins what earlier turns do not keep, the last turn can be learned; and what to do is
+    said."""
+    renderer = Renderer(write_model(tmp_path, PROMPTED))
+    with pytest.raises(RequestError, match="with weight 0 for the assistant messages before it"):
+        renderer.chat(chat(TURNS), [1.0, 1.0], 1000)
+    ids, values = renderer.chat(chat(TURNS), [0.0, 0.5], 1000)
+    taken = [token for token, value in zip(ids, values, strict=True) if value]
+    assert (
+        renderer._tokenizer.decode(taken, skip_special_tokens=False) == "\n</think>\n\n the answer\nis 42. <|im_end|>"
+    )
+    messages = [Message(**message) for message in TURNS]
+    line = PreferenceLine(
+        input=Preference(messages=messages[:3]), preferred_output=messages[3:], non_preferred_output=[ANSWER]
+    )
+    pair = Intake(renderer, Limits(400, 400), Truncate.refuse).pair(line)
+    assert pair.preferred.token_ids == ids
+    assert [bool(weight) for weight in pair.preferred.weights] == [bool(value) for value in values]
+
+
+def test_marks_that_change_the_text_are_refused(tmp_path):
+    """They would be trained; and any form of the tag is one."""
+    plain = MARKED.replace("{% generation %}", "").replace("{% endgeneration %}", "")
+    expected = learned(Renderer(write_model(tmp_path / "plain", plain)), TURNS)
+    forms = Renderer(write_model(tmp_path / "forms", MARKED.replace("{% generation", "{%+ generation")))
+    assert learned(forms, TURNS)[1] == expected[1]
+    assert learned(forms, TURNS)[0] == expected[0]
+    trimmed = MARKED.replace("{% generation %}", "{% set t %}{% generation %}  ").replace(
+        "{% endgeneration %}", "{% endgeneration %}{% endset %}{{ t | trim }}"
+    )
+    with pytest.raises(RequestError, match="depends on its own marks"):
+        learned(Renderer(write_model(tmp_path / "trimmed", trimmed)), TURNS)
+
+
+@pytest.mark.parametrize(
+    "expression",
+    [
+        "1 // x",
+        "range(10 ** 9)",
+        "'y' * 10 ** 12",
+        "10.0 ** 1000",
+        "messages.sort()",
+        "[].index(x)",
+        "''.encode('none')",
+    ],
+)
+def test_whatever_a_template_raises_is_the_clients_error(tmp_path, expression):
+    """A template is a program, and runs on what the client sends."""
+    renderer = Renderer(write_model(tmp_path, CHATML + "{{ " + expression + " }}"))
+    with pytest.raises(RequestError, match="the chat template refused them"):
+        learned(renderer, TURNS, chat_template_kwargs={"x": 0})
+
+
+def test_special_tokens_are_those_of_the_server(tmp_path):
+    """Which may have them from its tokenizer's class, or from files that the coordinator does not read."""
+    folder = write_model(tmp_path, INST)
+    told = Serving(
+        chat=ChatTemplate(text=INST), special_tokens={"bos_token": "<|endoftext|>", "eos_token": "<|im_start|>"}
+    )
+    renderer = Renderer(folder, None, told)
+    assert learned(renderer, TURNS)[0][0].endswith("thanks.<|im_start|>")
+    assert learned(renderer, TURNS)[1][0] == renderer._tokenizer.token_to_id("<|endoftext|>")
+    assert renderer.eos_id == renderer._tokenizer.token_to_id("<|im_start|>")
+
+
+def test_how_long_a_conversation_is_is_asked_first(tmp_path, monkeypatch):
+    """To tell its turns takes as many renderings of it."""
+    renderings = []
+    render = Template.render
+    monkeypatch.setattr(Template, "render", lambda *args, **more: renderings.append(1) or render(*args, **more))
+    body = SampleBody(messages=[Message(**turn) for turn in TURNS * 100])
+    for truncate in (Truncate.refuse, Truncate.left):
+        intake = Intake(Renderer(write_model(tmp_path)), Limits(400, 64), truncate)
+        with pytest.raises(RequestError) as error:
+            intake.sample(body, "")
+        assert error.value.code == "sequence_too_long"
+    assert len(renderings) == 4
+    body = SampleBody(messages=[Message(**turn) for turn in TURNS * 10])
+    assert len(intake.sample(body, "").token_ids) == 64
+
+
+def test_several_parts_are_joined_as_the_server_said_or_not_at_all(tmp_path):
+    """Without an API server nobody said it."""
+    turns = [{"role": "user", "content": [{"type": "text", "text": text} for text in ("a", "b")]}, TURNS[1]]
+    folder = write_model(tmp_path)
+    with pytest.raises(RequestError, match="no server that said how it joins them"):
+        learned(Renderer(folder), turns)
+    assert learned(Renderer(folder, None, Serving(chat=ChatTemplate(text=CHATML))), turns)[0]
 
 
 @pytest.mark.parametrize(
@@ -221,13 +343,17 @@ def test_prompt_completion_and_text(tmp_path):
     assert sample.weights == [0.0] + [1.0] * (len(sample.token_ids) - 1)
 
 
+ANSWER = Message(role="assistant", content="x")
+FUNCTION = {"type": "function", "function": {"name": "f"}}
+
+
 def call(arguments, **other):
     return {"id": "1", "type": "function", "function": {"name": "f", "arguments": arguments}} | other
 
 
 def test_messages_reach_the_template_as_in_vllm(tmp_path):
     """Arguments are decoded, empty tool_calls dropped, text parts joined by lines: as vLLM's chat_utils does it."""
-    renderer = Renderer(write_model(tmp_path, CALLING))
+    renderer = Renderer(write_model(tmp_path, CALLING), None, Serving(chat=ChatTemplate(text=CALLING)))
     intake = Intake(renderer, Limits(400, 400), Truncate.refuse)
     parts = [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}]
     calls = [call('{"b": "\\u00e9", "a": [1.5]}'), call({"c": None}), call(""), call(None)]
@@ -244,6 +370,14 @@ def test_messages_reach_the_template_as_in_vllm(tmp_path):
         "<|im_start|>tool\none\ntwo<|im_end|>\n"
         "<|im_start|>assistant\nx<|im_end|>\n"
     )
+
+
+def test_half_a_character_is_refused(tmp_path):
+    """A model's JSON may be cut in the middle of an emoji's escape."""
+    intake = Intake(Renderer(write_model(tmp_path, CALLING)), Limits(400, 400), Truncate.refuse)
+    messages = [Message(role="user", content="x"), Message(role="assistant", tool_calls=[call('{"a": "\\ud83d"}')])]
+    with pytest.raises(RequestError, match="characters that are none"):
+        intake.sample(SampleBody(messages=messages), "")
 
 
 @pytest.mark.parametrize("arguments", ["{", "[1]", "3", "nul", "[" * 100_000, [1]])
@@ -273,7 +407,24 @@ def test_arguments_that_are_no_object_are_refused(tmp_path, arguments):
             SampleBody(messages=[Message(role="assistant", content="x")], tools=[{"function": {"name": 1}}]),
             "tools[0].function.name",
         ),
-        (SampleBody(messages=[Message(role="assistant", content=[{"type": "image_url"}])]), "messages"),
+        (SampleBody(messages=[Message(role="assistant", content=[{"type": "image_url"}])]), "messages[0].content[0]"),
+        (
+            SampleBody(messages=[Message(role="assistant", content=[{"type": "thinking", "text": "x"}])]),
+            "messages[0].content[0]",
+        ),
+        (SampleBody(messages=[Message(role="assistant", refusal="no")]), "messages[0].content"),
+        (
+            SampleBody(messages=[Message(role="system", content="x-anthropic-billing-header: 1\nx"), ANSWER]),
+            "messages[0].content",
+        ),
+        (SampleBody(messages=[ANSWER], chat_template_kwargs={"tools": [{}]}), "chat_template_kwargs.tools"),
+        (SampleBody(messages=[ANSWER], chat_template_kwargs={"max_length": 1}), "chat_template_kwargs.max_length"),
+        (SampleBody(messages=[ANSWER], tools=[FUNCTION | {"defer_loading": True}]), "tools[0].defer_loading"),
+        (SampleBody(messages=[ANSWER], tools=[{"function": FUNCTION["function"] | {"x": 1}}]), "tools[0].function.x"),
+        (
+            SampleBody(messages=[ANSWER], tools=[{"function": FUNCTION["function"] | {"strict": "true"}}]),
+            "tools[0].function.strict",
+        ),
         (SampleBody(messages=[Message(role="assistant", tool_calls=[{}])]), "messages[0].tool_calls[0]"),
         (
             SampleBody(messages=[Message(role="assistant", tool_calls=[call("", type="custom")])]),
