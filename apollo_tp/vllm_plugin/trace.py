@@ -8,7 +8,8 @@ refused with that operation as the reason.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -147,6 +148,19 @@ class _ParametersStay(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@contextlib.contextmanager
+def _modules_stay(model: nn.Module) -> Iterator[None]:
+    """Some loaders register a parameter anew and then load it: the served one, with its values, must not be lost."""
+    kept = [(module._parameters, dict(module._parameters)) for module in model.modules()]
+    kept += [(module._buffers, dict(module._buffers)) for module in model.modules()]  # type: ignore[misc]
+    try:
+        yield
+    finally:
+        for members, before in kept:
+            members.clear()
+            members.update(before)
+
+
 Named = tuple[str, tuple[int, ...], torch.dtype]
 Load = Callable[[Iterable[tuple[str, Tensor]]], Any]
 
@@ -154,10 +168,11 @@ Load = Callable[[Iterable[tuple[str, Tensor]]], Any]
 def trace_loader(model: nn.Module, tensors: Iterable[Named], load: Load | None = None) -> list[Trace]:
     """Trace ``model.load_weights`` (or ``load``) for each checkpoint tensor (name, global shape, dtype).
 
-    Nothing is written into the model. A trace neither served nor refused is a tensor that the loader passes over.
+    Nothing is written into the model, and its parameters and buffers are the same objects afterwards. A trace neither served
+    nor refused is a tensor that the loader passes over.
     """
     storages = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    with torch.no_grad(), _ParametersStay(storages):
+    with _modules_stay(model), torch.no_grad(), _ParametersStay(storages):
         return _trace(load or model.load_weights, list(tensors))  # type: ignore[arg-type]
 
 

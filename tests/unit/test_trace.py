@@ -43,6 +43,27 @@ def test_a_weight_that_is_changed_behind_its_copy_is_refused(change: Callable[[T
     assert "to the parameter that it was copied to" in _trace(change).refusal
 
 
+def test_a_parameter_that_a_loader_registers_anew_stays_what_it_was() -> None:
+    """vLLM's Transformers backend does so with a head's bias: the server would go on with memory that nobody wrote."""
+    layer = nn.Linear(4, 4)
+    layer.register_buffer("scale", torch.ones(4))
+    before = {name: (tensor, tensor.detach().clone()) for name, tensor in layer.state_dict(keep_vars=True).items()}
+
+    def load(weights: Iterable[tuple[str, Tensor]]) -> None:
+        for name, weight in weights:
+            layer.register_parameter("bias", nn.Parameter(torch.empty(4)))
+            layer.scale = torch.zeros(4)
+            layer.register_parameter("other", nn.Parameter(torch.empty(4)))
+            layer.get_parameter(name).data.copy_(weight)
+
+    bias, weight = trace_loader(layer, [("bias", (4,), torch.float32), ("weight", (4, 4), torch.float32)], load)
+    after = layer.state_dict(keep_vars=True)
+    assert after.keys() == before.keys()
+    assert all(after[name] is tensor and torch.equal(tensor, values) for name, (tensor, values) in before.items())
+    assert weight.copies[0].address == layer.weight.data_ptr()
+    assert bias.copies[0].address != layer.bias.data_ptr(), "its copy went elsewhere, so that it is refused"
+
+
 class _Loader:
     """Of four rows of one parameter, one tensor for each; ``calls`` counts, and ``order`` rearranges what was given."""
 
