@@ -11,7 +11,7 @@ import importlib.metadata
 import os
 import sys
 from collections.abc import Callable, Iterator
-from inspect import signature
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from torch import nn
 
 from apollo_tp.manifest import ENDPOINTS_VARIABLE
 from apollo_tp.vllm_plugin.cpu import import_image_processors, let_queue_readers_sleep, serve_plain_experts
+from apollo_tp.vllm_plugin.rotary import yarn_refusals
 
 ENGINES_VARIABLE = "APOLLO_TP_ENGINES"
 """Data-parallel engines of this server."""
@@ -132,8 +133,9 @@ def has_endpoints(usage_context: Any = None, headless: bool = False) -> bool:
     """Whether an API server that loads endpoint plugins comes up in front of the engine: not before a vllm.LLM, a batch, in
     headless mode, nor with vLLM's front ends in Rust and for gRPC, which also call themselves API servers."""
     server = str(getattr(usage_context, "value", usage_context)) == "OPENAI_API_SERVER"
-    rust = os.environ.get("VLLM_USE_RUST_FRONTEND", "0") != "0"
-    return server and not headless and not rust and "--grpc" not in sys.argv
+    module = Path(sys.argv[0]).stem  # of python -m: its file; only `vllm serve` has the front end in Rust
+    rust = os.environ.get("VLLM_USE_RUST_FRONTEND", "0") != "0" and module != "api_server"
+    return server and not headless and not rust and module != "grpc_server" and "--grpc" not in sys.argv
 
 
 def load_format(vllm_config: Any) -> str:
@@ -213,6 +215,12 @@ def refusals_of_server(vllm_config: Any, model: nn.Module) -> list[str]:
         found.append("--hf-config-path: the trainer reads the model's folder; put config.json there")
     if getattr(model_config.hf_config, "is_encoder_decoder", False):
         found.append("encoder-decoder model: only decoder-only models are trained")
+    if torch.device(vllm_config.device_config.device).type == "cuda" and any(
+        parameter.device.type == "cpu" or getattr(parameter, "_vllm_is_uva_offloaded", False)
+        for parameter in model.parameters()
+    ):
+        found.append("weights offloaded to the host's memory: serve without --cpu-offload-gb and other offloading")
+    found += yarn_refusals(model, model_config.hf_config)
     found += _layer_refusals(model)
     return found
 
@@ -230,6 +238,23 @@ def _layer_refusals(model: nn.Module) -> list[str]:
         f"mixture-of-experts backend {backend}: it reorders expert weights; serve with --moe-backend triton"
         for backend in sorted(backends - {"TRITON", "CPU", "NONE"})
     ]
+
+
+def connector_resets(transfer: Any) -> bool:
+    """Whether the KV connector can be emptied: vLLM takes it for emptied if it has no way to. Of several, all of them."""
+    from vllm.config import KVTransferConfig
+    from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
+    from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1
+
+    parts = (
+        (transfer.kv_connector_extra_config or {}).get("connectors")
+        if transfer.kv_connector == "MultiConnector"
+        else None
+    )
+    if parts:
+        return all(connector_resets(KVTransferConfig(**part)) for part in parts)
+    kind = KVConnectorFactory.get_connector_class(transfer)
+    return bool(kind.reset_cache is not KVConnectorBase_V1.reset_cache)
 
 
 class Engine:
@@ -290,12 +315,16 @@ class Engine:
         """Empty the prefix cache, and a KV connector's. vLLM cannot while blocks are in use, so running requests give theirs
         up and are computed again from their prompt and what they generated; their streams go on. Raises RuntimeError if vLLM
         could not."""
-        reset = self._client.reset_prefix_cache
         options = {"reset_running_requests": True}
-        # some releases answer that they could not where there is no connector
-        if self._client.vllm_config.kv_transfer_config is not None and "reset_connector" in signature(reset).parameters:
+        transfer = self._client.vllm_config.kv_transfer_config
+        if transfer is not None:  # some releases answer that they could not where there is no connector
+            if not connector_resets(transfer):
+                raise RuntimeError(
+                    f"KV connector {transfer.kv_connector} cannot be emptied, expected one that can; use cache=salt, or "
+                    "serve without it"
+                )
             options["reset_connector"] = True
-        if not await reset(**options):
+        if not await self._client.reset_prefix_cache(**options):
             raise RuntimeError("vLLM did not reset its prefix cache, or its KV connector not its own")
 
     def salt_requests(self, salt: str) -> None:

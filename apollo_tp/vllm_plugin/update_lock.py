@@ -67,7 +67,7 @@ class UpdateLock:
             error = self._attach(await self._request(reader))
             mine = not error
             if mine:
-                await self._refresh()
+                error = await self._refresh()
             await _answer(writer, "SyncAttach", error)
             while mine:
                 await self._handle(await self._request(reader), writer)
@@ -191,11 +191,24 @@ class UpdateLock:
         self._new_salt()
         if self._attached.cache == CacheMode.reset.value:
             try:
-                await self._engine.reset_prefix_cache()
+                await self._reset_cache()
             except Exception as error:  # noqa: BLE001 - as in _pause
                 logger.error("apollo_tp: the prefix cache keeps entries of older weights: %s", error)
                 return f"the prefix cache keeps entries of older weights: {error}"
         return ""
+
+    async def _reset_cache(self) -> None:
+        """While nothing runs: of requests that run, some releases lose tokens that were drafted, and keep blocks that a KV
+        connector still has to send."""
+        if self._pausing is not None:
+            await self._engine.reset_prefix_cache()
+            return
+        await self._engine.hold()
+        try:
+            await self._engine.pause(drain=False)
+            await self._engine.reset_prefix_cache()
+        finally:
+            await self._engine.resume()
 
 
 async def _read(reader: asyncio.StreamReader) -> bytes:

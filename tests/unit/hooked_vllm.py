@@ -131,6 +131,24 @@ def followed_loaders() -> dict[str, list[str]]:
     return found
 
 
+def emptied_connectors() -> dict[str, bool]:
+    """Which of vLLM's KV connectors can be emptied."""
+    from vllm.config import KVTransferConfig
+
+    def resets(name: str, *parts: str) -> bool:
+        extra = {"connectors": [{"kv_connector": part, "kv_role": "kv_both"} for part in parts]}
+        return compat.connector_resets(
+            KVTransferConfig(kv_connector=name, kv_role="kv_both", kv_connector_extra_config=extra)
+        )
+
+    both = ("OffloadingConnector", "ExampleConnector")
+    found = {name: resets(name) for name in both}
+    return found | {
+        "all of several": resets("MultiConnector", both[0]),
+        "one of several": resets("MultiConnector", *both),
+    }
+
+
 def main(folder: Path) -> dict[str, Any]:
     from vllm.engine.arg_utils import EngineArgs
 
@@ -157,6 +175,7 @@ def main(folder: Path) -> dict[str, Any]:
         "experts": experts,
         "salts": asyncio.run(sent_requests(engine_config("qwen3-moe"))),
         "loaders": followed_loaders(),
+        "connectors": emptied_connectors(),
         "chats": rendered_chats.rendered(folder / "chats", engine_config("qwen3-moe").model_config),
         "chat refusals": rendered_chats.refusals(folder / "plain", engine_config("qwen3-moe").model_config),
     }

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import subprocess
 import sys
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from torch import nn
+from transformers import AutoConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from apollo_tp.vllm_plugin import compat
 from apollo_tp.vllm_plugin.compat import (
     ENGINES_VARIABLE,
     Engine,
@@ -20,6 +25,7 @@ from apollo_tp.vllm_plugin.compat import (
     is_draft,
     refusals_of_server,
 )
+from apollo_tp.vllm_plugin.rotary import yarn_refusals
 from tests.unit import rendered_chats
 
 
@@ -31,6 +37,7 @@ def server(**changes: Any) -> SimpleNamespace:
         ),
         parallel_config=SimpleNamespace(pipeline_parallel_size=1, data_parallel_size=1, enable_expert_parallel=False),
         lora_config=None,
+        device_config=SimpleNamespace(device="cpu"),
     )
     for name, value in changes.items():
         *parts, field = name.split("__")
@@ -67,6 +74,54 @@ def test_a_server_that_cannot_be_trained_is_refused_with_the_cure(changes: dict[
     found = refusals_of_server(server(**changes), nn.Module())
     assert len(found) == 1
     assert reason in found[0]
+
+
+def test_weights_in_the_hosts_memory_are_refused_on_a_gpu() -> None:
+    """With vLLM's own word for them, or by their device."""
+    layer = nn.Linear(1, 1, device="meta")
+    on_gpu = server(device_config__device="cuda")
+    assert refusals_of_server(on_gpu, layer) == []
+    layer.bias._vllm_is_uva_offloaded = True  # type: ignore[attr-defined]
+    assert "--cpu-offload-gb" in refusals_of_server(on_gpu, layer)[0]
+    assert "--cpu-offload-gb" in refusals_of_server(on_gpu, nn.Linear(1, 1))[0]
+    assert refusals_of_server(server(), nn.Linear(1, 1)) == []
+
+
+class YaRNScalingRotaryEmbedding(nn.Module):
+    """vLLM 0.26's, as far as its scale goes."""
+
+    def __init__(self, scaling_factor: float, attn_factor: float = 1.0, extrapolation_factor: float = 1.0) -> None:
+        super().__init__()
+        self.scaling_factor, self.extrapolation_factor = scaling_factor, extrapolation_factor
+        self.mscale = (0.1 * math.log(scaling_factor) + 1.0) * attn_factor
+
+
+@pytest.mark.parametrize(
+    ("fields", "options", "refused"),
+    [
+        ({}, {}, ""),
+        ({"attention_factor": 0.1 * math.log(4) + 1.0}, {}, ""),
+        ({"attention_factor": 1.0}, {}, "scales by 1.139, transformers by 1"),
+        ({"mscale": 1.0, "mscale_all_dim": 1.0}, {}, "scales by 1.139, transformers by 1"),
+        ({"mscale": 1.0}, {}, ""),
+        ({}, {"attn_factor": 2.0}, "scales by 2.277, transformers by 1.139"),
+        ({}, {"extrapolation_factor": 2.0}, "extrapolation_factor"),
+    ],
+)
+def test_a_yarn_that_vllm_scales_otherwise_is_refused(
+    fields: dict[str, Any], options: dict[str, Any], refused: str
+) -> None:
+    """vLLM 0.26 takes ``factor`` alone, and fields of its own; expected is what transformers itself computes."""
+    rope = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64} | fields
+    config = AutoConfig.for_model("llama", hidden_size=64, num_attention_heads=4, rope_parameters=rope)
+    module = YaRNScalingRotaryEmbedding(4.0, **options)
+    _, scale = ROPE_INIT_FUNCTIONS["yarn"](config, torch.device("cpu"))
+    found = yarn_refusals(nn.ModuleList([module, nn.Linear(1, 1)]), config)
+    assert refused in found[0] if refused else found == [], found
+    assert (module.mscale == pytest.approx(scale)) == ("scales by" not in refused)
+    nested = SimpleNamespace(rope_parameters={"full_attention": rope, "sliding_attention": {"rope_type": "default"}})
+    assert yarn_refusals(module, nested) == found
+    assert yarn_refusals(module, SimpleNamespace()) == [], "unknown to transformers: not compared"
 
 
 def test_reasons_are_listed_together(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -131,25 +186,30 @@ def test_overrides_of_the_config_are_passed_on_as_the_server_has_them() -> None:
         assert "--hf-overrides" in reason
 
 
-@pytest.mark.parametrize("takes_connector", [True, False])
-@pytest.mark.parametrize("connector", [None, object()])
-def test_a_connectors_cache_is_emptied_too(connector: object, takes_connector: bool) -> None:
+@pytest.mark.parametrize(("connector", "resets"), [(None, False), ("Mine", True), ("Mine", False)])
+def test_a_connectors_cache_is_emptied_too(
+    connector: str | None, resets: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Where there is one: some releases answer that they could not reset what is not there."""
+    monkeypatch.setattr(compat, "connector_resets", lambda _: resets)
     asked: list[dict[str, bool]] = []
 
-    async def reset(reset_running_requests: bool = False, reset_connector: bool = False) -> bool:
-        asked.append({"running": reset_running_requests, "connector": reset_connector})
+    async def reset(**options: bool) -> bool:
+        asked.append(options)
         return True
 
-    async def older(reset_running_requests: bool = False) -> bool:
-        return await reset(reset_running_requests)
-
+    transfer = SimpleNamespace(kv_connector=connector) if connector else None
     client = SimpleNamespace(
-        pause_generation=None, resume_generation=None, vllm_config=SimpleNamespace(kv_transfer_config=connector),
-        reset_prefix_cache=reset if takes_connector else older,
+        pause_generation=None, resume_generation=None, vllm_config=SimpleNamespace(kv_transfer_config=transfer),
+        reset_prefix_cache=reset,
     )  # fmt: skip
-    asyncio.run(Engine(client).reset_prefix_cache())
-    assert asked == [{"running": True, "connector": takes_connector and connector is not None}]
+    if connector and not resets:
+        with pytest.raises(RuntimeError, match="KV connector Mine cannot be emptied"):
+            asyncio.run(Engine(client).reset_prefix_cache())
+        assert asked == []
+    else:
+        asyncio.run(Engine(client).reset_prefix_cache())
+        assert asked == [{"reset_running_requests": True} | ({"reset_connector": True} if connector else {})]
 
 
 @pytest.fixture(scope="module")
@@ -183,6 +243,13 @@ def test_models_of_other_loaders_are_followed_and_refused(hooked: dict[str, Any]
     """tensorizer's, for one, does not call the method of all loaders; one that does is as good as vLLM's."""
     own = "--load-format mine: it does not load weights in vLLM's usual way; serve with --load-format auto"
     assert hooked["loaders"] == {"tensorizer": ["True"], "Usual": [""], "Own": [own], "Calls": [""]}
+
+
+def test_a_connector_that_cannot_be_emptied_is_not_taken_for_emptied(hooked: dict[str, Any]) -> None:
+    """vLLM asks it, and takes silence for yes."""
+    assert hooked["connectors"] == {
+        "OffloadingConnector": True, "ExampleConnector": False, "all of several": True, "one of several": False
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("server", rendered_chats.SERVERS)
@@ -226,6 +293,8 @@ def test_servers_that_render_otherwise_say_so(hooked: dict[str, Any]) -> None:
         ("OPENAI_API_SERVER", False, ["vllm", "serve", "--grpc"], "0", False),
         ("OPENAI_API_SERVER", False, ["vllm", "serve"], "1", False),
         (None, False, ["x.py"], "0", False),
+        ("OPENAI_API_SERVER", False, ["/vllm/entrypoints/openai/api_server.py"], "1", True),
+        ("OPENAI_API_SERVER", False, ["/vllm/entrypoints/grpc_server.py"], "0", False),
     ],
 )
 def test_a_server_says_whether_its_api_will_tell_that_it_is_ready(

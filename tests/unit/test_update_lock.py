@@ -136,7 +136,9 @@ def eventually(condition) -> float:
     ("mode", "cache", "expected"),
     [
         (SyncMode.step_lock, CacheMode.none, ["no salt", "keep", "resume"]),
-        (SyncMode.drain, CacheMode.reset, ["no salt", "reset", "wait", "reset", "resume"]),
+        (SyncMode.drain, CacheMode.reset, ["no salt", "keep", "reset", "resume", "wait", "reset", "resume"]),
+        # emptied while nothing runs, though the update was written while it did
+        (SyncMode.hogwild, CacheMode.reset, ["no salt", *["keep", "reset", "resume"] * 2]),
         (SyncMode.hogwild, CacheMode.salt, ["no salt", "salt apollo-7-1", "salt apollo-8-2"]),
         (
             SyncMode.drain,
@@ -388,6 +390,19 @@ def test_a_trainer_that_takes_no_answer_does_not_hold_the_server(
 def test_nothing_is_asked_of_the_server_by_default_alone(mode: SyncMode, cache: CacheMode, needed: bool) -> None:
     """A refreshed cache needs the plugin too, though nothing pauses."""
     assert needs_lock(options(mode, cache)) is needed
+
+
+def test_a_cache_that_cannot_be_emptied_is_refused_at_once(plugin: Plugin, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not step after step in the log."""
+
+    async def fails(**_: Any) -> bool:
+        return False
+
+    monkeypatch.setattr(plugin.vllm, "reset_prefix_cache", fails)
+    with pytest.raises(ConfigError, match=r"cache=reset.*vLLM did not reset its prefix cache"):
+        attach(plugin, options(SyncMode.hogwild, CacheMode.reset))
+    eventually(lambda: plugin.lock._attached is None)
+    assert not plugin.vllm.paused
 
 
 def test_one_trainer_at_a_time(plugin: Plugin) -> None:
