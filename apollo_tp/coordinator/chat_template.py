@@ -23,6 +23,8 @@ from apollo_tp.errors import RequestError, refuse
 from apollo_tp.manifest import ChatTemplate
 
 MARK = "\u2063APOLLO\u2063MARK\u2063"  # invisible separators: in no vocabulary's templates, and checked to be unique
+UNTELLABLE = "unsupported_template"
+"""Code of an error: the assistant turns cannot be told."""
 Span = tuple[int, int]
 
 
@@ -180,5 +182,5 @@ def _untellable(reason: str) -> RequestError:
         field="messages",
         got=reason,
         expected="a conversation whose assistant turns the template renders in place",
-        code="unsupported_template",
+        code=UNTELLABLE,
     )

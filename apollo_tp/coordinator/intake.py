@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import msgspec
+
+from apollo_tp.coordinator.chat_template import UNTELLABLE
 from apollo_tp.coordinator.evaluation import Pair
 from apollo_tp.coordinator.jobs import JobSpec, Truncate
 from apollo_tp.coordinator.render import Chat, Renderer, too_long
-from apollo_tp.coordinator.schema import PreferenceLine, SampleBody, TrainBody
+from apollo_tp.coordinator.schema import Message, PreferenceLine, SampleBody, TrainBody
 from apollo_tp.errors import RequestError, refuse
 from apollo_tp.protocol import Sample
 
@@ -32,15 +35,26 @@ class Intake:
     def train_samples(self, body: TrainBody) -> list[Sample]:
         """All samples of a POST /train body."""
         if body.samples is None:
-            return [self.sample(body, "")]
+            return self.sequences(body, "")
         own = [name for name in SampleBody.__struct_fields__ if getattr(body, name) not in (None, True, 1.0)]
         if own:
             raise refuse(own[0], "it beside 'samples'", "either 'samples' or the fields of one sample")
-        return self.samples(body.samples)
+        return [s for index, sample in enumerate(body.samples) for s in self.sequences(sample, f"samples[{index}].")]
 
     def samples(self, bodies: list[SampleBody]) -> list[Sample]:
         """Those of a list ``samples``."""
         return [self.sample(sample, f"samples[{index}].") for index, sample in enumerate(bodies)]
+
+    def sequences(self, body: SampleBody, where: str) -> list[Sample]:
+        """The sample; or one for each assistant turn, with what came before it, where the whole conversation does not show
+        its turns as they are generated: a template that drops reasoning from earlier turns, say."""
+        try:
+            return [self.sample(body, where)]
+        except RequestError as error:
+            turns = [i for i, m in enumerate(body.messages or []) if m.role == "assistant" and m.weight != 0]
+            if error.code != UNTELLABLE or len(turns) < 2:
+                raise
+        return [self.sample(msgspec.structs.replace(body, messages=_up_to(body.messages, i)), where) for i in turns]
 
     def sample(self, body: SampleBody, where: str) -> Sample:
         """One sample; ``where`` prefixes the field in errors."""
@@ -149,6 +163,12 @@ class Intake:
             ids, weights = self._chat(chat, only_last=True)
             sides.append(self.checked(ids, weights, name))
         return Pair(*sides)
+
+
+def _up_to(messages: list[Message] | None, index: int) -> list[Message]:
+    """The conversation until its assistant message ``index``, of which alone is learned."""
+    before = [msgspec.structs.replace(m, weight=0.0) if m.role == "assistant" else m for m in (messages or [])[:index]]
+    return [*before, (messages or [])[index]]
 
 
 def spec_of(body: TrainBody) -> JobSpec:

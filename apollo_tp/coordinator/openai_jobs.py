@@ -6,7 +6,7 @@ import asyncio
 import logging
 import secrets
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -299,7 +299,7 @@ def _convert(intake: Intake, method: str, param: str, file: StoredFile, source: 
                 if not line.strip():
                     continue
                 try:
-                    yield _record(intake, method, line)
+                    yield from _records(intake, method, line)
                 except RequestError as error:
                     bad += 1
                     if len(problems) < MAX_REPORTED_LINES:
@@ -313,10 +313,10 @@ def _convert(intake: Intake, method: str, param: str, file: StoredFile, source: 
     return count
 
 
-def _record(intake: Intake, method: str, line: bytes) -> Sample | Pair:
+def _records(intake: Intake, method: str, line: bytes) -> Sequence[Sample | Pair]:
     if method == "dpo":
-        return intake.pair(decode(line, PreferenceLine))
-    return intake.sample(decode(line, SupervisedLine), "")
+        return [intake.pair(decode(line, PreferenceLine))]
+    return intake.sequences(decode(line, SupervisedLine), "")
 
 
 def _event_view(event: Event) -> dict[str, Any]:

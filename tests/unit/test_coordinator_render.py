@@ -7,7 +7,15 @@ from apollo_tp.coordinator.chat_template import MARK, Template
 from apollo_tp.coordinator.intake import Intake, Limits
 from apollo_tp.coordinator.jobs import Truncate
 from apollo_tp.coordinator.render import Chat, Renderer
-from apollo_tp.coordinator.schema import Message, Preference, PreferenceLine, SampleBody, SupervisedLine, decode
+from apollo_tp.coordinator.schema import (
+    Message,
+    Preference,
+    PreferenceLine,
+    SampleBody,
+    SupervisedLine,
+    TrainBody,
+    decode,
+)
 from apollo_tp.errors import ConfigError, RequestError
 from apollo_tp.manifest import ChatTemplate, Serving
 from tests.unit.chat_model import (
@@ -224,6 +232,40 @@ def test_turns_of_weight_0_need_not_be_told(tmp_path):
     pair = Intake(renderer, Limits(400, 400), Truncate.refuse).pair(line)
     assert pair.preferred.token_ids == ids
     assert [bool(weight) for weight in pair.preferred.weights] == [bool(value) for value in values]
+
+
+@pytest.mark.parametrize("template", [THINKING_CALLS, PROMPTED], ids=["thinking", "prompted"])
+def test_a_conversation_that_does_not_show_its_turns_is_learned_turn_by_turn(tmp_path, template):
+    """Each behind what the server would have been asked with, as transformers renders it, and up to its end."""
+    folder = write_model(tmp_path, template)
+    renderer, reference = Renderer(folder), AutoTokenizer.from_pretrained(folder)
+    messages = tool_round(*TURNS[2:])
+    intake = Intake(renderer, Limits(400, 400), Truncate.refuse)
+    body = SampleBody(messages=[Message(**message) for message in messages], weight=0.5)
+    sequences = intake.sequences(body, "")
+    turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+    assert len(sequences) == len(turns) == 3
+    for index, sequence in zip(turns, sequences, strict=True):
+        before = [m | {"content": m["content"] or ""} for m in messages[:index]]
+        prompt = reference.apply_chat_template(before, add_generation_prompt=True, return_dict=False)
+        assert sequence.token_ids[: len(prompt)] == prompt
+        assert sequence.weights == [0.0] * len(prompt) + [0.5] * (len(sequence.token_ids) - len(prompt) - 1) + [0.0]
+        end = renderer._tokenizer.decode(sequence.token_ids[-2:], skip_special_tokens=False)
+        assert end == "<|im_end|>\n"
+    body.messages[1].weight = 0.0
+    assert len(intake.sequences(body, "")) == 2
+    with pytest.raises(RequestError, match="cannot be told"):
+        intake.samples([body])  # a score is of one sequence
+    told = SampleBody(messages=[Message(**message) for message in TURNS[:2]])
+    assert intake.sequences(told, "") == [intake.sample(told, "")]
+    assert intake.train_samples(TrainBody(samples=[told, body])) == [
+        intake.sample(told, ""),
+        *intake.sequences(body, ""),
+    ]
+    both = SampleBody(messages=[body.messages[0], ANSWER, ANSWER])
+    with pytest.raises(RequestError) as error:
+        intake.train_samples(TrainBody(samples=[told, both, SampleBody(text="x", tools=[])]))
+    assert error.value.field == "samples[2].tools"
 
 
 def test_marks_that_change_the_text_are_refused(tmp_path):
