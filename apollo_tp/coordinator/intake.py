@@ -48,13 +48,14 @@ class Intake:
     def sequences(self, body: SampleBody, where: str) -> list[Sample]:
         """The sample; or one for each assistant turn, with what came before it, where the whole conversation does not show
         its turns as they are generated: a template that drops reasoning from earlier turns, say."""
+        messages = body.messages or []
         try:
             return [self.sample(body, where)]
         except RequestError as error:
-            turns = [i for i, m in enumerate(body.messages or []) if m.role == "assistant" and m.weight != 0]
+            turns = [i for i, m in enumerate(messages) if m.role == "assistant" and m.weight != 0]
             if error.code != UNTELLABLE or len(turns) < 2:
                 raise
-        return [self.sample(msgspec.structs.replace(body, messages=_up_to(body.messages, i)), where) for i in turns]
+        return [self.sample(msgspec.structs.replace(body, messages=_up_to(messages, i)), where) for i in turns]
 
     def sample(self, body: SampleBody, where: str) -> Sample:
         """One sample; ``where`` prefixes the field in errors."""
@@ -165,10 +166,10 @@ class Intake:
         return Pair(*sides)
 
 
-def _up_to(messages: list[Message] | None, index: int) -> list[Message]:
+def _up_to(messages: list[Message], index: int) -> list[Message]:
     """The conversation until its assistant message ``index``, of which alone is learned."""
-    before = [msgspec.structs.replace(m, weight=0.0) if m.role == "assistant" else m for m in (messages or [])[:index]]
-    return [*before, (messages or [])[index]]
+    before = [msgspec.structs.replace(m, weight=0.0) if m.role == "assistant" else m for m in messages[:index]]
+    return [*before, messages[index]]
 
 
 def spec_of(body: TrainBody) -> JobSpec:

@@ -23,8 +23,8 @@ from typing import Any
 import jinja2
 from tokenizers import Tokenizer
 
+from apollo_tp.coordinator.chat_messages import template_messages, template_tools
 from apollo_tp.coordinator.chat_template import Conversation, Template
-from apollo_tp.coordinator.conversation import template_messages, template_tools
 from apollo_tp.coordinator.schema import Message
 from apollo_tp.errors import ConfigError, RequestError, refuse
 from apollo_tp.manifest import RESERVED_TEMPLATE_KWARGS, ChatTemplate, Serving
@@ -59,15 +59,7 @@ class Renderer:
             tokenizer.no_truncation()
         config = _read_json(folder / "tokenizer_config.json")
         self._told, self._serving = serving is not None, serving or _folder_serving(folder, config)
-        self._special = (
-            self._serving.special_tokens
-            if self._serving.special_tokens is not None
-            else {
-                name: value["content"] if isinstance(value, dict) else value
-                for name, value in config.items()
-                if name.endswith("_token") and isinstance(value, str | dict)
-            }
-        )
+        self._special = self._serving.special_tokens or _folder_special_tokens(config)
         self._added = [token.content for token in self._tokenizer.get_added_tokens_decoder().values() if token.special]
         self.eos_id = self._eos(model_path)
 
@@ -165,9 +157,15 @@ class Renderer:
 
 def too_long(field: str, count: int, limit: int) -> RequestError:
     """Of a sample with ``count`` tokens."""
-    return refuse(
-        field, f"{count} tokens", f"at most {limit} (or set truncate to 'left' or 'right')", code="sequence_too_long"
-    )
+    return refuse(field, f"{count} tokens", f"at most {limit} (see 'truncate')", code="sequence_too_long")
+
+
+def _folder_special_tokens(config: dict[str, Any]) -> dict[str, str]:
+    return {
+        name: value["content"] if isinstance(value, dict) else value
+        for name, value in config.items()
+        if name.endswith("_token") and isinstance(value, str | dict)
+    }
 
 
 def _folder_serving(folder: Path, config: dict[str, Any]) -> Serving:

