@@ -22,7 +22,7 @@ $(VENV)/.ready: requirements-cpu.lock pyproject.toml
 	touch $@
 
 demo: setup
-	$(BIN)/python -m apollo_tp.demo
+	$(BIN)/python -m examples.demo
 
 test: setup
 	$(BIN)/python -m pytest

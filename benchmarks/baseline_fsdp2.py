@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from stack import QWEN3_8B, TINY, tflops_per_gpu
+from server_stack import QWEN3_8B, TINY, tflops_per_gpu
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor

@@ -23,9 +23,9 @@ import httpx
 from bench_hogwild import ServedWeights
 from rich.console import Console
 from rich.table import Table
-from stack import QWEN3_8B, TINY, Served, Training, device_name, random_samples, serving, training, write_results
+from server_stack import QWEN3_8B, TINY, Served, Training, device_name, random_samples, serving, training, write_results
 
-from apollo_tp.compare import ask_server, gap, random_tokens, score_request, served_logprobs
+from apollo_tp.cli.compare import ask_server, gap, random_tokens, score_request, served_logprobs
 
 BLOCKS, STEPS = 8, 2
 """As many rows, after as many steps each."""

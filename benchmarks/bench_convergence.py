@@ -27,9 +27,9 @@ import torch.distributed as dist
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from apollo_tp.config import EmbeddingMode, OptimConfig, OptimizerKind, Precision, Schedule
-from apollo_tp.layout import Shard
+from apollo_tp.distributed.tp_group import TPGroup
 from apollo_tp.optim import OptimParameter, build_optimizer
-from apollo_tp.parallel import TPGroup
+from apollo_tp.shards.boxes import Shard
 
 RESULTS = Path(__file__).parent / "results"
 ROW_PARALLEL = ("o_proj.weight", "down_proj.weight")

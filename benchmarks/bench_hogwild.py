@@ -39,11 +39,11 @@ import httpx
 import torch
 from rich.console import Console
 from rich.table import Table
-from stack import QWEN3_8B, TINY, Served, Training, device_name, random_samples, serving, training, write_results
+from server_stack import QWEN3_8B, TINY, Served, Training, device_name, random_samples, serving, training, write_results
 from torch import Tensor
 
-from apollo_tp.manifest import read_instance
-from apollo_tp.mapping import map_rank
+from apollo_tp.shards.instance import read_instance
+from apollo_tp.shards.mapping import map_rank
 
 LEARNING_RATES = (1e-5, 1e-4)
 CLAMPED = -9999.0

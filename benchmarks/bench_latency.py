@@ -34,7 +34,7 @@ from typing import Any
 import httpx
 from rich.console import Console
 from rich.table import Table
-from stack import (
+from server_stack import (
     QWEN3_8B,
     TINY,
     Served,
@@ -47,8 +47,8 @@ from stack import (
     write_results,
 )  # fmt: skip
 
-from apollo_tp.demo.processes import ManagedProcess
 from apollo_tp.errors import DeadlineError, DeviceError, ServerGoneError
+from tests.support.processes import ManagedProcess
 
 WARM_UP_STEPS, STEPS_ALONE = 2, 4
 SETTLE_SECONDS = 1.0

@@ -31,11 +31,12 @@ import httpx
 import torch
 from rich.console import Console
 from rich.table import Table
-from stack import QWEN3_8B, TINY, Served, device_name, serving, write_results
+from server_stack import QWEN3_8B, TINY, Served, device_name, serving, write_results
 
-from apollo_tp.dtypes import DTYPES
-from apollo_tp.manifest import Manifest, check_agreement, read_instance
-from apollo_tp.mapping import map_rank
+from apollo_tp.shards.dtypes import DTYPES
+from apollo_tp.shards.instance import check_agreement, read_instance
+from apollo_tp.shards.manifest import Manifest
+from apollo_tp.shards.mapping import map_rank
 
 TRANSFERS = 3
 

@@ -27,10 +27,10 @@ import torch
 from torch import Tensor
 
 from apollo_tp.config import OptimConfig, OptimizerKind, Precision
-from apollo_tp.layout import Shard
+from apollo_tp.distributed.tp_group import TPGroup
 from apollo_tp.optim import Optimizer, OptimParameter, build_optimizer
 from apollo_tp.optim.torch_backend import TorchBackend
-from apollo_tp.parallel import TPGroup
+from apollo_tp.shards.boxes import Shard
 
 # (name, global rows, global columns, cut dimension): the linear layers of one block
 LLAMA_8B = [

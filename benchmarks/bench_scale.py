@@ -30,7 +30,7 @@ import torch
 from bench_optimizer import LocalGroup
 from rich.console import Console
 from rich.table import Table
-from stack import (
+from server_stack import (
     QWEN3_8B,
     QWEN3_32B,
     QWEN35_27B_TEXT,
@@ -48,7 +48,7 @@ from transformers import Qwen3_5Config, Qwen3Config
 
 from apollo_tp.config import OptimConfig, Precision
 from apollo_tp.optim import OptimParameter, build_optimizer
-from apollo_tp.placement import place
+from apollo_tp.shards.placement import place
 
 LOW_MEMORY = ("train.gradients=fused", "optim.max_grad_norm=null", "train.gradient_checkpointing=true")
 """Gradients are freed in the backward pass (which rules out clipping), activations computed again: what lets 27B fit."""
@@ -58,7 +58,7 @@ NO_REMAINDER = "train.precision=stochastic"
 # Text alone, and vLLM's own Triton kernel for prefills: on Hopper it would take flashinfer's, installed or not.
 QWEN35_SERVER = ("--language-model-only", "--gdn-prefill-backend", "triton")
 START_SECONDS = 400
-UNTUNED = Path(__file__).with_name("untuned")
+UNTUNED = Path(__file__).with_name("no_triton_autotune")
 
 
 @dataclass(frozen=True)

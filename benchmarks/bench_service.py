@@ -24,8 +24,8 @@ from pathlib import Path
 
 import httpx
 
-from tests.unit.chat_model import write_model
-from tests.unit.fakes import CoordinatorProcess, wait_for
+from tests.support.chat_model import write_model
+from tests.support.fakes import CoordinatorProcess, wait_for
 
 POLLS_PER_SECOND = 5.0
 ONE = {"context_ids": [1, 2], "continuation_ids": [3, 4]}
@@ -77,7 +77,7 @@ def main() -> None:
         folder = stack.enter_context(tempfile.TemporaryDirectory())
         coordinator = stack.enter_context(CoordinatorProcess(folder, model_path=write_model(Path(folder) / "m")))
         client = stack.enter_context(coordinator.client())
-        fake = [sys.executable, "-m", "tests.unit.fakes", coordinator.ranks_socket, f"{folder}/journal", "0.05"]
+        fake = [sys.executable, "-m", "tests.support.fakes", coordinator.ranks_socket, f"{folder}/journal", "0.05"]
         ranks = subprocess.Popen([str(part) for part in fake])
         stack.callback(ranks.wait, 10)
         stack.callback(ranks.kill)

@@ -5,7 +5,7 @@
     python benchmarks/bench_shares.py --tiny                                # rehearsal on any machine, without MPS
 
 For each share a process of its own, some at a time, tries the products that a trainer tries before its first step
-(``apollo_tp/product_check.py``), on SMs taken as ``qos.sm_percent`` takes them. What is wrong is wrong; what is not found
+(``apollo_tp/gpu_sharing/product_check.py``), on SMs taken as ``qos.sm_percent`` takes them. What is wrong is wrong; what is not found
 wrong at the lengths tried may be right.
 """
 
@@ -27,10 +27,10 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
-from stack import QWEN3_8B, TINY, device_name, mps_daemon, write_results
+from server_stack import QWEN3_8B, TINY, device_name, mps_daemon, write_results
 
-from apollo_tp.product_check import MPS_SHARE, sampled_lengths, wrong_products
-from apollo_tp.sm_share import confine
+from apollo_tp.gpu_sharing.product_check import MPS_SHARE, sampled_lengths, wrong_products
+from apollo_tp.gpu_sharing.sm_limit import confine
 
 AT_ONCE = 4
 """Processes, which share the GPU's memory."""

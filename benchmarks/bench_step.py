@@ -30,7 +30,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
-from stack import (
+from server_stack import (
     QWEN3_8B,
     TINY,
     Served,
@@ -43,8 +43,8 @@ from stack import (
     write_results,
 )
 
-from apollo_tp.demo.processes import ManagedProcess
 from apollo_tp.errors import ApolloTpError
+from tests.support.processes import ManagedProcess
 
 BASELINE_SECONDS = 150
 """A sub-run of the baseline is ended after this long; it starts, compiles and runs in about a third of that."""

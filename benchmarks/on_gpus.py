@@ -49,7 +49,7 @@ def bench_several() -> tuple[str, ...]:
     """On one server: the other steps, what training costs a client, updates without a pause."""
     latency = "latency --cases 'idle,time-slicing,pace 0.5' --seconds 4"
     steps = "step --cases 4x 1x-recompute 4x-recompute"
-    return ("benchmarks/several.py", steps, latency, "hogwild", "--seconds", "480", "--out", "{out}")
+    return ("benchmarks/run_benchmarks.py", steps, latency, "hogwild", "--seconds", "480", "--out", "{out}")
 
 
 def pytest(*words: str) -> tuple[str, ...]:
@@ -57,14 +57,14 @@ def pytest(*words: str) -> tuple[str, ...]:
 
 
 STEPS = {
-    "kernels": Step(pytest("tests/unit/test_optim_kernels.py"), 120, server=False, rehearsal=None),
+    "kernels": Step(pytest("tests/unit/optim/test_kernels.py"), 120, server=False, rehearsal=None),
     "sums": Step(pytest("tests/gpu/test_peer_memory.py"), 100, server=False, rehearsal=None),
     "products": Step(
-        pytest("tests/gpu/test_products.py", "tests/gpu/test_sm_share.py"), 180, server=False, rehearsal=None
+        pytest("tests/gpu/test_product_check.py", "tests/gpu/test_sm_limit.py"), 180, server=False, rehearsal=None
     ),
     "replicas": Step(pytest("tests/gpu/test_replicas.py"), 200, server=False, rehearsal=None),
     "shares": Step(bench("shares", "--out", "{out}"), 300, server=False),
-    "graphs": Step(pytest("tests/gpu/test_graphs.py"), 150, server=False, rehearsal=None),
+    "graphs": Step(pytest("tests/gpu/test_cuda_graphs.py"), 150, server=False, rehearsal=None),
     "gdn": Step(pytest("tests/gpu/test_gated_delta_net.py"), 400, server=False, rehearsal=None),
     "memory": Step(pytest("tests/gpu/test_memory_plan.py"), 300, server=False, rehearsal=None),
     "profile": Step(

@@ -29,21 +29,21 @@ import torch._inductor.config
 import torch.distributed as dist
 from rich.console import Console
 from rich.table import Table
-from stack import QWEN3_8B, TINY, device_name, write_results
+from server_stack import QWEN3_8B, TINY, device_name, write_results
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PretrainedConfig, Qwen3Config
 
-from apollo_tp import peer_memory
 from apollo_tp.config import GradientMode, OptimConfig, Precision, TrainConfig
-from apollo_tp.graphs import Replays
-from apollo_tp.layout import Shard
+from apollo_tp.distributed import peer_memory
+from apollo_tp.distributed.tp_group import TPGroup
+from apollo_tp.gpu_sharing.sm_limit import confine
 from apollo_tp.model import bind_model, compiled, joined
 from apollo_tp.optim import build_optimizer
-from apollo_tp.parallel import TPGroup
-from apollo_tp.protocol import Sample
-from apollo_tp.rehearsal import CudaMeter, plan_memory
-from apollo_tp.sm_share import confine
-from apollo_tp.trainer import Trainer
+from apollo_tp.shards.boxes import Shard
+from apollo_tp.training.cuda_graphs import Replays
+from apollo_tp.training.memory_profiling import CudaMeter, plan_memory
+from apollo_tp.training.trainer import Trainer
+from apollo_tp.wire.commands import Sample
 
 TIMEOUT = datetime.timedelta(seconds=120)
 RANK_OF_TWO = {"num_attention_heads": 16, "num_key_value_heads": 4, "intermediate_size": 6144, "vocab_size": 75968}

@@ -22,8 +22,8 @@ from pathlib import Path
 
 import msgspec
 
-from apollo_tp import runtime
 from apollo_tp.errors import ApolloTpError, CheckpointError, ConfigError
+from apollo_tp.runtime import private_files
 
 log = logging.getLogger(__name__)
 
@@ -81,7 +81,7 @@ def writer_lock(root: Path) -> Iterator[None]:
         )
 
     root.mkdir(mode=0o700, parents=True, exist_ok=True)
-    with runtime.locked(root / ".writer.lock", refuse):
+    with private_files.locked(root / ".writer.lock", refuse):
         yield
 
 

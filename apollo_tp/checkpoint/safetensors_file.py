@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from apollo_tp.dtypes import NAMES
-from apollo_tp.layout import Box
+from apollo_tp.shards.boxes import Box
+from apollo_tp.shards.dtypes import NAMES
 
 
 @dataclass(frozen=True)

@@ -18,23 +18,23 @@ from pathlib import Path
 import uvicorn
 import zmq.asyncio
 
-from apollo_tp import runtime
-from apollo_tp.coordinator.auth import load_access
-from apollo_tp.coordinator.curve import CurveListener
-from apollo_tp.coordinator.edge import log_format
-from apollo_tp.coordinator.http import build_app
-from apollo_tp.coordinator.metrics import Metrics
-from apollo_tp.coordinator.openai_jobs import FineTuningApi
-from apollo_tp.coordinator.ranks import RankLink, bind_private
-from apollo_tp.coordinator.render import Renderer
-from apollo_tp.coordinator.scheduler import Scheduler
-from apollo_tp.coordinator.service import Service, model_digest, model_vocab_size
+from apollo_tp.coordinator.http.auth import load_access
+from apollo_tp.coordinator.http.curve import CurveListener
+from apollo_tp.coordinator.http.errors import build_app
+from apollo_tp.coordinator.http.metrics import Metrics
+from apollo_tp.coordinator.http.middleware import log_format
+from apollo_tp.coordinator.http.openai_jobs import FineTuningApi
+from apollo_tp.coordinator.http.service import Service, model_digest, model_vocab_size
+from apollo_tp.coordinator.http.tunnel import Tunnel
+from apollo_tp.coordinator.http.views import Changes
+from apollo_tp.coordinator.jobs.rank_link import RankLink, bind_private
+from apollo_tp.coordinator.jobs.scheduler import Scheduler
+from apollo_tp.coordinator.jobs.store import Store
+from apollo_tp.coordinator.jobs.writers import open_writers
+from apollo_tp.coordinator.samples.render import Renderer
 from apollo_tp.coordinator.settings import EXIT_STORAGE, Settings, load
-from apollo_tp.coordinator.store import Store
-from apollo_tp.coordinator.tunnel import Tunnel
-from apollo_tp.coordinator.views import Changes
-from apollo_tp.coordinator.writers import open_writers
 from apollo_tp.errors import ApolloTpError, ConfigError
+from apollo_tp.runtime import instance_folder, private_files
 
 log = logging.getLogger("apollo_tp.coordinator")
 ADDRESS_FILE = "coordinator.json"
@@ -91,7 +91,7 @@ async def serve(settings: Settings) -> None:
         stack.enter_context(writer)
         scheduler.on_step.append(writer)
         scheduler.on_evaluation.append(writer.evaluated)
-    path = runtime.socket_path(Path(settings.instance_dir), "coordinator.sock")
+    path = instance_folder.socket_path(Path(settings.instance_dir), "coordinator.sock")
     tunnels = [Tunnel(context, lambda socket: bind_private(socket, path), app)]
     if settings.service.zmq.port is not None:
         curve = CurveListener(context, settings.service.zmq)
@@ -135,7 +135,7 @@ async def serve(settings: Settings) -> None:
 def _build_scheduler(settings: Settings, store: Store, context: zmq.asyncio.Context, changes: Changes) -> Scheduler:
     link = RankLink(
         context,
-        runtime.socket_path(Path(settings.instance_dir), "ranks.sock"),
+        instance_folder.socket_path(Path(settings.instance_dir), "ranks.sock"),
         timeout_seconds=settings.service.rank_timeout_seconds,
         on_change=changes.notify,
     )
@@ -180,7 +180,7 @@ def _publish_address(settings: Settings, listener: socket.socket) -> None:
     host, port = listener.getsockname()[:2]
     url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
     content = json.dumps({"url": url, "pid": os.getpid(), "started_at": time.time()}).encode()
-    runtime.write_private(Path(settings.instance_dir) / ADDRESS_FILE, content)
+    private_files.write_private(Path(settings.instance_dir) / ADDRESS_FILE, content)
     log.info("coordinator at %s, state in %s", url, settings.service.state_dir)
 
 

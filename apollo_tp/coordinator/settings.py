@@ -8,7 +8,7 @@ import msgspec
 
 from apollo_tp.config import ServiceConfig
 from apollo_tp.errors import ConfigError
-from apollo_tp.manifest import Serving
+from apollo_tp.shards.serving import Serving
 
 EXIT_STORAGE = 4
 """Exit status when nothing can be stored, for example on a full disk: who starts this process tries again."""

@@ -11,8 +11,8 @@ import sys
 import time
 
 from apollo_tp.errors import ApolloTpError, ServerGoneError
+from apollo_tp.gpu_sharing.mps import share_gpu
 from apollo_tp.launch.compose import help_text, read_config
-from apollo_tp.launch.qos import share_gpu
 
 EXIT_FAILED = 1
 EXIT_OPTIONS = 2

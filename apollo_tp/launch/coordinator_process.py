@@ -12,11 +12,12 @@ from pathlib import Path
 
 import msgspec
 
-from apollo_tp import runtime
 from apollo_tp.config import Config
 from apollo_tp.coordinator.settings import EXIT_STORAGE, Settings
 from apollo_tp.errors import ConfigError
-from apollo_tp.manifest import Manifest, read_serving
+from apollo_tp.runtime import private_files
+from apollo_tp.shards.manifest import Manifest
+from apollo_tp.shards.serving import read_serving
 
 STOP_SECONDS = 10.0
 MIN_LIFE_SECONDS = 10.0
@@ -45,7 +46,7 @@ class CoordinatorProcess:
             parent_pid=os.getpid(),
         )
         self._settings_path = folder / "coordinator_settings.json"
-        runtime.write_private(self._settings_path, msgspec.json.encode(settings))
+        private_files.write_private(self._settings_path, msgspec.json.encode(settings))
         self._has_lived = False
         self._start()
 

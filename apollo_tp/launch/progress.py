@@ -7,7 +7,7 @@ import sys
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from apollo_tp import protocol
+from apollo_tp.wire import commands
 
 log = logging.getLogger("apollo_tp")
 
@@ -20,7 +20,7 @@ class StepProgress:
         self._task = None
         self._job = ""
 
-    def __call__(self, command: protocol.Step | protocol.PreferenceStep, done: protocol.StepDone) -> None:
+    def __call__(self, command: commands.Step | commands.PreferenceStep, done: commands.StepDone) -> None:
         speed = done.num_tokens / done.step_seconds if done.step_seconds else 0.0
         if not sys.stderr.isatty():
             log.info(

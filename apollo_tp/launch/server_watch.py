@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable
 
 from apollo_tp.errors import ServerGoneError
-from apollo_tp.manifest import Manifest
+from apollo_tp.shards.manifest import Manifest
 
 
 class ServerWatch:

@@ -15,30 +15,35 @@ import torch
 import torch.distributed as dist
 from transformers import AutoConfig, PretrainedConfig
 
-from apollo_tp import protocol, runtime, sm_share
 from apollo_tp.checkpoint import CheckpointWriter, read_info
 from apollo_tp.checkpoint.folder import OPTIMIZER_DIR, writer_lock
+from apollo_tp.checkpoint.lineage import LineageFile
 from apollo_tp.config import Config
+from apollo_tp.distributed.control import Control
+from apollo_tp.distributed.tp_group import TPGroup, compute_group
 from apollo_tp.errors import ConfigError, RankFailedError, ServerGoneError
-from apollo_tp.graphs import Replays
-from apollo_tp.launch import qos
+from apollo_tp.gpu_sharing import mps as qos
+from apollo_tp.gpu_sharing import sm_limit as sm_share
+from apollo_tp.gpu_sharing.pace import Pace
+from apollo_tp.gpu_sharing.product_check import check_products
 from apollo_tp.launch.coordinator_process import CoordinatorProcess
 from apollo_tp.launch.distributed import World, join
-from apollo_tp.launch.lineage import LineageFile
 from apollo_tp.launch.progress import StepProgress
 from apollo_tp.launch.server_watch import ServerWatch
-from apollo_tp.launch.update_gate import Lock, UpdateGate, needs_lock
-from apollo_tp.manifest import Manifest, check_agreement, read_instance, served_models, wait_for_server
-from apollo_tp.mapping import MappedRank, map_rank, verify_against_checkpoint
 from apollo_tp.model import BoundModel, bind_model
 from apollo_tp.model.served_config import as_served
 from apollo_tp.optim import Optimizer, build_optimizer
-from apollo_tp.pace import Pace
-from apollo_tp.parallel import TPGroup
-from apollo_tp.product_check import check_products
-from apollo_tp.rank_loop import Control, Link, RankLoop, compute_group
-from apollo_tp.rehearsal import CudaMeter, plan_memory
-from apollo_tp.trainer import Trainer
+from apollo_tp.runtime import instance_folder, processes
+from apollo_tp.shards.instance import check_agreement, read_instance, served_models, wait_for_server
+from apollo_tp.shards.manifest import Manifest
+from apollo_tp.shards.mapping import MappedRank, map_rank, verify_against_checkpoint
+from apollo_tp.training.coordinator_link import Link
+from apollo_tp.training.cuda_graphs import Replays
+from apollo_tp.training.memory_profiling import CudaMeter, plan_memory
+from apollo_tp.training.rank_loop import RankLoop
+from apollo_tp.training.trainer import Trainer
+from apollo_tp.training.update_gate import Lock, UpdateGate, needs_lock
+from apollo_tp.wire import commands
 
 log = logging.getLogger("apollo_tp")
 
@@ -98,7 +103,7 @@ def _run(start: _Start, on_server_gone: Callable[[ServerGoneError], None]) -> No
 def _find_server(start: _Start) -> tuple[list[Manifest], Path]:
     """The one server to train, awaited and read by every rank; it and the checkpoints' folder are locked by rank 0."""
     config, world, control = start.config, start.world, start.control
-    base = runtime.base_dir(config.server.runtime_dir)
+    base = instance_folder.base_dir(config.server.runtime_dir)
     name, seconds = "", config.server.wait_seconds
     with _together(control):
         if world.rank == 0:
@@ -106,7 +111,7 @@ def _find_server(start: _Start) -> tuple[list[Manifest], Path]:
         # on every rank: who waited for rank 0 in a collective would give up at that one's deadline
         name = wait_for_server(base, config.server.instance, seconds)[0].instance_id
         if world.rank == 0:
-            start.stack.enter_context(runtime.trainer_lock(runtime.instance_dir(name, base)))
+            start.stack.enter_context(instance_folder.trainer_lock(instance_folder.instance_dir(name, base)))
             start.stack.enter_context(writer_lock(Path(config.checkpoint.dir).resolve()))
     folder = base / control.broadcast(name.encode()).decode()
     with _together(control):
@@ -255,10 +260,10 @@ def _check_products(start: _Start, trainer: Trainer) -> None:
 
 def _update_gate(start: _Start, folder: Path, weight_version: int, tp: TPGroup, device: torch.device) -> UpdateGate:
     """How updates and running requests keep out of each other's way. Collective."""
-    me = runtime.ProcessId.of(os.getpid())
+    me = processes.ProcessId.of(os.getpid())
     assert me is not None
     answers = start.control.gather(msgspec.json.encode((me.pid, me.start_ticks)))
-    ranks = [runtime.ProcessId(*msgspec.json.decode(answer)) for answer in answers]
+    ranks = [processes.ProcessId(*msgspec.json.decode(answer)) for answer in answers]
     sync, lock = start.config.sync, None
     with _together(start.control):
         if start.world.rank == 0 and needs_lock(sync):
@@ -288,7 +293,7 @@ class _Checkpoints:
             tp,
             keep=config.checkpoint.keep,
             save_config=hf_config.save_pretrained,
-            served=lambda: served_models(runtime.base_dir(config.server.runtime_dir)),
+            served=lambda: served_models(instance_folder.base_dir(config.server.runtime_dir)),
         )
 
     def save(self, name: str) -> tuple[str, int]:
@@ -304,13 +309,13 @@ def _coordinate(start: _Start, folder: Path, manifest: Manifest) -> Link | None:
         return None
     coordinator = CoordinatorProcess(start.config, folder, manifest)
     start.stack.callback(coordinator.stop)
-    return Link(f"ipc://{runtime.socket_path(folder, 'ranks.sock')}", alive=coordinator.check)
+    return Link(f"ipc://{instance_folder.socket_path(folder, 'ranks.sock')}", alive=coordinator.check)
 
 
 def _serve(
     start: _Start,
     link: Link | None,
-    hello: Callable[[str, int], protocol.Hello],
+    hello: Callable[[str, int], commands.Hello],
     trainer: Trainer,
     checkpoints: _Checkpoints,
     lineage: LineageFile,
@@ -320,7 +325,7 @@ def _serve(
     """Commands, until told to stop."""
     progress = StepProgress()
 
-    def on_step(command: protocol.Step | protocol.PreferenceStep, done: protocol.StepDone) -> None:
+    def on_step(command: commands.Step | commands.PreferenceStep, done: commands.StepDone) -> None:
         step = {"last_job_id": command.job_id, "last_job_step": command.job_step}
         lineage.update(weight_version=done.weight_version, step_count=trainer.optimizer.step_count, **step)
         if start.world.rank == 0:
@@ -339,9 +344,9 @@ def _serve(
         after_failure=lineage.count_to,
     )
     loop.stop_on_signals()
-    goodbye = protocol.Goodbye(reason="the trainer raised", failed=True)
+    goodbye = commands.Goodbye(reason="the trainer raised", failed=True)
     try:
-        goodbye = protocol.Goodbye(reason=loop.run())
+        goodbye = commands.Goodbye(reason=loop.run())
         log.info("leaving: %s", goodbye.reason)
     finally:
         progress.close()
@@ -351,7 +356,7 @@ def _serve(
 
 def _hello(
     config: Config, manifests: list[Manifest], model: BoundModel, trainer: Trainer, memory: str
-) -> Callable[[str, int], protocol.Hello]:
+) -> Callable[[str, int], commands.Hello]:
     first = manifests[0]
     rows: list[dict[str, str | int | list[int]]] = [
         {
@@ -367,9 +372,9 @@ def _hello(
     limit = config.train.max_sequence_tokens
     shapes = {p.name: p.shard.global_shape for p in model.parameters}
 
-    def hello(last_job_id: str, last_job_step: int) -> protocol.Hello:
-        return protocol.Hello(
-            protocol_version=protocol.PROTOCOL_VERSION,
+    def hello(last_job_id: str, last_job_step: int) -> commands.Hello:
+        return commands.Hello(
+            protocol_version=commands.PROTOCOL_VERSION,
             instance_id=first.instance_id,
             server_life=f"{first.instance_id}@{first.pid}.{first.pid_start_ticks}",
             model_path=first.model_path,

@@ -10,16 +10,17 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from apollo_tp.data import pack
+from apollo_tp.distributed.tp_group import TPGroup
 from apollo_tp.errors import UnsupportedModelError
-from apollo_tp.layout import Shard
-from apollo_tp.loss import VocabShard
+from apollo_tp.gpu_sharing.pace import decoder_layers
+from apollo_tp.model.batch import pack
 from apollo_tp.model.bound import BoundModel, BoundParameter, Role, final_hidden_states
 from apollo_tp.model.compiled import compile_layers
 from apollo_tp.model.families import logits_transform, refuse_unknown_layers
-from apollo_tp.model.fused import refuse_wrong_cuts
+from apollo_tp.model.fused_tensors import refuse_wrong_cuts
 from apollo_tp.model.gradients import GradientSync, Place
 from apollo_tp.model.joined import JoinedLinear, JoinedPart, stack_rows
+from apollo_tp.model.loss import VocabShard
 from apollo_tp.model.names import NameMap, map_names
 from apollo_tp.model.narrow import build_on_meta
 from apollo_tp.model.recurrent import respect_boundaries
@@ -32,9 +33,8 @@ from apollo_tp.model.regions import (
     install_regions,
 )
 from apollo_tp.model.vocabulary import VocabParallelEmbedding
-from apollo_tp.pace import decoder_layers
-from apollo_tp.parallel import TPGroup
-from apollo_tp.protocol import Sample
+from apollo_tp.shards.boxes import Shard
+from apollo_tp.wire.commands import Sample
 
 Shards = dict[str, tuple[Shard, Tensor]]
 Index = tuple[int | slice, ...]

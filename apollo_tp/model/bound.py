@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from apollo_tp.data import PackedBatch
-from apollo_tp.layout import Shard
-from apollo_tp.loss import VocabShard, nll_sum, target_logprobs
+from apollo_tp.distributed.tp_group import TPGroup
+from apollo_tp.model.batch import PackedBatch
 from apollo_tp.model.gradients import GradientSync
 from apollo_tp.model.joined import JoinedLinear
-from apollo_tp.parallel import TPGroup
+from apollo_tp.model.loss import VocabShard, nll_sum, target_logprobs
+from apollo_tp.shards.boxes import Shard
 
 Role = Literal["matrix", "embedding", "other"]
 

@@ -10,9 +10,9 @@ from __future__ import annotations
 from torch import nn
 from transformers import PreTrainedModel
 
+from apollo_tp.gpu_sharing.pace import decoder_layers
 from apollo_tp.model.attention import cudnn_is_faster
 from apollo_tp.model.regions import FullWidthRMSNorm
-from apollo_tp.pace import decoder_layers
 
 REPEAT_CHEAP_WORK = True
 """Whether compiled code computes norms, activation functions and the like again in its backward pass where that saves

@@ -16,7 +16,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from apollo_tp.errors import UnsupportedModelError
-from apollo_tp.loss import LogitsTransform
+from apollo_tp.model.loss import LogitsTransform
 from apollo_tp.model.recurrent import keeps_boundaries
 from apollo_tp.model.refusal import refusing
 

@@ -11,9 +11,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from apollo_tp.distributed.tp_group import TPGroup
 from apollo_tp.errors import ReplicaError
-from apollo_tp.layout import Shard, replicated_parts
-from apollo_tp.parallel import TPGroup
+from apollo_tp.shards.boxes import Shard, replicated_parts
 
 BUCKET_BYTES = 64 * 2**20
 """Gradients are joined into flat buffers of at most this size (a larger one stays alone), one collective each."""

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
+from apollo_tp.distributed.tp_group import TPGroup
 from apollo_tp.model.tp_linear import ALONE, column_parallel_linear
-from apollo_tp.parallel import TPGroup
 
 
 class JoinedLinear(nn.Module):

@@ -13,11 +13,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from apollo_tp.distributed.collectives import copy_to_region, reduce_from_region
+from apollo_tp.distributed.tp_group import TPGroup
 from apollo_tp.errors import UnsupportedModelError
 from apollo_tp.model.families import FULL_WIDTH_NORMS
 from apollo_tp.model.joined import JoinedPart
 from apollo_tp.model.tp_linear import row_parallel_linear
-from apollo_tp.parallel import TPGroup, copy_to_region, reduce_from_region
 
 
 class RowParallelLinear(nn.Module):

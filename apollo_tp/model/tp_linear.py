@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from apollo_tp.parallel import TPGroup, group_of, operator
+from apollo_tp.distributed.tp_group import TPGroup, group_of, operator
 
 MIN_PART_ROWS = 1024
 """Output rows from which on a part of a joined product is worth products of its own in the backward pass: its gradient need

@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from apollo_tp.distributed.collectives import reduce_from_region
 from apollo_tp.errors import UnsupportedModelError
-from apollo_tp.loss import VocabShard
-from apollo_tp.parallel import reduce_from_region
+from apollo_tp.model.loss import VocabShard
 
 
 class VocabParallelEmbedding(nn.Module):

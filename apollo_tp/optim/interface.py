@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
-from apollo_tp.layout import Shard
+from apollo_tp.shards.boxes import Shard
 
 if TYPE_CHECKING:
-    from apollo_tp.optim.matrices import MatrixGroup
+    from apollo_tp.optim.sharding import MatrixGroup
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from apollo_tp.distributed.tp_group import TPGroup
 from apollo_tp.errors import ReplicaError
 from apollo_tp.optim.weight import Weight
-from apollo_tp.parallel import TPGroup
 
 _CHUNK_ELEMENTS = 1 << 22
 COLUMNS = 5

@@ -15,7 +15,7 @@ from apollo_tp.config import OptimConfig
 from apollo_tp.optim.adamw import AdamWState
 from apollo_tp.optim.decide import decide
 from apollo_tp.optim.interface import Decision, Facts, Scales, Sums
-from apollo_tp.optim.matrices import Matrix, MatrixGroup
+from apollo_tp.optim.sharding import Matrix, MatrixGroup
 
 
 class TorchBackend:

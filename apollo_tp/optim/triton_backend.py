@@ -20,8 +20,8 @@ from apollo_tp.optim import kernels
 from apollo_tp.optim.adamw import AdamWState
 from apollo_tp.optim.decide_kernel import DecideOnDevice
 from apollo_tp.optim.interface import Decision, Scales
-from apollo_tp.optim.matrices import MatrixGroup
 from apollo_tp.optim.projection import num_words
+from apollo_tp.optim.sharding import MatrixGroup
 from apollo_tp.optim.tiles import Piece, Row, aligned, make_launches, pieces
 from apollo_tp.optim.weight import Weight, to_device
 

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from apollo_tp.config import Precision
+from apollo_tp.distributed.tp_group import TPGroup
 from apollo_tp.errors import UnsupportedModelError
-from apollo_tp.layout import Box, Shard
 from apollo_tp.optim import rounding
 from apollo_tp.optim.interface import OptimParameter
 from apollo_tp.optim.projection import stream_key
-from apollo_tp.parallel import TPGroup
+from apollo_tp.shards.boxes import Box, Shard
 
 _CHUNK_ELEMENTS = 1 << 24
 """Elements written at a time by the plain torch path, to bound its fp32 temporaries to some hundred MB."""

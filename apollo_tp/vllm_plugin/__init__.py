@@ -10,7 +10,7 @@ def register() -> None:
 
     A failure is logged; it never takes the server down.
     """
-    from apollo_tp.vllm_plugin import compat
+    from apollo_tp.vllm_plugin.compat import versions as compat
 
     if not compat.asked_for():
         return
@@ -22,8 +22,8 @@ def register() -> None:
 
 
 def _install() -> None:
-    from apollo_tp.manifest import claim_instance
-    from apollo_tp.vllm_plugin import compat
+    from apollo_tp.shards.instance import claim_instance
+    from apollo_tp.vllm_plugin.compat import versions as compat
     from apollo_tp.vllm_plugin.export import on_loaded
 
     claim_instance()

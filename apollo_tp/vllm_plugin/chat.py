@@ -10,7 +10,7 @@ from typing import Any
 
 import msgspec
 
-from apollo_tp.manifest import RESERVED_TEMPLATE_KWARGS, ChatTemplate, Serving
+from apollo_tp.shards.serving import RESERVED_TEMPLATE_KWARGS, ChatTemplate, Serving
 
 logger = logging.getLogger("vllm.apollo_tp")
 

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from apollo_tp.manifest import CheckpointTensor
+from apollo_tp.shards.manifest import CheckpointTensor
 
 
 def model_folder(model: str, revision: str | None, download_dir: str | None = None) -> Path | None:

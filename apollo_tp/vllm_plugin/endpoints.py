@@ -21,10 +21,13 @@ import zmq.asyncio
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response, StreamingResponse
 
-from apollo_tp import protocol, runtime
 from apollo_tp.errors import ConfigError
-from apollo_tp.manifest import publish_serving, unclaimed
+from apollo_tp.runtime import instance_folder
+from apollo_tp.shards.instance import unclaimed
+from apollo_tp.shards.serving import publish_serving
 from apollo_tp.vllm_plugin.update_lock import UpdateLock
+from apollo_tp.wire import tunnel as tunnel_messages
+from apollo_tp.wire import update_lock as lock_messages
 
 logger = logging.getLogger("vllm.apollo_tp")  # vLLM configures the "vllm" logger only
 
@@ -45,7 +48,7 @@ PATHS = {
     "/v1/files/{rest:path}": ["GET", "DELETE"],
     "/v1/fine_tuning/{rest:path}": ["GET", "POST"],
 }
-Frame = protocol.TunnelDown
+Frame = tunnel_messages.TunnelDown
 
 
 class UnavailableError(Exception):
@@ -79,7 +82,7 @@ class Tunnel:
         while True:
             frame = await socket.recv()
             with contextlib.suppress(msgspec.MsgspecError):
-                message = protocol.decode_tunnel_down(frame)
+                message = tunnel_messages.decode_tunnel_down(frame)
                 if message.id in self._open:
                     self._open[message.id].put_nowait(message)
 
@@ -91,11 +94,11 @@ class Tunnel:
         self._open[identity] = asyncio.Queue()
         return identity
 
-    async def send(self, message: protocol.TunnelUp) -> None:
+    async def send(self, message: tunnel_messages.TunnelUp) -> None:
         """Send one frame. Raises UnavailableError if nobody takes it in time."""
         try:
             async with asyncio.timeout(CONNECT_SECONDS):
-                await self._connected().send(protocol.encode_tunnel(message))
+                await self._connected().send(tunnel_messages.encode_tunnel(message))
         except (TimeoutError, zmq.ZMQError) as error:
             raise UnavailableError(f"the trainer's coordinator does not answer at {self._path}") from error
 
@@ -112,7 +115,9 @@ class Tunnel:
         self._open.pop(identity, None)
         if not finished:
             with contextlib.suppress(zmq.ZMQError):  # nobody there: nothing to cancel
-                await self._connected().send(protocol.encode_tunnel(protocol.TunnelCancel(identity)), zmq.NOBLOCK)
+                await self._connected().send(
+                    tunnel_messages.encode_tunnel(tunnel_messages.TunnelCancel(identity)), zmq.NOBLOCK
+                )
 
 
 class ApolloEndpoints:
@@ -138,7 +143,7 @@ class ApolloEndpoints:
             logger.warning("apollo_tp: this server cannot be trained: %s", reason)
             return
         from apollo_tp.vllm_plugin import chat
-        from apollo_tp.vllm_plugin.compat import Engine
+        from apollo_tp.vllm_plugin.compat.versions import Engine
 
         count = getattr(args, "api_server_count", None) or 1
         refusal = "" if count == 1 else (
@@ -147,12 +152,14 @@ class ApolloEndpoints:
         )  # fmt: skip
         self._lock = UpdateLock(Engine(engine_client), refusal)
         try:
-            folder = runtime.instance_dir(runtime.ensure_instance_id())
-            await self._lock.start(runtime.socket_path(folder, protocol.SYNC_SOCKET))
+            folder = instance_folder.instance_dir(instance_folder.ensure_instance_id())
+            await self._lock.start(instance_folder.socket_path(folder, lock_messages.SYNC_SOCKET))
         except (ConfigError, OSError) as error:  # serving must not depend on us; the trainer says what is missing
             logger.warning("apollo_tp: updates cannot pause this server: %s", error)
         try:
-            publish_serving(chat.serving(engine_client, args), runtime.instance_dir(runtime.ensure_instance_id()))
+            publish_serving(
+                chat.serving(engine_client, args), instance_folder.instance_dir(instance_folder.ensure_instance_id())
+            )
         except (ConfigError, OSError) as error:
             logger.warning("apollo_tp: no trainer will hear that this server is ready: %s", error)
 
@@ -161,8 +168,8 @@ class ApolloEndpoints:
             if reason := unclaimed():
                 raise UnavailableError(f"this server cannot be trained: {reason}")
             try:
-                folder = runtime.instance_dir(runtime.ensure_instance_id())
-                self._tunnel = Tunnel(runtime.socket_path(folder, "coordinator.sock"))
+                folder = instance_folder.instance_dir(instance_folder.ensure_instance_id())
+                self._tunnel = Tunnel(instance_folder.socket_path(folder, "coordinator.sock"))
             except (ConfigError, OSError) as error:
                 raise UnavailableError(str(error)) from error
         return self._tunnel
@@ -190,11 +197,11 @@ class ApolloEndpoints:
         path, query, headers = _route_path(request), request.scope["query_string"], request.headers.raw
         # of --uds uvicorn knows no address; None would say that the client is let in without a token
         client = request.client.host if request.client else "a unix socket"
-        await tunnel.send(protocol.TunnelRequest(identity, request.method, path, query, list(headers), client))
+        await tunnel.send(tunnel_messages.TunnelRequest(identity, request.method, path, query, list(headers), client))
         async for part in request.stream():
             for start in range(0, len(part), CHUNK_BYTES):
-                await tunnel.send(protocol.TunnelBody(identity, part[start : start + CHUNK_BYTES], True))
-        await tunnel.send(protocol.TunnelBody(identity, b"", False))
+                await tunnel.send(tunnel_messages.TunnelBody(identity, part[start : start + CHUNK_BYTES], True))
+        await tunnel.send(tunnel_messages.TunnelBody(identity, b"", False))
 
     async def _answer(self, tunnel: Tunnel, identity: int, upload: asyncio.Task[None]) -> Response:
         seconds = ACCEPT_SECONDS
@@ -210,7 +217,7 @@ class ApolloEndpoints:
             finally:
                 frame.cancel()
             seconds = ALIVE_SECONDS
-            if isinstance(head, protocol.TunnelHead):
+            if isinstance(head, tunnel_messages.TunnelHead):
                 break
         if not upload.done():
             upload.cancel()  # refused before its end; from here on the response listens for the client's disconnect
@@ -224,11 +231,11 @@ class ApolloEndpoints:
         try:
             while not finished:
                 frame = await tunnel.next(identity, ALIVE_SECONDS)
-                if isinstance(frame, protocol.TunnelBody):
+                if isinstance(frame, tunnel_messages.TunnelBody):
                     finished = not frame.more
                     yield frame.data  # resumed once the client has taken it, but for what the transport holds
                     if not finished:
-                        await tunnel.send(protocol.TunnelTaken(identity, len(frame.data)))
+                        await tunnel.send(tunnel_messages.TunnelTaken(identity, len(frame.data)))
         finally:
             upload.cancel()
             await tunnel.close(identity, finished=finished)

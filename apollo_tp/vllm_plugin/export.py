@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from apollo_tp import runtime
-from apollo_tp.dtypes import DTYPES, NAMES
-from apollo_tp.manifest import (
-    ENDPOINTS_VARIABLE,
+from apollo_tp.runtime import instance_folder, processes
+from apollo_tp.shards.dtypes import DTYPES, NAMES
+from apollo_tp.shards.instance import ENDPOINTS_VARIABLE
+from apollo_tp.shards.manifest import (
     SCHEMA_VERSION,
     Allocation,
     CheckpointTensor,
@@ -27,7 +27,8 @@ from apollo_tp.manifest import (
     ServedTensor,
     publish,
 )
-from apollo_tp.vllm_plugin import checkpoint_index, compat, memory
+from apollo_tp.vllm_plugin import checkpoint_index, memory
+from apollo_tp.vllm_plugin.compat import versions as compat
 from apollo_tp.vllm_plugin.trace import Trace, trace_loader
 
 logger = logging.getLogger("vllm.apollo_tp")  # vLLM configures the "vllm" logger only
@@ -45,7 +46,7 @@ def on_loaded(model: nn.Module, vllm_config: Any, model_config: Any) -> None:
 def _publish_weights(model: nn.Module, vllm_config: Any, model_config: Any) -> None:
     rank, size = compat.tensor_parallel()
     header = _header(vllm_config, model_config, rank, size)
-    folder = runtime.instance_dir(header["instance_id"])
+    folder = instance_folder.instance_dir(header["instance_id"])
     try:
         compat.check_version()
         manifest = _export(model, vllm_config, model_config, header)
@@ -62,7 +63,7 @@ def _publish_weights(model: nn.Module, vllm_config: Any, model_config: Any) -> N
 
 
 def _header(vllm_config: Any, model_config: Any, rank: int, size: int) -> dict[str, Any]:
-    process = runtime.ProcessId.of(os.getpid())
+    process = processes.ProcessId.of(os.getpid())
     assert process is not None
     device = "cuda" if torch.device(vllm_config.device_config.device).type == "cuda" else "cpu"
     folder = checkpoint_index.model_folder(
@@ -70,7 +71,7 @@ def _header(vllm_config: Any, model_config: Any, rank: int, size: int) -> dict[s
     )
     return {
         "schema_version": SCHEMA_VERSION,
-        "instance_id": runtime.ensure_instance_id(),
+        "instance_id": instance_folder.ensure_instance_id(),
         "created_at": time.time(),
         "vllm_version": compat.vllm_version(),
         "model_path": str(folder or model_config.model),
@@ -83,7 +84,7 @@ def _header(vllm_config: Any, model_config: Any, rank: int, size: int) -> dict[s
         "host": socket.gethostname(),
         "pid": process.pid,
         "pid_start_ticks": process.start_ticks,
-        "pid_namespace": runtime.pid_namespace(),
+        "pid_namespace": processes.pid_namespace(),
         "device": device,
         "device_uuid": str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid)
         if device == "cuda"

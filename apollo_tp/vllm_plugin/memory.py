@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from apollo_tp.manifest import Allocation
+from apollo_tp.shards.manifest import Allocation
 
 ALIGNMENT_BYTES = 64
 

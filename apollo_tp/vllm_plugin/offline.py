@@ -15,10 +15,11 @@ from typing import Any
 
 from torch import nn
 
-from apollo_tp.dtypes import DTYPES
-from apollo_tp.manifest import Allocation, Manifest
-from apollo_tp.vllm_plugin import compat, export
-from apollo_tp.vllm_plugin.cpu import import_image_processors
+from apollo_tp.shards.dtypes import DTYPES
+from apollo_tp.shards.manifest import Allocation, Manifest
+from apollo_tp.vllm_plugin import export
+from apollo_tp.vllm_plugin.compat import versions as compat
+from apollo_tp.vllm_plugin.compat.cpu import import_image_processors
 from apollo_tp.vllm_plugin.trace import trace_loader
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from apollo_tp.layout import Box
+from apollo_tp.shards.boxes import Box
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,8 +16,8 @@ from typing import Protocol
 
 import msgspec
 
-from apollo_tp import protocol
 from apollo_tp.config import CacheMode, SyncMode
+from apollo_tp.wire import update_lock as lock_messages
 
 logger = logging.getLogger("vllm.apollo_tp")  # vLLM configures the "vllm" logger only
 
@@ -38,10 +38,10 @@ class UpdateLock:
     """Listens from ``start`` on. ``refusal`` says why this server cannot be paused ("" when it can)."""
 
     def __init__(
-        self, engine: PausableEngine, refusal: str = "", lease_seconds: float = protocol.SYNC_LEASE_SECONDS
+        self, engine: PausableEngine, refusal: str = "", lease_seconds: float = lock_messages.SYNC_LEASE_SECONDS
     ) -> None:
         self._engine, self._refusal, self._lease_seconds = engine, refusal, lease_seconds
-        self._attached: protocol.SyncAttach | None = None
+        self._attached: lock_messages.SyncAttach | None = None
         self._pausing: asyncio.Task[None] | None = None
         self._expired = False
         self._num_salts = 0
@@ -82,9 +82,9 @@ class UpdateLock:
             if mine:
                 await self._detach()
 
-    def _attach(self, request: protocol.SyncRequest) -> str:
+    def _attach(self, request: lock_messages.SyncRequest) -> str:
         """Take the place of the one trainer; returns why not."""
-        if not isinstance(request, protocol.SyncAttach):
+        if not isinstance(request, lock_messages.SyncAttach):
             raise ValueError(f"got {type(request).__name__}, expected SyncAttach first")
         SyncMode(request.mode), CacheMode(request.cache)
         if self._refusal:
@@ -111,7 +111,7 @@ class UpdateLock:
             "apollo_tp: the trainer left%s", " while the server was paused; resumed" if held else "",
         )  # fmt: skip
 
-    async def _request(self, reader: asyncio.StreamReader) -> protocol.SyncRequest:
+    async def _request(self, reader: asyncio.StreamReader) -> lock_messages.SyncRequest:
         """The next request. While a pause is held it must come within the lease: otherwise the server is resumed."""
         frame = asyncio.ensure_future(_read(reader))
         try:
@@ -120,24 +120,24 @@ class UpdateLock:
                 if not done:
                     logger.error(
                         "apollo_tp: nothing heard of the trainer for %.0f s while it held the server paused, expected a "
-                        "word every %.1f s; resumed", self._lease_seconds, protocol.SYNC_RENEW_SECONDS,
+                        "word every %.1f s; resumed", self._lease_seconds, lock_messages.SYNC_RENEW_SECONDS,
                     )  # fmt: skip
                     self._expired = True
                     await self._resume()
-            return protocol.decode_sync_request(await frame)
+            return lock_messages.decode_sync_request(await frame)
         finally:
             frame.cancel()
 
-    async def _handle(self, request: protocol.SyncRequest, writer: asyncio.StreamWriter) -> None:
+    async def _handle(self, request: lock_messages.SyncRequest, writer: asyncio.StreamWriter) -> None:
         match request:
-            case protocol.SyncPause():
+            case lock_messages.SyncPause():
                 if self._pausing is not None:
                     raise ValueError("got SyncPause, expected SyncRelease: the server is paused already")
                 self._expired = False
                 self._pausing = asyncio.create_task(self._pause(writer))
-            case protocol.SyncRelease():
+            case lock_messages.SyncRelease():
                 await _answer(writer, "SyncRelease", await self._release(request.weight_version))
-            case protocol.SyncRenew():
+            case lock_messages.SyncRenew():
                 pass
             case _:
                 raise ValueError(f"got {type(request).__name__}, expected it once, at the beginning")
@@ -213,12 +213,12 @@ class UpdateLock:
 
 async def _read(reader: asyncio.StreamReader) -> bytes:
     size = int.from_bytes(await reader.readexactly(4), "big")
-    if size > protocol.MAX_SYNC_FRAME_BYTES:
-        raise ValueError(f"got a frame of {size} bytes, expected at most {protocol.MAX_SYNC_FRAME_BYTES}")
+    if size > lock_messages.MAX_SYNC_FRAME_BYTES:
+        raise ValueError(f"got a frame of {size} bytes, expected at most {lock_messages.MAX_SYNC_FRAME_BYTES}")
     return await reader.readexactly(size)
 
 
 async def _answer(writer: asyncio.StreamWriter, kind: str, error: str) -> None:
-    writer.write(protocol.encode_sync(protocol.SyncAnswer(kind, error)))
+    writer.write(lock_messages.encode_sync(lock_messages.SyncAnswer(kind, error)))
     async with asyncio.timeout(WRITE_SECONDS):
         await writer.drain()

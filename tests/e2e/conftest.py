@@ -10,10 +10,11 @@ from pathlib import Path
 import httpx
 import pytest
 
-from apollo_tp.demo.model import make_model, standard_library_text
-from apollo_tp.demo.processes import ManagedProcess, coordinator_url, free_port, start_server, start_trainer
-from apollo_tp.manifest import Manifest, read_instance
-from apollo_tp.mapping import map_rank, verify_against_checkpoint
+from apollo_tp.shards.instance import read_instance
+from apollo_tp.shards.manifest import Manifest
+from apollo_tp.shards.mapping import map_rank, verify_against_checkpoint
+from tests.support.demo_model import make_model, standard_library_text
+from tests.support.processes import ManagedProcess, coordinator_url, free_port, start_server, start_trainer
 
 START_SECONDS = 400.0
 

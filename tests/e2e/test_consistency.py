@@ -16,9 +16,9 @@ from pathlib import Path
 import httpx
 import pytest
 
-from apollo_tp.demo.processes import ManagedProcess, coordinator_url, start_trainer
 from tests.e2e.conftest import Server, Trainer
-from tests.e2e.slow_launch import VARIABLE
+from tests.support.processes import ManagedProcess, coordinator_url, start_trainer
+from tests.support.slow_launch import VARIABLE
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]
 
@@ -43,7 +43,7 @@ def start(server: Server, tmp_path: Path) -> Iterator[START]:
     def begin(*overrides: str) -> Trainer:
         command = [
             sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-            "-m", "tests.e2e.slow_launch", "service.http.port=0", f"service.state_dir={tmp_path}/service",
+            "-m", "tests.support.slow_launch", "service.http.port=0", f"service.state_dir={tmp_path}/service",
             f"checkpoint.dir={tmp_path}/checkpoints", "train.threads=1", *OVERRIDES, *overrides,
         ]  # fmt: skip
         environment = {

@@ -18,8 +18,8 @@ import httpx
 import psutil
 import pytest
 
-from apollo_tp.demo.processes import ManagedProcess, start_trainer
 from tests.e2e.conftest import Server
+from tests.support.processes import ManagedProcess, start_trainer
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]
 

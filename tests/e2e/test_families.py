@@ -14,17 +14,17 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from apollo_tp import cli
-from apollo_tp.demo.model import make_tokenizer, standard_library_text
-from apollo_tp.demo.processes import coordinator_url, free_port, start_server, start_trainer
-from apollo_tp.manifest import SERVING_FILE
-from apollo_tp.mapping import map_rank, verify_against_checkpoint
+from apollo_tp.cli import main as cli
 from apollo_tp.model.served_config import as_served
-from apollo_tp.protocol import Sample
+from apollo_tp.shards.mapping import map_rank, verify_against_checkpoint
+from apollo_tp.shards.serving import SERVING_FILE
+from apollo_tp.wire.commands import Sample
 from tests.e2e.conftest import START_SECONDS, Server, Trainer
 from tests.e2e.test_live_server import _trainer_logprobs
-from tests.ranks import run_ranks
-from tests.unit.families import FAMILIES, build
+from tests.support.demo_model import make_tokenizer, standard_library_text
+from tests.support.families import FAMILIES, build
+from tests.support.processes import coordinator_url, free_port, start_server, start_trainer
+from tests.support.ranks import run_ranks
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]
 

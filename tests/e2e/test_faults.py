@@ -14,12 +14,10 @@ from pathlib import Path
 import httpx
 import pytest
 
-from apollo_tp.demo.processes import ManagedProcess, coordinator_url, free_port, start_server, start_trainer
 from apollo_tp.errors import ManifestError, NoServerError
-from apollo_tp.manifest import live_instances, wait_for_server
+from apollo_tp.shards.instance import live_instances, wait_for_server
 from tests.e2e.conftest import START_SECONDS, Server, Trainer
-from tests.e2e.faulty_launch import FAULTY_TOKEN, KILLED_IN_BACKWARD, KILLED_IN_WRITE
-from tests.faults import (
+from tests.support.faults import (
     OVERRIDES,
     environment,
     kill_in_mid_step,
@@ -28,6 +26,8 @@ from tests.faults import (
     start_faulty,
     step,
 )
+from tests.support.faulty_launch import FAULTY_TOKEN, KILLED_IN_BACKWARD, KILLED_IN_WRITE
+from tests.support.processes import ManagedProcess, coordinator_url, free_port, start_server, start_trainer
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]
 

@@ -14,16 +14,16 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from apollo_tp.data import pack
-from apollo_tp.demo.processes import coordinator_url, start_trainer
-from apollo_tp.manifest import Manifest
-from apollo_tp.mapping import map_rank
+from apollo_tp.distributed.tp_group import TPGroup
 from apollo_tp.model import bind_model
+from apollo_tp.model.batch import pack
 from apollo_tp.model.served_config import as_served
-from apollo_tp.parallel import TPGroup
-from apollo_tp.protocol import Sample
+from apollo_tp.shards.manifest import Manifest
+from apollo_tp.shards.mapping import map_rank
+from apollo_tp.wire.commands import Sample
 from tests.e2e.conftest import Server, Trainer
-from tests.ranks import run_ranks
+from tests.support.processes import coordinator_url, start_trainer
+from tests.support.ranks import run_ranks
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.unit.fakes import CoordinatorProcess, FakeRanks, wait_for
+from tests.support.fakes import CoordinatorProcess, FakeRanks, wait_for
 
 selenium = pytest.importorskip("selenium.webdriver")
 BROWSER, DRIVER = shutil.which("chromium") or shutil.which("google-chrome"), shutil.which("chromedriver")

@@ -9,9 +9,9 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from apollo_tp.demo.model import make_model, standard_library_text
-from apollo_tp.demo.processes import free_port, start_server
 from tests.e2e.conftest import START_SECONDS, Server
+from tests.support.demo_model import make_model, standard_library_text
+from tests.support.processes import free_port, start_server
 
 SERVER_ARGS = shlex.split(os.environ.get("APOLLO_TP_TEST_SERVER_ARGS", ""))
 """Options that this machine's vLLM needs, for example a --compilation-config."""

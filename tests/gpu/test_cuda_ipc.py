@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from apollo_tp.demo.model import make_model, standard_library_text
-from apollo_tp.demo.processes import free_port, start_server
-from apollo_tp.mapping import map_rank, verify_against_checkpoint
+from apollo_tp.shards.mapping import map_rank, verify_against_checkpoint
 from tests.e2e.conftest import Server
 from tests.gpu.conftest import SERVER_ARGS
+from tests.support.demo_model import make_model, standard_library_text
+from tests.support.processes import free_port, start_server
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(600)]
 
@@ -50,7 +50,7 @@ _COUNT = """
 import json, sys, torch
 from pathlib import Path
 from apollo_tp.manifest import read_instance
-from apollo_tp.mapping import map_rank, verify_against_checkpoint
+from apollo_tp.shards.mapping import map_rank, verify_against_checkpoint
 manifests = read_instance(Path(sys.argv[1]))
 found = []
 for rank in range(len(manifests)):
@@ -80,7 +80,7 @@ def test_devices_are_matched_by_uuid(server: Server) -> None:
 def test_isolated_pid_namespace_is_refused_with_the_cure(server: Server) -> None:
     """A trainer in another PID namespace cannot map: the error says which flag joins them."""
     code = (
-        "from apollo_tp.manifest import read_instance, check_agreement; from pathlib import Path; import sys;"
+        "from apollo_tp.shards.instance import read_instance, check_agreement; from pathlib import Path; import sys;"
         "check_agreement(read_instance(Path(sys.argv[1])))"
     )
     done = subprocess.run(

@@ -17,7 +17,7 @@ def test_the_demo_keeps_its_promises(tmp_path: Path) -> None:
     """Loss falls by more than 2 nats, no request fails or pauses, the checkpoint is bit-identical and serves alike."""
     extra = os.environ.get("APOLLO_TP_TEST_SERVER_ARGS", "")
     done = subprocess.run(
-        [sys.executable, "-m", "apollo_tp.demo", "--out", str(tmp_path / "demo"), f"--server-args={extra}"],
+        [sys.executable, "-m", "examples.demo", "--out", str(tmp_path / "demo"), f"--server-args={extra}"],
         capture_output=True, text=True, timeout=560, check=False,
     )  # fmt: skip
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"

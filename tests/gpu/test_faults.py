@@ -9,10 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from apollo_tp.demo.processes import coordinator_url
 from tests.e2e.conftest import Server, Trainer
-from tests.e2e.faulty_launch import KILLED_IN_BACKWARD, KILLED_IN_WRITE, ONE_OUT_OF_MEMORY
-from tests.faults import (
+from tests.support.faults import (
     PROMPT,
     assert_the_next_trainer_trains,
     assert_usable,
@@ -23,6 +21,8 @@ from tests.faults import (
     step,
     wait_for_the_end,
 )
+from tests.support.faulty_launch import KILLED_IN_BACKWARD, KILLED_IN_WRITE, ONE_OUT_OF_MEMORY
+from tests.support.processes import coordinator_url
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(600)]
 

@@ -14,15 +14,15 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, Qwen3Config
 
 from apollo_tp.config import GradientMode, OptimConfig, Precision
+from apollo_tp.distributed.tp_group import TPGroup
 from apollo_tp.errors import DeviceMemoryError
-from apollo_tp.layout import Shard
-from apollo_tp.memory_plan import MARGIN
 from apollo_tp.model import bind_model
 from apollo_tp.optim import build_optimizer
-from apollo_tp.parallel import TPGroup
-from apollo_tp.protocol import Sample
-from apollo_tp.rehearsal import CudaMeter, plan_memory
-from apollo_tp.trainer import Trainer
+from apollo_tp.shards.boxes import Shard
+from apollo_tp.training.memory_plan import MARGIN
+from apollo_tp.training.memory_profiling import CudaMeter, plan_memory
+from apollo_tp.training.trainer import Trainer
+from apollo_tp.wire.commands import Sample
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(600)]
 
@@ -115,7 +115,7 @@ def test_the_number_of_tokens_that_it_offers_fits_and_more_does_not(
 ) -> None:
     """Refused with a number; that number is accepted, and a step of it runs in what is there. With 6 GB a trial of 4,096
     tokens runs out, with 12 GB all trials fit."""
-    caplog.set_level(logging.DEBUG, "apollo_tp.rehearsal")
+    caplog.set_level(logging.DEBUG, "apollo_tp.training.memory_profiling")
     trainer = make_trainer(GradientMode.stored, recompute=False, max_tokens=1 << 20)
     meter = CudaMeter(trainer.device)
     torch.cuda.empty_cache()

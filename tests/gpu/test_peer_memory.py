@@ -9,9 +9,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from apollo_tp.parallel import TPGroup
-from apollo_tp.peer_memory import first_rows
-from tests.ranks import run_ranks
+from apollo_tp.distributed.peer_memory import first_rows
+from apollo_tp.distributed.tp_group import TPGroup
+from tests.support.ranks import run_ranks
 
 pytestmark = [pytest.mark.gpu, pytest.mark.multigpu, pytest.mark.timeout(200)]
 

@@ -12,12 +12,12 @@ import torch
 from transformers import Qwen3Config
 
 from apollo_tp.config import OptimConfig, Precision
+from apollo_tp.distributed.tp_group import TPGroup
 from apollo_tp.model import bind_model, compiled
 from apollo_tp.optim import build_optimizer
-from apollo_tp.parallel import TPGroup
-from apollo_tp.protocol import Sample
-from apollo_tp.trainer import Trainer
-from tests.ranks import run_ranks
+from apollo_tp.training.trainer import Trainer
+from apollo_tp.wire.commands import Sample
+from tests.support.ranks import run_ranks
 
 pytestmark = [pytest.mark.gpu, pytest.mark.multigpu, pytest.mark.timeout(300)]
 

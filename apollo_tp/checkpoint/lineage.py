@@ -1,0 +1,75 @@
+"""What has become of the served weights since the server loaded them: a small file in the instance's folder.
+
+It outlives the trainer, as the weights do, and goes with the server. A trainer that starts again learns from it how often
+the weights were updated, which step of which job was the last, and where the optimizer state lies.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from apollo_tp.checkpoint import read_info
+from apollo_tp.errors import ManifestError
+from apollo_tp.runtime import private_files
+
+LINEAGE_FILE = "weights.json"
+RECORD_BYTES = 16384
+"""Longer than any record: its room is taken before weights are written, and a full disk changes nothing after that."""
+
+
+class Lineage(msgspec.Struct, frozen=True):
+    """``checkpoint`` is the last one written of these weights, or the one that the server was started from; ``step_count``
+    is the optimizer's, from which the learning rate follows."""
+
+    weight_version: int = 0
+    step_count: int = 0
+    checkpoint: str = ""
+    last_job_id: str = ""
+    last_job_step: int = 0
+
+
+class LineageFile:
+    """The record on every rank; the one with ``keep`` writes it. Raises ManifestError if the file is unreadable."""
+
+    def __init__(self, folder: Path, model_path: str, *, keep: bool) -> None:
+        self._path, self._keep = folder / LINEAGE_FILE, keep
+        self._file: int | None = None
+        self.trained_here = self._path.exists()
+        if not self.trained_here:
+            source = Path(model_path).resolve()  # `latest` moves on
+            info = read_info(source)
+            self.record = Lineage(info.weight_version, checkpoint=str(source)) if info else Lineage()
+            return
+        try:
+            self.record = msgspec.json.decode(self._path.read_bytes(), type=Lineage)
+        except msgspec.DecodeError as error:
+            raise ManifestError(f"{self._path}: got an unreadable record ({error}); restart the server") from None
+
+    def before_write(self) -> None:
+        """The weights are about to differ from the folder that they were loaded from: say so before they do. Raises OSError
+        if there is no room for it."""
+        if not self.trained_here or (self._keep and self._file is None):
+            self.trained_here = True
+            self.update()
+
+    def count_to(self, weight_version: int) -> None:
+        """After a step that failed: it may have written."""
+        if weight_version != self.record.weight_version:
+            self.update(weight_version=weight_version)
+
+    def update(self, **changes: Any) -> None:
+        """Change fields, and write the record: at first complete or not at all, then in place, where it has its room."""
+        self.record = msgspec.structs.replace(self.record, **changes)
+        if not self._keep:
+            return
+        content = msgspec.json.encode(self.record).ljust(RECORD_BYTES)
+        assert len(content) == RECORD_BYTES
+        if self._file is None:
+            private_files.write_private(self._path, content)
+            self._file = os.open(self._path, os.O_WRONLY | os.O_CLOEXEC)
+        else:
+            os.pwrite(self._file, content, 0)

@@ -1,0 +1,93 @@
+"""/metrics in Prometheus format, fed by the scheduler's completed steps and read from the store at scrape time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.core import GaugeMetricFamily
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from apollo_tp.coordinator.jobs.job import Job
+from apollo_tp.coordinator.jobs.scheduler import Scheduler
+from apollo_tp.coordinator.jobs.store import Store
+from apollo_tp.wire.commands import StepDone
+
+STEP_BUCKETS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300)
+
+
+class Metrics:
+    """All metric names begin with ``apollo_``. Times are seconds, sizes bytes."""
+
+    def __init__(self, scheduler: Scheduler, store: Store) -> None:
+        self._scheduler, self._store = scheduler, store
+        self.registry = registry = CollectorRegistry()
+        self._loss = Gauge("apollo_loss_nats", "Training loss of the last step", registry=registry)
+        self._valid = Gauge("apollo_validation_loss_nats", "Validation loss of the last evaluation", registry=registry)
+        self._accuracy = Gauge(
+            "apollo_token_accuracy", "Share of tokens predicted by arg max, last step", registry=registry
+        )
+        self._norm = Gauge("apollo_grad_norm", "Global gradient norm of the last step", registry=registry)
+        self._rate = Gauge("apollo_learning_rate", "Learning rate of the last step", registry=registry)
+        self._padding = Gauge("apollo_padding_share", "Share of padding in the last step's batches", registry=registry)
+        self._tokens = Counter("apollo_tokens", "Tokens trained on", registry=registry)
+        self._loss_tokens = Counter("apollo_loss_tokens", "Tokens with a loss weight", registry=registry)
+        self._steps = Counter("apollo_steps", "Optimizer steps by outcome", ["outcome"], registry=registry)
+        self._seconds = Histogram("apollo_step_seconds", "Whole step", buckets=STEP_BUCKETS, registry=registry)
+        self._parts = Counter("apollo_step_part_seconds", "Time of steps by part", ["part"], registry=registry)
+        self._memory = Gauge(
+            "apollo_peak_memory_bytes", "Peak memory of the last step, by rank", ["rank"], registry=registry
+        )
+        registry.register(self)
+        scheduler.on_step.append(self.on_step)
+        scheduler.on_evaluation.append(
+            lambda job: self._valid.set(math.nan if job.valid_loss is None else job.valid_loss)
+        )
+
+    def on_step(self, job: Job, done: StepDone) -> None:
+        """Count a completed step."""
+        self._steps.labels("skipped" if done.skipped else "completed").inc()
+        self._tokens.inc(done.num_tokens)
+        self._loss_tokens.inc(done.num_loss_tokens)
+        self._padding.set(done.padding_share)
+        self._rate.set(done.learning_rate)
+        if not done.skipped:
+            self._loss.set(done.loss)
+            self._accuracy.set(done.token_accuracy)
+            self._norm.set(done.grad_norm)
+        self._seconds.observe(done.step_seconds)
+        known = {
+            "forward": done.forward_seconds,
+            "backward": done.backward_seconds,
+            "optimizer": done.optimizer_seconds,
+        }
+        for part, seconds in (known | {"other": max(0.0, done.step_seconds - sum(known.values()))}).items():
+            self._parts.labels(part).inc(seconds)
+        for rank, size in enumerate(done.peak_memory_bytes):
+            self._memory.labels(str(rank)).set(size)
+
+    def collect(self) -> Iterator[GaugeMetricFamily]:
+        """What is read at scrape time (prometheus_client's collector protocol)."""
+        jobs = GaugeMetricFamily("apollo_jobs", "Jobs by state", labels=["state"])
+        for state, count in self._store.count_jobs().items():
+            jobs.add_metric([state.value], count)
+        yield jobs
+        link = self._scheduler.link
+        yield GaugeMetricFamily("apollo_trainer_connected", "1 while rank 0 is there", value=float(link.connected))
+        yield GaugeMetricFamily(
+            "apollo_weight_version", "Completed updates of the served weights", value=link.weight_version or 0
+        )
+        speed = self._scheduler.progress.tokens_per_second() if self._scheduler.running else None
+        yield GaugeMetricFamily("apollo_tokens_per_second", "Of the running job", value=speed or 0.0)
+
+    def routes(self) -> list[Route]:
+        """GET /metrics."""
+
+        async def metrics(request: Request) -> Response:
+            """Metrics in Prometheus text format."""
+            return Response(generate_latest(self.registry), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+        return [Route("/metrics", metrics, methods=["GET"])]

@@ -1,0 +1,124 @@
+"""Jobs, status and events as the JSON that clients see."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import AsyncIterator
+from typing import Any
+
+import msgspec
+
+from apollo_tp.coordinator.jobs.job import Event, Job, State
+from apollo_tp.coordinator.jobs.scheduler import Scheduler
+from apollo_tp.coordinator.jobs.store import Store
+
+KEEP_ALIVE_SECONDS = 15.0
+
+
+class Changes:
+    """Wakes everybody who waits for something to be stored."""
+
+    def __init__(self) -> None:
+        self.version = 0
+        self._event = asyncio.Event()
+
+    def notify(self) -> None:
+        """Something was stored."""
+        self.version += 1
+        self._event.set()
+        self._event = asyncio.Event()
+
+    async def wait(self, seconds: float) -> bool:
+        """Wait for the next change; False when so many seconds passed first."""
+        event = self._event
+        try:
+            async with asyncio.timeout(seconds):
+                await event.wait()
+        except TimeoutError:
+            return False
+        return True
+
+
+def job_view(job: Job, scheduler: Scheduler) -> dict[str, Any]:
+    """A job as clients of /train see it."""
+    view: dict[str, Any] = {"object": "train.job"} | msgspec.to_builtins(job)
+    if scheduler.running is not None and scheduler.running.id == job.id:
+        view["tokens_per_second"] = scheduler.progress.tokens_per_second()
+        view["seconds_left"] = scheduler.progress.seconds_left(job.total_steps - job.step)
+    elif job.training_seconds > 0:
+        view["tokens_per_second"] = job.tokens / job.training_seconds
+        view["seconds_left"] = None
+    return view
+
+
+def status_view(scheduler: Scheduler, store: Store) -> dict[str, Any]:
+    """What is running, waiting and done; the last losses; the trainer."""
+    link = scheduler.link
+    trainer: dict[str, Any] = {"connected": link.connected, "weight_version": link.weight_version}
+    if link.hello is not None:
+        hello = link.hello
+        trainer |= {
+            "instance_id": hello.instance_id, "model": hello.model_path, "served_model_names": hello.served_model_names,
+            "num_ranks": hello.num_ranks, "num_parameters": hello.num_parameters, "vocab_size": hello.vocab_size,
+            "max_sequence_tokens": hello.max_sequence_tokens, "optimizer": hello.optimizer, "gradients": hello.gradients,
+            "memory": hello.memory,
+            "sync": hello.sync, "cache": hello.cache, "qos": hello.qos, "busy_with": link.busy_with,
+        }  # fmt: skip
+    if not link.connected:
+        trainer["reason"] = link.gone_reason
+    running = scheduler.running
+    waiting = [job for job in store.jobs(State.queued, State.validating_files, State.paused) if job is not running]
+    checkpoints = store.checkpoints(limit=1)
+    return {
+        "object": "train.status",
+        "time": time.time(),
+        "trainer": trainer,
+        "running": job_view(running, scheduler) if running else None,
+        "queue": [
+            {
+                "id": job.id,
+                "state": job.state.value,
+                "step": job.step,
+                "total_steps": job.total_steps,
+                "resumable": job.resumable,
+                "created_at": job.created_at,
+            }
+            for job in waiting[:100]
+        ],
+        "counts": {state.value: count for state, count in store.count_jobs().items()},
+        "last_losses": [{"job_id": j, "step": step, "loss": loss} for j, step, loss in scheduler.recent_losses],
+        "last_checkpoint": msgspec.to_builtins(checkpoints[0]) if checkpoints else None,
+        "unsaved": bool(store.get_meta("unsaved")),
+    }
+
+
+def event_view(event: Event) -> dict[str, Any]:
+    """An event as clients of /train see it."""
+    view: dict[str, Any] = {"object": "train.event"} | msgspec.to_builtins(event)
+    return view
+
+
+async def event_stream(store: Store, changes: Changes, job_id: str, after: int) -> AsyncIterator[bytes]:
+    """Server-sent events of a job: those behind ``after``, then new ones as they happen, until the job is over.
+
+    The SSE id is the event's, so that a client that reconnects with Last-Event-ID misses and repeats nothing.
+    """
+    quiet_since = time.monotonic()
+    while True:
+        job = store.job(job_id)  # read before the events: the last ones are in it if it is over
+        events = store.events(job_id, after=after)
+        for event in events:
+            after = event.id
+            yield f"id: {event.id}\nevent: {event.type}\ndata: {json.dumps(event_view(event))}\n\n".encode()
+        if events:
+            quiet_since = time.monotonic()
+            continue
+        if job is None or job.terminal:
+            yield b"event: end\ndata: {}\n\n"
+            return
+        left = quiet_since + KEEP_ALIVE_SECONDS - time.monotonic()
+        if left <= 0 or not await changes.wait(left):  # changes of other jobs are none to this client
+            quiet_since = time.monotonic()
+            yield b": still there\n\n"

@@ -1,0 +1,150 @@
+"""Forward-only work around a job: reference log-probabilities for DPO, and the validation loss at intervals."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import secrets
+from collections.abc import Awaitable, Callable, Sequence
+from typing import TypeVar
+
+import msgspec
+
+from apollo_tp.coordinator.jobs.job import Job
+from apollo_tp.coordinator.jobs.store import Store
+from apollo_tp.coordinator.samples.sample_file import read_records, write_records
+from apollo_tp.wire import commands
+
+T = TypeVar("T")
+Ask = Callable[[commands.AnyCommand], Awaitable[commands.AnyReply]]
+SCORE_BATCH = 32
+EVALUATIONS_PER_JOB = 10
+
+
+class Pair(msgspec.Struct, frozen=True):
+    """A preference pair before its reference log-probabilities are known."""
+
+    preferred: commands.Sample
+    rejected: commands.Sample
+
+
+class Reference(msgspec.Struct, frozen=True):
+    """Summed log-probabilities (nats) of a pair under the weights from before the job's first step."""
+
+    preferred: float
+    rejected: float
+
+
+def _mean(total: float, weight: float) -> float | None:
+    """None, as JSON has no other word for it, if it is not finite."""
+    return total / weight if weight and math.isfinite(total) else None
+
+
+async def score(samples: Sequence[commands.Sample], ask: Ask) -> list[tuple[float, float, float]]:
+    """Per sample: summed weighted log-probability (nats), sum of weights, weighted arg-max hits, under the weights of the
+    moment; between two steps if a job runs."""
+    found: list[tuple[float, float, float]] = []
+    for start in range(0, len(samples), SCORE_BATCH):
+        done = await _score(list(samples[start : start + SCORE_BATCH]), ask)
+        found += zip(done.logprobs, done.weights, done.num_correct, strict=True)
+    return found
+
+
+async def _score(samples: list[commands.Sample], ask: Ask) -> commands.ScoreDone:
+    done = await ask(commands.Score(id=f"score/{secrets.token_hex(8)}", samples=samples))
+    assert isinstance(done, commands.ScoreDone)
+    return done
+
+
+class Evaluator:
+    """``ask`` sends a command to the ranks and returns its reply."""
+
+    def __init__(self, job: Job, store: Store, ask: Ask) -> None:
+        self.job, self.store, self._ask = job, store, ask
+        self._interval = max(1, job.total_steps // EVALUATIONS_PER_JOB)
+        self._counted_from = job.step  # after a restart the next interval is soon enough
+        self._evaluated_at: int | None = None
+
+    def next_evaluation(self) -> int:
+        """The step up to which training may go before ``evaluate`` is due."""
+        if not self.job.num_validation:
+            return self.job.total_steps
+        return (self._counted_from // self._interval + 1) * self._interval
+
+    async def prepare(self) -> None:
+        """For DPO: score all pairs under the weights of this moment, once per job, and store the result.
+
+        If a crash came before the first step, all pairs are scored again: other jobs may have trained in between.
+        """
+        if self.job.spec.method != "dpo":
+            return
+        path = self.store.samples_dir / f"{self.job.id}.ref"
+        if self.job.step > 0 and path.exists():
+            return
+        self.store.save_job(self.job, "Computing reference log-probabilities", type="message")
+        references = []
+        for part, count in (("train", self.job.num_samples), ("valid", self.job.num_validation)):
+            for start in range(0, count, SCORE_BATCH // 2):
+                if self.job.wanted:
+                    return
+                pairs = self._read(part, range(start, min(start + SCORE_BATCH // 2, count)), Pair)
+                scores = await self._score([side for pair in pairs for side in (pair.preferred, pair.rejected)])
+                values = scores.logprobs
+                references += [Reference(values[i], values[i + 1]) for i in range(0, len(values), 2)]
+        await asyncio.to_thread(write_records, path, references)
+
+    def pairs(self, part: str, indices: Sequence[int]) -> list[commands.PreferencePair]:
+        """Pairs with their reference log-probabilities."""
+        offset = self.job.num_samples if part == "valid" else 0
+        references = read_records(
+            self.store.samples_dir / f"{self.job.id}.ref", [offset + index for index in indices], Reference
+        )
+        return [
+            commands.PreferencePair(pair.preferred, pair.rejected, reference.preferred, reference.rejected)
+            for pair, reference in zip(self._read(part, indices, Pair), references, strict=True)
+        ]
+
+    async def evaluate(self) -> bool:
+        """Validation loss (nats per token; for DPO the pair loss) under the weights after the job's last step; False if
+        there is none, or it is known already."""
+        job = self.job
+        if not job.num_validation or self._evaluated_at == job.step:
+            return False
+        total = weight = correct = 0.0
+        for start in range(0, job.num_validation, SCORE_BATCH):
+            if job.wanted:
+                return False
+            indices = range(start, min(start + SCORE_BATCH, job.num_validation))
+            if job.spec.method == "dpo":
+                losses = await self._pair_losses(self.pairs("valid", indices))
+                total, weight = total + sum(losses), weight + len(losses)
+                correct += sum(loss < math.log(2.0) for loss in losses)
+            else:
+                done = await self._score(self._read("valid", indices, commands.Sample))
+                total, weight = total - sum(done.logprobs), weight + sum(done.weights)
+                correct += sum(done.num_correct)
+        self._counted_from = self._evaluated_at = job.step
+        job.valid_loss, job.valid_token_accuracy = _mean(total, weight), _mean(correct, weight)
+        data = {"step": job.step, "total_steps": job.total_steps, "valid_loss": job.valid_loss,
+                "valid_mean_token_accuracy": job.valid_token_accuracy}  # fmt: skip
+        shown = "not finite" if job.valid_loss is None else f"{job.valid_loss:.4f}"
+        message = f"Step {job.step}/{job.total_steps}: validation loss={shown}"
+        self.store.save_job(job, message, type="metrics", data=data)
+        return True
+
+    async def _pair_losses(self, pairs: list[commands.PreferencePair]) -> list[float]:
+        done = await self._score([side for pair in pairs for side in (pair.preferred, pair.rejected)])
+        losses = []
+        for index, pair in enumerate(pairs):
+            preferred, rejected = done.logprobs[2 * index : 2 * index + 2]
+            margin = (preferred - pair.reference_preferred) - (rejected - pair.reference_rejected)
+            # -log sigmoid(beta * margin), Rafailov et al. 2023, eq. 7, without overflow for large negative margins
+            scaled = self.job.spec.beta * margin
+            losses.append(max(-scaled, 0.0) + math.log1p(math.exp(-abs(scaled))))
+        return losses
+
+    async def _score(self, samples: list[commands.Sample]) -> commands.ScoreDone:
+        return await _score(samples, self._ask)
+
+    def _read(self, part: str, indices: Sequence[int], type: type[T]) -> list[T]:
+        return read_records(self.store.samples_dir / f"{self.job.id}.{part}", indices, type)

@@ -1,0 +1,363 @@
+"""The one writer of job progress: it decides which command rank 0 gets next, and records what came back.
+
+At most two steps of a job are in flight, so that the ranks never wait for this process; cancel and pause are "do not
+send the next one". After a crash the job goes on behind its last completed step: of commands whose replies were lost,
+rank 0's Hello says the last that was completed (see commands.Identify).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import collections
+import contextlib
+import logging
+import time
+from collections.abc import Callable
+
+import msgspec
+
+from apollo_tp.config import OnCrash
+from apollo_tp.coordinator.jobs.evaluation import Evaluator
+from apollo_tp.coordinator.jobs.job import Job, JobError, State, batch_indices
+from apollo_tp.coordinator.jobs.progress import Progress
+from apollo_tp.coordinator.jobs.rank_link import RankLink, RanksGoneError
+from apollo_tp.coordinator.jobs.saving import Saver
+from apollo_tp.coordinator.jobs.store import Store
+from apollo_tp.coordinator.samples.sample_file import read_records
+from apollo_tp.coordinator.settings import Settings
+from apollo_tp.errors import ApolloTpError, DeadlineError, RankFailedError
+from apollo_tp.wire import commands
+
+log = logging.getLogger(__name__)
+
+STEPS_IN_FLIGHT = 2
+CHECKPOINT_FACTOR = 10
+"""A checkpoint may take as many times longer than a step: one of 140 GB may have to reach a slow disk."""
+FAILURES = (ApolloTpError, OSError, msgspec.MsgspecError)
+"""Of a job alone. The last two: its samples cannot be read."""
+OnStep = Callable[[Job, commands.StepDone], None]
+Pending = tuple[int, asyncio.Future[commands.AnyReply]]
+
+
+class Scheduler:
+    """Runs jobs one after the other, checkpoints between steps, and an automatic checkpoint when idle.
+
+    ``on_step(job, done)`` is told of completed steps, ``on_evaluation(job)`` of validation losses (metrics, writers).
+    ``model`` says which model samples were rendered for (model_digest): jobs of another are not trained into this one.
+    """
+
+    def __init__(self, settings: Settings, store: Store, link: RankLink, model: str = "") -> None:
+        self.settings, self.store, self.link, self.model = settings, store, link, model
+        self.progress = Progress()
+        self.running: Job | None = None
+        self.on_step: list[OnStep] = []
+        self.on_evaluation: list[Callable[[Job], None]] = []
+        self.recent_losses: collections.deque[tuple[str, int, float]] = collections.deque(maxlen=50)
+        self._wake = asyncio.Event()
+        self._idle_since = time.monotonic()
+        self.saver = Saver(store, link, self.ask, self.live, self.wake)
+
+    # --- what HTTP handlers call -------------------------------------------------------------------------------------
+
+    def wake(self) -> None:
+        """Something was stored that may need a command."""
+        self._wake.set()
+
+    def live(self, job_id: str) -> Job | None:
+        """The job as the running record if it runs, else as stored."""
+        if self.running is not None and self.running.id == job_id:
+            return self.running
+        return self.store.job(job_id)
+
+    # --- life ---------------------------------------------------------------------------------------------------------
+
+    def needs_barrier(self) -> bool:
+        """True if a step of some job may have been sent without its reply being recorded."""
+        return any(job.resumable for job in self.store.jobs(State.queued, State.paused))
+
+    def recover(self) -> None:
+        """At start: what was running when the last coordinator died is resumed or failed."""
+        for job in self.store.jobs(State.running):
+            self._interrupt(job, "the coordinator ended while the job ran")
+        self.saver.recover()
+
+    def _interrupt(self, job: Job, reason: str) -> None:
+        wanted, job.wanted = job.wanted, ""
+        if wanted == "cancel":
+            self._finish(job, State.cancelled, "Job cancelled")
+        elif self.settings.service.on_crash is OnCrash.fail:
+            self._fail(job, JobError(code="interrupted", message=f"{reason}, after step {job.step}"))
+        else:
+            job.state = State.paused if wanted == "pause" else State.queued
+            job.resumable = True
+            self.store.save_job(
+                job, f"Interrupted after step {job.step}: {reason}; it will go on from there", level="warn"
+            )
+
+    def reconcile(self, hello: commands.Hello) -> None:
+        """Rank 0 said how far it came: count completed steps whose replies were lost, so that none runs twice."""
+        if self.store.get_meta("server_life") != hello.server_life:
+            self.store.set_meta("server_life", hello.server_life)
+            self.store.set_meta("unsaved", "")
+        for job in self.store.jobs(State.queued, State.paused):
+            if not job.resumable:
+                continue
+            if job.id == hello.last_job_id and job.step < hello.last_job_step and job.server_life == hello.server_life:
+                lost = hello.last_job_step - job.step
+                job.step, job.weight_version = hello.last_job_step, hello.weight_version
+                self.store.set_meta("unsaved", "1")
+                self.store.save_job(
+                    job,
+                    f"{lost} completed step(s) up to step {job.step} were counted; their figures were lost",
+                    level="warn",
+                )
+            job.resumable = job.state is State.queued and job.step > 0
+            self.store.save_job(job)
+
+    def stray(self, reply: commands.AnyReply) -> None:
+        """A reply to a command of a former life, or one that came too late: a completed step is in the weights, and counts
+        if it is the next one of its job."""
+        if not isinstance(reply, commands.StepDone):
+            return
+        if not reply.skipped:
+            self.store.set_meta("unsaved", "1")
+        job_id, _, step = reply.id.rpartition("/")
+        job = self.store.job(job_id) if job_id else None
+        if job is not None and job is not self.running and step == str(job.step + 1):
+            self._record_step(job, reply)
+
+    async def run(self) -> None:
+        """Work until cancelled."""
+        while True:
+            self._wake.clear()
+            await self.link.ready()
+            try:
+                await self._work()
+            except RanksGoneError as error:
+                log.warning("waiting for the trainer: %s", error)
+                if self.link.connected and self.link.hello is not None:
+                    # the next trainer said Hello while the job was still taken for running, so that it was not counted
+                    self.reconcile(self.link.hello)
+
+    async def _work(self) -> None:
+        self.saver.send()
+        queued = self.store.jobs(State.queued)
+        if queued:
+            await self._run_job(queued[0])
+            self._idle_since = time.monotonic()
+            return
+        after = self.settings.checkpoint_after_idle_seconds
+        timeout = None
+        if after is not None and self.store.get_meta("unsaved") and not self.saver.busy:
+            timeout = max(self._idle_since, self.saver.last_failure) + after - time.monotonic()
+            if timeout <= 0:
+                self.saver.request("idle")
+                return
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout):
+                await self._wake.wait()
+
+    # --- one job ------------------------------------------------------------------------------------------------------
+
+    async def _run_job(self, job: Job) -> None:
+        hello = self.link.hello
+        assert hello is not None  # no await between reading the queue and `self.running = job`: see jobs' actions
+        if job.model_digest != self.model:
+            self._fail(job, model_changed(hello.model_path))
+            return
+        if job.step > 0 and job.server_life != hello.server_life:
+            message = (
+                f"step {job.step} was trained into a server ({job.server_life}) whose weights are gone; "
+                f"got {hello.server_life}. Start the job again"
+            )
+            self._fail(job, JobError(code="server_restarted", message=message))
+            return
+        self.running = job
+        self.progress = Progress(job.id)
+        resumed = job.step > 0
+        job.state, job.server_life, job.resumable, job.wanted = State.running, hello.server_life, False, ""
+        job.started_at = job.started_at or time.time()
+        self.store.save_job(job, f"Job running from step {job.step + 1}" if resumed else "Job running")
+        try:
+            await self._train(job)
+        except RanksGoneError as error:
+            self._interrupt(job, str(error))
+            raise
+        except RankFailedError as error:
+            failure = JobError(code="rank_failed", message=str(error), rank=error.rank, traceback=error.traceback)
+            self._fail(job, failure)
+        except FAILURES as error:
+            self._fail(job, JobError(code=type(error).__name__, message=str(error)))
+        finally:
+            self.running = None
+            self.store.on_change()
+
+    async def _train(self, job: Job) -> None:
+        evaluator = Evaluator(job, self.store, self.ask)
+        await evaluator.prepare()
+        pending: collections.deque[Pending] = collections.deque()
+        try:
+            while True:
+                self.saver.send()
+                limit = min(job.total_steps, evaluator.next_evaluation())
+                while len(pending) < STEPS_IN_FLIGHT and not job.wanted and job.step + len(pending) < limit:
+                    step = job.step + len(pending) + 1
+                    pending.append((step, await self._send_step(job, step, evaluator)))
+                if not pending:
+                    if job.wanted or job.step >= job.total_steps:
+                        break
+                    await self._evaluate(evaluator)
+                    continue
+                done = await self._reply(pending.popleft()[1])
+                assert isinstance(done, commands.StepDone)
+                self._record_step(job, done)
+                self._check_skips(job, done)
+        except FAILURES:
+            await self._drain(job, pending)
+            raise
+        await self._end(job, evaluator)
+
+    async def _evaluate(self, evaluator: Evaluator) -> None:
+        if await evaluator.evaluate():
+            for listener in self.on_evaluation:
+                listener(evaluator.job)
+
+    async def _end(self, job: Job, evaluator: Evaluator) -> None:
+        if not job.wanted:
+            await self._evaluate(evaluator)
+        if not job.wanted and job.spec.save_at_end:
+            metrics = {"step": float(job.step), "train_loss": job.loss, "train_mean_token_accuracy": job.token_accuracy,
+                       "valid_loss": job.valid_loss, "valid_mean_token_accuracy": job.valid_token_accuracy}  # fmt: skip
+            known: dict[str, float | None] = {name: value for name, value in metrics.items() if value is not None}
+            error = await self.saver.written(self.saver.request("job", job, known))
+            if isinstance(error, RanksGoneError):
+                raise error
+        if job.wanted == "cancel":
+            self._finish(job, State.cancelled, "Job cancelled")
+        elif job.wanted == "pause":
+            job.state, job.wanted = State.paused, ""
+            self.store.save_job(job, f"Job paused after step {job.step}")
+        else:
+            self._finish(job, State.succeeded, "The job has successfully completed")
+
+    async def _send_step(self, job: Job, step: int, evaluator: Evaluator) -> asyncio.Future[commands.AnyReply]:
+        indices = batch_indices(job.spec, job.num_samples, step)
+        path = self.store.samples_dir / f"{job.id}.train"
+        identity, scale = f"{job.id}/{step}", job.spec.learning_rate_scale
+        command: commands.AnyCommand
+        if job.spec.method == "dpo":
+            pairs = evaluator.pairs("train", indices)
+            command = commands.PreferenceStep(
+                id=identity,
+                job_id=job.id,
+                job_step=step,
+                num_job_steps=job.total_steps,
+                pairs=pairs,
+                beta=job.spec.beta,
+                learning_rate_scale=scale,
+            )
+        else:
+            samples = await asyncio.to_thread(read_records, path, indices, commands.Sample)
+            command = commands.Step(
+                id=identity,
+                job_id=job.id,
+                job_step=step,
+                num_job_steps=job.total_steps,
+                samples=samples,
+                learning_rate_scale=scale,
+            )
+        return await self.link.send(command)
+
+    async def ask(self, command: commands.AnyCommand) -> commands.AnyReply:
+        """Send a command and await its reply. Raises RanksGoneError, RankFailedError, DeadlineError."""
+        return await self._reply(await self.link.send(command))
+
+    async def _reply(self, future: asyncio.Future[commands.AnyReply]) -> commands.AnyReply:
+        # the ranks have their own deadline for a collective; this one is for a rank 0 that beats but never answers. It works
+        # on what was sent before first: the time begins anew with each of these
+        usual = STEPS_IN_FLIGHT * self.settings.command_timeout_seconds + self.settings.service.rank_timeout_seconds
+        sent, seconds = time.monotonic(), usual
+        while (left := max(sent, self.link.moved_at) + seconds - time.monotonic()) > 0:
+            # not wait_for: on Python 3.11 it can swallow a cancellation that comes together with the reply
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(min(left, usual)):
+                    return await asyncio.shield(future)
+            seconds = usual * CHECKPOINT_FACTOR if self.link.busy_with.startswith("save/") else usual
+        self.link.abandon(future)
+        raise DeadlineError(f"rank 0 sent heartbeats but no reply for {seconds:.0f} s; restart the trainer")
+
+    async def _drain(self, job: Job, pending: collections.deque[Pending]) -> None:
+        """Wait for the steps in flight: what they wrote is in the weights, so it is recorded. A reply that comes too late
+        for this is a stray one."""
+        while pending:
+            with contextlib.suppress(ApolloTpError):
+                done = await self._reply(pending.popleft()[1])
+                assert isinstance(done, commands.StepDone)
+                self._record_step(job, done)
+
+    def _record_step(self, job: Job, done: commands.StepDone) -> None:
+        job.step = int(done.id.rpartition("/")[2])
+        job.tokens += done.num_tokens
+        job.loss_tokens += done.num_loss_tokens
+        if done.weight_version != job.weight_version:  # a fused step may be skipped with its first matrices written
+            self.store.set_meta("unsaved", "1")
+        job.weight_version, job.padding_share = done.weight_version, done.padding_share
+        job.training_seconds += done.step_seconds
+        job.skipped_steps = job.skipped_steps + 1 if done.skipped else 0
+        data: dict[str, object] = {"step": job.step, "total_steps": job.total_steps, "num_tokens": done.num_tokens}
+        if done.skipped:
+            message = f"Step {job.step}/{job.total_steps}: skipped, {done.skipped}"
+            data["skipped"] = done.skipped
+        else:
+            job.loss, job.token_accuracy = done.loss, done.token_accuracy
+            self.recent_losses.append((job.id, job.step, done.loss))
+            message = f"Step {job.step}/{job.total_steps}: training loss={done.loss:.4f}"
+        self.progress.recent.append((time.monotonic(), done.num_tokens))
+        data |= {
+            "train_loss": done.loss, "train_mean_token_accuracy": done.token_accuracy, "grad_norm": done.grad_norm,
+            "learning_rate": done.learning_rate, "weight_version": done.weight_version,
+            "padding_share": done.padding_share, "step_seconds": done.step_seconds,
+            "forward_seconds": done.forward_seconds, "backward_seconds": done.backward_seconds,
+            "optimizer_seconds": done.optimizer_seconds, "paused_seconds": done.paused_seconds,
+            "peak_memory_bytes": done.peak_memory_bytes, "gradients": done.gradients,
+            "tokens_per_second": self.progress.tokens_per_second(),
+            "seconds_left": self.progress.seconds_left(job.total_steps - job.step), **done.metrics,
+        }  # fmt: skip
+        self.store.save_job(job, message, type="metrics", level="warn" if done.skipped else "info", data=data)
+        for listener in self.on_step:
+            listener(job, done)
+
+    def _check_skips(self, job: Job, done: commands.StepDone) -> None:
+        if done.skipped and job.skipped_steps >= self.settings.max_skipped_steps:
+            raise TooManySkipsError(
+                f"{job.skipped_steps} steps in a row were skipped ({done.skipped}), expected fewer than "
+                f"{self.settings.max_skipped_steps}; lower the learning rate or look at the data"
+            )
+
+    def _finish(
+        self, job: Job, state: State, message: str, *, level: str = "info", data: dict[str, object] | None = None
+    ) -> None:
+        job.state, job.finished_at, job.wanted, job.resumable = state, time.time(), "", False
+        self.store.save_job(job, message, level=level, data={"state": state.value} | (data or {}))
+        self.store.remove_samples(job.id)
+
+    def _fail(self, job: Job, error: JobError) -> None:
+        log.error("job %s failed: %s", job.id, error.message)
+        job.error = error
+        details: dict[str, object] = {"code": error.code}
+        if error.rank is not None:
+            details |= {"rank": error.rank, "traceback": error.traceback}
+        self._finish(job, State.failed, f"Job failed: {error.message}", level="error", data=details)
+
+
+def model_changed(model_path: str) -> JobError:
+    """Of a job that waited while its model was exchanged for another."""
+    message = (
+        f"got the server of {model_path}, expected the model that this job's samples were made for: its configuration, "
+        "tokenizer or chat template was another. Start the job again"
+    )
+    return JobError(code="model_changed", message=message)
+
+
+class TooManySkipsError(ApolloTpError):
+    """Too many steps in a row wrote nothing because a value was not finite."""

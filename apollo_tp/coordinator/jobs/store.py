@@ -1,0 +1,387 @@
+"""Jobs, events, uploaded files and checkpoints in SQLite (WAL); a job's samples in a file of its own.
+
+Nothing is acknowledged before it is here. State changes are committed with fsync; per-step progress survives the death
+of any process, and of the machine up to the last seconds. Samples are written once, before the job's row, under a
+temporary name; a file without a row is removed at the next start. Hence one coordinator per folder, which it locks: to a
+second one the first one's jobs are those of a crash.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import sqlite3
+import time
+from collections.abc import Callable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from apollo_tp.coordinator.jobs.job import TERMINAL, Event, Job, State
+from apollo_tp.errors import ConfigError, RequestError
+from apollo_tp.runtime import private_files
+
+SCHEMA_VERSION = 1
+PARTS = ("train", "valid", "ref")
+"""Files of a job's samples, and of what the weights before its first step say of them."""
+MAX_EVENTS = 1_000_000
+"""Of older ones, the steps of jobs that are over are forgotten."""
+_SCHEMA = """
+CREATE TABLE jobs (seq INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT UNIQUE NOT NULL, state TEXT NOT NULL,
+                   source TEXT NOT NULL, data BLOB NOT NULL);
+CREATE INDEX jobs_by_state ON jobs(state, seq);
+CREATE TABLE events (id INTEGER PRIMARY KEY AUTOINCREMENT, job_id TEXT NOT NULL, time REAL NOT NULL,
+                     level TEXT NOT NULL, type TEXT NOT NULL, message TEXT NOT NULL, data BLOB NOT NULL);
+CREATE INDEX events_by_job ON events(job_id, id);
+CREATE TABLE idempotency (key TEXT NOT NULL, route TEXT NOT NULL, digest TEXT NOT NULL, target TEXT NOT NULL,
+                          created_at REAL NOT NULL, PRIMARY KEY (route, key));
+CREATE TABLE files (seq INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT UNIQUE NOT NULL, data BLOB NOT NULL);
+CREATE TABLE checkpoints (seq INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT UNIQUE NOT NULL, job_id TEXT NOT NULL,
+                          state TEXT NOT NULL, data BLOB NOT NULL);
+CREATE TABLE meta (name TEXT PRIMARY KEY, value TEXT NOT NULL);
+"""
+
+
+class Checkpoint(msgspec.Struct, kw_only=True):
+    """A requested or written checkpoint. ``state`` is queued, succeeded or failed; ``reason`` says who asked."""
+
+    id: str
+    name: str
+    state: str
+    reason: str
+    created_at: float
+    job_id: str = ""
+    step: int = 0
+    finished_at: float | None = None
+    path: str = ""
+    num_bytes: int = 0
+    seconds: float = 0.0
+    weight_version: int | None = None
+    metrics: dict[str, float | None] = {}
+    error: str = ""
+
+
+class StoredFile(msgspec.Struct, kw_only=True):
+    """An uploaded file. ``filename`` is what the client called it: shown, never used as a path."""
+
+    id: str
+    filename: str
+    bytes: int
+    created_at: float
+    purpose: str = "fine-tune"
+    status: str = "processed"
+
+
+class Store:
+    """The one writer. Used from the event loop's thread: each call is a short transaction.
+
+    ``on_change`` is called after every commit that a client could be waiting for. Raises ConfigError if another coordinator
+    holds ``folder`` for longer than ``lock_seconds``.
+    """
+
+    def __init__(
+        self, folder: Path, on_change: Callable[[], None] = lambda: None, *, lock_seconds: float = 0.0
+    ) -> None:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._lock = contextlib.ExitStack()
+        self._lock.enter_context(
+            private_files.locked(folder / "coordinator.lock", lambda p: _in_use(folder, p), lock_seconds)
+        )
+        self.folder = folder
+        self.files_dir = folder / "files"
+        self.samples_dir = folder / "samples"
+        for each in (self.files_dir, self.samples_dir):
+            each.mkdir(mode=0o700, exist_ok=True)
+        self.on_change = on_change
+        path = folder / "jobs.sqlite3"
+        os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
+        # one thread at a time: writes come from the loop, reads also from tests and worker threads
+        self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=10)
+        self._db.execute("PRAGMA journal_mode=WAL")
+        # the loop must not wait for fsync of the main file: checkpoint_wal() does that from a worker thread
+        self._db.execute("PRAGMA wal_autocheckpoint=0")
+        self._migrate()
+
+    def _migrate(self) -> None:
+        version = self._db.execute("PRAGMA user_version").fetchone()[0]
+        if version == 0:
+            self._db.executescript(f"BEGIN; {_SCHEMA} PRAGMA user_version={SCHEMA_VERSION}; COMMIT;")
+        elif version != SCHEMA_VERSION:
+            raise RequestError(
+                f"{self.folder}/jobs.sqlite3: got schema {version}, expected {SCHEMA_VERSION}; "
+                "it belongs to another version of apollo_tp: set service.state_dir to a new folder"
+            )
+        self._db.execute("CREATE INDEX IF NOT EXISTS jobs_by_source ON jobs(source, seq)")
+
+    def close(self) -> None:
+        """Close the database; the WAL is folded into it. The folder is free for another."""
+        self._db.close()
+        self._lock.close()
+
+    def checkpoint_wal(self) -> None:
+        """Fold the write-ahead log into the database file. For a worker thread: it waits for fsync."""
+        with contextlib.closing(sqlite3.connect(self.folder / "jobs.sqlite3", timeout=10)) as connection:
+            connection.execute("PRAGMA wal_checkpoint(PASSIVE)")
+
+    def forget_old_steps(self, most: int = 2000) -> None:
+        """Remove the oldest steps' events, ``most`` at once, of which there are too many. For a worker thread."""
+        over = ",".join(f"'{state.value}'" for state in TERMINAL)
+        with contextlib.closing(sqlite3.connect(self.folder / "jobs.sqlite3", timeout=10)) as connection, connection:
+            last = connection.execute("SELECT COALESCE(MAX(id), 0) FROM events").fetchone()[0]
+            connection.execute(
+                "DELETE FROM events WHERE id IN (SELECT id FROM events WHERE id <= ? AND type = 'metrics'"
+                f" AND job_id IN (SELECT id FROM jobs WHERE state IN ({over})) LIMIT ?)",
+                (last - MAX_EVENTS, most),
+            )
+
+    @contextlib.contextmanager
+    def _transaction(self, *, durable: bool) -> Iterator[sqlite3.Connection]:
+        self._db.execute(f"PRAGMA synchronous={'FULL' if durable else 'NORMAL'}")
+        self._db.execute("BEGIN IMMEDIATE")
+        try:
+            yield self._db
+        except BaseException:
+            self._db.execute("ROLLBACK")
+            raise
+        self._db.execute("COMMIT")
+        self.on_change()
+
+    # --- jobs and events -------------------------------------------------------------------------------------------
+
+    def add_job(self, job: Job, *, max_queued: int, idempotency: tuple[str, str, str] | None = None) -> None:
+        """Store a new job with its first event. ``idempotency`` is (route, key, digest of the request).
+
+        Raises RequestError 429 if ``max_queued`` jobs wait already.
+        """
+        with self._transaction(durable=True) as db:
+            self.check_room(max_queued)
+            db.execute(
+                "INSERT INTO jobs(id, state, source, data) VALUES (?,?,?,?)",
+                (job.id, job.state.value, job.source, msgspec.json.encode(job)),
+            )
+            if idempotency:
+                db.execute("INSERT INTO idempotency VALUES (?,?,?,?,?)", _swap(idempotency, job.id))
+            self._add_event(db, job.id, "info", "state", f"Job {job.state.value}", {"state": job.state.value})
+
+    def check_room(self, max_queued: int) -> None:
+        """Raise RequestError 429 if ``max_queued`` jobs wait already."""
+        counts = self.count_jobs()
+        waiting = counts[State.queued] + counts[State.validating_files]
+        if waiting >= max_queued:
+            raise RequestError(
+                f"the queue is full: got {waiting} waiting jobs, expected at most {max_queued}; try again later",
+                got=str(waiting),
+                expected=f"< {max_queued} waiting jobs",
+                status=429,
+                code="queue_full",
+            )
+
+    def save_job(
+        self,
+        job: Job,
+        message: str = "",
+        *,
+        type: str = "state",
+        level: str = "info",
+        data: dict[str, Any] | None = None,
+    ) -> None:
+        """Store the job as it is now and, if ``message``, an event with it, in one transaction."""
+        with self._transaction(durable=type == "state") as db:
+            db.execute(
+                "UPDATE jobs SET state=?, data=? WHERE id=?", (job.state.value, msgspec.json.encode(job), job.id)
+            )
+            if message:
+                details = {"state": job.state.value} if data is None and type == "state" else data or {}
+                self._add_event(db, job.id, level, type, message, details)
+
+    def _add_event(
+        self, db: sqlite3.Connection, job_id: str, level: str, type: str, message: str, data: dict[str, Any]
+    ) -> None:
+        db.execute(
+            "INSERT INTO events(job_id, time, level, type, message, data) VALUES (?,?,?,?,?,?)",
+            (job_id, time.time(), level, type, message, msgspec.json.encode(data)),
+        )
+
+    def job(self, job_id: str) -> Job | None:
+        """The job of this id, or None."""
+        row = self._db.execute("SELECT data FROM jobs WHERE id=?", (job_id,)).fetchone()
+        return msgspec.json.decode(row[0], type=Job) if row else None
+
+    def jobs(self, *states: State) -> list[Job]:
+        """All jobs in these states, in the order in which they were accepted."""
+        marks = ",".join("?" * len(states))
+        rows = self._db.execute(
+            f"SELECT data FROM jobs WHERE state IN ({marks}) ORDER BY seq", [state.value for state in states]
+        )
+        return [msgspec.json.decode(row[0], type=Job) for row in rows]
+
+    def page_of_jobs(
+        self, *, after: str | None, limit: int, source: str | None = None, metadata: dict[str, str] | None = None
+    ) -> tuple[list[Job], bool]:
+        """Newest first, those older than job ``after`` that have all of ``metadata``; and whether there are more."""
+        rows = self._db.execute(
+            "SELECT data FROM jobs WHERE seq < COALESCE((SELECT seq FROM jobs WHERE id=?), 9e18)"
+            " AND (? IS NULL OR source=?) ORDER BY seq DESC",
+            (after, source, source),
+        )
+        jobs = (msgspec.json.decode(row[0], type=Job) for row in rows)
+        found = list(islice((job for job in jobs if (metadata or {}).items() <= job.spec.metadata.items()), limit + 1))
+        return found[:limit], len(found) > limit
+
+    def count_jobs(self) -> dict[State, int]:
+        """Number of jobs by state."""
+        counts = dict(self._db.execute("SELECT state, COUNT(*) FROM jobs GROUP BY state"))
+        return {state: counts.get(state.value, 0) for state in State}
+
+    def events(self, job_id: str, *, after: int = 0, limit: int = 1000) -> list[Event]:
+        """Events of a job with ids above ``after``, oldest first."""
+        rows = self._db.execute(
+            "SELECT id, job_id, time, level, type, message, data FROM events WHERE job_id=? AND id>? ORDER BY id LIMIT ?",
+            (job_id, after, limit),
+        )
+        return [_event(row) for row in rows]
+
+    def latest_events(self, job_id: str, *, before: int | None, limit: int) -> tuple[list[Event], bool]:
+        """Newest first, those with ids below ``before``; and whether there are more."""
+        rows = self._db.execute(
+            "SELECT id, job_id, time, level, type, message, data FROM events WHERE job_id=? AND id<? "
+            "ORDER BY id DESC LIMIT ?",
+            (job_id, 2**62 if before is None else before, limit + 1),
+        ).fetchall()
+        return [_event(row) for row in rows[:limit]], len(rows) > limit
+
+    def repeated(self, route: str, key: str, digest: str) -> str | None:
+        """Id of what an earlier request with this Idempotency-Key made. Raises RequestError 422 if its body differed."""
+        row = self._db.execute(
+            "SELECT digest, target FROM idempotency WHERE route=? AND key=?", (route, key)
+        ).fetchone()
+        if row is None:
+            return None
+        if row[0] != digest:
+            raise RequestError(
+                "Idempotency-Key: got a key that was used with another body, expected a new key",
+                field="Idempotency-Key",
+                got="a used key with another body",
+                expected="a new key, or the same body",
+                status=422,
+                code="idempotency_mismatch",
+            )
+        return str(row[1])
+
+    # --- checkpoints, files, small facts -----------------------------------------------------------------------------
+
+    def save_checkpoint(self, checkpoint: Checkpoint, idempotency: tuple[str, str, str] | None = None) -> None:
+        """Insert or update a checkpoint's record."""
+        with self._transaction(durable=True) as db:
+            if idempotency:
+                db.execute("INSERT INTO idempotency VALUES (?,?,?,?,?)", _swap(idempotency, checkpoint.id))
+            db.execute(
+                "INSERT INTO checkpoints(id, job_id, state, data) VALUES (?,?,?,?) "
+                "ON CONFLICT(id) DO UPDATE SET state=excluded.state, data=excluded.data",
+                (checkpoint.id, checkpoint.job_id, checkpoint.state, msgspec.json.encode(checkpoint)),
+            )
+
+    def checkpoint(self, checkpoint_id: str) -> Checkpoint | None:
+        """The checkpoint of this id, or None."""
+        row = self._db.execute("SELECT data FROM checkpoints WHERE id=?", (checkpoint_id,)).fetchone()
+        return msgspec.json.decode(row[0], type=Checkpoint) if row else None
+
+    def checkpoints(
+        self, *, job_id: str | None = None, state: str | None = None, limit: int = 1000
+    ) -> list[Checkpoint]:
+        """Newest first."""
+        rows = self._db.execute(
+            "SELECT data FROM checkpoints WHERE (? IS NULL OR job_id=?) AND (? IS NULL OR state=?) "
+            "ORDER BY seq DESC LIMIT ?",
+            (job_id, job_id, state, state, limit),
+        )
+        return [msgspec.json.decode(row[0], type=Checkpoint) for row in rows]
+
+    def add_file(self, file: StoredFile) -> None:
+        """Record an uploaded file whose content is at ``file_path(file.id)`` already."""
+        with self._transaction(durable=True) as db:
+            db.execute("INSERT INTO files(id, data) VALUES (?,?)", (file.id, msgspec.json.encode(file)))
+
+    def file(self, file_id: str) -> StoredFile | None:
+        """The file of this id, or None."""
+        row = self._db.execute("SELECT data FROM files WHERE id=?", (file_id,)).fetchone()
+        return msgspec.json.decode(row[0], type=StoredFile) if row else None
+
+    def files(self) -> list[StoredFile]:
+        """All files, newest first."""
+        rows = self._db.execute("SELECT data FROM files ORDER BY seq DESC")
+        return [msgspec.json.decode(row[0], type=StoredFile) for row in rows]
+
+    def delete_file(self, file_id: str) -> None:
+        """Forget a file and remove its content."""
+        with self._transaction(durable=True) as db:
+            db.execute("DELETE FROM files WHERE id=?", (file_id,))
+        self.file_path(file_id).unlink(missing_ok=True)
+
+    def file_path(self, file_id: str) -> Path:
+        """Where a file's content is. Ids are made here: no client-given name is ever part of a path."""
+        return self.files_dir / hashlib.sha256(file_id.encode()).hexdigest()
+
+    def get_meta(self, name: str) -> str:
+        """A small stored fact, or ""."""
+        row = self._db.execute("SELECT value FROM meta WHERE name=?", (name,)).fetchone()
+        return str(row[0]) if row else ""
+
+    def set_meta(self, name: str, value: str) -> None:
+        """Store a small fact."""
+        with self._transaction(durable=False) as db:
+            db.execute(
+                "INSERT INTO meta VALUES (?,?) ON CONFLICT(name) DO UPDATE SET value=excluded.value", (name, value)
+            )
+
+    def used_bytes(self) -> int:
+        """Disk use of uploaded files and samples."""
+        total = 0
+        for folder in (self.files_dir, self.samples_dir):
+            for entry in os.scandir(folder):
+                with contextlib.suppress(FileNotFoundError):  # worker threads rename what they have written
+                    total += entry.stat().st_size
+        return total
+
+    def remove_samples(self, job_id: str) -> None:
+        """Of a job that is over."""
+        for part in PARTS:
+            (self.samples_dir / f"{job_id}.{part}").unlink(missing_ok=True)
+
+    def remove_orphans(self) -> None:
+        """Remove samples of jobs that were never stored or are over, and contents of files that were never stored."""
+        alive = {f"{job.id}.{part}" for job in self.jobs(*set(State) - TERMINAL) for part in PARTS}
+        for entry in os.scandir(self.samples_dir):
+            if entry.name not in alive:
+                os.unlink(entry.path)
+        known = {self.file_path(file.id).name for file in self.files()}
+        for entry in os.scandir(self.files_dir):
+            if entry.name not in known:
+                os.unlink(entry.path)
+
+
+def _in_use(folder: Path, holder: str) -> ConfigError:
+    return ConfigError(
+        f"service.state_dir: got {folder.absolute()}, in which another trainer's coordinator (process {holder}) keeps its "
+        "jobs, expected a folder of this one's own; set service.state_dir=..., or stop the other trainer"
+    )
+
+
+def _event(row: tuple[Any, ...]) -> Event:
+    return Event(
+        id=row[0],
+        job_id=row[1],
+        time=row[2],
+        level=row[3],
+        type=row[4],
+        message=row[5],
+        data=msgspec.json.decode(row[6]),
+    )
+
+
+def _swap(idempotency: tuple[str, str, str], target: str) -> tuple[str, str, str, str, float]:
+    route, key, digest = idempotency
+    return key, route, digest, target, time.time()

@@ -1,0 +1,116 @@
+"""Curves for other tools, by config: TensorBoard event files and Weights & Biases, written from a thread of their own."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from apollo_tp.config import ServiceConfig
+from apollo_tp.coordinator.jobs.job import Job
+from apollo_tp.errors import ConfigError
+from apollo_tp.wire.commands import StepDone
+
+log = logging.getLogger(__name__)
+
+Figures = tuple[str, int, float, dict[str, float]]  # job id, weight version, Unix time, name -> value
+
+
+class Writer:
+    """Hands each step's figures to ``write`` on a thread, so that neither disk nor network delays the event loop."""
+
+    def __init__(self, name: str, write: Callable[[Figures], None], close: Callable[[], None]) -> None:
+        self._name, self._write, self._close = name, write, close
+        self._queue: queue.Queue[Figures | None] = queue.Queue(maxsize=10_000)
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+
+    def __enter__(self) -> Writer:
+        """Start the thread."""
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Write what is queued, for ten seconds at most."""
+        with contextlib.suppress(queue.Full):
+            self._queue.put_nowait(None)
+        self._thread.join(10)
+
+    def __call__(self, job: Job, done: StepDone) -> None:
+        """Queue the figures of a completed step; drop them if the tool is 10,000 steps behind."""
+        values = {
+            "tokens": float(job.tokens),
+            "learning_rate": done.learning_rate,
+            "step_seconds": done.step_seconds,
+            "padding_share": done.padding_share,
+            **done.metrics,
+        }
+        if not done.skipped:
+            values |= {"loss": done.loss, "grad_norm": done.grad_norm, "token_accuracy": done.token_accuracy}
+        with contextlib.suppress(queue.Full):
+            self._queue.put_nowait((job.id, done.weight_version, time.time(), values))
+
+    def evaluated(self, job: Job) -> None:
+        """Queue a validation loss."""
+        if job.valid_loss is not None:
+            values = {"valid_loss": job.valid_loss, "valid_token_accuracy": job.valid_token_accuracy or 0.0}
+            with contextlib.suppress(queue.Full):
+                self._queue.put_nowait((job.id, job.weight_version or 0, time.time(), values))
+
+    def _run(self) -> None:
+        try:
+            while (figures := self._queue.get()) is not None:
+                self._write(figures)
+            self._close()
+        except Exception:
+            log.exception("the %s writer stopped", self._name)
+
+
+def open_writers(service: ServiceConfig) -> list[Writer]:
+    """The configured writers. Raises ConfigError if a tool is asked for that is not installed."""
+    writers = []
+    if service.writers.tensorboard_dir is not None:
+        writers.append(_tensorboard(Path(service.writers.tensorboard_dir)))
+    if service.writers.wandb_project is not None:
+        writers.append(_wandb(service))
+    return writers
+
+
+def _tensorboard(folder: Path) -> Writer:
+    try:
+        event_pb2 = import_module("tensorboard.compat.proto.event_pb2")
+        summary_pb2 = import_module("tensorboard.compat.proto.summary_pb2")
+        event_file_writer = import_module("tensorboard.summary.writer.event_file_writer")
+    except ImportError as error:
+        raise ConfigError(
+            f"service.writers.tensorboard_dir: got a folder, but {error}; pip install tensorboard"
+        ) from error
+    events = event_file_writer.EventFileWriter(str(folder))
+
+    def write(figures: Figures) -> None:
+        _, version, now, values = figures
+        value = [summary_pb2.Summary.Value(tag=f"apollo/{name}", simple_value=v) for name, v in values.items()]
+        summary = summary_pb2.Summary(value=value)
+        events.add_event(event_pb2.Event(wall_time=now, step=version, summary=summary))
+
+    return Writer("tensorboard", write, events.close)
+
+
+def _wandb(service: ServiceConfig) -> Writer:
+    try:
+        wandb = import_module("wandb")
+    except ImportError as error:
+        raise ConfigError(f"service.writers.wandb_project: got a project, but {error}; pip install wandb") from error
+    settings: dict[str, Any] = {"project": service.writers.wandb_project, "mode": service.writers.wandb_mode}
+    run = wandb.init(dir=service.state_dir, **settings)
+
+    def write(figures: Figures) -> None:
+        job_id, version, _, values = figures
+        run.log(values | {"job": job_id}, step=version)
+
+    return Writer("wandb", write, run.finish)

@@ -1,0 +1,185 @@
+"""A checked request becomes samples: forms, limits, truncation. Nothing of a refused request is stored or sent."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import msgspec
+
+from apollo_tp.coordinator.jobs.evaluation import Pair
+from apollo_tp.coordinator.jobs.job import JobSpec, Truncate
+from apollo_tp.coordinator.samples.chat_template import UNTELLABLE
+from apollo_tp.coordinator.samples.render import Chat, Renderer, too_long
+from apollo_tp.coordinator.samples.schema import Message, PreferenceLine, SampleBody, TrainBody
+from apollo_tp.errors import RequestError, refuse
+from apollo_tp.wire.commands import Sample
+
+MOST_CUT = 16
+"""Conversations of more than as many sequences are refused, not cut: to tell their turns takes quadratic time."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the ranks take. ``vocab_size`` None when neither rank 0 nor the model folder has said it."""
+
+    vocab_size: int | None
+    max_sequence_tokens: int
+
+
+class Intake:
+    """Makes samples of one request. ``renderer`` None: only token ids are taken."""
+
+    def __init__(self, renderer: Renderer | None, limits: Limits, truncate: Truncate) -> None:
+        self._renderer, self._limits, self._truncate = renderer, limits, truncate
+
+    def train_samples(self, body: TrainBody) -> list[Sample]:
+        """All samples of a POST /train body."""
+        if body.samples is None:
+            return self.sequences(body, "")
+        own = [name for name in SampleBody.__struct_fields__ if getattr(body, name) not in (None, True, 1.0)]
+        if own:
+            raise refuse(own[0], "it beside 'samples'", "either 'samples' or the fields of one sample")
+        return [s for index, sample in enumerate(body.samples) for s in self.sequences(sample, f"samples[{index}].")]
+
+    def samples(self, bodies: list[SampleBody]) -> list[Sample]:
+        """Those of a list ``samples``."""
+        return [self.sample(sample, f"samples[{index}].") for index, sample in enumerate(bodies)]
+
+    def sequences(self, body: SampleBody, where: str) -> list[Sample]:
+        """The sample; or one for each assistant turn, with what came before it, where the whole conversation does not show
+        its turns as they are generated: a template that drops reasoning from earlier turns, say."""
+        messages = body.messages or []
+        try:
+            return [self.sample(body, where)]
+        except RequestError as error:
+            turns = [i for i, m in enumerate(messages) if m.role == "assistant" and m.weight != 0]
+            if error.code != UNTELLABLE or len(turns) < 2:
+                raise
+        return [self.sample(msgspec.structs.replace(body, messages=_up_to(messages, i)), where) for i in turns]
+
+    def sample(self, body: SampleBody, where: str) -> Sample:
+        """One sample; ``where`` prefixes the field in errors."""
+        given = {
+            "context_ids + continuation_ids": body.context_ids is not None or body.continuation_ids is not None,
+            "messages": body.messages is not None,
+            "prompt + completion": body.prompt is not None or body.completion is not None,
+            "text": body.text is not None,
+        }
+        forms = [name for name, present in given.items() if present]
+        if len(forms) != 1:
+            field = where.rstrip(".") or "body"
+            raise refuse(field, " and ".join(forms) or "no data", "exactly one of " + ", ".join(given))
+        for name in ("tools", "chat_template_kwargs"):
+            if getattr(body, name) is not None and body.messages is None:
+                raise refuse(f"{where}{name}", f"{name} without messages", f"{name} only beside messages")
+        try:
+            ids, weights = self._tokens(body)
+        except RequestError as error:
+            error.field = f"{where}{error.field}" if error.field else where.rstrip(".")
+            raise
+        return self.checked(ids, [weight * body.weight for weight in weights], where + forms[0].rpartition(" ")[2])
+
+    def _tokens(self, body: SampleBody) -> tuple[list[int], list[float]]:
+        if body.messages is not None:
+            return self._chat(Chat(body.messages, body.tools, body.chat_template_kwargs))
+        if body.text is not None:
+            return self._text_renderer("text").text(body.text, append_eos=body.append_eos)
+        if body.prompt is not None or body.completion is not None:
+            if not body.completion:
+                raise refuse("completion", "an empty completion" if body.completion == "" else "nothing", "some text")
+            renderer = self._text_renderer("prompt")
+            return renderer.prompt_completion(body.prompt or "", body.completion, append_eos=body.append_eos)
+        if not body.continuation_ids:
+            raise refuse("continuation_ids", "no token", "at least one token id")
+        context, target = body.context_ids or [], body.continuation_ids
+        for name, ids in (("context_ids", context), ("continuation_ids", target)):
+            self._check_vocabulary(name, ids)
+        return [*context, *target], [0.0] * len(context) + [1.0] * len(target)
+
+    def _check_vocabulary(self, name: str, ids: list[int]) -> None:
+        size = self._limits.vocab_size
+        if size is None:
+            raise RequestError(
+                "token ids cannot be checked before the trainer has connected; try again later",
+                status=503,
+                code="no_trainer",
+            )
+        for index, token in enumerate(ids):
+            if not 0 <= token < size:
+                raise refuse(f"{name}[{index}]", str(token), f"a token id from 0 to {size - 1}")
+
+    def _text_renderer(self, field: str) -> Renderer:
+        if self._renderer is None:
+            raise refuse(
+                field, "text", "token ids (context_ids, continuation_ids): the trainer found no tokenizer.json"
+            )
+        return self._renderer
+
+    def _chat(self, chat: Chat, *, only_last: bool = False) -> tuple[list[int], list[float]]:
+        renderer = self._text_renderer("messages")
+        weights = []
+        for index, message in enumerate(chat.messages):
+            if message.role == "assistant":
+                weights.append(1.0 if message.weight is None else message.weight)
+            elif message.weight is not None:
+                raise refuse(
+                    f"messages[{index}].weight", f"a weight on role {message.role!r}", "a weight only on assistant"
+                )
+        if only_last:
+            weights = [0.0] * (len(weights) - 1) + weights[-1:]
+        if not any(weights):
+            raise refuse("messages", "no assistant message with a weight above 0", "at least one to learn from")
+        try:
+            limit = self._limits.max_sequence_tokens
+            return renderer.chat(chat, weights, limit if self._truncate is Truncate.refuse else limit * MOST_CUT)
+        except RecursionError:
+            raise refuse("messages", "values nested too deep to be rendered", "a few levels") from None
+
+    def checked(self, ids: list[int], weights: list[float], field: str) -> Sample:
+        """Apply limits and truncation."""
+        limit = self._limits.max_sequence_tokens
+        if len(ids) > limit:
+            if self._truncate is Truncate.refuse:
+                raise too_long(field, len(ids), limit)
+            part = slice(-limit, None) if self._truncate is Truncate.left else slice(0, limit)
+            ids, weights = ids[part], weights[part]
+        # the first token of a sequence has no predictor
+        weights = [0.0, *weights[1:]]
+        if not any(weights):
+            raise refuse(field, f"{len(ids)} tokens of which none can be learned from",
+                         "at least one token of the continuation behind another token")  # fmt: skip
+        self._check_vocabulary(field, ids)
+        return Sample(token_ids=ids, weights=weights)
+
+    def pair(self, line: PreferenceLine) -> Pair:
+        """A DPO line: both sides share the input; only the last assistant message of each is learned from."""
+        sides = []
+        for name, output in (
+            ("preferred_output", line.preferred_output),
+            ("non_preferred_output", line.non_preferred_output),
+        ):
+            if output[-1].role != "assistant":
+                raise refuse(f"{name}[{len(output) - 1}].role", repr(output[-1].role), "'assistant'")
+            chat = Chat([*line.input.messages, *output], line.input.tools, line.input.chat_template_kwargs)
+            ids, weights = self._chat(chat, only_last=True)
+            sides.append(self.checked(ids, weights, name))
+        return Pair(*sides)
+
+
+def _up_to(messages: list[Message], index: int) -> list[Message]:
+    """The conversation until its assistant message ``index``, of which alone is learned."""
+    before = [msgspec.structs.replace(m, weight=0.0) if m.role == "assistant" else m for m in messages[:index]]
+    return [*before, messages[index]]
+
+
+def spec_of(body: TrainBody) -> JobSpec:
+    """How a POST /train body asks to be trained."""
+    return JobSpec(
+        epochs=body.epochs,
+        batch_size=body.batch_size,
+        learning_rate_scale=body.learning_rate_scale,
+        seed=body.seed,
+        max_steps=body.max_steps,
+        truncate=body.truncate,
+        metadata=body.metadata,
+    )

@@ -1,0 +1,178 @@
+"""Request bodies as msgspec structs, and how a schema error becomes the field, got and expected of a 4xx body."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, TypeVar
+
+import msgspec
+from msgspec import Meta
+
+from apollo_tp.coordinator.jobs.job import Truncate
+from apollo_tp.errors import RequestError
+
+T = TypeVar("T")
+
+TokenIds = Annotated[list[Annotated[int, Meta(ge=0)]], Meta(max_length=1_000_000)]
+Metadata = Annotated[
+    dict[Annotated[str, Meta(max_length=64)], Annotated[str, Meta(max_length=512)]], Meta(max_length=16)
+]
+Role = Annotated[str, Meta(min_length=1, max_length=32)]
+
+
+class Message(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    """A chat message. ``weight`` scales the loss of an assistant turn (0: context only)."""
+
+    role: Role
+    content: str | list[dict[str, Any]] | None = None
+    weight: Annotated[float, Meta(ge=0, le=100)] | None = None
+    name: str | None = None
+    tool_calls: list[dict[str, Any]] | None = None
+    tool_call_id: str | None = None
+    reasoning: str | None = None
+    reasoning_content: str | None = None
+    refusal: str | None = None
+    function_call: dict[str, Any] | None = None
+
+
+class SampleBody(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    """One training sequence, in exactly one of four forms; ``weight`` scales its whole loss."""
+
+    context_ids: TokenIds | None = None
+    continuation_ids: TokenIds | None = None
+    messages: Annotated[list[Message], Meta(min_length=1)] | None = None
+    tools: list[dict[str, Any]] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    prompt: str | None = None
+    completion: str | None = None
+    text: str | None = None
+    append_eos: bool = True
+    weight: Annotated[float, Meta(gt=0, le=100)] = 1.0
+
+
+class TrainBody(SampleBody, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    """Body of POST /train: ``samples``, or the fields of one sample, and how to train on them."""
+
+    samples: Annotated[list[SampleBody], Meta(min_length=1, max_length=1_000_000)] | None = None
+    epochs: Annotated[int, Meta(ge=1, le=10_000)] = 1
+    batch_size: Annotated[int, Meta(ge=1, le=4096)] = 8
+    learning_rate_scale: Annotated[float, Meta(gt=0, le=1000)] = 1.0
+    seed: Annotated[int, Meta(ge=0, le=2**63 - 1)] | None = None
+    max_steps: Annotated[int, Meta(ge=1, le=2**31)] | None = None
+    truncate: Truncate = Truncate.refuse
+    metadata: Metadata = {}
+    wait: bool = False
+    wait_seconds: Annotated[float, Meta(gt=0, le=86_400)] = 600.0
+
+
+class CheckpointBody(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """Body of POST /checkpoint; may be left out."""
+
+    wait: bool = False
+    wait_seconds: Annotated[float, Meta(gt=0, le=86_400)] = 600.0
+
+
+class ScoreBody(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """Body of POST /train/score."""
+
+    samples: Annotated[list[SampleBody], Meta(min_length=1, max_length=1024)]
+    truncate: Truncate = Truncate.refuse
+
+
+class Preference(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """The ``input`` of a line of a DPO file."""
+
+    messages: Annotated[list[Message], Meta(min_length=1)]
+    tools: list[dict[str, Any]] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
+
+
+class SupervisedLine(SampleBody, kw_only=True, forbid_unknown_fields=True):
+    """A line of a supervised JSONL file: a chat, or any other form of a sample."""
+
+    parallel_tool_calls: bool | None = None
+
+
+class PreferenceLine(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """A line of a DPO JSONL file."""
+
+    input: Preference
+    preferred_output: Annotated[list[Message], Meta(min_length=1)]
+    non_preferred_output: Annotated[list[Message], Meta(min_length=1)]
+
+
+class Hyperparameters(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    """Numbers, or "auto": 3 epochs, batches of 8, the configured learning rate, beta 0.1."""
+
+    n_epochs: Annotated[int, Meta(ge=1, le=10_000)] | str = "auto"
+    batch_size: Annotated[int, Meta(ge=1, le=4096)] | str = "auto"
+    learning_rate_multiplier: Annotated[float, Meta(gt=0, le=1000)] | str = "auto"
+    beta: Annotated[float, Meta(gt=0, le=100)] | str = "auto"
+
+
+class MethodOptions(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """Options of one method."""
+
+    hyperparameters: Hyperparameters | None = None
+
+
+class Method(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """How to train. Reinforcement is not offered."""
+
+    type: str = "supervised"
+    supervised: MethodOptions | None = None
+    dpo: MethodOptions | None = None
+
+
+class FineTuningBody(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """Body of POST /v1/fine_tuning/jobs. ``integrations`` must be empty: writers are set in the trainer's options."""
+
+    model: str
+    training_file: str
+    validation_file: str | None = None
+    suffix: Annotated[str, Meta(max_length=64)] | None = None
+    seed: Annotated[int, Meta(ge=0, le=2**63 - 1)] | None = None
+    metadata: Metadata | None = None
+    method: Method | None = None
+    hyperparameters: Hyperparameters | None = None
+    integrations: Annotated[list[dict[str, Any]], Meta(max_length=0)] | None = None
+
+
+_PATH = re.compile(r"^(?P<what>.*?)(?: - at `(?P<path>\$[^`]*)`)?$", re.DOTALL)
+_GOT = re.compile(r"^Expected `(?P<expected>[^`]*)`, got `(?P<got>[^`]*)`$")
+_EXPECTED = re.compile(r"^Expected (?P<expected>.*)$", re.DOTALL)
+
+
+def decode(data: bytes, type: type[T]) -> T:
+    """The body as ``type``. Raises RequestError naming field, got and expected."""
+    try:
+        return msgspec.json.decode(data, type=type)
+    except (msgspec.ValidationError, msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise schema_error(error, data) from error
+
+
+def schema_error(error: Exception, data: bytes) -> RequestError:
+    """msgspec's message taken apart."""
+    if not isinstance(error, msgspec.ValidationError):
+        text = f"body: got malformed JSON ({error}), expected a JSON object"
+        return RequestError(
+            text, field="body", got=repr(data[:40])[1:], expected="a JSON object", code="malformed_json"
+        )
+    match = _PATH.match(str(error))
+    assert match is not None
+    what, field = match["what"], (match["path"] or "$").removeprefix("$").removeprefix(".") or "body"
+    got, expected = what, "a value of the documented type"
+    if exact := _GOT.match(what):
+        got, expected = exact["got"], exact["expected"]
+    elif what.startswith("Object contains unknown field"):
+        name = what.split("`")[1]
+        field = name if field == "body" else f"{field}.{name}"
+        got, expected = f"unknown field {name!r}", "a documented field"
+    elif what.startswith("Object missing required field"):
+        name = what.split("`")[1]
+        field = name if field == "body" else f"{field}.{name}"
+        got, expected = "nothing", "this field"
+    elif some := _EXPECTED.match(what):
+        got, expected = "another value", some["expected"]
+    return RequestError(f"{field}: {what}", field=field, got=got, expected=expected, code="invalid_value")

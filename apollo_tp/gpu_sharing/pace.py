@@ -1,0 +1,90 @@
+"""Let inference have its turns on a GPU that both share: the trainer works in bursts, and sleeps between them.
+
+Two processes without MPS are time-sliced, and a decode step competes with whatever the trainer has queued. A burst is one
+decoder layer's forward or backward work, the head's, or the optimizer's; its length decides how long the GPU is left alone.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from apollo_tp.distributed.tp_group import TPGroup
+
+
+class Pace:
+    """Keeps the GPU busy for at most ``share`` of the time, a number in (0, 1]; at 1 nothing is hooked and nothing waits.
+
+    Hooks the decoder layers of ``module``. Neither values nor their order change. ``clock`` and ``sleep`` take seconds.
+    """
+
+    def __init__(
+        self,
+        share: float,
+        module: nn.Module,
+        tp: TPGroup,
+        device: torch.device,
+        *,
+        clock: Callable[[], float] = time.perf_counter,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        self._rest = 1 / share - 1
+        self._tp, self._device = tp, device
+        self._clock, self._sleep = clock, sleep
+        self._held = False
+        self._start = clock()
+        if self._rest:
+            for layer in decoder_layers(module):
+                layer.register_forward_hook(self._after_forward)
+
+    @property
+    def rests(self) -> bool:
+        """Whether it ever waits."""
+        return self._rest > 0
+
+    def begin(self) -> None:
+        """A command begins: what happened before it was not the trainer's work, and a ``hold`` is over."""
+        self._held = False
+        self._start = self._clock()
+
+    def hold(self) -> None:
+        """Until the next ``begin`` the server stands still: to sleep would only make it stand still for longer."""
+        self._held = True
+
+    def give_way(self) -> None:
+        """End a burst: wait for the device, then sleep. Collective over the ranks: one all-reduce of one float.
+
+        All sleep for the shortest burst of all: the rank that woke last has waited for nobody inside the layer's sums, so
+        that its burst is work alone. If each slept for its own, a lag between two ranks would grow by a factor of
+        1 / share - 1 with every burst.
+        """
+        if not self._rest or self._held:
+            return
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        busy = self._clock() - self._start
+        if self._tp.size > 1:
+            shortest = torch.tensor(busy, dtype=torch.float32, device=self._device)
+            busy = self._tp.all_reduce_(shortest, dist.ReduceOp.MIN).item()
+        self._sleep(busy * self._rest)
+        self._start = self._clock()
+
+    def _after_forward(self, layer: nn.Module, arguments: Any, output: Tensor | tuple[Tensor, ...]) -> None:
+        self.give_way()
+        hidden = output[0] if isinstance(output, tuple) else output
+        if hidden.requires_grad:  # its gradient is there when the backward pass of the layers above is over
+            hidden.register_hook(self._before_backward)
+
+    def _before_backward(self, gradient: Tensor) -> None:
+        self.give_way()
+
+
+def decoder_layers(module: nn.Module) -> list[nn.Module]:
+    """The layers of a transformers model, in order: what gradient checkpointing would recompute one by one."""
+    return [layer for layer in module.modules() if isinstance(layer, GradientCheckpointingLayer)]

@@ -1,0 +1,162 @@
+"""Samples to packed micro-batches: identical on every rank, no padding.
+
+Sequences of a micro-batch lie one behind the other; ``cu_seqlens`` says where each begins, position ids restart at 0, and
+the weight of predicting across a boundary is 0, so that nothing of one sequence reaches another.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from apollo_tp.errors import RequestError
+from apollo_tp.wire.commands import PreferencePair, Sample
+
+_TENSORS = ("token_ids", "position_ids", "cu_seqlens", "targets", "weights", "loss_positions")
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """One micro-batch of S sequences with T tokens in all. The same on every rank.
+
+    ``token_ids``, ``position_ids`` and ``targets`` are int64 [T], ``weights`` fp32 [T], ``cu_seqlens`` int32 [S + 1].
+    ``targets[t]`` is the token that position t predicts and ``weights[t]`` the loss weight of doing so (0 at the last
+    position of a sequence); ``loss_positions`` int64 [N] are the positions with a weight. ``sample_index[s]`` is the place
+    of sequence s in the list that was packed.
+    """
+
+    token_ids: Tensor
+    position_ids: Tensor
+    cu_seqlens: Tensor
+    targets: Tensor
+    weights: Tensor
+    loss_positions: Tensor
+    sample_index: tuple[int, ...]
+    lengths: tuple[int, ...]
+    weight_sum: float
+
+    @property
+    def num_loss_tokens(self) -> int:
+        return len(self.loss_positions)
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(self.lengths)
+
+    @property
+    def structure(self) -> tuple[tuple[int, ...], int]:
+        """What the shapes of all that is computed from this batch follow from."""
+        return self.lengths, self.num_loss_tokens
+
+    def scaled(self, factor: float) -> PackedBatch:
+        """The same batch with ``factor`` times its weights."""
+        return replace(self, weights=factor * self.weights, weight_sum=factor * self.weight_sum)
+
+    def to(self, device: torch.device) -> PackedBatch:
+        """The same batch with its tensors on ``device``."""
+        return replace(self, **{name: getattr(self, name).to(device, non_blocking=True) for name in _TENSORS})
+
+    def copy_(self, other: PackedBatch) -> None:
+        """Take over the tensors of a batch of the same structure, in place."""
+        for name in _TENSORS:
+            getattr(self, name).copy_(getattr(other, name), non_blocking=True)
+
+
+def pack(samples: Sequence[Sample], max_tokens: int) -> list[PackedBatch]:
+    """Micro-batches of at most ``max_tokens`` tokens that hold every sample once: first-fit decreasing, ties by index.
+
+    Depends on the samples alone, so every rank packs alike. Raises RequestError for a sample that is empty, longer than
+    ``max_tokens``, or whose weights do not fit its tokens.
+    """
+    for index, sample in enumerate(samples):
+        _check(index, sample, max_tokens)
+    lengths = [len(sample.token_ids) for sample in samples]
+    return [_packed(samples, sorted(members)) for members in _first_fit(lengths, max_tokens)]
+
+
+def pack_pairs(pairs: Sequence[PreferencePair], max_tokens: int) -> list[PackedBatch]:
+    """Like ``pack``, with both sides of a pair in one micro-batch, side by side.
+
+    ``sample_index`` counts 2 i for the preferred and 2 i + 1 for the rejected side of pair i.
+    """
+    sides = [side for pair in pairs for side in (pair.preferred, pair.rejected)]
+    lengths = [len(p.preferred.token_ids) + len(p.rejected.token_ids) for p in pairs]
+    for index, sample in enumerate(sides):
+        _check(index, sample, max_tokens)
+    for index, length in enumerate(lengths):
+        if length > max_tokens:
+            field = f"pairs[{index}]"
+            raise RequestError(f"{field}: got {length} tokens in both sides, expected 2 to {max_tokens}", field=field)
+    return [
+        _packed(sides, [side for i in sorted(members) for side in (2 * i, 2 * i + 1)])
+        for members in _first_fit(lengths, max_tokens)
+    ]
+
+
+def _first_fit(lengths: Sequence[int], room_per_bin: int) -> list[list[int]]:
+    """Indices of ``lengths`` in bins, longest first, ties by index."""
+    bins: list[list[int]] = []
+    room: list[int] = []
+    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        place = next((b for b, free in enumerate(room) if free >= lengths[index]), None)
+        if place is None:
+            bins.append([])
+            room.append(room_per_bin)
+            place = len(bins) - 1
+        bins[place].append(index)
+        room[place] -= lengths[index]
+    return bins
+
+
+def empty_share(batches: Sequence[PackedBatch], max_tokens: int) -> float:
+    """The share of the micro-batches' token budget that no sample filled (packing adds no padding tokens)."""
+    budget = max_tokens * len(batches)
+    return 1.0 - sum(batch.num_tokens for batch in batches) / budget if budget else 0.0
+
+
+def _check(index: int, sample: Sample, max_tokens: int) -> None:
+    length, field = len(sample.token_ids), f"samples[{index}]"
+    if not 1 <= length <= max_tokens:
+        raise RequestError(f"{field}: got {length} tokens, expected 1 to {max_tokens}", field=field)
+    if len(sample.weights) != length:
+        raise RequestError(
+            f"{field}: got {len(sample.weights)} weights, expected one per token ({length})", field=field
+        )
+    if sample.weights[0] != 0:
+        raise RequestError(
+            f"{field}: got weights[0]={sample.weights[0]}, expected 0 (nothing predicts it)", field=field
+        )
+
+
+def _packed(samples: Sequence[Sample], members: list[int]) -> PackedBatch:
+    chosen = [samples[i] for i in members]
+    lengths = tuple(len(sample.token_ids) for sample in chosen)
+    cu_seqlens = torch.zeros(len(members) + 1, dtype=torch.int32)
+    cu_seqlens[1:] = torch.tensor(lengths, dtype=torch.int32).cumsum(0)
+    # Through array: the device waits for this at the start of a step, and torch.tensor takes several times as long.
+    token_ids = torch.frombuffer(
+        array("q", itertools.chain.from_iterable(s.token_ids for s in chosen)), dtype=torch.int64
+    )
+    weights = torch.frombuffer(
+        array("d", itertools.chain.from_iterable(s.weights for s in chosen)), dtype=torch.float64
+    )
+    last = cu_seqlens[1:].long() - 1
+    targets, weights = token_ids.roll(-1), weights.roll(-1)  # the first of a sequence belongs to nobody before it
+    targets[last], weights[last] = 0, 0.0
+    return PackedBatch(
+        token_ids=token_ids,
+        position_ids=torch.cat([torch.arange(length) for length in lengths]),
+        cu_seqlens=cu_seqlens,
+        targets=targets,
+        weights=weights.float(),
+        loss_positions=weights.nonzero()[:, 0],
+        sample_index=tuple(members),
+        lengths=lengths,
+        weight_sum=math.fsum(itertools.chain.from_iterable(s.weights for s in chosen)),
+    )

@@ -1,0 +1,238 @@
+"""Log-probabilities of target tokens over a vocabulary that is split over the tensor-parallel (TP) ranks.
+
+Megatron-LM's vocabulary-parallel cross-entropy (Shoeybi et al. 2019, section 3) joined with the head's matrix product and
+chunked over tokens: neither [tokens, vocabulary / p] logits nor their gradient ever exist as a whole. ``target_logprobs``
+throws the logits of a chunk away and forms them again in the backward pass. ``nll_sum``, whose gradient is known but for one
+factor, computes it from the logits at hand in the forward pass (Liger Kernel, Hsu et al. 2024), which saves
+one of four products. Ranks may hold different numbers of vocabulary rows, even none.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from apollo_tp.distributed.collectives import copy_to_region
+from apollo_tp.distributed.tp_group import TPGroup
+
+CHUNK_BYTES = 512 * 2**20
+"""Upper bound of one chunk of fp32 logits; a chunk has at least one token."""
+
+
+@dataclass(frozen=True)
+class LogitsTransform:
+    """What a model does to its logits: ``scale * logits``, then ``softcap * tanh(logits / softcap)`` if given."""
+
+    scale: float = 1.0
+    softcap: float | None = None
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        if self.scale != 1.0:
+            logits = logits * self.scale
+        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
+    def backward(self, transformed: Tensor, grad: Tensor) -> Tensor:
+        """Gradient with respect to the raw logits, from the transformed ones and their gradient; both fp32 [n, v]."""
+        if self.softcap is not None:
+            grad = grad * (1.0 - (transformed / self.softcap) ** 2)
+        return grad * self.scale if self.scale != 1.0 else grad
+
+
+@dataclass(frozen=True)
+class VocabShard:
+    """The vocabulary rows [start, start + number of local rows) of this rank, and the group they are split over.
+
+    ``compiled``: the arithmetic on a chunk of logits runs as compiled code, in few passes over them. ``global_rows``: size
+    of the whole vocabulary, if it is split.
+    """
+
+    start: int
+    tp: TPGroup
+    transform: LogitsTransform = LogitsTransform()
+    compiled: bool = False
+    global_rows: int = 0
+
+    def statistics(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """See _statistics. ``logits`` raw, local [n, v]; ``targets`` global [n]."""
+        if logits.shape[1] == 0:
+            zero = logits.new_zeros(len(targets), dtype=torch.float32)
+            return torch.full_like(zero, -torch.inf), zero, zero
+        function = _compiled(_statistics) if self.compiled else _statistics
+        return function(logits, *self._local(targets, logits.shape[1]), self.transform)  # type: ignore[no-any-return]
+
+    def logits_gradient(self, logits: Tensor, targets: Tensor, grad: Tensor, normalizer: Tensor) -> Tensor:
+        """See _logits_gradient; v > 0."""
+        function = _compiled(_logits_gradient) if self.compiled else _logits_gradient
+        return function(logits, *self._local(targets, logits.shape[1]), grad, normalizer, self.transform)  # type: ignore[no-any-return]
+
+    def agree(self, largest: Tensor, sums: Tensor) -> Tensor:
+        """From local to global statistics: returns that of ``largest`` [n], changes ``sums`` [2, n]. Two all-reduces."""
+        top = self.tp.all_reduce_(largest.clone(), dist.ReduceOp.MAX)
+        sums[0] *= (largest - top).exp()
+        self.tp.all_reduce_(sums)
+        return top
+
+    def _local(self, targets: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+        """Row of each target on this rank (0 where another rank has it), and whether this rank has it."""
+        local = targets - self.start
+        owned = (local >= 0) & (local < rows)
+        return local.where(owned, 0), owned
+
+
+def target_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor, vocab: VocabShard) -> tuple[Tensor, Tensor]:
+    """Log-probability of each target under softmax(transform(hidden @ weight.T)), and whether it is the arg max.
+
+    ``hidden`` [N, H] and ``targets`` int64 [N] (global ids) are the same on all ranks; ``weight`` [v, H] is local, v may
+    be 0. Returns fp32 [N] (differentiable, nats) and bool [N], the same on all ranks. Collectives: forward one max and
+    one sum all-reduce of [N] and [2, N] fp32; backward one sum all-reduce of [N, H] in hidden's dtype. None if N is 0.
+    """
+    hidden = copy_to_region(hidden, vocab.tp)
+    logprobs, correct = _TargetLogprobs.apply(hidden, weight, targets, vocab)
+    return logprobs, correct
+
+
+def nll_sum(
+    hidden: Tensor, weight: Tensor, targets: Tensor, weights: Tensor, vocab: VocabShard
+) -> tuple[Tensor, Tensor]:
+    """``-(weights * log-probabilities).sum()`` of the targets (nats, fp32, 0-d, differentiable), and their arg-max hits [N].
+
+    Arguments as in ``target_logprobs``; ``weights`` fp32 [N]. With gradients enabled, those of hidden and weight are
+    computed here, in the forward pass. Collectives: per chunk of tokens one max and one sum all-reduce of [n] and [2, n]
+    fp32; backward one sum all-reduce of [N, H] in hidden's dtype.
+    """
+    if not torch.is_grad_enabled():
+        logprobs, correct = target_logprobs(hidden, weight, targets, vocab)
+        return -(weights * logprobs).sum(), correct
+    return _NllSum.apply(copy_to_region(hidden, vocab.tp), weight, targets, weights, vocab)  # type: ignore[no-any-return]
+
+
+@functools.cache
+def unit(device: torch.device) -> Tensor:
+    """The number 1 (fp32, 0-d): ``loss.backward(unit(device))`` spares ``nll_sum`` a pass over the gradient of the head."""
+    return torch.ones((), device=device)
+
+
+class _TargetLogprobs(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, vocab: VocabShard) -> tuple[Tensor, Tensor]:
+        tokens = hidden.shape[0]
+        top = hidden.new_full((tokens,), -torch.inf, dtype=torch.float32)
+        sums = hidden.new_zeros((2, tokens), dtype=torch.float32)  # sum of exponentials, target logit
+        for part in _chunks(tokens, weight.shape[0]):
+            top[part], sums[0, part], sums[1, part] = vocab.statistics(hidden[part] @ weight.T, targets[part])
+        if tokens:
+            top = vocab.agree(top, sums)
+        normalizer = sums[0].log() + top
+        ctx.save_for_backward(hidden, weight, targets, normalizer)
+        ctx.vocab = vocab
+        correct = sums[1] >= top
+        ctx.mark_non_differentiable(correct)
+        return sums[1] - normalizer, correct
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        hidden, weight, targets, normalizer = ctx.saved_tensors
+        grad_hidden, grad_weight = torch.zeros_like(hidden), torch.zeros_like(weight)
+        for part in _chunks(hidden.shape[0], weight.shape[0]):
+            logits = hidden[part] @ weight.T
+            grad_logits = ctx.vocab.logits_gradient(logits, targets[part], grad[part], normalizer[part])
+            torch.mm(grad_logits, weight, out=grad_hidden[part])
+            if ctx.needs_input_grad[1]:  # a frozen head has none
+                grad_weight.addmm_(grad_logits.T, hidden[part])
+        return grad_hidden, grad_weight, None, None
+
+
+class _NllSum(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, weights: Tensor, vocab: VocabShard
+    ) -> tuple[Tensor, Tensor]:
+        tokens, rows = hidden.shape[0], weight.shape[0]
+        logprobs = hidden.new_zeros(tokens, dtype=torch.float32)
+        correct = torch.zeros(tokens, dtype=torch.bool, device=hidden.device)
+        grad_hidden = torch.empty_like(hidden) if rows else torch.zeros_like(hidden)
+        grad_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None  # a frozen head has none
+        if grad_weight is not None and not tokens:
+            grad_weight.zero_()
+        # The same chunks on all ranks, whatever each holds: every chunk has its collectives.
+        for part in _chunks(tokens, -(-vocab.global_rows // vocab.tp.size) or rows):
+            logits = hidden[part] @ weight.T
+            largest, *local_sums = vocab.statistics(logits, targets[part])
+            sums = torch.stack(local_sums)
+            top = vocab.agree(largest, sums)
+            normalizer = sums[0].log() + top
+            logprobs[part], correct[part] = sums[1] - normalizer, sums[1] >= top
+            if rows:
+                grad_logits = vocab.logits_gradient(logits, targets[part], -weights[part], normalizer)
+                torch.mm(grad_logits, weight, out=grad_hidden[part])
+                if grad_weight is not None and part.start == 0:
+                    torch.mm(grad_logits.T, hidden[part], out=grad_weight)
+                elif grad_weight is not None:
+                    grad_weight.addmm_(grad_logits.T, hidden[part])
+        ctx.gradients = grad_hidden, grad_weight
+        ctx.mark_non_differentiable(correct)
+        return -(weights * logprobs).sum(), correct
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        (grad_hidden, grad_weight), ctx.gradients = ctx.gradients, None  # once: scaled in place
+        if grad.data_ptr() != unit(grad.device).data_ptr():
+            grad_hidden.mul_(grad)
+            if grad_weight is not None:
+                grad_weight.mul_(grad)
+        return grad_hidden, grad_weight, None, None, None
+
+
+def _statistics(
+    logits: Tensor, local: Tensor, owned: Tensor, transform: LogitsTransform
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of a chunk of n tokens, fp32 [n] each: largest local logit, sum of exponentials below it, target logit or 0."""
+    logits = transform(logits.float())
+    largest = logits.amax(-1)
+    total = (logits - largest[:, None]).exp().sum(-1)
+    return largest, total, torch.where(owned, logits.gather(1, local[:, None])[:, 0], 0.0)
+
+
+def _logits_gradient(
+    logits: Tensor, local: Tensor, owned: Tensor, grad: Tensor, normalizer: Tensor, transform: LogitsTransform
+) -> Tensor:
+    """Gradient with respect to a chunk's raw logits, [n, v] in their dtype; ``grad`` [n] is that of the log-probability."""
+    transformed = transform(logits.float())
+    rows = torch.arange(logits.shape[1], device=logits.device)
+    target = (rows[None, :] == local[:, None]) & owned[:, None]
+    grad_logits = (target.float() - (transformed - normalizer[:, None]).exp()) * grad[:, None]
+    return transform.backward(transformed, grad_logits).to(logits.dtype)
+
+
+@functools.cache
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """For any length from the start: the last chunk of a batch is shorter than the others. Made when first needed, since
+    the compiler alone takes seconds to import."""
+    return torch.compile(function, dynamic=True)  # type: ignore[no-any-return]
+
+
+def _chunks(tokens: int, rows: int) -> list[slice]:
+    """Token ranges whose fp32 logits stay below CHUNK_BYTES; none if this rank has no vocabulary rows."""
+    if rows == 0:
+        return []
+    size = max(1, CHUNK_BYTES // (4 * rows))
+    return [slice(start, min(start + size, tokens)) for start in range(0, tokens, size)]
+
+
+def preference_loss(policy: Tensor, reference: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+    """Direct preference optimization (Rafailov et al. 2023, eq. 7): loss and reward margin of each pair, fp32 [N].
+
+    ``policy`` and ``reference`` are [N, 2]: summed log-probabilities (nats) of the preferred and of the rejected answer.
+    No collective: both are the same on all ranks.
+    """
+    gain = policy - reference
+    margin = beta * (gain[:, 0] - gain[:, 1])
+    return -torch.nn.functional.logsigmoid(margin), margin

@@ -1,0 +1,156 @@
+"""Updates inside the backward pass: hooks on the parameters, and what they did in the step that is under way."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from apollo_tp.errors import ApolloTpError
+from apollo_tp.optim.interface import Decision
+from apollo_tp.optim.update_group import Bundle
+from apollo_tp.optim.weight import Weight
+
+BUCKET_BYTES = 512 * 2**20
+"""Gradients are updated, and freed, together as soon as they come to about this size: two layers of an 8B model at TP = 2.
+An update costs the host some milliseconds, which many small ones would add up to more than the backward pass."""
+
+
+class _Bucket:
+    """Leaves whose matrices are updated together, in a bundle of their own, once all have their gradient."""
+
+    def __init__(self, bundle: Bundle, leaves: Sequence[nn.Parameter]) -> None:
+        self.bundle, self.leaves = bundle, list(leaves)
+        self.arrived: set[int] = set()
+
+    @property
+    def complete(self) -> bool:
+        return len(self.arrived) == len(self.leaves)
+
+    def release(self) -> None:
+        """Free the gradients."""
+        self.arrived = set()
+        for leaf in self.leaves:
+            leaf.grad = None
+
+
+class FusedStep:
+    """Hooks that update the ``fused`` weights of ``whole``, bucket by bucket, between ``begin`` and ``finish``.
+
+    ``fused`` has all weights of a leaf or none. At all other times the hooks do nothing, and gradients are stored. Rank for
+    rank they run in the same order, since the graphs are the same; each bucket's update is collective (see Bundle.update).
+    """
+
+    def __init__(self, whole: Bundle, fused: Sequence[Weight]) -> None:
+        self.tp, self.device = whole.tp, whole.device
+        self.names = [weight.name for weight in fused]
+        self.rest = whole.part([w for w in whole.weights if w.name not in set(self.names)])
+        self._lr: float | None = None
+        self._alive = torch.ones((), dtype=torch.int32, device=self.device)
+        self._decisions: list[tuple[Bundle, Decision]] = []
+        self._done: set[int] = set()
+        # the backward pass meets the last layers first
+        self._buckets = [_Bucket(whole.part(weights), leaves) for weights, leaves in _cut(list(reversed(fused)))]
+        for bucket in self._buckets:
+            for leaf in bucket.leaves:
+                leaf.register_post_accumulate_grad_hook(lambda leaf, bucket=bucket: self._hook(bucket, leaf))
+
+    @property
+    def begun(self) -> bool:
+        """True between ``begin`` and ``finish``."""
+        return self._lr is not None
+
+    @property
+    def has_written(self) -> bool:
+        """True if a bucket of a step that has begun was updated (or left alone because of what it holds)."""
+        return bool(self._decisions)
+
+    def begin(self, lr: float, loss: Tensor | None) -> None:
+        """The next backward pass updates, unless ``loss`` is not finite on some rank. One all-reduce of one float."""
+        self.abandon()
+        self._lr = lr
+        bad = torch.zeros((), device=self.device)
+        if loss is not None:
+            bad = (~torch.isfinite(loss.detach())).float().to(self.device)
+        self._alive = (self.tp.all_reduce_(bad) == 0).int()
+
+    def _hook(self, bucket: _Bucket, leaf: Tensor) -> None:
+        if self._lr is None:
+            return
+        if id(leaf) in self._done:
+            raise ApolloTpError(
+                f"{bucket.bundle.weights[0].name}: got a second gradient within a fused step, expected one backward pass "
+                "for each begin_fused_step; accumulate with train.gradients=stored"
+            )
+        self._done.add(id(leaf))
+        bucket.arrived.add(id(leaf))
+        if bucket.complete:
+            self._update(bucket, self._lr)
+
+    def _update(self, bucket: _Bucket, lr: float) -> None:
+        decision = bucket.bundle.update(lr, None, self._alive)
+        self._alive = self._alive & decision.good
+        self._decisions.append((bucket.bundle, decision))
+        bucket.release()
+
+    def finish(self, lr: float, loss: Tensor | None) -> list[tuple[Bundle, Decision]]:
+        """Update what the hooks left, if nothing stopped them; returns all decisions of the step. Collective: see Bundle.
+
+        Raises ApolloTpError if ``lr`` is not the learning rate of ``begin``.
+        """
+        if self._lr != lr:
+            raise ApolloTpError(
+                f"step: got learning rate {lr}, expected {self._lr} as in begin_fused_step of this step"
+            )
+        for bucket in self._buckets:
+            if bucket.arrived:  # some of its leaves had no part in the loss
+                self._update(bucket, lr)
+        decisions = [*self._decisions, (self.rest, self.rest.update(lr, loss, self._alive))]
+        self._decisions = []  # the caller counts them
+        self.abandon()
+        return decisions
+
+    def abandon(self) -> None:
+        """Forget the step; the next one stores its gradients unless ``begin`` is called. What it updated counts as updates:
+        moments and limiter have moved, and the next bias correction and random bits must follow."""
+        for bundle, decision in self._decisions:
+            bundle.accept(decision.written())
+        self._lr, self._decisions, self._done = None, [], set()
+        for bucket in self._buckets:
+            bucket.arrived = set()
+
+
+def by_leaf(weights: Sequence[Weight]) -> list[tuple[nn.Parameter, list[Weight]]]:
+    """The weights of each leaf that may be updated in a hook, in the order in which leaves first occur."""
+    found: dict[int, tuple[nn.Parameter, list[Weight]]] = {}
+    for weight in weights:
+        leaf = weight.fused_leaf
+        if leaf is not None:
+            found.setdefault(id(leaf), (leaf, []))[1].append(weight)
+    return list(found.values())
+
+
+def whole_leaves(weights: Sequence[Weight]) -> set[str]:
+    """Names of those weights whose leaf has no elements but these weights'."""
+    return {
+        weight.name
+        for leaf, members in by_leaf(weights)
+        if sum(w.data.numel() for w in members) == leaf.numel()
+        for weight in members
+    }
+
+
+def _cut(weights: Sequence[Weight]) -> Iterator[tuple[list[Weight], list[nn.Parameter]]]:
+    """Buckets of whole leaves in this order. Sizes are those of an even share, so that all ranks cut alike."""
+    bucket: list[Weight] = []
+    leaves: list[nn.Parameter] = []
+    size = 0.0
+    for leaf, members in by_leaf(weights):
+        need = sum(w.share_bytes for w in members)
+        if bucket and size + need > BUCKET_BYTES:
+            yield bucket, leaves
+            bucket, leaves, size = [], [], 0.0
+        bucket, leaves, size = bucket + members, [*leaves, leaf], size + need
+    if bucket:
+        yield bucket, leaves

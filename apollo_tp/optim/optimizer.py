@@ -1,0 +1,220 @@
+"""APOLLO and AdamW over tensor-parallel shards: one step on every rank, agreed before anything is written.
+
+With gradients that are kept until ``step`` (the default) a step that is skipped leaves no trace at all. After
+``attach_fused`` a step may write matrices inside the backward pass and free their gradients at once; see there for what
+that gives up. The arithmetic and its collectives are in ``bundle``, the hooks in ``fused``.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from array import array
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from apollo_tp.config import EmbeddingMode, OptimConfig, Precision
+from apollo_tp.distributed.tp_group import TPGroup
+from apollo_tp.errors import ApolloTpError, ConfigError
+from apollo_tp.optim.in_backward import FusedStep, by_leaf, whole_leaves
+from apollo_tp.optim.interface import Decision, OptimParameter, StepOutcome
+from apollo_tp.optim.replicas import check_replicas, level_replicas
+from apollo_tp.optim.schedule import learning_rate
+from apollo_tp.optim.sharding import moment_rank
+from apollo_tp.optim.update_group import Bundle
+from apollo_tp.optim.weight import Weight
+
+
+def build_optimizer(
+    config: OptimConfig, precision: Precision, parameters: Sequence[OptimParameter], tp: TPGroup
+) -> Optimizer:
+    """The optimizer of this rank. All ranks pass the same names in the same order. One all-reduce.
+
+    Raises ConfigError if there is nothing to train or a name occurs twice, UnsupportedModelError for a dtype or shape
+    that cannot be written in place.
+    """
+    return Optimizer(config, precision, parameters, tp)
+
+
+class Optimizer:
+    """All trained parameters of this rank, in one bundle."""
+
+    def __init__(
+        self, config: OptimConfig, precision: Precision, parameters: Sequence[OptimParameter], tp: TPGroup
+    ) -> None:
+        self.config, self.precision, self.tp = config, precision, tp
+        frozen = config.embeddings is EmbeddingMode.frozen
+        trained = [p for p in parameters if not (frozen and p.role == "embedding")]
+        self.names = [p.name for p in trained]
+        if not trained or len(set(self.names)) < len(trained):
+            raise ConfigError(
+                f"parameters: got {len(trained)} to train with {len(set(self.names))} names, expected at least one and "
+                "distinct names; a tied embedding and head are one parameter"
+            )
+        self.weights = [Weight(p, precision, config.seed, tp) for p in trained]
+        self.device = self.weights[0].data.device
+        self._leaves = [t for w in self.weights if (t := w.parameter.tensor).requires_grad]
+        self.bundle = Bundle(self.weights, config, tp)
+        self.step_count = self.skipped_in_a_row = 0
+        self.fused: FusedStep | None = None
+        self._measure_weights()
+
+    # --- the step --------------------------------------------------------------------------------------------------
+
+    def zero_grad(self) -> None:
+        """Drop the gradients of all trained parameters that are leaves, and forget a fused step that did not end."""
+        for leaf in self._leaves:
+            leaf.grad = None
+        if self.fused is not None:
+            self.fused.abandon()
+
+    def learning_rate(self, scale: float = 1.0) -> float:
+        """The learning rate of the next step."""
+        return learning_rate(self.config, self.step_count) * scale
+
+    def progress(self) -> tuple[int, int]:
+        """Steps so far, and a checksum of all parameters' updates. Which collectives come when follows from them."""
+        return self.step_count, zlib.crc32(array("q", self.bundle.counters.steps))
+
+    def step(self, learning_rate_scale: float = 1.0, loss: Tensor | None = None) -> StepOutcome:
+        """Update all weights in place from their local gradients, or none on any rank. After ``begin_fused_step``: what
+        the backward pass has left.
+
+        ``loss`` (0-d) is only tested: if it is not finite on some rank, no rank writes. Collectives: one all-reduce of 3
+        floats per parameter (with clipping, one of 1 and one of 2); if a matrix is cut along its contracted dimension, a
+        reduce-scatter per bucket and one all-gather of channel scales; now and then one all-reduce of weight norms
+        (every ``refresh_every`` steps) and one all-gather of checksums (every ``check_replicas_every``).
+        Raises ReplicaError if replicas of a weight differ. On CUDA it returns while the device still writes.
+        """
+        lr = self.learning_rate(learning_rate_scale)
+        if self.fused is not None and self.fused.begun:
+            decisions = self.fused.finish(lr, loss)
+        else:
+            decisions = [(self.bundle, self.bundle.update(lr, loss))]
+        outcome = self._conclude(decisions, lr)
+        if not outcome.skipped:
+            self.step_count += 1
+            if self.step_count % self.config.refresh_every == 0:
+                self._measure_weights()
+            if self.config.check_replicas_every and self.step_count % self.config.check_replicas_every == 0:
+                check_replicas(self.weights, self.tp)
+        return outcome
+
+    def level_replicas(self) -> list[str]:
+        """See replicas.level_replicas: before the first step of a trainer whose predecessor may have been killed."""
+        return level_replicas(self.weights, self.tp)
+
+    def _conclude(self, decisions: list[tuple[Bundle, Decision]], lr: float) -> StepOutcome:
+        """Count what is written, and say what stopped the rest. Waits for the decisions, not for the writes."""
+        square, num_updated, largest, skipped = 0.0, 0, 0.0, ""
+        for bundle, decision in decisions:
+            finite, norm, *flags = decision.read_report()
+            written, relative = decision.written(), flags[len(bundle.weights) :]
+            bundle.accept(written)  # first: to say why needs a collective, which may raise
+            square, num_updated, largest = square + norm, num_updated + sum(written), max(largest, *relative, 0.0)
+            skipped = skipped or self._why_skipped(bundle, decision, bool(finite), relative)
+        if skipped:
+            self.skipped_in_a_row, largest = self.skipped_in_a_row + 1, 0.0
+            skipped += f"; {num_updated or 'nothing'} {'tensors were' if num_updated else 'was'} written"
+        else:
+            self.skipped_in_a_row = 0
+        return StepOutcome(skipped, math.sqrt(square), lr, num_updated, largest, self.skipped_in_a_row)
+
+    def _why_skipped(self, bundle: Bundle, decision: Decision, finite: bool, relative: list[float]) -> str:
+        """The reason, or "". One all-gather of flags if a value is not finite."""
+        if not finite:
+            flags = self.tp.all_gather((~torch.isfinite(decision.local_sums)).to(torch.int32)).view(self.tp.size, -1)
+            what = [*(f"gradient of {weight.name}" for weight in bundle.weights), "loss"]
+            found = [f"{what[i]} on rank {rank}" for rank, i in flags.nonzero().tolist()]
+            more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+            return f"not finite: {', '.join(found[:3]) or 'a sum over ranks'}{more}"
+        largest, limit = max(range(len(relative)), key=relative.__getitem__), self.config.max_relative_update
+        if relative[largest] <= limit:
+            return ""
+        return (
+            f"{bundle.weights[largest].name}: learning rate {decision.learning_rate:g} would move it by "
+            f"{relative[largest]:.3g} of its norm in one step, more than optim.max_relative_update={limit:g}; lower optim.lr"
+        )
+
+    def _measure_weights(self) -> None:
+        """Norms of all matrices, global, replicas once; infinite where no limit applies. One all-reduce."""
+        squares = self.tp.all_reduce_(self.bundle.local_square_norms())
+        self.bundle.counters.weight_norms = torch.where(squares > 0, squares.double().sqrt(), torch.inf)
+
+    # --- updates inside the backward pass --------------------------------------------------------------------------
+
+    def attach_fused(self) -> list[str]:
+        """Allow steps that update matrices in the backward pass as soon as their gradients are complete, and free them.
+
+        Returns the names that are updated so. Such a step is ``begin_fused_step(...)``, one ``backward()``, ``step(...)``;
+        without the first call a step is a stored one as before, and steps of both kinds may follow each other. Parameters
+        whose gradient must still be summed over replicas, those of AdamW, and what shares a leaf with them, keep their
+        gradients until ``step``. All ranks must compute gradients of the same leaves in the same order. Updates are
+        the same as with stored gradients, with these limits: no accumulation over several backward passes; no clipping
+        (the norm of the whole gradient is not known before the first write; the norm-growth limiter works); a value that
+        is not finite stops the bucket of matrices where it appears (fused.BUCKET_BYTES) and all later ones, while those
+        already written stay written. Collectives per bucket: one all-reduce of 3 floats per matrix and, if one is cut
+        along its contracted dimension, one reduce-scatter and one all-gather. Collective itself: one all-reduce. Raises
+        ConfigError if clipping is on.
+        """
+        if self.config.max_grad_norm is not None:
+            raise ConfigError(
+                f"optim.max_grad_norm: got {self.config.max_grad_norm}, expected null with train.gradients=fused, since "
+                "the norm of the whole gradient is not known before the first matrix is written"
+            )
+        if self.fused is None:
+            matrices = [m.weight for m in self.bundle.matrices]
+            whole = whole_leaves(matrices)
+            free = torch.tensor([float(w.name in whole) for w in matrices], device=self.device)
+            agreed = self.tp.all_reduce_(free, dist.ReduceOp.MIN).tolist()  # hooks are collective: all ranks, or none
+            fused = [weight for weight, everywhere in zip(matrices, agreed, strict=True) if everywhere]
+            whole = whole_leaves(fused)
+            if len(whole) == len(self.weights):  # ``step`` needs a parameter to tell what happened
+                whole -= {weight.name for weight in by_leaf(fused)[-1][1]}
+            self.fused = FusedStep(self.bundle, [weight for weight in fused if weight.name in whole])
+        return self.fused.names
+
+    def begin_fused_step(self, learning_rate_scale: float = 1.0, loss: Tensor | None = None) -> None:
+        """Before the backward pass of a step: its learning rate, and its loss to test. One all-reduce of one float."""
+        if self.fused is None:
+            raise ApolloTpError("begin_fused_step: got an optimizer with stored gradients; call attach_fused first")
+        self.fused.begin(self.learning_rate(learning_rate_scale), loss)
+
+    # --- state -----------------------------------------------------------------------------------------------------
+
+    def state_bytes(self) -> int:
+        """Bytes of optimizer state on this rank: moments and int8 remainders."""
+        tensors = [t for g in (*self.bundle.groups, *self.bundle.adamw) for t in (g.exp_avg, g.exp_avg_sq)]
+        tensors += [w.remainder for w in self.weights if w.remainder is not None]
+        return sum(t.nbytes for t in tensors)
+
+    def describe(self) -> str:
+        """One line for status pages and logs."""
+        matrices = self.bundle.matrices
+        exchanged = sum(m.exchanged for m in matrices)
+        rank = f", rank {moment_rank(self.config)}" if matrices else ""
+        fused = "" if self.fused is None else f", {len(self.fused.names)} may be updated in the backward pass"
+        return (
+            f"{self.config.kind.value}{rank}, scale {self.config.scale}, {self.precision.value}: {len(matrices)} matrices "
+            f"projected ({exchanged} exchanged between {self.tp.size} ranks{fused}), "
+            f"{len(self.weights) - len(matrices)} tensors by AdamW, {self.state_bytes() / 1e9:.3g} GB of state on rank "
+            f"{self.tp.rank}"
+        )
+
+    def save(self, folder: Path) -> None:
+        """Write the state below ``folder`` in global coordinates; every rank writes its own part. See ``checkpoint``."""
+        from apollo_tp.checkpoint import (
+            optimizer_state as checkpoint,  # costs a second, which a run that never saves need not pay
+        )
+
+        checkpoint.save(self, folder)
+
+    def load(self, folder: Path) -> None:
+        """Read a saved state, written at any number of ranks. See ``checkpoint``."""
+        from apollo_tp.checkpoint import optimizer_state as checkpoint
+
+        checkpoint.load(self, folder)

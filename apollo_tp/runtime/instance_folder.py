@@ -1,0 +1,70 @@
+"""."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import tempfile
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from apollo_tp.errors import ApolloTpError, ConfigError, TrainerBusyError
+from apollo_tp.runtime.private_files import RUNTIME_DIR_VARIABLE, locked, private_dir
+
+INSTANCE_VARIABLE = "APOLLO_TP_INSTANCE"
+# sockaddr_un.sun_path holds 108 bytes with its terminating zero
+MAX_SOCKET_PATH_BYTES = 107
+
+
+def base_dir(explicit: str | None = None) -> Path:
+    """The base folder (see the module docstring), created if missing."""
+    if explicit or os.environ.get(RUNTIME_DIR_VARIABLE):
+        return private_dir(Path(explicit or os.environ[RUNTIME_DIR_VARIABLE]))
+    if os.environ.get("XDG_RUNTIME_DIR"):
+        return private_dir(Path(os.environ["XDG_RUNTIME_DIR"]) / "apollo_tp")
+    return private_dir(Path(tempfile.gettempdir()) / f"apollo_tp-{os.getuid()}")
+
+
+def instance_dir(instance_id: str, base: Path | None = None) -> Path:
+    """Folder of one server, created if missing. Raises ConfigError if the id is not a plain name."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}", instance_id):
+        raise ConfigError(f"instance id: got {instance_id!r}, expected up to 64 letters, digits, '_', '-', '.'")
+    return private_dir((base or base_dir()) / instance_id)
+
+
+def ensure_instance_id() -> str:
+    """This server's instance id, the same in all processes of one vLLM process tree (children inherit it)."""
+    return os.environ.setdefault(INSTANCE_VARIABLE, f"vllm-{uuid.uuid4().hex[:8]}")
+
+
+def socket_path(folder: Path, name: str) -> Path:
+    """Path of a unix socket. Raises ConfigError if the system could not bind it."""
+    path = folder / name
+    if len(os.fsencode(path)) > MAX_SOCKET_PATH_BYTES:
+        raise ConfigError(
+            f"socket path {path}: got {len(os.fsencode(path))} bytes, expected at most {MAX_SOCKET_PATH_BYTES}; "
+            f"set ${RUNTIME_DIR_VARIABLE} to a shorter folder"
+        )
+    return path
+
+
+@contextmanager
+def trainer_lock(folder: Path) -> Iterator[None]:
+    """Hold the one trainer's place at a server. Raises TrainerBusyError if another process has it."""
+
+    def refuse(holder: str) -> ApolloTpError:
+        return TrainerBusyError(
+            f"server {folder.name}: got a second trainer, expected one; process {holder} trains it already. "
+            "Stop that one, or name another server with server.instance=..."
+        )
+
+    with locked(folder / "trainer.lock", refuse):
+        yield
+
+
+def remove_instance(folder: Path) -> None:
+    """Remove the folder of a server that ended."""
+    shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,187 @@
+"""Servers and their manifests in the runtime folder: claim an instance id, find live servers, wait for one. No torch."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from pathlib import Path
+
+from apollo_tp.errors import ApolloTpError, ManifestError, NoServerError
+from apollo_tp.runtime import instance_folder, private_files, processes
+from apollo_tp.shards.manifest import Manifest, read
+from apollo_tp.shards.serving import read_serving
+
+CLAIMED_VARIABLE = "APOLLO_TP_CLAIMED"
+"""Set once the first process of a server has settled the instance id."""
+REFUSED_VARIABLE = "APOLLO_TP_REFUSED"
+"""Why it could not: to its children, which would otherwise speak and listen as the server that has the id."""
+ENDPOINTS_VARIABLE = "APOLLO_TP_ENDPOINTS"
+"""Set if an API server with apollo_tp's endpoints comes up in front of this engine; it will publish ``SERVING_FILE``."""
+SERVER_LOCK = "apollo_tp_server.lock"
+CLAIM_SECONDS = 10.0
+PROBE_SECONDS = 0.2
+"""A server's lock that another holds for longer is not merely being tried, but held by a live server."""
+
+_claim = contextlib.ExitStack()
+"""The server's lock, for the life of its first process."""
+
+
+def read_instance(folder: Path) -> list[Manifest]:
+    """Manifests present in one server's folder, by rank; possibly not all of them yet, and none as it is removed."""
+    try:
+        return sorted((read(path) for path in folder.glob("rank*.json")), key=lambda m: m.tp_rank)
+    except FileNotFoundError:
+        return []
+
+
+def live_instances(base: Path) -> tuple[list[str], list[str]]:
+    """(live, stale) instance ids below ``base``. Stale: a process that published a manifest has ended."""
+    live: list[str] = []
+    stale: list[str] = []
+    for folder in sorted(p for p in base.iterdir() if p.is_dir()):
+        manifests = read_instance(folder)
+        if manifests:
+            (stale if _ended(folder, manifests) else live).append(folder.name)
+    return live, stale
+
+
+def served_models(base: Path) -> set[Path]:
+    """The model folders of live servers below ``base``. Raises ManifestError if one cannot be read."""
+    return {Path(manifest.model_path) for name in live_instances(base)[0] for manifest in read_instance(base / name)}
+
+
+def _ended(folder: Path, manifests: list[Manifest]) -> bool:
+    """Processes of another PID namespace (a container that was restarted) cannot be seen, but their lock on the server can:
+    it is free once they have ended. ``check_agreement`` names the cure for one that lives."""
+    if _is_ours(manifests):
+        return not all(m.process.alive() for m in manifests)
+    lock = folder / SERVER_LOCK
+    if not lock.exists():  # nothing to judge by, unless the folder is just being removed
+        return not read_instance(folder)
+    try:
+        with private_files.locked(lock, ManifestError, PROBE_SECONDS):
+            return True
+    except ManifestError:
+        return False
+    except FileNotFoundError:
+        return True  # removed meanwhile: only one that has ended is
+
+
+def _is_ours(manifests: list[Manifest]) -> bool:
+    return manifests[0].pid_namespace == processes.pid_namespace()
+
+
+def claim_instance() -> str:
+    """Settle this server's instance id, in the first process of a vLLM process tree; the others inherit it, or the refusal.
+
+    Folders of servers that ended are removed first, above all one of this very name: its manifests and its record of
+    trained weights are not this server's. Raises ManifestError if a live server has the name, also one that loads.
+    """
+    instance_id = instance_folder.ensure_instance_id()
+    if os.environ.get(REFUSED_VARIABLE):
+        raise ManifestError(os.environ[REFUSED_VARIABLE])
+    if not os.environ.get(CLAIMED_VARIABLE):
+        try:
+            _claim_first(instance_id, instance_folder.base_dir())
+        except (ApolloTpError, OSError) as error:
+            os.environ[REFUSED_VARIABLE] = str(error)
+            raise
+        os.environ[CLAIMED_VARIABLE] = str(os.getpid())
+    return instance_id
+
+
+def _claim_first(instance_id: str, base: Path) -> None:
+    def taken(holder: str) -> ManifestError:
+        return ManifestError(
+            f"instance {instance_id}: got a name that a live server has (process {holder}), expected a new one; "
+            f"set ${instance_folder.INSTANCE_VARIABLE} to another"
+        )
+
+    def busy(holder: str) -> ManifestError:
+        return ManifestError(
+            f"{base}: got a claim of process {holder} that lasts {CLAIM_SECONDS:.0f} s, expected milliseconds; stop it"
+        )
+
+    with private_files.locked(base / "claims.lock", busy, CLAIM_SECONDS):
+        live, stale = live_instances(base)
+        if instance_id in live:
+            raise taken(str(read_instance(base / instance_id)[0].pid))
+        # a server that ended while it loaded left nothing but its lock
+        for name in {*stale, *(lock.parent.name for lock in base.glob(f"*/{SERVER_LOCK}"))}.difference(live):
+            with (
+                contextlib.suppress(ManifestError),
+                private_files.locked(base / name / SERVER_LOCK, taken, PROBE_SECONDS),
+            ):
+                instance_folder.remove_instance(base / name)
+        lock = instance_folder.instance_dir(instance_id, base) / SERVER_LOCK
+        _claim.enter_context(private_files.locked(lock, taken, PROBE_SECONDS))
+
+
+def unclaimed() -> str:
+    """Why no process of this server may act as its instance; "" if it may."""
+    if os.environ.get(CLAIMED_VARIABLE):
+        return ""
+    return os.environ.get(REFUSED_VARIABLE) or "the apollo plugin did not load; start vLLM with VLLM_PLUGINS=apollo"
+
+
+def check_agreement(manifests: list[Manifest]) -> None:
+    """Raise ManifestError unless these are the p manifests of one live server, none of them failed."""
+    first = manifests[0]
+    problems = [f"rank {m.tp_rank}: export failed in the server: {m.error.strip()}" for m in manifests if m.error]
+    ranks = [m.tp_rank for m in manifests]
+    if ranks != list(range(first.tp_size)):
+        problems.append(f"got manifests of ranks {ranks}, expected 0 to {first.tp_size - 1}")
+    for field in ("instance_id", "tp_size", "model_path", "dtype", "vllm_version", "host", "pid_namespace"):
+        values = {getattr(m, field) for m in manifests}
+        if len(values) > 1:
+            problems.append(f"{field} differs over ranks: {sorted(map(str, values))}")
+    if not _is_ours(manifests):
+        problems.append(
+            f"got a server in PID namespace {first.pid_namespace}, expected this process's {processes.pid_namespace()}; "
+            "run both in one container, or start the trainer's with --pid=container:NAME of the server's"
+        )
+    else:
+        problems += [
+            f"rank {m.tp_rank}: stale, its process {m.pid} has ended; start the server again"
+            for m in manifests
+            if not m.process.alive()
+        ]
+    if problems:
+        raise ManifestError(f"server {first.instance_id}: " + "; ".join(problems))
+
+
+def wait_for_server(base: Path, instance: str | None, wait_seconds: float, *, ready: bool = True) -> list[Manifest]:
+    """Manifests of the named server (or of the only live one), once all its ranks have published; if ``ready``, once its
+    engine is up too: until then vLLM measures how much memory is free, and whoever takes some meanwhile takes it from it.
+
+    A server that ended may be restarting under its name, so it is waited for as well. Raises NoServerError when the time is
+    over, ManifestError if several servers are live and none was named, or if the manifests do not agree.
+    """
+    deadline = time.monotonic() + wait_seconds
+    while True:
+        over = time.monotonic() > deadline
+        live, stale = live_instances(base)
+        if instance is None and len(live) > 1:
+            raise ManifestError(f"got {len(live)} live servers {live}, expected one; choose with server.instance=...")
+        name = instance or (live[0] if live else None)
+        manifests = read_instance(base / name) if name and (base / name).is_dir() else []
+        loaded = bool(manifests) and (len(manifests) == manifests[0].tp_size or any(m.error for m in manifests))
+        if loaded and (name not in stale or (over and _is_ours(manifests))):
+            check_agreement(manifests)
+            if not (ready and manifests[0].endpoints) or read_serving(base / str(name)):
+                return manifests
+            if over:
+                raise NoServerError(
+                    f"server {name}: got a loaded model but no engine that is up after {wait_seconds:.0f} s (vLLM measures "
+                    "memory, allocates its KV cache, captures graphs), expected both; look at its log, or wait for longer "
+                    "with server.wait_seconds=..."
+                )
+        if over:
+            have = [m.tp_rank for m in manifests]
+            raise NoServerError(
+                f"waited {wait_seconds:.0f} s for server {instance or '(any)'} in {base}: got manifests of ranks {have}, "
+                f"live servers {live}, stale ones {stale}, expected one complete live server. Start vLLM with "
+                "VLLM_PLUGINS=apollo and look for 'apollo_tp' in its log"
+            )
+        time.sleep(1.0 if loaded else 0.1)  # each look reads all manifests, while vLLM needs the cores

@@ -1,0 +1,227 @@
+"""Before the first step on a GPU: rehearse short steps to plan the memory of the longest. Weights and state stay.
+
+A rehearsed step is a whole one whose loss is reported as not finite, so that the optimizer, by its own rule, writes nothing:
+what is measured is what a step allocates, the optimizer's temporaries included.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import traceback
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from apollo_tp.config import GradientMode
+from apollo_tp.errors import DeviceMemoryError
+from apollo_tp.model.batch import PackedBatch, pack
+from apollo_tp.model.loss import CHUNK_BYTES, unit
+from apollo_tp.training.memory_plan import (
+    MARGIN,
+    MemoryPlan,
+    Rehearsed,
+    first_lengths,
+    is_straight,
+    longest_that_fits,
+    predict,
+    ran_out,
+)
+from apollo_tp.training.trainer import Trainer
+from apollo_tp.wire.commands import Sample
+
+log = logging.getLogger(__name__)
+
+
+class Meter(Protocol):
+    """Bytes on this rank's device."""
+
+    def lap(self) -> int:
+        """The most that was allocated at once since the last call."""
+
+    def allocated(self) -> int:
+        """What is allocated now."""
+
+    def available(self) -> int:
+        """What could be allocated beside it."""
+
+
+class CudaMeter:
+    """The counts of torch's allocator, which follow the host and need no synchronisation. ``available`` is what no process
+    has taken of the device, and what this process's allocator holds unused."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+
+    def lap(self) -> int:
+        peak = torch.cuda.max_memory_allocated(self._device)
+        torch.cuda.reset_peak_memory_stats(self._device)
+        return peak
+
+    def allocated(self) -> int:
+        return torch.cuda.memory_allocated(self._device)
+
+    def available(self) -> int:
+        unused = torch.cuda.memory_reserved(self._device) - torch.cuda.memory_allocated(self._device)
+        return torch.cuda.mem_get_info(self._device)[0] + unused
+
+
+def plan_memory(trainer: Trainer, meter: Meter, max_sequence_tokens: int) -> MemoryPlan:
+    """The plan of the rank that has the least room, the same on all ranks. Collective: steps that write nothing, one
+    all-gather, and an all-reduce for each further length.
+
+    Stored gradients are planned as they are from the second micro-batch of a step on: all of them beside its activations.
+    Raises DeviceMemoryError if a micro-batch of ``trainer.max_micro_batch_tokens`` does not fit on some rank: on all of them
+    from the plan, on one alone if that runs out of memory before (its peers then lose it in a collective).
+    """
+    return _Rehearsal(trainer, meter, max_sequence_tokens).plan()
+
+
+class _Rehearsal:
+    def __init__(self, trainer: Trainer, meter: Meter, max_sequence_tokens: int) -> None:
+        self.trainer, self.meter, self.max_sequence_tokens = trainer, meter, max_sequence_tokens
+        self.model, self.optimizer, self.tp = trainer.model, trainer.optimizer, trainer.tp
+        self.fused = trainer.gradients is GradientMode.fused
+        self.device = trainer.device
+        self.vocab_size = self.model.module.config.get_text_config().vocab_size
+        trained = {id(p.leaf): p.leaf for p in self.model.parameters if p.leaf.requires_grad}
+        self.leaves: list[nn.Parameter] = list(trained.values())
+        self.not_finite = torch.full((), torch.nan, device=self.device)
+        self.length = 0
+        self.rehearsed: list[Rehearsed] = []
+        self.optimizer_peak = 0
+
+    def plan(self) -> MemoryPlan:
+        kept, tokens = self._kept_gradient_bytes(), self.trainer.max_micro_batch_tokens
+        self._agree(MemoryPlan(self.tp.rank, tokens, kept, 0, 0, self.meter.available(), 0))
+        skipped_before = self.optimizer.skipped_in_a_row
+        try:
+            self._rehearse()
+        except torch.OutOfMemoryError as error:
+            traceback.clear_frames(error.__traceback__)  # they hold the activations, and the group that peers wait in
+            self._clean_up()
+            text = self._ran_out()
+            log.error("%s", text)  # at once: peers that wait in a collective may take long to give up
+            self.tp.dissolve()
+            raise DeviceMemoryError(text) from None
+        self.optimizer.skipped_in_a_row = skipped_before
+        self._clean_up()
+        # only now: what the first steps leave for good (workspaces, tables, communicators) is allocated
+        base = self.meter.allocated()
+        return self._agree(
+            MemoryPlan(
+                rank=self.tp.rank,
+                tokens=tokens,
+                gradients=kept,
+                activations=max(0, predict(self.rehearsed, tokens) - base - kept),
+                optimizer=max(0, self.optimizer_peak - base - kept),
+                available=self.meter.available(),
+                largest=self._largest(tokens),
+            )
+        )
+
+    def _largest(self, max_tokens: int) -> int:
+        """The largest number of tokens, up to ``max_tokens``, that should fit into what is free now, MARGIN included."""
+        limit = self.meter.allocated() + int(self.meter.available() / (1 + MARGIN))
+        return longest_that_fits(self.rehearsed, max_tokens, limit)
+
+    def _kept_gradient_bytes(self) -> int:
+        """Bytes of the gradients that live until the optimizer's step."""
+        freed = set(self.optimizer.fused.names) if self.fused and self.optimizer.fused else set()
+        kept = {id(p.leaf): p.leaf for p in self.model.parameters if p.leaf.requires_grad and p.name not in freed}
+        return sum(leaf.nbytes for leaf in kept.values())
+
+    def _rehearse(self) -> None:
+        """Micro-batches of three lengths, and longer ones until the need is a straight line or the longest is reached."""
+        max_tokens = self.trainer.max_micro_batch_tokens
+        rows = -(-self.vocab_size // self.tp.size)  # of an even cut: all ranks must take the same lengths
+        lengths = first_lengths(max_tokens, CHUNK_BYTES // (4 * rows))
+        self._step(lengths[0])  # compiles, allocates workspaces, and leaves gradients to be accumulated onto
+        base = self.meter.allocated()
+        for tokens in lengths:
+            self._try(tokens, base)
+        while self.length < max_tokens and self._is_bent(base):
+            self._try(min(2 * self.length, max_tokens), base)
+
+    def _try(self, tokens: int, base: int) -> None:
+        self.rehearsed.append(Rehearsed(tokens, self._step(tokens)))
+        log.debug("trial of %d tokens: %.3f GB", tokens, (max(self.rehearsed[-1].peaks) - base) / 1e9)
+
+    def _is_bent(self, base: int) -> bool:
+        """On some rank. One all-reduce of one number."""
+        bent = torch.tensor(float(not is_straight(self.rehearsed, base)), device=self.device)
+        return bool(self.tp.all_reduce_(bent, dist.ReduceOp.MAX))
+
+    def _step(self, tokens: int) -> tuple[int, ...]:
+        """One micro-batch and an optimizer step that writes nothing; the peak of each stretch up to the optimizer's."""
+        self.length = tokens
+        if self.fused:
+            self.model.zero_grad()
+        laps: list[int] = []
+
+        def lap(_: object = None) -> None:
+            laps.append(self.meter.lap())
+
+        batch = self._batch(tokens)
+        self.meter.lap()
+        handles = [leaf.register_post_accumulate_grad_hook(lap) for leaf in self.leaves]  # after a fused update's hook
+        try:
+            loss = self.model.forward_loss(batch.scaled(1.0 / batch.weight_sum).to(self.device)).loss
+            lap()
+            if self.fused:
+                self.optimizer.begin_fused_step(loss=self.not_finite)
+            loss.backward(unit(loss.device))
+        finally:
+            for handle in handles:
+                handle.remove()
+        self.model.finish_gradients(compare=self.optimizer.config.check_replicas_every > 0)
+        lap()
+        outcome = self.optimizer.step(loss=self.not_finite)
+        assert outcome.skipped, "a step with a loss that is not finite went through"
+        self.optimizer_peak = self.meter.lap()
+        return tuple(laps)
+
+    def _batch(self, tokens: int) -> PackedBatch:
+        """One micro-batch of ``tokens`` in sequences as long as they may be; all tokens but each one's first are learned."""
+        longest = min(self.max_sequence_tokens, tokens)
+        lengths = [longest] * (tokens // longest) + ([tokens % longest] if tokens % longest else [])
+        samples = [Sample([7919 * i % self.vocab_size for i in range(n)], [0.0] + [1.0] * (n - 1)) for n in lengths]
+        (batch,) = pack(samples, tokens)
+        return batch
+
+    def _agree(self, plan: MemoryPlan) -> MemoryPlan:
+        """The plan of the rank that lacks most. One all-gather. Raises DeviceMemoryError on all ranks if it lacks any."""
+        own = [plan.gradients, plan.activations, plan.optimizer, plan.available, plan.largest]
+        rows = self.tp.all_gather(torch.tensor([own], device=self.device)).tolist()
+        plans = [MemoryPlan(rank, plan.tokens, *row) for rank, row in enumerate(rows)]
+        worst = max(plans, key=lambda p: p.missing)
+        if worst.missing > 0:
+            raise DeviceMemoryError(worst.refusal(recomputes=self._recomputes, fused=self.fused))
+        return worst
+
+    def _ran_out(self) -> str:
+        """The refusal; two shorter trials tell what this rank has room for."""
+        return ran_out(
+            self.tp.rank,
+            self.length,
+            self.trainer.max_micro_batch_tokens,
+            self.meter.available(),
+            self._largest(self.length - 1) if len(self.rehearsed) > 1 else 0,
+            recomputes=self._recomputes,
+            fused=self.fused,
+        )
+
+    @property
+    def _recomputes(self) -> bool:
+        return bool(self.model.module.is_gradient_checkpointing)
+
+    def _clean_up(self) -> None:
+        """No gradients, and no unused memory: the server may want it."""
+        self.optimizer.zero_grad()
+        self.model.zero_grad()
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        self.meter.lap()

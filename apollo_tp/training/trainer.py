@@ -1,0 +1,306 @@
+"""One rank's trainer: samples in, optimizer step on the served weights, figures out. No sockets, no Hydra.
+
+All methods are collective: every rank calls them with the same arguments in the same order.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from apollo_tp.config import GradientMode
+from apollo_tp.distributed.tp_group import TPGroup
+from apollo_tp.errors import ConfigError
+from apollo_tp.gpu_sharing.pace import Pace
+from apollo_tp.model import BoundModel
+from apollo_tp.model.batch import PackedBatch, empty_share, pack, pack_pairs
+from apollo_tp.model.loss import preference_loss, unit
+from apollo_tp.optim import Optimizer, StepOutcome
+from apollo_tp.training.cuda_graphs import Replays
+from apollo_tp.wire.commands import PreferencePair, Sample
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one step did, the same on every rank but for times (seconds), which are this rank's: of the host for the whole
+    step, of the device (on CUDA) for its phases.
+
+    ``loss`` is the weighted mean negative log-likelihood in nats (or the mean DPO loss) before the update. ``gradients``
+    says how they were kept: "fused" (updated in the backward pass) or "stored".
+    """
+
+    loss: float
+    num_tokens: int
+    num_loss_tokens: int
+    padding_share: float
+    num_micro_batches: int
+    gradients: str
+    token_accuracy: float
+    outcome: StepOutcome
+    weight_version: int
+    step_seconds: float
+    forward_seconds: float
+    backward_seconds: float
+    optimizer_seconds: float
+    metrics: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ScoreResult:
+    """Per sample, in the order given: weighted log-probability in nats, sum of weights, weighted arg-max hits."""
+
+    logprobs: list[float]
+    weights: list[float]
+    num_correct: list[float]
+
+
+class Trainer:
+    """Steps a bound model. ``weight_version`` counts completed updates over the life of the server.
+
+    ``before_write`` is called on every rank before the first weight is written: between the backward pass and the update,
+    or before the backward pass of a fused step. ``pace`` lets inference have its turns. Raises ConfigError if ``gradients``
+    is fused and the optimizer clips.
+    """
+
+    def __init__(
+        self,
+        model: BoundModel,
+        optimizer: Optimizer,
+        tp: TPGroup,
+        *,
+        device: torch.device,
+        max_micro_batch_tokens: int,
+        gradients: GradientMode = GradientMode.auto,
+        weight_version: int = 0,
+        before_write: Callable[[], None] | None = None,
+        pace: Pace | None = None,
+    ) -> None:
+        self.model = model
+        self.optimizer = optimizer
+        self.tp = tp
+        self.device = device
+        self.max_micro_batch_tokens = max_micro_batch_tokens
+        self.weight_version = weight_version
+        self._before_write = before_write or (lambda: None)
+        self._pace = pace or Pace(1.0, model.module, tp, device)
+        if gradients is GradientMode.auto and optimizer.config.max_grad_norm is not None:
+            gradients = GradientMode.stored  # clipping needs the norm of the whole gradient
+        if gradients is not GradientMode.stored:
+            optimizer.attach_fused()
+        self.gradients = gradients
+        self._replays: Replays | None = None
+        self._has_compared = False
+        self._counted_steps = optimizer.step_count
+
+    def record_passes(self, replays: Replays) -> bool:
+        """From now on steps that are alike are replayed; False if none ever can be: gradients are not stored, inference has
+        its turns between layers, or the work follows from more than a batch's structure."""
+        possible = self.gradients is GradientMode.stored and self.model.is_static and not self._pace.rests
+        self._replays = replays if possible else None
+        return possible
+
+    def step(self, samples: Sequence[Sample], learning_rate_scale: float = 1.0) -> StepResult:
+        """One supervised step: weighted mean cross-entropy over all samples, accumulated over micro-batches."""
+        clock = _Clock(self.device)
+        batches = pack(samples, self.max_micro_batch_tokens)
+        share = 1.0 / sum(batch.weight_sum for batch in batches)
+        batches = [batch.scaled(share) for batch in batches]
+
+        def loss_of(batch: PackedBatch) -> tuple[Tensor, Tensor]:
+            sums = self.model.forward_loss(batch)
+            return sums.loss, sums.correct
+
+        return self._step(batches, loss_of, learning_rate_scale, clock, self._replays)
+
+    def preference_step(
+        self, pairs: Sequence[PreferencePair], beta: float, learning_rate_scale: float = 1.0
+    ) -> StepResult:
+        """One DPO step (Rafailov et al. 2023, eq. 7): mean over pairs. Both sides of a pair share a micro-batch."""
+        clock = _Clock(self.device)
+        batches = pack_pairs(pairs, self.max_micro_batch_tokens)
+        reference = torch.tensor([(p.reference_preferred, p.reference_rejected) for p in pairs], device=self.device)
+        margins: list[Tensor] = []
+
+        def loss_of(batch: PackedBatch) -> tuple[Tensor, Tensor]:
+            scored = self.model.sequence_logprobs(batch)
+            members = [index // 2 for index in batch.sample_index[::2]]
+            policy = scored.sequences.view(-1, 2)
+            losses, margin = preference_loss(policy, reference[members], beta)
+            margins.append(margin.detach())
+            return losses.sum() / len(pairs), scored.correct.sum()
+
+        result = self._step(batches, loss_of, learning_rate_scale, clock)
+        margin = torch.cat(margins)
+        result.metrics["reward_margin"] = float(margin.mean())
+        result.metrics["reward_accuracy"] = float((margin > 0).float().mean())
+        return result
+
+    def _step(
+        self,
+        batches: Sequence[PackedBatch],
+        loss_of: Callable[[PackedBatch], tuple[Tensor, Tensor]],
+        learning_rate_scale: float,
+        clock: _Clock,
+        replays: Replays | None = None,
+    ) -> StepResult:
+        fused = self._is_fused(batches)
+        batches = [batch.to(self.device) for batch in batches]  # at once: a copy waits for what was started before
+        if replays is None or not replays.ready(batches):
+            self._make_room()
+            replays = None
+        self._pace.begin()
+        self._counted_steps = self.optimizer.step_count
+        self.optimizer.zero_grad()
+        self.model.zero_grad()
+        loss_sum = torch.zeros((), device=self.device)
+        correct = torch.zeros((), device=self.device)
+        for position, batch in enumerate(batches):
+            if replays is not None:
+                loss, hits = replays.run(batch, accumulate=position > 0, between=lambda: clock.mark("forward"))
+            else:
+                loss, hits = loss_of(batch)
+                self._pace.give_way()
+                clock.mark("forward")
+                self._backward(loss, learning_rate_scale if fused else None)
+            clock.mark("backward")
+            loss_sum += loss.detach()
+            correct += hits.detach()
+        compare = self._compares_gradients()
+        self.model.finish_gradients(compare=compare)
+        self._has_compared |= compare  # if it did not raise
+        clock.mark("backward")
+        if not fused:
+            self._before_write()
+        outcome = self.optimizer.step(learning_rate_scale, loss_sum)
+        if not outcome.skipped or outcome.num_updated:  # a fused step may stop after its first matrices
+            self.weight_version += 1
+        self._counted_steps = self.optimizer.step_count
+        self.model.zero_grad()
+        self._pace.give_way()
+        clock.mark("optimizer")
+        num_loss_tokens = sum(batch.num_loss_tokens for batch in batches)
+        return StepResult(
+            loss=float(loss_sum),
+            num_tokens=sum(batch.num_tokens for batch in batches),
+            num_loss_tokens=num_loss_tokens,
+            padding_share=empty_share(batches, self.max_micro_batch_tokens),
+            num_micro_batches=len(batches),
+            gradients="fused" if fused else "stored",
+            token_accuracy=float(correct) / max(num_loss_tokens, 1),
+            outcome=outcome,
+            weight_version=self.weight_version,
+            step_seconds=clock.total(),
+            forward_seconds=clock.seconds["forward"],
+            backward_seconds=clock.seconds["backward"],
+            optimizer_seconds=clock.seconds["optimizer"],
+        )
+
+    def _backward(self, loss: Tensor, fused_learning_rate_scale: float | None) -> None:
+        """The backward pass of a micro-batch; with a learning rate's scale, of a fused step, which writes in it."""
+        if fused_learning_rate_scale is not None:
+            self._before_write()
+            self.optimizer.begin_fused_step(fused_learning_rate_scale, loss)
+        loss.backward(unit(loss.device))
+        self._pace.give_way()
+
+    def _compares_gradients(self) -> bool:
+        """Whether this step compares what ranks should have alike: the first, and each before a check of the replicas."""
+        every, count = self.optimizer.config.check_replicas_every, self.optimizer.step_count + 1
+        return every > 0 and (not self._has_compared or count % every == 0)
+
+    def abandon_step(self) -> None:
+        """After a step that raised: forget it, and count it if it has written already, as a fused one may have, or one that
+        found replicas to differ. Local."""
+        fused, steps = self.optimizer.fused, self.optimizer.step_count
+        if steps > self._counted_steps or (fused is not None and fused.has_written):
+            self.weight_version += 1
+        self._counted_steps = steps
+        self.optimizer.zero_grad()
+        self.model.zero_grad()
+
+    def rejoin(self) -> None:
+        """On all ranks, once one has raised: forget what may not be the same on all of them."""
+        self._has_compared = False
+        self.model.zero_grad()
+
+    def _is_fused(self, batches: Sequence[PackedBatch]) -> bool:
+        """Whether this step updates in its backward pass. Raises ConfigError if it must and cannot; nothing is written."""
+        if self.gradients is GradientMode.fused and len(batches) != 1:
+            tokens = sum(batch.num_tokens for batch in batches)
+            raise ConfigError(
+                f"train.gradients=fused: got a step of {tokens} tokens in {len(batches)} micro-batches, expected one "
+                f"micro-batch of at most train.max_micro_batch_tokens ({self.max_micro_batch_tokens}), since gradients that "
+                "are freed in the backward pass cannot be accumulated; send fewer samples a step, raise "
+                "train.max_micro_batch_tokens, or set train.gradients=auto"
+            )
+        return self.gradients is not GradientMode.stored and len(batches) == 1
+
+    @torch.no_grad()
+    def score(self, samples: Sequence[Sample]) -> ScoreResult:
+        """Log-probabilities of ``samples`` under the weights of this moment; nothing changes."""
+        logprobs, correct = [0.0] * len(samples), [0.0] * len(samples)
+        self._pace.begin()
+        self._make_room()
+        for batch in pack(samples, self.max_micro_batch_tokens):
+            scored = self.model.sequence_logprobs(batch.to(self.device))
+            self._pace.give_way()
+            for place, logprob, hits in zip(
+                batch.sample_index, scored.sequences.tolist(), scored.correct.tolist(), strict=True
+            ):
+                logprobs[place], correct[place] = logprob, hits
+        return ScoreResult(logprobs, [sum(s.weights) for s in samples], correct)
+
+    def peak_memory_bytes(self) -> int:
+        """Peak GPU memory of this rank beyond the served weights since its memory was planned; 0 on CPU."""
+        if self.device.type != "cuda":
+            return 0
+        peak = self._replays.peak_memory_bytes() if self._replays else torch.cuda.max_memory_allocated(self.device)
+        return peak + (2 * self.tp.peers.num_bytes if self.tp.peers else 0)  # which torch's allocator does not count
+
+    def _make_room(self) -> None:
+        if self._replays is not None:
+            self._replays.make_room()
+
+
+class _Clock:
+    """Time per phase: the device's on CUDA, where the host is phases ahead, and the host's elsewhere. A phase goes from the
+    mark before it to its own; the first begins with the clock."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.seconds = {"forward": 0.0, "backward": 0.0, "optimizer": 0.0}
+        self._device, self._start = device, time.perf_counter()
+        self._last = self._now()
+        self._marks: list[tuple[str, torch.cuda.Event | float]] = []
+
+    def mark(self, phase: str) -> None:
+        self._marks.append((phase, self._now()))
+
+    def total(self) -> float:
+        """Seconds of the host until the device is done. From here on ``seconds`` are those of the marks so far."""
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        total = time.perf_counter() - self._start
+        for phase, now in self._marks:
+            self.seconds[phase] += _elapsed(self._last, now)
+            self._last = now
+        self._marks = []
+        return total
+
+    def _now(self) -> torch.cuda.Event | float:
+        if self._device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+
+def _elapsed(start: torch.cuda.Event | float, stop: torch.cuda.Event | float) -> float:
+    """Seconds."""
+    if isinstance(start, float):
+        assert isinstance(stop, float)
+        return stop - start
+    return start.elapsed_time(stop) / 1e3  # type: ignore[no-any-return]

@@ -1,0 +1,174 @@
+"""The trainer's end of the update lock: rank 0 has vLLM pause before an update, and resume after it.
+
+All ranks call ``before_write`` between the backward pass and the update, and ``after_step`` at the end of the command.
+The plugin's end, and what happens when this process dies: ``vllm_plugin/update_lock.py``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import socket
+import threading
+import time
+from pathlib import Path
+
+import torch
+
+from apollo_tp.config import CacheMode, SyncConfig, SyncMode
+from apollo_tp.distributed.tp_group import TPGroup
+from apollo_tp.errors import ConfigError, DeadlineError, RankFailedError, ServerGoneError
+from apollo_tp.runtime import instance_folder, processes
+from apollo_tp.wire import update_lock as lock_messages
+
+log = logging.getLogger("apollo_tp")
+
+ANSWER_SECONDS = 30.0
+"""Deadline of answers that wait for no request: attaching, and refreshing the prefix cache."""
+
+
+class Lock:
+    """Rank 0's connection to the plugin. While it holds a pause, a thread says so, as long as all ``ranks`` live."""
+
+    def __init__(self, folder: Path, config: SyncConfig, weight_version: int, ranks: list[processes.ProcessId]) -> None:
+        self._timeout, self._ranks = config.timeout_seconds, ranks
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._socket.settimeout(ANSWER_SECONDS)
+        self._sending = threading.Lock()
+        self._holding = threading.Event()
+        self._broken = ""
+        try:
+            self._socket.connect(str(instance_folder.socket_path(folder, lock_messages.SYNC_SOCKET)))
+            self._send(lock_messages.SyncAttach(config.mode.value, config.cache.value, weight_version))
+            error = self._answer("SyncAttach", ANSWER_SECONDS)
+        except (OSError, DeadlineError) as caught:
+            error = f"the plugin in its API server does not answer ({caught}); start vLLM with VLLM_PLUGINS=apollo"
+        if error:
+            self._socket.close()
+            raise ConfigError(
+                f"sync={config.mode.value} cache={config.cache.value}: server {folder.name}: {error}, or train with "
+                "sync=hogwild cache=none"
+            )
+        threading.Thread(target=self._renew, name="update-lock", daemon=True).start()
+
+    def pause(self) -> None:
+        """Until nothing runs on the server. Raises ServerGoneError or DeadlineError, with what to do."""
+        if self._broken:
+            raise ServerGoneError(f"the update lock is lost ({self._broken}); restart server and trainer")
+        self._holding.set()
+        self._send(lock_messages.SyncPause())
+        error = self._answer("SyncPause", self._timeout)
+        if error:
+            raise ServerGoneError(f"got {error}, expected a paused server; look at the server's log")
+
+    def release(self, weight_version: int) -> None:
+        """The update is over on all ranks, whatever came of it. Problems are logged: the weights are as they are."""
+        self._holding.clear()
+        try:
+            self._send(lock_messages.SyncRelease(weight_version))
+            error = self._answer("SyncRelease", ANSWER_SECONDS)
+        except (OSError, ServerGoneError, DeadlineError) as caught:
+            error = self._broken = str(caught)
+        if error:
+            log.error("weight version %d: %s", weight_version, error)
+
+    def close(self) -> None:
+        """Leave; the server resumes if it is paused."""
+        self._holding.clear()
+        self._socket.close()
+
+    def _renew(self) -> None:
+        while self._holding.wait():
+            if self._socket.fileno() < 0 or not all(rank.alive() for rank in self._ranks):
+                return  # the lease runs out: a rank that waits for a dead one may wait for long
+            with contextlib.suppress(OSError):  # whoever waits for an answer reads why
+                self._send(lock_messages.SyncRenew())
+            time.sleep(lock_messages.SYNC_RENEW_SECONDS)
+
+    def _send(self, message: lock_messages.SyncRequest) -> None:
+        with self._sending:
+            self._socket.sendall(lock_messages.encode_sync(message))
+
+    def _answer(self, kind: str, seconds: float) -> str:
+        """The error of the answer to ``kind``; answers to what was given up before are passed over."""
+        deadline = time.monotonic() + seconds
+        while True:
+            size = int.from_bytes(self._read(4, kind, deadline, seconds), "big")
+            answer = lock_messages.decode_sync_answer(self._read(size, kind, deadline, seconds))
+            if answer.kind == kind:
+                return answer.error
+
+    def _read(self, size: int, kind: str, deadline: float, seconds: float) -> bytes:
+        content = b""
+        while len(content) < size:
+            left = deadline - time.monotonic()
+            try:
+                self._socket.settimeout(max(left, 0.001))
+                part = self._socket.recv(size - len(content))
+            except TimeoutError:
+                raise DeadlineError(
+                    f"{kind}: got no answer of the server for {seconds:.0f} s, expected one; if requests run for longer, "
+                    "raise sync.timeout_seconds, or use sync=step_lock"
+                ) from None
+            if not part:
+                raise ServerGoneError("the server closed the update lock's connection; look at its log")
+            content += part
+        return content
+
+
+class UpdateGate:
+    """What the ranks do around an update. ``lock`` is rank 0's, None elsewhere, and everywhere where nothing pauses and
+    no cache is refreshed.
+
+    Ranks agree over the compute group: one that raised has left it, which ends the wait of the others.
+    """
+
+    def __init__(self, mode: SyncMode, tp: TPGroup, device: torch.device, lock: Lock | None) -> None:
+        self._mode, self._tp, self._device, self._lock = mode, tp, device, lock
+        self._open = False
+        self._paused_at: float | None = None
+
+    @property
+    def pauses(self) -> bool:
+        """Whether the server stands still while an update is written."""
+        return self._mode is not SyncMode.hogwild
+
+    def before_write(self) -> None:
+        """Collective. Returns when the server is paused, if the mode says so. Raises the same way on all ranks."""
+        self._open, self._paused_at = True, None
+        if not self.pauses:
+            return
+        self._agree(False)  # the server runs until the slowest rank has its gradients
+        error: Exception | None = None
+        if self._lock:
+            try:
+                self._lock.pause()
+            except (ServerGoneError, DeadlineError, OSError) as caught:
+                error = caught
+        self._paused_at = time.monotonic()
+        failed = self._agree(error is not None)
+        if error is not None:
+            raise error
+        if failed:
+            raise RankFailedError("rank 0 could not pause the server; its message says why", rank=0, traceback="")
+
+    def after_step(self, weight_version: int) -> float:
+        """All ranks have written, or failed; called when they have agreed on that.
+
+        Returns how long the server stood still, in seconds, without the wait until it did.
+        """
+        if not self._open:
+            return 0.0
+        self._open = False
+        if self._lock:
+            self._lock.release(weight_version)
+        return time.monotonic() - self._paused_at if self._paused_at else 0.0
+
+    def _agree(self, failed: bool) -> bool:
+        """True if any rank says so. One all-reduce, which also waits for the device."""
+        return bool(self._tp.all_reduce_(torch.tensor(float(failed), device=self._device)).item())
+
+
+def needs_lock(config: SyncConfig) -> bool:
+    """False for the default: nothing is asked of the server then."""
+    return config.mode is not SyncMode.hogwild or config.cache is not CacheMode.none

@@ -1,0 +1,224 @@
+"""What the coordinator and trainer rank 0 say to each other: msgspec structs over one ZMQ DEALER/ROUTER pair.
+
+The coordinator is the state machine; ranks execute one command at a time and keep nothing of a job between commands, so
+that cancelling, pausing and resuming after a crash are all "do not send the next step". Every command carries an ``id``
+that its reply repeats. Commands travel coordinator -> rank 0 -> all ranks; replies rank 0 -> coordinator. Encoding is
+msgpack; nothing is ever pickled. Both ends may send several frames ahead: rank 0 executes commands in order.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+PROTOCOL_VERSION = 1
+
+
+class Sample(msgspec.Struct, frozen=True, omit_defaults=True):
+    """One training sequence. ``weights[i]`` scales the loss of predicting ``token_ids[i]``; 0 means "only context".
+
+    ``weights[0]`` has no predictor and must be 0.
+    """
+
+    token_ids: list[int]
+    weights: list[float]
+
+
+class PreferencePair(msgspec.Struct, frozen=True):
+    """A DPO pair and the reference log-probabilities (nats, summed over weighted tokens) of each side."""
+
+    preferred: Sample
+    rejected: Sample
+    reference_preferred: float
+    reference_rejected: float
+
+
+# --- commands, coordinator -> rank 0 -------------------------------------------------------------------------------
+
+
+class Command(msgspec.Struct, frozen=True, tag=True, omit_defaults=True, kw_only=True):
+    """Base of all commands. ``id`` is unique within a coordinator's life."""
+
+    id: str
+
+
+class Step(Command, frozen=True):
+    """One optimizer step of supervised fine-tuning on ``samples``, the global batch; the ranks cut micro-batches.
+
+    ``job_step`` counts from 1 to ``num_job_steps`` within the job. ``learning_rate_scale`` multiplies the configured
+    learning rate.
+    """
+
+    job_id: str
+    job_step: int
+    samples: list[Sample]
+    num_job_steps: int = 0
+    learning_rate_scale: float = 1.0
+
+
+class PreferenceStep(Command, frozen=True):
+    """One optimizer step of DPO on ``pairs``; ``beta`` is the inverse temperature of the loss."""
+
+    job_id: str
+    job_step: int
+    pairs: list[PreferencePair]
+    num_job_steps: int = 0
+    beta: float = 0.1
+    learning_rate_scale: float = 1.0
+
+
+class Score(Command, frozen=True):
+    """Forward only: the summed, weighted log-probability of each sample, under the weights of this moment."""
+
+    samples: list[Sample]
+
+
+class SaveCheckpoint(Command, frozen=True):
+    """Write the live weights and the optimizer state to ``name`` below the configured checkpoint folder."""
+
+    name: str
+
+
+class Shutdown(Command, frozen=True):
+    """Leave the rank loop on all ranks after the commands before this one."""
+
+    reason: str
+
+
+class Identify(Command, frozen=True):
+    """Answer with ``Hello`` (repeating ``id``), in order with the other commands.
+
+    A coordinator that restarted sends it first. It is answered in order, so everything that the coordinator's former
+    life had sent is over by then, and ``Hello.last_job_step`` says how far the interrupted job really came.
+    """
+
+
+AnyCommand = Step | PreferenceStep | Score | SaveCheckpoint | Shutdown | Identify
+
+# --- replies and notices, rank 0 -> coordinator --------------------------------------------------------------------
+
+
+class Reply(msgspec.Struct, frozen=True, tag=True, omit_defaults=True, kw_only=True):
+    """Base of all that rank 0 sends. ``id`` repeats the command's; it is empty for notices."""
+
+    id: str = ""
+
+
+class Hello(Reply, frozen=True):
+    """First message of rank 0 and reply to ``Identify``: what is being trained, and the limits of requests.
+
+    ``last_job_id`` and ``last_job_step`` name the last Step or PreferenceStep that these ranks completed ("" and 0 when
+    none): after a crash of the coordinator they keep a step whose reply was lost from being run twice.
+    """
+
+    protocol_version: int
+    instance_id: str
+    server_life: str
+    """Of one life of the server: its name may be that of an earlier one, whose weights are gone."""
+    model_path: str
+    served_model_names: list[str]
+    num_ranks: int
+    vocab_size: int
+    max_sequence_tokens: int
+    weight_version: int
+    num_parameters: int
+    optimizer: str
+    gradients: str
+    sync: str = "hogwild"
+    cache: str = "none"
+    memory: str = ""
+    """What was planned for the longest micro-batch, in one line."""
+    qos: str = "sm_percent=null low_priority=false pace=1"
+    layout: list[dict[str, str | int | list[int]]] = []
+    """Rows for the layout view: checkpoint tensor, rank, served tensor, part; may be empty."""
+    last_job_id: str = ""
+    last_job_step: int = 0
+
+
+class StepDone(Reply, frozen=True):
+    """An optimizer step ended on all ranks. Times are seconds on rank 0; memory is the peak of each rank in bytes.
+
+    ``gradients`` is "fused" (updated in the backward pass) or "stored". ``skipped`` says why the step was stopped, and what
+    was written before that: nothing, but for the first tensors of a fused step ("" when it went through).
+    """
+
+    loss: float
+    num_tokens: int
+    num_loss_tokens: int
+    padding_share: float
+    num_micro_batches: int
+    grad_norm: float
+    learning_rate: float
+    weight_version: int
+    step_seconds: float
+    forward_seconds: float = 0.0
+    backward_seconds: float = 0.0
+    optimizer_seconds: float = 0.0
+    paused_seconds: float = 0.0
+    token_accuracy: float = 0.0
+    peak_memory_bytes: list[int] = []
+    gradients: str = "stored"
+    skipped: str = ""
+    metrics: dict[str, float] = {}
+    """Further figures by name, for example DPO's reward margin."""
+
+
+class ScoreDone(Reply, frozen=True):
+    """Per sample: summed weighted log-probability in nats, sum of weights, and weighted tokens predicted by arg max."""
+
+    logprobs: list[float]
+    weights: list[float]
+    num_correct: list[float]
+
+
+class CheckpointDone(Reply, frozen=True):
+    """The checkpoint folder is complete at ``path``."""
+
+    path: str
+    num_bytes: int
+    seconds: float
+    weight_version: int
+
+
+class CommandFailed(Reply, frozen=True):
+    """A rank raised while executing the command; nothing of it will be retried by the ranks."""
+
+    rank: int
+    error: str
+    message: str
+    traceback: str
+
+
+class Heartbeat(Reply, frozen=True):
+    """Sent about once a second whatever the ranks do. ``busy_with`` is the id of the command being executed."""
+
+    weight_version: int
+    busy_with: str = ""
+
+
+class Goodbye(Reply, frozen=True):
+    """The ranks are leaving, with the reason; no further reply comes."""
+
+    reason: str
+    failed: bool = False
+
+
+AnyReply = Hello | StepDone | ScoreDone | CheckpointDone | CommandFailed | Heartbeat | Goodbye
+
+_encoder = msgspec.msgpack.Encoder()
+_command_decoder: msgspec.msgpack.Decoder[AnyCommand] = msgspec.msgpack.Decoder(AnyCommand)
+_reply_decoder: msgspec.msgpack.Decoder[AnyReply] = msgspec.msgpack.Decoder(AnyReply)
+
+
+def encode(message: AnyCommand | AnyReply) -> bytes:
+    """Msgpack bytes of a command or reply."""
+    return _encoder.encode(message)
+
+
+def decode_command(frame: bytes) -> AnyCommand:
+    """Inverse of ``encode`` for commands. Raises msgspec.DecodeError on anything else."""
+    return _command_decoder.decode(frame)
+
+
+def decode_reply(frame: bytes) -> AnyReply:
+    """Inverse of ``encode`` for replies. Raises msgspec.DecodeError on anything else."""
+    return _reply_decoder.decode(frame)

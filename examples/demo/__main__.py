@@ -1,0 +1,212 @@
+"""The demo: serve a small model with real vLLM at TP = 2, train it in place while a client generates, check the result."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import shlex
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import httpx
+import torch
+from rich.console import Console
+from rich.table import Table
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers.utils.logging import disable_progress_bar
+
+from apollo_tp.shards.instance import read_instance
+from apollo_tp.shards.mapping import map_rank
+from examples.demo.load import GenerationLoad
+from tests.support.demo_model import make_model, standard_library_text
+from tests.support.processes import ManagedProcess, coordinator_url, free_port, start_server, start_trainer
+
+NUM_RANKS = 2
+SAMPLE_CHARS = 450
+BATCH_SIZE, NUM_BATCHES = 8, 10
+NUM_HELDOUT = 6
+console = Console(stderr=True)
+
+
+def main() -> int:
+    """Run the demo; returns 0 if every promise held."""
+    parser = argparse.ArgumentParser(prog="python -m examples.demo", description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("out/demo"), help="folder of logs, model and result.json")
+    parser.add_argument("--steps", type=int, default=40, help="optimizer steps")
+    parser.add_argument("--server-args", default="", help="further options of the vLLM server, in one string")
+    arguments = parser.parse_args()
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    disable_progress_bar()
+    shutil.rmtree(arguments.out, ignore_errors=True)
+    arguments.out.mkdir(mode=0o700, parents=True)
+    started = time.monotonic()
+    # Whoever stops the demo stops what it started: the exception runs the finally clauses.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(f"got {signal.Signals(number).name}"))
+    # Unix socket paths are short: the runtime folder cannot lie deep in a checkout.
+    with tempfile.TemporaryDirectory(prefix="apollo_tp-") as runtime_dir:
+        result = run(arguments.out.resolve(), Path(runtime_dir), arguments.steps, shlex.split(arguments.server_args))
+    result["wall_s"] = round(time.monotonic() - started, 1)
+    (arguments.out / "result.json").write_text(json.dumps(result, indent=2) + "\n")
+    _print(result)
+    return 0 if _promises_held(result) else 1
+
+
+def run(out: Path, runtime_dir: Path, num_steps: int, server_args: list[str]) -> dict[str, Any]:
+    """Everything between an empty folder and the figures."""
+    train_texts, heldout = _texts()
+    # fp32: a CPU without bf16 arithmetic is several times faster in it, and the server's log-probabilities are then exact
+    # enough to compare with transformers token by token. The end-to-end tests serve bf16.
+    num_parameters = make_model(out / "model", train_texts, dtype=torch.float32)
+    console.print(f"model: {num_parameters / 1e6:.1f}M parameters in {out / 'model'}")
+    port = free_port()
+    extra = ["--dtype", "float32", *server_args]  # vLLM would serve a checkpoint in fp32 as bf16
+    server = start_server(out / "model", port, runtime_dir, out / "server.log", tensor_parallel=NUM_RANKS, extra=extra)
+    url, trainer, load = f"http://127.0.0.1:{port}", None, None
+    try:
+        console.print("server: starting vLLM, TP = 2 ...")
+        server.wait_for(f"{url}/health", 300)
+        overrides = ["optim.lr=1e-3", "train.max_sequence_tokens=512"]
+        trainer = start_trainer(runtime_dir, out, out / "trainer.log", num_ranks=NUM_RANKS, overrides=overrides)
+        before = _mean_logprob(url, heldout)
+        service = coordinator_url(runtime_dir, trainer)
+        load = GenerationLoad(url, heldout[0][:100])
+        job = _train(service, trainer, train_texts, num_steps)
+        load.stop()
+        checkpoint = _post(f"{service}/checkpoint", {"wait": True})
+        return _figures(url, runtime_dir, heldout, before, job, Path(checkpoint["path"]), load)
+    finally:
+        if load:
+            load.stop()
+        for process in (trainer, server):
+            if process:
+                process.stop()
+
+
+def _texts() -> tuple[list[str], list[str]]:
+    """Samples to train on, and held-out ones from other files."""
+    files = standard_library_text(min_chars=SAMPLE_CHARS * 2, max_files=100)
+    heldout = [text[SAMPLE_CHARS : 2 * SAMPLE_CHARS] for text in files[:NUM_HELDOUT]]
+    cut = [f[i : i + SAMPLE_CHARS] for f in files[NUM_HELDOUT:] for i in range(0, len(f) - SAMPLE_CHARS, SAMPLE_CHARS)]
+    return cut, heldout
+
+
+def _train(service: str, trainer: ManagedProcess, texts: list[str], num_steps: int) -> dict[str, Any]:
+    samples = [{"text": text} for text in texts[: BATCH_SIZE * NUM_BATCHES]]
+    body = {"samples": samples, "batch_size": BATCH_SIZE, "epochs": num_steps, "max_steps": num_steps}
+    job = _post(f"{service}/train", body)
+    console.print(f"job {job['id']}: {num_steps} steps")
+    with console.status("training") as status:
+        while job["state"] not in ("succeeded", "failed", "cancelled"):
+            time.sleep(0.5)
+            trainer.check()
+            job = httpx.get(f"{service}/train/jobs/{job['id']}", timeout=30).json()
+            left = f", {job['seconds_left']:.0f} s left" if job.get("seconds_left") else ""
+            status.update(f"step {job['step']} of {job['total_steps']}, loss {job['loss'] or 0:.3f}{left}")
+    events = httpx.get(f"{service}/train/jobs/{job['id']}/events", timeout=30).json()
+    if job["state"] != "succeeded":
+        raise SystemExit(f"job {job['state']}: {json.dumps(job['error'])}")
+    job["losses"] = [event["data"]["train_loss"] for event in events["data"] if event.get("type") == "metrics"]
+    return job
+
+
+def _figures(
+    url: str,
+    runtime_dir: Path,
+    heldout: list[str],
+    before: float,
+    job: dict[str, Any],
+    folder: Path,
+    load: GenerationLoad,
+) -> dict[str, Any]:
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    gap = max(
+        abs(served - written)
+        for text in heldout
+        for served, written in zip(_logprobs(url, text), _transformers_logprobs(model, tokenizer, text), strict=True)
+    )
+    return {
+        "train_loss_first": job["losses"][0],
+        "train_loss_last": job["losses"][-1],
+        "train_steps": job["step"],
+        "train_tokens": job["tokens"],
+        "heldout_logprob_before": before,
+        "heldout_logprob_after": _mean_logprob(url, heldout),
+        "checkpoint": str(folder),
+        "checkpoint_bit_identical": _bit_identical(folder, runtime_dir / "demo"),
+        "checkpoint_served_logprob_gap": gap,
+        "inference_requests_ok": load.ok,
+        "inference_requests_failed": load.failed,
+        "inference_pauses": load.pauses,
+        "inference_longest_gap_s": round(load.longest_gap_seconds, 3),
+    }
+
+
+def _bit_identical(folder: Path, instance: Path) -> bool:
+    """Every part of the folder, as transformers loads it, against the memory that each rank serves from."""
+    state = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").state_dict()
+    manifests = read_instance(instance)
+    for rank in range(len(manifests)):
+        mapped = map_rank(manifests, rank)
+        for name, (shard, local) in mapped.tensors.items():
+            for box, start in shard.boxes:
+                part = state[name][tuple(slice(o, o + n) for o, n in zip(box.offset, box.shape, strict=True))]
+                mine = local if shard.dim is None else local.narrow(shard.dim, start, box.shape[shard.dim])
+                if not torch.equal(part, mine.cpu()):
+                    return False
+    return True
+
+
+def _logprobs(url: str, text: str) -> list[float]:
+    """vLLM's log-probability (nats) of each prompt token but the first."""
+    body = {"model": "demo", "prompt": text, "max_tokens": 1, "temperature": 0, "prompt_logprobs": 0}
+    answer = _post(f"{url}/v1/completions", body)
+    return [next(iter(entry.values()))["logprob"] for entry in answer["choices"][0]["prompt_logprobs"][1:]]
+
+
+def _mean_logprob(url: str, texts: list[str]) -> float:
+    values = [value for text in texts for value in _logprobs(url, text)]
+    return sum(values) / len(values)
+
+
+@torch.no_grad()
+def _transformers_logprobs(model: torch.nn.Module, tokenizer: PreTrainedTokenizerFast, text: str) -> list[float]:
+    ids = tokenizer(text, return_tensors="pt", add_special_tokens=False)["input_ids"]
+    logprobs = model(ids).logits[0, :-1].float().log_softmax(-1)
+    return logprobs.gather(1, ids[0, 1:, None])[:, 0].tolist()
+
+
+def _post(url: str, body: dict[str, Any]) -> dict[str, Any]:
+    response = httpx.post(url, json=body, timeout=120)
+    if response.is_error:
+        raise SystemExit(f"{url}: got {response.status_code}: {response.text}")
+    return response.json()  # type: ignore[no-any-return]
+
+
+def _promises_held(result: dict[str, Any]) -> bool:
+    return bool(
+        result["train_loss_first"] - result["train_loss_last"] > 2
+        and result["heldout_logprob_after"] > result["heldout_logprob_before"]
+        and result["checkpoint_bit_identical"]
+        and result["checkpoint_served_logprob_gap"] < 0.05
+        and result["inference_requests_ok"] > 0
+        and not result["inference_requests_failed"]
+        and not result["inference_pauses"]
+    )
+
+
+def _print(result: dict[str, Any]) -> None:
+    table = Table(title="apollo_tp demo: a vLLM server at TP = 2, trained in place", show_header=False)
+    for key, value in result.items():
+        table.add_row(key, f"{value:.4f}" if isinstance(value, float) else str(value))
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

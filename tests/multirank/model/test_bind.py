@@ -1,0 +1,265 @@
+"""What bind_model refuses, and properties of a bound model that one process shows."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from transformers import AutoConfig, PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
+
+from apollo_tp.distributed.tp_group import TPGroup
+from apollo_tp.errors import UnsupportedModelError
+from apollo_tp.model import bind, bind_model
+from apollo_tp.model.batch import pack
+from apollo_tp.model.names import NameMap, map_names
+from apollo_tp.model.narrow import build_on_meta, narrow_config
+from apollo_tp.model.refusal import refusing
+from apollo_tp.shards.boxes import Shard
+from apollo_tp.wire.commands import Sample
+from tests.support.exactness import reference_gradients, relative_error, samples, train_gradients
+from tests.support.families import FAMILIES, Family, build
+
+WHOLE = TPGroup.single()
+
+
+def _shards(model: PreTrainedModel) -> dict[str, tuple[Shard, torch.Tensor]]:
+    """Everything of ``model`` on one rank, by checkpoint name; experts are views of the stacked tensor."""
+    state = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    return {
+        name: (
+            Shard(name, tuple(tensor.shape), None, (), (0,)),
+            _expert(name, state) if ".experts." in name else tensor,
+        )
+        for name, tensor in revert_weight_conversion(model, state).items()
+    }
+
+
+def _expert(name: str, state: dict[str, torch.Tensor]) -> torch.Tensor:
+    """The view of a stacked parameter that a checkpoint's ``...experts.<e>.<projection>.weight`` is."""
+    block, _, rest = name.replace(".block_sparse_moe.", ".mlp.").partition(".experts.")
+    expert, projection, _ = rest.split(".")
+    if projection in ("down_proj", "w2"):
+        return state[f"{block}.experts.down_proj"][int(expert)]
+    gate, up = state[f"{block}.experts.gate_up_proj"][int(expert)].chunk(2)
+    return gate if projection in ("gate_proj", "w1") else up
+
+
+def test_one_error_lists_all_that_does_not_fit() -> None:
+    """Missing, unknown and ill-shaped tensors are all named at once, with shapes and the cure."""
+    config = FAMILIES["llama"].config()
+    shards = _shards(build(config))
+    del shards["model.layers.0.mlp.up_proj.weight"]
+    shards["model.layers.0.mlp.side_proj.weight"] = shards["model.layers.0.mlp.gate_proj.weight"]
+    norm = "model.layers.1.input_layernorm.weight"
+    shards[norm] = (Shard(norm, (63,), None, (), (0,)), torch.ones(63))
+    wrong_view = "model.layers.1.mlp.down_proj.weight"
+    shards[wrong_view] = (shards[wrong_view][0], torch.ones(3, 3))
+    with pytest.raises(UnsupportedModelError) as caught:
+        bind_model(config, shards, WHOLE)
+    message = str(caught.value)
+    assert "rank 0 of 1: 4 tensors do not fit LlamaForCausalLM" in message
+    assert "model.layers.0.mlp.up_proj.weight: the model has this parameter, but no checkpoint tensor" in message
+    assert "model.layers.0.mlp.side_proj.weight: LlamaForCausalLM has no parameter for it" in message
+    assert f"{norm}: got local shape (63,), expected (64,)" in message
+    assert f"{wrong_view}: got {wrong_view} of local shape (3, 3), its shard says (64, 96)" in message
+
+
+def test_experts_that_do_not_lie_stacked_are_refused() -> None:
+    """One parameter over all experts needs them side by side; a copy would cut the tie to the served memory."""
+    config = FAMILIES["qwen3-moe"].config()
+    shards = _shards(build(config))
+    name = "model.layers.0.mlp.experts.2.up_proj.weight"
+    shards[name] = (shards[name][0], shards[name][1].clone())
+    with pytest.raises(UnsupportedModelError, match=r"experts.2.up_proj.weight .* --moe-backend triton"):
+        bind_model(config, shards, WHOLE)
+
+
+def test_a_width_that_does_not_divide_is_refused() -> None:
+    config = FAMILIES["llama"].config(num_attention_heads=6, num_key_value_heads=2, hidden_size=96)
+    with pytest.raises(UnsupportedModelError, match=r"num_attention_heads: got 6, expected a multiple of .* 4"):
+        narrow_config(config, 4)
+
+
+REFUSED = {
+    "cohere": r"CohereForCausalLM: its forward pass changes the logits",
+    "gpt_oss": r"self_attn \(GptOssAttention\): attention sinks are not implemented",
+    "llama4_text": r"layer type chunked_attention",
+    "bamba": r"mamba \(BambaMixer\): its recurrent state would run on",
+    "t5": r"t5: got an encoder-decoder model",
+    "gpt2": r"GPT2LMHeadModel: its head could not be tried: got AttributeError: .*cross_attentions",
+    "gpt_bigcode": r"GPTBigCodeForCausalLM: its head could not be tried: got AttributeError: .*cross_attentions",
+    "opt": r"OPTForCausalLM: its head could not be tried: got TypeError: packed_attention",
+    "falcon": r"falcon at 1 / 1 of its width: got KeyError: 'apollo_packed'",
+    "gptj": r"gptj at 1 / 1 of its width: got KeyError: 'apollo_packed'",
+    "gemma4_text": r"gemma4_text at 1 / 1 of its width: got AmbiguousGlobalPerLayerAttributeError: 'head_dim'",
+    "bloom": r"BloomForCausalLM cannot be trained.*\n.*attention is not exchangeable",
+}
+
+
+@pytest.mark.parametrize("model_type", REFUSED)
+def test_what_is_not_supported_is_refused_before_the_first_step(model_type: str) -> None:
+    """Families whose numbers would silently differ are refused by name when the model is bound."""
+    sizes = {"num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "vocab_size": 128}
+    config = AutoConfig.for_model(model_type, **sizes)
+    embedding = (Shard("model.embed_tokens.weight", (128, 64), None, (), (0,)), torch.ones(128, 64))
+    with pytest.raises(UnsupportedModelError, match=REFUSED[model_type]):
+        bind_model(config, {"model.embed_tokens.weight": embedding}, WHOLE)
+
+
+def test_a_config_without_attention_is_refused() -> None:
+    """Mamba has no heads to divide."""
+    with pytest.raises(UnsupportedModelError, match=r"mamba at 1 / 2 .*AttributeError: .*num_attention_heads"):
+        build_on_meta(AutoConfig.for_model("mamba"), 2, torch.float32)
+
+
+def test_a_device_that_is_full_is_no_property_of_the_model() -> None:
+    with pytest.raises(torch.OutOfMemoryError), refusing("a model"):
+        raise torch.OutOfMemoryError("full")
+
+
+def test_a_model_whose_layers_drop_the_boundaries_is_refused() -> None:
+    """StableLM's decoder layer takes the keywords of a forward pass and does not hand them to its attention."""
+    config = Family("stablelm").config()
+    with pytest.raises(
+        UnsupportedModelError, match=r"StableLmForCausalLM: its forward pass .* TypeError: packed_attention"
+    ):
+        bind_model(config, _shards(build(config)), WHOLE)
+
+
+def test_a_served_tensor_that_nothing_is_trained_from_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two names for one parameter: only one of them is bound."""
+    config = FAMILIES["llama"].config()
+    shards = _shards(build(config))
+    shards["alias.weight"] = (Shard("alias.weight", (64,), None, (), (0,)), torch.ones(64))
+
+    def with_alias(*args: object) -> NameMap:
+        names = map_names(*args)  # type: ignore[arg-type]
+        return replace(names, refused={}, parts=names.parts | {"model.alias.weight": [["alias.weight"]]})
+
+    monkeypatch.setattr(bind, "map_names", with_alias)
+    with pytest.raises(UnsupportedModelError, match=r"1 tensors do not fit .*\n  alias.weight: got it served"):
+        bind_model(config, shards, WHOLE)
+
+
+def _cut_in_two(model: PreTrainedModel, rank: int) -> dict[str, tuple[Shard, torch.Tensor]]:
+    """As vLLM's Transformers backend serves it at TP = 2: each tensor cut in one piece, fused ones too."""
+    local = build_on_meta(model.config, 2, torch.float32).state_dict()
+    shards = {}
+    for name, tensor in model.named_parameters():
+        cut = [d for d, n in enumerate(local[name].shape) if n != tensor.shape[d]]
+        if not cut:
+            shards[name] = (Shard(name, tuple(tensor.shape), None, (), (0, 1)), tensor.detach())
+            continue
+        part = tensor.detach().chunk(2, cut[0])[rank]
+        start = rank * part.shape[cut[0]]
+        ranges = ((start, start + part.shape[cut[0]]),)
+        shards[name] = (Shard(name, tuple(tensor.shape), cut[0], ranges, (rank,)), part)
+    return shards
+
+
+@pytest.mark.parametrize(("rank", "got", "expected"), [(0, "0:96", "0:48, 96:144"), (1, "96:192", "48:96, 144:192")])
+def test_a_fused_tensor_cut_across_its_parts_is_refused(rank: int, got: str, expected: str) -> None:
+    """All gate rows on one rank and all up rows on the other: the shapes are those that silu(gate) * up needs."""
+    model = build(Family("glm", {"head_dim": 16, "pad_token_id": 0}).config())
+    with pytest.raises(UnsupportedModelError) as caught:
+        bind_model(model.config, _cut_in_two(model, rank), TPGroup(rank, 2))
+    message = str(caught.value)
+    assert f"rank {rank} of 2: 2 fused tensors of GlmForCausalLM are served cut across their parts" in message
+    assert (
+        f"model.layers.1.mlp.gate_up_proj.weight: got {got} of 192 along dimension 0, expected {expected}," in message
+    )
+
+
+SAME_FUNCTION = {
+    "a head under another name than lm_head": Family("gpt_neox", {"rotary_pct": 0.25}),
+    "noise in routers and their input": Family(
+        "phimoe", {"num_local_experts": 4, "input_jitter_noise": 0.3, "lm_head_bias": False}
+    ),
+    "noise in a router": Family(
+        "mixtral", {"num_local_experts": 4, "sliding_window": None, "router_jitter_noise": 0.3}
+    ),
+    "dropout": Family("gpt_neox", {"hidden_dropout": 0.3, "attention_dropout": 0.3}),
+}
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("case", SAME_FUNCTION)
+def test_loss_and_gradients_are_those_of_the_model_that_is_served(case: str, checkpointing: bool) -> None:
+    """Evaluated without noise, and with every tensor that is served trained as what it is."""
+    family = SAME_FUNCTION[case]
+    model = build(family.config())
+    loss, expected = reference_gradients(model, samples())
+    bound = bind_model(family.config(), _shards(model), WHOLE, gradient_checkpointing=checkpointing)
+    assert train_gradients(bound, pack(samples(), 256)) == pytest.approx(loss, rel=1e-6)
+    assert {parameter.name for parameter in bound.parameters} == set(expected)
+    for parameter in bound.parameters:
+        assert parameter.grad is not None
+        whole = expected[parameter.name]
+        assert relative_error(parameter.grad, whole, whole) < family.tolerance, parameter.name
+
+
+@pytest.mark.parametrize("family", ["qwen3", "mistral-window", "gemma2", "qwen3-next", "qwen3.5"])
+def test_nothing_leaks_between_packed_sequences(family: str) -> None:
+    """Log-probabilities of a sequence do not change by a bit when its neighbours in the pack do."""
+    config = FAMILIES[family].config()
+    bound = bind_model(config, _shards(build(config)), WHOLE)
+
+    def of_the_middle_one(seed: int) -> torch.Tensor:
+        around = samples(seed=seed, lengths=(33, 21, 40))
+        middle = samples(seed=7, lengths=(21,))[0]
+        (batch,) = pack([around[0], middle, around[2]], 256)
+        with torch.no_grad():
+            tokens = bound.sequence_logprobs(batch).tokens
+        return tokens[33 : 33 + 21]
+
+    first, second = of_the_middle_one(1), of_the_middle_one(2)
+    assert first.any()
+    assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("family", ["qwen3-moe", "mixtral"])
+def test_an_expert_without_tokens_has_an_exactly_zero_gradient(family: str) -> None:
+    """An exactly zero gradient is what tells the optimizer to leave a matrix and its state alone."""
+    config = FAMILIES[family].config()
+    bound = bind_model(config, _shards(build(config)), WHOLE)
+    train_gradients(bound, pack([Sample([5, 6], [0.0, 1.0])], 64))  # 2 tokens x 2 of 4 experts: some may get none
+    routed = {}
+    for parameter in bound.parameters:
+        if ".experts." in parameter.name:
+            assert parameter.grad is not None
+            assert parameter.grad.shape == parameter.shard.local_shape
+            expert = parameter.name.rsplit(".", 2)[0]
+            routed.setdefault(expert, set()).add(bool(parameter.grad.any()))
+    assert all(len(kinds) == 1 for kinds in routed.values()), "all matrices of an expert get tokens, or none does"
+    assert {True, False} <= {kind for kinds in routed.values() for kind in kinds}
+
+
+def test_fp32_parameters_stay_fp32_in_a_bf16_model() -> None:
+    """vLLM serves A_log in fp32 within a bf16 model: it is trained as it is served."""
+    config = FAMILIES["qwen3.5"].config()
+    model = build(config).to(torch.bfloat16)
+    shards = {
+        name: (shard, tensor.float() if name.endswith("A_log") else tensor)
+        for name, (shard, tensor) in _shards(model).items()
+    }
+    bound = bind_model(config, shards, WHOLE)
+    train_gradients(bound, pack(samples(), 256))
+    for parameter in bound.parameters:
+        expected = torch.float32 if parameter.name.endswith("A_log") else torch.bfloat16
+        assert parameter.tensor.dtype == expected, parameter.name
+        assert parameter.grad is not None
+        assert parameter.grad.dtype == expected
+        assert torch.isfinite(parameter.grad).all()
+
+
+def test_writing_a_bound_tensor_changes_the_model() -> None:
+    """Parameters are the given memory: a write through one shows in the other, stacked experts included."""
+    config = FAMILIES["qwen3-moe"].config()
+    shards = _shards(build(config))
+    bound = bind_model(config, shards, WHOLE)
+    for parameter in bound.parameters:
+        shards[parameter.name][1].fill_(0.25)
+        assert bool((parameter.tensor == 0.25).all()), parameter.name
+    assert all(bool((p == 0.25).all()) for p in bound.module.parameters())

@@ -1,0 +1,253 @@
+"""A fake trainer rank 0: speaks protocol.py over a real ZMQ socket, and keeps a journal of what it "wrote".
+
+The journal stands for the served weights: a step that is in it twice was trained twice. It survives a kill of the fake, as
+vLLM's memory survives a kill of the trainer. ``python -m tests.support.fakes SOCKET JOURNAL STEP_SECONDS`` runs one alone.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import httpx
+import msgspec
+import zmq
+
+from apollo_tp.config import HttpConfig, ServiceConfig, WriterConfig
+from apollo_tp.coordinator.settings import Settings
+from apollo_tp.wire import commands
+from tests.support.chat_model import write_model
+
+VOCAB_SIZE = 1000
+HEARTBEAT_SECONDS = 0.1
+
+
+class FakeRanks:
+    """One rank 0. ``fail_at`` and ``skip_at`` name job steps that raise or are skipped; ``mute`` stops every sending.
+    ``logprob`` is that of a token, and changes by ``learned`` of it with each step; a checkpoint takes ``save_seconds``, and
+    fails if ``fail_saves``; a batch is scored in ``score_seconds``."""
+
+    def __init__(self, socket_path, journal, *, step_seconds=0.0, instance_id="fake", max_tokens=256):
+        self.socket_path, self.journal, self.step_seconds = str(socket_path), Path(journal), step_seconds
+        self.instance_id, self.max_tokens, self.server_life = instance_id, max_tokens, f"{instance_id}@1"
+        self.fail_at, self.skip_at, self.mute = set(), set(), False
+        self.logprob, self.save_seconds, self.loss_of_skipped, self.hello_seconds = -0.5, 0.0, 1.0, 0.0
+        self.commands, self.scored, self.learned, self.fail_saves, self.score_seconds = [], [], 0.0, False, 0.0
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self.run, daemon=True)
+
+    def __enter__(self):
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_):
+        self._stop.set()
+        self._thread.join(10)
+
+    def applied(self):
+        """(job id, step) in the order in which they changed the weights."""
+        if not self.journal.exists():
+            return []
+        lines = self.journal.read_text().splitlines()
+        return [(line.split()[0], int(line.split()[1])) for line in lines]
+
+    def hello(self, identity=""):
+        applied = self.applied()
+        return commands.Hello(
+            id=identity,
+            protocol_version=commands.PROTOCOL_VERSION,
+            instance_id=self.instance_id,
+            server_life=self.server_life,
+            model_path="/models/fake",
+            served_model_names=["fake"],
+            num_ranks=2,
+            vocab_size=VOCAB_SIZE,
+            max_sequence_tokens=self.max_tokens,
+            weight_version=len(applied),
+            num_parameters=6_000_000,
+            optimizer="apollo rank 64",
+            gradients="stored",
+            layout=[
+                {"tensor": "model.embed_tokens.weight", "rank": r, "served": "embed", "part": [0, 8]} for r in (0, 1)
+            ],
+            last_job_id=applied[-1][0] if applied else "",
+            last_job_step=applied[-1][1] if applied else 0,
+        )
+
+    def run(self):
+        socket = zmq.Context.instance().socket(zmq.DEALER)
+        socket.setsockopt(zmq.LINGER, 0)
+        socket.connect(f"ipc://{self.socket_path}")
+        queue, busy, until, beat = collections.deque(), None, 0.0, 0.0
+        self._send(socket, self.hello())
+        with contextlib.closing(socket):
+            while not self._stop.is_set():
+                wait = max(0.0, min(until - time.monotonic(), 0.01)) if busy else (0.0 if queue else 0.01)
+                while socket.poll(wait * 1000):
+                    queue.append(commands.decode_command(socket.recv()))
+                    wait = 0.0
+                now = time.monotonic()
+                if now - beat > HEARTBEAT_SECONDS:
+                    beat = now
+                    version = len(self.applied())
+                    self._send(socket, commands.Heartbeat(weight_version=version, busy_with=busy.id if busy else ""))
+                if busy and now >= until:
+                    self._send(socket, self._execute(busy))
+                    busy = None
+                if not busy and queue:
+                    busy = queue.popleft()
+                    self.commands.append(busy)
+                    seconds = dict.fromkeys((commands.Step, commands.PreferenceStep), self.step_seconds)
+                    seconds |= {commands.SaveCheckpoint: self.save_seconds, commands.Score: self.score_seconds}
+                    until = now + seconds.get(type(busy), 0.0)
+
+    def _send(self, socket, message):
+        if not self.mute:
+            socket.send(commands.encode(message))
+
+    def _execute(self, command):
+        if isinstance(command, commands.Identify):
+            time.sleep(self.hello_seconds)
+            return self.hello(command.id)
+        if isinstance(command, commands.Score):
+            self.scored.append(len(self.applied()))
+            weights = [sum(sample.weights) for sample in command.samples]
+            logprobs = [
+                self.logprob * weight * (1 + 0.01 * sample.token_ids[-1]) * (1 + self.learned * len(self.applied()))
+                for weight, sample in zip(weights, command.samples, strict=True)
+            ]
+            return commands.ScoreDone(
+                id=command.id, logprobs=logprobs, weights=weights, num_correct=[w / 2 for w in weights]
+            )
+        if isinstance(command, commands.SaveCheckpoint) and self.fail_saves:
+            return commands.CommandFailed(id=command.id, rank=0, error="OSError", message="no space left", traceback="")
+        if isinstance(command, commands.SaveCheckpoint):
+            version = len(self.applied())
+            path = f"/ckpt/{command.name}"
+            return commands.CheckpointDone(id=command.id, path=path, num_bytes=1, seconds=0.0, weight_version=version)
+        if isinstance(command, commands.Shutdown):
+            self._stop.set()
+            return commands.Goodbye(reason=command.reason)
+        return self._step(command)
+
+    def _step(self, command):
+        if command.job_step in self.fail_at:
+            trace = 'File "model.py", line 1\nRuntimeError: boom'
+            return commands.CommandFailed(id=command.id, rank=1, error="RuntimeError", message="boom", traceback=trace)
+        skipped = "the gradient was not finite" if command.job_step in self.skip_at else ""
+        if not skipped:
+            with open(self.journal, "a") as file:
+                file.write(f"{command.job_id} {command.job_step}\n")
+                file.flush()
+        samples = command.samples if isinstance(command, commands.Step) else [p.preferred for p in command.pairs]
+        tokens = sum(len(sample.token_ids) for sample in samples)
+        version = len(self.applied())
+        loss = self.loss_of_skipped if skipped else 5.0 / (1 + version)
+        return commands.StepDone(
+            id=command.id, loss=loss, num_tokens=tokens, num_loss_tokens=tokens // 2, padding_share=0.25,
+            num_micro_batches=1, grad_norm=1.0, learning_rate=1e-5, weight_version=version,
+            step_seconds=self.step_seconds, forward_seconds=0.1, backward_seconds=0.2, optimizer_seconds=0.05,
+            token_accuracy=0.5, peak_memory_bytes=[1000, 2000], gradients="fused", skipped=skipped,
+        )  # fmt: skip
+
+
+class CoordinatorProcess:
+    """A real coordinator process over a temporary folder. ``restart`` after ``kill`` keeps state and sockets' places."""
+
+    def __init__(self, folder, *, model_path="", env=None, settings=None, writers=None, **service):
+        self.folder = Path(folder)
+        self.instance_dir = self.folder / "i"
+        self.instance_dir.mkdir(mode=0o700, exist_ok=True)
+        if not model_path:
+            model_path = self.folder / "model"
+            model_path.mkdir(exist_ok=True)
+            (model_path / "config.json").write_text(json.dumps({"vocab_size": VOCAB_SIZE}))
+        service = {"rank_timeout_seconds": 1.0} | service
+        self.settings = Settings(
+            service=ServiceConfig(
+                http=HttpConfig(port=0),
+                state_dir=str(self.folder / "state"),
+                writers=WriterConfig(**(writers or {})),
+                **service,
+            ),
+            instance_dir=str(self.instance_dir),
+            model_path=str(model_path),
+            **({"checkpoint_after_idle_seconds": None} | (settings or {})),
+        )
+        self.env = os.environ | (env or {})
+        self.process = None
+        self.log_path = self.folder / "coordinator.log"
+
+    @property
+    def ranks_socket(self):
+        return self.instance_dir / "ranks.sock"
+
+    def start(self, deadline_seconds=20.0):
+        config = self.folder / "settings.json"
+        config.write_bytes(msgspec.json.encode(self.settings))
+        address = self.instance_dir / "coordinator.json"
+        address.unlink(missing_ok=True)
+        with open(self.log_path, "ab") as log:
+            arguments = [sys.executable, "-m", "apollo_tp.coordinator", "--config", str(config)]
+            self.process = subprocess.Popen(arguments, stderr=log, env=self.env)
+        end = time.monotonic() + deadline_seconds
+        while not address.exists():
+            assert self.process.poll() is None, self.log_path.read_text()
+            assert time.monotonic() < end, "the coordinator did not start in time"
+            time.sleep(0.01)
+        self.url = json.loads(address.read_text())["url"]
+        return self
+
+    def kill(self):
+        self.process.kill()
+        self.process.wait(10)
+
+    def stop(self):
+        if self.process is not None and self.process.poll() is None:
+            self.process.terminate()
+            try:
+                self.process.wait(10)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+                raise
+
+    def __enter__(self):
+        return self.start()
+
+    def __exit__(self, *_):
+        self.stop()
+
+    def client(self, **options):
+        return httpx.Client(base_url=self.url, timeout=30, **options)
+
+
+@contextlib.contextmanager
+def chat_stack(folder, *, settings=None, step_seconds=0.0):
+    """A coordinator of a model with a chat template, its fake rank 0, which is connected, and a client."""
+    with (
+        CoordinatorProcess(folder, model_path=write_model(folder / "model"), settings=settings) as coordinator,
+        FakeRanks(coordinator.ranks_socket, folder / "journal", step_seconds=step_seconds) as ranks,
+        coordinator.client() as client,
+    ):
+        wait_for(lambda: client.get("/health").json()["trainer"])
+        yield client, ranks, coordinator
+
+
+def wait_for(condition, seconds=15.0, what="the condition"):
+    """Poll until ``condition()`` is true, and return its value."""
+    end = time.monotonic() + seconds
+    while not (value := condition()):
+        assert time.monotonic() < end, f"{what} did not come in {seconds} s"
+        time.sleep(0.01)
+    return value
+
+
+if __name__ == "__main__":
+    FakeRanks(sys.argv[1], sys.argv[2], step_seconds=float(sys.argv[3])).run()

@@ -1,0 +1,42 @@
+"""Checkpoints of tiny models and what real vLLM would publish for them: ``python -m tests.support.trace_cases FOLDER``.
+
+Below FOLDER, per config: the Hugging Face checkpoint, and ``tp<p>/rank<r>.json`` manifests traced from vLLM's own loader.
+Runs in a process of its own, because importing vLLM changes much of a process.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from safetensors.torch import load_file, save_file
+
+from apollo_tp.shards.manifest import publish
+from tests.support.families import CASES, SIZES, build
+
+
+def trace_cases(folder: Path) -> None:
+    """Write the checkpoints of ``CASES`` and their manifests at every size of ``SIZES``."""
+    from apollo_tp.vllm_plugin.offline import offline_manifests
+
+    for case in {case.checkpoint: case for case in CASES.values()}.values():
+        checkpoint = folder / case.checkpoint
+        build(case.config()).save_pretrained(checkpoint)
+        _restore_published_names(checkpoint / "model.safetensors")
+        for size in SIZES:
+            for manifest in offline_manifests(str(checkpoint), size, dtype="float32"):
+                target = checkpoint / f"tp{size}"
+                target.mkdir(exist_ok=True)
+                publish(manifest, target)
+
+
+def _restore_published_names(path: Path) -> None:
+    """Published Gemma 3 checkpoints, and vLLM, call the vision tower's tensors otherwise than transformers 5 saves them."""
+    tensors = load_file(path)
+    published = {name.replace("vision_tower.", "vision_tower.vision_model."): t for name, t in tensors.items()}
+    if published.keys() != tensors.keys():
+        save_file(published, path, {"format": "pt"})
+
+
+if __name__ == "__main__":
+    trace_cases(Path(sys.argv[1]))

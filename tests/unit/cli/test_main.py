@@ -1,0 +1,183 @@
+"""``apollo-tp`` as a subprocess against a real coordinator with a fake rank 0."""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+
+from tests.support.chat_model import write_model
+from tests.support.fakes import CoordinatorProcess, FakeRanks, wait_for
+
+
+@pytest.fixture(scope="module")
+def stack(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cli")
+    folder.chmod(0o700)
+    with (
+        CoordinatorProcess(folder, model_path=write_model(folder / "model")) as coordinator,
+        coordinator.client() as http,
+        FakeRanks(coordinator.ranks_socket, folder / "journal", step_seconds=0.01) as ranks,
+    ):
+        wait_for(lambda: http.get("/health").json()["trainer"])
+        yield coordinator, ranks
+
+
+def run(stack, *arguments, env=None, text=None):
+    folder = str(stack[0].folder)  # the coordinator is found through the runtime folder
+    environment = os.environ | {"APOLLO_TP_RUNTIME_DIR": folder, "TERM": "dumb", "COLUMNS": "200"} | (env or {})
+    command = [sys.executable, "-m", "apollo_tp.cli.main", *map(str, arguments)]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=30, input=text)
+
+
+@contextmanager
+def served(respond):
+    """An HTTP server; ``respond`` takes the handler and the body, and gives status and answer."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self):
+            body = self.rfile.read(int(self.headers.get("content-length", 0)))
+            status, answer = respond(self, json.loads(body or b"null"))
+            content = json.dumps(answer).encode()
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+
+        do_GET = do_POST  # noqa: N815 - http.server's name
+
+        def log_message(self, *_):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+@pytest.fixture
+def completions():
+    """A server's /v1/completions, that answers as the fake rank scores, and 0.25 nats below."""
+
+    def respond(request, body):
+        if request.headers["authorization"] is not None:
+            return 401, {"error": {"message": "no such key"}}
+        entries = [{str(t): {"logprob": -0.5 * (1 + 0.01 * t) - 0.25}} for t in body["prompt"]]
+        return 200, {"choices": [{"prompt_logprobs": [None, *entries[1:]]}]}
+
+    with served(respond) as url:
+        yield url
+
+
+@pytest.fixture
+def data(tmp_path):
+    path = tmp_path / "data.jsonl"
+    lines = [
+        {"text": "Hello there"},
+        {"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]},
+    ]
+    path.write_text("\n".join(map(json.dumps, lines)))
+    return path
+
+
+def test_train_and_follow(stack, data):
+    """train --follow ends with the job, shows its end, and exits 0; the job is in jobs, events and status."""
+    done = run(stack, "train", data, "--follow", "--epochs", 4, "--batch-size", 1)
+    assert done.returncode == 0, done.stderr
+    job = done.stdout.split(":")[0]
+    assert "succeeded" in done.stdout
+    listed = json.loads(run(stack, "jobs", "--json").stdout)
+    assert (listed[0]["id"], listed[0]["step"]) == (job, 8)
+    assert job in run(stack, "jobs").stdout
+    lines = run(stack, "events", job, "--json").stdout.splitlines()
+    assert [json.loads(line)["data"]["step"] for line in lines if '"metrics"' in line] == list(range(1, 9))
+    assert "weight version" in run(stack, "status").stdout
+    assert json.loads(run(stack, "status", "--json").stdout)["trainer"]["connected"]
+
+
+def test_a_failing_job_exits_one(stack, data):
+    """--follow of a job that fails exits 1 and shows why."""
+    stack[1].fail_at = {1}
+    failed = run(stack, "train", data, "--follow")
+    stack[1].fail_at = set()
+    assert failed.returncode == 1
+    assert "boom" in failed.stderr
+
+
+def test_dry_run_checkpoint_inspect_and_stdin(stack, data):
+    """The remaining commands, and a file from standard input."""
+    assert "learned from" in run(stack, "train", data, "--dry-run").stdout
+    assert run(stack, "checkpoint").stdout.startswith("/ckpt/")
+    assert "embed_tokens" in run(stack, "inspect").stdout
+    assert run(stack, "train", "-", "--follow", "--json", text='{"text": "Hello"}\n').returncode == 0
+
+
+def test_cancel(stack, data):
+    """cancel ends a running job; cancelling what is over is refused with exit status 1."""
+    job = json.loads(run(stack, "train", data, "--epochs", 5000, "--json").stdout)["id"]
+    assert run(stack, "cancel", job).returncode == 0
+    assert run(stack, "events", job, "--follow").returncode == 1
+    again = run(stack, "resume", job)
+    assert again.returncode == 1
+    assert "409" in again.stderr
+
+
+def test_errors_are_sentences(stack, data, tmp_path):
+    """No traceback for what a user can get wrong; the exit status tells the kinds apart."""
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"text": "x"}\n{')
+    latin = tmp_path / "latin.jsonl"
+    latin.write_bytes('{"text": "x"}\n{"text": "Grüße"}\n'.encode("latin-1"))
+    for arguments, status, words in [
+        (("train", bad), 1, "line 2"),
+        (("train", latin), 1, f"{latin}, line 2: got malformed JSON ('utf-8' codec"),
+        (("train", tmp_path / "none"), 2, "No such file"),
+        (("status", "--url", "localhost:8300"), 2, "--url: got 'localhost:8300', expected it to begin with http://"),
+        (("compare", "--server", "localhost:8000"), 2, "--server: got 'localhost:8000', expected it to begin with"),
+        (("compare", "--server", "http://127.0.0.1:9"), 1, "no server answers at http://127.0.0.1:9"),
+        (("status", "--url", "http://127.0.0.1:9"), 3, "no coordinator answers"),
+        (("events", "job-x"), 1, "404"),
+        (("train", data, "--epochs", "0"), 1, "epochs"),
+        (("nonsense",), 2, "invalid choice"),
+    ]:
+        done = run(stack, *arguments)
+        assert done.returncode == status, done
+        assert words in done.stderr
+        assert "Traceback" not in done.stderr
+
+
+def test_checkpoint_waits_until_it_is_written(stack):
+    """However often the answer is "queued", which a real coordinator says after 600 s when asked to wait."""
+    asked = []
+
+    def respond(request, _):
+        asked.append((request.command, request.path))
+        over = len(asked) == 3
+        return 200, {
+            "id": "ckpt-1",
+            "state": "succeeded" if over else "queued",
+            "path": "/ckpt/1" if over else "",
+            "error": "",
+        }
+
+    with served(respond) as url:
+        done = run(stack, "checkpoint", "--url", url)
+    assert (done.returncode, done.stdout) == (0, "/ckpt/1\n"), done.stderr
+    assert asked == [("POST", "/checkpoint"), *[("GET", "/checkpoint/ckpt-1")] * 2]
+
+
+def test_compare_says_how_far_server_and_trainer_are_apart(stack, completions):
+    """The fake rank gives every token -0.5 (1 + its id / 100), the server -0.25 more."""
+    arguments = ("compare", "--server", completions, "--tokens", 10)
+    shown = run(stack, *arguments)
+    assert shown.returncode == 0, shown.stderr
+    assert "9 log-probabilities" in shown.stdout
+    assert "0.2500 nats in the mean, 0.2500 at most" in shown.stdout
+    assert run(stack, *arguments, "--at-most", 0.3).returncode == 0
+    assert run(stack, *arguments, "--at-most", 0.2).returncode == 1
+    assert json.loads(run(stack, *arguments, "--json").stdout)["tokens"] == 9
+    assert "401" in run(stack, *arguments, env={"VLLM_API_KEY": "wrong"}).stderr

@@ -1,0 +1,232 @@
+"""kill -9 of the coordinator, of rank 0, or of both, at random points of a job: nothing lost, nothing twice.
+
+The fake's journal is what really happened to the weights; a real coordinator and a fake rank 0 run as processes.
+"""
+
+import random
+import re
+import subprocess
+import sys
+import time
+
+import httpx
+import pytest
+
+from apollo_tp.coordinator.jobs.store import Store
+from apollo_tp.errors import ConfigError
+from tests.support.fakes import CoordinatorProcess, FakeRanks, wait_for
+
+ONE = {"context_ids": [1, 2], "continuation_ids": [3, 4]}
+STEPS = 20
+STEP_SECONDS = 0.01
+
+
+class RanksProcess:
+    """The fake rank 0 as a process that can be killed; its journal stays."""
+
+    def __init__(self, coordinator):
+        self.arguments = [str(coordinator.ranks_socket), str(coordinator.folder / "journal"), str(STEP_SECONDS)]
+        self.process = None
+
+    def start(self):
+        self.process = subprocess.Popen([sys.executable, "-m", "tests.support.fakes", *self.arguments])
+
+    def kill(self):
+        self.process.kill()
+        self.process.wait(10)
+
+    def applied(self):
+        return FakeRanks(self.arguments[0], self.arguments[1]).applied()
+
+
+@pytest.fixture
+def parts(tmp_path):
+    coordinator = CoordinatorProcess(tmp_path).start()
+    ranks = RanksProcess(coordinator)
+    ranks.start()
+    try:
+        yield coordinator, ranks
+    finally:
+        ranks.kill()  # first: stopping the coordinator may raise
+        coordinator.stop()
+
+
+def check_promises(coordinator, ranks, jobs, seen):
+    """All jobs end; every step of each is in the weights once and in order; no event that was seen is gone."""
+    with coordinator.client() as client:
+        for job in jobs:
+            path = f"/train/jobs/{job}"
+            wait_for(lambda: client.get(path).json()["state"] == "succeeded", 30, f"the end of {job}")  # noqa: B023
+            assert [step for name, step in ranks.applied() if name == job] == list(range(1, STEPS + 1))
+            events = client.get(f"{path}/events").json()["data"]
+            ids = [event["id"] for event in events]
+            assert ids == sorted(set(ids))
+            kept = {event["id"]: event for event in events}
+            for event in seen.get(job, []):
+                assert kept[event["id"]] == event
+            steps = [event["data"]["step"] for event in events if event["type"] == "metrics"]
+            assert steps == sorted(set(steps))  # none is reported twice
+    order = [name for name, _ in ranks.applied()]
+    assert order == sorted(order, key=jobs.index)  # the interrupted job went on before the next one started
+
+
+# 20 points: each kills one process, or both, somewhere in the job, or even between the POST and its first step
+POINTS = [(who, seed) for seed in range(5) for who in ("coordinator", "ranks", "both", "coordinator twice")]
+
+
+@pytest.mark.parametrize(("who", "seed"), POINTS)
+def test_kill_nine_at_a_random_point(parts, who, seed):
+    """See check_promises; two jobs are queued, and the kill falls anywhere in the first one's life."""
+    coordinator, ranks = parts
+    with coordinator.client() as client:
+        jobs = [client.post("/train", json=ONE | {"epochs": STEPS}).json()["id"] for _ in range(2)]
+        chance = random.Random(f"{who}{seed}")
+        for _ in range(2 if "twice" in who else 1):
+            time.sleep(chance.uniform(0.0, 2 * STEPS * STEP_SECONDS))
+            seen = {}
+            with coordinator.client() as again:
+                for job in jobs:
+                    seen[job] = again.get(f"/train/jobs/{job}/events").json()["data"]
+            if who == "both":
+                coordinator.kill()
+                ranks.kill()
+                ranks.start()
+            elif who == "ranks":
+                ranks.kill()
+                ranks.start()
+                continue
+            else:
+                coordinator.kill()
+            coordinator.start()
+    check_promises(coordinator, ranks, jobs, seen)
+
+
+def test_a_trainer_that_takes_over_before_the_old_one_is_missed(tmp_path):
+    """A step that was written but not reported is not run again, though nobody has noticed that its trainer is gone."""
+    journal = tmp_path / "journal"
+    with CoordinatorProcess(tmp_path, rank_timeout_seconds=20.0) as coordinator, coordinator.client() as client:
+        with FakeRanks(coordinator.ranks_socket, journal, step_seconds=0.02) as first:
+            job = client.post("/train", json=ONE | {"epochs": 3 * STEPS}).json()["id"]
+            wait_for(lambda: client.get(f"/train/jobs/{job}").json()["step"] > 2)
+            first.mute = True
+            told = len(first.applied())
+            wait_for(lambda: len(first.applied()) > told + 1)
+        with FakeRanks(coordinator.ranks_socket, journal) as second:
+            wait_for(lambda: client.get(f"/train/jobs/{job}").json()["state"] == "succeeded")
+            assert [step for _, step in second.applied()] == list(range(1, 3 * STEPS + 1))
+
+
+def test_an_acknowledged_job_is_stored(parts):
+    """Killed right behind the 202: the job is there after the restart, and runs."""
+    coordinator, ranks = parts
+    with coordinator.client() as client:
+        job = client.post("/train", json=ONE | {"epochs": STEPS}).json()["id"]
+        coordinator.kill()
+    coordinator.start()
+    check_promises(coordinator, ranks, [job], {})
+
+
+def test_cancel_and_pause_survive_a_kill(parts):
+    """An acknowledged cancel or pause of a running job holds after a kill -9 that came before it took effect."""
+    coordinator, _ = parts
+    for action, state in (("pause", "paused"), ("cancel", "cancelled")):
+        with coordinator.client() as client:
+            job = client.post("/train", json=ONE | {"epochs": 1000}).json()["id"]
+            wait_for(lambda: client.get(f"/train/jobs/{job}").json()["step"] > 2)  # noqa: B023
+            client.post(f"/train/jobs/{job}/{action}")
+            coordinator.kill()
+        coordinator.start()
+        with coordinator.client() as client:
+            wait_for(lambda: client.get(f"/train/jobs/{job}").json()["state"] == state)  # noqa: B023
+
+
+def test_on_crash_fail_reports_the_reason(tmp_path):
+    """With service.on_crash=fail the interrupted job is failed, with where it stood; the next one runs."""
+    coordinator = CoordinatorProcess(tmp_path, on_crash="fail").start()
+    with FakeRanks(coordinator.ranks_socket, tmp_path / "journal", step_seconds=0.02):
+        with coordinator.client() as client:
+            job = client.post("/train", json=ONE | {"epochs": 1000}).json()["id"]
+            wait_for(lambda: client.get(f"/train/jobs/{job}").json()["step"] > 2)
+            coordinator.kill()
+        with coordinator, coordinator.client() as client:
+            failed = client.get(f"/train/jobs/{job}").json()
+            assert failed["state"] == "failed"
+            assert failed["error"]["code"] == "interrupted"
+            assert "after step" in failed["error"]["message"]
+            wait_for(lambda: client.get("/health").json()["trainer"])
+            assert client.post("/train", json=ONE | {"wait": True}).json()["state"] == "succeeded"
+
+
+def test_silent_ranks_make_the_job_resumable(tmp_path):
+    """No heartbeat for rank_timeout_seconds: status says so and the job waits; when they beat again it goes on."""
+    with (
+        CoordinatorProcess(tmp_path) as coordinator,
+        coordinator.client() as client,
+        FakeRanks(coordinator.ranks_socket, tmp_path / "journal", step_seconds=0.02) as ranks,
+    ):
+        job = client.post("/train", json=ONE | {"epochs": STEPS}).json()["id"]
+        wait_for(lambda: client.get(f"/train/jobs/{job}").json()["step"] > 2)
+        ranks.mute = True
+        status = wait_for(lambda: (s := client.get("/train/status").json())["running"] is None and s)
+        assert not status["trainer"]["connected"]
+        assert "heartbeat" in status["trainer"]["reason"]
+        assert status["queue"][0]["resumable"]
+        ranks.mute = False
+        wait_for(lambda: client.get(f"/train/jobs/{job}").json()["state"] == "succeeded")
+        assert ranks.applied() == [(job, step) for step in range(1, STEPS + 1)]
+
+
+def test_a_restarted_server_does_not_get_the_second_half_of_a_job(tmp_path):
+    """The weights of the first steps died with the server: the job fails and says why, it does not go on silently."""
+    with CoordinatorProcess(tmp_path) as coordinator, coordinator.client() as client:
+        with FakeRanks(coordinator.ranks_socket, tmp_path / "journal", step_seconds=0.02):
+            job = client.post("/train", json=ONE | {"epochs": STEPS}).json()["id"]
+            wait_for(lambda: client.get(f"/train/jobs/{job}").json()["step"] > 2)
+        with FakeRanks(coordinator.ranks_socket, tmp_path / "journal2", instance_id="another"):
+            failed = wait_for(lambda: (j := client.get(f"/train/jobs/{job}").json())["state"] == "failed" and j)
+            assert failed["error"]["code"] == "server_restarted"
+            assert client.post("/train", json=ONE | {"wait": True}).json()["state"] == "succeeded"
+
+
+def test_the_idle_checkpoint_is_written_once_and_only_after_training(tmp_path):
+    """after_idle_seconds behind the last job one checkpoint appears; none without a change of the weights."""
+    settings = {"checkpoint_after_idle_seconds": 0.3}
+    with (
+        CoordinatorProcess(tmp_path, settings=settings) as coordinator,
+        coordinator.client() as client,
+        FakeRanks(coordinator.ranks_socket, tmp_path / "journal"),
+    ):
+        wait_for(lambda: client.get("/health").json()["trainer"])
+        time.sleep(0.6)
+        assert client.get("/checkpoints").json()["data"] == []
+        client.post("/train", json=ONE | {"wait": True})
+        wait_for(lambda: [c["state"] for c in client.get("/checkpoints").json()["data"]] == ["succeeded"])
+        time.sleep(0.6)
+        assert len(client.get("/checkpoints").json()["data"]) == 1
+
+
+def test_a_second_coordinator_leaves_the_first_ones_jobs_alone(parts):
+    """Two trainers started from one folder: the second is refused before it touches a job; a killed one holds nothing."""
+    coordinator, _ = parts
+    folder = coordinator.folder / "state"
+    refusal = rf"{re.escape(str(folder))}.*process {coordinator.process.pid}\).*service\.state_dir=\.\.\."
+    with coordinator.client() as client:
+        job = client.post("/train", json=ONE | {"epochs": STEPS}).json()["id"]
+        wait_for(lambda: client.get(f"/train/jobs/{job}").json()["step"] > 2)
+        with pytest.raises(ConfigError, match=refusal):
+            Store(folder)
+        wait_for(lambda: client.get(f"/train/jobs/{job}").json()["state"] == "succeeded")
+    coordinator.kill()
+    Store(folder).close()
+    Store(folder).close()
+
+
+def test_the_coordinator_ends_with_its_parent(tmp_path):
+    """Its parent gone, the coordinator exits by itself: no orphan keeps the port."""
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as parent:
+        coordinator = CoordinatorProcess(tmp_path, settings={"parent_pid": parent.pid}).start()
+        # our process, not ``parent``, started it: to the coordinator its parent is gone already
+        assert coordinator.process.wait(10) == 0
+        with pytest.raises(httpx.TransportError):
+            httpx.get(f"{coordinator.url}/health")
+        parent.communicate(b"\n")

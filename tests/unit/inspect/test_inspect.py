@@ -1,0 +1,45 @@
+"""``python -m apollo_tp.inspect MODEL``: what a user can get wrong is a sentence."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from apollo_tp.inspect.__main__ import main
+
+CONFIG = {
+    "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "hidden_size": 64, "num_hidden_layers": 1,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "intermediate_size": 128, "vocab_size": 256,
+    "max_position_embeddings": 128, "torch_dtype": "bfloat16",
+}  # fmt: skip
+
+
+@pytest.fixture
+def model(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    return tmp_path
+
+
+def test_a_folder_that_is_no_model_is_named(tmp_path, capsys):
+    """One that does not exist, and one without a config.json; without vLLM's import."""
+    for folder in (tmp_path / "none", tmp_path):
+        assert main([str(folder)]) == 1
+        assert f"got {folder}, expected a Hugging Face folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("size", ["0", "-1"])
+def test_a_size_below_one_is_refused(model, capsys, size):
+    """As an option, before anything is built."""
+    assert main(["--tp", size, str(model)]) == 1
+    assert f"--tp: got {size}, expected an integer >= 1" in capsys.readouterr().err
+
+
+def test_a_size_that_vllm_refuses_is_refused_in_its_words(model):
+    """Four heads on three ranks: vLLM's own sentence, without pydantic's frame around it. Its import changes a process."""
+    command = [sys.executable, "-m", "apollo_tp.inspect", "--tp", "3", str(model)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 1
+    error = next(line for line in done.stderr.splitlines() if "--tp 3" in line)
+    assert f"{model} at --tp 3: got 'Total number of attention heads (4) must be divisible" in error
+    assert "pydantic" not in error

@@ -1,0 +1,147 @@
+"""What a trainer that starts again knows of the served weights, and which optimizer state it takes."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from apollo_tp.checkpoint.lineage import Lineage, LineageFile
+from apollo_tp.config import Config, OptimConfig
+from apollo_tp.errors import MappingError, RankFailedError
+from apollo_tp.launch import session
+from apollo_tp.launch.session import _resume
+
+
+def test_the_record_counts_what_a_failed_step_wrote_and_nothing_else(tmp_path: Path) -> None:
+    """A record of weights that nobody wrote would stop their comparison with the checkpoint."""
+    lineage = LineageFile(tmp_path, "no/such/model", keep=True)
+    lineage.count_to(0)
+    assert not LineageFile(tmp_path, "no/such/model", keep=True).trained_here
+    lineage.before_write()
+    lineage.count_to(1)
+    again = LineageFile(tmp_path, "no/such/model", keep=True)
+    assert (again.trained_here, again.record.weight_version) == (True, 1)
+
+
+def test_a_full_folder_stops_a_step_before_it_writes_and_none_after_that(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The record's room is taken first: a step that was written and not recorded would be run again."""
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "no room")
+
+    lineage = LineageFile(tmp_path, "no/such/model", keep=True)
+    with monkeypatch.context() as patch:
+        patch.setattr("apollo_tp.runtime.private_files.tempfile.mkstemp", full)
+        with pytest.raises(OSError, match="no room"):
+            lineage.before_write()
+    lineage.before_write()
+    monkeypatch.setattr("apollo_tp.runtime.private_files.tempfile.mkstemp", full)
+    for version in (1, 2):
+        lineage.before_write()
+        lineage.update(weight_version=version, last_job_step=version, last_job_id="x" * (100 // version))
+    record = LineageFile(tmp_path, "no/such/model", keep=True).record
+    assert (record.weight_version, record.last_job_step, len(record.last_job_id)) == (2, 2, 50)
+    (tmp_path / "weights.json").unlink()  # a cleaner of temporary files: this trainer goes on
+    lineage.update(weight_version=3)
+
+
+@pytest.mark.parametrize(
+    ("saved", "reset", "expected"), [(0, False, 95), (40, False, 95), (95, False, 95), (40, True, 0)]
+)
+def test_the_schedule_goes_on_where_the_last_trainer_ended(
+    saved: int, reset: bool, expected: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its steps since the last checkpoint are in the weights, as the moments are not, which is said."""
+    if saved:
+        (tmp_path / "optimizer").mkdir()
+    lineage = LineageFile(tmp_path, "no/such/model", keep=True)
+    lineage.before_write()
+    lineage.update(step_count=95, checkpoint=str(tmp_path) if saved else "")
+    optimizer = SimpleNamespace(step_count=0, level_replicas=list)
+    optimizer.load = lambda folder: setattr(optimizer, "step_count", saved)
+    _resume(Config(optim=OptimConfig(reset_state=reset)), optimizer, LineageFile(tmp_path, "", keep=True))  # type: ignore[arg-type]
+    assert optimizer.step_count == expected
+    assert ("moments are those of the last checkpoint" in caplog.text) == (saved < 95 and not reset)
+
+
+@pytest.mark.parametrize(
+    ("reset", "exists", "message"),
+    [
+        (False, True, ""),
+        (
+            True,
+            True,
+            "optim.reset_state=true: fresh optimizer state, as at every start while it is set, not that of {}",
+        ),
+        (False, False, "{}/optimizer: got no such folder, expected the optimizer state of the served weights"),
+    ],
+)
+def test_state_that_is_not_loaded_is_told(
+    reset: bool, exists: bool, message: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Unless it is: because it is not wanted, or because its folder is gone."""
+    if exists:
+        (tmp_path / "optimizer").mkdir()
+    loaded: list[Path] = []
+    lineage = SimpleNamespace(record=Lineage(checkpoint=str(tmp_path)), trained_here=False)
+    with caplog.at_level(logging.WARNING, "apollo_tp"):
+        config = Config(optim=OptimConfig(reset_state=reset))
+        optimizer = SimpleNamespace(load=loaded.append, step_count=0)
+        _resume(config, optimizer, lineage)  # type: ignore[arg-type]
+    assert loaded == ([] if message else [tmp_path / "optimizer"])
+    assert bool(caplog.messages) == bool(message)
+    assert message.format(tmp_path) in caplog.text
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_weights_that_nobody_has_trained_must_be_those_of_the_folder(
+    trained: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A trainer over other ones would take its optimizer state, and its checkpoints, for those of this model."""
+
+    def differ(*_: object) -> int:
+        raise MappingError("other bits")
+
+    if trained:
+        LineageFile(tmp_path, "no/such/model", keep=True).before_write()
+    control = SimpleNamespace(gather=lambda answer: [answer])
+    start = SimpleNamespace(control=control, world=SimpleNamespace(rank=0), config=Config())
+    monkeypatch.setattr(session, "map_rank", lambda *_: SimpleNamespace(device=torch.device("cpu")))
+    monkeypatch.setattr(session, "verify_against_checkpoint", differ)
+    manifests = [SimpleNamespace(model_path="no/such/model")]
+    with contextlib.nullcontext() if trained else pytest.raises(MappingError, match="other bits"):
+        session._map(start, manifests, tmp_path)  # type: ignore[arg-type]
+
+
+def test_all_ranks_hear_of_the_one_that_failed_to_start() -> None:
+    """Else they would wait for it in the next collective."""
+    control = SimpleNamespace(gather=lambda answer: [answer, b"no room"])
+    with pytest.raises(RankFailedError, match="rank 1 failed: no room"), session._together(control):  # type: ignore[arg-type]
+        pass
+
+
+def test_before_weights_are_written_it_is_recorded_and_the_server_paused(tmp_path: Path) -> None:
+    """In this order: a pause is short, and a record without room stops the step."""
+    order: list[str] = []
+    lineage = LineageFile(tmp_path, "no/such/model", keep=True)
+    lineage.before_write = lambda: order.append("recorded")  # type: ignore[method-assign]
+    gate = SimpleNamespace(before_write=lambda: order.append("paused"), pauses=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(session, "Pace", lambda *_: SimpleNamespace(hold=lambda: order.append("pace held")))
+        patch.setattr(session, "Trainer", lambda *_, before_write, gradients, **__: SimpleNamespace(
+            before_write=before_write, gradients=gradients
+        ))  # fmt: skip
+        trainer = session._make_trainer(
+            Config(), SimpleNamespace(module=None), SimpleNamespace(describe=str), SimpleNamespace(),  # type: ignore[arg-type]
+            torch.device("cpu"), gate, lineage,  # type: ignore[arg-type]
+        )  # fmt: skip
+    trainer.before_write()  # type: ignore[attr-defined]
+    assert order == ["recorded", "paused", "pace held"]

@@ -1,0 +1,137 @@
+"""Variants and options of the optimizer on one rank."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+from apollo_tp.config import EmbeddingMode, OptimConfig, OptimizerKind, Precision, Schedule
+from apollo_tp.distributed.tp_group import TPGroup
+from apollo_tp.errors import ConfigError, UnsupportedModelError
+from apollo_tp.optim import OptimParameter, build_optimizer
+from apollo_tp.optim.schedule import learning_rate
+from apollo_tp.shards.boxes import Shard
+from tests.support import optim_model as model
+
+CONF = Path(__file__).parents[3] / "conf" / "optim"
+
+
+def build(config: OptimConfig, precision: Precision = Precision.remainder, dtype: torch.dtype = torch.float32):
+    params = model.parameters(TPGroup.single(), dtype)
+    return params, build_optimizer(config, precision, params, TPGroup.single())
+
+
+def test_adamw_is_torch_adamw():
+    """optim=adamw gives torch.optim.AdamW's trajectory (decay on matrices only, gradients not clipped)."""
+    config = OptimConfig(kind=OptimizerKind.adamw, lr=1e-3, weight_decay=0.1, max_grad_norm=None)
+    params, optimizer = build(config)
+    copies = {p.name: p.tensor.detach().clone().requires_grad_() for p in params}
+    groups = [
+        {"params": [t for t in copies.values() if t.ndim > 1], "weight_decay": 0.1},
+        {"params": [t for t in copies.values() if t.ndim == 1], "weight_decay": 0.0},
+    ]
+    theirs = torch.optim.AdamW(groups, lr=1e-3)
+    for step in range(10):
+        model.set_gradients(params, model.gradients(step))
+        for p in params:
+            copies[p.name].grad = p.tensor.grad.clone()
+        optimizer.step()
+        theirs.step()
+    for p in params:
+        # both in fp32 with the operations in another order
+        torch.testing.assert_close(p.tensor, copies[p.name], rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("kind", ["apollo", "apollo_mini", "adamw"])
+def test_option_files_fit_the_schema(kind):
+    """conf/optim/<kind>.yaml is a valid OptimConfig of that kind."""
+    merged = OmegaConf.merge(OmegaConf.structured(OptimConfig), OmegaConf.load(CONF / f"{kind}.yaml"))
+    config = OmegaConf.to_object(merged)
+    assert isinstance(config, OptimConfig)
+    assert config.kind.value == kind
+    assert isinstance(config.betas, (list, tuple))
+
+
+@pytest.mark.parametrize("mode", list(EmbeddingMode))
+def test_embeddings(mode):
+    """project: (vocabulary, rank) moments; adamw: full ones; frozen: no state, and no step changes them."""
+    params, optimizer = build(model.config(embeddings=mode))
+    embedding = next(p for p in params if p.role == "embedding")
+    before = embedding.tensor.detach().clone()
+    model.set_gradients(params, model.gradients(0))
+    optimizer.step()
+    assert torch.equal(before, embedding.tensor.detach()) == (mode is EmbeddingMode.frozen)
+    assert (embedding.name in optimizer.names) == (mode is not EmbeddingMode.frozen)
+    assert (embedding.name in {m.weight.name for m in optimizer.bundle.matrices}) == (mode is EmbeddingMode.project)
+
+
+@pytest.mark.parametrize(("precision", "rest"), [(Precision.remainder, 1), (Precision.stochastic, 0)])
+def test_state_bytes_follow_the_formula(precision, rest):
+    """2 x 4 bytes x rank x channels per matrix, 2 x 4 per AdamW element, 1 per bf16 element with remainders."""
+    config = model.config()
+    _, optimizer = build(config, precision, torch.bfloat16)
+    expected = 0
+    for spec in model.SPECS:
+        projected = spec.role != "other" and min(spec.shape) > config.rank
+        numel = torch.Size(spec.shape).numel()
+        expected += 8 * (config.rank * max(spec.shape) if projected else numel) + rest * numel
+    assert optimizer.state_bytes() == expected
+
+
+@pytest.mark.parametrize("kind", list(OptimizerKind))
+def test_every_kind_descends(kind):
+    """Twenty steps on a least-squares problem with bf16 weights more than halve the loss."""
+    generator = torch.Generator().manual_seed(0)
+    target = torch.randn(32, 48, generator=generator)
+    weight = torch.nn.Parameter(torch.zeros(32, 48).normal_(generator=generator).bfloat16())
+    parameter = OptimParameter(Shard("w", (32, 48), None, (), (0,)), weight, "matrix")
+    config = OptimConfig(kind=kind, rank=4, lr=0.05, max_relative_update=1.0, max_grad_norm=None)
+    optimizer = build_optimizer(config, Precision.remainder, [parameter], TPGroup.single())
+    losses = []
+    for _ in range(20):
+        loss = (weight.float() - target).square().mean()
+        loss.backward()
+        optimizer.step(loss=loss)
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def test_schedules():
+    """Warm-up rises to lr; cosine ends at a tenth, linear at zero, both hold after total_steps; constant holds."""
+    options = {"lr": 1.0, "warmup_steps": 4, "total_steps": 14}
+    for schedule, end in ((Schedule.cosine, 0.1), (Schedule.linear, 0.0), (Schedule.constant, 1.0)):
+        config = OptimConfig(schedule=schedule, **options)
+        rates = [learning_rate(config, step) for step in range(20)]
+        assert rates[:4] == [0.25, 0.5, 0.75, 1.0]
+        assert rates[4] == pytest.approx(1.0)
+        assert rates[14:] == pytest.approx([end] * 6)
+        assert all(a >= b for a, b in itertools.pairwise(rates[4:]))
+
+
+@pytest.mark.parametrize("schedule", [Schedule.linear, Schedule.cosine])
+@pytest.mark.parametrize("total", [None, 9, 10])
+def test_a_schedule_needs_steps_after_its_warm_up(schedule, total):
+    """Else every step after the warm-up would have the end value, 0 with linear."""
+    with pytest.raises(ConfigError, match=rf"optim\.total_steps: got {total}, .*more than optim\.warmup_steps \(10\)"):
+        OptimConfig(schedule=schedule, warmup_steps=10, total_steps=total)
+    OptimConfig(schedule=schedule, warmup_steps=10, total_steps=11)
+    OptimConfig(warmup_steps=10)
+
+
+def test_what_cannot_be_trained_is_refused():
+    """No parameters, a name twice, fp16 weights and a shape that is not the shard's are refused by name."""
+    params = model.parameters(TPGroup.single())
+    with pytest.raises(ConfigError, match="distinct names"):
+        build_optimizer(model.config(), Precision.nearest, [params[0], params[0]], TPGroup.single())
+    with pytest.raises(ConfigError, match="at least one"):
+        build_optimizer(model.config(), Precision.nearest, [], TPGroup.single())
+    with pytest.raises(UnsupportedModelError, match=r"case_a.*float16.*--dtype bfloat16"):
+        build(model.config(), dtype=torch.float16)
+    wrong = OptimParameter(params[0].shard, torch.nn.Parameter(torch.zeros(3, 4)), "matrix")
+    with pytest.raises(UnsupportedModelError, match=r"case_a.*\(3, 4\).*\(96, 64\)"):
+        build_optimizer(model.config(), Precision.nearest, [wrong], TPGroup.single())

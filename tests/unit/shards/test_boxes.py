@@ -1,0 +1,50 @@
+"""replicated_parts against a check of every single index."""
+
+from __future__ import annotations
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from apollo_tp.shards.boxes import replicated_parts
+
+EXTENT = 24
+
+
+@st.composite
+def _ranges(draw: st.DrawFn) -> list[tuple[int, int]]:
+    """Disjoint ascending ranges of [0, EXTENT)."""
+    bounds = sorted(draw(st.sets(st.integers(0, EXTENT), max_size=8)))
+    return list(zip(bounds[::2], bounds[1::2], strict=False))
+
+
+@settings(deadline=None)  # the machine may be busy
+@given(st.lists(_ranges(), min_size=1, max_size=4))
+def test_parts_are_what_a_check_of_every_index_finds(ranges: list[list[tuple[int, int]]]) -> None:
+    """Each local index is in the part whose ranks are all the holders of its global index, or in none if only one is."""
+    held = [[i for start, stop in mine for i in range(start, stop)] for mine in ranges]
+    for rank, mine in enumerate(held):
+        expected = {
+            local: holders
+            for local, index in enumerate(mine)
+            if len(holders := tuple(r for r, other in enumerate(held) if index in other)) > 1
+        }
+        parts = replicated_parts(ranges, rank)
+        found = {local: part.ranks for part in parts for local in range(part.start, part.start + part.length)}
+        assert found == expected
+        assert sum(part.length for part in parts) == len(expected), "parts overlap"
+
+
+def test_the_key_and_value_rows_of_a_fused_tensor_are_found() -> None:
+    """4 ranks, 2 KV heads of 8 rows: ranks 0 and 1 share the first head's key and value rows, but no query rows."""
+    ranges = [
+        [(0, 16), (64, 72), (80, 88)],
+        [(16, 32), (64, 72), (80, 88)],
+        [(32, 48), (72, 80), (88, 96)],
+        [(48, 64), (72, 80), (88, 96)],
+    ]
+    (part,) = replicated_parts(ranges, 1)
+    assert (part.start, part.length, part.ranks) == (16, 16, (0, 1))
+    # On rank 3 the query rows run on into the key rows of the first of two heads when there is one head fewer.
+    merged = [[(0, 16), (32, 48)], [(16, 48)]]
+    (part,) = replicated_parts(merged, 1)
+    assert (part.start, part.length, part.ranks) == (16, 16, (0, 1))

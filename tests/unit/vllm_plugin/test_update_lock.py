@@ -1,0 +1,238 @@
+"""The update lock between trainer and vLLM's plugin: who pauses and resumes, and what a dead or silent trainer leaves."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from apollo_tp.config import CacheMode, SyncMode
+from apollo_tp.distributed.control import Control
+from apollo_tp.distributed.tp_group import TPGroup
+from apollo_tp.errors import ConfigError, DeadlineError
+from apollo_tp.runtime import processes
+from apollo_tp.training.rank_loop import RankLoop
+from apollo_tp.training.update_gate import Lock, UpdateGate, needs_lock
+from apollo_tp.wire import commands
+from apollo_tp.wire import update_lock as lock_messages
+from tests.support.locked_server import LEASE_SECONDS, Plugin, attach, eventually, options
+
+
+@pytest.fixture
+def plugin(tmp_path: Path) -> Iterator[Plugin]:
+    with contextlib.closing(Plugin(tmp_path)) as plugin:
+        yield plugin
+
+
+@pytest.mark.parametrize(
+    ("mode", "cache", "expected"),
+    [
+        (SyncMode.step_lock, CacheMode.none, ["no salt", "keep", "resume"]),
+        (SyncMode.drain, CacheMode.reset, ["no salt", "keep", "reset", "resume", "wait", "reset", "resume"]),
+        # emptied while nothing runs, though the update was written while it did
+        (SyncMode.hogwild, CacheMode.reset, ["no salt", *["keep", "reset", "resume"] * 2]),
+        (SyncMode.hogwild, CacheMode.salt, ["no salt", "salt apollo-7-1", "salt apollo-8-2"]),
+        (
+            SyncMode.drain,
+            CacheMode.salt,
+            ["no salt", "salt apollo-7-1", "salt apollo-7-2", "wait", "salt apollo-8-3", "resume"],
+        ),
+    ],
+)
+def test_what_the_engine_is_asked_around_an_update(
+    plugin: Plugin, mode: SyncMode, cache: CacheMode, expected: list[str]
+) -> None:
+    """Pause, refresh the cache, resume: in this order, and only what the options say."""
+    lock = attach(plugin, options(mode, cache))
+    gate = UpdateGate(mode, TPGroup.single(), torch.device("cpu"), lock)
+    gate.before_write()
+    assert plugin.vllm.paused == (mode is not SyncMode.hogwild)
+    gate.after_step(8)
+    assert plugin.vllm.calls == expected
+    gate.after_step(8)  # a command that wrote nothing
+    assert plugin.vllm.calls == expected
+    assert (plugin.folder / lock_messages.SYNC_SOCKET).stat().st_mode & 0o077 == 0
+    lock.close()
+
+
+def test_a_trainer_that_renews_keeps_the_pause_and_one_that_leaves_ends_it(plugin: Plugin) -> None:
+    """The pause outlives the lease while rank 0 lives, and ends at once with its connection."""
+    lock = attach(plugin, options(SyncMode.step_lock), [processes.ProcessId.of(os.getpid())])
+    lock.pause()
+    time.sleep(1.5 * LEASE_SECONDS)
+    assert plugin.vllm.paused
+    lock.close()
+    assert eventually(lambda: not plugin.vllm.paused) < 1
+
+
+def test_a_dead_rank_or_a_silent_trainer_loses_the_lease(plugin: Plugin, caplog: pytest.LogCaptureFixture) -> None:
+    """Rank 0 lives on, waiting for a dead rank: the server is resumed all the same, and rank 0 hears of it."""
+    lock = attach(plugin, options(SyncMode.step_lock), [processes.ProcessId(2**22 + 1, 0)])
+    lock.pause()
+    assert eventually(lambda: not plugin.vllm.paused) < 2 * LEASE_SECONDS
+    lock.release(8)
+    assert "the lease ran out" in caplog.text
+    lock.close()
+
+
+@pytest.mark.parametrize("end", ["close", "release"])
+def test_a_drain_that_is_given_up_leaves_no_pause(plugin: Plugin, end: str) -> None:
+    """A request that never ends: the step fails after the deadline, and new requests run again."""
+    plugin.vllm.busy = True
+    lock = attach(plugin, options(SyncMode.drain, timeout_seconds=0.3))
+    with pytest.raises(DeadlineError, match=r"sync\.timeout_seconds"):
+        lock.pause()
+    lock.close() if end == "close" else lock.release(7)
+    eventually(lambda: not plugin.vllm.paused)
+    plugin.vllm.busy = False  # vLLM answers the call that nobody waits for any more
+    time.sleep(0.1)
+    assert not plugin.vllm.paused
+    if end == "release":
+        lock.pause()
+        assert plugin.vllm.paused
+        lock.release(8)
+        lock.close()
+
+
+def test_a_step_that_raises_during_its_write_resumes_the_server(plugin: Plugin) -> None:
+    """The rank loop releases the lock when all ranks have agreed that the step failed."""
+    lock = attach(plugin, options(SyncMode.step_lock))
+    gate = UpdateGate(SyncMode.step_lock, TPGroup.single(), torch.device("cpu"), lock)
+
+    def step(samples: object, learning_rate_scale: float) -> None:
+        gate.before_write()
+        assert plugin.vllm.paused
+        raise ValueError("injected in the optimizer")
+
+    trainer = SimpleNamespace(
+        step=step, tp=TPGroup.single(), weight_version=7, device=torch.device("cpu"), peak_memory_bytes=lambda: 0,
+        abandon_step=lambda: None, rejoin=lambda: None, optimizer=SimpleNamespace(progress=lambda: (0, 0)),
+    )  # fmt: skip
+    loop = RankLoop(
+        trainer, SimpleNamespace(), Control(0, 1), SimpleNamespace(), None,
+        form_group=lambda: None, on_step=lambda command, done: None, after_write=gate.after_step,
+    )  # fmt: skip
+    reply = loop._execute(commands.Step(id="j/1", job_id="j", job_step=1, samples=[]))
+    assert isinstance(reply, commands.CommandFailed)
+    assert "injected" in reply.message
+    assert plugin.vllm.calls == ["no salt", "keep", "resume"]
+    lock.close()
+
+
+def test_a_pause_of_somebody_else_is_left_to_them(plugin: Plugin) -> None:
+    """vLLM was paused through its own /pause: the update may be written, and the pause stays."""
+    plugin.vllm.paused = True
+    lock = attach(plugin, options(SyncMode.drain))
+    lock.pause()
+    lock.release(8)
+    assert plugin.vllm.paused
+    assert plugin.vllm.calls == ["no salt"]
+    lock.close()
+
+
+@pytest.mark.parametrize("stays", [True, False])
+def test_a_drain_of_somebody_else_is_waited_for(plugin: Plugin, stays: bool) -> None:
+    """vLLM calls itself paused as soon as it is asked, while requests still run: nothing may be written yet. It goes on when
+    the client of their /pause has gone away."""
+    plugin.vllm.busy = True
+    theirs = plugin.others("pause_generation", mode="wait", clear_cache=True)
+    if not stays:
+        theirs.cancel()
+        plugin.settle()
+    lock = attach(plugin, options(SyncMode.step_lock, timeout_seconds=0.3))
+    with pytest.raises(DeadlineError):
+        lock.pause()
+    lock.release(7)
+    plugin.vllm.busy = False
+    if stays:
+        theirs.result(5)
+    lock.pause()
+    lock.release(8)
+    assert plugin.vllm.calls == ["wait", "no salt"]
+    assert plugin.vllm.paused
+    plugin.others("resume_generation").result(5)
+    lock.close()
+
+
+def test_a_drain_that_somebody_else_ended_is_not_waited_for(plugin: Plugin) -> None:
+    """With /resume, though vLLM answers their /pause once nothing runs."""
+    plugin.vllm.busy = True
+    plugin.others("pause_generation", mode="wait", clear_cache=True)
+    plugin.others("resume_generation").result(5)
+    lock = attach(plugin, options(SyncMode.step_lock))
+    lock.pause()
+    lock.release(8)
+    assert plugin.vllm.calls == ["wait", "resume", "no salt", "keep", "resume"]
+    lock.close()
+
+
+def test_what_others_ask_for_during_a_pause_comes_after_it(plugin: Plugin) -> None:
+    """Their /resume does not let requests run under a write, and their /pause outlives ours."""
+    lock = attach(plugin, options(SyncMode.step_lock))
+    lock.pause()
+    resumed = plugin.others("resume_generation")
+    paused = plugin.others("pause_generation", mode="abort", clear_cache=True)
+    assert plugin.vllm.calls == ["no salt", "keep"]
+    lock.release(8)
+    resumed.result(5), paused.result(5)
+    assert plugin.vllm.calls == ["no salt", "keep", "resume", "resume", "abort"]
+    assert plugin.vllm.paused
+    lock.close()
+
+
+@pytest.mark.parametrize(
+    ("mode", "cache", "needed"),
+    [
+        (SyncMode.hogwild, CacheMode.none, False),
+        (SyncMode.hogwild, CacheMode.salt, True),
+        (SyncMode.hogwild, CacheMode.reset, True),
+        (SyncMode.step_lock, CacheMode.none, True),
+        (SyncMode.drain, CacheMode.none, True),
+    ],
+)
+def test_nothing_is_asked_of_the_server_by_default_alone(mode: SyncMode, cache: CacheMode, needed: bool) -> None:
+    """A refreshed cache needs the plugin too, though nothing pauses."""
+    assert needs_lock(options(mode, cache)) is needed
+
+
+def test_a_cache_that_cannot_be_emptied_is_refused_at_once(plugin: Plugin, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not step after step in the log."""
+
+    async def fails(**_: Any) -> bool:
+        return False
+
+    monkeypatch.setattr(plugin.vllm, "reset_prefix_cache", fails)
+    with pytest.raises(ConfigError, match=r"cache=reset.*vLLM did not reset its prefix cache"):
+        attach(plugin, options(SyncMode.hogwild, CacheMode.reset))
+    eventually(lambda: plugin.lock._attached is None)
+    assert not plugin.vllm.paused
+
+
+def test_one_trainer_at_a_time(plugin: Plugin) -> None:
+    """A second connection is refused, and the place is free again when the first one is gone."""
+    first = attach(plugin, options(SyncMode.drain))
+    with pytest.raises(ConfigError, match="second trainer"):
+        attach(plugin, options(SyncMode.drain))
+    first.close()
+    eventually(lambda: plugin.lock._attached is None)
+    attach(plugin, options(SyncMode.drain)).close()
+
+
+@pytest.mark.parametrize("case", ["no plugin", "several API servers"])
+def test_servers_that_cannot_be_paused_are_refused(tmp_path: Path, case: str) -> None:
+    """Cause and cure are in the message."""
+    plugin = Plugin(tmp_path, "API server processes: got 2") if case != "no plugin" else None
+    try:
+        with pytest.raises(ConfigError, match="VLLM_PLUGINS=apollo" if plugin is None else "got 2") as caught:
+            Lock(tmp_path, options(SyncMode.step_lock), 0, [])
+        assert "sync=hogwild cache=none" in str(caught.value)
+    finally:
+        if plugin:
+            plugin.close()
