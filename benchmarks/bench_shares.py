@@ -5,7 +5,7 @@
     python benchmarks/bench_shares.py --tiny                                # rehearsal on any machine, without MPS
 
 For each share a process of its own, some at a time, tries the products that a trainer tries before its first step
-(``apollo_tp/gpu_sharing/product_check.py``), on SMs taken as ``qos.sm_percent`` takes them. What is wrong is wrong; what is not found
+(``gpu_sharing/product_check.py``), on SMs taken as ``qos.sm_percent`` takes them. What is wrong is wrong; what is not found
 wrong at the lengths tried may be right.
 """
 

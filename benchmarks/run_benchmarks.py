@@ -1,6 +1,6 @@
 """Some benchmarks one after the other, on one vLLM server where they want the same one.
 
-    python benchmarks/run_benchmarks.py "step --cases 1x" "latency --cases idle,time-slicing" hogwild --out benchmarks/results
+    python benchmarks/run_benchmarks.py "step --cases 1x" "latency --cases idle,time-slicing" hogwild --out results
     python benchmarks/run_benchmarks.py "step --tiny --cases 1x" "latency --tiny --tp 2 --cases idle" --seconds 300
 
 Each benchmark gets --server-args and --out behind its own options, and --seconds of time; one that fails or overruns does

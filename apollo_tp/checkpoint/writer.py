@@ -95,7 +95,11 @@ class CheckpointWriter:
         partial = folders.partial_path(self._root, name)
         self._on_rank_0(lambda: self._prepare(name))
         self._together(lambda: self._write_own_boxes(partial))
-        optimizer.save(partial / folders.OPTIMIZER_DIR)
+        from apollo_tp.checkpoint import (
+            optimizer_state,  # takes a second to import, which a run that never saves need not pay
+        )
+
+        optimizer_state.save(optimizer, partial / folders.OPTIMIZER_DIR)
         info = CheckpointInfo(
             weight_version=weight_version,
             model_path=str(self._source),

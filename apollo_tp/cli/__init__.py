@@ -1,0 +1,1 @@
+"""``apollo-tp``: the command-line client of the coordinator."""

@@ -378,7 +378,7 @@ def main(argv: list[str] | None = None) -> int:
         # the same file serves the coordinator: the last token of it, without its scope
         token = (token.strip().splitlines() or [""])[-1].rpartition(":")[2]
         if args.function is keys:
-            return keys(args)
+            return int(keys(args))
         with contextlib.closing(Client(args.url or find_url(), token or None, args.key)) as client:
             status_code: int = args.function(client, args)
         return status_code

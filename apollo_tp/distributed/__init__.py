@@ -1,0 +1,1 @@
+"""Process groups of the trainer's ranks and the collectives over them."""

@@ -1,0 +1,1 @@
+"""Sharing GPUs with the server: MPS, a limit on SMs, pacing, and a check of matrix products under such limits."""

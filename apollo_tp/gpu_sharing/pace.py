@@ -13,9 +13,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from apollo_tp.distributed.tp_group import TPGroup
+from apollo_tp.model.compiled import decoder_layers
 
 
 class Pace:
@@ -83,8 +83,3 @@ class Pace:
 
     def _before_backward(self, gradient: Tensor) -> None:
         self.give_way()
-
-
-def decoder_layers(module: nn.Module) -> list[nn.Module]:
-    """The layers of a transformers model, in order: what gradient checkpointing would recompute one by one."""
-    return [layer for layer in module.modules() if isinstance(layer, GradientCheckpointingLayer)]

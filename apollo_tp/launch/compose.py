@@ -102,7 +102,7 @@ def _leaves(schema: type, prefix: str = "") -> Iterator[tuple[str, tuple[str, st
         if dataclasses.is_dataclass(kind):
             yield from _leaves(kind, f"{name}.")  # type: ignore[arg-type]
             continue
-        default = field.default_factory() if field.default is dataclasses.MISSING else field.default  # type: ignore[misc]
+        default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
         yield name, (_type_name(kind), field.metadata.get("help", ""), default)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from apollo_tp.wire import commands
 
@@ -17,7 +17,7 @@ class StepProgress:
 
     def __init__(self) -> None:
         self._bar: Progress | None = None
-        self._task = None
+        self._task: TaskID | None = None
         self._job = ""
 
     def __call__(self, command: commands.Step | commands.PreferenceStep, done: commands.StepDone) -> None:

@@ -219,7 +219,9 @@ def _resume(config: Config, optimizer: Optimizer, lineage: LineageFile) -> None:
             "put the folder back and start the trainer again", source / OPTIMIZER_DIR,
         )  # fmt: skip
     elif wanted:
-        optimizer.load(source / OPTIMIZER_DIR)
+        from apollo_tp.checkpoint import optimizer_state
+
+        optimizer_state.load(optimizer, source / OPTIMIZER_DIR)
         info = read_info(source)
         log.info("optimizer state of %s (weight version %s) loaded", source, info.weight_version if info else "?")
     if not config.optim.reset_state and lineage.record.step_count > optimizer.step_count:

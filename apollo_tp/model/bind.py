@@ -12,10 +12,9 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from apollo_tp.distributed.tp_group import TPGroup
 from apollo_tp.errors import UnsupportedModelError
-from apollo_tp.gpu_sharing.pace import decoder_layers
 from apollo_tp.model.batch import pack
 from apollo_tp.model.bound import BoundModel, BoundParameter, Role, final_hidden_states
-from apollo_tp.model.compiled import compile_layers
+from apollo_tp.model.compiled import compile_layers, decoder_layers
 from apollo_tp.model.families import logits_transform, refuse_unknown_layers
 from apollo_tp.model.fused_tensors import refuse_wrong_cuts
 from apollo_tp.model.gradients import GradientSync, Place

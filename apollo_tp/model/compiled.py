@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
-from apollo_tp.gpu_sharing.pace import decoder_layers
 from apollo_tp.model.attention import cudnn_is_faster
 from apollo_tp.model.regions import FullWidthRMSNorm
 
@@ -66,3 +66,8 @@ def _has_experts(module: nn.Module) -> bool:
 def _is_traceable(layer: nn.Module) -> bool:
     """No recurrent mixer, which has a convolution, the only parameter of three dimensions in a model without experts."""
     return all(parameter.ndim <= 2 for parameter in layer.parameters())
+
+
+def decoder_layers(module: nn.Module) -> list[nn.Module]:
+    """The layers of a transformers model, in order: what gradient checkpointing would recompute one by one."""
+    return [layer for layer in module.modules() if isinstance(layer, GradientCheckpointingLayer)]

@@ -11,7 +11,6 @@ import math
 import zlib
 from array import array
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -204,17 +203,3 @@ class Optimizer:
             f"{len(self.weights) - len(matrices)} tensors by AdamW, {self.state_bytes() / 1e9:.3g} GB of state on rank "
             f"{self.tp.rank}"
         )
-
-    def save(self, folder: Path) -> None:
-        """Write the state below ``folder`` in global coordinates; every rank writes its own part. See ``checkpoint``."""
-        from apollo_tp.checkpoint import (
-            optimizer_state as checkpoint,  # costs a second, which a run that never saves need not pay
-        )
-
-        checkpoint.save(self, folder)
-
-    def load(self, folder: Path) -> None:
-        """Read a saved state, written at any number of ranks. See ``checkpoint``."""
-        from apollo_tp.checkpoint import optimizer_state as checkpoint
-
-        checkpoint.load(self, folder)

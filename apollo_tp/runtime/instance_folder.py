@@ -1,4 +1,16 @@
-"""."""
+"""The private folder through which a server and its trainer find each other. No torch.
+
+    <base>/                       0700, owned by this user
+      claims.lock                 held (flock) by a server while it claims its instance id
+      <instance id>/              one per vLLM server
+        rank0.json, rank1.json    manifests, written under a temporary name and renamed
+        serving.json              written by the API server once the engine is up
+        apollo_tp_server.lock     held (flock) by the server's first process, and those forked from it
+        trainer.lock              held (flock) by the one trainer of this server
+        ranks.sock, coordinator.sock
+
+The base is $APOLLO_TP_RUNTIME_DIR, else $XDG_RUNTIME_DIR/apollo_tp, else /tmp/apollo_tp-<uid>.
+"""
 
 from __future__ import annotations
 

@@ -9,7 +9,6 @@ import msgspec
 
 from apollo_tp.errors import ManifestError
 from apollo_tp.runtime import private_files
-from apollo_tp.shards.manifest import _encoder
 
 SERVING_FILE = "serving.json"
 
@@ -45,7 +44,7 @@ class Serving(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
 def publish_serving(serving: Serving, folder: Path) -> None:
     """Say that the engine is up, and how conversations become text there (0600, complete or not at all)."""
-    private_files.write_private(folder / SERVING_FILE, _encoder.encode(serving))
+    private_files.write_private(folder / SERVING_FILE, msgspec.json.encode(serving))
 
 
 def read_serving(folder: Path) -> Serving | None:

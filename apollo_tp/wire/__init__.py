@@ -1,0 +1,1 @@
+"""Messages between processes, encoded with msgpack: commands to the ranks, the HTTP tunnel, the update lock."""

@@ -1,7 +1,7 @@
 """Every family through vLLM's own loader, all tensors at once and one by one.
 
-``python -m tests.support.trace_both_ways FOLDER`` prints {family: for each rank [tensors, refused, how the two differ]}; in a
-process of its own, because importing vLLM changes much.
+``python -m tests.support.trace_both_ways FOLDER`` prints {family: for each rank [tensors, refused, how the two differ]}; in
+a process of its own, because importing vLLM changes much.
 """
 
 from __future__ import annotations

@@ -1,0 +1,1 @@
+"""From a request's samples to token ids and loss weights."""

@@ -1,0 +1,1 @@
+"""Differences between vLLM releases and devices."""

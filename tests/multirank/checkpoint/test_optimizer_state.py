@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from apollo_tp.checkpoint import optimizer_state
 from apollo_tp.checkpoint.optimizer_state import COUNTERS
 from apollo_tp.config import OptimizerKind, Precision
 from apollo_tp.distributed.tp_group import TPGroup
@@ -30,13 +31,13 @@ def run(tp: TPGroup, start: dict | None, dtype: str, steps: tuple[int, int], loa
         p.tensor.data.copy_(model.part(start[p.name], p.shard))
     optimizer = build_optimizer(model.config(refresh_every=3), Precision.remainder, params, tp)
     if load:
-        optimizer.load(Path(load))
+        optimizer_state.load(optimizer, Path(load))
     assert optimizer.step_count == steps[0]
     for step in range(*steps):
         model.set_gradients(params, model.gradients(step))
         assert optimizer.step().skipped == ""
     if save:
-        optimizer.save(Path(save))
+        optimizer_state.save(optimizer, Path(save))
     return model.local_values(params)
 
 
@@ -104,7 +105,7 @@ def single(folder: Path, precision: Precision = Precision.remainder, **changes):
     """An optimizer of one rank on bf16 weights, loaded from ``folder``."""
     params = model.parameters(TPGroup.single(), torch.bfloat16)
     optimizer = build_optimizer(replace(model.config(refresh_every=3), **changes), precision, params, TPGroup.single())
-    optimizer.load(folder)
+    optimizer_state.load(optimizer, folder)
     return optimizer
 
 
@@ -170,7 +171,7 @@ def fail_to_save(tp: TPGroup, folder: str) -> str:
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, unlimited[1]))
     try:
         with pytest.raises(CheckpointError) as caught:
-            optimizer.save(Path(folder))
+            optimizer_state.save(optimizer, Path(folder))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
     return str(caught.value)

@@ -11,11 +11,10 @@ from torch import nn
 from transformers import AutoConfig, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from apollo_tp.distributed.tp_group import TPGroup
-from apollo_tp.gpu_sharing.pace import decoder_layers
 from apollo_tp.model import BoundModel, bind_model, compiled, tp_linear
 from apollo_tp.model.attention import _one_padded_sequence, _one_sequence
 from apollo_tp.model.batch import pack
-from apollo_tp.model.compiled import compile_layers
+from apollo_tp.model.compiled import compile_layers, decoder_layers
 from apollo_tp.model.joined import JoinedLinear, JoinedPart, stack_rows
 from tests.support.exactness import relative_error, samples, train_gradients
 from tests.support.families import CASES

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from apollo_tp.distributed.tp_group import TPGroup
-from apollo_tp.gpu_sharing.pace import Pace, decoder_layers
+from apollo_tp.gpu_sharing.pace import Pace
+from apollo_tp.model.compiled import decoder_layers
 from apollo_tp.model.narrow import build_on_meta
 from tests.support.families import FAMILIES
 

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from apollo_tp.checkpoint import optimizer_state
 from apollo_tp.checkpoint.lineage import Lineage, LineageFile
 from apollo_tp.config import Config, OptimConfig
 from apollo_tp.errors import MappingError, RankFailedError
@@ -57,7 +58,12 @@ def test_a_full_folder_stops_a_step_before_it_writes_and_none_after_that(
     ("saved", "reset", "expected"), [(0, False, 95), (40, False, 95), (95, False, 95), (40, True, 0)]
 )
 def test_the_schedule_goes_on_where_the_last_trainer_ended(
-    saved: int, reset: bool, expected: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    saved: int,
+    reset: bool,
+    expected: int,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Its steps since the last checkpoint are in the weights, as the moments are not, which is said."""
     if saved:
@@ -66,7 +72,7 @@ def test_the_schedule_goes_on_where_the_last_trainer_ended(
     lineage.before_write()
     lineage.update(step_count=95, checkpoint=str(tmp_path) if saved else "")
     optimizer = SimpleNamespace(step_count=0, level_replicas=list)
-    optimizer.load = lambda folder: setattr(optimizer, "step_count", saved)
+    monkeypatch.setattr(optimizer_state, "load", lambda optimizer, folder: setattr(optimizer, "step_count", saved))
     _resume(Config(optim=OptimConfig(reset_state=reset)), optimizer, LineageFile(tmp_path, "", keep=True))  # type: ignore[arg-type]
     assert optimizer.step_count == expected
     assert ("moments are those of the last checkpoint" in caplog.text) == (saved < 95 and not reset)
@@ -85,16 +91,22 @@ def test_the_schedule_goes_on_where_the_last_trainer_ended(
     ],
 )
 def test_state_that_is_not_loaded_is_told(
-    reset: bool, exists: bool, message: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    reset: bool,
+    exists: bool,
+    message: str,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Unless it is: because it is not wanted, or because its folder is gone."""
     if exists:
         (tmp_path / "optimizer").mkdir()
     loaded: list[Path] = []
+    monkeypatch.setattr(optimizer_state, "load", lambda optimizer, folder: loaded.append(folder))
     lineage = SimpleNamespace(record=Lineage(checkpoint=str(tmp_path)), trained_here=False)
     with caplog.at_level(logging.WARNING, "apollo_tp"):
         config = Config(optim=OptimConfig(reset_state=reset))
-        optimizer = SimpleNamespace(load=loaded.append, step_count=0)
+        optimizer = SimpleNamespace(step_count=0)
         _resume(config, optimizer, lineage)  # type: ignore[arg-type]
     assert loaded == ([] if message else [tmp_path / "optimizer"])
     assert bool(caplog.messages) == bool(message)
