@@ -7,7 +7,8 @@
     apollo_tp.json         CheckpointInfo
   latest -> <name>
   .writer.lock             held (flock) by the one trainer that writes here
-  .<name>.partial/         being written or removed, or left by a crash; gone when the next one is begun
+  .<name>.partial/         being written or removed, or left by a crash (.apollo_tp_partial in it says so); gone when the
+                           next one is begun
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ from __future__ import annotations
 import logging
 import os
 import re
-import shutil
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,13 +23,16 @@ from pathlib import Path
 import msgspec
 
 from apollo_tp.errors import ApolloTpError, CheckpointError, ConfigError
-from apollo_tp.runtime import private_files
+from apollo_tp.runtime import owned_folder, private_files
+from apollo_tp.runtime.owned_folder import fsync as fsync
 
 log = logging.getLogger(__name__)
 
 INFO_FILE = "apollo_tp.json"
 OPTIMIZER_DIR = "optimizer"
 LATEST = "latest"
+PARTIAL = "partial"
+"""Kind of our folders that are no checkpoints yet, or no more."""
 
 
 class CheckpointInfo(msgspec.Struct, frozen=True, kw_only=True):
@@ -42,6 +45,8 @@ class CheckpointInfo(msgspec.Struct, frozen=True, kw_only=True):
     created_at: float
     origin: str = ""
     """The model that training began from, however many checkpoints ago. Empty in records of older versions."""
+    name: str = ""
+    """The folder's own: a copy under another name is not ours to remove. Empty in records of older versions."""
 
 
 def read_info(folder: Path) -> CheckpointInfo | None:
@@ -80,7 +85,7 @@ def writer_lock(root: Path) -> Iterator[None]:
             "one's own; set checkpoint.dir=..., or stop the other trainer"
         )
 
-    root.mkdir(mode=0o700, parents=True, exist_ok=True)
+    owned_folder.make_folder(root, "checkpoint.dir")
     with private_files.locked(root / ".writer.lock", refuse):
         yield
 
@@ -96,15 +101,26 @@ def partial_path(root: Path, name: str) -> Path:
 
 def begin(root: Path, name: str) -> Path:
     """An empty folder to write to, alone on rank 0; what a crash or a failure left of others goes. Raises CheckpointError if
-    the name is taken."""
+    the name is taken, or ``latest``, by what is not ours."""
     partial = partial_path(root, name)
     root.mkdir(mode=0o700, parents=True, exist_ok=True)
     if (root / name).exists():
         raise CheckpointError(f"checkpoint {root / name}: got a name that is taken, expected a new one")
+    link = root / LATEST
+    if os.path.lexists(link) and (not link.is_symlink() or "/" in os.readlink(link)):
+        raise CheckpointError(
+            f"{link}: got what apollo_tp did not make, expected nothing or its own link; move it away"
+        )
     for left in root.glob(".*.partial"):  # as large as a model each, and no name comes twice
-        shutil.rmtree(left, ignore_errors=True)
+        owned_folder.remove_tree(left, "not complete, or no longer a checkpoint", PARTIAL)
     partial.mkdir(mode=0o700)
+    owned_folder.mark(partial, PARTIAL)
     return partial
+
+
+def discard(root: Path, name: str) -> None:
+    """Remove what ``begin`` made, if it did and it was not completed. Raises nothing."""
+    owned_folder.remove_tree(partial_path(root, name), "it was not completed", PARTIAL)
 
 
 def complete(
@@ -115,17 +131,23 @@ def complete(
     partial, final = partial_path(root, name), root / name
     others = _complete_ones(root)
     newest = max((other.created_at for other in others.values()), default=0.0)
-    info = msgspec.structs.replace(info, created_at=max(info.created_at, newest + 0.001))
+    info = msgspec.structs.replace(info, created_at=max(info.created_at, newest + 0.001), name=name)
     with os.fdopen(os.open(partial / INFO_FILE, os.O_WRONLY | os.O_CREAT, 0o600), "wb") as file:
         file.write(msgspec.json.format(msgspec.json.encode(info), indent=2))
     fsync_tree(partial)
     os.rename(partial, final)
+    owned_folder.marker(final, PARTIAL).unlink(missing_ok=True)
+    fsync(final)
     link = root / f".{LATEST}.new"
     link.unlink(missing_ok=True)
     link.symlink_to(name)
     os.replace(link, root / LATEST)
     fsync(root)
-    ours = sorted((other.created_at, path) for path, other in others.items() if _same_model(other, info))
+    ours = sorted(
+        (other.created_at, path)
+        for path, other in others.items()
+        if _same_model(other, info) and other.name in ("", path.name)
+    )
     _prune([path for _, path in ours[: max(0, len(ours) + 1 - max(keep, 1))]], served, info.origin, keep)
     return final
 
@@ -161,24 +183,15 @@ def _same_model(other: CheckpointInfo, new: CheckpointInfo) -> bool:
 
 def _remove(folder: Path, why: str) -> None:
     """Raises nothing: the newest checkpoint is complete, whatever becomes of the oldest. Under the name of a partial one
-    first, since ``begin`` clears those if this process is killed half-way."""
+    first, and marked as one, since ``begin`` clears those if this process is killed half-way."""
     partial = folder.with_name(f".{folder.name}.partial")
     try:
+        owned_folder.mark(folder, PARTIAL)
         os.rename(folder, partial)
     except OSError as error:
         log.warning("%s could not be removed (%s): %s", folder, why, error)
         return
-    shutil.rmtree(partial, ignore_errors=True)
-    log.info("%s removed: %s", folder, why)
-
-
-def fsync(path: Path) -> None:
-    """Flush a file or folder to disk."""
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+    owned_folder.remove_tree(partial, why, PARTIAL, shown=folder)
 
 
 def fsync_tree(folder: Path) -> None:

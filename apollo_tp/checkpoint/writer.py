@@ -86,7 +86,7 @@ class CheckpointWriter:
         """
         with contextlib.ExitStack() as stack:
             if self._tp.rank == 0:  # renamed by now, unless it failed
-                stack.callback(shutil.rmtree, folders.partial_path(self._root, name), ignore_errors=True)
+                stack.callback(folders.discard, self._root, name)
             self._write(name, optimizer, weight_version)
         final = self._root / name
         return final, sum(path.stat().st_size for path in final.rglob("*") if path.is_file())

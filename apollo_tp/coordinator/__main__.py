@@ -55,9 +55,12 @@ def main() -> int:
     except ApolloTpError as error:
         log.error("%s", error)
         return 1
-    except sqlite3.Error as error:
+    except sqlite3.OperationalError as error:
         log.error("got %s, expected to write to service.state_dir; free space there", error, exc_info=error)
         return EXIT_STORAGE
+    except sqlite3.DatabaseError as error:  # no room would mend that
+        log.error("got %s, expected a sound database in service.state_dir; put back a copy", error, exc_info=error)
+        return 1
     return 0
 
 

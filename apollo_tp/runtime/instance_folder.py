@@ -14,9 +14,9 @@ The base is $APOLLO_TP_RUNTIME_DIR, else $XDG_RUNTIME_DIR/apollo_tp, else /tmp/a
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
-import shutil
 import tempfile
 import uuid
 from collections.abc import Iterator
@@ -24,7 +24,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from apollo_tp.errors import ApolloTpError, ConfigError, TrainerBusyError
-from apollo_tp.runtime.private_files import RUNTIME_DIR_VARIABLE, locked, private_dir
+from apollo_tp.runtime import owned_folder
+from apollo_tp.runtime.private_files import INSTANCE_FILES, RUNTIME_DIR_VARIABLE, SERVER_LOCK, locked, private_dir
 
 INSTANCE_VARIABLE = "APOLLO_TP_INSTANCE"
 # sockaddr_un.sun_path holds 108 bytes with its terminating zero
@@ -41,10 +42,17 @@ def base_dir(explicit: str | None = None) -> Path:
 
 
 def instance_dir(instance_id: str, base: Path | None = None) -> Path:
-    """Folder of one server, created if missing. Raises ConfigError if the id is not a plain name."""
+    """Folder of one server, created if missing. Raises ConfigError if the id is not a plain name, or if the folder holds
+    files and none of a server's: with the base in a home, an id may be the name of a folder there."""
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}", instance_id):
         raise ConfigError(f"instance id: got {instance_id!r}, expected up to 64 letters, digits, '_', '-', '.'")
-    return private_dir((base or base_dir()) / instance_id)
+    folder = private_dir((base or base_dir()) / instance_id)
+    if (names := os.listdir(folder)) and not any(map(INSTANCE_FILES.fullmatch, names)):
+        raise ConfigError(
+            f"instance id {instance_id}: got {folder}, which holds {owned_folder.some(names)} and nothing of a server, "
+            f"expected a new or an empty folder; set ${INSTANCE_VARIABLE} or ${RUNTIME_DIR_VARIABLE} to another"
+        )
+    return folder
 
 
 def ensure_instance_id() -> str:
@@ -78,5 +86,17 @@ def trainer_lock(folder: Path) -> Iterator[None]:
 
 
 def remove_instance(folder: Path) -> None:
-    """Remove the folder of a server that ended."""
-    shutil.rmtree(folder, ignore_errors=True)
+    """Remove the folder of a server that ended: what servers and trainers write, its lock last, and the folder if nothing
+    else is in it."""
+    if folder.is_symlink() or not folder.is_dir():
+        return
+    why = f"server {folder.name} has ended"
+    names = os.listdir(folder)
+    others = [name for name in names if not INSTANCE_FILES.fullmatch(name)]
+    own = sorted(set(names) - {*others, SERVER_LOCK})
+    gone = [owned_folder.remove_file(folder / name, why) for name in own]
+    if others:
+        owned_folder.log.warning("%s: left alone, since no server wrote it: %s", folder, owned_folder.some(others))
+    elif all(gone) and owned_folder.remove_file(folder / SERVER_LOCK, why):
+        with contextlib.suppress(OSError):  # somebody writes there again
+            folder.rmdir()

@@ -4,28 +4,28 @@ from __future__ import annotations
 
 import fcntl
 import os
-import stat
+import re
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from apollo_tp.errors import ApolloTpError, ConfigError
+from apollo_tp.errors import ApolloTpError
+from apollo_tp.runtime import owned_folder
 
 RUNTIME_DIR_VARIABLE = "APOLLO_TP_RUNTIME_DIR"
+SERVER_LOCK = "apollo_tp_server.lock"
+INSTANCE_FILES = re.compile(
+    r"(?:rank[0-9]+|serving|weights|coordinator|coordinator_settings)\.json|(?:apollo_tp_server|trainer)\.lock"
+    r"|(?:ranks|coordinator|sync)\.sock|\.[a-z0-9_]+\.json\.[a-z0-9_]{8}"
+)
+"""All that is written into a server's folder; the last are files that were not complete when their writer was killed."""
 
 
 def private_dir(path: Path) -> Path:
-    """Create ``path`` as 0700 if missing, and return it. Raises ConfigError if others own it or can read it."""
-    path.mkdir(mode=0o700, parents=True, exist_ok=True)
-    info = path.lstat()
-    if not stat.S_ISDIR(info.st_mode) or info.st_uid != os.getuid() or info.st_mode & 0o077:
-        raise ConfigError(
-            f"runtime folder {path}: got owner {info.st_uid} and mode {stat.filemode(info.st_mode)}, expected a folder "
-            f"of user {os.getuid()} that nobody else can read; chmod 700 it, or set ${RUNTIME_DIR_VARIABLE} to another"
-        )
-    return path
+    """Create ``path`` as 0700 if missing, and return it. Raises ConfigError as ``owned_folder.private_folder``."""
+    return owned_folder.private_folder(path, f"runtime folder (${RUNTIME_DIR_VARIABLE})")
 
 
 def write_private(path: Path, content: bytes) -> None:
@@ -44,9 +44,10 @@ def write_private(path: Path, content: bytes) -> None:
 @contextmanager
 def locked(path: Path, refuse: Callable[[str], ApolloTpError], wait_seconds: float = 0.0) -> Iterator[None]:
     """Hold the file ``path`` (flock: free again once this process has ended, however it did, and not handed on to programs
-    that it starts). Raises ``refuse(the holder's pid)`` if another has it for longer than ``wait_seconds``."""
+    that it starts). Raises ``refuse(the holder's pid)`` if another has it for longer than ``wait_seconds``, and ConfigError
+    if ``path`` is a link."""
     deadline = time.monotonic() + wait_seconds
-    fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+    fd = owned_folder.open_own(path)
     try:
         while True:
             try:

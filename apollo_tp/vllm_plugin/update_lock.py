@@ -17,6 +17,7 @@ from typing import Protocol
 import msgspec
 
 from apollo_tp.config import CacheMode, SyncMode
+from apollo_tp.runtime.owned_folder import free_socket
 from apollo_tp.wire import update_lock as lock_messages
 
 logger = logging.getLogger("vllm.apollo_tp")  # vLLM configures the "vllm" logger only
@@ -49,7 +50,7 @@ class UpdateLock:
 
     async def start(self, path: Path) -> None:
         """Listen at ``path``; only this user can connect."""
-        path.unlink(missing_ok=True)  # noqa: ASYNC240 - once, before the server serves
+        free_socket(path)
         previous = os.umask(0o177)
         try:
             self._server = await asyncio.start_unix_server(self._serve, path)

@@ -21,6 +21,8 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 from transformers.utils.logging import disable_progress_bar
 
+from apollo_tp.errors import ConfigError
+from apollo_tp.runtime import owned_folder
 from apollo_tp.shards.instance import read_instance
 from apollo_tp.shards.mapping import map_rank
 from examples.demo.load import GenerationLoad
@@ -31,6 +33,7 @@ NUM_RANKS = 2
 SAMPLE_CHARS = 450
 BATCH_SIZE, NUM_BATCHES = 8, 10
 NUM_HELDOUT = 6
+OUTPUTS = ("model", "service", "checkpoints", "server.log", "trainer.log", "result.json")
 console = Console(stderr=True)
 
 
@@ -43,8 +46,10 @@ def main() -> int:
     arguments = parser.parse_args()
     logging.getLogger("httpx").setLevel(logging.WARNING)
     disable_progress_bar()
-    shutil.rmtree(arguments.out, ignore_errors=True)
-    arguments.out.mkdir(mode=0o700, parents=True)
+    try:
+        prepare(arguments.out)
+    except ConfigError as error:
+        parser.error(str(error))
     started = time.monotonic()
     # Whoever stops the demo stops what it started: the exception runs the finally clauses.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(f"got {signal.Signals(number).name}"))
@@ -55,6 +60,17 @@ def main() -> int:
     (arguments.out / "result.json").write_text(json.dumps(result, indent=2) + "\n")
     _print(result)
     return 0 if _promises_held(result) else 1
+
+
+def prepare(out: Path) -> None:
+    """Make ``out`` the demo's folder, without what an earlier demo left there. Raises ConfigError for a folder that no demo
+    made: nothing in it is touched."""
+    owned_folder.claim(out, "demo", "--out")
+    for name in OUTPUTS:
+        if (out / name).is_dir() and not (out / name).is_symlink():
+            shutil.rmtree(out / name)
+        else:
+            (out / name).unlink(missing_ok=True)
 
 
 def run(out: Path, runtime_dir: Path, num_steps: int, server_args: list[str]) -> dict[str, Any]:

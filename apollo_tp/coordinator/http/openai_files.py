@@ -7,6 +7,7 @@ import os
 import secrets
 import shutil
 import time
+from pathlib import Path
 from typing import IO, Any
 
 import msgspec
@@ -20,6 +21,7 @@ from starlette.routing import Route
 from apollo_tp.coordinator.http.service import Service, choice, page, page_of
 from apollo_tp.coordinator.jobs.store import StoredFile
 from apollo_tp.errors import RequestError, refuse
+from apollo_tp.runtime.owned_folder import fsync
 
 
 def file_view(file: StoredFile) -> dict[str, Any]:
@@ -72,8 +74,13 @@ class FilesApi:
                 bytes=upload.size,
                 created_at=time.time(),
             )
-            await asyncio.to_thread(_write, upload.file, str(store.file_path(file.id)))
-        store.add_file(file)
+            path = store.file_path(file.id)
+            await asyncio.to_thread(_write, upload.file, path)
+        try:
+            store.add_file(file)
+        except BaseException:
+            path.unlink()
+            raise
         return JSONResponse(file_view(file))
 
     async def list(self, request: Request) -> Response:
@@ -126,9 +133,15 @@ class form_closing:  # noqa: N801 - a context manager, as contextlib.aclosing
         await self._form.close()
 
 
-def _write(source: IO[bytes], path: str) -> None:
+def _write(source: IO[bytes], path: Path) -> None:
+    """Copy an upload, with fsync of the file and of its name. On a failure nothing of it stays."""
     source.seek(0)
     with open(os.open(path, os.O_CREAT | os.O_WRONLY | os.O_EXCL, 0o600), "wb") as target:
-        shutil.copyfileobj(source, target, 2**20)
-        target.flush()
-        os.fsync(target.fileno())
+        try:
+            shutil.copyfileobj(source, target, 2**20)
+            target.flush()
+            os.fsync(target.fileno())
+            fsync(path.parent)
+        except BaseException:
+            path.unlink()
+            raise

@@ -21,6 +21,7 @@ import zmq
 import zmq.asyncio
 
 from apollo_tp.errors import DeadlineError, RankFailedError
+from apollo_tp.runtime.owned_folder import free_socket
 from apollo_tp.wire import commands
 
 log = logging.getLogger(__name__)
@@ -35,7 +36,7 @@ class RanksGoneError(DeadlineError):
 
 def bind_private(socket: zmq.Socket[Any], path: Path) -> None:
     """Bind a ZMQ socket to a unix socket that only this user can open."""
-    path.unlink(missing_ok=True)
+    free_socket(path)
     previous = os.umask(0o177)
     try:
         socket.bind(f"ipc://{path}")

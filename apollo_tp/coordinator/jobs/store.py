@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import logging
 import os
+import re
 import sqlite3
 import time
 from collections.abc import Callable, Iterator
@@ -20,29 +22,23 @@ from typing import Any
 
 import msgspec
 
+from apollo_tp.coordinator.jobs import database
 from apollo_tp.coordinator.jobs.job import TERMINAL, Event, Job, State
 from apollo_tp.errors import ConfigError, RequestError
-from apollo_tp.runtime import private_files
+from apollo_tp.runtime import owned_folder, private_files
 
-SCHEMA_VERSION = 1
+log = logging.getLogger(__name__)
+
 PARTS = ("train", "valid", "ref")
 """Files of a job's samples, and of what the weights before its first step say of them."""
 MAX_EVENTS = 1_000_000
 """Of older ones, the steps of jobs that are over are forgotten."""
-_SCHEMA = """
-CREATE TABLE jobs (seq INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT UNIQUE NOT NULL, state TEXT NOT NULL,
-                   source TEXT NOT NULL, data BLOB NOT NULL);
-CREATE INDEX jobs_by_state ON jobs(state, seq);
-CREATE TABLE events (id INTEGER PRIMARY KEY AUTOINCREMENT, job_id TEXT NOT NULL, time REAL NOT NULL,
-                     level TEXT NOT NULL, type TEXT NOT NULL, message TEXT NOT NULL, data BLOB NOT NULL);
-CREATE INDEX events_by_job ON events(job_id, id);
-CREATE TABLE idempotency (key TEXT NOT NULL, route TEXT NOT NULL, digest TEXT NOT NULL, target TEXT NOT NULL,
-                          created_at REAL NOT NULL, PRIMARY KEY (route, key));
-CREATE TABLE files (seq INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT UNIQUE NOT NULL, data BLOB NOT NULL);
-CREATE TABLE checkpoints (seq INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT UNIQUE NOT NULL, job_id TEXT NOT NULL,
-                          state TEXT NOT NULL, data BLOB NOT NULL);
-CREATE TABLE meta (name TEXT PRIMARY KEY, value TEXT NOT NULL);
-"""
+DATABASE = "jobs.sqlite3"
+_SAMPLES = rf"(?:ftjob|job)-[0-9a-f]{{24}}\.(?:{'|'.join(PARTS)})"
+OWN_SAMPLES = re.compile(rf"{_SAMPLES}|\.{_SAMPLES}\.[0-9]+")
+"""Names below ``samples``: of jobs, and what is not complete yet (see ``samples.write_records``)."""
+OWN_FILES = re.compile(r"[0-9a-f]{64}")
+"""Names below ``files``, of ``Store.file_path``."""
 
 
 class Checkpoint(msgspec.Struct, kw_only=True):
@@ -79,42 +75,28 @@ class Store:
     """The one writer. Used from the event loop's thread: each call is a short transaction.
 
     ``on_change`` is called after every commit that a client could be waiting for. Raises ConfigError if another coordinator
-    holds ``folder`` for longer than ``lock_seconds``.
+    holds ``folder`` for longer than ``lock_seconds``, if it is neither ours nor empty (see ``owned_folder``), or if its
+    database is not one that this version can use.
     """
 
     def __init__(
         self, folder: Path, on_change: Callable[[], None] = lambda: None, *, lock_seconds: float = 0.0
     ) -> None:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        self._lock = contextlib.ExitStack()
-        self._lock.enter_context(
-            private_files.locked(folder / "coordinator.lock", lambda p: _in_use(folder, p), lock_seconds)
-        )
+        owned_folder.claim(folder, "state", "service.state_dir", lambda made: database.is_ours(made / DATABASE))
         self.folder = folder
         self.files_dir = folder / "files"
         self.samples_dir = folder / "samples"
-        for each in (self.files_dir, self.samples_dir):
-            each.mkdir(mode=0o700, exist_ok=True)
         self.on_change = on_change
-        path = folder / "jobs.sqlite3"
-        os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
-        # one thread at a time: writes come from the loop, reads also from tests and worker threads
-        self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=10)
-        self._db.execute("PRAGMA journal_mode=WAL")
-        # the loop must not wait for fsync of the main file: checkpoint_wal() does that from a worker thread
-        self._db.execute("PRAGMA wal_autocheckpoint=0")
-        self._migrate()
-
-    def _migrate(self) -> None:
-        version = self._db.execute("PRAGMA user_version").fetchone()[0]
-        if version == 0:
-            self._db.executescript(f"BEGIN; {_SCHEMA} PRAGMA user_version={SCHEMA_VERSION}; COMMIT;")
-        elif version != SCHEMA_VERSION:
-            raise RequestError(
-                f"{self.folder}/jobs.sqlite3: got schema {version}, expected {SCHEMA_VERSION}; "
-                "it belongs to another version of apollo_tp: set service.state_dir to a new folder"
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(
+                private_files.locked(folder / "coordinator.lock", lambda p: _in_use(folder, p), lock_seconds)
             )
-        self._db.execute("CREATE INDEX IF NOT EXISTS jobs_by_source ON jobs(source, seq)")
+            for each in (self.files_dir, self.samples_dir):
+                owned_folder.private_folder(each, "service.state_dir")
+            owned_folder.fsync(folder)
+            is_empty = not (os.listdir(self.files_dir) or os.listdir(self.samples_dir))
+            self._db = database.open_database(folder / DATABASE, may_be_new=is_empty)
+            self._lock = stack.pop_all()
 
     def close(self) -> None:
         """Close the database; the WAL is folded into it. The folder is free for another."""
@@ -123,13 +105,13 @@ class Store:
 
     def checkpoint_wal(self) -> None:
         """Fold the write-ahead log into the database file. For a worker thread: it waits for fsync."""
-        with contextlib.closing(sqlite3.connect(self.folder / "jobs.sqlite3", timeout=10)) as connection:
+        with contextlib.closing(sqlite3.connect(self.folder / DATABASE, timeout=10)) as connection:
             connection.execute("PRAGMA wal_checkpoint(PASSIVE)")
 
     def forget_old_steps(self, most: int = 2000) -> None:
         """Remove the oldest steps' events, ``most`` at once, of which there are too many. For a worker thread."""
         over = ",".join(f"'{state.value}'" for state in TERMINAL)
-        with contextlib.closing(sqlite3.connect(self.folder / "jobs.sqlite3", timeout=10)) as connection, connection:
+        with contextlib.closing(sqlite3.connect(self.folder / DATABASE, timeout=10)) as connection, connection:
             last = connection.execute("SELECT COALESCE(MAX(id), 0) FROM events").fetchone()[0]
             connection.execute(
                 "DELETE FROM events WHERE id IN (SELECT id FROM events WHERE id <= ? AND type = 'metrics'"
@@ -319,7 +301,7 @@ class Store:
         """Forget a file and remove its content."""
         with self._transaction(durable=True) as db:
             db.execute("DELETE FROM files WHERE id=?", (file_id,))
-        self.file_path(file_id).unlink(missing_ok=True)
+        owned_folder.remove_file(self.file_path(file_id), f"{file_id} is deleted")
 
     def file_path(self, file_id: str) -> Path:
         """Where a file's content is. Ids are made here: no client-given name is ever part of a path."""
@@ -349,18 +331,20 @@ class Store:
     def remove_samples(self, job_id: str) -> None:
         """Of a job that is over."""
         for part in PARTS:
-            (self.samples_dir / f"{job_id}.{part}").unlink(missing_ok=True)
+            owned_folder.remove_file(self.samples_dir / f"{job_id}.{part}", f"{job_id} is over")
 
     def remove_orphans(self) -> None:
-        """Remove samples of jobs that were never stored or are over, and contents of files that were never stored."""
-        alive = {f"{job.id}.{part}" for job in self.jobs(*set(State) - TERMINAL) for part in PARTS}
-        for entry in os.scandir(self.samples_dir):
-            if entry.name not in alive:
-                os.unlink(entry.path)
-        known = {self.file_path(file.id).name for file in self.files()}
-        for entry in os.scandir(self.files_dir):
-            if entry.name not in known:
-                os.unlink(entry.path)
+        """Remove samples of jobs that were never stored or are over, and contents of files that were never stored. What has
+        another name than we give, is a link, or is not this user's, stays."""
+        samples = {f"{job.id}.{part}" for job in self.jobs(*set(State) - TERMINAL) for part in PARTS}
+        files = {self.file_path(file.id).name for file in self.files()}
+        for folder, own, known in ((self.samples_dir, OWN_SAMPLES, samples), (self.files_dir, OWN_FILES, files)):
+            names = set(os.listdir(folder)) - known
+            ours = {name for name in names if own.fullmatch(name)}
+            for name in sorted(ours):
+                owned_folder.remove_file(folder / name, f"no job or file of {DATABASE} needs it")
+            if names - ours:
+                log.warning("%s: left alone, since they are not ours: %s", folder, owned_folder.some(names - ours))
 
 
 def _in_use(folder: Path, holder: str) -> ConfigError:

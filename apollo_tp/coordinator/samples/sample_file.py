@@ -11,6 +11,7 @@ from typing import TypeVar
 import msgspec
 
 from apollo_tp.errors import ApolloTpError
+from apollo_tp.runtime.owned_folder import fsync
 
 T = TypeVar("T")
 _OFFSET = struct.Struct("<Q")
@@ -37,6 +38,7 @@ def write_records(path: Path, records: Iterable[object]) -> int:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+        fsync(path.parent)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise

@@ -150,7 +150,7 @@ def test_what_a_kill_left_of_an_old_checkpoint_goes_with_the_next_one(
 ) -> None:
     """Gigabytes, with or without a record: it is a checkpoint no more, before the first file goes."""
     with monkeypatch.context() as patch:
-        patch.setattr(folders.shutil, "rmtree", lambda folder, **_: None)  # as far as it came
+        patch.setattr("apollo_tp.runtime.owned_folder.remove_tree", lambda folder, *_, **__: None)  # as far as it came
         for number in range(1, 4):
             _checkpoint(tmp_path, f"c{number}", float(number), keep=1)
     assert _names(tmp_path) == [".c1.partial", ".c2.partial", "c3"]
