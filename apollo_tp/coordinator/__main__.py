@@ -142,7 +142,7 @@ def _build_scheduler(settings: Settings, store: Store, context: zmq.asyncio.Cont
         timeout_seconds=settings.service.rank_timeout_seconds,
         on_change=changes.notify,
     )
-    digest = model_digest(Path(settings.model_path), settings.tokenizer_folder, settings.serving)
+    digest = model_digest(Path(settings.model_path), settings.serving)
     scheduler = Scheduler(settings, store, link, digest if settings.model_path else "")
     link.attach(on_hello=scheduler.reconcile, on_stray=scheduler.stray, needs_barrier=scheduler.needs_barrier)
     store.remove_orphans()
@@ -168,14 +168,13 @@ def bind_http(host: str, port: int) -> socket.socket:
     return listener
 
 
-def _renderer(settings: Settings) -> Renderer | None:
-    if not settings.model_path:
-        return None
+def _renderer(settings: Settings) -> Renderer | str:
+    """The renderer, or why only token ids can be trained on."""
     try:
-        return Renderer(Path(settings.model_path), settings.tokenizer_folder, settings.serving)
+        return Renderer(settings.serving, Path(settings.instance_dir))
     except ConfigError as error:
-        log.warning("%s", error)
-        return None
+        log.warning("only token ids can be trained on: %s", error)
+        return str(error)
 
 
 def _publish_address(settings: Settings, listener: socket.socket) -> None:

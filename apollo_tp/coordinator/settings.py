@@ -17,27 +17,21 @@ EXIT_STORAGE = 4
 class Settings(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     """Everything the coordinator process is told. ``instance_dir`` is the server's private folder (see runtime.py).
 
-    ``model_path`` is a local folder; "" means that only token ids are accepted. ``tokenizer_path`` is the folder with
-    tokenizer.json, if it is another; ``serving`` is how the server renders conversations, None if it could not say.
+    ``model_path`` is a local folder, "" if there is none here. ``serving`` is how the server turns texts into token ids; its
+    tokenizer is in ``instance_dir``.
     ``parent_pid`` is the process whose end ends this one; None for a coordinator that runs alone (tests).
     """
 
     service: ServiceConfig = msgspec.field(default_factory=ServiceConfig)
     instance_dir: str
     model_path: str = ""
-    tokenizer_path: str = ""
-    serving: Serving | None = None
+    serving: Serving = Serving()
     max_sequence_tokens: int = 2048
     """Used until rank 0 has said what it takes."""
     max_skipped_steps: int = 5
     command_timeout_seconds: float = 600.0
     checkpoint_after_idle_seconds: float | None = 300.0
     parent_pid: int | None = None
-
-    @property
-    def tokenizer_folder(self) -> Path:
-        """Where tokenizer.json is."""
-        return Path(self.tokenizer_path or self.model_path)
 
 
 def load(path: Path) -> Settings:

@@ -17,7 +17,7 @@ from apollo_tp.coordinator.settings import EXIT_STORAGE, Settings
 from apollo_tp.errors import ConfigError
 from apollo_tp.runtime import private_files
 from apollo_tp.shards.manifest import Manifest
-from apollo_tp.shards.serving import read_serving
+from apollo_tp.shards.serving import Serving, read_serving
 
 STOP_SECONDS = 10.0
 MIN_LIFE_SECONDS = 10.0
@@ -32,13 +32,11 @@ class CoordinatorProcess:
     """Starts ``python -m apollo_tp.coordinator`` with its settings in a 0600 file of the instance's folder."""
 
     def __init__(self, config: Config, folder: Path, manifest: Manifest) -> None:
-        tokenizer = Path(manifest.tokenizer_path or manifest.model_path)
         settings = Settings(
             service=config.service,
             instance_dir=str(folder),
-            model_path=manifest.model_path if (tokenizer / "tokenizer.json").is_file() else "",
-            tokenizer_path=manifest.tokenizer_path,
-            serving=read_serving(folder),
+            model_path=manifest.model_path if Path(manifest.model_path).is_dir() else "",
+            serving=read_serving(folder) or Serving(),
             max_sequence_tokens=config.train.max_sequence_tokens,
             max_skipped_steps=config.optim.max_skipped_steps,
             command_timeout_seconds=config.command_timeout_seconds,

@@ -4,7 +4,8 @@
       claims.lock                 held (flock) by a server while it claims its instance id
       <instance id>/              one per vLLM server
         rank0.json, rank1.json    manifests, written under a temporary name and renamed
-        serving.json              written by the API server once the engine is up
+        serving.json              written by the API server once the engine is up (without one, by the first worker)
+        served_tokenizer.json     the tokenizer that it uses
         apollo_tp_server.lock     held (flock) by the server's first process, and those forked from it
         trainer.lock              held (flock) by the one trainer of this server
         ranks.sock, coordinator.sock

@@ -17,7 +17,7 @@ CLAIMED_VARIABLE = "APOLLO_TP_CLAIMED"
 REFUSED_VARIABLE = "APOLLO_TP_REFUSED"
 """Why it could not: to its children, which would otherwise speak and listen as the server that has the id."""
 ENDPOINTS_VARIABLE = "APOLLO_TP_ENDPOINTS"
-"""Set if an API server with apollo_tp's endpoints comes up in front of this engine; it will publish ``SERVING_FILE``."""
+"""Set if an API server with apollo_tp's endpoints comes up in front of this engine; it will publish ``serving.json``."""
 SERVER_LOCK = private_files.SERVER_LOCK
 CLAIM_SECONDS = 10.0
 PROBE_SECONDS = 0.2

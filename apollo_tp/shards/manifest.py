@@ -80,10 +80,8 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     created_at: float
     vllm_version: str
     model_path: str
-    tokenizer_path: str = ""
-    """The folder of ``--tokenizer``; "" if it is the model's."""
     endpoints: bool = False
-    """Whether an API server publishes ``SERVING_FILE`` once the engine is up; nobody does for a vllm.LLM."""
+    """Whether an API server publishes ``serving.json`` once the engine is up; nobody says that for a vllm.LLM."""
     served_model_names: list[str]
     dtype: str
     tp_rank: int

@@ -24,7 +24,6 @@ from starlette.responses import Response, StreamingResponse
 from apollo_tp.errors import ConfigError
 from apollo_tp.runtime import instance_folder
 from apollo_tp.shards.instance import unclaimed
-from apollo_tp.shards.serving import publish_serving
 from apollo_tp.vllm_plugin.update_lock import UpdateLock
 from apollo_tp.wire import tunnel as tunnel_messages
 from apollo_tp.wire import update_lock as lock_messages
@@ -157,8 +156,8 @@ class ApolloEndpoints:
         except (ConfigError, OSError) as error:  # serving must not depend on us; the trainer says what is missing
             logger.warning("apollo_tp: updates cannot pause this server: %s", error)
         try:
-            publish_serving(
-                chat.serving(engine_client, args), instance_folder.instance_dir(instance_folder.ensure_instance_id())
+            chat.publish_of_client(
+                engine_client, args, instance_folder.instance_dir(instance_folder.ensure_instance_id())
             )
         except (ConfigError, OSError) as error:
             logger.warning("apollo_tp: no trainer will hear that this server is ready: %s", error)

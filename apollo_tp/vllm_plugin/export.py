@@ -27,7 +27,7 @@ from apollo_tp.shards.manifest import (
     ServedTensor,
     publish,
 )
-from apollo_tp.vllm_plugin import checkpoint_index, memory
+from apollo_tp.vllm_plugin import chat, checkpoint_index, memory
 from apollo_tp.vllm_plugin.compat import versions as compat
 from apollo_tp.vllm_plugin.trace import Trace, trace_loader
 
@@ -53,6 +53,8 @@ def _publish_weights(model: nn.Module, vllm_config: Any, model_config: Any) -> N
     except Exception:
         publish(Manifest(**header, error=traceback.format_exc()), folder)  # so that the trainer can say why
         raise
+    if rank == 0 and not manifest.endpoints:
+        chat.publish_of_engine(model_config, folder)  # before the manifest, for which a trainer waits
     path = publish(manifest, folder)
     logger.info(
         "apollo_tp: rank %d of %d exported %d parameters as %d segments of %d checkpoint tensors (%d refused) to %s",
@@ -75,7 +77,6 @@ def _header(vllm_config: Any, model_config: Any, rank: int, size: int) -> dict[s
         "created_at": time.time(),
         "vllm_version": compat.vllm_version(),
         "model_path": str(folder or model_config.model),
-        "tokenizer_path": _tokenizer_path(model_config),
         "endpoints": bool(os.environ.get(ENDPOINTS_VARIABLE)),
         "served_model_names": compat.served_model_names(model_config),
         "dtype": str(model_config.dtype).removeprefix("torch."),
@@ -92,14 +93,6 @@ def _header(vllm_config: Any, model_config: Any, rank: int, size: int) -> dict[s
         "max_model_len": model_config.max_model_len,
         "config_overrides": compat.config_overrides(model_config),
     }
-
-
-def _tokenizer_path(model_config: Any) -> str:
-    """The folder of ``--tokenizer``; "" if it is the model's. vLLM keeps it in the default cache, not in --download-dir."""
-    name, revision = model_config.tokenizer, model_config.tokenizer_revision
-    if (name, revision) == (model_config.model, model_config.revision):
-        return ""
-    return str(checkpoint_index.model_folder(name, revision) or name)
 
 
 def _export(model: nn.Module, vllm_config: Any, model_config: Any, header: dict[str, Any]) -> Manifest:

@@ -22,6 +22,7 @@ import zmq
 
 from apollo_tp.config import HttpConfig, ServiceConfig, WriterConfig
 from apollo_tp.coordinator.settings import Settings
+from apollo_tp.shards.serving import Serving
 from apollo_tp.wire import commands
 from tests.support.chat_model import write_model
 
@@ -169,6 +170,11 @@ class CoordinatorProcess:
             model_path = self.folder / "model"
             model_path.mkdir(exist_ok=True)
             (model_path / "config.json").write_text(json.dumps({"vocab_size": VOCAB_SIZE}))
+            serving = Serving(text_refusal="the server has no tokenizer")
+        else:
+            from tests.support.served_model import publish_folder
+
+            serving = publish_folder(Path(model_path), self.instance_dir)
         service = {"rank_timeout_seconds": 1.0} | service
         self.settings = Settings(
             service=ServiceConfig(
@@ -179,6 +185,7 @@ class CoordinatorProcess:
             ),
             instance_dir=str(self.instance_dir),
             model_path=str(model_path),
+            serving=serving,
             **({"checkpoint_after_idle_seconds": None} | (settings or {})),
         )
         self.env = os.environ | (env or {})

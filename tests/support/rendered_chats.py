@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 from apollo_tp.coordinator.samples.render import Chat, Renderer
 from apollo_tp.coordinator.samples.schema import SampleBody, decode
 from apollo_tp.errors import RequestError
+from apollo_tp.shards.serving import publish_serving
 from apollo_tp.vllm_plugin import chat
 from tests.support.chat_model import CHATML, write_model
 
@@ -124,7 +125,9 @@ def rendered(folder: Path, model_config: Any) -> dict[str, dict[str, list[str]]]
             default_chat_template_kwargs=options.get("default_chat_template_kwargs"),
         )
         client = _client(model_config, AutoTokenizer.from_pretrained(model))
-        ours = Renderer(model, None, chat.serving(client, args))
+        serving, content = chat.describe(chat.Front.of_client(client), args)
+        publish_serving(serving, model, content)
+        ours = Renderer(serving, model)
         found[name] = {
             conversation: [_text(by_vllm, client, args, body), _text(by_us, ours, body)]
             for conversation, body in CHATS.items()
@@ -156,10 +159,14 @@ def refusals(folder: Path, model_config: Any) -> dict[str, str]:
         "a tokenizer that fails": _client(model_config, object()),
     }
     args = SimpleNamespace(chat_template="{{ x }}")
-    found = {name: chat.serving(client, args).chat_refusal for name, client in clients.items()}
+    found = {name: _refused(client, args) for name, client in clients.items()}
     args.default_chat_template_kwargs = {"tools": [], "a": 1}
     tokenizer = AutoTokenizer.from_pretrained(write_model(folder))
-    return found | {"reserved": chat.serving(_client(model_config, tokenizer), args).chat_refusal}
+    return found | {"reserved": _refused(_client(model_config, tokenizer), args)}
+
+
+def _refused(client: Any, args: Any) -> str:
+    return chat.describe(chat.Front.of_client(client), args)[0].chat_refusal
 
 
 def _client(model_config: Any, tokenizer: Any, kind: Any = None) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import time
 from collections.abc import Callable, Sequence
@@ -29,13 +28,14 @@ Identified = TypeVar("Identified", Checkpoint, StoredFile)
 
 @dataclass
 class Service:
-    """The parts that every route needs. ``model_vocab_size`` is the model folder's, until rank 0 has said its own."""
+    """The parts that every route needs. ``model_vocab_size`` is the model folder's, until rank 0 has said its own.
+    ``renderer`` is a reason where there is none."""
 
     settings: Settings
     store: Store
     scheduler: Scheduler
     changes: Changes
-    renderer: Renderer | None
+    renderer: Renderer | str
     model_vocab_size: int | None
 
     def intake(self, truncate: Truncate) -> Intake:
@@ -143,12 +143,9 @@ def model_vocab_size(model_path: Path) -> int | None:
     return size if isinstance(size, int) else None
 
 
-RENDERING = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
-
-
-def model_digest(model_path: Path, tokenizer: Path | None = None, serving: Serving | None = None) -> str:
+def model_digest(model_path: Path, serving: Serving) -> str:
     """What decides the meaning of token ids, and which model they are for: a checkpoint of a model has its digest.
-    ``tokenizer`` is the server's, if it is not the model's own; ``serving`` how it renders conversations."""
+    ``serving`` is how the server turns texts into token ids; it has the tokenizer's own digest."""
     digest = hashlib.sha256()
     same = {
         name: value
@@ -156,12 +153,9 @@ def model_digest(model_path: Path, tokenizer: Path | None = None, serving: Servi
         if name not in ("_name_or_path", "transformers_version")
     }
     digest.update(msgspec.json.encode(same, order="sorted"))
-    for name in RENDERING:
-        with contextlib.suppress(OSError):
-            digest.update(name.encode() + hashlib.sha256(((tokenizer or model_path) / name).read_bytes()).digest())
-    if serving is not None:
-        # not why it refuses conversations, which may be another error each time
-        digest.update(msgspec.json.encode(msgspec.structs.replace(serving, chat_refusal=""), order="sorted"))
+    # not why it refuses texts or conversations, which may be another error each time
+    told = msgspec.structs.replace(serving, chat_refusal="", text_refusal="")
+    digest.update(msgspec.json.encode(told, order="sorted"))
     return digest.hexdigest()
 
 

@@ -105,7 +105,7 @@ class TrainApi:
         spec = spec_of(body)
         shown = [
             {"token_ids": sample.token_ids, "weights": sample.weights,
-             "tokens": renderer.decode(sample.token_ids) if renderer else None} for sample in samples
+             "tokens": None if isinstance(renderer, str) else renderer.decode(sample.token_ids)} for sample in samples
         ]  # fmt: skip
         answer = {
             "object": "train.dry_run",

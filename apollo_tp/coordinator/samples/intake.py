@@ -27,9 +27,9 @@ class Limits:
 
 
 class Intake:
-    """Makes samples of one request. ``renderer`` None: only token ids are taken."""
+    """Makes samples of one request. ``renderer`` a reason: only token ids are taken."""
 
-    def __init__(self, renderer: Renderer | None, limits: Limits, truncate: Truncate) -> None:
+    def __init__(self, renderer: Renderer | str, limits: Limits, truncate: Truncate) -> None:
         self._renderer, self._limits, self._truncate = renderer, limits, truncate
 
     def train_samples(self, body: TrainBody) -> list[Sample]:
@@ -109,10 +109,8 @@ class Intake:
                 raise refuse(f"{name}[{index}]", str(token), f"a token id from 0 to {size - 1}")
 
     def _text_renderer(self, field: str) -> Renderer:
-        if self._renderer is None:
-            raise refuse(
-                field, "text", "token ids (context_ids, continuation_ids): the trainer found no tokenizer.json"
-            )
+        if isinstance(self._renderer, str):
+            raise refuse(field, f"text, but {self._renderer}", "token ids (context_ids, continuation_ids)")
         return self._renderer
 
     def _chat(self, chat: Chat, *, only_last: bool = False) -> tuple[list[int], list[float]]:

@@ -346,7 +346,7 @@ def test_an_unforeseen_error_has_an_id_that_the_log_has(tmp_path, caplog):
 
     store = Store(tmp_path)
     scheduler = SimpleNamespace(link=SimpleNamespace(weight_version=7), on_step=[], on_evaluation=[])
-    service = Service(Settings(instance_dir=""), store, scheduler, Changes(), None, None)
+    service = Service(Settings(instance_dir=""), store, scheduler, Changes(), "", None)
     app = build_app(service, Access([]), Metrics(scheduler, store), FineTuningApi(service))
     store.files = lambda: 1 / 0
     answer = asyncio.run(get("/v1/files"))

@@ -11,7 +11,7 @@ import pytest
 from apollo_tp.coordinator.http.service import model_digest
 from apollo_tp.coordinator.jobs.job import JobSpec, State, new_job
 from apollo_tp.coordinator.jobs.store import Store
-from apollo_tp.shards.serving import ChatTemplate, Serving
+from apollo_tp.shards.serving import ChatTemplate, ServedTokenizer, Serving
 from apollo_tp.wire import commands
 from tests.support.chat_model import write_model
 from tests.support.fakes import CoordinatorProcess, FakeRanks, chat_stack, wait_for
@@ -34,17 +34,18 @@ def test_jobs_that_wait_for_another_model_are_not_trained(tmp_path):
         tuned = client.post("/v1/fine_tuning/jobs", json={"model": "fake", "training_file": file}).json()["id"]
         wait_for(lambda: client.get(f"/train/jobs/{tuned}").json()["state"] == "queued")
     template = model / "chat_template.jinja"
-    before = model_digest(model)
     template.write_text("another {{ messages[0]['content'] }}")
-    assert model_digest(model) != before
-    templates = [
-        None,
+    tokenizers = [ServedTokenizer(sha256=text, eos_id=eos) for text, eos in (("a", 1), ("b", 1), ("a", 2))]
+    servers = [
+        Serving(),
         *(Serving(chat=ChatTemplate(text=text)) for text in "ab"),
         Serving(chat_template_kwargs={"x": 1}),
+        *(Serving(tokenizer=tokenizer) for tokenizer in tokenizers),
     ]
-    assert len({model_digest(model, None, serving) for serving in templates}) == len(templates)
-    failed = [Serving(chat_refusal=reason) for reason in "ab"]  # a job of token ids has nothing to do with it
-    assert len({model_digest(model, None, serving) for serving in failed}) == 1
+    assert len({model_digest(model, serving) for serving in servers}) == len(servers)
+    # a job of token ids has nothing to do with these
+    failed = [Serving(chat_refusal=reason, text_refusal=reason) for reason in "ab"]
+    assert len({model_digest(model, serving) for serving in failed}) == 1
     with (
         CoordinatorProcess(tmp_path, model_path=model) as coordinator,
         coordinator.client() as client,
@@ -59,12 +60,12 @@ def test_jobs_that_wait_for_another_model_are_not_trained(tmp_path):
 def test_a_checkpoint_of_a_model_has_its_digest(tmp_path):
     """transformers writes its own version and name into the configuration."""
     model = write_model(tmp_path / "model")
-    before = model_digest(model)
+    before = model_digest(model, Serving())
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps(config | {"transformers_version": "9", "_name_or_path": "x"}))
-    assert model_digest(model) == before
+    assert model_digest(model, Serving()) == before
     (model / "config.json").write_text(json.dumps(config | {"hidden_size": 1}))
-    assert model_digest(model) != before
+    assert model_digest(model, Serving()) != before
 
 
 def test_the_oldest_steps_of_jobs_that_are_over_are_forgotten(tmp_path, monkeypatch):

@@ -6,11 +6,10 @@ from transformers import AutoTokenizer
 from apollo_tp.coordinator.jobs.job import Truncate
 from apollo_tp.coordinator.samples.chat_template import Template
 from apollo_tp.coordinator.samples.intake import Intake, Limits
-from apollo_tp.coordinator.samples.render import Renderer
 from apollo_tp.coordinator.samples.schema import Message, SampleBody, SupervisedLine, TrainBody, decode
 from apollo_tp.errors import RequestError
-from apollo_tp.shards.serving import ChatTemplate, Serving
 from tests.support.chat_model import CALLING, PROMPTED, THINKING_CALLS, TURNS, tool_round, write_model
+from tests.support.served_model import renderer_of
 
 ANSWER = Message(role="assistant", content="x")
 FUNCTION = {"type": "function", "function": {"name": "f"}}
@@ -18,9 +17,9 @@ FUNCTION = {"type": "function", "function": {"name": "f"}}
 
 def test_prompt_completion_and_text(tmp_path):
     """Prompt and completion are tokenised apart; the end-of-text token is learned unless switched off."""
-    renderer = Renderer(write_model(tmp_path))
+    renderer = renderer_of(write_model(tmp_path))
     intake = Intake(renderer, Limits(400, 64), Truncate.refuse)
-    prompt, completion = renderer.encode("Hello", special=True), renderer.encode(" there", special=False)
+    prompt, completion = renderer.encode("Hello"), renderer.encode(" there")
     sample = intake.sample(SampleBody(prompt="Hello", completion=" there"), "")
     assert sample.token_ids == [*prompt, *completion, renderer.eos_id]
     assert sample.weights == [0.0] * len(prompt) + [1.0] * (len(completion) + 1)
@@ -28,7 +27,7 @@ def test_prompt_completion_and_text(tmp_path):
     assert sample.token_ids == [*prompt, *completion]
     assert set(sample.weights) == {0.0, 2.0}
     sample = intake.sample(SampleBody(text="Hello there"), "")
-    assert sample.token_ids == [*renderer.encode("Hello there", special=True), renderer.eos_id]
+    assert sample.token_ids == [*renderer.encode("Hello there"), renderer.eos_id]
     assert sample.weights == [0.0] + [1.0] * (len(sample.token_ids) - 1)
 
 
@@ -38,7 +37,7 @@ def call(arguments, **other):
 
 def test_messages_reach_the_template_as_in_vllm(tmp_path):
     """Arguments are decoded, empty tool_calls dropped, text parts joined by lines: as vLLM's chat_utils does it."""
-    renderer = Renderer(write_model(tmp_path, CALLING), None, Serving(chat=ChatTemplate(text=CALLING)))
+    renderer = renderer_of(write_model(tmp_path, CALLING))
     intake = Intake(renderer, Limits(400, 400), Truncate.refuse)
     parts = [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}]
     calls = [call('{"b": "\\u00e9", "a": [1.5]}'), call({"c": None}), call(""), call(None)]
@@ -59,7 +58,7 @@ def test_messages_reach_the_template_as_in_vllm(tmp_path):
 
 def test_half_a_character_is_refused(tmp_path):
     """A model's JSON may be cut in the middle of an emoji's escape."""
-    intake = Intake(Renderer(write_model(tmp_path, CALLING)), Limits(400, 400), Truncate.refuse)
+    intake = Intake(renderer_of(write_model(tmp_path, CALLING)), Limits(400, 400), Truncate.refuse)
     messages = [Message(role="user", content="x"), Message(role="assistant", tool_calls=[call('{"a": "\\ud83d"}')])]
     with pytest.raises(RequestError, match="characters that are none"):
         intake.sample(SampleBody(messages=messages), "")
@@ -68,7 +67,7 @@ def test_half_a_character_is_refused(tmp_path):
 @pytest.mark.parametrize("arguments", ["{", "[1]", "3", "nul", "[" * 100_000, [1]])
 def test_arguments_that_are_no_object_are_refused(tmp_path, arguments):
     """vLLM serves {} in their place; learning that would be learning another conversation."""
-    intake = Intake(Renderer(write_model(tmp_path, CALLING)), Limits(400, 400), Truncate.refuse)
+    intake = Intake(renderer_of(write_model(tmp_path, CALLING)), Limits(400, 400), Truncate.refuse)
     messages = [Message(role="user", content="x"), Message(role="assistant", tool_calls=[call({}), call(arguments)])]
     with pytest.raises(RequestError) as error:
         intake.sample(SampleBody(messages=messages), "samples[3].")
@@ -119,7 +118,7 @@ def test_arguments_that_are_no_object_are_refused(tmp_path, arguments):
 )
 def test_bad_samples_name_their_field(tmp_path, body, field):
     """Every refusal says field, got and expected."""
-    intake = Intake(Renderer(write_model(tmp_path)), Limits(400, 64), Truncate.refuse)
+    intake = Intake(renderer_of(write_model(tmp_path)), Limits(400, 64), Truncate.refuse)
     with pytest.raises(RequestError) as error:
         intake.sample(body, "samples[3].")
     assert error.value.field == f"samples[3].{field}"
@@ -130,7 +129,7 @@ def test_bad_samples_name_their_field(tmp_path, body, field):
 def test_no_depth_of_nesting_is_an_error_of_ours(tmp_path):
     """Each is taken or refused: an exception nobody foresaw would leave an OpenAI job in validation for ever."""
     limits = Limits(1000, 100_000)
-    intake = Intake(Renderer(write_model(tmp_path / "model")), limits, Truncate.refuse)
+    intake = Intake(renderer_of(write_model(tmp_path / "model")), limits, Truncate.refuse)
     line = (
         '{"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y", "tool_calls": '
         '[{"type": "function", "id": "a", "function": {"name": "f", "arguments": {"a": %s%s}}}]}]}'
@@ -148,7 +147,7 @@ def test_no_depth_of_nesting_is_an_error_of_ours(tmp_path):
 def test_a_conversation_that_does_not_show_its_turns_is_learned_turn_by_turn(tmp_path, template):
     """Each behind what the server would have been asked with, as transformers renders it, and up to its end."""
     folder = write_model(tmp_path, template)
-    renderer, reference = Renderer(folder), AutoTokenizer.from_pretrained(folder)
+    renderer, reference = renderer_of(folder), AutoTokenizer.from_pretrained(folder)
     messages = tool_round(*TURNS[2:])
     intake = Intake(renderer, Limits(400, 400), Truncate.refuse)
     body = SampleBody(messages=[Message(**message) for message in messages], weight=0.5)
@@ -185,7 +184,7 @@ def test_how_long_a_conversation_is_is_asked_first(tmp_path, monkeypatch):
     monkeypatch.setattr(Template, "render", lambda *args, **more: renderings.append(1) or render(*args, **more))
     body = SampleBody(messages=[Message(**turn) for turn in TURNS * 100])
     for truncate in (Truncate.refuse, Truncate.left):
-        intake = Intake(Renderer(write_model(tmp_path)), Limits(400, 64), truncate)
+        intake = Intake(renderer_of(write_model(tmp_path)), Limits(400, 64), truncate)
         with pytest.raises(RequestError) as error:
             intake.sample(body, "")
         assert error.value.code == "sequence_too_long"
