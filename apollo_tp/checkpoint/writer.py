@@ -54,7 +54,8 @@ class _File:
 
 
 class CheckpointWriter:
-    """Writes checkpoints of one served model. ``tensors``: checkpoint name -> (shard, local served view).
+    """Writes checkpoints of one served model. ``tensors``: checkpoint name -> (shard, local served view), second
+    copies of a tensor with its view (``MappedRank.stored``).
 
     ``hf_config`` is saved where the model has no folder on disk. ``served`` are the folders that live servers were started
     from, asked each time: they are not removed, nor this model's own. All methods are collective over ``tp``.

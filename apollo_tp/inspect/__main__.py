@@ -17,7 +17,7 @@ from apollo_tp.errors import ApolloTpError, ConfigError, UnsupportedModelError
 from apollo_tp.runtime import instance_folder
 from apollo_tp.shards.instance import wait_for_server
 from apollo_tp.shards.manifest import Manifest
-from apollo_tp.shards.placement import place
+from apollo_tp.shards.placement import place, second_copies
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -97,7 +97,12 @@ def layout_table(manifests: list[Manifest]) -> Table:
 
 
 def _print_verdict(manifests: list[Manifest], console: Console) -> int:
-    not_served = [name for name in manifests[0].not_served if all(name in m.not_served for m in manifests)]
+    copies = second_copies(manifests)
+    for copy, original in copies.items():
+        console.print(f"second copy, written into checkpoints with the trained values: {copy} of {original}")
+    not_served = [
+        name for name in manifests[0].not_served if name not in copies and all(name in m.not_served for m in manifests)
+    ]
     if not_served:
         console.print(f"not held by the server, carried over into checkpoints: {', '.join(not_served)}")
     try:

@@ -291,7 +291,7 @@ class _Checkpoints:
             Path(config.checkpoint.dir).resolve(),
             mapped.manifest.model_path,
             mapped.manifest.checkpoint,
-            mapped.tensors,
+            mapped.stored,
             tp,
             keep=config.checkpoint.keep,
             save_config=hf_config.save_pretrained,

@@ -15,7 +15,7 @@ import msgspec
 from apollo_tp.errors import ManifestError
 from apollo_tp.runtime import private_files, processes
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 
 class Allocation(msgspec.Struct, frozen=True, kw_only=True):
@@ -103,6 +103,9 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     segments: list[SegmentRecord] = []
     not_served: list[str] = []
     """Checkpoint tensors that the server's loader passes over (vision towers, MTP heads): carried into checkpoints."""
+    copies: dict[str, str] = {}
+    """Those of ``not_served`` that are second copies of a served tensor, and its name: checkpoints get its values for them.
+    On rank 0, since it takes reading the files."""
     refusals: list[Refusal] = []
     error: str = ""
 

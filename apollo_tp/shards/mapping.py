@@ -21,14 +21,15 @@ from torch import Tensor
 from apollo_tp.errors import MappingError, ServerGoneError
 from apollo_tp.shards.boxes import Shard
 from apollo_tp.shards.manifest import Allocation, Manifest
-from apollo_tp.shards.placement import Placement, place
+from apollo_tp.shards.placement import Placement, place, second_copies
 
 
 @dataclass
 class MappedRank:
     """The served memory of one rank. ``tensors``: checkpoint name -> (shard, LOCAL view of served memory, served dtype).
 
-    ``fused`` lists the checkpoint names that share a served tensor (query, key and value rows), where there are several.
+    ``fused`` lists the checkpoint names that share a served tensor (query, key and value rows), where there are several;
+    ``copies`` the further checkpoint tensors that have the values of one of ``tensors``, by name.
     """
 
     manifest: Manifest
@@ -36,7 +37,13 @@ class MappedRank:
     tensors: dict[str, tuple[Shard, Tensor]]
     served: dict[str, Tensor]
     fused: list[list[str]] = field(default_factory=list)
+    copies: dict[str, str] = field(default_factory=dict)
     _opened: list[Any] = field(default_factory=list, repr=False)
+
+    @property
+    def stored(self) -> dict[str, tuple[Shard, Tensor]]:
+        """What a checkpoint has the values of: ``tensors``, and their second copies under the names of these."""
+        return self.tensors | {copy: self.tensors[original] for copy, original in self.copies.items()}
 
     def close(self) -> None:
         """Drop the views, then the mappings. Callers must have dropped theirs."""
@@ -56,7 +63,7 @@ def map_rank(manifests: Sequence[Manifest], rank: int) -> MappedRank:
     placements = place(manifests)[rank]
     manifest = manifests[rank]
     device = _local_device(manifest)
-    mapped = MappedRank(manifest, device, {}, {})
+    mapped = MappedRank(manifest, device, {}, {}, copies=second_copies(manifests))
     bases = []
     for allocation in manifest.allocations:
         base, close = _open(allocation, manifest, device)

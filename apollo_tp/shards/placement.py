@@ -40,7 +40,7 @@ def place(manifests: Sequence[Manifest]) -> list[dict[str, Placement]]:
         try:
             parts = _place_one(tensor, [segments[tensor.name] for segments in by_rank], served)
         except (UnsupportedModelError, ValueError) as error:
-            problems[tensor.name] = str(error)
+            problems[tensor.name] = _tied_in_part(tensor.name, manifests) or str(error)
             continue
         for rank, placement in enumerate(parts):
             result[rank][tensor.name] = placement
@@ -53,6 +53,12 @@ def place(manifests: Sequence[Manifest]) -> list[dict[str, Placement]]:
             f"be trained in place, expected none; serve a model and options without them:\n{lines}"
         )
     return result
+
+
+def second_copies(manifests: Sequence[Manifest]) -> dict[str, str]:
+    """By checkpoint tensor that no rank loads: the tensor with the same values, which is served and trained."""
+    nowhere = set.intersection(*(set(m.not_served) for m in manifests))
+    return {copy: original for copy, original in manifests[0].copies.items() if copy in nowhere}
 
 
 def _by_checkpoint_name(manifest: Manifest) -> dict[str, list[SegmentRecord]]:
@@ -72,6 +78,17 @@ def _on_top_of_another(manifests: Sequence[Manifest]) -> dict[str, str]:
                 other = first[s.served, s.view_offset]
                 result[s.checkpoint] = f"rank {manifest.tp_rank}: it is copied to where {other} is, in {s.served}"
     return result
+
+
+def _tied_in_part(name: str, manifests: Sequence[Manifest]) -> str:
+    """vLLM compares a stored head with the embedding on each rank by itself, and may tie them on some ranks alone."""
+    loaded = [m.tp_rank for m in manifests if name not in m.not_served]
+    if len(loaded) == len(manifests):
+        return ""
+    return (
+        f"got it loaded on ranks {loaded} alone, expected it on all or none; a head that equals the embedding in the rows "
+        "of some ranks is tied to it there: set tie_word_embeddings to false in config.json"
+    )
 
 
 def _untraced(manifests: Sequence[Manifest]) -> dict[str, str]:

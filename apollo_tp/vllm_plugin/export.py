@@ -29,6 +29,7 @@ from apollo_tp.shards.manifest import (
 )
 from apollo_tp.vllm_plugin import chat, checkpoint_index, memory
 from apollo_tp.vllm_plugin.compat import versions as compat
+from apollo_tp.vllm_plugin.copies import second_copies
 from apollo_tp.vllm_plugin.trace import Trace, trace_loader
 
 logger = logging.getLogger("vllm.apollo_tp")  # vLLM configures the "vllm" logger only
@@ -60,6 +61,8 @@ def _publish_weights(model: nn.Module, vllm_config: Any, model_config: Any) -> N
         "apollo_tp: rank %d of %d exported %d parameters as %d segments of %d checkpoint tensors (%d refused) to %s",
         rank, size, len(manifest.served), len(manifest.segments), len(manifest.checkpoint), len(manifest.refusals), path,
     )  # fmt: skip
+    for copy, original in manifest.copies.items():
+        logger.info("apollo_tp: %s is a second copy of %s: checkpoints have the trained values of it", copy, original)
     for refusal in manifest.refusals:
         logger.warning("apollo_tp: rank %d: %s cannot be trained in place: %s", rank, refusal.name, refusal.reason)
 
@@ -107,7 +110,6 @@ def _export(model: nn.Module, vllm_config: Any, model_config: Any, header: dict[
     served = _served_tensors(unique, names, allocations)
     shared_at = time.perf_counter()
     traces = trace_loader(model, [(t.name, tuple(t.shape), DTYPES[t.dtype]) for t in checkpoint])
-    segments, refusals = segments_of(traces, unique, served)
     done = time.perf_counter()
     return Manifest(
         **header,
@@ -116,10 +118,32 @@ def _export(model: nn.Module, vllm_config: Any, model_config: Any, header: dict[
         allocations=[allocation for _, allocation in allocations],
         served=served,
         checkpoint=checkpoint,
-        segments=segments,
-        not_served=[t.name for t in traces if not t.served and not t.refusal],
-        refusals=refusals,
+        **contents(traces, checkpoint, model, model_config, unique, served, header),
     )
+
+
+def contents(
+    traces: list[Trace],
+    checkpoint: list[CheckpointTensor],
+    model: nn.Module,
+    model_config: Any,
+    parameters: list[nn.Parameter],
+    served: list[ServedTensor],
+    header: dict[str, Any],
+) -> dict[str, Any]:
+    """The fields of a manifest that say what became of each checkpoint tensor."""
+    segments, refusals = segments_of(traces, parameters, served)
+    not_served = [t.name for t in traces if not t.served and not t.refusal]
+    copies: dict[str, str] = {}
+    if header["tp_rank"] == 0:
+        ids = compat.embedding_parameters(model)
+        holders = [tensor for parameter, tensor in zip(parameters, served, strict=True) if id(parameter) in ids]
+        names = {tensor.name for tensor in holders}
+        embeddings = {s.checkpoint for s in segments if s.served in names}
+        tied = compat.ties_embeddings(model_config) or any(tensor.aliases for tensor in holders)
+        copies, unclear = second_copies(Path(header["model_path"]), checkpoint, not_served, embeddings, tied=tied)
+        refusals += unclear
+    return {"segments": segments, "refusals": refusals, "not_served": not_served, "copies": copies}
 
 
 def _checkpoint_tensors(model_config: Any, vllm_config: Any, header: dict[str, Any]) -> list[CheckpointTensor]:

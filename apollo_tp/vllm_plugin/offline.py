@@ -13,14 +13,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from apollo_tp.shards.dtypes import DTYPES
-from apollo_tp.shards.manifest import Allocation, Manifest
+from apollo_tp.shards.manifest import Allocation, CheckpointTensor, Manifest
 from apollo_tp.vllm_plugin import export
 from apollo_tp.vllm_plugin.compat import versions as compat
 from apollo_tp.vllm_plugin.compat.cpu import import_image_processors
-from apollo_tp.vllm_plugin.trace import trace_loader
+from apollo_tp.vllm_plugin.copies import StoredTensors
+from apollo_tp.vllm_plugin.trace import Trace, trace_loader
 
 
 def offline_manifests(model: str, tp_size: int, dtype: str = "auto") -> list[Manifest]:
@@ -57,6 +59,7 @@ def _manifest(config: Any, rank: int, size: int) -> Manifest:
     checkpoint = export._checkpoint_tensors(config.model_config, config, header)
     with _rank_of(config, rank, size), set_default_torch_dtype(config.model_config.dtype):
         model: nn.Module = initialize_model(config)
+        _tie_what_a_server_ties(model, config.model_config, checkpoint, Path(header["model_path"]))
         reasons = compat.refusals_of_server(config, model)
         unique, names = export._unique_parameters(model)
         allocations = [
@@ -64,18 +67,42 @@ def _manifest(config: Any, rank: int, size: int) -> Manifest:
             for p in sorted(unique, key=lambda p: p.data_ptr())
         ]
         served = export._served_tensors(unique, names, allocations)
-        traces = trace_loader(model, [(t.name, tuple(t.shape), DTYPES[t.dtype]) for t in checkpoint])
-        segments, refusals = export.segments_of(traces, unique, served)
+        traces = _trace(model, checkpoint)
+        contents = export.contents(traces, checkpoint, model, config.model_config, unique, served, header)
     return Manifest(
         **header,
         allocations=[allocation for _, allocation in allocations],
         served=served,
         checkpoint=checkpoint,
-        segments=segments,
-        not_served=[t.name for t in traces if not t.served and not t.refusal],
-        refusals=refusals,
+        **contents,
         error="; ".join(reasons),
     )
+
+
+def _trace(model: nn.Module, checkpoint: list[CheckpointTensor]) -> list[Trace]:
+    return trace_loader(model, [(t.name, tuple(t.shape), DTYPES[t.dtype]) for t in checkpoint])
+
+
+def _tie_what_a_server_ties(
+    model: nn.Module, model_config: Any, checkpoint: list[CheckpointTensor], folder: Path
+) -> None:
+    """A server compares this rank's rows of head and embedding once they are loaded; here nothing is, so the files are."""
+    untied = compat.untied_head(model, model_config)
+    if untied is None:
+        return
+    found = {
+        copy.address: (tensor, copy.box)
+        for tensor, trace in zip(checkpoint, _trace(model, checkpoint), strict=True)
+        for copy in trace.copies
+    }
+    ends = [found.get(layer.weight.data_ptr()) for layer in (untied.lm_head, untied.embed_tokens)]
+    values = []
+    with StoredTensors(folder) as stored:
+        for tensor, box in (end for end in ends if end is not None):
+            rows = stored.rows(tensor, box.offset[0], box.offset[0] + box.shape[0])
+            values.append(rows.to(model_config.dtype))
+    if not values or (len(values) == 2 and torch.equal(*values)):  # none: padding alone
+        untied.tie(model)
 
 
 class _PretendedGroup:

@@ -14,6 +14,7 @@ from apollo_tp.shards.instance import read_instance
 from apollo_tp.shards.manifest import Manifest
 from apollo_tp.shards.mapping import map_rank, verify_against_checkpoint
 from tests.support.demo_model import make_model, standard_library_text
+from tests.support.families import store_head
 from tests.support.processes import ManagedProcess, coordinator_url, free_port, start_server, start_trainer
 
 START_SECONDS = 400.0
@@ -75,10 +76,11 @@ def runtime_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory, runtime_dir: Path) -> Iterator[Server]:
-    """Qwen3, 2 layers, padded vocabulary (1003), tied embeddings, bf16."""
+    """Qwen3, 2 layers, padded vocabulary (1003), tied, with the head stored as well (as Qwen3-0.6B has it), bf16."""
     folder = tmp_path_factory.mktemp("server")
     model, port = folder / "model", free_port()
     make_model(model, standard_library_text(1000, 30), vocab_size=1003, num_layers=2)
+    store_head(model)
     process = start_server(model, port, runtime_dir, folder / "server.log", instance="main")
     try:
         process.wait_for(f"http://127.0.0.1:{port}/health", START_SECONDS)

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import itertools
 import json
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,7 @@ from apollo_tp.wire.commands import Sample
 from tests.e2e.conftest import START_SECONDS, Server, Trainer
 from tests.e2e.test_live_server import _trainer_logprobs
 from tests.support.demo_model import make_tokenizer, standard_library_text
-from tests.support.families import FAMILIES, build
+from tests.support.families import FAMILIES, build, store_head
 from tests.support.processes import coordinator_url, free_port, start_server, start_trainer
 from tests.support.ranks import run_ranks
 
@@ -43,6 +45,10 @@ SERVED: dict[str, dict[str, Any]] = {
 # Routing is discontinuous: where two experts are nearly tied, bf16 rounding may send a token to one in vLLM, another in
 # transformers, whose log-probabilities then differ by more than rounding. fp32 rounds 65,536 times finer: held to 1e-3.
 FP32 = {"qwen3-moe"}
+
+
+# Tied, and stored with the head as well: vLLM and transformers would take an old head beside a trained embedding.
+STORED_HEAD = {"gemma3"}
 
 
 # vLLM is told to stretch positions: trainer and server must compute alike, whatever the model's own config says.
@@ -75,6 +81,7 @@ class Family:
 
     def __init__(self, name: str, folder: Path) -> None:
         folder.chmod(0o700)
+        self.name = name
         _write_model(folder / "model", name)
         port = free_port()
         self.folder, self.url, self.processes = folder, f"http://127.0.0.1:{port}", []
@@ -92,7 +99,8 @@ class Family:
         server = Server(self.url, self.folder / "model", self.folder, "family", process)
         for rank in range(2):
             mapped = map_rank(server.manifests, rank)
-            assert verify_against_checkpoint(mapped, -1) == len(server.manifests[0].checkpoint)
+            assert verify_against_checkpoint(mapped, -1) + len(mapped.copies) == len(server.manifests[0].checkpoint)
+            assert len(mapped.copies) == (self.name in STORED_HEAD)
         url = coordinator_url(self.folder, trainer, instance="family", seconds=START_SECONDS)
         return server, Trainer(url, self.folder, trainer)
 
@@ -139,6 +147,8 @@ def _write_model(folder: Path, name: str) -> None:
     changes = {"max_position_embeddings": 512, "initializer_range": 0.05, **SERVED[name]}
     dtype = torch.float32 if name in FP32 else torch.bfloat16
     build(FAMILIES[name].config(**changes)).to(dtype).save_pretrained(folder)
+    if name in STORED_HEAD:
+        store_head(folder)
     make_tokenizer(standard_library_text(1000, 30), 1000).save_pretrained(folder)
     if name in TEMPLATES:
         make_tokenizer(standard_library_text(1000, 5), 1000).save_pretrained(folder.with_name("tokenizer"))
@@ -200,7 +210,7 @@ def test_ten_steps_and_a_checkpoint_with_the_served_log_probabilities(
     request: pytest.FixtureRequest,
 ) -> None:
     """The loss falls over ten steps; the folder gives the live server's log-probabilities in transformers and in vLLM."""
-    server, trainer = family
+    (server, trainer), name = family, request.node.callspec.params["family"]
     tmp_path.chmod(0o700)
     before = server.mean_logprob(TOKENS)
     sample = {"context_ids": TOKENS[:1], "continuation_ids": TOKENS[1:]}
@@ -211,21 +221,44 @@ def test_ten_steps_and_a_checkpoint_with_the_served_log_probabilities(
     saved = trainer.post("/checkpoint", {"wait": True})["path"]
     trainer.process.stop()  # neither is needed any more, and their memory is
     server.process.stop()
-    port, extra = free_port(), _server_args(request.node.callspec.params["family"], server.model.parent / "tokenizer")
+    port, extra = free_port(), _server_args(name, server.model.parent / "tokenizer")
     # With the plugin: without it vLLM cannot import Qwen3.5 beside a CPU torch, and its packed kernels round otherwise.
     process = start_server(Path(saved), port, tmp_path, tmp_path / "again.log", instance="again", extra=extra)
     try:
-        for name in _following(request):
-            start_family(name)  # a start leaves half of two cores idle
+        for following in _following(request):
+            start_family(following)  # a start leaves half of two cores idle
         config = as_served(AutoConfig.from_pretrained(saved), manifest.config_overrides, manifest.max_model_len)
         model = AutoModelForCausalLM.from_pretrained(saved, config=config, dtype="auto", attn_implementation="eager")
         with torch.no_grad():
             logprobs = model(torch.tensor([TOKENS])).logits[0, :-1].float().log_softmax(-1)
         expected = logprobs.gather(1, torch.tensor(TOKENS[1:])[:, None])[:, 0].tolist()
-        fp32 = request.node.callspec.params["family"] in FP32
-        assert max(abs(a - b) for a, b in zip(expected, live, strict=True)) < (1e-3 if fp32 else 0.05)
+        assert max(abs(a - b) for a, b in zip(expected, live, strict=True)) < (1e-3 if name in FP32 else 0.05)
         process.wait_for(f"http://127.0.0.1:{port}/health", START_SECONDS)
         again = Server(f"http://127.0.0.1:{port}", Path(saved), tmp_path, "none", process).logprobs(TOKENS)
+        if name in STORED_HEAD:
+            _goes_on(tmp_path, Path(saved), sample)
     finally:
         process.stop()
     assert again == live, "the same bits in the same program"
+
+
+def _goes_on(folder: Path, saved: Path, sample: dict) -> None:
+    """A trainer beside the server of ``saved`` takes up its optimizer state; without a server, the folder's layout is the
+    live one's."""
+    overrides = ["server.instance=again", "optim.lr=1e-3", "checkpoint.after_idle_seconds=null"]
+    process = start_trainer(folder, folder, folder / "trainer.log", overrides=overrides)
+    try:
+        inspect = [sys.executable, "-m", "apollo_tp.inspect"]
+        told = [
+            subprocess.run([*inspect, *arguments], capture_output=True, text=True, timeout=240, check=True).stdout
+            for arguments in (["--runtime-dir", folder, "--instance", "again"], [saved, "--tp", "2"])
+        ]
+        live, offline = (text.partition("\n┏")[2] for text in told)
+        assert live == offline
+        assert "trained values: lm_head.weight of" in live
+        trainer = Trainer(coordinator_url(folder, process, instance="again", seconds=START_SECONDS), folder, process)
+        assert f"optimizer state of {saved}" in process.log.read_text()
+        job = trainer.post("/train", {"samples": [sample], "wait": True})
+        assert (job["state"], job["weight_version"]) == ("succeeded", 11), job
+    finally:
+        process.stop()

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -158,6 +160,8 @@ class Case:
     changes: dict[str, Any] = field(default_factory=dict)
     max_tokens: int = 256
     gradient_checkpointing: bool = False
+    stored_head: str = ""
+    """That of a tied model which the checkpoint has as well: "equal" to the embedding or "other"."""
 
     def config(self) -> PretrainedConfig:
         return FAMILIES[self.family].config(**self.changes)
@@ -165,7 +169,8 @@ class Case:
     @property
     def checkpoint(self) -> str:
         """Name of the checkpoint: cases with the same config share one."""
-        return "-".join([self.family, *(f"{key}={value}" for key, value in self.changes.items())])
+        head = [f"{self.stored_head}-head"] if self.stored_head else []
+        return "-".join([self.family, *(f"{key}={value}" for key, value in self.changes.items()), *head])
 
     @property
     def tolerance(self) -> float:
@@ -182,6 +187,8 @@ CASES = {name: Case(name) for name in FAMILIES} | {
     "fused rows replicated in part": Case("phi3", {"num_key_value_heads": 1}, 64),
     "experts and checkpointing": Case("qwen3-moe", {}, 64, True),
     "recurrence and checkpointing": Case("qwen3.5", {}, 64, True),
+    "tied, its head stored as well": Case("qwen3-tied", stored_head="equal"),
+    "tied by its config, another head stored": Case("qwen3-tied", stored_head="other"),
 }
 
 
@@ -195,3 +202,13 @@ def build(config: PretrainedConfig, seed: int = 0) -> PreTrainedModel:
             if parameter.ndim == 1:  # norms and biases start at 1 and 0, which would hide a wrong shard
                 parameter.add_(torch.randn_like(parameter) * 0.1)
     return model.eval()
+
+
+def store_head(folder: Path, rows: slice | None = None) -> None:
+    """Add a copy of the embedding to the checkpoint of a tied model as its head; of other values in ``rows``."""
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    head = tensors["model.embed_tokens.weight"].clone()
+    if rows is not None:
+        head[rows] += torch.randn_like(head[rows]) * head.std()
+    save_file(tensors | {"lm_head.weight": head}, path, {"format": "pt"})

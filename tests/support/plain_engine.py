@@ -1,5 +1,5 @@
-"""A vllm.LLM with the plugin: ``python -m tests.support.plain_engine FOLDER`` prints the ids that it serves of a text and those
-that a trainer beside it would train."""
+"""A vllm.LLM with the plugin: ``python -m tests.support.plain_engine FOLDER`` prints the ids that it serves for a
+text, and those that a trainer would train."""
 
 from __future__ import annotations
 

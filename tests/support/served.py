@@ -14,7 +14,8 @@ from apollo_tp.shards.mapping import MappedRank, map_rank, verify_against_checkp
 
 
 def map_case(checkpoint: Path, tp: TPGroup) -> MappedRank:
-    """What a trainer rank would map of a server of ``checkpoint`` at this size, with the checkpoint's values in it."""
+    """What a trainer rank would map of a server of ``checkpoint`` at this size, with the checkpoint's values in it. The
+    folder may have been moved since it was traced."""
     manifests = read_instance(checkpoint / f"tp{tp.size}")
     mine = manifests[tp.rank]
     allocations = []
@@ -22,7 +23,9 @@ def map_case(checkpoint: Path, tp: TPGroup) -> MappedRank:
         descriptor = os.memfd_create("served")
         os.ftruncate(descriptor, allocation.num_bytes)
         allocations.append(msgspec.structs.replace(allocation, handle=str(descriptor)))
-    manifests[tp.rank] = msgspec.structs.replace(mine, pid=os.getpid(), allocations=allocations)
+    manifests[tp.rank] = msgspec.structs.replace(
+        mine, pid=os.getpid(), model_path=str(checkpoint), allocations=allocations
+    )
     mapped = map_rank(manifests, tp.rank)
     files = {t.name: t.file for t in mine.checkpoint}
     for name, (shard, local) in mapped.tensors.items():

@@ -12,7 +12,7 @@ from pathlib import Path
 from safetensors.torch import load_file, save_file
 
 from apollo_tp.shards.manifest import publish
-from tests.support.families import CASES, SIZES, build
+from tests.support.families import CASES, SIZES, build, store_head
 
 
 def trace_cases(folder: Path) -> None:
@@ -23,6 +23,8 @@ def trace_cases(folder: Path) -> None:
         checkpoint = folder / case.checkpoint
         build(case.config()).save_pretrained(checkpoint)
         _restore_published_names(checkpoint / "model.safetensors")
+        if case.stored_head:
+            store_head(checkpoint, slice(None) if case.stored_head == "other" else None)
         for size in SIZES:
             for manifest in offline_manifests(str(checkpoint), size, dtype="float32"):
                 target = checkpoint / f"tp{size}"

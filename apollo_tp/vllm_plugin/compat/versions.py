@@ -153,6 +153,34 @@ def config_overrides(model_config: Any) -> dict[str, Any]:
     return {name: getattr(config, name) for name in sorted(names) if hasattr(config, name)}
 
 
+def embedding_parameters(model: nn.Module) -> set[int]:
+    """Ids of the parameters that embed the vocabulary, also where they are the head as well."""
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+
+    embeddings = (m for m in model.modules() if isinstance(m, VocabParallelEmbedding))
+    return {id(p) for m in embeddings if not isinstance(m, ParallelLMHead) for p in m.parameters()}
+
+
+def ties_embeddings(model_config: Any) -> bool:
+    """Whether the config says that embedding and head are one, also where vLLM has looked whether the files agree."""
+    config = model_config.hf_config
+    return (
+        getattr(config, "tie_word_embeddings", False)
+        or getattr(config.get_text_config(), "tie_word_embeddings", False)
+        or getattr(model_config, "word_embeddings_untied_by_checkpoint", False)
+    )
+
+
+def untied_head(model: nn.Module, model_config: Any) -> Any:
+    """The head that vLLM (0.32) has built apart from the embedding because the files have one, and ties again once it has
+    loaded both if they are equal: vLLM's own record of it. None if there is none."""
+    if not getattr(model_config, "word_embeddings_untied_by_checkpoint", False):
+        return None
+    from vllm.model_executor.model_loader.weight_tying import _get_untied_lm_head
+
+    return _get_untied_lm_head(model)
+
+
 def _serve_plain_weights_on_cpu() -> None:
     """vLLM's CPU linears serve a oneDNN-packed copy and drop the weight; use the weight itself instead."""
     import vllm.model_executor.layers.utils as layer_utils

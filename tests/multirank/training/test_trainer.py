@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -29,7 +30,7 @@ from apollo_tp.optim.reference import ReferenceOptimizer
 from apollo_tp.training.trainer import Trainer
 from apollo_tp.wire.commands import PreferencePair, Sample
 from tests.support.exactness import local_part, reference_gradients, reference_logprobs, samples
-from tests.support.families import CASES
+from tests.support.families import CASES, store_head
 from tests.support.ranks import run_ranks
 from tests.support.served import map_case
 
@@ -288,8 +289,9 @@ def test_parts_of_a_group_have_its_backend_and_deadline() -> None:
 
 
 def _writer(tp: TPGroup, checkpoint: Path, root: Path, tensors: dict, served: Path | None = None) -> CheckpointWriter:
-    content, path = map_case(checkpoint, tp).manifest.checkpoint, str(served or checkpoint)
-    return CheckpointWriter(root, path, content, tensors, tp, keep=2, save_config=lambda folder: None)
+    mapped, path = replace(map_case(checkpoint, tp), tensors=tensors), str(served or checkpoint)
+    content = mapped.manifest.checkpoint
+    return CheckpointWriter(root, path, content, mapped.stored, tp, keep=2, save_config=lambda folder: None)
 
 
 def _save(tp: TPGroup, checkpoint: Path, root: Path) -> bool:
@@ -323,6 +325,54 @@ def test_checkpoint_holds_the_served_bits(size: int, checkpoints: Path, tmp_path
     assert info is not None
     assert (info.weight_version, info.num_ranks) == (1, size)
     assert info.origin == str(checkpoints / CASES[CASE].checkpoint)
+
+
+def _train_and_go_on(tp: TPGroup, checkpoint: Path, root: Path) -> list[list[float]]:
+    """Log-probabilities of the samples: after two steps, in transformers on the folder written then, and of a trainer over
+    that folder, with the optimizer's state; after the third step of both."""
+    trainer, tensors = make_trainer(tp, checkpoint)
+    for step in range(2):
+        assert trainer.step(samples(seed=step)).outcome.skipped == ""
+    found = [trainer.score(samples()).logprobs]
+    written, _ = _writer(tp, checkpoint, root, tensors).save("first", trainer.optimizer, trainer.weight_version)
+    model = AutoModelForCausalLM.from_pretrained(written, dtype=torch.float32, attn_implementation="eager")
+    with torch.no_grad():
+        each = reference_logprobs(model, samples())
+    found.append(
+        [float((torch.tensor(s.weights[1:]) * tokens).sum()) for s, tokens in zip(samples(), each, strict=True)]
+    )
+    if tp.rank == 0:
+        shutil.copytree(checkpoint / f"tp{tp.size}", written / f"tp{tp.size}")
+    tp.all_reduce_(torch.zeros(1))
+    again, _ = make_trainer(tp, written)
+    again.optimizer.load(written / folders.OPTIMIZER_DIR)
+    found.append(again.score(samples()).logprobs)
+    for each_trainer in (trainer, again):
+        each_trainer.step(samples(seed=2))
+        found.append(each_trainer.score(samples()).logprobs)
+    return found
+
+
+@pytest.mark.parametrize("size", [1, 4])
+@pytest.mark.parametrize("head", ["equal", "other", "ignored"])
+def test_a_stored_head_follows_what_is_served(head: str, size: int, checkpoints: Path, tmp_path: Path) -> None:
+    """Of a model that its config ties: a head equal to the embedding; another one, which vLLM 0.32 serves as it is; another
+    one that earlier releases pass over, so that the folder must not have it any more. It is the model that is served."""
+    name = "tied by its config, another head stored" if head == "other" else "tied, its head stored as well"
+    checkpoint = checkpoints / CASES[name].checkpoint
+    if head == "ignored":  # what is served is that of the equal one
+        checkpoint = shutil.copytree(checkpoint, tmp_path / "ignored")
+        store_head(checkpoint, slice(None))
+    before = load_file(checkpoint / "model.safetensors")
+    assert torch.equal(before["lm_head.weight"], before["model.embed_tokens.weight"]) == (head == "equal")
+    for found in run_ranks(_train_and_go_on, size, checkpoint, tmp_path / "checkpoints"):
+        live, elsewhere, again, third, third_again = found
+        assert elsewhere == pytest.approx(live, rel=1e-4)
+        assert again == live
+        assert third_again == third != live
+    after = load_file(tmp_path / "checkpoints" / "first" / "model.safetensors")
+    assert torch.equal(after["lm_head.weight"], after["model.embed_tokens.weight"]) == (head != "other")
+    assert not any(torch.equal(after[key], before[key]) for key in ("lm_head.weight", "model.embed_tokens.weight"))
 
 
 def _save_on_a_slow_disk(tp: TPGroup, checkpoint: Path, root: Path) -> tuple[bool, bool]:

@@ -15,14 +15,26 @@ from apollo_tp.checkpoint import CheckpointWriter, optimizer_state
 from apollo_tp.distributed.tp_group import TPGroup
 from apollo_tp.shards.boxes import Shard
 from apollo_tp.shards.manifest import CheckpointTensor
+from apollo_tp.shards.mapping import MappedRank
 
 OLD = {"schema_version": 1, "weight_version": 99, "model_path": "x", "created_at": 1.0, "num_ranks": 1, "optimizer": ""}
 ONE, TWO = (f"model-0000{number}-of-00002.safetensors" for number in (1, 2))
 
 
-def test_files_are_indexed_and_what_is_not_served_is_carried_over(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture(autouse=True)
+def _no_optimizer_state(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(optimizer_state, "save", lambda optimizer, folder: None)
+
+
+def _save(source: Path, listed: list[CheckpointTensor], served: dict[str, tuple[Shard, torch.Tensor]]) -> Path:
+    optimizer = SimpleNamespace(describe=lambda: "")
+    writer = CheckpointWriter(
+        source.parent / "out", str(source), listed, served, TPGroup.single(), keep=1, save_config=lambda folder: None
+    )
+    return writer.save("x", optimizer, 1)[0]  # type: ignore[arg-type]
+
+
+def test_files_are_indexed_and_what_is_not_served_is_carried_over(tmp_path: Path) -> None:
     """Draft heads and vision towers keep their values; nobody else may read any of it; an older record does not stay."""
     source = tmp_path / "source"
     source.mkdir()
@@ -38,12 +50,7 @@ def test_files_are_indexed_and_what_is_not_served_is_carried_over(
         name: (Shard(name, shape, None, (), (0,)), torch.full(shape, 5.0))
         for name, shape in (("a", (2, 2)), ("b", (2,)))
     }
-    optimizer = SimpleNamespace(describe=lambda: "")
-    monkeypatch.setattr(optimizer_state, "save", lambda optimizer, folder: None)
-    writer = CheckpointWriter(
-        tmp_path / "out", str(source), listed, served, TPGroup.single(), keep=1, save_config=lambda folder: None
-    )
-    path, _ = writer.save("x", optimizer, 1)  # type: ignore[arg-type]
+    path = _save(source, listed, served)
     index = json.loads((path / "model.safetensors.index.json").read_text())
     assert index["weight_map"] == {"a": ONE, "kept": ONE, "b": TWO}
     assert load_file(path / ONE)["kept"].tolist() == [7.0] * 3
@@ -51,3 +58,29 @@ def test_files_are_indexed_and_what_is_not_served_is_carried_over(
     assert load_file(path / TWO)["b"].tolist() == [5.0] * 2
     assert json.loads((path / "apollo_tp.json").read_text())["weight_version"] == 1
     assert not any(stat.S_IMODE(each.stat().st_mode) & 0o077 for each in (path, *path.rglob("*")))
+
+
+def test_second_copies_in_other_files_get_the_trained_values(tmp_path: Path) -> None:
+    """Also in a file of which the server loads nothing, which is written then and not linked, and in another dtype."""
+    source = tmp_path / "source"
+    source.mkdir()
+    old, trained = torch.ones(4, 2), torch.arange(8.0).view(4, 2)
+    save_file({"embedding": old, "kept": old + 1}, source / ONE)
+    save_file({"head": old, "draft": old.bfloat16()}, source / TWO)
+    listed = [
+        CheckpointTensor(name=name, shape=[4, 2], dtype=dtype, file=file)
+        for name, dtype, file in (
+            ("embedding", "F32", ONE), ("kept", "F32", ONE), ("head", "F32", TWO), ("draft", "BF16", TWO)
+        )
+    ]  # fmt: skip
+    shard = Shard("embedding", (4, 2), None, (), (0,))
+    mapped = MappedRank(
+        None,  # type: ignore[arg-type]
+        torch.device("cpu"), {"embedding": (shard, trained)}, {}, copies={"head": "embedding", "draft": "embedding"},
+    )  # fmt: skip
+    path = _save(source, listed, mapped.stored)
+    found = load_file(path / ONE) | load_file(path / TWO)
+    assert {name: torch.equal(tensor.float(), trained) for name, tensor in found.items()} == {
+        "embedding": True, "kept": False, "head": True, "draft": True,
+    }  # fmt: skip
+    assert load_file(source / TWO)["head"].equal(old), "the source stays what it was"

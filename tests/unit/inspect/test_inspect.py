@@ -5,8 +5,10 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from apollo_tp.inspect.__main__ import main
+from tests.support.families import FAMILIES, build, store_head
 
 CONFIG = {
     "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "hidden_size": 64, "num_hidden_layers": 1,
@@ -43,3 +45,28 @@ def test_a_size_that_vllm_refuses_is_refused_in_its_words(model):
     error = next(line for line in done.stderr.splitlines() if "--tp 3" in line)
     assert f"{model} at --tp 3: got 'Total number of attention heads (4) must be divisible" in error
     assert "pydantic" not in error
+
+
+@pytest.mark.parametrize(
+    ("rows", "status", "said"),
+    [
+        (
+            None,
+            0,
+            "second copy, written into checkpoints with the trained values: lm_head.weight of model.embed_tokens.weight",
+        ),
+        (slice(900, 901), 1, "lm_head.weight: got it loaded on ranks [1] alone, expected it on all or none"),
+        (slice(None), 0, "lm_head.weight │ 1003x64 │ 1"),
+    ],
+)
+def test_a_stored_head_is_told_as_a_server_tells_it(tmp_path, rows, status, said):
+    """Of a tied model: one that equals the embedding, one that differs on the second rank alone, another one altogether."""
+    torch.manual_seed(0)
+    build(FAMILIES["qwen3-tied"].config()).save_pretrained(tmp_path)
+    store_head(tmp_path, rows)
+    command = [sys.executable, "-m", "apollo_tp.inspect", "--tp", "2", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    text = " ".join(done.stdout.split())
+    assert said in text, text
+    assert done.returncode == status
+    assert ("second copy" in text) == (rows is None)

@@ -252,7 +252,7 @@ def test_a_server_of_another_pid_namespace_is_judged_by_its_lock(base: Path, cla
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"{}", b"[]", b'{"schema_version": "1"}', b"\x80\x04N.", b'{"schema_version": 1, "pid": "x"}']
+    "content", [b"", b"{}", b"[]", b'{"schema_version": "1"}', b"\x80\x04N.", b'{"schema_version": 2, "pid": "x"}']
 )
 def test_hostile_manifest_files_are_refused(base: Path, content: bytes) -> None:
     """Anything but a manifest, a pickle among it, is an error that names the file."""
