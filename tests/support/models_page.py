@@ -30,8 +30,8 @@ them on any rank: relative for loss and gradients, nats for log-probabilities. "
 runs against real vLLM at TP = 2: change and restore of every parameter, ten training steps, agreement of
 log-probabilities, and a checkpoint that loads in transformers and in vLLM.
 
-Sizes are those that vLLM itself accepts: heads, MLP and expert widths must be divisible by the tensor-parallel size; key
-and value heads may be fewer than ranks.
+Sizes are those that vLLM itself accepts: heads, MLP and expert widths must be divisible by the tensor-parallel size;
+key and value heads may be fewer than ranks.
 """
 
 _REFUSED_BY_THE_SERVER = """
