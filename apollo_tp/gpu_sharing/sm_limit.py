@@ -2,7 +2,8 @@
 is launched into its stream is confined.
 
 Beside a server under CUDA MPS the other SMs are the server's alone. MPS itself can limit a client too, by
-CUDA_MPS_ACTIVE_THREAD_PERCENTAGE, but cuBLAS then multiplies wrong at most shares (``product_check``, LOG.md).
+CUDA_MPS_ACTIVE_THREAD_PERCENTAGE, but cuBLAS then multiplies wrong at most shares (``product_check``, and
+docs/decisions/sharing-gpus.md).
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""``python -m apollo_tp.inspect``: where each checkpoint tensor lies on each rank, and what cannot be trained."""
+"""``python -m apollo_tp.inspect``: which part of which checkpoint tensor lies on which rank, and what cannot be trained."""

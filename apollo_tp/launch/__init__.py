@@ -1,4 +1,4 @@
-"""Composition root: options in, ranks joined, server mapped, model bound, coordinator started, loop run.
+"""Composition root of a trainer rank: options, joining of ranks, mapping, binding, the coordinator, the command loop.
 
     torchrun --nproc-per-node 2 -m apollo_tp.launch [overrides]
     mpirun -n 2 python -m apollo_tp.launch [overrides]

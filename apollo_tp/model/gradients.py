@@ -49,7 +49,8 @@ class GradientSync:
     rank 0's gradients of tensors outside, such as norms.
 
     Outside, every rank computes the whole gradient from the same numbers, which does not make it the same to the last bit:
-    on two GPUs replicas parted within 100 steps, most likely by compiled code that added in another order (LOG.md).
+    on two GPUs replicas parted within 100 steps, most likely by compiled code that added in another order
+    (docs/decisions/replicas-and-determinism.md).
     What differs by more than rounding lacks a sum, and would train rank 0's share alone: ``compare`` finds it.
 
     ``inside`` and ``outside`` list places in the same order on all ranks. Construction is collective over ``tp``: one

@@ -1,4 +1,8 @@
-"""APOLLO, APOLLO-Mini and AdamW over tensor-parallel shards, written in place into bf16 weights."""
+"""APOLLO, APOLLO-Mini and AdamW over tensor-parallel shards, written in place into bf16 weights.
+
+A step is decided from numbers that were summed over all ranks, before anything is written: all ranks write, or none. The
+plain definition is ``reference``; how it works is in docs/explanation/optimizer.md.
+"""
 
 from apollo_tp.optim.interface import OptimParameter, StepOutcome
 from apollo_tp.optim.optimizer import Optimizer, build_optimizer

@@ -2,7 +2,7 @@
 
 Written from the mathematics of APOLLO (arXiv 2412.05270, Algorithm 1, Eq. 4) and the decoupled AdamW; it is what the
 sharded optimizer is tested against and reads top to bottom as the definition of an update. Differences from the paper's
-published code are listed in docs/optimizer.md.
+published code are listed in docs/explanation/optimizer.md.
 """
 
 from __future__ import annotations

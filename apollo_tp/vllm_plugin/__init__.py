@@ -1,4 +1,9 @@
-"""What runs inside vLLM. ``register`` is the ``vllm.general_plugins`` entry point."""
+"""What runs inside vLLM; the only package that imports it. ``register`` is the ``vllm.general_plugins`` entry point.
+
+Each worker shares the memory of its weights, traces vLLM's own loader to learn where each checkpoint tensor went, and
+publishes a manifest. The API process forwards the trainer's routes, and pauses the engine for updates. Differences between
+vLLM releases are in ``compat``. A failure in here is logged and published, and never ends the server.
+"""
 
 import logging
 
