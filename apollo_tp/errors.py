@@ -10,6 +10,7 @@
     ├── TrainerBusyError       another trainer holds this server
     ├── ServerGoneError        the vLLM process that owns the weights ended
     ├── ReplicaError           ranks that should agree do not: other bits of a weight, another gradient
+    ├── CollectiveError        a sum or gather over ranks did not happen: what it should have written is not used
     ├── RankFailedError        a trainer rank raised; carries that rank and its traceback
     ├── DeviceError            a GPU computes wrong results
     ├── DeviceMemoryError      the longest micro-batch would not fit into the GPU's free memory
@@ -84,6 +85,10 @@ class ServerGoneError(ApolloTpError):
 
 class ReplicaError(ApolloTpError):
     """Ranks that hold the same part of a weight hold different bits of it, or different gradients."""
+
+
+class CollectiveError(ApolloTpError):
+    """A collective left memory that not every rank has put its part into, as one that was aborted does."""
 
 
 class RankFailedError(ApolloTpError):

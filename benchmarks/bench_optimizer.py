@@ -59,13 +59,13 @@ MODELS = {"llama-8b-tp2": (LLAMA_8B, 36, 2), "qwen-27b-attention-tp4": (QWEN_27B
 
 
 class LocalGroup(TPGroup):
-    """Rank 0 of ``size`` whose partners are this process: every collective is a local copy of the same size."""
+    """Rank 0 of ``size`` whose partners hold the same numbers: every collective is a local operation of the same size."""
 
     def all_reduce_(self, tensor: Tensor, op: object = None) -> Tensor:
-        return tensor
+        return tensor.mul_(self.size)
 
     def reduce_scatter(self, tensor: Tensor) -> Tensor:
-        return tensor[:1].clone()
+        return tensor[:1] * self.size
 
     def all_gather(self, tensor: Tensor) -> Tensor:
         return tensor.repeat(self.size, *[1] * (tensor.ndim - 1))

@@ -130,7 +130,7 @@ def save(optimizer: Optimizer, folder: Path) -> None:
         problem = f"{type(error).__name__}: {error}"
     failed = torch.zeros(optimizer.tp.size, device=optimizer.device)
     failed[rank] = float(bool(problem))
-    bad = optimizer.tp.all_reduce_(failed).nonzero().flatten().tolist()
+    bad = optimizer.tp.sum_checked(failed, "agreement on what was saved").nonzero().flatten().tolist()
     if bad:
         raise CheckpointError(
             f"optimizer state in {folder}: got errors on ranks {bad}, expected all parts to be written"

@@ -137,7 +137,7 @@ class CheckpointWriter:
     def _count(self, flag: bool) -> int:
         """On how many ranks ``flag`` is set. One all-reduce."""
         device = next(iter(self._tensors.values()))[1].device
-        return int(self._tp.all_reduce_(torch.tensor([float(flag)], device=device)).item())
+        return int(self._tp.sum_checked(torch.tensor(float(flag), device=device), "agreement on a checkpoint").item())
 
     def _prepare(self, name: str) -> None:
         partial = folders.begin(self._root, name)

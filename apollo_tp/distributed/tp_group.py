@@ -2,6 +2,10 @@
 
 No global state: whoever needs ranks gets a ``TPGroup``. At size 1 every collective is skipped, so that one process runs
 the same code. ``traffic`` counts payload bytes per kind of collective, for tests and benchmarks.
+
+A collective may never happen: when NCCL's communicators are aborted, work that waits behind one runs on with whatever lies
+in its memory. So receive buffers begin as what no rank sends (NaN, the least integer), and what matters has one more
+element, a canary, which is right only if every rank has put its part into it.
 """
 
 from __future__ import annotations
@@ -19,6 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from apollo_tp.distributed.peer_memory import MIN_BYTES, PeerSums, add_products, reach_each_other
+from apollo_tp.errors import CollectiveError
 
 _P, _R = ParamSpec("_P"), TypeVar("_R")
 _library = torch.library.Library("apollo_tp", "DEF")
@@ -172,22 +177,54 @@ class TPGroup:
         return self.peers
 
     def reduce_scatter(self, tensor: Tensor) -> Tensor:
-        """Sum a contiguous (size * n, ...) tensor over the group and return this rank's (n, ...) block of rows."""
+        """Sum a contiguous (size * n, ...) tensor over the group and return this rank's (n, ...) block of rows, which is
+        NaN if the sum never happens."""
         if self.size == 1:
             return tensor
-        out = tensor.new_empty((tensor.shape[0] // self.size, *tensor.shape[1:]))
+        out = _poisoned(tensor, tensor.shape[0] // self.size)
         self.traffic["reduce_scatter"] += tensor.nbytes
         dist.reduce_scatter_tensor(out, tensor.contiguous(), group=self.group)
         return out
 
     def all_gather(self, tensor: Tensor) -> Tensor:
-        """Concatenate equal (n, ...) tensors of all ranks along dim 0 into (size * n, ...)."""
+        """Concatenate equal (n, ...) tensors of all ranks along dim 0 into (size * n, ...): NaN, or the least integer, if it
+        never happens."""
         if self.size == 1:
             return tensor
-        out = tensor.new_empty((tensor.shape[0] * self.size, *tensor.shape[1:]))
+        out = _poisoned(tensor, tensor.shape[0] * self.size)
         self.traffic["all_gather"] += out.nbytes
         dist.all_gather_into_tensor(out, tensor.contiguous(), group=self.group)
         return out
+
+    def sum_checked(self, tensor: Tensor, what: str) -> Tensor:
+        """The sum of a floating-point ``tensor`` over the group, in new memory. One all-reduce with a canary, which is
+        waited for. Raises CollectiveError, which says ``what``, if it did not happen."""
+        total = self.all_reduce_(torch.cat([tensor.reshape(-1), tensor.new_ones(1)]))
+        self._check(what, total[-1].item(), float(self.size))
+        return total[:-1].view(tensor.shape)
+
+    def gather_checked(self, tensor: Tensor, what: str) -> Tensor:
+        """Equal tensors (...) of all ranks as (size, ...), on the host. One all-gather with a canary of each rank, which is
+        waited for. Raises CollectiveError, which says ``what``, if it did not happen."""
+        own = torch.cat([tensor.reshape(-1), tensor.new_full((1,), self.rank + 1)])
+        rows = self.all_gather(own[None]).cpu()
+        for rank, canary in enumerate(rows[:, -1].tolist()):
+            self._check(f"{what} of rank {rank}", canary, rank + 1)
+        return rows[:, :-1].reshape(self.size, *tensor.shape)
+
+    def _check(self, what: str, got: float, expected: float) -> None:
+        if got != expected:
+            raise CollectiveError(
+                f"{what}: got {got:g} on rank {self.rank} where {expected:g} was expected, since a collective over "
+                f"{self.size} ranks did not happen; another rank raised or ended, see its log"
+            )
+
+
+def _poisoned(like: Tensor, rows: int) -> Tensor:
+    """(rows, ...) for a collective to write into. Memory that was in use before may hold the very result of the step
+    before."""
+    poison = torch.nan if like.is_floating_point() else torch.iinfo(like.dtype).min
+    return like.new_empty((rows, *like.shape[1:])).fill_(poison)
 
 
 def group_of(number: int) -> TPGroup:

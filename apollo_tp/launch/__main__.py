@@ -13,6 +13,7 @@ import time
 from apollo_tp.errors import ApolloTpError, ServerGoneError
 from apollo_tp.gpu_sharing.mps import share_gpu
 from apollo_tp.launch.compose import help_text, read_config
+from apollo_tp.launch.nccl import end_without_abort
 
 EXIT_FAILED = 1
 EXIT_OPTIONS = 2
@@ -41,6 +42,7 @@ def main(arguments: list[str]) -> int:
             time.sleep(RANK_0_SECONDS)
         print(f"apollo_tp.launch: {error}", file=sys.stderr)
         return EXIT_OPTIONS
+    end_without_abort()
     # A recorded step keeps its memory to itself: no part of it should be lost between blocks. CUDA's memory alone.
     if "PYTORCH_ALLOC_CONF" not in os.environ:
         os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")

@@ -140,14 +140,15 @@ class BoundModel:
             correct=zeros.index_add(0, sequence, hits),
         )
 
-    def finish_gradients(self, *, compare: bool = False) -> None:
+    def finish_gradients(self, *, compare: bool = False) -> Tensor | None:
         """Once per optimizer step, after the last backward pass: complete the gradients that are partial sums, and give
-        all ranks the same ones of replicated tensors; with ``compare`` see that they were nearly the same before.
+        all ranks the same ones of replicated tensors; with ``compare`` see that they were nearly the same before. Returns
+        what ``Optimizer.step`` needs as ``received``.
 
         Collectives, and the ReplicaError of ``compare``: see GradientSync.finish. Calling it twice in a step would count
         gradients twice.
         """
-        self.gradient_sync.finish(compare=compare)
+        return self.gradient_sync.finish(compare=compare)
 
     def zero_grad(self) -> None:
         """Forget all gradients, and what is left of a pass that raised. The device waits for this between steps: no walk

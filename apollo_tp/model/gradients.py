@@ -85,21 +85,25 @@ class GradientSync:
             ranks: tp.subgroup(ranks) for ranks in sorted(groups)
         }  # collective: the same order on all ranks
 
-    def finish(self, *, compare: bool) -> None:
-        """In place: per replica group and dtype, one all-reduce for every BUCKET_BYTES; then likewise broadcasts.
+    def finish(self, *, compare: bool) -> Tensor | None:
+        """In place: per replica group and dtype, one all-reduce for every BUCKET_BYTES; then likewise broadcasts. Returns 1
+        (fp32, (1,)) if each of them has happened on this rank, by a canary that it carries, else 0; None if there are none.
+        Nothing waits for it, and the gradients may be anything then: the optimizer must not write if it is 0 on some rank.
 
         With ``compare`` one all-reduce more, of a float for each gradient outside. Raises ReplicaError on all ranks alike if
         it differs between ranks by more than rounding; what is broadcast is rank 0's all the same.
         """
         trained = [(n, s) for n, s in zip(self._names, self._whole, strict=True) if compare and s.leaf.requires_grad]
         own = [part.gradient().clone() for _, part in trained]
+        arrived: list[Tensor] = []
         for ranks in sorted(self._slices):
-            for bucket in _buckets(self._slices[ranks]):
-                _side_by_side(bucket, self._groups[ranks].all_reduce_)
-        for bucket in _buckets(self._whole):
-            _side_by_side(bucket, self._tp.broadcast_)
+            group = self._groups[ranks]
+            arrived += [_side_by_side(b, group.all_reduce_, 1.0) == group.size for b in _buckets(self._slices[ranks])]
+        canary = 1.0 if self._tp.rank == 0 else torch.nan
+        arrived += [_side_by_side(bucket, self._tp.broadcast_, canary) == 1.0 for bucket in _buckets(self._whole)]
         if trained:
             self._compare([name for name, _ in trained], own, [part.gradient() for _, part in trained])
+        return torch.cat(arrived).all().float()[None] if arrived else None
 
     def _compare(self, names: Sequence[str], own: list[Tensor], given: list[Tensor]) -> None:
         norms = torch.stack([norm.float() for norm in torch._foreach_norm(given)])
@@ -118,11 +122,14 @@ class GradientSync:
         )
 
 
-def _side_by_side(gradients: list[Tensor], collective: Callable[[Tensor], Tensor]) -> None:
-    """Replace the gradients by what one ``collective`` makes of them side by side."""
-    flat = collective(torch.cat([gradient.reshape(-1) for gradient in gradients]))
-    parts = flat.split([gradient.numel() for gradient in gradients])
+def _side_by_side(gradients: list[Tensor], collective: Callable[[Tensor], Tensor], canary: float) -> Tensor:
+    """Replace the gradients by what one ``collective`` makes of them side by side; returns what it made of ``canary``,
+    (1,)."""
+    last = gradients[0].new_full((1,), canary)
+    flat = collective(torch.cat([*(gradient.reshape(-1) for gradient in gradients), last]))
+    *parts, made = flat.split([*(gradient.numel() for gradient in gradients), 1])
     torch._foreach_copy_(gradients, [part.view(g.shape) for part, g in zip(parts, gradients, strict=True)])
+    return made
 
 
 def _buckets(slices: Sequence[_Slice]) -> Iterator[list[Tensor]]:
@@ -144,16 +151,15 @@ def _buckets(slices: Sequence[_Slice]) -> Iterator[list[Tensor]]:
 
 
 def _gather_ranges(shards: Sequence[Place], tp: TPGroup) -> list[list[list[tuple[int, int]]]]:
-    """Per shard and rank: the global index ranges that the rank holds. One max all-reduce and one all-gather."""
+    """Per shard and rank: the global index ranges that the rank holds. Two all-gathers."""
     if not shards:
         return []
     device = shards[0][1].device
     widest = torch.tensor([max(len(shard.ranges) for shard, _, _ in shards)], device=device)
-    tp.all_reduce_(widest, dist.ReduceOp.MAX)
-    width = int(widest)
+    width = int(tp.gather_checked(widest, "number of index ranges").max())
     rows = [[*shard.ranges, *[(-1, -1)] * (width - len(shard.ranges))] for shard, _, _ in shards]
     local = torch.tensor(rows, dtype=torch.int64, device=device).view(len(rows), width, 2)
-    gathered = tp.all_gather(local).view(tp.size, len(rows), width, 2).tolist()
+    gathered = tp.gather_checked(local, "index ranges").tolist()
     return [
         [[(start, stop) for start, stop in gathered[rank][i] if start >= 0] for rank in range(tp.size)]
         for i in range(len(rows))

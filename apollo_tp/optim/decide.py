@@ -13,9 +13,9 @@ def decide(learning_rate: float, sums: Sums, facts: Facts, config: OptimConfig) 
 
     The norm of a matrix's update is limited to ``norm_growth_limit`` times what the limiter let through the last time
     (APOLLO, arXiv 2412.05270, section 4, and its published code), but for embedding and head: what a batch moves of these
-    grows with its number of tokens, and a short one would hold up those after it. Nothing is written if a sum is not
-    finite or a matrix would move by more than ``max_relative_update`` of its norm. Only finite sums give finite
-    coefficients.
+    grows with its number of tokens, and a short one would hold up those after it. Nothing is written if a canary is not
+    what it must be, a sum is not finite, or a matrix would move by more than ``max_relative_update`` of its norm. Only
+    finite sums give finite coefficients.
     """
     projected, limited, squares = facts.projected > 0, facts.projected > 1, sums.squares[:-1].double()
     one = torch.ones_like(facts.corrections)
@@ -33,10 +33,11 @@ def decide(learning_rate: float, sums: Sums, facts: Facts, config: OptimConfig) 
     active = squares > 0
     relative = torch.where(active, factor * norm / facts.weight_norms[facts.places], 0.0)
     finite = torch.isfinite(sums.squares).all() & torch.isfinite(sums.norms).all()
-    good = finite & (relative <= config.max_relative_update).all()
-    write = active & good & (sums.alive > 0)
+    checked = (sums.checks == facts.checks).all()
+    good = checked & finite & (relative <= config.max_relative_update).all()
+    write = active & good & (sums.alive == facts.checks[0])
     facts.limiter_norms[facts.places] = torch.where(write, norm / excess, facts.limiter_norms[facts.places])
-    report = [finite[None], squares.sum()[None], write, relative]
+    report = [checked[None], finite[None], squares.sum()[None], write, relative]
     return Decision(
         learning_rate=learning_rate,
         clip=sums.clip,

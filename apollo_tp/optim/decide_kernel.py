@@ -53,7 +53,9 @@ def decide_kernel(
     squares,  # fp32 (parameters + 1,)
     norms,  # fp32 (parameters, 2)
     clip_at,  # fp32, one element
-    alive,  # int32, one element
+    alive,  # fp32, one element
+    checks,  # fp32 (num_checks,): the canaries
+    expected,  # fp32 (num_checks,): what they must be; the first is the number of ranks
     projected,  # int32 (parameters,)
     root_scales,  # fp64 (parameters,)
     places,  # int64 (parameters,)
@@ -66,8 +68,9 @@ def decide_kernel(
     write,  # int32 (parameters,), out
     coefficients,  # fp32 (parameters,), out
     good_at,  # int32, one element, out
-    report,  # fp64 (2 + 2 * parameters,), out
+    report,  # fp64 (3 + 2 * parameters,), out
     count,  # parameters
+    num_checks,
     MINI: tl.constexpr,
     LIMITED: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -76,6 +79,12 @@ def decide_kernel(
     clip = tl.load(clip_at).to(tl.float64)
     rate, gamma, limit = tl.load(rate_at), tl.load(limits), tl.load(limits + 1)
     tensors = (squares, norms, projected, root_scales, places, limiter_norms, corrections, steps)
+    num_wrong = tl.full((), 0, tl.int32)
+    for start in range(0, num_checks, BLOCK):
+        i = start + tl.arange(0, BLOCK)
+        inside = i < num_checks
+        equal = tl.load(checks + i, mask=inside, other=0.0) == tl.load(expected + i, mask=inside, other=0.0)
+        num_wrong += tl.sum((inside & (equal == 0)).to(tl.int32), axis=0)  # NaN is not equal to anything
     infinity = float("inf")
     not_finite = 1 - (tl.abs(tl.load(squares + count)) < infinity).to(tl.int32)  # of a loss; a NaN is not less either
     too_long = not_finite * 0
@@ -92,19 +101,20 @@ def decide_kernel(
         not_finite += tl.sum((inside & (finite == 0)).to(tl.int32), axis=0)
         too_long += tl.sum((inside & ((share <= limit) == 0)).to(tl.int32), axis=0)
         total += tl.sum(square, axis=0)
-        tl.store(report + 2 + count + i, share, mask=inside)
-    good = (not_finite == 0) & (too_long == 0)
-    tl.store(report, (not_finite == 0).to(tl.float64))
-    tl.store(report + 1, total)
+        tl.store(report + 3 + count + i, share, mask=inside)
+    good = (num_wrong == 0) & (not_finite == 0) & (too_long == 0)
+    tl.store(report, (num_wrong == 0).to(tl.float64))
+    tl.store(report + 1, (not_finite == 0).to(tl.float64))
+    tl.store(report + 2, total)
     tl.store(good_at, good.to(tl.int32))
-    allowed = good.to(tl.int32) * tl.load(alive)
+    allowed = (good & (tl.load(alive) == tl.load(expected))).to(tl.int32)
     for start in range(0, count, BLOCK):
         i = start + tl.arange(0, BLOCK)
         inside = i < count
         square, norm, excess, factor, inner = _update(i, inside, tensors, clip, rate, gamma, MINI, LIMITED)
         flag = tl.where(square > 0, allowed, 0)
         tl.store(write + i, flag, mask=inside)
-        tl.store(report + 2 + i, flag.to(tl.float64), mask=inside)
+        tl.store(report + 3 + i, flag.to(tl.float64), mask=inside)
         tl.store(coefficients + i, (factor * inner * clip).to(tl.float32), mask=inside)
         place = tl.load(places + i, mask=inside, other=0)
         tl.store(limiter_norms + place, norm / excess, mask=inside & (flag != 0))
@@ -122,7 +132,7 @@ class DecideOnDevice:
     def __call__(self, learning_rate: float, sums: Sums, facts: Facts) -> Decision:
         """See ``decide.decide``. Does not wait for the device."""
         device, count = self.limits.device, facts.steps.numel()
-        report = torch.empty(2 + 2 * count, dtype=torch.float64, device=device)
+        report = torch.empty(3 + 2 * count, dtype=torch.float64, device=device)
         flags = torch.empty(count + 1, dtype=torch.int32, device=device)
         write, good = flags[:count], flags[count]
         coefficients = torch.empty(count, device=device)
@@ -131,6 +141,8 @@ class DecideOnDevice:
             sums.norms,
             sums.clip,
             sums.alive,
+            sums.checks,
+            facts.checks,
             facts.projected,
             facts.root_scales,
             facts.places,
@@ -145,6 +157,7 @@ class DecideOnDevice:
             good,
             report,
             count,
+            facts.checks.numel(),
             **self.options,
             BLOCK=BLOCK,
             num_warps=8,

@@ -47,7 +47,7 @@ class FusedStep:
         self.names = [weight.name for weight in fused]
         self.rest = whole.part([w for w in whole.weights if w.name not in set(self.names)])
         self._lr: float | None = None
-        self._alive = torch.ones((), dtype=torch.int32, device=self.device)
+        self._alive = self._received = torch.ones(1, device=self.device)
         self._decisions: list[tuple[Bundle, Decision]] = []
         self._done: set[int] = set()
         # the backward pass meets the last layers first
@@ -61,19 +61,14 @@ class FusedStep:
         """True between ``begin`` and ``finish``."""
         return self._lr is not None
 
-    @property
-    def has_written(self) -> bool:
-        """True if a bucket of a step that has begun was updated (or left alone because of what it holds)."""
-        return bool(self._decisions)
-
     def begin(self, lr: float, loss: Tensor | None) -> None:
-        """The next backward pass updates, unless ``loss`` is not finite on some rank. One all-reduce of one float."""
+        """The next backward pass updates, unless ``loss`` is not finite on some rank. One all-reduce of two floats."""
         self.abandon()
         self._lr = lr
-        bad = torch.zeros((), device=self.device)
+        sums = torch.ones(2, device=self.device)  # whose loss is finite, and who takes part
         if loss is not None:
-            bad = (~torch.isfinite(loss.detach())).float().to(self.device)
-        self._alive = (self.tp.all_reduce_(bad) == 0).int()
+            sums[0] = torch.isfinite(loss.detach()).float()
+        self._alive, self._received = (self.tp.all_reduce_(sums) == self.tp.size).float().split(1)
 
     def _hook(self, bucket: _Bucket, leaf: Tensor) -> None:
         if self._lr is None:
@@ -89,13 +84,14 @@ class FusedStep:
             self._update(bucket, self._lr)
 
     def _update(self, bucket: _Bucket, lr: float) -> None:
-        decision = bucket.bundle.update(lr, None, self._alive)
-        self._alive = self._alive & decision.good
+        decision = bucket.bundle.update(lr, None, self._alive, self._received)
+        self._alive = self._alive * decision.good
         self._decisions.append((bucket.bundle, decision))
         bucket.release()
 
-    def finish(self, lr: float, loss: Tensor | None) -> list[tuple[Bundle, Decision]]:
-        """Update what the hooks left, if nothing stopped them; returns all decisions of the step. Collective: see Bundle.
+    def finish(self, lr: float, loss: Tensor | None, received: Tensor | None) -> list[tuple[Bundle, Decision]]:
+        """Update what the hooks left, if nothing stopped them; returns all decisions of the step. Collective: see Bundle,
+        ``received`` too.
 
         Raises ApolloTpError if ``lr`` is not the learning rate of ``begin``.
         """
@@ -103,10 +99,12 @@ class FusedStep:
             raise ApolloTpError(
                 f"step: got learning rate {lr}, expected {self._lr} as in begin_fused_step of this step"
             )
+        if received is not None:
+            self._received = self._received * received
         for bucket in self._buckets:
             if bucket.arrived:  # some of its leaves had no part in the loss
                 self._update(bucket, lr)
-        decisions = [*self._decisions, (self.rest, self.rest.update(lr, loss, self._alive))]
+        decisions = [*self._decisions, (self.rest, self.rest.update(lr, loss, self._alive, self._received))]
         self._decisions = []  # the caller counts them
         self.abandon()
         return decisions

@@ -67,8 +67,8 @@ class Decision:
 
     ``write`` (int32) is 1 for each parameter to write, 0 for all in a skipped step. ``coefficients`` (fp32) multiplies
     channel scale and gradient (matrices), ``clip`` (fp32, 0-d) the gradient (AdamW). ``good`` (int32, 0-d) is 1 if all is
-    finite and no step too long. ``report`` (fp64, 2 + 2 x parameters): see ``read_report``. ``local_sums`` (fp32) are this
-    rank's squared gradient norms and, last, a NaN if its loss is not finite.
+    finite, no step too long, and every collective happened. ``report`` (fp64, 3 + 2 x parameters): see ``read_report``.
+    ``local_sums`` (fp32) are this rank's squared gradient norms and, last, a NaN if its loss is not finite.
     """
 
     learning_rate: float
@@ -92,7 +92,8 @@ class Decision:
         self._sent = host, event
 
     def read_report(self) -> list[float]:
-        """2 + 2 x parameters numbers: finite, squared gradient norm, write flags, relative updates. Waits for them."""
+        """3 + 2 x parameters numbers: whether every collective happened, finite, squared gradient norm, write flags,
+        relative updates. Waits for them."""
         assert self._sent is not None  # Bundle.update sent it
         report, event = self._sent
         if event is not None:
@@ -101,7 +102,7 @@ class Decision:
 
     def written(self) -> list[bool]:
         """Which parameters of the bundle were written. Waits for the report."""
-        return [bool(flag) for flag in self.read_report()[2 : 2 + len(self.write)]]
+        return [bool(flag) for flag in self.read_report()[3 : 3 + len(self.write)]]
 
 
 @dataclass(frozen=True)
@@ -109,8 +110,9 @@ class Sums:
     """From which a step is decided, the same on all ranks: fp32 on the device, each replicated element counted once.
 
     ``squares`` (parameters + 1,): squared gradient norms, last a NaN if a loss is not finite. ``norms`` (parameters, 2): see
-    Bundle._update_norms. ``clip`` 0-d. ``alive`` int32, 0-d: 0 if an earlier part of the step forbids to write.
-    ``local_squares``: this rank's part of ``squares``.
+    Bundle._update_norms. ``clip`` 0-d. ``local_squares``: this rank's part of ``squares``. ``alive`` (1,): the number of
+    ranks on which no earlier part of the step forbids to write. ``checks``: canaries of all collectives that lead here,
+    summed over ranks; ``Facts.checks`` is what they are if all of them happened on all ranks.
     """
 
     local_squares: Tensor
@@ -118,6 +120,7 @@ class Sums:
     norms: Tensor
     clip: Tensor
     alive: Tensor
+    checks: Tensor
 
 
 @dataclass(frozen=True)
@@ -127,7 +130,8 @@ class Facts:
     ``projected`` (int32): 2 for APOLLO's matrices, 1 for those that the limiter leaves alone, else 0. ``root_scales``:
     square roots of their scale. ``places`` (int64): where each parameter stands in ``limiter_norms`` and ``weight_norms``,
     which are those of the whole model; ``limiter_norms`` is moved by the decision. ``corrections``: Adam's bias correction
-    of this step; ``steps`` (int32): updates before it. ``learning_rate`` 0-d.
+    of this step; ``steps`` (int32): updates before it. ``learning_rate`` 0-d. ``checks`` (fp32, as many as in ``Sums``):
+    what the canaries must be; the first is the number of ranks.
     """
 
     projected: Tensor
@@ -138,12 +142,14 @@ class Facts:
     corrections: Tensor
     steps: Tensor
     learning_rate: Tensor
+    checks: Tensor
 
 
 @dataclass(frozen=True)
 class Scales:
     """Channel scales of all matrices. ``local`` (rows of all groups,) are those of this rank's rows of moments. ``gathered``
-    (ranks, rows of all exchanged groups) holds other ranks' too; None if no matrix is exchanged. APOLLO-Mini: all 1."""
+    (ranks, rows of all exchanged groups + 1) holds other ranks' too and, last, the canary of each rank's part; None if no
+    matrix is exchanged. APOLLO-Mini: all 1."""
 
     local: Tensor
     gathered: Tensor | None

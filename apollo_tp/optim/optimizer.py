@@ -13,12 +13,11 @@ from array import array
 from collections.abc import Sequence
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from apollo_tp.config import EmbeddingMode, OptimConfig, Precision
 from apollo_tp.distributed.tp_group import TPGroup
-from apollo_tp.errors import ApolloTpError, ConfigError
+from apollo_tp.errors import ApolloTpError, CollectiveError, ConfigError
 from apollo_tp.optim.in_backward import FusedStep, by_leaf, whole_leaves
 from apollo_tp.optim.interface import Decision, OptimParameter, StepOutcome
 from apollo_tp.optim.replicas import check_replicas, level_replicas
@@ -60,6 +59,7 @@ class Optimizer:
         self.bundle = Bundle(self.weights, config, tp)
         self.step_count = self.skipped_in_a_row = 0
         self.fused: FusedStep | None = None
+        self._doubtful = False
         self._measure_weights()
 
     # --- the step --------------------------------------------------------------------------------------------------
@@ -79,21 +79,32 @@ class Optimizer:
         """Steps so far, and a checksum of all parameters' updates. Which collectives come when follows from them."""
         return self.step_count, zlib.crc32(array("q", self.bundle.counters.steps))
 
-    def step(self, learning_rate_scale: float = 1.0, loss: Tensor | None = None) -> StepOutcome:
+    def step(
+        self, learning_rate_scale: float = 1.0, loss: Tensor | None = None, received: Tensor | None = None
+    ) -> StepOutcome:
         """Update all weights in place from their local gradients, or none on any rank. After ``begin_fused_step``: what
         the backward pass has left.
 
-        ``loss`` (0-d) is only tested: if it is not finite on some rank, no rank writes. Collectives: one all-reduce of 3
-        floats per parameter (with clipping, one of 1 and one of 2); if a matrix is cut along its contracted dimension, a
-        reduce-scatter per bucket and one all-gather of channel scales; now and then one all-reduce of weight norms
-        (every ``refresh_every`` steps) and one all-gather of checksums (every ``check_replicas_every``).
-        Raises ReplicaError if replicas of a weight differ. On CUDA it returns while the device still writes.
+        ``loss`` (0-d) is only tested: if it is not finite on some rank, no rank writes. ``received`` (fp32, (1,)) is 1 if
+        this rank has what completes its gradients from other ranks (``GradientSync.finish``). Collectives: if a matrix is
+        cut along its contracted dimension, a reduce-scatter per bucket and one all-gather of channel scales; one
+        all-reduce of 3 floats per parameter (with clipping, one of 1 and one of 2) and some canaries; now and then one
+        all-reduce of weight norms (every ``refresh_every`` steps) and one all-gather of checksums (every
+        ``check_replicas_every``).
+
+        A rank writes only if every collective that its update follows from has happened, on it and on all ranks, as far as
+        the last all-reduce tells: where a communicator was aborted, work that waits on the device finds a canary that is not
+        right and leaves weights and moments alone, and this raises CollectiveError. If the last one itself happened on some
+        ranks only, these write: their counts of updates then differ (``progress``), so that the ranks cannot go on together.
+        Raises ReplicaError if replicas of a weight differ. On CUDA it returns while the device still writes, but for the
+        steps of the last two collectives.
         """
         lr = self.learning_rate(learning_rate_scale)
         if self.fused is not None and self.fused.begun:
-            decisions = self.fused.finish(lr, loss)
+            decisions = self.fused.finish(lr, loss, received)
         else:
-            decisions = [(self.bundle, self.bundle.update(lr, loss))]
+            self._measure_if_doubtful()
+            decisions = [(self.bundle, self.bundle.update(lr, loss, received=received))]
         outcome = self._conclude(decisions, lr)
         if not outcome.skipped:
             self.step_count += 1
@@ -103,17 +114,24 @@ class Optimizer:
                 check_replicas(self.weights, self.tp)
         return outcome
 
+    def rejoin(self) -> None:
+        """On all ranks, once one has raised: only some may have measured the weights. The next step measures them."""
+        self._doubtful = True
+
     def level_replicas(self) -> list[str]:
         """See replicas.level_replicas: before the first step of a trainer whose predecessor may have been killed."""
         return level_replicas(self.weights, self.tp)
 
     def _conclude(self, decisions: list[tuple[Bundle, Decision]], lr: float) -> StepOutcome:
-        """Count what is written, and say what stopped the rest. Waits for the decisions, not for the writes."""
+        """Count what is written, and say what stopped the rest. Waits for the decisions, not for the writes. Raises
+        CollectiveError if a sum or gather did not happen."""
         square, num_updated, largest, skipped = 0.0, 0, 0.0, ""
         for bundle, decision in decisions:
-            finite, norm, *flags = decision.read_report()
+            checked, finite, norm, *flags = decision.read_report()
             written, relative = decision.written(), flags[len(bundle.weights) :]
             bundle.accept(written)  # first: to say why needs a collective, which may raise
+            if not checked:
+                raise self._nothing_received(num_updated)
             square, num_updated, largest = square + norm, num_updated + sum(written), max(largest, *relative, 0.0)
             skipped = skipped or self._why_skipped(bundle, decision, bool(finite), relative)
         if skipped:
@@ -122,6 +140,13 @@ class Optimizer:
         else:
             self.skipped_in_a_row = 0
         return StepOutcome(skipped, math.sqrt(square), lr, num_updated, largest, self.skipped_in_a_row)
+
+    def _nothing_received(self, num_updated: int) -> CollectiveError:
+        return CollectiveError(
+            f"optimizer step on rank {self.tp.rank}: got a sum or gather over ranks that did not happen, expected all "
+            f"{self.tp.size} ranks in each; {num_updated or 'no'} tensors were written before it and nothing after. Another "
+            "rank raised or ended: see its log"
+        )
 
     def _why_skipped(self, bundle: Bundle, decision: Decision, finite: bool, relative: list[float]) -> str:
         """The reason, or "". One all-gather of flags if a value is not finite."""
@@ -140,9 +165,15 @@ class Optimizer:
         )
 
     def _measure_weights(self) -> None:
-        """Norms of all matrices, global, replicas once; infinite where no limit applies. One all-reduce."""
-        squares = self.tp.all_reduce_(self.bundle.local_square_norms())
+        """Norms of all matrices, global, replicas once; infinite where no limit applies. One all-reduce, which is waited
+        for."""
+        squares = self.tp.sum_checked(self.bundle.local_square_norms(), "norms of the weights")
+        self._doubtful = False
         self.bundle.counters.weight_norms = torch.where(squares > 0, squares.double().sqrt(), torch.inf)
+
+    def _measure_if_doubtful(self) -> None:
+        if self._doubtful:
+            self._measure_weights()
 
     # --- updates inside the backward pass --------------------------------------------------------------------------
 
@@ -169,8 +200,9 @@ class Optimizer:
             matrices = [m.weight for m in self.bundle.matrices]
             whole = whole_leaves(matrices)
             free = torch.tensor([float(w.name in whole) for w in matrices], device=self.device)
-            agreed = self.tp.all_reduce_(free, dist.ReduceOp.MIN).tolist()  # hooks are collective: all ranks, or none
-            fused = [weight for weight, everywhere in zip(matrices, agreed, strict=True) if everywhere]
+            ranks = self.tp.sum_checked(free, "what may be updated in the backward pass").tolist()
+            # hooks are collective: all ranks, or none
+            fused = [weight for weight, num_ranks in zip(matrices, ranks, strict=True) if num_ranks == self.tp.size]
             whole = whole_leaves(fused)
             if len(whole) == len(self.weights):  # ``step`` needs a parameter to tell what happened
                 whole -= {weight.name for weight in by_leaf(fused)[-1][1]}
@@ -178,9 +210,10 @@ class Optimizer:
         return self.fused.names
 
     def begin_fused_step(self, learning_rate_scale: float = 1.0, loss: Tensor | None = None) -> None:
-        """Before the backward pass of a step: its learning rate, and its loss to test. One all-reduce of one float."""
+        """Before the backward pass of a step: its learning rate, and its loss to test. One all-reduce of two floats."""
         if self.fused is None:
             raise ApolloTpError("begin_fused_step: got an optimizer with stored gradients; call attach_fused first")
+        self._measure_if_doubtful()
         self.fused.begin(self.learning_rate(learning_rate_scale), loss)
 
     # --- state -----------------------------------------------------------------------------------------------------

@@ -6,11 +6,10 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from apollo_tp.distributed.tp_group import TPGroup
-from apollo_tp.errors import ReplicaError
+from apollo_tp.errors import CollectiveError, ReplicaError
 from apollo_tp.optim.weight import Weight
 
 _CHUNK_ELEMENTS = 1 << 22
@@ -25,8 +24,8 @@ Part = tuple[int, int, int]
 def check_replicas(weights: Sequence[Weight], tp: TPGroup) -> None:
     """Compare checksums of everything that more than one rank holds, weights and remainders, whole or in part.
 
-    Collectives: one max all-reduce of the number of replicated parts, one all-gather of COLUMNS int64 for each. Raises
-    ReplicaError on all ranks alike if bits differ.
+    Collectives: one all-gather of the number of replicated parts, one of COLUMNS int64 for each. Raises ReplicaError on all
+    ranks alike if bits differ, CollectiveError if a gather did not happen.
     """
     for (place, *_), sums in _differing(weights, tp):
         raise ReplicaError(
@@ -40,19 +39,36 @@ def level_replicas(weights: Sequence[Weight], tp: TPGroup) -> list[str]:
     """Give every rank the lowest one's bits of what they share, where they differ: of a trainer that was killed as it wrote,
     some ranks may have written and others not. Returns the names of these weights, the same on all ranks.
 
-    Collectives: those of ``check_replicas``, and per part that differs one all-reduce over the ranks that hold it.
+    A weight is written with bits that have the lowest rank's checksums, and once all ranks say so of theirs. Collectives:
+    those of ``check_replicas``, and per part that differs one all-reduce over the ranks that hold it for each tensor, and
+    one all-gather over all. Raises CollectiveError if one of them did not happen.
     """
     own = {(place, lowest, start): views for place, w in enumerate(weights) for lowest, start, views in _shared(w)}
-    differing = _differing(weights, tp)
+    differing, tensor_device = _differing(weights, tp), weights[0].data.device
     for part, sums in differing:
         holders = tp.subgroup(tuple(sorted(sums)))
-        for view in own.get(part, []):
-            bits = view.clone(memory_format=torch.contiguous_format)  # inference reads ``view`` all the while
-            if tp.rank != part[1]:
-                bits.view(torch.uint8).zero_()  # a sum of bytes with zeros keeps them
-            holders.all_reduce_(bits.view(torch.uint8))
+        views = own.get(part, [])
+        copies = [_bits_of_lowest(view, holders) for view in views]  # inference reads ``view`` all the while
+        right = not views or tuple(_checksums(copies).tolist()) == sums[part[1]]
+        name = weights[part[0]].name
+        answers = tp.gather_checked(torch.tensor([right], dtype=torch.int64, device=tensor_device), f"repair of {name}")
+        if wrong := (answers[:, 0] != 1).nonzero().flatten().tolist():
+            raise CollectiveError(
+                f"{name}: got other bits on ranks {wrong} than rank {part[1]} sent, expected its checksums {sums[part[1]]}; "
+                "nothing of it was written. Start the trainer again"
+            )
+        for view, bits in zip(views, copies, strict=True):
             view.copy_(bits)
     return sorted({weights[place].name for (place, *_), _ in differing})
+
+
+def _bits_of_lowest(view: Tensor, holders: TPGroup) -> Tensor:
+    """A copy of ``view`` on the lowest rank of ``holders``, on all of them. One all-reduce."""
+    bits = view.clone(memory_format=torch.contiguous_format)
+    if holders.rank > 0:
+        bits.view(torch.uint8).zero_()  # a sum of bytes with zeros keeps them
+    holders.all_reduce_(bits.view(torch.uint8))
+    return bits
 
 
 def _differing(weights: Sequence[Weight], tp: TPGroup) -> list[tuple[Part, dict[int, tuple[int, ...]]]]:
@@ -61,12 +77,12 @@ def _differing(weights: Sequence[Weight], tp: TPGroup) -> list[tuple[Part, dict[
         return []
     device = weights[0].data.device
     rows = [row for place, weight in enumerate(weights) for row in _records(place, weight)]
-    count = int(tp.all_reduce_(torch.tensor(len(rows), device=device), dist.ReduceOp.MAX))
+    count = int(tp.gather_checked(torch.tensor(len(rows), device=device), "number of replicated parts").max())
     own = torch.full((count, COLUMNS), -1, dtype=torch.int64, device=device)
     if rows:
         own[: len(rows)] = torch.stack(rows)
     holders: dict[Part, dict[int, tuple[int, ...]]] = defaultdict(dict)
-    for rank, records in enumerate(tp.all_gather(own).view(tp.size, count, COLUMNS).tolist()):
+    for rank, records in enumerate(tp.gather_checked(own, "checksums of replicated parts").tolist()):
         for place, lowest, start, plain, placed in records:
             holders[place, lowest, start][rank] = plain, placed
     return [(part, sums) for part, sums in sorted(holders.items()) if part[0] >= 0 and len(set(sums.values())) > 1]

@@ -25,6 +25,9 @@ from apollo_tp.distributed.tp_group import TPGroup
 from apollo_tp.optim.projection import gaussian, num_words, sign_words, stream_key, unpack_signs
 from apollo_tp.optim.weight import Weight, range_indices
 
+CANARY_FLOATS = 4
+"""Behind what is summed by a reduce-scatter: 1 on each rank. 16 bytes, which the next block may begin on."""
+
 
 def moment_rank(config: OptimConfig) -> int:
     """Rows of the projection: the configured rank, or one for APOLLO-Mini."""
@@ -160,24 +163,31 @@ class MatrixGroup:
 
     @property
     def buffer_shape(self) -> tuple[int, int]:
-        """(ranks that an exchange involves, floats for each): (rank + 1) per row, projections first, then energies."""
-        return (self.tp.size if self.exchanged else 1), self.num_rows * (self.rank + 1)
+        """(ranks that an exchange involves, floats for each): (rank + 1) per row, projections first, then energies; in an
+        exchange then the canary."""
+        floats = self.num_rows * (self.rank + 1)
+        return (self.tp.size, floats + CANARY_FLOATS) if self.exchanged else (1, floats)
 
     def use(self, flat: Tensor) -> None:
         """Use fp32 ``flat`` of ``buffer_shape`` as ``all_projected`` (ranks, rows, rank), ``all_energy`` (ranks, rows)."""
         self.flat, split = flat, self.num_rows * self.rank
         self.all_projected = flat[:, :split].unflatten(1, (self.num_rows, self.rank))
-        self.all_energy = flat[:, split:]
+        self.all_energy = flat[:, split : split + self.num_rows]
 
     def exchange(self) -> None:
-        """Sum the partial projections over ranks and keep the own channels. One reduce-scatter if cut contracted."""
+        """Sum the partial projections over ranks and keep the own channels. One reduce-scatter if cut contracted, and then
+        ``canary`` (1,) is the number of ranks if it happened."""
         if self.exchanged:
+            self.flat[:, -CANARY_FLOATS:] = 1.0
             self.use(self.tp.reduce_scatter(self.flat))
+            self.canary = self.flat[0, -1:]
         self.projected, self.energy = self.all_projected[0], self.all_energy[0]
 
     def release(self) -> None:
         """Drop the buffers of the step."""
         del self.flat, self.all_projected, self.all_energy, self.projected, self.energy
+        if self.exchanged:
+            del self.canary
 
 
 def make_groups(matrices: Sequence[Matrix], rank: int, tp: TPGroup, bucket_bytes: int) -> list[MatrixGroup]:

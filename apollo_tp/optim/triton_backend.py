@@ -119,7 +119,7 @@ class TritonBackend:
             for position, matrix in enumerate(group.matrices):
                 first = group.rows(position).start
                 if group.exchanged:
-                    scale = [local_rows + exchanged_start + first, matrix.per_rank, exchanged_rows]
+                    scale = [local_rows + exchanged_start + first, matrix.per_rank, exchanged_rows + 1]  # and a canary
                 else:
                     scale = [local_start + first, max(1, matrix.num_rows), 0]
                 for piece in pieces(matrix.weight):

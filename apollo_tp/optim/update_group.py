@@ -4,10 +4,13 @@ One bundle holds all parameters of a model and their state. For updates inside t
 gradient is freed at once is a part of it: a bundle of its own that shares the state, so that each step may take the one or
 the other way. Order, within a bundle:
     1. project every matrix (one read of its gradient), which also gives the squared norm of each channel;
-    2. add what crosses ranks: one reduce-scatter per bucket of matrices cut along their contracted dimension, and all
-       scalars in one all-reduce (clipping needs the global norm first: one more, of one float per parameter);
+    2. add what crosses ranks: one reduce-scatter per bucket of matrices cut along their contracted dimension, one all-gather
+       of their channel scales, and last all scalars in one all-reduce (clipping needs the global norm first: one more, of
+       one float per parameter);
     3. decide from the added scalars alone, so that every rank decides the same;
     4. only then move moments and write weights.
+Each collective of step 2 carries a canary, and the last one adds up what every rank found in those before it: no rank writes
+if one of them did not happen somewhere. Between decision and write nothing more crosses ranks.
 """
 
 from __future__ import annotations
@@ -74,13 +77,25 @@ class Bundle:
         self.backend = _make_backend(self)
         self._place_rows()
         self.scales = self.no_scales = torch.empty(0, device=self.device)
-        self.one, self.always = self.vector([1.0]).float()[0], self.vector([1.0]).int()[0]
+        self.ones = self.vector([1.0]).float()
+        self.checks = self.vector(self._expected_checks()).float()
         limited = {m.index for m in self.matrices if m.weight.parameter.role == "matrix"}
         self.is_projected = self.vector([float((i in roots) + (i in limited)) for i in range(count)]).int()
         self.root_scales = self.vector([roots.get(i, 1.0) for i in range(count)])
         self.adamw_index = torch.tensor([a.index for a in self.adamw], dtype=torch.int64, device=self.device)
         self.adamw_counts = self.vector([float(a.weight.represents) for a in self.adamw]).float()
         self.adamw_in_part = [a for a in self.adamw if a.weight.counted is not None]  # few: in plain torch everywhere
+
+    def _expected_checks(self) -> list[float]:
+        """What the canaries of a step are once they are summed over ranks, in the order of ``_decide``."""
+        size, num_exchanges = self.tp.size, sum(group.exchanged for group in self.groups)
+        expected = [size, size] + [size * size] * (num_exchanges + (self.config.max_grad_norm is not None))
+        return [float(n) for n in (*expected, *([size] * size if self._gathers else []))]
+
+    @property
+    def _gathers(self) -> bool:
+        """Whether ranks need channel scales of each other: APOLLO-Mini's are all 1."""
+        return self.config.kind is OptimizerKind.apollo and any(group.exchanged for group in self.groups)
 
     def _place_rows(self) -> None:
         """Where the rows of moments of each group lie among those of all, and what their sums by matrix need."""
@@ -105,15 +120,24 @@ class Bundle:
         """(len(values),) fp64 on the device, without waiting for it."""
         return to_device(values, torch.float64, self.device)
 
-    def update(self, lr: float, loss: Tensor | None = None, alive: Tensor | None = None) -> Decision:
-        """Decide and, if so decided, write. Nothing is written where ``alive`` (int32, 0-d) is 0.
+    def update(
+        self,
+        lr: float,
+        loss: Tensor | None = None,
+        alive: Tensor | None = None,
+        received: Tensor | None = None,
+    ) -> Decision:
+        """Decide and, if so decided, write. Nothing is written on any rank unless ``alive`` and ``received`` (fp32, (1,))
+        are 1 on all: an earlier part of the step does not forbid it, and what this rank got from others before has
+        arrived.
 
         The counters of the bundle follow in ``accept``, once the decision has been read. Collectives: see the module.
         """
         gradients = [weight.gradient() for weight in self.weights]
-        decision = self._decide(gradients, lr, loss, self.always if alive is None else alive)
+        flags = [self.ones if flag is None else flag for flag in (alive, received)]
+        decision, scales = self._decide(gradients, lr, loss, *flags)
         decision.send_report()
-        self.backend.write(gradients, decision, self._gather_scales())
+        self.backend.write(gradients, decision, scales)
         for group in self.groups:
             group.release()
         self.scales = self.no_scales
@@ -133,7 +157,9 @@ class Bundle:
         zero = torch.zeros((), device=self.device)
         return torch.stack([w.square_norm(w.data) if w.is_matrix else zero for w in self.weights])
 
-    def _decide(self, gradients: list[Tensor], lr: float, loss: Tensor | None, alive: Tensor) -> Decision:
+    def _decide(
+        self, gradients: list[Tensor], lr: float, loss: Tensor | None, alive: Tensor, received: Tensor
+    ) -> tuple[Decision, Scales]:
         """Steps 1 to 3. Touches neither moments nor weights."""
         config = self.config
         steps = self.steps
@@ -148,16 +174,25 @@ class Bundle:
         squares = local_squares = self._local_square_sums(gradients, loss)
         for group in self.groups:
             group.exchange()
-        if config.max_grad_norm is None:
-            clip = self.one
-            norms = self._update_norms(gradients, clip)
-            packed = self.tp.all_reduce_(torch.cat([norms.flatten(), squares]))
-            norms, squares = packed[: norms.numel()].view_as(norms), packed[norms.numel() :]
-        else:
-            squares = self.tp.all_reduce_(squares.clone())
+        checks = [self.ones, received, *(group.canary for group in self.groups if group.exchanged)]
+        clip = self.ones[0]
+        if config.max_grad_norm is not None:
+            squares, counted = self.tp.all_reduce_(torch.cat([squares, self.ones])).tensor_split([-1])
+            checks.append(counted)
             clip = (config.max_grad_norm / (squares[:-1].sum().sqrt() + 1e-6)).clamp(max=1.0)
-            norms = self.tp.all_reduce_(self._update_norms(gradients, clip))
-        return self.backend.decide(lr, Sums(local_squares, squares, norms, clip, alive), facts)
+        norms = self._update_norms(gradients, clip)
+        scales = self._gather_scales()
+        if self._gathers:
+            assert scales.gathered is not None
+            checks.append(scales.gathered[:, -1])
+        parts = [norms.flatten(), alive, torch.cat(checks)]
+        if config.max_grad_norm is None:
+            parts.append(squares)
+        packed = self.tp.all_reduce_(torch.cat(parts)).split([part.numel() for part in parts])
+        if config.max_grad_norm is None:
+            squares = packed[3]
+        sums = Sums(local_squares, squares, packed[0].view_as(norms), clip, alive=packed[1], checks=packed[2])
+        return self.backend.decide(lr, sums, facts), scales
 
     def _facts(self, lr: float, steps: Sequence[int]) -> Facts:
         """What the decision needs beside the sums; two small copies to the device."""
@@ -171,6 +206,7 @@ class Bundle:
             corrections=numbers[1:],
             steps=to_device(steps, torch.int32, self.device),
             learning_rate=numbers[0],
+            checks=self.checks,
         )
 
     def _counted_once(self, gradients: list[Tensor]) -> list[Tensor]:
@@ -186,13 +222,13 @@ class Bundle:
         return torch.segment_reduce(values * self.row_counts, "sum", lengths=self.row_lengths, unsafe=True)
 
     def _gather_scales(self) -> Scales:
-        """The channel scales of all matrices; one all-gather for those of exchanged ones."""
+        """The channel scales of all matrices; one all-gather for those of exchanged ones, each rank's with a canary of 1."""
         exchanged = self.scales[self.local_rows :]
         if not exchanged.numel():
             return Scales(self.scales, None, {})
-        if self.config.kind is OptimizerKind.apollo_mini:
-            return Scales(self.scales, exchanged.new_ones(self.tp.size, exchanged.numel()), self.gather_starts)
-        gathered = self.tp.all_gather(exchanged).view(self.tp.size, -1)
+        if not self._gathers:
+            return Scales(self.scales, exchanged.new_ones(self.tp.size, exchanged.numel() + 1), self.gather_starts)
+        gathered = self.tp.all_gather(torch.cat([exchanged, self.ones])).view(self.tp.size, -1)
         return Scales(self.scales, gathered, self.gather_starts)
 
     def _local_square_sums(self, gradients: list[Tensor], loss: Tensor | None) -> Tensor:

@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 
 from apollo_tp.distributed.control import Control
-from apollo_tp.errors import RankFailedError
+from apollo_tp.errors import CollectiveError, RankFailedError
 from apollo_tp.training.coordinator_link import Link
 from apollo_tp.training.trainer import StepResult, Trainer
 from apollo_tp.wire import commands
@@ -162,7 +162,9 @@ class RankLoop:
         return reply
 
     def _describe(self, error: Exception) -> Failure:
-        lost_peer = isinstance(error, dist.DistError) or "onnection" in str(error) or "pair.cc" in str(error)
+        lost_peer = (
+            isinstance(error, dist.DistError | CollectiveError) or "onnection" in str(error) or "pair.cc" in str(error)
+        )
         return Failure(
             rank=self.control.rank,
             error=type(error).__name__,

@@ -94,7 +94,7 @@ class Trainer:
         self.gradients = gradients
         self._replays: Replays | None = None
         self._has_compared = False
-        self._counted_steps = optimizer.step_count
+        self._progress = optimizer.progress()
 
     def record_passes(self, replays: Replays) -> bool:
         """From now on steps that are alike are replayed; False if none ever can be: gradients are not stored, inference has
@@ -153,7 +153,7 @@ class Trainer:
             self._make_room()
             replays = None
         self._pace.begin()
-        self._counted_steps = self.optimizer.step_count
+        self._progress = self.optimizer.progress()
         self.optimizer.zero_grad()
         self.model.zero_grad()
         loss_sum = torch.zeros((), device=self.device)
@@ -170,15 +170,15 @@ class Trainer:
             loss_sum += loss.detach()
             correct += hits.detach()
         compare = self._compares_gradients()
-        self.model.finish_gradients(compare=compare)
+        received = self.model.finish_gradients(compare=compare)
         self._has_compared |= compare  # if it did not raise
         clock.mark("backward")
         if not fused:
             self._before_write()
-        outcome = self.optimizer.step(learning_rate_scale, loss_sum)
+        outcome = self.optimizer.step(learning_rate_scale, loss_sum, received)
         if not outcome.skipped or outcome.num_updated:  # a fused step may stop after its first matrices
             self.weight_version += 1
-        self._counted_steps = self.optimizer.step_count
+        self._progress = self.optimizer.progress()
         self.model.zero_grad()
         self._pace.give_way()
         clock.mark("optimizer")
@@ -215,16 +215,16 @@ class Trainer:
     def abandon_step(self) -> None:
         """After a step that raised: forget it, and count it if it has written already, as a fused one may have, or one that
         found replicas to differ. Local."""
-        fused, steps = self.optimizer.fused, self.optimizer.step_count
-        if steps > self._counted_steps or (fused is not None and fused.has_written):
+        self.optimizer.zero_grad()  # which counts what a fused step has written
+        if self.optimizer.progress() != self._progress:
             self.weight_version += 1
-        self._counted_steps = steps
-        self.optimizer.zero_grad()
+        self._progress = self.optimizer.progress()
         self.model.zero_grad()
 
     def rejoin(self) -> None:
         """On all ranks, once one has raised: forget what may not be the same on all of them."""
         self._has_compared = False
+        self.optimizer.rejoin()
         self.model.zero_grad()
 
     def _is_fused(self, batches: Sequence[PackedBatch]) -> bool:

@@ -165,8 +165,10 @@ class UpdateGate:
         return time.monotonic() - self._paused_at if self._paused_at else 0.0
 
     def _agree(self, failed: bool) -> bool:
-        """True if any rank says so. One all-reduce, which also waits for the device."""
-        return bool(self._tp.all_reduce_(torch.tensor(float(failed), device=self._device)).item())
+        """True if any rank says so. One all-reduce, which also waits for the device. Raises CollectiveError if not all ranks
+        took part in it."""
+        own = torch.tensor(float(failed), device=self._device)
+        return bool(self._tp.sum_checked(own, "agreement on the server's pause").item())
 
 
 def needs_lock(config: SyncConfig) -> bool:

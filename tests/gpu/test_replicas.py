@@ -49,12 +49,12 @@ def _train(tp: TPGroup, by_timing: bool) -> tuple[int, int]:
     norms = [p for p in model.parameters if p.name.endswith(("layernorm.weight", "model.norm.weight"))]
     finish, differing, total = model.finish_gradients, 0, 0
 
-    def count(*, compare: bool) -> None:
+    def count(*, compare: bool) -> torch.Tensor | None:
         nonlocal differing, total
         own = torch.cat([p.grad.float() for p in norms if p.grad is not None])
         a, b = tp.all_gather(own).view(2, -1)
         differing, total = differing + int((a != b).sum()), total + own.numel()
-        finish(compare=compare)
+        return finish(compare=compare)
 
     model.finish_gradients = count  # type: ignore[method-assign]
     draw = random.Random(0)

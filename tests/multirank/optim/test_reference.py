@@ -12,6 +12,7 @@ from apollo_tp.distributed.tp_group import TPGroup
 from apollo_tp.optim import OptimParameter, build_optimizer
 from apollo_tp.optim.reference import ReferenceOptimizer
 from apollo_tp.optim.replicas import COLUMNS
+from apollo_tp.optim.sharding import CANARY_FLOATS
 from apollo_tp.shards.boxes import Shard
 from tests.support import optim_model as model
 from tests.support.ranks import run_ranks
@@ -155,7 +156,8 @@ def replicated_parts(size: int) -> int:
 def test_bytes_on_the_wire_follow_the_formula(size):
     """Only matrices cut along the contracted dimension exchange: reduce-scatter (r + 1) x big, all-gather big floats.
 
-    All other traffic is scalars: without clipping one all-reduce of 3 floats per parameter plus one, per step.
+    All other traffic is scalars: without clipping one all-reduce of 3 floats per parameter plus one, per step. What matters
+    carries canaries.
     """
     config, count = variant("no_limiter_no_clip"), len(model.SPECS)
     channels = {"case_c.weight": 96, "case_c_odd.weight": 97, "case_d.weight": 96, "square_row.weight": 64}
@@ -165,11 +167,15 @@ def test_bytes_on_the_wire_follow_the_formula(size):
     # the variants run one after the other on one counter: take the difference to the variant before
     before = sharded(size)[0]["apollo"][2]
     spent = {kind: traffic[kind] - before[kind] for kind in traffic}
-    assert spent["reduce_scatter"] == STEPS * 4 * (config.rank + 1) * padded
+    assert spent["reduce_scatter"] == STEPS * 4 * ((config.rank + 1) * padded + size * CANARY_FLOATS)
     checks = STEPS // config.check_replicas_every
-    assert spent["all_gather"] == STEPS * 4 * padded + checks * 8 * COLUMNS * replicated_parts(size) * size
+    checksums = 8 * size * (2 + COLUMNS * replicated_parts(size) + 1)  # and how many of them
+    assert spent["all_gather"] == STEPS * 4 * (padded + size) + checks * checksums
+    canaries = (
+        4 + size
+    )  # of this sum, what came before the step, the reduce-scatter and each rank's scales; and who is alive
     measured = 1 + STEPS // config.refresh_every  # norms of the weights: at the start and at each refresh
-    assert spent["all_reduce"] == STEPS * 4 * (3 * count + 1) + measured * 4 * count + checks * 8
+    assert spent["all_reduce"] == STEPS * 4 * (3 * count + 1 + canaries) + measured * 4 * (count + 1)
 
 
 def test_parameter_order_does_not_matter():

@@ -211,6 +211,11 @@ def test_a_parameter_whose_pieces_differ_in_kernel_is_summed_whole(value):
     assert ("qkv.bias on rank 0" in skipped) == math.isnan(value)
 
 
+BLOCK = 1024
+CANARIES = {"canary 1": (0, 1.0), "canary NaN": (3, math.nan), "canary 0": (-1, 0.0), "canary large": (-1, 1e30)}
+"""A sum in which one rank took part alone, and what lies in memory: (which canary, its value)."""
+
+
 def facts_and_sums(count: int, kind: OptimizerKind, spoil: str) -> tuple[Sums, Facts]:
     """Plausible numbers of ``count`` parameters out of 2 ``count``, with one thing wrong."""
     generator = torch.Generator().manual_seed(count)
@@ -228,10 +233,15 @@ def facts_and_sums(count: int, kind: OptimizerKind, spoil: str) -> tuple[Sums, F
         corrections=positive(count),
         steps=torch.randint(0, 3, (count,), generator=generator, dtype=torch.int32),
         learning_rate=torch.tensor(0.01, dtype=torch.float64),
+        checks=torch.tensor([2.0, 2.0, *[4.0] * BLOCK]),  # of two ranks; more than the kernel takes at a time
     )
     squares, norms = positive(count + 1).float(), positive(count, 2).float()
     squares[count], squares[count // 3] = 0, 0  # no loss is bad; one parameter without a gradient
-    alive = torch.tensor(int(spoil != "not alive"), dtype=torch.int32)
+    alive = torch.tensor([1.0 if spoil == "not alive" else 2.0])
+    checks = facts.checks.clone()
+    if spoil in CANARIES:
+        place, value = CANARIES[spoil]
+        checks[place] = value
     if spoil == "loss":
         squares[count] = torch.nan
     elif spoil == "gradient":
@@ -240,29 +250,32 @@ def facts_and_sums(count: int, kind: OptimizerKind, spoil: str) -> tuple[Sums, F
         norms[count - 1, int(kind is OptimizerKind.apollo_mini)] = torch.nan
     elif spoil == "too long":
         facts.weight_norms[places[count - 1]] = 1e-3
-    return Sums(squares, squares, norms, torch.tensor(0.7), alive), facts
+    return Sums(squares, squares, norms, torch.tensor(0.7), alive, checks), facts
 
 
 @pytest.mark.skipif(not HERE, reason="run by test_in_the_interpreter")
-@pytest.mark.parametrize("spoil", ["nothing", "not alive", "loss", "gradient", "norm", "too long"])
+@pytest.mark.parametrize("spoil", ["nothing", "not alive", "loss", "gradient", "norm", "too long", *CANARIES])
 @pytest.mark.parametrize("kind", [OptimizerKind.apollo, OptimizerKind.apollo_mini])
 def test_the_decision_on_the_device_equals_its_twin(kind, spoil):
     """What is written, reported and remembered, for more parameters than the kernel takes at a time; fp64 throughout."""
-    from apollo_tp.optim.decide_kernel import BLOCK, DecideOnDevice
+    from apollo_tp.optim import decide_kernel
 
+    assert decide_kernel.BLOCK == BLOCK
     for growth in (1.01, None):
         config = model.config(kind=kind, norm_growth_limit=growth, max_relative_update=0.1)
         both = []
         for on_device in (False, True):
             sums, facts = facts_and_sums(BLOCK + 300, kind, spoil)
             sums, facts = (type(x)(*(t.to(DEVICE) for t in vars(x).values())) for x in (sums, facts))
-            make = DecideOnDevice(config, torch.device(DEVICE)) if on_device else partial(decide, config=config)
+            on_it = decide_kernel.DecideOnDevice(config, torch.device(DEVICE))
+            make = on_it if on_device else partial(decide, config=config)
             both.append((make(0.01, sums, facts), facts.limiter_norms))
         (expected, limiter), (got, moved) = both
         assert torch.equal(got.write, expected.write), growth
         assert torch.equal(got.good, expected.good), growth
         assert int(got.good) == (spoil in {"nothing", "not alive"})
         assert int(got.write.sum()) == (BLOCK + 299) * (spoil == "nothing")
+        assert bool(got.report[0]) == (spoil not in CANARIES)
         torch.testing.assert_close(got.report, expected.report, rtol=1e-12, atol=0.0, equal_nan=True)
         torch.testing.assert_close(moved, limiter, rtol=1e-12, atol=0.0)
         if spoil == "nothing":
