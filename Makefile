@@ -7,7 +7,7 @@ TORCH := torch==2.13.0+cpu
 TORCH_INDEX := https://download.pytorch.org/whl/cpu
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: setup demo test check format test-gpu bench clean
+.PHONY: setup demo test test-fast check format test-gpu clean
 
 setup: $(VENV)/.ready
 
@@ -27,7 +27,12 @@ demo: setup
 test: setup
 	$(BIN)/python -m pytest
 
+# Without the tests marked `slow`; every package is covered.
+test-fast: setup
+	$(BIN)/python -m pytest -n 2 -m "not slow"
+
 check: setup
+	$(BIN)/python scripts/check_sizes.py
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
