@@ -14,6 +14,7 @@
     ├── DeviceError            a GPU computes wrong results
     ├── DeviceMemoryError      the longest micro-batch would not fit into the GPU's free memory
     ├── DeadlineError          a wait ran out; says for whom
+    ├── FrameError             bytes from another process are no message of the expected kind
     └── CheckpointError        a checkpoint cannot be written or resumed from
 
 Every message has three parts: what was got, what was expected, what to do; it names rank and tensor where there is one.
@@ -105,6 +106,10 @@ class DeviceMemoryError(ApolloTpError):
 
 class DeadlineError(ApolloTpError):
     """A wait ran out. The message says who was missing."""
+
+
+class FrameError(ApolloTpError):
+    """Bytes that another process sent are no message of the expected kind."""
 
 
 class CheckpointError(ApolloTpError):

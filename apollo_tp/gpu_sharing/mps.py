@@ -12,6 +12,8 @@ from apollo_tp.errors import ConfigError
 if TYPE_CHECKING:
     import torch
 
+MPS_SHARE = "CUDA_MPS_ACTIVE_THREAD_PERCENTAGE"
+"""The percentage of each GPU's SMs that MPS lets this process use."""
 DRIVER = Path("/dev/nvidiactl")
 DEFAULT_PIPE_DIR = "/tmp/nvidia-mps"
 """Where CUDA looks for the control daemon unless CUDA_MPS_PIPE_DIRECTORY says otherwise."""
@@ -27,7 +29,7 @@ def share_gpu(config: QosConfig) -> None:
     """
     variables, options = {}, []
     if config.sm_percent is not None:
-        variables["CUDA_MPS_ACTIVE_THREAD_PERCENTAGE"] = "100"  # a green context cannot divide what MPS has cut
+        variables[MPS_SHARE] = "100"  # a green context cannot divide what MPS has cut
         options.append(f"qos.sm_percent={config.sm_percent}")
     if config.low_priority:
         variables["CUDA_MPS_CLIENT_PRIORITY"] = BELOW_NORMAL

@@ -10,7 +10,7 @@ import signal
 import sys
 import time
 
-from apollo_tp.errors import ApolloTpError, ServerGoneError
+from apollo_tp.errors import ApolloTpError, ConfigError, ServerGoneError
 from apollo_tp.gpu_sharing.mps import share_gpu
 from apollo_tp.launch.compose import help_text, read_config
 
@@ -34,6 +34,8 @@ def main(arguments: list[str]) -> int:
     rank = os.environ.get("RANK") or os.environ.get("OMPI_COMM_WORLD_RANK") or os.environ.get("PMI_RANK") or "0"
     logging.basicConfig(level=logging.INFO, format=f"%(asctime)s rank {rank} %(levelname)s %(message)s")
     try:
+        if sys.platform != "linux":  # memfd, /proc and flock are what mapping and locking are made of
+            raise ConfigError(f"platform: got {sys.platform}, expected linux; run the server and the trainer there")
         config = read_config(arguments)
         share_gpu(config.qos)
     except ApolloTpError as error:

@@ -15,7 +15,7 @@ import msgspec
 from apollo_tp.config import Config
 from apollo_tp.coordinator.settings import EXIT_STORAGE, Settings
 from apollo_tp.errors import ConfigError
-from apollo_tp.runtime import private_files
+from apollo_tp.runtime import instance_folder, private_files
 from apollo_tp.shards.manifest import Manifest
 from apollo_tp.shards.serving import read_serving
 
@@ -45,7 +45,7 @@ class CoordinatorProcess:
             checkpoint_after_idle_seconds=config.checkpoint.after_idle_seconds,
             parent_pid=os.getpid(),
         )
-        self._settings_path = folder / "coordinator_settings.json"
+        self._settings_path = folder / instance_folder.SETTINGS_FILE
         private_files.write_private(self._settings_path, msgspec.json.encode(settings))
         self._has_lived = False
         self._start()

@@ -6,8 +6,13 @@
         rank0.json, rank1.json    manifests, written under a temporary name and renamed
         serving.json              written by the API server once the engine is up
         apollo_tp_server.lock     held (flock) by the server's first process, and those forked from it
+        weights.json              how the served weights have changed since they were loaded (checkpoint/lineage.py)
         trainer.lock              held (flock) by the one trainer of this server
-        ranks.sock, coordinator.sock
+        ranks.sock                ZMQ, bound by the coordinator: trainer rank 0 connects
+        coordinator.sock          ZMQ, bound by the coordinator: the server's plugin forwards HTTP requests
+        sync.sock                 a stream, bound by the server's plugin: trainer rank 0 takes the update lock
+        coordinator.json          address and process id of the coordinator, for the command line
+        coordinator_settings.json what trainer rank 0 starts the coordinator with
 
 The base is $APOLLO_TP_RUNTIME_DIR, else $XDG_RUNTIME_DIR/apollo_tp, else /tmp/apollo_tp-<uid>.
 """
@@ -27,6 +32,13 @@ from apollo_tp.errors import ApolloTpError, ConfigError, TrainerBusyError
 from apollo_tp.runtime.private_files import RUNTIME_DIR_VARIABLE, locked, private_dir
 
 INSTANCE_VARIABLE = "APOLLO_TP_INSTANCE"
+TOKEN_VARIABLE = "APOLLO_TP_TOKEN"
+RANKS_SOCKET = "ranks.sock"
+COORDINATOR_SOCKET = "coordinator.sock"
+SYNC_SOCKET = "sync.sock"
+ADDRESS_FILE = "coordinator.json"
+SETTINGS_FILE = "coordinator_settings.json"
+TRAINER_LOCK = "trainer.lock"
 # sockaddr_un.sun_path holds 108 bytes with its terminating zero
 MAX_SOCKET_PATH_BYTES = 107
 
@@ -65,7 +77,7 @@ def socket_path(folder: Path, name: str) -> Path:
 
 @contextmanager
 def trainer_lock(folder: Path) -> Iterator[None]:
-    """Hold the one trainer's place at a server. Raises TrainerBusyError if another process has it."""
+    """Be the one trainer of a server within the context. Raises TrainerBusyError if another process is."""
 
     def refuse(holder: str) -> ApolloTpError:
         return TrainerBusyError(
@@ -73,7 +85,7 @@ def trainer_lock(folder: Path) -> Iterator[None]:
             "Stop that one, or name another server with server.instance=..."
         )
 
-    with locked(folder / "trainer.lock", refuse):
+    with locked(folder / TRAINER_LOCK, refuse):
         yield
 
 

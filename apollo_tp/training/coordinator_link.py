@@ -9,7 +9,7 @@ from contextlib import suppress
 
 import zmq
 
-from apollo_tp.wire import commands
+from apollo_tp.wire import codec, commands
 
 HEARTBEAT_SECONDS = 1.0
 
@@ -32,7 +32,7 @@ class Link:
 
     def send(self, reply: commands.AnyReply) -> None:
         """Queue a reply for the coordinator."""
-        self._pair.send(commands.encode(reply))
+        self._pair.send(codec.encode(reply))
 
     def receive(self, timeout_seconds: float) -> bytes:
         """The next command's frame, or b"" after ``timeout_seconds``. Raises what ``alive`` raises."""
@@ -72,8 +72,6 @@ class Link:
                 next_beat = time.monotonic() + HEARTBEAT_SECONDS
                 with suppress(zmq.Again):  # the coordinator is gone or slow: heartbeats may be lost
                     busy, version = self._state
-                    dealer.send(
-                        commands.encode(commands.Heartbeat(weight_version=version, busy_with=busy)), zmq.NOBLOCK
-                    )
+                    dealer.send(codec.encode(commands.Heartbeat(weight_version=version, busy_with=busy)), zmq.NOBLOCK)
         dealer.close()
         pair.close(0)

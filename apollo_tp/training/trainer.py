@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
+import msgspec
 import torch
 from torch import Tensor
 
@@ -19,34 +20,9 @@ from apollo_tp.gpu_sharing.pace import Pace
 from apollo_tp.model import BoundModel
 from apollo_tp.model.batch import PackedBatch, empty_share, pack, pack_pairs
 from apollo_tp.model.loss import preference_loss, unit
-from apollo_tp.optim import Optimizer, StepOutcome
+from apollo_tp.optim import Optimizer
 from apollo_tp.training.cuda_graphs import Replays
-from apollo_tp.wire.commands import PreferencePair, Sample
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """What one step did, the same on every rank but for times (seconds), which are this rank's: of the host for the whole
-    step, of the device (on CUDA) for its phases.
-
-    ``loss`` is the weighted mean negative log-likelihood in nats (or the mean DPO loss) before the update. ``gradients``
-    says how they were kept: "fused" (updated in the backward pass) or "stored".
-    """
-
-    loss: float
-    num_tokens: int
-    num_loss_tokens: int
-    padding_share: float
-    num_micro_batches: int
-    gradients: str
-    token_accuracy: float
-    outcome: StepOutcome
-    weight_version: int
-    step_seconds: float
-    forward_seconds: float
-    backward_seconds: float
-    optimizer_seconds: float
-    metrics: dict[str, float] = field(default_factory=dict)
+from apollo_tp.wire.commands import PreferencePair, Sample, StepFigures
 
 
 @dataclass(frozen=True)
@@ -103,7 +79,7 @@ class Trainer:
         self._replays = replays if possible else None
         return possible
 
-    def step(self, samples: Sequence[Sample], learning_rate_scale: float = 1.0) -> StepResult:
+    def step(self, samples: Sequence[Sample], learning_rate_scale: float = 1.0) -> StepFigures:
         """One supervised step: weighted mean cross-entropy over all samples, accumulated over micro-batches."""
         clock = _Clock(self.device)
         batches = pack(samples, self.max_micro_batch_tokens)
@@ -118,7 +94,7 @@ class Trainer:
 
     def preference_step(
         self, pairs: Sequence[PreferencePair], beta: float, learning_rate_scale: float = 1.0
-    ) -> StepResult:
+    ) -> StepFigures:
         """One DPO step (Rafailov et al. 2023, eq. 7): mean over pairs. Both sides of a pair share a micro-batch."""
         clock = _Clock(self.device)
         batches = pack_pairs(pairs, self.max_micro_batch_tokens)
@@ -133,11 +109,10 @@ class Trainer:
             margins.append(margin.detach())
             return losses.sum() / len(pairs), scored.correct.sum()
 
-        result = self._step(batches, loss_of, learning_rate_scale, clock)
+        figures = self._step(batches, loss_of, learning_rate_scale, clock)
         margin = torch.cat(margins)
-        result.metrics["reward_margin"] = float(margin.mean())
-        result.metrics["reward_accuracy"] = float((margin > 0).float().mean())
-        return result
+        rewards = {"reward_margin": float(margin.mean()), "reward_accuracy": float((margin > 0).float().mean())}
+        return msgspec.structs.replace(figures, metrics=rewards)
 
     def _step(
         self,
@@ -146,7 +121,7 @@ class Trainer:
         learning_rate_scale: float,
         clock: _Clock,
         replays: Replays | None = None,
-    ) -> StepResult:
+    ) -> StepFigures:
         fused = self._is_fused(batches)
         batches = [batch.to(self.device) for batch in batches]  # at once: a copy waits for what was started before
         if replays is None or not replays.ready(batches):
@@ -183,7 +158,7 @@ class Trainer:
         self._pace.give_way()
         clock.mark("optimizer")
         num_loss_tokens = sum(batch.num_loss_tokens for batch in batches)
-        return StepResult(
+        return StepFigures(
             loss=float(loss_sum),
             num_tokens=sum(batch.num_tokens for batch in batches),
             num_loss_tokens=num_loss_tokens,
@@ -191,12 +166,19 @@ class Trainer:
             num_micro_batches=len(batches),
             gradients="fused" if fused else "stored",
             token_accuracy=float(correct) / max(num_loss_tokens, 1),
-            outcome=outcome,
+            grad_norm=outcome.grad_norm,
+            learning_rate=outcome.learning_rate,
+            largest_update=outcome.largest_update,
+            num_updated=outcome.num_updated,
+            skipped=outcome.skipped,
             weight_version=self.weight_version,
             step_seconds=clock.total(),
             forward_seconds=clock.seconds["forward"],
             backward_seconds=clock.seconds["backward"],
             optimizer_seconds=clock.seconds["optimizer"],
+            paused_seconds=0.0,  # known once all ranks have ended the command, as is what follows
+            peak_memory_bytes=[],
+            metrics={},
         )
 
     def _backward(self, loss: Tensor, fused_learning_rate_scale: float | None) -> None:

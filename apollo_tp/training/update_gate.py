@@ -16,9 +16,11 @@ from pathlib import Path
 import torch
 
 from apollo_tp.config import CacheMode, SyncConfig, SyncMode
+from apollo_tp.distributed.control import ComputeControl
 from apollo_tp.distributed.tp_group import TPGroup
-from apollo_tp.errors import ConfigError, DeadlineError, RankFailedError, ServerGoneError
+from apollo_tp.errors import ConfigError, DeadlineError, FrameError, ServerGoneError
 from apollo_tp.runtime import instance_folder, processes
+from apollo_tp.wire import codec
 from apollo_tp.wire import update_lock as lock_messages
 
 log = logging.getLogger("apollo_tp")
@@ -38,7 +40,7 @@ class Lock:
         self._holding = threading.Event()
         self._broken = ""
         try:
-            self._socket.connect(str(instance_folder.socket_path(folder, lock_messages.SYNC_SOCKET)))
+            self._socket.connect(str(instance_folder.socket_path(folder, instance_folder.SYNC_SOCKET)))
             self._send(lock_messages.SyncAttach(config.mode.value, config.cache.value, weight_version))
             error = self._answer("SyncAttach", ANSWER_SECONDS)
         except (OSError, DeadlineError) as caught:
@@ -87,16 +89,21 @@ class Lock:
 
     def _send(self, message: lock_messages.SyncRequest) -> None:
         with self._sending:
-            self._socket.sendall(lock_messages.encode_sync(message))
+            self._socket.sendall(lock_messages.frame(message))
 
     def _answer(self, kind: str, seconds: float) -> str:
         """The error of the answer to ``kind``; answers to what was given up before are passed over."""
         deadline = time.monotonic() + seconds
         while True:
             size = int.from_bytes(self._read(4, kind, deadline, seconds), "big")
-            answer = lock_messages.decode_sync_answer(self._read(size, kind, deadline, seconds))
+            try:
+                if size > lock_messages.MAX_SYNC_FRAME_BYTES:
+                    raise FrameError(f"got {size} bytes, expected at most {lock_messages.MAX_SYNC_FRAME_BYTES}")
+                answer = codec.decode(self._read(size, kind, deadline, seconds), lock_messages.SyncAnswer)
+            except FrameError as error:
+                raise ServerGoneError(f"{kind}: the server answers what is no answer: {error}; restart it") from error
             if answer.kind == kind:
-                return answer.error
+                return str(answer.error)
 
     def _read(self, size: int, kind: str, deadline: float, seconds: float) -> bytes:
         content = b""
@@ -117,14 +124,11 @@ class Lock:
 
 
 class UpdateGate:
-    """What the ranks do around an update. ``lock`` is rank 0's, None elsewhere, and everywhere where nothing pauses and
-    no cache is refreshed.
-
-    Ranks agree over the compute group: one that raised has left it, which ends the wait of the others.
-    """
+    """What the ranks do around an update. ``lock`` is rank 0's; it is None on the other ranks, and everywhere if updates
+    neither pause the server nor refresh its prefix cache."""
 
     def __init__(self, mode: SyncMode, tp: TPGroup, device: torch.device, lock: Lock | None) -> None:
-        self._mode, self._tp, self._device, self._lock = mode, tp, device, lock
+        self._mode, self._control, self._lock = mode, ComputeControl(tp, device), lock
         self._open = False
         self._paused_at: float | None = None
 
@@ -134,23 +138,20 @@ class UpdateGate:
         return self._mode is not SyncMode.hogwild
 
     def before_write(self) -> None:
-        """Collective. Returns when the server is paused, if the mode says so. Raises the same way on all ranks."""
+        """Returns when the server is paused, if the mode says so.
+
+        Collective where the mode pauses: two all-gathers over the compute group, each of which also waits for the device.
+        Raises on all ranks if the server could not be paused.
+        """
         self._open, self._paused_at = True, None
         if not self.pauses:
             return
-        self._agree(False)  # the server runs until the slowest rank has its gradients
-        error: Exception | None = None
-        if self._lock:
-            try:
+        with self._control.agree():
+            pass  # the server runs until the slowest rank has its gradients
+        with self._control.agree():
+            if self._lock:
                 self._lock.pause()
-            except (ServerGoneError, DeadlineError, OSError) as caught:
-                error = caught
-        self._paused_at = time.monotonic()
-        failed = self._agree(error is not None)
-        if error is not None:
-            raise error
-        if failed:
-            raise RankFailedError("rank 0 could not pause the server; its message says why", rank=0, traceback="")
+            self._paused_at = time.monotonic()
 
     def after_step(self, weight_version: int) -> float:
         """All ranks have written, or failed; called when they have agreed on that.
@@ -163,10 +164,6 @@ class UpdateGate:
         if self._lock:
             self._lock.release(weight_version)
         return time.monotonic() - self._paused_at if self._paused_at else 0.0
-
-    def _agree(self, failed: bool) -> bool:
-        """True if any rank says so. One all-reduce, which also waits for the device."""
-        return bool(self._tp.all_reduce_(torch.tensor(float(failed), device=self._device)).item())
 
 
 def needs_lock(config: SyncConfig) -> bool:

@@ -22,6 +22,7 @@ from apollo_tp.wire import commands
 from tests.multirank.training.test_trainer import CASE, CONFIG, make_trainer
 from tests.support.exactness import samples
 from tests.support.families import CASES
+from tests.support.rank_services import RecordingServices
 from tests.support.ranks import run_ranks
 
 DEADLINE = datetime.timedelta(seconds=15)
@@ -35,16 +36,13 @@ class Loop(RankLoop):
         tp = TPGroup.world("gloo", DEADLINE)
         trainer, _ = make_trainer(tp, checkpoint, replace(CONFIG, check_replicas_every=3))
         self.sent: list[commands.AnyReply] = []
-        self.noted: list[int] = []
         link = SimpleNamespace(send=self.sent.append, working_on=lambda *_: None) if rank == 0 else None
-        super().__init__(
-            trainer, SimpleNamespace(), Control(rank, size), SimpleNamespace(), link,  # type: ignore[arg-type]
-            form_group=lambda: tp.form("gloo", DEADLINE), on_step=lambda command, done: None,
-            after_failure=self.noted.append,
-        )  # fmt: skip
+        services = RecordingServices(form_group=lambda: tp.form("gloo", DEADLINE))
+        self.noted = services.failures
+        super().__init__(trainer, services, Control(rank, size), link)  # type: ignore[arg-type]
 
     def step(self, number: int) -> commands.AnyReply:
-        return self._execute(commands.Step(id=f"j/{number}", job_id="j", job_step=number, samples=samples(seed=number)))
+        return self.execute(commands.Step(id=f"j/{number}", job_id="j", job_step=number, samples=samples(seed=number)))
 
 
 def test_a_launchers_signals_end_it_in_order() -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from apollo_tp.config import SyncMode
+from apollo_tp.runtime import instance_folder
 from apollo_tp.wire import update_lock as lock_messages
 from tests.support.locked_server import Plugin, attach, eventually, options
 
@@ -24,13 +25,13 @@ def plugin(tmp_path: Path) -> Iterator[Plugin]:
 def raw(plugin: Plugin) -> socket.socket:
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     connection.settimeout(5)
-    connection.connect(str(plugin.folder / lock_messages.SYNC_SOCKET))
+    connection.connect(str(plugin.folder / instance_folder.SYNC_SOCKET))
     return connection
 
 
 def attached(plugin: Plugin) -> socket.socket:
     connection = raw(plugin)
-    connection.sendall(lock_messages.encode_sync(lock_messages.SyncAttach("step_lock", "none", 7)))
+    connection.sendall(lock_messages.frame(lock_messages.SyncAttach("step_lock", "none", 7)))
     assert connection.recv(1000)
     return connection
 
@@ -39,7 +40,7 @@ def attached(plugin: Plugin) -> socket.socket:
     ("frame", "reason"),
     [
         (
-            lock_messages.encode_sync(lock_messages.SyncAttach("step_lock", "none", 7)),
+            lock_messages.frame(lock_messages.SyncAttach("step_lock", "none", 7)),
             "got SyncAttach, expected it once",
         ),
         (
@@ -47,7 +48,7 @@ def attached(plugin: Plugin) -> socket.socket:
             f"got a frame of {lock_messages.MAX_SYNC_FRAME_BYTES + 1} bytes",
         ),
         ((3).to_bytes(4, "big") + b"abc", "the update lock's connection is closed"),
-        (lock_messages.encode_sync(lock_messages.SyncPause()), "the server is paused already"),
+        (lock_messages.frame(lock_messages.SyncPause()), "the server is paused already"),
     ],
     ids=["attach", "long", "garbage", "pause"],
 )
@@ -56,7 +57,7 @@ def test_what_nobody_should_send_ends_the_connection_and_the_pause(
 ) -> None:
     """Of another release, say. The place of the one trainer is free again."""
     connection = attached(plugin)
-    connection.sendall(lock_messages.encode_sync(lock_messages.SyncPause()))
+    connection.sendall(lock_messages.frame(lock_messages.SyncPause()))
     assert connection.recv(1000)
     assert plugin.vllm.paused
     connection.sendall(frame)
@@ -70,9 +71,9 @@ def test_what_nobody_should_send_ends_the_connection_and_the_pause(
 @pytest.mark.parametrize(
     "frame",
     [
-        lock_messages.encode_sync(lock_messages.SyncPause()),
-        lock_messages.encode_sync(lock_messages.SyncAttach("backwards", "none", 7)),
-        lock_messages.encode_sync(lock_messages.SyncAttach("drain", "some", 7)),
+        lock_messages.frame(lock_messages.SyncPause()),
+        lock_messages.frame(lock_messages.SyncAttach("backwards", "none", 7)),
+        lock_messages.frame(lock_messages.SyncAttach("drain", "some", 7)),
         b"GET / HTTP/1.1\r\n\r\n",
         b"",
     ],
@@ -98,9 +99,7 @@ def test_a_trainer_that_takes_no_answer_does_not_hold_the_server(
     monkeypatch.setattr("apollo_tp.vllm_plugin.update_lock.WRITE_SECONDS", 0.2)
     connection = attached(plugin)
     # more answers than the socket's buffers hold
-    pair = lock_messages.encode_sync(lock_messages.SyncPause()) + lock_messages.encode_sync(
-        lock_messages.SyncRelease(8)
-    )
+    pair = lock_messages.frame(lock_messages.SyncPause()) + lock_messages.frame(lock_messages.SyncRelease(8))
 
     def send() -> None:
         with contextlib.suppress(OSError):
