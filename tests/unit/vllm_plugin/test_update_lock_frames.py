@@ -14,12 +14,16 @@ from apollo_tp.config import SyncMode
 from apollo_tp.runtime import instance_folder
 from apollo_tp.wire import update_lock as lock_messages
 from tests.support.locked_server import Plugin, attach, eventually, options
+from tests.unit.wire.test_messages import NOT_UTF8
 
 
 @pytest.fixture
 def plugin(tmp_path: Path) -> Iterator[Plugin]:
     with contextlib.closing(Plugin(tmp_path)) as plugin:
         yield plugin
+
+
+NESTED = b"\x82\xa4type\xa9SyncRenew\xa1x" + b"\x91" * 50_000
 
 
 def raw(plugin: Plugin) -> socket.socket:
@@ -48,9 +52,11 @@ def attached(plugin: Plugin) -> socket.socket:
             f"got a frame of {lock_messages.MAX_SYNC_FRAME_BYTES + 1} bytes",
         ),
         ((3).to_bytes(4, "big") + b"abc", "the update lock's connection is closed"),
+        ((12).to_bytes(4, "big") + NOT_UTF8, "the update lock's connection is closed"),
+        (len(NESTED).to_bytes(4, "big") + NESTED, "maximum recursion depth"),
         (lock_messages.frame(lock_messages.SyncPause()), "the server is paused already"),
     ],
-    ids=["attach", "long", "garbage", "pause"],
+    ids=["attach", "long", "garbage", "not UTF-8", "nested", "pause"],
 )
 def test_what_nobody_should_send_ends_the_connection_and_the_pause(
     plugin: Plugin, frame: bytes, reason: str, caplog: pytest.LogCaptureFixture

@@ -16,6 +16,7 @@ from apollo_tp.wire import codec, commands
 from apollo_tp.wire import tunnel as tunnel_messages
 from tests.support.fakes import CoordinatorProcess, FakeRanks, wait_for
 from tests.support.figures import step_figures
+from tests.unit.wire.test_messages import KINDS, NOT_UTF8, damaged, frame_of
 
 ONE = {"context_ids": [1, 2], "continuation_ids": [3, 4]}
 READ, TRAIN = "r" * 20, "t" * 20
@@ -157,7 +158,7 @@ def test_a_taken_port_is_a_sentence(tmp_path):
 
 
 def hostile_frames():
-    """Noise, truncations, other types, deep nesting, absurd sizes."""
+    """Noise, truncations, other types, deep nesting, absurd sizes, damaged messages of every type."""
     yield b""
     yield b"\xff" * 1000
     yield from (os.urandom(size) for size in (1, 17, 300, 70_000))
@@ -165,6 +166,11 @@ def hostile_frames():
     yield from (good[:cut] for cut in range(0, len(good), 3))
     yield b"\x81" * 5000  # maps in maps
     yield b"\x91" * 100_000  # lists in lists
+    yield NOT_UTF8
+    for name in (b"\xa9Heartbeat", b"\xacTunnelCancel"):
+        yield b"\x82\xa4type" + name + b"\xa1x" + b"\x91" * 100_000  # below a field that no message has
+    for _, kind in KINDS:
+        yield from damaged(frame_of(kind), 5, seed=1)
     yield b"\xdd" + struct.pack(">I", 2**32 - 1)  # a list that claims four billion entries
     yield b"\xc6" + struct.pack(">I", 2**32 - 1)
     yield codec.encode(commands.Shutdown(id="x", reason="a command, not a reply"))
