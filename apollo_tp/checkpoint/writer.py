@@ -1,4 +1,4 @@
-"""Write a Hugging Face folder from served weights: every rank its own boxes, straight into the final file layout."""
+"""Write a Hugging Face folder from served weights: every rank writes its own boxes, straight into the final file layout."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ OLD_WEIGHTS = {".safetensors", ".bin", ".pth", ".pt", ".gguf", ".h5", ".msgpack"
 """Files of the source that hold its weights, in whatever form: a checkpoint has its own."""
 CHAT_TEMPLATES = "additional_chat_templates/*.jinja"
 STILL_WORKING_SECONDS = 1.0
-"""How often the ranks meet while rank 0 works alone."""
+"""Seconds between two all-reduces while the other ranks wait for rank 0."""
 
 
 class SavesState(Protocol):

@@ -1,4 +1,4 @@
-"""Training progress on the terminal of rank 0: a rich bar where there is one, a log line per step elsewhere."""
+"""Training progress of rank 0: a bar if standard error is a terminal, a log line per step otherwise."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class StepProgress:
             self.close()
 
     def close(self) -> None:
-        """Give the terminal back."""
+        """Remove the bar."""
         if self._bar is not None:
             self._bar.stop()
             self._bar = None

@@ -48,7 +48,7 @@ class Services:
         return str(path), num_bytes
 
     def finish_command(self, weight_version: int) -> float:
-        """Let the server go on; returns for how many seconds it was paused."""
+        """Resume the server if it was paused; returns for how many seconds it was."""
         return self._gate.after_step(weight_version)
 
     def record_step(self, command: commands.Step | commands.PreferenceStep, figures: commands.StepFigures) -> None:
@@ -67,7 +67,7 @@ class Services:
         self._lineage.count_to(weight_version)
 
     def hello(self, command_id: str = "") -> commands.Hello:
-        """Who these ranks are and how far they came."""
+        """What is being trained, with the limits of requests, and the last completed step."""
         ready, config, trainer, last = self._ready, self._ready.config, self._trainer, self._lineage.record
         first, limit = ready.manifests[0], config.train.max_sequence_tokens
         return commands.Hello(
@@ -94,7 +94,7 @@ class Services:
         )
 
     def close(self) -> None:
-        """Give the terminal back."""
+        """Remove the progress bar."""
         if self._progress:
             self._progress.close()
 
@@ -102,7 +102,7 @@ class Services:
         return {p.name: p.shard.global_shape for p in self._ready.model.parameters}
 
     def _layout(self) -> list[dict[str, str | int | list[int]]]:
-        """Which part of which checkpoint tensor each rank of the server holds, in rows."""
+        """A row per part of a checkpoint tensor that a rank of the server has, for the page's layout view."""
         return [
             {
                 "checkpoint": segment.checkpoint,

@@ -55,7 +55,7 @@ class Services(Protocol):
     """What the loop calls besides the trainer. All ranks call the same methods in the same order."""
 
     def form_group(self) -> None:
-        """Form the trainer's compute group, which no rank is in. Collective."""
+        """Form the trainer's compute group again after all ranks have left it. Collective."""
 
     def hello(self, command_id: str = "") -> commands.Hello:
         """Who these ranks are and how far they came; the answer to ``command_id``. Local."""
@@ -64,8 +64,8 @@ class Services(Protocol):
         """Write checkpoint ``name``; returns its folder and its size in bytes. Collective."""
 
     def finish_command(self, weight_version: int) -> float:
-        """All ranks have ended a command, whatever came of it: let the server go on if it was paused for an update. Returns
-        for how many seconds it was. Local."""
+        """A command has ended or failed on all ranks: resume the server if it was paused for an update. Returns for how many
+        seconds it was paused. Local."""
 
     def record_step(self, command: commands.Step | commands.PreferenceStep, figures: commands.StepFigures) -> None:
         """All ranks have completed this step: remember it as the last one. Local."""

@@ -1,7 +1,7 @@
-"""The trainer's end of the update lock: rank 0 has vLLM pause before an update, and resume after it.
+"""The trainer's side of the update lock: rank 0 lets vLLM pause before an update, and resume after it.
 
 All ranks call ``before_write`` between the backward pass and the update, and ``after_step`` at the end of the command.
-The plugin's end, and what happens when this process dies: ``vllm_plugin/update_lock.py``.
+The server's side, and what happens when this process dies: ``vllm_plugin/update_lock.py``.
 """
 
 from __future__ import annotations
@@ -26,11 +26,15 @@ from apollo_tp.wire import update_lock as lock_messages
 log = logging.getLogger("apollo_tp")
 
 ANSWER_SECONDS = 30.0
-"""Deadline of answers that wait for no request: attaching, and refreshing the prefix cache."""
+"""Deadline of answers that do not depend on running requests: attaching, and refreshing the prefix cache."""
 
 
 class Lock:
-    """Rank 0's connection to the plugin. While it holds a pause, a thread says so, as long as all ``ranks`` live."""
+    """Rank 0's connection to the plugin. While the server is paused, a thread renews the lease, as long as all
+    ``ranks`` run.
+
+    Raises ConfigError if the server does not answer or refuses.
+    """
 
     def __init__(self, folder: Path, config: SyncConfig, weight_version: int, ranks: list[processes.ProcessId]) -> None:
         self._timeout, self._ranks = config.timeout_seconds, ranks
@@ -54,7 +58,7 @@ class Lock:
         threading.Thread(target=self._renew, name="update-lock", daemon=True).start()
 
     def pause(self) -> None:
-        """Until nothing runs on the server. Raises ServerGoneError or DeadlineError, with what to do."""
+        """Pause the server; returns when nothing runs on it any more. Raises ServerGoneError or DeadlineError."""
         if self._broken:
             raise ServerGoneError(f"the update lock is lost ({self._broken}); restart server and trainer")
         self._holding.set()
@@ -64,7 +68,8 @@ class Lock:
             raise ServerGoneError(f"got {error}, expected a paused server; look at the server's log")
 
     def release(self, weight_version: int) -> None:
-        """The update is over on all ranks, whatever came of it. Problems are logged: the weights are as they are."""
+        """Resume the server after an update that has ended or failed on all ranks. Problems are logged, not raised: the
+        weights are written by now."""
         self._holding.clear()
         try:
             self._send(lock_messages.SyncRelease(weight_version))
@@ -82,8 +87,8 @@ class Lock:
     def _renew(self) -> None:
         while self._holding.wait():
             if self._socket.fileno() < 0 or not all(rank.alive() for rank in self._ranks):
-                return  # the lease runs out: a rank that waits for a dead one may wait for long
-            with contextlib.suppress(OSError):  # whoever waits for an answer reads why
+                return  # so that the lease runs out: a rank that waits for a dead one may wait long
+            with contextlib.suppress(OSError):  # the reader of the next answer reports it
                 self._send(lock_messages.SyncRenew())
             time.sleep(lock_messages.SYNC_RENEW_SECONDS)
 
@@ -92,7 +97,8 @@ class Lock:
             self._socket.sendall(lock_messages.frame(message))
 
     def _answer(self, kind: str, seconds: float) -> str:
-        """The error of the answer to ``kind``; answers to what was given up before are passed over."""
+        """The error text of the answer to request ``kind`` ("" if there is none); late answers to other requests are
+        skipped."""
         deadline = time.monotonic() + seconds
         while True:
             size = int.from_bytes(self._read(4, kind, deadline, seconds), "big")
@@ -134,7 +140,7 @@ class UpdateGate:
 
     @property
     def pauses(self) -> bool:
-        """Whether the server stands still while an update is written."""
+        """Whether the server is paused while an update is written."""
         return self._mode is not SyncMode.hogwild
 
     def before_write(self) -> None:
@@ -154,9 +160,9 @@ class UpdateGate:
             self._paused_at = time.monotonic()
 
     def after_step(self, weight_version: int) -> float:
-        """All ranks have written, or failed; called when they have agreed on that.
+        """Resume the server. Call it when all ranks are known to have written or failed.
 
-        Returns how long the server stood still, in seconds, without the wait until it did.
+        Returns for how many seconds the server was paused, without the wait until it was. Local.
         """
         if not self._open:
             return 0.0
@@ -167,5 +173,5 @@ class UpdateGate:
 
 
 def needs_lock(config: SyncConfig) -> bool:
-    """False for the default: nothing is asked of the server then."""
+    """Whether updates need the server's cooperation; they do not by default."""
     return config.mode is not SyncMode.hogwild or config.cache is not CacheMode.none

@@ -36,7 +36,7 @@ class PreferencePair(msgspec.Struct, frozen=True):
 
 
 class Command(msgspec.Struct, frozen=True, tag=True, omit_defaults=True, kw_only=True):
-    """Base of all commands. ``id`` is unique within a coordinator's life."""
+    """Base of all commands. ``id`` is unique within one run of the coordinator."""
 
     id: str
 
@@ -67,7 +67,7 @@ class PreferenceStep(Command, frozen=True):
 
 
 class Score(Command, frozen=True):
-    """Forward only: the summed, weighted log-probability of each sample, under the weights of this moment."""
+    """Forward only: the summed, weighted log-probability of each sample under the current weights."""
 
     samples: list[Sample]
 
@@ -87,8 +87,8 @@ class Shutdown(Command, frozen=True):
 class Identify(Command, frozen=True):
     """Answer with ``Hello`` (repeating ``id``), in order with the other commands.
 
-    A coordinator that restarted sends it first. It is answered in order, so everything that the coordinator's former
-    life had sent is over by then, and ``Hello.last_job_step`` says how far the interrupted job really came.
+    A restarted coordinator sends it first. It is answered in order, so all commands that the coordinator sent before its
+    restart are finished by then, and ``Hello.last_job_step`` is the last step of the interrupted job that was completed.
     """
 
 
@@ -107,13 +107,13 @@ class Hello(Reply, frozen=True):
     """First message of rank 0 and reply to ``Identify``: what is being trained, and the limits of requests.
 
     ``last_job_id`` and ``last_job_step`` name the last Step or PreferenceStep that these ranks completed ("" and 0 when
-    none): after a crash of the coordinator they keep a step whose reply was lost from being run twice.
+    none): after a crash of the coordinator they prevent that a step whose reply was lost is run twice.
     """
 
     protocol_version: int
     instance_id: str
     server_life: str
-    """Of one life of the server: its name may be that of an earlier one, whose weights are gone."""
+    """Identifies one run of the server process: a later one may have the same ``instance_id``, but other weights."""
     model_path: str
     served_model_names: list[str]
     num_ranks: int
@@ -126,7 +126,7 @@ class Hello(Reply, frozen=True):
     sync: str = "hogwild"
     cache: str = "none"
     memory: str = ""
-    """What was planned for the longest micro-batch, in one line."""
+    """The memory planned for the longest micro-batch, in one line."""
     qos: str = "sm_percent=null low_priority=false pace=1"
     layout: list[dict[str, str | int | list[int]]] = []
     """Rows for the layout view: checkpoint tensor, rank, served tensor, part; may be empty."""
@@ -206,7 +206,7 @@ class CheckpointDone(Reply, frozen=True):
 
 
 class CommandFailed(Reply, frozen=True):
-    """A rank raised while executing the command; nothing of it will be retried by the ranks."""
+    """A rank raised while executing the command; the ranks do not retry it."""
 
     rank: int
     error: str
@@ -215,7 +215,7 @@ class CommandFailed(Reply, frozen=True):
 
 
 class Heartbeat(Reply, frozen=True):
-    """Sent about once a second whatever the ranks do. ``busy_with`` is the id of the command being executed."""
+    """Sent about once a second, also while the ranks are busy. ``busy_with`` is the id of the command being executed."""
 
     weight_version: int
     busy_with: str = ""

@@ -37,19 +37,19 @@ class TunnelHead(msgspec.Struct, frozen=True, tag=True):
 
 
 class TunnelAlive(msgspec.Struct, frozen=True, tag=True):
-    """The coordinator works on this request: sent at once, and every TUNNEL_ALIVE_SECONDS while nothing else is."""
+    """The coordinator works on this request: sent at once, then every TUNNEL_ALIVE_SECONDS until the response ends."""
 
     id: int
 
 
 class TunnelCancel(msgspec.Struct, frozen=True, tag=True):
-    """The client of the server went away: drop the request."""
+    """The client has disconnected from the server: cancel the request."""
 
     id: int
 
 
 class TunnelTaken(msgspec.Struct, frozen=True, tag=True):
-    """The client has taken ``num_bytes`` more of the response's body: as many may follow (flow control)."""
+    """Flow control: the client has received ``num_bytes`` more of the response's body, so as many more may be sent."""
 
     id: int
     num_bytes: int
@@ -57,6 +57,6 @@ class TunnelTaken(msgspec.Struct, frozen=True, tag=True):
 
 TUNNEL_ALIVE_SECONDS = 2.0
 TUNNEL_WINDOW_BYTES = 4 * 2**20
-"""Of a response's body, at most so much is on its way to a client that has not taken it."""
+"""At most so much of a response's body is sent before the client has received it."""
 TunnelUp = TunnelRequest | TunnelBody | TunnelCancel | TunnelTaken
 TunnelDown = TunnelHead | TunnelBody | TunnelAlive

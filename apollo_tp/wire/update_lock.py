@@ -21,11 +21,11 @@ class SyncAttach(msgspec.Struct, frozen=True, tag=True):
 
 
 class SyncPause(msgspec.Struct, frozen=True, tag=True):
-    """Pause the server as the mode says; answered when nothing runs any more."""
+    """Pause the server as the mode demands; answered when nothing runs on it any more."""
 
 
 class SyncRenew(msgspec.Struct, frozen=True, tag=True):
-    """The trainer is alive and still needs the pause. Not answered."""
+    """Renew the lease: the trainer runs and still needs the pause. Not answered."""
 
 
 class SyncRelease(msgspec.Struct, frozen=True, tag=True):
@@ -35,7 +35,7 @@ class SyncRelease(msgspec.Struct, frozen=True, tag=True):
 
 
 class SyncAnswer(msgspec.Struct, frozen=True, tag=True):
-    """Reply to the three others. ``error`` says what went wrong ("" when nothing did); ``kind`` names the request."""
+    """Reply to SyncAttach, SyncPause and SyncRelease. ``kind`` names the request; ``error`` is empty on success."""
 
     kind: str
     error: str = ""
