@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import safe_open
@@ -27,6 +27,9 @@ from apollo_tp.shards.boxes import Box, Shard
 from apollo_tp.shards.dtypes import DTYPES
 from apollo_tp.shards.manifest import CheckpointTensor
 
+if TYPE_CHECKING:
+    from apollo_tp.optim import Optimizer
+
 MAX_FILE_BYTES = 5 * 10**9
 """File split of a checkpoint that never was on disk (a server started with dummy weights)."""
 
@@ -35,14 +38,6 @@ OLD_WEIGHTS = {".safetensors", ".bin", ".pth", ".pt", ".gguf", ".h5", ".msgpack"
 CHAT_TEMPLATES = "additional_chat_templates/*.jinja"
 STILL_WORKING_SECONDS = 1.0
 """Seconds between two all-reduces while the other ranks wait for rank 0."""
-
-
-class SavesState(Protocol):
-    """An optimizer: writes its state below a folder, collectively."""
-
-    def save(self, folder: Path) -> None: ...
-
-    def describe(self) -> str: ...
 
 
 @dataclass(frozen=True)
@@ -81,7 +76,7 @@ class CheckpointWriter:
         self._served, self._origin = lambda: [own, *served()], folders.origin_of(model_path)
         self._files = _plan_files(checkpoint, {name: local.dtype for name, (_, local) in tensors.items()})
 
-    def save(self, name: str, optimizer: SavesState, weight_version: int) -> tuple[Path, int]:
+    def save(self, name: str, optimizer: Optimizer, weight_version: int) -> tuple[Path, int]:
         """Write checkpoint ``name``; returns its folder and size in bytes.
 
         Collectives: all-reduces of one flag and all-gathers (see ``_on_rank_0`` and ``_agree``) besides the optimizer's own.
@@ -95,7 +90,7 @@ class CheckpointWriter:
         final = self._root / name
         return final, sum(path.stat().st_size for path in final.rglob("*") if path.is_file())
 
-    def _write(self, name: str, optimizer: SavesState, weight_version: int) -> None:
+    def _write(self, name: str, optimizer: Optimizer, weight_version: int) -> None:
         partial = folders.partial_path(self._root, name)
         self._on_rank_0(lambda: self._prepare(name))
         with self._agree():
