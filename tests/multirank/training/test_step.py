@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -110,6 +111,28 @@ def _gate(tp: TPGroup) -> str:
 
 def test_no_rank_writes_if_the_server_could_not_be_paused() -> None:
     assert run_ranks(_gate, 2) == ["DeadlineError", "RankFailedError"]
+
+
+class _Noting:
+    """A lock that notes when the server is paused."""
+
+    def pause(self) -> None:
+        self.paused_at = time.time()
+
+
+def _be_late(tp: TPGroup) -> float:
+    """When this rank had its gradients, or on rank 0 when the server was paused; Unix time."""
+    lock = _Noting()
+    gate = UpdateGate(SyncMode.step_lock, tp, torch.device("cpu"), lock if tp.rank == 0 else None)  # type: ignore[arg-type]
+    time.sleep(0.5 * tp.rank)
+    ready = time.time()
+    gate.before_write()
+    return lock.paused_at if tp.rank == 0 else ready
+
+
+def test_the_server_runs_until_the_slowest_rank_has_its_gradients() -> None:
+    paused, *ready = run_ranks(_be_late, 3)
+    assert paused >= max(ready)
 
 
 def _in_buckets(tp: TPGroup) -> tuple[float, int]:
