@@ -107,7 +107,7 @@ class Lock:
                     raise FrameError(f"got {size} bytes, expected at most {lock_messages.MAX_SYNC_FRAME_BYTES}")
                 answer = codec.decode(self._read(size, kind, deadline, seconds), lock_messages.SyncAnswer)
             except FrameError as error:
-                raise ServerGoneError(f"{kind}: the server answers what is no answer: {error}; restart it") from error
+                raise ServerGoneError(f"{kind}: got no answer that can be read: {error}; restart the server") from error
             if answer.kind == kind:
                 return str(answer.error)
 

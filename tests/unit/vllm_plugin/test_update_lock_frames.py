@@ -1,4 +1,4 @@
-"""What strangers, another release or a stopped trainer may send over the update lock: the server goes on."""
+"""What strangers, another release or a stopped peer may send over the update lock: server and trainer go on."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 
 from apollo_tp.config import SyncMode
+from apollo_tp.errors import ServerGoneError
 from apollo_tp.runtime import instance_folder
+from apollo_tp.training.update_gate import Lock
 from apollo_tp.wire import update_lock as lock_messages
 from tests.support.locked_server import Plugin, attach, eventually, options
 from tests.unit.wire.test_messages import NOT_UTF8
@@ -118,3 +120,41 @@ def test_a_trainer_that_takes_no_answer_does_not_hold_the_server(
     assert not plugin.vllm.paused
     sender.join(2)
     assert not sender.is_alive(), "its connection is still open"
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        len(NOT_UTF8).to_bytes(4, "big") + NOT_UTF8,
+        len(NESTED).to_bytes(4, "big") + NESTED,
+        (2**31).to_bytes(4, "big"),
+        lock_messages.frame(lock_messages.SyncPause()),
+        b"\0\0\0\0",
+    ],
+    ids=["not UTF-8", "nested", "2 GB", "a request", "empty"],
+)
+def test_an_answer_that_is_none_ends_the_lock_not_the_rank(
+    answer: bytes, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Of another release, say. After an update it is logged; the next step fails, with what to do."""
+    with contextlib.closing(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)) as server:
+        server.bind(str(tmp_path / instance_folder.SYNC_SOCKET))
+        server.listen()
+
+        def serve() -> None:
+            connection, _ = server.accept()
+            with connection:
+                for reply in (lock_messages.frame(lock_messages.SyncAnswer("SyncAttach")), answer):
+                    connection.recv(1000)
+                    connection.sendall(reply)
+                connection.recv(1000)
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        lock = Lock(tmp_path, options(SyncMode.step_lock), 7, [])
+        lock.release(8)
+        assert "weight version 8: SyncRelease: got no answer that can be read" in caplog.text
+        with pytest.raises(ServerGoneError, match=r"the update lock is lost .*; restart server and trainer"):
+            lock.pause()
+        lock.close()
+        thread.join(5)
