@@ -136,7 +136,7 @@ class TrainConfig:
     gradients: GradientMode = option(GradientMode.auto, "fused (update in the backward pass) | stored | auto (by step)")
     compile: bool | None = option(None, "compile decoder layers with torch.compile; null: on GPUs only")
     peer_memory: bool = option(True, "two GPUs with access to each other sum through their memory; false: NCCL")
-    cuda_graphs: bool = option(True, "record steps that are alike and replay them, where GPU memory allows")
+    cuda_graphs: bool = option(True, "record steps of one batch structure and replay them, where GPU memory allows")
     precision: Precision = option(Precision.remainder, "bf16 writes: remainder | stochastic | nearest")
     threads: int | None = option(None, "CPU threads per rank; null leaves torch's default")
 
@@ -196,7 +196,7 @@ class ServiceConfig:
     max_files: int = option(1000, "further uploads are answered 400 until some are deleted")
     max_state_bytes: int = option(16 * 2**30, "disk use of uploaded files and of jobs' samples, together")
     token_file: str | None = option(None, "file with the bearer token(s); null: $APOLLO_TP_TOKEN, else none")
-    rank_timeout_seconds: float = option(30.0, "no heartbeat of rank 0 for this long means that the ranks are gone")
+    rank_timeout_seconds: float = option(30.0, "without a heartbeat of rank 0 for this long, the ranks count as gone")
     on_crash: OnCrash = option(OnCrash.resume, "an interrupted job: resume (from its last completed step) | fail")
     server_url: str | None = option(None, "the model server's address, for the page's latency figures")
     writers: WriterConfig = option(WriterConfig, "curves for other tools")
@@ -231,11 +231,9 @@ class SyncConfig:
 
 @dataclass(kw_only=True)
 class QosConfig:
-    sm_percent: int | None = option(None, "share of each GPU's SMs for the trainer, beside CUDA MPS; null: all of them")
+    sm_percent: int | None = option(None, "share of each GPU's SMs for the trainer, under CUDA MPS; null: all of them")
     low_priority: bool = option(False, "whether inference's kernels go before the trainer's, under CUDA MPS")
-    pace: float = option(
-        1.0, "share of the time that the trainer keeps the GPU busy; it sleeps after each layer's work"
-    )
+    pace: float = option(1.0, "share of the time that the trainer keeps the GPU busy; it sleeps after each layer")
 
     def __post_init__(self) -> None:
         percent = self.sm_percent

@@ -1,4 +1,4 @@
-"""Every error that apollo_tp raises on purpose.
+"""The errors that cross packages. A package also has errors of its own, where it raises and handles them itself.
 
     ApolloTpError
     ├── ConfigError            an option is unknown, ill-typed or contradicts another
@@ -7,17 +7,18 @@
     │   └── NoServerError      no live server published anything
     ├── UnsupportedModelError  tensors that cannot be trained in place, each with its reason
     ├── MappingError           the server's memory could not be mapped, or is not what the manifest says
-    ├── TrainerBusyError       another trainer holds this server
+    ├── TrainerBusyError       another trainer trains this server
     ├── ServerGoneError        the vLLM process that owns the weights ended
-    ├── ReplicaError           ranks that should agree do not: other bits of a weight, another gradient
+    ├── ReplicaError           ranks that should be identical differ: in bits of a weight, or a gradient
     ├── CollectiveError        a sum or gather over ranks did not happen: what it should have written is not used
     ├── RankFailedError        a trainer rank raised; carries that rank and its traceback
     ├── DeviceError            a GPU computes wrong results
     ├── DeviceMemoryError      the longest micro-batch would not fit into the GPU's free memory
-    ├── DeadlineError          a wait ran out; says for whom
+    ├── DeadlineError          a wait took too long; names what it waited for
+    ├── FrameError             bytes from another process are no message of the expected kind
     └── CheckpointError        a checkpoint cannot be written or resumed from
 
-Every message has three parts: what was got, what was expected, what to do; it names rank and tensor where there is one.
+Every message has three parts: what was got, what was expected, what to do. It names rank and tensor where there are any.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from typing import Any
 
 
 class ApolloTpError(Exception):
-    """Base of all errors raised on purpose by this package."""
+    """Base of all errors that this project raises for a known cause."""
 
 
 class ConfigError(ApolloTpError):
@@ -55,7 +56,7 @@ class RequestError(ApolloTpError):
 
 
 def refuse(field: str, got: str, expected: str, **options: Any) -> RequestError:
-    """A RequestError whose message is its three parts."""
+    """A RequestError whose message consists of field, got and expected."""
     return RequestError(f"{field}: got {got}, expected {expected}", field=field, got=got, expected=expected, **options)
 
 
@@ -76,7 +77,7 @@ class MappingError(ApolloTpError):
 
 
 class TrainerBusyError(ApolloTpError):
-    """Another trainer holds this server."""
+    """Another trainer trains this server."""
 
 
 class ServerGoneError(ApolloTpError):
@@ -109,7 +110,11 @@ class DeviceMemoryError(ApolloTpError):
 
 
 class DeadlineError(ApolloTpError):
-    """A wait ran out. The message says who was missing."""
+    """A wait took too long. The message names what it waited for."""
+
+
+class FrameError(ApolloTpError):
+    """Bytes that another process sent are no message of the expected kind."""
 
 
 class CheckpointError(ApolloTpError):

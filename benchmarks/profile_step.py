@@ -234,7 +234,7 @@ def run(config: PretrainedConfig, tokens: int, device: str, tp: TPGroup, options
     begun = time.perf_counter()
     for _ in range(options.steps + 3):
         result = trainer.step(samples)
-        assert not result.outcome.skipped, result.outcome.skipped
+        assert not result.skipped, result.skipped
         seconds.append(result.step_seconds)
     first, step = time.perf_counter() - begun, statistics.median(seconds[3:])
     parameters = sum(p.tensor.numel() for p in model.parameters)

@@ -1,9 +1,9 @@
-"""What lies in a checkpoint folder, and how it appears: complete or not at all.
+"""The layout of the checkpoints' folder. A checkpoint appears in it complete or not at all.
 
 <checkpoint.dir>/
   <name>/                  0700; appears by one rename
-    *.safetensors, config.json, tokenizer files ...   a Hugging Face folder, original names and file split
-    optimizer/             state in global coordinates
+    *.safetensors, config.json, tokenizer files ...   a Hugging Face folder, with the original names and file split
+    optimizer/             optimizer state in global coordinates
     apollo_tp.json         CheckpointInfo
   latest -> <name>
   .writer.lock             held (flock) by the one trainer that writes here
@@ -50,8 +50,8 @@ class CheckpointInfo(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def read_info(folder: Path) -> CheckpointInfo | None:
-    """The record of a complete checkpoint, or None if ``folder`` is not one of ours. Raises CheckpointError for a record
-    that cannot be read."""
+    """The record of a complete checkpoint, or None if ``folder`` was not written by this project. Raises CheckpointError for
+    a record that cannot be read."""
     path = folder / INFO_FILE
     try:
         return msgspec.json.decode(path.read_bytes(), type=CheckpointInfo)
@@ -62,8 +62,8 @@ def read_info(folder: Path) -> CheckpointInfo | None:
 
 
 def origin_of(model_path: str) -> str:
-    """The model that ``model_path`` was trained from if it is one of our checkpoints, else itself. Raises CheckpointError
-    for a record that cannot be read."""
+    """The model that the checkpoint ``model_path`` was trained from; ``model_path`` itself if it is no checkpoint of this
+    project. Raises CheckpointError for a record that cannot be read."""
     info = read_info(Path(model_path))
     return (info.origin or info.model_path) if info else model_path
 
@@ -76,8 +76,8 @@ def latest(root: Path) -> Path | None:
 
 @contextmanager
 def writer_lock(root: Path) -> Iterator[None]:
-    """Hold the one writer's place below ``root``, created if missing: ``latest``, and what a crash left, are one trainer's.
-    Raises ConfigError if another trainer has it."""
+    """Be the one trainer that writes below ``root`` within the context; creates the folder if it is missing. ``latest`` and
+    what a crash left belong to one trainer. Raises ConfigError if another trainer writes there."""
 
     def refuse(holder: str) -> ApolloTpError:
         return ConfigError(
@@ -126,8 +126,12 @@ def discard(root: Path, name: str) -> None:
 def complete(
     root: Path, name: str, info: CheckpointInfo, keep: int, served: Callable[[], Collection[Path]] = tuple
 ) -> Path:
-    """Make the partial folder the checkpoint ``name`` and the latest one, alone on rank 0; drop the oldest of the same
-    model, but none that is ``served`` now. Its time is behind that of all others, also if the clock went back."""
+    """Rename the partial folder to checkpoint ``name`` and let ``latest`` point to it; then remove the oldest checkpoints of
+    the same model beyond ``keep``, but none that is ``served`` now. On rank 0 only.
+
+    Everything is flushed to disk before it is renamed. The new checkpoint's time is after that of all others, even if the
+    clock went back. Raises OSError if something could not be written.
+    """
     partial, final = partial_path(root, name), root / name
     others = _complete_ones(root)
     newest = max((other.created_at for other in others.values()), default=0.0)
@@ -153,7 +157,7 @@ def complete(
 
 
 def _prune(old: list[Path], served: Callable[[], Collection[Path]], origin: str, keep: int) -> None:
-    """Raises nothing, as ``_remove``."""
+    """Remove the ``old`` checkpoints that no live server was started from. Raises nothing, as ``_remove``."""
     try:
         needed = {path.resolve() for path in served()} if old else set()
     except (ApolloTpError, OSError) as error:
@@ -165,25 +169,25 @@ def _prune(old: list[Path], served: Callable[[], Collection[Path]], origin: str,
 
 
 def _complete_ones(root: Path) -> dict[Path, CheckpointInfo]:
-    """Raises nothing: a folder that cannot be read makes no checkpoint a failed one."""
+    """The complete checkpoints below ``root`` with their records. Folders that cannot be read are skipped with a warning."""
     found = {}
     for folder in root.iterdir():
         try:
             if not folder.name.startswith(".") and not folder.is_symlink() and (info := read_info(folder)):
                 found[folder] = info
-        except CheckpointError as error:  # lost+found, say
+        except CheckpointError as error:  # for example lost+found
             log.warning("left alone: %s", error)
     return found
 
 
 def _same_model(other: CheckpointInfo, new: CheckpointInfo) -> bool:
-    """Results of another model are not ours to remove, nor those of which it is not known."""
+    """Whether a checkpoint is of the same model. Others may not be removed, nor those whose model is unknown."""
     return other.origin == new.origin if other.origin else other.model_path == new.model_path
 
 
 def _remove(folder: Path, why: str) -> None:
-    """Raises nothing: the newest checkpoint is complete, whatever becomes of the oldest. Under the name of a partial one
-    first, and marked as one, since ``begin`` clears those if this process is killed half-way."""
+    """Remove a checkpoint, first renaming it to a partial one, which ``begin`` removes if this process is killed meanwhile.
+    Raises nothing: the newest checkpoint is complete even if the oldest cannot be removed."""
     partial = folder.with_name(f".{folder.name}.partial")
     try:
         owned_folder.mark(folder, PARTIAL)

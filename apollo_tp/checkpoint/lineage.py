@@ -1,7 +1,7 @@
-"""What has become of the served weights since the server loaded them: a small file in the instance's folder.
+"""How the served weights have changed since the server loaded them: a small file in the instance's folder.
 
-It outlives the trainer, as the weights do, and goes with the server. A trainer that starts again learns from it how often
-the weights were updated, which step of which job was the last, and where the optimizer state lies.
+It outlives the trainer, as the weights do, and is removed with the server's folder. A trainer that starts again reads
+from it how often the weights were updated, which step of which job was the last, and where the optimizer state is.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from apollo_tp.runtime import private_files
 
 LINEAGE_FILE = "weights.json"
 RECORD_BYTES = 16384
-"""Longer than any record: its room is taken before weights are written, and a full disk changes nothing after that."""
+"""More than any record needs. The file has this size before weights are written, so that a full disk cannot stop a record
+after that."""
 
 
 class Lineage(msgspec.Struct, frozen=True):
@@ -33,7 +34,8 @@ class Lineage(msgspec.Struct, frozen=True):
 
 
 class LineageFile:
-    """The record on every rank; the one with ``keep`` writes it. Raises ManifestError if the file is unreadable."""
+    """The record, read by every rank and written by the one with ``keep``. ``trained_here`` is whether a trainer has changed
+    the weights since the server loaded them. Raises ManifestError if the file is unreadable."""
 
     def __init__(self, folder: Path, model_path: str, *, keep: bool) -> None:
         self._path, self._keep = folder / LINEAGE_FILE, keep
@@ -50,19 +52,19 @@ class LineageFile:
             raise ManifestError(f"{self._path}: got an unreadable record ({error}); restart the server") from None
 
     def before_write(self) -> None:
-        """The weights are about to differ from the folder that they were loaded from: say so before they do. Raises OSError
-        if there is no room for it."""
+        """Record that the weights will differ from the folder that they were loaded from, before they do. Raises OSError if
+        the disk has no room for the file."""
         if not self.trained_here or (self._keep and self._file is None):
             self.trained_here = True
             self.update()
 
     def count_to(self, weight_version: int) -> None:
-        """After a step that failed: it may have written."""
+        """Record the weight version after a step that failed, which may have written weights."""
         if weight_version != self.record.weight_version:
             self.update(weight_version=weight_version)
 
     def update(self, **changes: Any) -> None:
-        """Change fields, and write the record: at first complete or not at all, then in place, where it has its room."""
+        """Change fields, and write the record: the first time as a new file that appears complete, then in place."""
         self.record = msgspec.structs.replace(self.record, **changes)
         if not self._keep:
             return

@@ -42,6 +42,7 @@ from torch.distributed.checkpoint.planner import (
 )
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
+from apollo_tp.distributed.control import ComputeControl
 from apollo_tp.errors import CheckpointError
 from apollo_tp.optim.sharding import moment_rank
 from apollo_tp.shards.boxes import Box
@@ -110,10 +111,16 @@ def _counters(optimizer: Optimizer) -> dict[str, Any]:
 def save(optimizer: Optimizer, folder: Path) -> None:
     """Write the state of all ranks below ``folder``, which all ranks see. Replicated boxes are written once.
 
-    Collectives: one all-reduce at the end, so that the folder is complete when any rank returns.
-    Raises CheckpointError on every rank if one of them could not write.
+    Collectives: one all-gather at the end, so that the folder is complete when any rank returns. Raises CheckpointError on
+    the ranks that could not write, RankFailedError on the others.
     """
-    rank, problem = optimizer.tp.rank, ""
+    with ComputeControl(optimizer.tp, optimizer.device).agree():
+        _save_own_part(optimizer, folder)
+
+
+def _save_own_part(optimizer: Optimizer, folder: Path) -> None:
+    """This rank's part, and on rank 0 the counters. Raises CheckpointError."""
+    rank = optimizer.tp.rank
     pieces = [p for p in _pieces(optimizer) if p.owned and p.tensor.numel()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -125,17 +132,17 @@ def save(optimizer: Optimizer, folder: Path) -> None:
         if rank == 0:
             (folder / COUNTERS).write_text(json.dumps(_counters(optimizer), indent=1))
     except dcp.api.CheckpointException as error:  # its own text does not begin with the cause
-        problem = "; ".join(f"{type(cause).__name__}: {cause}" for cause, _ in error.failures.values()) or repr(error)
+        causes = "; ".join(f"{type(cause).__name__}: {cause}" for cause, _ in error.failures.values()) or repr(error)
+        raise _not_written(folder, causes) from error
     except (OSError, RuntimeError) as error:
-        problem = f"{type(error).__name__}: {error}"
-    failed = torch.zeros(optimizer.tp.size, device=optimizer.device)
-    failed[rank] = float(bool(problem))
-    bad = optimizer.tp.sum_checked(failed, "agreement on what was saved").nonzero().flatten().tolist()
-    if bad:
-        raise CheckpointError(
-            f"optimizer state in {folder}: got errors on ranks {bad}, expected all parts to be written"
-            f"{'; here: ' + problem if problem else ''}; free space or choose another checkpoint.dir"
-        )
+        raise _not_written(folder, f"{type(error).__name__}: {error}") from error
+
+
+def _not_written(folder: Path, causes: str) -> CheckpointError:
+    return CheckpointError(
+        f"optimizer state in {folder}: got {causes}, expected this rank's part to be written; free space or choose another "
+        "checkpoint.dir"
+    )
 
 
 def load(optimizer: Optimizer, folder: Path) -> None:

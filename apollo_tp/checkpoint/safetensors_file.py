@@ -53,8 +53,8 @@ def plan(tensors: Iterable[tuple[str, tuple[int, ...], torch.dtype]]) -> tuple[b
 
 
 def create(path: Path, header: bytes, entries: dict[str, Entry]) -> None:
-    """A 0600 file with its header and room for all tensors. Raises OSError if the disk has not that much left: later, in
-    memory that maps a file, a full disk would be SIGBUS."""
+    """Create a 0600 file with its header and room for all tensors. Raises OSError if the disk has too little space left:
+    later, when the file is mapped into memory, a full disk would be a SIGBUS."""
     with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
         file.write(header)
         file.flush()
@@ -62,8 +62,8 @@ def create(path: Path, header: bytes, entries: dict[str, Entry]) -> None:
 
 
 def write_box(path: Path, entry: Entry, box: Box, values: Tensor) -> None:
-    """Write the box of a tensor (global coordinates) from ``values`` of the box's shape, cast to the entry's dtype. It is
-    on disk once the file has been flushed (fsync), which is for the caller: once a file, not once a box."""
+    """Write a box of a tensor (in global coordinates) from ``values``, a local tensor of the box's shape on any device,
+    cast to the entry's dtype. The caller flushes the file (fsync) after its last box."""
     if not box.numel:
         return
     bits = {

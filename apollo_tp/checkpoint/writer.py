@@ -1,4 +1,4 @@
-"""Write a Hugging Face folder from served weights: every rank its own boxes, straight into the final file layout."""
+"""Write a Hugging Face folder from served weights: every rank writes its own boxes, straight into the final file layout."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import safe_open
@@ -20,11 +20,15 @@ from torch import Tensor
 from apollo_tp.checkpoint import folder as folders
 from apollo_tp.checkpoint.folder import CheckpointInfo
 from apollo_tp.checkpoint.safetensors_file import Entry, create, plan, write_box
+from apollo_tp.distributed.control import ComputeControl
 from apollo_tp.distributed.tp_group import TPGroup
 from apollo_tp.errors import CheckpointError
 from apollo_tp.shards.boxes import Box, Shard
 from apollo_tp.shards.dtypes import DTYPES
 from apollo_tp.shards.manifest import CheckpointTensor
+
+if TYPE_CHECKING:
+    from apollo_tp.optim import Optimizer
 
 MAX_FILE_BYTES = 5 * 10**9
 """File split of a checkpoint that never was on disk (a server started with dummy weights)."""
@@ -33,15 +37,7 @@ OLD_WEIGHTS = {".safetensors", ".bin", ".pth", ".pt", ".gguf", ".h5", ".msgpack"
 """Files of the source that hold its weights, in whatever form: a checkpoint has its own."""
 CHAT_TEMPLATES = "additional_chat_templates/*.jinja"
 STILL_WORKING_SECONDS = 1.0
-"""How often the ranks meet while rank 0 works alone."""
-
-
-class SavesState(Protocol):
-    """An optimizer: writes its state below a folder, collectively."""
-
-    def save(self, folder: Path) -> None: ...
-
-    def describe(self) -> str: ...
+"""Seconds between two all-reduces while the other ranks wait for rank 0."""
 
 
 @dataclass(frozen=True)
@@ -57,8 +53,9 @@ class CheckpointWriter:
     """Writes checkpoints of one served model. ``tensors``: checkpoint name -> (shard, local served view), second
     copies of a tensor with its view (``MappedRank.stored``).
 
-    ``hf_config`` is saved where the model has no folder on disk. ``served`` are the folders that live servers were started
-    from, asked each time: they are not removed, nor this model's own. All methods are collective over ``tp``.
+    ``save_config`` writes the model's configuration where the model has no folder on disk. ``served`` returns the folders
+    that live servers were started from, and is called each time: they are not removed, nor is this model's own. All methods
+    are collective over ``tp``.
     """
 
     def __init__(
@@ -75,15 +72,17 @@ class CheckpointWriter:
     ) -> None:
         self._root, self._source, self._tensors, self._tp, self._keep = root, Path(model_path), tensors, tp, keep
         self._save_config = save_config
+        self._device = next(iter(tensors.values()))[1].device
         own = self._source.resolve()  # `latest` moves on
         self._served, self._origin = lambda: [own, *served()], folders.origin_of(model_path)
         self._files = _plan_files(checkpoint, {name: local.dtype for name, (_, local) in tensors.items()})
 
-    def save(self, name: str, optimizer: SavesState, weight_version: int) -> tuple[Path, int]:
+    def save(self, name: str, optimizer: Optimizer, weight_version: int) -> tuple[Path, int]:
         """Write checkpoint ``name``; returns its folder and size in bytes.
 
-        Collectives: all-reduces of one flag (see ``_together`` and ``_on_rank_0``) besides the optimizer's own. Raises
-        CheckpointError on all ranks if one could not write; nothing appears then, and what was written is gone.
+        Collectives: all-reduces of one flag and all-gathers (see ``_on_rank_0`` and ``_agree``) besides the optimizer's own.
+        Raises CheckpointError on the ranks that could not write, RankFailedError on the others; nothing appears then, and
+        what was written is removed.
         """
         with contextlib.ExitStack() as stack:
             if self._tp.rank == 0:  # renamed by now, unless it failed
@@ -92,10 +91,11 @@ class CheckpointWriter:
         final = self._root / name
         return final, sum(path.stat().st_size for path in final.rglob("*") if path.is_file())
 
-    def _write(self, name: str, optimizer: SavesState, weight_version: int) -> None:
+    def _write(self, name: str, optimizer: Optimizer, weight_version: int) -> None:
         partial = folders.partial_path(self._root, name)
         self._on_rank_0(lambda: self._prepare(name))
-        self._together(lambda: self._write_own_boxes(partial))
+        with self._agree():
+            self._write_own_boxes(partial)
         from apollo_tp.checkpoint import (
             optimizer_state,  # takes a second to import, which a run that never saves need not pay
         )
@@ -112,32 +112,33 @@ class CheckpointWriter:
         self._on_rank_0(lambda: folders.complete(self._root, name, info, self._keep, self._served))
 
     def _on_rank_0(self, action: Callable[[], object]) -> None:
-        """Run ``action`` on rank 0, in a thread, and agree on success. An all-reduce every STILL_WORKING_SECONDS while it
-        lasts, then that of ``_together``: copies and flushes of a large model take longer than one collective may. So it
-        may take any time as long as rank 0 lives; how long the coordinator waits for its answer is another matter."""
+        """Run ``action`` on rank 0, in a thread, and agree on success. Collective.
+
+        An all-reduce every STILL_WORKING_SECONDS while it lasts: copies and flushes of a large model take longer than one
+        collective may. So ``action`` may take any time as long as rank 0 lives; how long the coordinator waits for its
+        answer is another matter.
+        """
         with ThreadPoolExecutor(1, "checkpoint") as pool:  # waits for the thread, however this ends
             work = [pool.submit(action)] if self._tp.rank == 0 else []
-            while self._count(bool(wait(work, STILL_WORKING_SECONDS).not_done)):
+            while self._any_rank(bool(wait(work, STILL_WORKING_SECONDS).not_done)):
                 pass
-        self._together(lambda: [done.result() for done in work])
+        with self._agree():
+            for done in work:
+                done.result()
 
-    def _together(self, action: Callable[[], object]) -> None:
-        """Run ``action`` here and agree on success. One all-reduce."""
-        error: Exception | None = None
-        try:
-            action()
-        except (OSError, CheckpointError) as caught:
-            error = caught
-        failed = self._count(error is not None)
-        if error is not None:
-            raise CheckpointError(f"rank {self._tp.rank}: {error}") from error
-        if failed:
-            raise CheckpointError(f"got a failure on {failed} other rank(s), expected all ranks to write")
+    @contextlib.contextmanager
+    def _agree(self) -> Iterator[None]:
+        """A block that writes on all ranks or raises on all ranks (see Control.agree), with OSError as CheckpointError."""
+        with ComputeControl(self._tp, self._device).agree():
+            try:
+                yield
+            except OSError as error:
+                raise CheckpointError(f"rank {self._tp.rank}: {error}") from error
 
-    def _count(self, flag: bool) -> int:
-        """On how many ranks ``flag`` is set. One all-reduce."""
-        device = next(iter(self._tensors.values()))[1].device
-        return int(self._tp.sum_checked(torch.tensor(float(flag), device=device), "agreement on a checkpoint").item())
+    def _any_rank(self, flag: bool) -> bool:
+        """Whether ``flag`` is set on any rank. One all-reduce."""
+        flags = torch.tensor(float(flag), device=self._device)
+        return bool(self._tp.sum_checked(flags, "agreement on a checkpoint").item())
 
     def _prepare(self, name: str) -> None:
         partial = folders.begin(self._root, name)
@@ -163,11 +164,11 @@ class CheckpointWriter:
         if missing:
             with safe_open(self._source / file.name, framework="pt") as source:
                 for entry in missing:
-                    whole = Box((0,) * len(entry.shape), entry.shape)
-                    write_box(partial / file.name, entry, whole, source.get_tensor(entry.name))
+                    everything = Box((0,) * len(entry.shape), entry.shape)
+                    write_box(partial / file.name, entry, everything, source.get_tensor(entry.name))
 
     def _write_own_boxes(self, partial: Path) -> None:
-        """And flush them, so that little is left for rank 0, which flushes the whole at the end."""
+        """Write this rank's boxes and flush them, so that little is left for rank 0, which flushes the folder at the end."""
         for file in self._files:
             own = [name for name in file.entries if self._writes(name)]
             for name in own:

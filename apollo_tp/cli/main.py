@@ -33,9 +33,9 @@ from apollo_tp.cli.compare import (
 from apollo_tp.cli.zmq_transport import ZmqTransport
 from apollo_tp.errors import ConfigError
 from apollo_tp.runtime import instance_folder, processes
+from apollo_tp.runtime.instance_folder import TOKEN_VARIABLE
 
 URL_VARIABLE = "APOLLO_TP_URL"
-TOKEN_VARIABLE = "APOLLO_TP_TOKEN"
 DEFAULT_URL = "http://127.0.0.1:8300"
 RECONNECT_SECONDS = 60.0
 POLL_SECONDS = 0.5
@@ -117,7 +117,7 @@ def find_url() -> str:
     if url := os.environ.get(URL_VARIABLE):
         return url
     try:
-        files = sorted(instance_folder.base_dir().glob("*/coordinator.json"))
+        files = sorted(instance_folder.base_dir().glob(f"*/{instance_folder.ADDRESS_FILE}"))
         found = [json.loads(file.read_text()) for file in files]
     except (ConfigError, OSError, ValueError):
         return DEFAULT_URL

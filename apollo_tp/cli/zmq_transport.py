@@ -14,7 +14,8 @@ import httpx
 import zmq
 import zmq.auth
 
-from apollo_tp.errors import ConfigError
+from apollo_tp.errors import ConfigError, FrameError
+from apollo_tp.wire import codec
 from apollo_tp.wire import tunnel as tunnel_messages
 
 CHUNK_BYTES = 2**20
@@ -69,7 +70,7 @@ class ZmqTransport(httpx.BaseTransport):
     def _send(self, message: tunnel_messages.TunnelUp) -> None:
         if not self._socket.poll(int(SILENCE_SECONDS * 1000), zmq.POLLOUT):
             raise httpx.ConnectTimeout(f"{self._address}: nobody takes requests there, or not with this key")
-        self._socket.send(tunnel_messages.encode_tunnel(message))
+        self._socket.send(codec.encode(message))
 
     def _receive(self, identity: int, timeout: type[httpx.TimeoutException]) -> tunnel_messages.TunnelDown:
         while True:
@@ -77,9 +78,12 @@ class ZmqTransport(httpx.BaseTransport):
                 raise timeout(
                     f"{self._address}: no answer for {SILENCE_SECONDS:g} s; is the coordinator there, and the key?"
                 )
-            message = tunnel_messages.decode_tunnel_down(self._socket.recv())
+            try:
+                message = codec.decode(self._socket.recv(), tunnel_messages.TunnelDown)
+            except FrameError as error:
+                raise httpx.RemoteProtocolError(f"{self._address}: {error}") from error
             if message.id == identity:  # the rest is of requests that were given up
-                return message
+                return message  # type: ignore[no-any-return]
 
 
 class _Body(httpx.SyncByteStream):

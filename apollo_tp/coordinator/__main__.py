@@ -37,7 +37,6 @@ from apollo_tp.errors import ApolloTpError, ConfigError
 from apollo_tp.runtime import instance_folder, private_files
 
 log = logging.getLogger("apollo_tp.coordinator")
-ADDRESS_FILE = "coordinator.json"
 STOP_SECONDS = 5.0
 LOCK_SECONDS = STOP_SECONDS + 1
 """The coordinator of a trainer that was killed notices, and leaves, within this time."""
@@ -94,7 +93,7 @@ async def serve(settings: Settings) -> None:
         stack.enter_context(writer)
         scheduler.on_step.append(writer)
         scheduler.on_evaluation.append(writer.evaluated)
-    path = instance_folder.socket_path(Path(settings.instance_dir), "coordinator.sock")
+    path = instance_folder.socket_path(Path(settings.instance_dir), instance_folder.COORDINATOR_SOCKET)
     tunnels = [Tunnel(context, lambda socket: bind_private(socket, path), app)]
     if settings.service.zmq.port is not None:
         curve = CurveListener(context, settings.service.zmq)
@@ -138,7 +137,7 @@ async def serve(settings: Settings) -> None:
 def _build_scheduler(settings: Settings, store: Store, context: zmq.asyncio.Context, changes: Changes) -> Scheduler:
     link = RankLink(
         context,
-        instance_folder.socket_path(Path(settings.instance_dir), "ranks.sock"),
+        instance_folder.socket_path(Path(settings.instance_dir), instance_folder.RANKS_SOCKET),
         timeout_seconds=settings.service.rank_timeout_seconds,
         on_change=changes.notify,
     )
@@ -182,7 +181,7 @@ def _publish_address(settings: Settings, listener: socket.socket) -> None:
     host, port = listener.getsockname()[:2]
     url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
     content = json.dumps({"url": url, "pid": os.getpid(), "started_at": time.time()}).encode()
-    private_files.write_private(Path(settings.instance_dir) / ADDRESS_FILE, content)
+    private_files.write_private(Path(settings.instance_dir) / instance_folder.ADDRESS_FILE, content)
     log.info("coordinator at %s, state in %s", url, settings.service.state_dir)
 
 

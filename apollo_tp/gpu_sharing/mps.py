@@ -1,4 +1,7 @@
-"""What CUDA must know before it starts of a trainer that shares its GPUs with a server under CUDA MPS. No torch before."""
+"""CUDA MPS: the environment variables of a trainer that shares its GPUs with a server, set before CUDA initialises.
+
+Nothing here imports torch at module level: the launcher calls ``share_gpu`` before that import.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,8 @@ from apollo_tp.errors import ConfigError
 if TYPE_CHECKING:
     import torch
 
+MPS_SHARE = "CUDA_MPS_ACTIVE_THREAD_PERCENTAGE"
+"""The percentage of each GPU's SMs that MPS lets this process use."""
 DRIVER = Path("/dev/nvidiactl")
 DEFAULT_PIPE_DIR = "/tmp/nvidia-mps"
 """Where CUDA looks for the control daemon unless CUDA_MPS_PIPE_DIRECTORY says otherwise."""
@@ -20,14 +25,15 @@ BELOW_NORMAL = "1"
 
 
 def share_gpu(config: QosConfig) -> None:
-    """With ``config.low_priority``, have this process's CUDA contexts start their work on an SM after that of the server;
-    with ``config.sm_percent``, leave all SMs to what will choose among them (``sm_share``). Call it before CUDA initialises.
+    """Set MPS's variables for this process. Call it before CUDA initialises.
 
-    Raises ConfigError where the processes would not run side by side: no NVIDIA GPU, or no MPS control daemon.
+    With ``config.low_priority``, an SM starts the server's work before this process's. With ``config.sm_percent``, MPS
+    leaves all SMs to this process, since ``sm_limit`` chooses among them. Raises ConfigError where server and trainer would
+    not run concurrently: without an NVIDIA GPU, or without the MPS control daemon.
     """
     variables, options = {}, []
     if config.sm_percent is not None:
-        variables["CUDA_MPS_ACTIVE_THREAD_PERCENTAGE"] = "100"  # a green context cannot divide what MPS has cut
+        variables[MPS_SHARE] = "100"  # a green context cannot divide what MPS has cut
         options.append(f"qos.sm_percent={config.sm_percent}")
     if config.low_priority:
         variables["CUDA_MPS_CLIENT_PRIORITY"] = BELOW_NORMAL
@@ -49,14 +55,14 @@ def share_gpu(config: QosConfig) -> None:
 
 
 def daemon_runs(pipe_dir: Path) -> bool:
-    """Whether the MPS control daemon of this pipe directory lives. Its socket outlives it, hence the process id."""
+    """Whether the MPS control daemon of this pipe directory runs, by its process id: its socket file outlives it."""
     path = pipe_dir / "nvidia-cuda-mps-control.pid"
     pid = path.read_text().strip() if path.is_file() else ""
     return pid.isdecimal() and Path("/proc", pid).is_dir()
 
 
 def describe(qos: QosConfig, device: torch.device) -> str:
-    """As status shows it; on a GPU with the number of SMs that this rank uses."""
+    """The options in one line, as the status shows them; on a GPU with the number of SMs that this rank uses."""
     percent = "null" if qos.sm_percent is None else qos.sm_percent
     text = f"sm_percent={percent} low_priority={str(qos.low_priority).lower()} pace={qos.pace:g}"
     if device.type != "cuda":

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from apollo_tp.errors import DeviceError
+from apollo_tp.gpu_sharing.mps import MPS_SHARE
 
-MPS_SHARE = "CUDA_MPS_ACTIVE_THREAD_PERCENTAGE"
 MOST_BYTES = 256 * 2**20
 """Of the larger one of a product's inputs and outputs; the longest products of wide layers are cut to it."""
 MAX_TOKENS = 8192

@@ -1,4 +1,4 @@
-"""Hydra overrides to a checked Config, with errors that name the nearest valid key; and the text of --help."""
+"""Compose a checked Config from Hydra overrides, with errors that name the nearest valid key; and the text of --help."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def _check_keys(overrides: list[str]) -> None:
 
 
 def _parsed(argument: str) -> Override:
-    """One argument, read by itself so that a message can name it."""
+    """One argument, parsed alone so that the message can name it."""
     key, equals, value = argument.partition("=")
     if not equals or not key:
         raise ConfigError(f"{argument}: got no value, expected key=value, for example optim.lr=1e-5")

@@ -1,4 +1,4 @@
-"""Rank 0's child: the coordinator. It has no torch, so it answers within milliseconds whatever the ranks do."""
+"""Rank 0's child process: the coordinator. It has no torch and no model, so it answers clients while the ranks compute."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ import msgspec
 from apollo_tp.config import Config
 from apollo_tp.coordinator.settings import EXIT_STORAGE, Settings
 from apollo_tp.errors import ConfigError
-from apollo_tp.runtime import private_files
+from apollo_tp.runtime import instance_folder, private_files
 from apollo_tp.shards.manifest import Manifest
 from apollo_tp.shards.serving import Serving, read_serving
 
 STOP_SECONDS = 10.0
 MIN_LIFE_SECONDS = 10.0
-"""One that ends by itself sooner would end again: a port that is taken, a state folder that cannot be written."""
+"""A coordinator that ends by itself sooner is not started again: it would fail again, for example on a port in use."""
 PAUSE_SECONDS = 5.0
-"""Between two tries to store something, on a disk that was full: jobs wait meanwhile, and go on where they were."""
+"""Before a coordinator that ended on a full disk is started again; jobs wait meanwhile, and go on where they were."""
 
 log = logging.getLogger("apollo_tp")
 
@@ -43,22 +43,22 @@ class CoordinatorProcess:
             checkpoint_after_idle_seconds=config.checkpoint.after_idle_seconds,
             parent_pid=os.getpid(),
         )
-        self._settings_path = folder / "coordinator_settings.json"
+        self._settings_path = folder / instance_folder.SETTINGS_FILE
         private_files.write_private(self._settings_path, msgspec.json.encode(settings))
         self._has_lived = False
         self._start()
 
     def _start(self) -> None:
         self._started_at = time.monotonic()
-        # A session of its own: Ctrl-C reaches the ranks first, which then stop it in order.
+        # A session of its own, so that Ctrl-C reaches only the ranks, which then stop it in order.
         command = [sys.executable, "-m", "apollo_tp.coordinator", "--config", str(self._settings_path)]
         self._process = subprocess.Popen(command, start_new_session=True)
 
     def check(self) -> None:
-        """Start it again if it ended: jobs are durable, and it asks the ranks how far they came.
+        """Start it again if it ended: jobs are durable, and it asks the ranks for the last completed step.
 
-        Raises ConfigError if it ended by itself soon after its start; its log lines above say why. A disk that was not full
-        at first is no such reason.
+        Raises ConfigError if it ended by itself soon after its start; the log lines above tell why. A disk that has become
+        full since the first start is not counted as such.
         """
         status, age = self._process.poll(), time.monotonic() - self._started_at
         self._has_lived |= age >= MIN_LIFE_SECONDS
@@ -67,7 +67,7 @@ class CoordinatorProcess:
         full = status == EXIT_STORAGE and self._has_lived
         if full and age < PAUSE_SECONDS:
             return
-        killed = status == -signal.SIGKILL  # by an operator or for memory: no fault of its settings
+        killed = status == -signal.SIGKILL  # by an operator or for lack of memory, so its settings are not at fault
         if not (killed or full) and age < MIN_LIFE_SECONDS:
             raise ConfigError(
                 f"coordinator: got exit status {status} at its start, expected it to run; see its log lines"

@@ -1,4 +1,4 @@
-"""Training progress on the terminal of rank 0: a rich bar where there is one, a log line per step elsewhere."""
+"""Training progress of rank 0: a bar if standard error is a terminal, a log line per step otherwise."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ class StepProgress:
         self._task: TaskID | None = None
         self._job = ""
 
-    def __call__(self, command: commands.Step | commands.PreferenceStep, done: commands.StepDone) -> None:
-        speed = done.num_tokens / done.step_seconds if done.step_seconds else 0.0
+    def __call__(self, command: commands.Step | commands.PreferenceStep, figures: commands.StepFigures) -> None:
+        speed = figures.num_tokens / figures.step_seconds if figures.step_seconds else 0.0
         if not sys.stderr.isatty():
             log.info(
                 "job %s step %d of %d: loss %.4f, %.0f tokens/s, weight version %d%s",
-                command.job_id, command.job_step, command.num_job_steps, done.loss, speed, done.weight_version,
-                f", skipped: {done.skipped}" if done.skipped else "",
+                command.job_id, command.job_step, command.num_job_steps, figures.loss, speed, figures.weight_version,
+                f", skipped: {figures.skipped}" if figures.skipped else "",
             )  # fmt: skip
             return
         if self._bar is None or self._job != command.job_id:
@@ -44,12 +44,12 @@ class StepProgress:
                 f"job {command.job_id}", total=command.num_job_steps or None, loss=0, speed=0
             )
         assert self._task is not None
-        self._bar.update(self._task, completed=command.job_step, loss=done.loss, speed=speed)
+        self._bar.update(self._task, completed=command.job_step, loss=figures.loss, speed=speed)
         if command.job_step == command.num_job_steps:
             self.close()
 
     def close(self) -> None:
-        """Give the terminal back."""
+        """Remove the bar."""
         if self._bar is not None:
             self._bar.stop()
             self._bar = None

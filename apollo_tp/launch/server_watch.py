@@ -1,4 +1,4 @@
-"""Notice that the server has ended, whatever the ranks do."""
+"""Notice that the server has ended, also while this rank is busy."""
 
 from __future__ import annotations
 
@@ -23,18 +23,19 @@ class ServerWatch:
         self._thread.start()
 
     def stop(self) -> None:
+        """End the thread."""
         self._stop.set()
         self._thread.join(5)
 
     def _watch(self) -> None:
         while not self._stop.wait(1.0):
-            gone = [m for m in self._manifests if not m.process.alive()]
-            if gone:
-                ranks = ", ".join(f"rank {m.tp_rank} (process {m.pid})" for m in gone)
+            ended = [m for m in self._manifests if not m.process.alive()]
+            if ended:
+                ranks = ", ".join(f"rank {m.tp_rank} (process {m.pid})" for m in ended)
                 self._on_gone(
                     ServerGoneError(
-                        f"server {gone[0].instance_id}: got the end of {ranks}, expected a running vLLM; the weights went "
-                        "with it. Start the server, then the trainer"
+                        f"server {ended[0].instance_id}: got the end of {ranks}, expected a running vLLM; the trained "
+                        "weights are lost but for the last checkpoint. Start the server, then the trainer"
                     )
                 )
                 return

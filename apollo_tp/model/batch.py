@@ -75,7 +75,7 @@ def pack(samples: Sequence[Sample], max_tokens: int) -> list[PackedBatch]:
     ``max_tokens``, or whose weights do not fit its tokens.
     """
     for index, sample in enumerate(samples):
-        _check(index, sample, max_tokens)
+        _check(f"samples[{index}]", sample, max_tokens)
     lengths = [len(sample.token_ids) for sample in samples]
     return [_packed(samples, sorted(members)) for members in _first_fit(lengths, max_tokens)]
 
@@ -87,11 +87,11 @@ def pack_pairs(pairs: Sequence[PreferencePair], max_tokens: int) -> list[PackedB
     """
     sides = [side for pair in pairs for side in (pair.preferred, pair.rejected)]
     lengths = [len(p.preferred.token_ids) + len(p.rejected.token_ids) for p in pairs]
-    for index, sample in enumerate(sides):
-        _check(index, sample, max_tokens)
-    for index, length in enumerate(lengths):
+    for index, (pair, length) in enumerate(zip(pairs, lengths, strict=True)):
+        field = f"pairs[{index}]"
+        _check(f"{field}.preferred", pair.preferred, max_tokens)
+        _check(f"{field}.rejected", pair.rejected, max_tokens)
         if length > max_tokens:
-            field = f"pairs[{index}]"
             raise RequestError(f"{field}: got {length} tokens in both sides, expected 2 to {max_tokens}", field=field)
     return [
         _packed(sides, [side for i in sorted(members) for side in (2 * i, 2 * i + 1)])
@@ -120,8 +120,9 @@ def empty_share(batches: Sequence[PackedBatch], max_tokens: int) -> float:
     return 1.0 - sum(batch.num_tokens for batch in batches) / budget if budget else 0.0
 
 
-def _check(index: int, sample: Sample, max_tokens: int) -> None:
-    length, field = len(sample.token_ids), f"samples[{index}]"
+def _check(field: str, sample: Sample, max_tokens: int) -> None:
+    """Raise RequestError naming ``field`` if the sample cannot be packed."""
+    length = len(sample.token_ids)
     if not 1 <= length <= max_tokens:
         raise RequestError(f"{field}: got {length} tokens, expected 1 to {max_tokens}", field=field)
     if len(sample.weights) != length:

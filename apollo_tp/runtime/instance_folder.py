@@ -7,8 +7,13 @@
         serving.json              written by the API server once the engine is up (without one, by the first worker)
         served_tokenizer.json     the tokenizer that it uses
         apollo_tp_server.lock     held (flock) by the server's first process, and those forked from it
+        weights.json              how the served weights have changed since they were loaded (checkpoint/lineage.py)
         trainer.lock              held (flock) by the one trainer of this server
-        ranks.sock, coordinator.sock
+        ranks.sock                ZMQ, bound by the coordinator: trainer rank 0 connects
+        coordinator.sock          ZMQ, bound by the coordinator: the server's plugin forwards HTTP requests
+        sync.sock                 a stream, bound by the server's plugin: trainer rank 0 takes the update lock
+        coordinator.json          address and process id of the coordinator, for the command line
+        coordinator_settings.json what trainer rank 0 starts the coordinator with
 
 The base is $APOLLO_TP_RUNTIME_DIR, else $XDG_RUNTIME_DIR/apollo_tp, else /tmp/apollo_tp-<uid>.
 """
@@ -29,6 +34,13 @@ from apollo_tp.runtime import owned_folder
 from apollo_tp.runtime.private_files import INSTANCE_FILES, RUNTIME_DIR_VARIABLE, SERVER_LOCK, locked, private_dir
 
 INSTANCE_VARIABLE = "APOLLO_TP_INSTANCE"
+TOKEN_VARIABLE = "APOLLO_TP_TOKEN"
+RANKS_SOCKET = "ranks.sock"
+COORDINATOR_SOCKET = "coordinator.sock"
+SYNC_SOCKET = "sync.sock"
+ADDRESS_FILE = "coordinator.json"
+SETTINGS_FILE = "coordinator_settings.json"
+TRAINER_LOCK = "trainer.lock"
 # sockaddr_un.sun_path holds 108 bytes with its terminating zero
 MAX_SOCKET_PATH_BYTES = 107
 
@@ -74,7 +86,7 @@ def socket_path(folder: Path, name: str) -> Path:
 
 @contextmanager
 def trainer_lock(folder: Path) -> Iterator[None]:
-    """Hold the one trainer's place at a server. Raises TrainerBusyError if another process has it."""
+    """Be the one trainer of a server within the context. Raises TrainerBusyError if another process is."""
 
     def refuse(holder: str) -> ApolloTpError:
         return TrainerBusyError(
@@ -82,7 +94,7 @@ def trainer_lock(folder: Path) -> Iterator[None]:
             "Stop that one, or name another server with server.instance=..."
         )
 
-    with locked(folder / "trainer.lock", refuse):
+    with locked(folder / TRAINER_LOCK, refuse):
         yield
 
 

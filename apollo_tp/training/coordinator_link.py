@@ -9,15 +9,16 @@ from contextlib import suppress
 
 import zmq
 
-from apollo_tp.wire import commands
+from apollo_tp.wire import codec, commands
 
 HEARTBEAT_SECONDS = 1.0
 
 
 class Link:
-    """Rank 0's DEALER to the coordinator, with a thread of its own that sends heartbeats whatever the ranks do.
+    """Rank 0's DEALER to the coordinator at ``address``. A thread sends heartbeats also while the ranks are busy.
 
-    ZMQ sockets belong to one thread: the thread owns the DEALER, and passes frames through two inproc pairs.
+    A ZMQ socket belongs to one thread: that thread owns the DEALER, and exchanges frames with the others through a pair of
+    inproc sockets. ``alive`` is called before each ``receive``; it raises if the coordinator cannot be kept running.
     """
 
     def __init__(self, address: str, alive: Callable[[], None]) -> None:
@@ -32,7 +33,7 @@ class Link:
 
     def send(self, reply: commands.AnyReply) -> None:
         """Queue a reply for the coordinator."""
-        self._pair.send(commands.encode(reply))
+        self._pair.send(codec.encode(reply))
 
     def receive(self, timeout_seconds: float) -> bytes:
         """The next command's frame, or b"" after ``timeout_seconds``. Raises what ``alive`` raises."""
@@ -40,11 +41,11 @@ class Link:
         return self._pair.recv() if self._pair.poll(int(timeout_seconds * 1000)) else b""
 
     def working_on(self, command_id: str, weight_version: int) -> None:
-        """What heartbeats say from now on."""
+        """Set what heartbeats report from now on: the command being executed ("" when idle), and the weight version."""
         self._state = (command_id, weight_version)
 
     def close(self, goodbye: commands.Goodbye) -> None:
-        """Say why the ranks leave, and end the thread."""
+        """Send why the ranks leave, and end the thread."""
         self.send(goodbye)
         self._stop.set()
         self._thread.join(5)
@@ -72,8 +73,6 @@ class Link:
                 next_beat = time.monotonic() + HEARTBEAT_SECONDS
                 with suppress(zmq.Again):  # the coordinator is gone or slow: heartbeats may be lost
                     busy, version = self._state
-                    dealer.send(
-                        commands.encode(commands.Heartbeat(weight_version=version, busy_with=busy)), zmq.NOBLOCK
-                    )
+                    dealer.send(codec.encode(commands.Heartbeat(weight_version=version, busy_with=busy)), zmq.NOBLOCK)
         dealer.close()
         pair.close(0)

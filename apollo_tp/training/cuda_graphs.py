@@ -182,6 +182,7 @@ class Replays:
             log.warning("rank %d: steps are not recorded: %s", self._model.tp.rank, error)
             failed = True
         self._model.zero_grad()
+        # not Control.agree: nothing is raised, and another rank may raise elsewhere, which leaves the compute group
         flag = torch.tensor(float(failed), device=self._batch.token_ids.device)
         if self._model.tp.all_reduce_(flag, dist.ReduceOp.MAX).item():
             self._is_possible = False

@@ -151,6 +151,7 @@ class _Rehearsal:
 
     def _is_bent(self, base: int) -> bool:
         """On some rank. One all-reduce of one number."""
+        # over the compute group, which a rank that raised meanwhile has left, so that the others do not wait for it
         bent = torch.tensor(float(not is_straight(self.rehearsed, base)), device=self.device)
         return bool(self.tp.all_reduce_(bent, dist.ReduceOp.MAX))
 
@@ -193,6 +194,7 @@ class _Rehearsal:
 
     def _agree(self, plan: MemoryPlan) -> MemoryPlan:
         """The plan of the rank that lacks most. One all-gather. Raises DeviceMemoryError on all ranks if it lacks any."""
+        # over the compute group as in _is_bent; figures rather than errors, so not Control.agree
         own = [plan.gradients, plan.activations, plan.optimizer, plan.available, plan.largest]
         rows = self.tp.all_gather(torch.tensor([own], device=self.device)).tolist()
         plans = [MemoryPlan(rank, plan.tokens, *row) for rank, row in enumerate(rows)]

@@ -1,10 +1,10 @@
-"""On every trainer rank: take commands in order, call the trainer, answer. One of the two places that catch exceptions.
+"""The loop of every trainer rank: take commands in order, call the trainer, reply.
 
-Rank 0 holds the socket; commands reach the other ranks as msgpack bytes over the control group (gloo on the default
-process group), which nothing else uses. Idle ranks wait in a broadcast that rank 0 answers at least once a second, so a
-dead rank 0 is noticed by the group's timeout. A rank that raises in the middle of a command leaves the compute group; the
-others, waiting for it in a collective, fail with a closed connection; all agree on who was first, and form the group again.
-If some ranks have counted an update that others have not, all end instead.
+Rank 0 owns the socket; commands reach the other ranks as msgpack bytes over the control group (gloo on the default
+process group). Idle ranks wait in a broadcast that rank 0 repeats at least once a second, so the group's timeout notices a
+dead rank 0. Whatever a command raises is caught here and becomes the command's failure on all ranks: a rank that raises
+leaves the compute group; the others, waiting for it in a collective, fail with a closed connection; then all agree on which
+rank was first, and form the group again. If some ranks have counted an update that others have not, all end instead.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import logging
 import signal
 import time
 import traceback
-from collections.abc import Callable
 from typing import NoReturn, Protocol
 
 import msgspec
@@ -24,8 +23,8 @@ import torch.distributed as dist
 from apollo_tp.distributed.control import Control
 from apollo_tp.errors import CollectiveError, RankFailedError
 from apollo_tp.training.coordinator_link import Link
-from apollo_tp.training.trainer import StepResult, Trainer
-from apollo_tp.wire import commands
+from apollo_tp.training.trainer import Trainer
+from apollo_tp.wire import codec, commands
 
 log = logging.getLogger(__name__)
 
@@ -33,7 +32,7 @@ POLL_SECONDS = 0.5
 
 
 class Failure(msgspec.Struct, frozen=True):
-    """What a rank says of a command that raised. ``secondary``: it only lost its peer in a collective."""
+    """How a command failed on a rank. ``secondary``: it failed because another rank had."""
 
     rank: int
     error: str
@@ -43,78 +42,71 @@ class Failure(msgspec.Struct, frozen=True):
 
 
 class Verdict(msgspec.Struct, frozen=True):
-    """What every rank tells every other at the end of a command."""
+    """What all ranks exchange at the end of a command."""
 
     failure: Failure | None
     weight_version: int
     peak_memory_bytes: int
     progress: tuple[int, int]
-    """Of the optimizer."""
+    """Optimizer.progress(): which updates this rank has counted."""
 
 
-class SavesCheckpoints(Protocol):
-    """Writes a checkpoint of all ranks; collective. Returns (folder, bytes)."""
+class Services(Protocol):
+    """What the loop calls besides the trainer. All ranks call the same methods in the same order."""
 
-    def save(self, name: str) -> tuple[str, int]: ...
+    def form_group(self) -> None:
+        """Form the trainer's compute group again after all ranks have left it. Collective."""
+
+    def hello(self, command_id: str = "") -> commands.Hello:
+        """Who these ranks are and how far they came; the answer to ``command_id``. Local."""
+
+    def save_checkpoint(self, name: str) -> tuple[str, int]:
+        """Write checkpoint ``name``; returns its folder and its size in bytes. Collective."""
+
+    def finish_command(self, weight_version: int) -> float:
+        """A command has ended or failed on all ranks: resume the server if it was paused for an update. Returns for how many
+        seconds it was paused. Local."""
+
+    def record_step(self, command: commands.Step | commands.PreferenceStep, figures: commands.StepFigures) -> None:
+        """All ranks have completed this step: remember it as the last one. Local."""
+
+    def record_failure(self, weight_version: int) -> None:
+        """A command failed on some rank; it may have written all the same. Local."""
 
 
 class RankLoop:
-    """Executes commands until Shutdown. ``link`` is rank 0's DEALER to the coordinator, None elsewhere.
+    """Executes commands until Shutdown. ``link`` is rank 0's connection to the coordinator, None elsewhere."""
 
-    ``after_write(weight_version)`` is called once all ranks have ended a command, and says for how many seconds the
-    server was paused for it. ``after_failure(weight_version)`` is called on all ranks if it failed on some; it may have
-    written all the same.
-    """
-
-    def __init__(
-        self,
-        trainer: Trainer,
-        checkpoints: SavesCheckpoints,
-        control: Control,
-        hello: Callable[[str, int], commands.Hello],
-        link: Link | None,
-        *,
-        form_group: Callable[[], None],
-        on_step: Callable[[commands.Step | commands.PreferenceStep, commands.StepDone], None],
-        last_step: tuple[str, int] = ("", 0),
-        after_write: Callable[[int], float] = lambda weight_version: 0.0,
-        after_failure: Callable[[int], None] = lambda weight_version: None,
-    ) -> None:
+    def __init__(self, trainer: Trainer, services: Services, control: Control, link: Link | None) -> None:
         self.trainer = trainer
-        self.checkpoints = checkpoints
+        self.services = services
         self.control = control
         self.link = link
-        self._hello = hello
-        self._form_group = form_group
-        self._on_step = on_step
-        self._after_write = after_write
-        self._after_failure = after_failure
-        self._last_step = last_step
         self._stop_reason = ""
 
     def stop(self, reason: str) -> None:
-        """End ``run`` on all ranks once the command being executed is done. Only rank 0's word counts. Signal-safe."""
+        """End ``run`` on all ranks once the command being executed is done. Has an effect on rank 0 only. Signal-safe."""
         self._stop_reason = reason
 
     def stop_on_signals(self) -> None:
-        """Let signals end it in order: a launcher hands them on, SIGHUP too when its terminal closes."""
+        """Call ``stop`` on the signals that a launcher passes on: SIGTERM, SIGINT, and SIGHUP when its terminal closes."""
         for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             if signal.getsignal(signum) is not signal.SIG_IGN:  # as nohup leaves SIGHUP
                 signal.signal(signum, lambda number, frame: self.stop(f"got {signal.Signals(number).name}"))
 
     def run(self) -> str:
-        """Until a Shutdown command or ``stop``; returns the reason. Collective over the control group."""
+        """Execute commands until Shutdown or ``stop``; returns the reason. Collective over the control group."""
         if self.link:
             self.link.working_on("", self.trainer.weight_version)
-            self.link.send(self._hello(*self._last_step))
+            self.link.send(self.services.hello())
         while True:
             frame = self.control.broadcast(self._next_frame())
             if not frame:
                 continue
-            command = commands.decode_command(frame)
+            command: commands.AnyCommand = codec.decode(frame, commands.AnyCommand)
             if isinstance(command, commands.Shutdown):
                 return command.reason
-            reply = self._execute(command)
+            reply = self.execute(command)
             if self.link:
                 self.link.send(reply)
 
@@ -122,10 +114,10 @@ class RankLoop:
         if self.link is None:
             return b""
         if self._stop_reason:
-            return commands.encode(commands.Shutdown(id="stop", reason=self._stop_reason))
+            return codec.encode(commands.Shutdown(id="stop", reason=self._stop_reason))
         return self.link.receive(POLL_SECONDS)
 
-    def _execute(self, command: commands.AnyCommand) -> commands.AnyReply:
+    def execute(self, command: commands.AnyCommand) -> commands.AnyReply:
         if self.link:
             self.link.working_on(command.id, self.trainer.weight_version)
         failure: Failure | None = None
@@ -143,34 +135,37 @@ class RankLoop:
             self.trainer.abandon_step()
         verdicts = self._agree(failure)
         self.trainer.weight_version = max(v.weight_version for v in verdicts)
-        paused_seconds = self._after_write(self.trainer.weight_version)  # also when it failed: the server waits
+        paused_seconds = self.services.finish_command(
+            self.trainer.weight_version
+        )  # also after a failure: the server waits
         failures = [v.failure for v in verdicts if v.failure]
         if failures:
-            self._after_failure(self.trainer.weight_version)
+            self.services.record_failure(self.trainer.weight_version)
             self._recover()
             reply = _failed(command, failures)
             if len({v.progress for v in verdicts}) > 1:
                 self._end(reply, [v.progress[0] for v in verdicts])
         elif isinstance(reply, commands.StepDone) and isinstance(command, commands.Step | commands.PreferenceStep):
             memory = [v.peak_memory_bytes for v in verdicts]
-            reply = msgspec.structs.replace(reply, peak_memory_bytes=memory, paused_seconds=paused_seconds)
-            self._last_step = (command.job_id, command.job_step)
-            self._on_step(command, reply)
+            figures = msgspec.structs.replace(reply.figures, peak_memory_bytes=memory, paused_seconds=paused_seconds)
+            reply = commands.StepDone(id=command.id, figures=figures)
+            self.services.record_step(command, figures)
         assert reply is not None
         if self.link:
             self.link.working_on("", self.trainer.weight_version)
         return reply
 
     def _describe(self, error: Exception) -> Failure:
+        message = str(error)
         lost_peer = (
-            isinstance(error, dist.DistError | CollectiveError) or "onnection" in str(error) or "pair.cc" in str(error)
+            isinstance(error, dist.DistError | CollectiveError) or "onnection" in message or "pair.cc" in message
         )
         return Failure(
             rank=self.control.rank,
             error=type(error).__name__,
-            message=str(error),
-            traceback=traceback.format_exc(),
-            secondary=self.control.size > 1 and lost_peer,
+            message=_unicode(message),
+            traceback=_unicode(traceback.format_exc()),
+            secondary=self.control.size > 1 and (lost_peer or isinstance(error, RankFailedError)),
         )
 
     def _agree(self, failure: Failure | None) -> list[Verdict]:
@@ -186,15 +181,16 @@ class RankLoop:
         gc.collect()
         if self.trainer.device.type == "cuda":
             torch.cuda.empty_cache()
-        self._form_group()
+        self.services.form_group()
 
     def _end(self, reply: commands.CommandFailed, steps: list[int]) -> NoReturn:
-        """On all ranks alike: who has counted other updates takes other collectives before long."""
+        """Raise RankFailedError on all ranks: ranks that have counted different updates would soon enter different
+        collectives."""
         if self.link:
             self.link.send(reply)
         raise RankFailedError(
             f"optimizer: got {steps} steps by rank, or other counts of updates, expected the same on all ranks; rank "
-            f"{reply.rank} raised while others wrote ({reply.error}: {reply.message}). Start the trainer again: it mends "
+            f"{reply.rank} raised while others wrote ({reply.error}: {reply.message}). Start the trainer again: it repairs "
             "replicas and loads the last saved state",
             rank=reply.rank,
             traceback=reply.traceback,
@@ -203,11 +199,11 @@ class RankLoop:
     def _dispatch(self, command: commands.AnyCommand) -> commands.AnyReply:
         match command:
             case commands.Step():
-                result = self.trainer.step(command.samples, command.learning_rate_scale)
-                return _step_done(command, result)
+                figures = self.trainer.step(command.samples, command.learning_rate_scale)
+                return commands.StepDone(id=command.id, figures=figures)
             case commands.PreferenceStep():
-                result = self.trainer.preference_step(command.pairs, command.beta, command.learning_rate_scale)
-                return _step_done(command, result)
+                figures = self.trainer.preference_step(command.pairs, command.beta, command.learning_rate_scale)
+                return commands.StepDone(id=command.id, figures=figures)
             case commands.Score():
                 scores = self.trainer.score(command.samples)
                 return commands.ScoreDone(
@@ -215,7 +211,7 @@ class RankLoop:
                 )
             case commands.SaveCheckpoint():
                 started = time.monotonic()
-                path, num_bytes = self.checkpoints.save(command.name)
+                path, num_bytes = self.services.save_checkpoint(command.name)
                 return commands.CheckpointDone(
                     id=command.id,
                     path=path,
@@ -224,35 +220,18 @@ class RankLoop:
                     weight_version=self.trainer.weight_version,
                 )
             case commands.Identify():
-                return msgspec.structs.replace(self._hello(*self._last_step), id=command.id)
+                return self.services.hello(command.id)
             case _:
                 raise TypeError(f"got command {type(command).__name__}, expected one of commands.AnyCommand")
 
 
-def _step_done(command: commands.AnyCommand, result: StepResult) -> commands.StepDone:
-    return commands.StepDone(
-        id=command.id,
-        loss=result.loss,
-        num_tokens=result.num_tokens,
-        num_loss_tokens=result.num_loss_tokens,
-        padding_share=result.padding_share,
-        num_micro_batches=result.num_micro_batches,
-        grad_norm=result.outcome.grad_norm,
-        learning_rate=result.outcome.learning_rate,
-        weight_version=result.weight_version,
-        step_seconds=result.step_seconds,
-        forward_seconds=result.forward_seconds,
-        backward_seconds=result.backward_seconds,
-        optimizer_seconds=result.optimizer_seconds,
-        token_accuracy=result.token_accuracy,
-        gradients=result.gradients,
-        skipped=result.outcome.skipped,
-        metrics=result.metrics,
-    )
+def _unicode(text: str) -> str:
+    """``text`` without the lone surrogates that stand for bytes of a file's name: no message can carry them."""
+    return text.encode(errors="backslashreplace").decode()
 
 
 def _failed(command: commands.AnyCommand, failures: list[Failure]) -> commands.CommandFailed:
-    """The failure that began it: a rank that lost its peer in a collective is not to blame."""
+    """The reply, with the first cause: a rank that failed because of another one is not to blame."""
     first = min(failures, key=lambda f: (f.secondary, f.rank))
     log.error("command %s failed on rank %d: %s: %s", command.id, first.rank, first.error, first.message)
     return commands.CommandFailed(

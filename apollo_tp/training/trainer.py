@@ -1,14 +1,15 @@
-"""One rank's trainer: samples in, optimizer step on the served weights, figures out. No sockets, no Hydra.
+"""One rank's trainer: takes samples, makes an optimizer step on the served weights, returns figures. No sockets, no Hydra.
 
-All methods are collective: every rank calls them with the same arguments in the same order.
+``step``, ``preference_step`` and ``score`` are collective: every rank calls them with the same arguments in the same order.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
+import msgspec
 import torch
 from torch import Tensor
 
@@ -19,39 +20,15 @@ from apollo_tp.gpu_sharing.pace import Pace
 from apollo_tp.model import BoundModel
 from apollo_tp.model.batch import PackedBatch, empty_share, pack, pack_pairs
 from apollo_tp.model.loss import preference_loss, unit
-from apollo_tp.optim import Optimizer, StepOutcome
+from apollo_tp.optim import Optimizer
 from apollo_tp.training.cuda_graphs import Replays
-from apollo_tp.wire.commands import PreferencePair, Sample
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """What one step did, the same on every rank but for times (seconds), which are this rank's: of the host for the whole
-    step, of the device (on CUDA) for its phases.
-
-    ``loss`` is the weighted mean negative log-likelihood in nats (or the mean DPO loss) before the update. ``gradients``
-    says how they were kept: "fused" (updated in the backward pass) or "stored".
-    """
-
-    loss: float
-    num_tokens: int
-    num_loss_tokens: int
-    padding_share: float
-    num_micro_batches: int
-    gradients: str
-    token_accuracy: float
-    outcome: StepOutcome
-    weight_version: int
-    step_seconds: float
-    forward_seconds: float
-    backward_seconds: float
-    optimizer_seconds: float
-    metrics: dict[str, float] = field(default_factory=dict)
+from apollo_tp.wire.commands import PreferencePair, Sample, StepFigures
 
 
 @dataclass(frozen=True)
 class ScoreResult:
-    """Per sample, in the order given: weighted log-probability in nats, sum of weights, weighted arg-max hits."""
+    """Per sample, in the order given, the same on every rank: weighted log-probability in nats, sum of weights, and the
+    number of tokens with a weight that are the arg max of the model's prediction."""
 
     logprobs: list[float]
     weights: list[float]
@@ -61,9 +38,9 @@ class ScoreResult:
 class Trainer:
     """Steps a bound model. ``weight_version`` counts completed updates over the life of the server.
 
-    ``before_write`` is called on every rank before the first weight is written: between the backward pass and the update,
-    or before the backward pass of a fused step. ``pace`` lets inference have its turns. Raises ConfigError if ``gradients``
-    is fused and the optimizer clips.
+    ``before_write`` is called on every rank before the first weight is written: between the backward pass and the update, or
+    before the backward pass of a step that updates in it. ``pace`` gives inference its share of the GPU's time. Raises
+    ConfigError if ``gradients`` is fused and the optimizer clips.
     """
 
     def __init__(
@@ -97,14 +74,20 @@ class Trainer:
         self._progress = optimizer.progress()
 
     def record_passes(self, replays: Replays) -> bool:
-        """From now on steps that are alike are replayed; False if none ever can be: gradients are not stored, inference has
-        its turns between layers, or the work follows from more than a batch's structure."""
+        """From now on, replay consecutive steps of one batch structure. Returns False, and changes nothing, if that is never
+        possible: where gradients are not stored, where the trainer pauses between layers for inference, or where the
+        model's work depends on more than a batch's structure."""
         possible = self.gradients is GradientMode.stored and self.model.is_static and not self._pace.rests
         self._replays = replays if possible else None
         return possible
 
-    def step(self, samples: Sequence[Sample], learning_rate_scale: float = 1.0) -> StepResult:
-        """One supervised step: weighted mean cross-entropy over all samples, accumulated over micro-batches."""
+    def step(self, samples: Sequence[Sample], learning_rate_scale: float = 1.0) -> StepFigures:
+        """One supervised step: weighted mean cross-entropy over all samples, accumulated over micro-batches.
+
+        ``learning_rate_scale`` multiplies the scheduled learning rate. Raises RequestError for samples that cannot be
+        packed, ReplicaError if ranks turn out to differ, and whatever the model or a collective raises; see
+        ``abandon_step``.
+        """
         clock = _Clock(self.device)
         batches = pack(samples, self.max_micro_batch_tokens)
         share = 1.0 / sum(batch.weight_sum for batch in batches)
@@ -118,8 +101,9 @@ class Trainer:
 
     def preference_step(
         self, pairs: Sequence[PreferencePair], beta: float, learning_rate_scale: float = 1.0
-    ) -> StepResult:
-        """One DPO step (Rafailov et al. 2023, eq. 7): mean over pairs. Both sides of a pair share a micro-batch."""
+    ) -> StepFigures:
+        """One DPO step (Rafailov et al. 2023, eq. 7): mean over pairs. Both sides of a pair share a micro-batch.
+        Arguments and errors as of ``step``; ``beta`` is the inverse temperature of the loss."""
         clock = _Clock(self.device)
         batches = pack_pairs(pairs, self.max_micro_batch_tokens)
         reference = torch.tensor([(p.reference_preferred, p.reference_rejected) for p in pairs], device=self.device)
@@ -133,11 +117,10 @@ class Trainer:
             margins.append(margin.detach())
             return losses.sum() / len(pairs), scored.correct.sum()
 
-        result = self._step(batches, loss_of, learning_rate_scale, clock)
+        figures = self._step(batches, loss_of, learning_rate_scale, clock)
         margin = torch.cat(margins)
-        result.metrics["reward_margin"] = float(margin.mean())
-        result.metrics["reward_accuracy"] = float((margin > 0).float().mean())
-        return result
+        rewards = {"reward_margin": float(margin.mean()), "reward_accuracy": float((margin > 0).float().mean())}
+        return msgspec.structs.replace(figures, metrics=rewards)
 
     def _step(
         self,
@@ -146,9 +129,11 @@ class Trainer:
         learning_rate_scale: float,
         clock: _Clock,
         replays: Replays | None = None,
-    ) -> StepResult:
-        fused = self._is_fused(batches)
-        batches = [batch.to(self.device) for batch in batches]  # at once: a copy waits for what was started before
+    ) -> StepFigures:
+        in_backward = self._updates_in_backward(batches)
+        batches = [
+            batch.to(self.device) for batch in batches
+        ]  # before any pass: a copy waits for work launched before it
         if replays is None or not replays.ready(batches):
             self._make_room()
             replays = None
@@ -165,7 +150,7 @@ class Trainer:
                 loss, hits = loss_of(batch)
                 self._pace.give_way()
                 clock.mark("forward")
-                self._backward(loss, learning_rate_scale if fused else None)
+                self._backward(loss, learning_rate_scale if in_backward else None)
             clock.mark("backward")
             loss_sum += loss.detach()
             correct += hits.detach()
@@ -173,62 +158,71 @@ class Trainer:
         received = self.model.finish_gradients(compare=compare)
         self._has_compared |= compare  # if it did not raise
         clock.mark("backward")
-        if not fused:
+        if not in_backward:
             self._before_write()
         outcome = self.optimizer.step(learning_rate_scale, loss_sum, received)
-        if not outcome.skipped or outcome.num_updated:  # a fused step may stop after its first matrices
+        if not outcome.skipped or outcome.num_updated:  # an update in the backward pass may stop after some matrices
             self.weight_version += 1
         self._progress = self.optimizer.progress()
         self.model.zero_grad()
         self._pace.give_way()
         clock.mark("optimizer")
         num_loss_tokens = sum(batch.num_loss_tokens for batch in batches)
-        return StepResult(
+        return StepFigures(
             loss=float(loss_sum),
             num_tokens=sum(batch.num_tokens for batch in batches),
             num_loss_tokens=num_loss_tokens,
             padding_share=empty_share(batches, self.max_micro_batch_tokens),
             num_micro_batches=len(batches),
-            gradients="fused" if fused else "stored",
+            gradients="fused" if in_backward else "stored",
             token_accuracy=float(correct) / max(num_loss_tokens, 1),
-            outcome=outcome,
+            grad_norm=outcome.grad_norm,
+            learning_rate=outcome.learning_rate,
+            largest_update=outcome.largest_update,
+            num_updated=outcome.num_updated,
+            skipped=outcome.skipped,
             weight_version=self.weight_version,
             step_seconds=clock.total(),
             forward_seconds=clock.seconds["forward"],
             backward_seconds=clock.seconds["backward"],
             optimizer_seconds=clock.seconds["optimizer"],
+            paused_seconds=0.0,  # known once all ranks have ended the command, as is what follows
+            peak_memory_bytes=[],
+            metrics={},
         )
 
-    def _backward(self, loss: Tensor, fused_learning_rate_scale: float | None) -> None:
-        """The backward pass of a micro-batch; with a learning rate's scale, of a fused step, which writes in it."""
-        if fused_learning_rate_scale is not None:
+    def _backward(self, loss: Tensor, learning_rate_scale: float | None) -> None:
+        """The backward pass of a micro-batch. If a scale is given, weights are updated within it."""
+        if learning_rate_scale is not None:
             self._before_write()
-            self.optimizer.begin_fused_step(fused_learning_rate_scale, loss)
+            self.optimizer.begin_fused_step(learning_rate_scale, loss)
         loss.backward(unit(loss.device))
         self._pace.give_way()
 
     def _compares_gradients(self) -> bool:
-        """Whether this step compares what ranks should have alike: the first, and each before a check of the replicas."""
+        """Whether this step compares the gradients that should be identical on several ranks: the first step does, and each
+        one that ends with a check of the replicas."""
         every, count = self.optimizer.config.check_replicas_every, self.optimizer.step_count + 1
         return every > 0 and (not self._has_compared or count % every == 0)
 
     def abandon_step(self) -> None:
-        """After a step that raised: forget it, and count it if it has written already, as a fused one may have, or one that
-        found replicas to differ. Local."""
-        self.optimizer.zero_grad()  # which counts what a fused step has written
+        """After a step that raised on this rank: forget it, and count it if it has written already. It may have if it
+        updates in the backward pass, or found replicas to differ. Local."""
+        self.optimizer.zero_grad()  # which counts what was written in the backward pass
         if self.optimizer.progress() != self._progress:
             self.weight_version += 1
         self._progress = self.optimizer.progress()
         self.model.zero_grad()
 
     def rejoin(self) -> None:
-        """On all ranks, once one has raised: forget what may not be the same on all of them."""
+        """After a command that raised on some rank: forget what may not be the same on all ranks. Call it on all of them."""
         self._has_compared = False
         self.optimizer.rejoin()
         self.model.zero_grad()
 
-    def _is_fused(self, batches: Sequence[PackedBatch]) -> bool:
-        """Whether this step updates in its backward pass. Raises ConfigError if it must and cannot; nothing is written."""
+    def _updates_in_backward(self, batches: Sequence[PackedBatch]) -> bool:
+        """Whether this step updates in its backward pass. Raises ConfigError if it must and cannot; nothing is written
+        then."""
         if self.gradients is GradientMode.fused and len(batches) != 1:
             tokens = sum(batch.num_tokens for batch in batches)
             raise ConfigError(
@@ -241,17 +235,18 @@ class Trainer:
 
     @torch.no_grad()
     def score(self, samples: Sequence[Sample]) -> ScoreResult:
-        """Log-probabilities of ``samples`` under the weights of this moment; nothing changes."""
+        """Log-probabilities of ``samples`` under the current weights; nothing changes. Raises RequestError for samples that
+        cannot be packed."""
         logprobs, correct = [0.0] * len(samples), [0.0] * len(samples)
         self._pace.begin()
         self._make_room()
         for batch in pack(samples, self.max_micro_batch_tokens):
             scored = self.model.sequence_logprobs(batch.to(self.device))
             self._pace.give_way()
-            for place, logprob, hits in zip(
+            for index, logprob, hits in zip(
                 batch.sample_index, scored.sequences.tolist(), scored.correct.tolist(), strict=True
             ):
-                logprobs[place], correct[place] = logprob, hits
+                logprobs[index], correct[index] = logprob, hits
         return ScoreResult(logprobs, [sum(s.weights) for s in samples], correct)
 
     def peak_memory_bytes(self) -> int:
@@ -267,8 +262,8 @@ class Trainer:
 
 
 class _Clock:
-    """Time per phase: the device's on CUDA, where the host is phases ahead, and the host's elsewhere. A phase goes from the
-    mark before it to its own; the first begins with the clock."""
+    """Time per phase of a step: on CUDA measured by the device, since the host is phases ahead, elsewhere by the host.
+    A phase ends at its mark and begins at the mark before it; the first one begins when the clock is made."""
 
     def __init__(self, device: torch.device) -> None:
         self.seconds = {"forward": 0.0, "backward": 0.0, "optimizer": 0.0}
@@ -280,7 +275,7 @@ class _Clock:
         self._marks.append((phase, self._now()))
 
     def total(self) -> float:
-        """Seconds of the host until the device is done. From here on ``seconds`` are those of the marks so far."""
+        """Wait for the device; returns the host's seconds since the clock was made, and fills ``seconds``."""
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
         total = time.perf_counter() - self._start

@@ -1,7 +1,7 @@
-"""The trainer's end of the update lock: rank 0 has vLLM pause before an update, and resume after it.
+"""The trainer's side of the update lock: rank 0 lets vLLM pause before an update, and resume after it.
 
 All ranks call ``before_write`` between the backward pass and the update, and ``after_step`` at the end of the command.
-The plugin's end, and what happens when this process dies: ``vllm_plugin/update_lock.py``.
+The server's side, and what happens when this process dies: ``vllm_plugin/update_lock.py``.
 """
 
 from __future__ import annotations
@@ -16,19 +16,25 @@ from pathlib import Path
 import torch
 
 from apollo_tp.config import CacheMode, SyncConfig, SyncMode
+from apollo_tp.distributed.control import ComputeControl
 from apollo_tp.distributed.tp_group import TPGroup
-from apollo_tp.errors import ConfigError, DeadlineError, RankFailedError, ServerGoneError
+from apollo_tp.errors import ConfigError, DeadlineError, FrameError, ServerGoneError
 from apollo_tp.runtime import instance_folder, processes
+from apollo_tp.wire import codec
 from apollo_tp.wire import update_lock as lock_messages
 
 log = logging.getLogger("apollo_tp")
 
 ANSWER_SECONDS = 30.0
-"""Deadline of answers that wait for no request: attaching, and refreshing the prefix cache."""
+"""Deadline of answers that do not depend on running requests: attaching, and refreshing the prefix cache."""
 
 
 class Lock:
-    """Rank 0's connection to the plugin. While it holds a pause, a thread says so, as long as all ``ranks`` live."""
+    """Rank 0's connection to the plugin. While the server is paused, a thread renews the lease, as long as all
+    ``ranks`` run.
+
+    Raises ConfigError if the server does not answer or refuses.
+    """
 
     def __init__(self, folder: Path, config: SyncConfig, weight_version: int, ranks: list[processes.ProcessId]) -> None:
         self._timeout, self._ranks = config.timeout_seconds, ranks
@@ -38,7 +44,7 @@ class Lock:
         self._holding = threading.Event()
         self._broken = ""
         try:
-            self._socket.connect(str(instance_folder.socket_path(folder, lock_messages.SYNC_SOCKET)))
+            self._socket.connect(str(instance_folder.socket_path(folder, instance_folder.SYNC_SOCKET)))
             self._send(lock_messages.SyncAttach(config.mode.value, config.cache.value, weight_version))
             error = self._answer("SyncAttach", ANSWER_SECONDS)
         except (OSError, DeadlineError) as caught:
@@ -52,7 +58,7 @@ class Lock:
         threading.Thread(target=self._renew, name="update-lock", daemon=True).start()
 
     def pause(self) -> None:
-        """Until nothing runs on the server. Raises ServerGoneError or DeadlineError, with what to do."""
+        """Pause the server; returns when nothing runs on it any more. Raises ServerGoneError or DeadlineError."""
         if self._broken:
             raise ServerGoneError(f"the update lock is lost ({self._broken}); restart server and trainer")
         self._holding.set()
@@ -62,7 +68,8 @@ class Lock:
             raise ServerGoneError(f"got {error}, expected a paused server; look at the server's log")
 
     def release(self, weight_version: int) -> None:
-        """The update is over on all ranks, whatever came of it. Problems are logged: the weights are as they are."""
+        """Resume the server after an update that has ended or failed on all ranks. Problems are logged, not raised: the
+        weights are written by now."""
         self._holding.clear()
         try:
             self._send(lock_messages.SyncRelease(weight_version))
@@ -80,23 +87,29 @@ class Lock:
     def _renew(self) -> None:
         while self._holding.wait():
             if self._socket.fileno() < 0 or not all(rank.alive() for rank in self._ranks):
-                return  # the lease runs out: a rank that waits for a dead one may wait for long
-            with contextlib.suppress(OSError):  # whoever waits for an answer reads why
+                return  # so that the lease runs out: a rank that waits for a dead one may wait long
+            with contextlib.suppress(OSError):  # the reader of the next answer reports it
                 self._send(lock_messages.SyncRenew())
             time.sleep(lock_messages.SYNC_RENEW_SECONDS)
 
     def _send(self, message: lock_messages.SyncRequest) -> None:
         with self._sending:
-            self._socket.sendall(lock_messages.encode_sync(message))
+            self._socket.sendall(lock_messages.frame(message))
 
     def _answer(self, kind: str, seconds: float) -> str:
-        """The error of the answer to ``kind``; answers to what was given up before are passed over."""
+        """The error text of the answer to request ``kind`` ("" if there is none); late answers to other requests are
+        skipped."""
         deadline = time.monotonic() + seconds
         while True:
             size = int.from_bytes(self._read(4, kind, deadline, seconds), "big")
-            answer = lock_messages.decode_sync_answer(self._read(size, kind, deadline, seconds))
+            try:
+                if size > lock_messages.MAX_SYNC_FRAME_BYTES:
+                    raise FrameError(f"got {size} bytes, expected at most {lock_messages.MAX_SYNC_FRAME_BYTES}")
+                answer = codec.decode(self._read(size, kind, deadline, seconds), lock_messages.SyncAnswer)
+            except FrameError as error:
+                raise ServerGoneError(f"{kind}: got no answer that can be read: {error}; restart the server") from error
             if answer.kind == kind:
-                return answer.error
+                return str(answer.error)
 
     def _read(self, size: int, kind: str, deadline: float, seconds: float) -> bytes:
         content = b""
@@ -117,45 +130,39 @@ class Lock:
 
 
 class UpdateGate:
-    """What the ranks do around an update. ``lock`` is rank 0's, None elsewhere, and everywhere where nothing pauses and
-    no cache is refreshed.
-
-    Ranks agree over the compute group: one that raised has left it, which ends the wait of the others.
-    """
+    """What the ranks do around an update. ``lock`` is rank 0's; it is None on the other ranks, and everywhere if updates
+    neither pause the server nor refresh its prefix cache."""
 
     def __init__(self, mode: SyncMode, tp: TPGroup, device: torch.device, lock: Lock | None) -> None:
-        self._mode, self._tp, self._device, self._lock = mode, tp, device, lock
+        self._mode, self._control, self._lock = mode, ComputeControl(tp, device), lock
         self._open = False
         self._paused_at: float | None = None
 
     @property
     def pauses(self) -> bool:
-        """Whether the server stands still while an update is written."""
+        """Whether the server is paused while an update is written."""
         return self._mode is not SyncMode.hogwild
 
     def before_write(self) -> None:
-        """Collective. Returns when the server is paused, if the mode says so. Raises the same way on all ranks."""
+        """Returns when the server is paused, if the mode says so.
+
+        Collective where the mode pauses: two all-gathers over the compute group, each of which also waits for the device.
+        Raises on all ranks if the server could not be paused.
+        """
         self._open, self._paused_at = True, None
         if not self.pauses:
             return
-        self._agree(False)  # the server runs until the slowest rank has its gradients
-        error: Exception | None = None
-        if self._lock:
-            try:
+        with self._control.agree():
+            pass  # the server runs until the slowest rank has its gradients
+        with self._control.agree():
+            if self._lock:
                 self._lock.pause()
-            except (ServerGoneError, DeadlineError, OSError) as caught:
-                error = caught
-        self._paused_at = time.monotonic()
-        failed = self._agree(error is not None)
-        if error is not None:
-            raise error
-        if failed:
-            raise RankFailedError("rank 0 could not pause the server; its message says why", rank=0, traceback="")
+            self._paused_at = time.monotonic()
 
     def after_step(self, weight_version: int) -> float:
-        """All ranks have written, or failed; called when they have agreed on that.
+        """Resume the server. Call it when all ranks are known to have written or failed.
 
-        Returns how long the server stood still, in seconds, without the wait until it did.
+        Returns for how many seconds the server was paused, without the wait until it was. Local.
         """
         if not self._open:
             return 0.0
@@ -164,13 +171,7 @@ class UpdateGate:
             self._lock.release(weight_version)
         return time.monotonic() - self._paused_at if self._paused_at else 0.0
 
-    def _agree(self, failed: bool) -> bool:
-        """True if any rank says so. One all-reduce, which also waits for the device. Raises CollectiveError if not all ranks
-        took part in it."""
-        own = torch.tensor(float(failed), device=self._device)
-        return bool(self._tp.sum_checked(own, "agreement on the server's pause").item())
-
 
 def needs_lock(config: SyncConfig) -> bool:
-    """False for the default: nothing is asked of the server then."""
+    """Whether updates need the server's cooperation; they do not by default."""
     return config.mode is not SyncMode.hogwild or config.cache is not CacheMode.none

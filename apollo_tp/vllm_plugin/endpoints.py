@@ -15,18 +15,17 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import zmq
 import zmq.asyncio
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response, StreamingResponse
 
-from apollo_tp.errors import ConfigError
+from apollo_tp.errors import ConfigError, FrameError
 from apollo_tp.runtime import instance_folder
 from apollo_tp.shards.instance import unclaimed
 from apollo_tp.vllm_plugin.update_lock import UpdateLock
+from apollo_tp.wire import codec
 from apollo_tp.wire import tunnel as tunnel_messages
-from apollo_tp.wire import update_lock as lock_messages
 
 logger = logging.getLogger("vllm.apollo_tp")  # vLLM configures the "vllm" logger only
 
@@ -80,8 +79,8 @@ class Tunnel:
     async def _read(self, socket: zmq.asyncio.Socket) -> None:
         while True:
             frame = await socket.recv()
-            with contextlib.suppress(msgspec.MsgspecError):
-                message = tunnel_messages.decode_tunnel_down(frame)
+            with contextlib.suppress(FrameError):
+                message = codec.decode(frame, tunnel_messages.TunnelDown)
                 if message.id in self._open:
                     self._open[message.id].put_nowait(message)
 
@@ -97,7 +96,7 @@ class Tunnel:
         """Send one frame. Raises UnavailableError if nobody takes it in time."""
         try:
             async with asyncio.timeout(CONNECT_SECONDS):
-                await self._connected().send(tunnel_messages.encode_tunnel(message))
+                await self._connected().send(codec.encode(message))
         except (TimeoutError, zmq.ZMQError) as error:
             raise UnavailableError(f"the trainer's coordinator does not answer at {self._path}") from error
 
@@ -114,9 +113,7 @@ class Tunnel:
         self._open.pop(identity, None)
         if not finished:
             with contextlib.suppress(zmq.ZMQError):  # nobody there: nothing to cancel
-                await self._connected().send(
-                    tunnel_messages.encode_tunnel(tunnel_messages.TunnelCancel(identity)), zmq.NOBLOCK
-                )
+                await self._connected().send(codec.encode(tunnel_messages.TunnelCancel(identity)), zmq.NOBLOCK)
 
 
 class ApolloEndpoints:
@@ -152,7 +149,7 @@ class ApolloEndpoints:
         self._lock = UpdateLock(Engine(engine_client), refusal)
         try:
             folder = instance_folder.instance_dir(instance_folder.ensure_instance_id())
-            await self._lock.start(instance_folder.socket_path(folder, lock_messages.SYNC_SOCKET))
+            await self._lock.start(instance_folder.socket_path(folder, instance_folder.SYNC_SOCKET))
         except (ConfigError, OSError) as error:  # serving must not depend on us; the trainer says what is missing
             logger.warning("apollo_tp: updates cannot pause this server: %s", error)
         try:
@@ -168,7 +165,7 @@ class ApolloEndpoints:
                 raise UnavailableError(f"this server cannot be trained: {reason}")
             try:
                 folder = instance_folder.instance_dir(instance_folder.ensure_instance_id())
-                self._tunnel = Tunnel(instance_folder.socket_path(folder, "coordinator.sock"))
+                self._tunnel = Tunnel(instance_folder.socket_path(folder, instance_folder.COORDINATOR_SOCKET))
             except (ConfigError, OSError) as error:
                 raise UnavailableError(str(error)) from error
         return self._tunnel

@@ -17,7 +17,9 @@ from typing import Protocol
 import msgspec
 
 from apollo_tp.config import CacheMode, SyncMode
+from apollo_tp.errors import FrameError
 from apollo_tp.runtime.owned_folder import free_socket
+from apollo_tp.wire import codec
 from apollo_tp.wire import update_lock as lock_messages
 
 logger = logging.getLogger("vllm.apollo_tp")  # vLLM configures the "vllm" logger only
@@ -76,7 +78,7 @@ class UpdateLock:
             pass  # the trainer left
         except TimeoutError:
             writer.transport.abort()  # it takes no answer: close would wait until it does
-        except (msgspec.MsgspecError, ValueError) as error:
+        except (FrameError, ValueError) as error:
             logger.warning("apollo_tp: the update lock's connection is closed: %s", error)
         finally:
             writer.close()
@@ -125,7 +127,8 @@ class UpdateLock:
                     )  # fmt: skip
                     self._expired = True
                     await self._resume()
-            return lock_messages.decode_sync_request(await frame)
+            request: lock_messages.SyncRequest = codec.decode(await frame, lock_messages.SyncRequest)
+            return request
         finally:
             frame.cancel()
 
@@ -220,6 +223,6 @@ async def _read(reader: asyncio.StreamReader) -> bytes:
 
 
 async def _answer(writer: asyncio.StreamWriter, kind: str, error: str) -> None:
-    writer.write(lock_messages.encode_sync(lock_messages.SyncAnswer(kind, error)))
+    writer.write(lock_messages.frame(lock_messages.SyncAnswer(kind, error)))
     async with asyncio.timeout(WRITE_SECONDS):
         await writer.drain()

@@ -1,16 +1,16 @@
-"""What the coordinator and trainer rank 0 say to each other: msgspec structs over one ZMQ DEALER/ROUTER pair.
+"""Messages between the coordinator and trainer rank 0: msgspec structs over one ZMQ DEALER/ROUTER pair.
 
-The coordinator is the state machine; ranks execute one command at a time and keep nothing of a job between commands, so
+The coordinator is the state machine. Ranks execute one command at a time and keep nothing of a job between commands, so
 that cancelling, pausing and resuming after a crash are all "do not send the next step". Every command carries an ``id``
-that its reply repeats. Commands travel coordinator -> rank 0 -> all ranks; replies rank 0 -> coordinator. Encoding is
-msgpack; nothing is ever pickled. Both ends may send several frames ahead: rank 0 executes commands in order.
+that its reply repeats. Commands travel from the coordinator to rank 0 and from there to all ranks; replies travel from
+rank 0 to the coordinator. Both sides may send several messages ahead: rank 0 executes commands in order.
 """
 
 from __future__ import annotations
 
 import msgspec
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 
 
 class Sample(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -36,7 +36,7 @@ class PreferencePair(msgspec.Struct, frozen=True):
 
 
 class Command(msgspec.Struct, frozen=True, tag=True, omit_defaults=True, kw_only=True):
-    """Base of all commands. ``id`` is unique within a coordinator's life."""
+    """Base of all commands. ``id`` is unique within one run of the coordinator."""
 
     id: str
 
@@ -67,7 +67,7 @@ class PreferenceStep(Command, frozen=True):
 
 
 class Score(Command, frozen=True):
-    """Forward only: the summed, weighted log-probability of each sample, under the weights of this moment."""
+    """Forward only: the summed, weighted log-probability of each sample under the current weights."""
 
     samples: list[Sample]
 
@@ -87,8 +87,8 @@ class Shutdown(Command, frozen=True):
 class Identify(Command, frozen=True):
     """Answer with ``Hello`` (repeating ``id``), in order with the other commands.
 
-    A coordinator that restarted sends it first. It is answered in order, so everything that the coordinator's former
-    life had sent is over by then, and ``Hello.last_job_step`` says how far the interrupted job really came.
+    A restarted coordinator sends it first. It is answered in order, so all commands that the coordinator sent before its
+    restart are finished by then, and ``Hello.last_job_step`` is the last step of the interrupted job that was completed.
     """
 
 
@@ -107,13 +107,13 @@ class Hello(Reply, frozen=True):
     """First message of rank 0 and reply to ``Identify``: what is being trained, and the limits of requests.
 
     ``last_job_id`` and ``last_job_step`` name the last Step or PreferenceStep that these ranks completed ("" and 0 when
-    none): after a crash of the coordinator they keep a step whose reply was lost from being run twice.
+    none): after a crash of the coordinator they prevent that a step whose reply was lost is run twice.
     """
 
     protocol_version: int
     instance_id: str
     server_life: str
-    """Of one life of the server: its name may be that of an earlier one, whose weights are gone."""
+    """Identifies one run of the server process: a later one may have the same ``instance_id``, but other weights."""
     model_path: str
     served_model_names: list[str]
     num_ranks: int
@@ -126,7 +126,7 @@ class Hello(Reply, frozen=True):
     sync: str = "hogwild"
     cache: str = "none"
     memory: str = ""
-    """What was planned for the longest micro-batch, in one line."""
+    """The memory planned for the longest micro-batch, in one line."""
     qos: str = "sm_percent=null low_priority=false pace=1"
     layout: list[dict[str, str | int | list[int]]] = []
     """Rows for the layout view: checkpoint tensor, rank, served tensor, part; may be empty."""
@@ -134,32 +134,58 @@ class Hello(Reply, frozen=True):
     last_job_step: int = 0
 
 
-class StepDone(Reply, frozen=True):
-    """An optimizer step ended on all ranks. Times are seconds on rank 0; memory is the peak of each rank in bytes.
+class StepFigures(
+    msgspec.Struct,
+    frozen=True,
+    kw_only=True,
+    rename={"loss": "train_loss", "token_accuracy": "train_mean_token_accuracy"},  # as clients see them, OpenAI's names
+):
+    """What one optimizer step did. The trainer fills it, and everybody else reads this very record: it travels in
+    ``StepDone``, and its encoded form is the data of a job's event. No field has a default, so that none gets lost unseen.
 
-    ``gradients`` is "fused" (updated in the backward pass) or "stored". ``skipped`` says why the step was stopped, and what
-    was written before that: nothing, but for the first tensors of a fused step ("" when it went through).
+    All fields are the same on every rank but for the times: those are rank 0's, of its host for the whole step and of its
+    device (on CUDA) for the parts.
     """
 
     loss: float
+    """Before the update: weighted mean negative log-likelihood in nats, or the mean DPO loss."""
+    token_accuracy: float
+    """Share of the tokens with a loss weight that are the arg max of the model's prediction."""
     num_tokens: int
     num_loss_tokens: int
     padding_share: float
+    """Share of the micro-batches' token budget that no sample filled."""
     num_micro_batches: int
+    gradients: str
+    """How they were kept: "fused" (each matrix is updated in the backward pass) or "stored"."""
     grad_norm: float
+    """Global norm before clipping."""
     learning_rate: float
+    largest_update: float
+    """Largest norm of an update relative to its matrix."""
+    num_updated: int
+    """Parameters that were written."""
+    skipped: str
+    """Why the step was stopped, and what was written before that: nothing, but for the first tensors of a fused step. Empty
+    when the step went through."""
     weight_version: int
+    """After the step."""
     step_seconds: float
-    forward_seconds: float = 0.0
-    backward_seconds: float = 0.0
-    optimizer_seconds: float = 0.0
-    paused_seconds: float = 0.0
-    token_accuracy: float = 0.0
-    peak_memory_bytes: list[int] = []
-    gradients: str = "stored"
-    skipped: str = ""
-    metrics: dict[str, float] = {}
+    forward_seconds: float
+    backward_seconds: float
+    optimizer_seconds: float
+    paused_seconds: float
+    """For how long the server stood still for the update."""
+    peak_memory_bytes: list[int]
+    """Of each rank, beyond the served weights."""
+    metrics: dict[str, float]
     """Further figures by name, for example DPO's reward margin."""
+
+
+class StepDone(Reply, frozen=True):
+    """An optimizer step ended on all ranks."""
+
+    figures: StepFigures
 
 
 class ScoreDone(Reply, frozen=True):
@@ -180,7 +206,7 @@ class CheckpointDone(Reply, frozen=True):
 
 
 class CommandFailed(Reply, frozen=True):
-    """A rank raised while executing the command; nothing of it will be retried by the ranks."""
+    """A rank raised while executing the command; the ranks do not retry it."""
 
     rank: int
     error: str
@@ -189,7 +215,7 @@ class CommandFailed(Reply, frozen=True):
 
 
 class Heartbeat(Reply, frozen=True):
-    """Sent about once a second whatever the ranks do. ``busy_with`` is the id of the command being executed."""
+    """Sent about once a second, also while the ranks are busy. ``busy_with`` is the id of the command being executed."""
 
     weight_version: int
     busy_with: str = ""
@@ -203,22 +229,3 @@ class Goodbye(Reply, frozen=True):
 
 
 AnyReply = Hello | StepDone | ScoreDone | CheckpointDone | CommandFailed | Heartbeat | Goodbye
-
-_encoder = msgspec.msgpack.Encoder()
-_command_decoder: msgspec.msgpack.Decoder[AnyCommand] = msgspec.msgpack.Decoder(AnyCommand)
-_reply_decoder: msgspec.msgpack.Decoder[AnyReply] = msgspec.msgpack.Decoder(AnyReply)
-
-
-def encode(message: AnyCommand | AnyReply) -> bytes:
-    """Msgpack bytes of a command or reply."""
-    return _encoder.encode(message)
-
-
-def decode_command(frame: bytes) -> AnyCommand:
-    """Inverse of ``encode`` for commands. Raises msgspec.DecodeError on anything else."""
-    return _command_decoder.decode(frame)
-
-
-def decode_reply(frame: bytes) -> AnyReply:
-    """Inverse of ``encode`` for replies. Raises msgspec.DecodeError on anything else."""
-    return _reply_decoder.decode(frame)

@@ -1,14 +1,11 @@
-"""HTTP requests from vLLM's endpoint plugin to the coordinator, over ZMQ: message types and their encoding."""
+"""HTTP requests that vLLM's endpoint plugin (DEALER) forwards to the coordinator (ROUTER): the message types.
+
+Plain HTTP in small frames, so that the coordinator has one route table. ``id`` is unique within one plugin socket.
+"""
 
 from __future__ import annotations
 
 import msgspec
-
-from apollo_tp.wire.commands import _encoder
-
-# --- the tunnel: vLLM's endpoint plugin (DEALER) <-> coordinator (ROUTER) --------------------------------------------
-#
-# Plain HTTP in small frames, so that the coordinator has one route table. ``id`` is unique per plugin socket.
 
 
 class TunnelRequest(msgspec.Struct, frozen=True, tag=True):
@@ -40,19 +37,19 @@ class TunnelHead(msgspec.Struct, frozen=True, tag=True):
 
 
 class TunnelAlive(msgspec.Struct, frozen=True, tag=True):
-    """The coordinator works on this request: sent at once, and every TUNNEL_ALIVE_SECONDS while nothing else is."""
+    """The coordinator works on this request: sent at once, then every TUNNEL_ALIVE_SECONDS until the response ends."""
 
     id: int
 
 
 class TunnelCancel(msgspec.Struct, frozen=True, tag=True):
-    """The client of the server went away: drop the request."""
+    """The client has disconnected from the server: cancel the request."""
 
     id: int
 
 
 class TunnelTaken(msgspec.Struct, frozen=True, tag=True):
-    """The client has taken ``num_bytes`` more of the response's body: as many may follow (flow control)."""
+    """Flow control: the client has received ``num_bytes`` more of the response's body, so as many more may be sent."""
 
     id: int
     num_bytes: int
@@ -60,24 +57,6 @@ class TunnelTaken(msgspec.Struct, frozen=True, tag=True):
 
 TUNNEL_ALIVE_SECONDS = 2.0
 TUNNEL_WINDOW_BYTES = 4 * 2**20
-"""Of a response's body, at most so much is on its way to a client that has not taken it."""
+"""At most so much of a response's body is sent before the client has received it."""
 TunnelUp = TunnelRequest | TunnelBody | TunnelCancel | TunnelTaken
 TunnelDown = TunnelHead | TunnelBody | TunnelAlive
-
-_tunnel_up_decoder: msgspec.msgpack.Decoder[TunnelUp] = msgspec.msgpack.Decoder(TunnelUp)
-_tunnel_down_decoder: msgspec.msgpack.Decoder[TunnelDown] = msgspec.msgpack.Decoder(TunnelDown)
-
-
-def encode_tunnel(message: TunnelUp | TunnelDown) -> bytes:
-    """Msgpack bytes of a tunnel frame."""
-    return _encoder.encode(message)
-
-
-def decode_tunnel_up(frame: bytes) -> TunnelUp:
-    """Inverse of ``encode_tunnel``, plugin -> coordinator. Raises msgspec.DecodeError on anything else."""
-    return _tunnel_up_decoder.decode(frame)
-
-
-def decode_tunnel_down(frame: bytes) -> TunnelDown:
-    """Inverse of ``encode_tunnel``, coordinator -> plugin. Raises msgspec.DecodeError on anything else."""
-    return _tunnel_down_decoder.decode(frame)

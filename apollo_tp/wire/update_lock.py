@@ -1,16 +1,15 @@
-"""The update lock between trainer rank 0 and vLLM's endpoint plugin: message types and their framing."""
+"""The update lock between trainer rank 0 and vLLM's endpoint plugin: message types, and frames on a unix stream socket.
+
+Rank 0 attaches once. Around each update it sends SyncPause (where the mode pauses), SyncRenew about twice a second, and
+SyncRelease when all ranks have written. The lock is a lease: when nothing arrives for SYNC_LEASE_SECONDS, or the connection
+ends, the plugin resumes the server by itself.
+"""
 
 from __future__ import annotations
 
 import msgspec
 
-from apollo_tp.wire.commands import _encoder
-
-# --- the update lock: trainer rank 0 <-> vLLM's endpoint plugin (a unix stream socket) --------------------------------
-#
-# Rank 0 attaches once. Around each update it sends SyncPause (where the mode pauses), SyncRenew about twice a second, and
-# SyncRelease when all ranks have written. The lock is a lease: without a word for SYNC_LEASE_SECONDS, or when the
-# connection ends, the plugin resumes the server by itself.
+from apollo_tp.wire.codec import encode
 
 
 class SyncAttach(msgspec.Struct, frozen=True, tag=True):
@@ -22,11 +21,11 @@ class SyncAttach(msgspec.Struct, frozen=True, tag=True):
 
 
 class SyncPause(msgspec.Struct, frozen=True, tag=True):
-    """Pause the server as the mode says; answered when nothing runs any more."""
+    """Pause the server as the mode demands; answered when nothing runs on it any more."""
 
 
 class SyncRenew(msgspec.Struct, frozen=True, tag=True):
-    """The trainer is alive and still needs the pause. Not answered."""
+    """Renew the lease: the trainer runs and still needs the pause. Not answered."""
 
 
 class SyncRelease(msgspec.Struct, frozen=True, tag=True):
@@ -36,33 +35,19 @@ class SyncRelease(msgspec.Struct, frozen=True, tag=True):
 
 
 class SyncAnswer(msgspec.Struct, frozen=True, tag=True):
-    """Reply to the three others. ``error`` says what went wrong ("" when nothing did); ``kind`` names the request."""
+    """Reply to SyncAttach, SyncPause and SyncRelease. ``kind`` names the request; ``error`` is empty on success."""
 
     kind: str
     error: str = ""
 
 
-SYNC_SOCKET = "sync.sock"
 SYNC_LEASE_SECONDS = 4.0
 SYNC_RENEW_SECONDS = 0.5
 SyncRequest = SyncAttach | SyncPause | SyncRenew | SyncRelease
-
-_sync_request_decoder: msgspec.msgpack.Decoder[SyncRequest] = msgspec.msgpack.Decoder(SyncRequest)
-_sync_answer_decoder: msgspec.msgpack.Decoder[SyncAnswer] = msgspec.msgpack.Decoder(SyncAnswer)
 MAX_SYNC_FRAME_BYTES = 64 * 1024
 
 
-def encode_sync(message: SyncRequest | SyncAnswer) -> bytes:
-    """A frame of the update lock's stream: four bytes of length (big-endian), then msgpack."""
-    content = _encoder.encode(message)
+def frame(message: SyncRequest | SyncAnswer) -> bytes:
+    """``message`` as a frame of the lock's byte stream: four bytes of length (big-endian), then msgpack."""
+    content = encode(message)
     return len(content).to_bytes(4, "big") + content
-
-
-def decode_sync_request(content: bytes) -> SyncRequest:
-    """A frame's content, trainer -> plugin. Raises msgspec.DecodeError on anything else."""
-    return _sync_request_decoder.decode(content)
-
-
-def decode_sync_answer(content: bytes) -> SyncAnswer:
-    """A frame's content, plugin -> trainer. Raises msgspec.DecodeError on anything else."""
-    return _sync_answer_decoder.decode(content)

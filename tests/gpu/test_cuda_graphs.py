@@ -68,12 +68,12 @@ def _train(tp: TPGroup, *, replays: bool) -> tuple[list[float], list[float], int
 
         recorder.run = count  # type: ignore[method-assign, assignment]
     results = [trainer.step(_samples(lengths, seed)) for seed, lengths in enumerate(STEPS)]
-    assert not any(result.outcome.skipped for result in results)
+    assert not any(result.skipped for result in results)
     for result in results[3:]:  # the first ones compile
         phases = (result.forward_seconds, result.backward_seconds, result.optimizer_seconds)
         assert min(phases) > 1e-4, "seconds of the device, replayed or not"
         assert 0.8 < sum(phases) / result.step_seconds < 1.01
-    return [r.loss for r in results], [r.outcome.grad_norm for r in results], replayed
+    return [r.loss for r in results], [r.grad_norm for r in results], replayed
 
 
 def _compare(tp: TPGroup) -> None:

@@ -96,7 +96,7 @@ def test_the_planned_peak_is_that_of_a_real_step(max_tokens: int, mode: Gradient
     micro_batches = 1 if mode is GradientMode.fused else 2
     result = trainer.step(samples(micro_batches * max_tokens // SEQUENCE, SEQUENCE))
     assert (result.num_micro_batches, result.gradients) == (micro_batches, mode.value)
-    assert result.outcome.skipped == ""
+    assert result.skipped == ""
     measured = torch.cuda.max_memory_allocated() - base
     planned = plan.gradients + max(plan.activations, plan.optimizer)
     print(
@@ -136,7 +136,7 @@ def test_the_number_of_tokens_that_it_offers_fits_and_more_does_not(
     trainer.max_micro_batch_tokens = fits // SEQUENCE * SEQUENCE
     assert plan_memory(trainer, meter, SEQUENCE).missing <= 0
     result = trainer.step(samples(2 * trainer.max_micro_batch_tokens // SEQUENCE, SEQUENCE))
-    assert (result.num_micro_batches, result.outcome.skipped) == (2, "")
+    assert (result.num_micro_batches, result.skipped) == (2, "")
     assert math.isfinite(result.loss)
     trainer.max_micro_batch_tokens = 2 * fits
     with pytest.raises(DeviceMemoryError):

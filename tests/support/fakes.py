@@ -23,8 +23,9 @@ import zmq
 from apollo_tp.config import HttpConfig, ServiceConfig, WriterConfig
 from apollo_tp.coordinator.settings import Settings
 from apollo_tp.shards.serving import Serving
-from apollo_tp.wire import commands
+from apollo_tp.wire import codec, commands
 from tests.support.chat_model import write_model
+from tests.support.figures import step_figures
 
 VOCAB_SIZE = 1000
 HEARTBEAT_SECONDS = 0.1
@@ -92,7 +93,7 @@ class FakeRanks:
             while not self._stop.is_set():
                 wait = max(0.0, min(until - time.monotonic(), 0.01)) if busy else (0.0 if queue else 0.01)
                 while socket.poll(wait * 1000):
-                    queue.append(commands.decode_command(socket.recv()))
+                    queue.append(codec.decode(socket.recv(), commands.AnyCommand))
                     wait = 0.0
                 now = time.monotonic()
                 if now - beat > HEARTBEAT_SECONDS:
@@ -111,7 +112,7 @@ class FakeRanks:
 
     def _send(self, socket, message):
         if not self.mute:
-            socket.send(commands.encode(message))
+            socket.send(codec.encode(message))
 
     def _execute(self, command):
         if isinstance(command, commands.Identify):
@@ -151,12 +152,11 @@ class FakeRanks:
         tokens = sum(len(sample.token_ids) for sample in samples)
         version = len(self.applied())
         loss = self.loss_of_skipped if skipped else 5.0 / (1 + version)
-        return commands.StepDone(
-            id=command.id, loss=loss, num_tokens=tokens, num_loss_tokens=tokens // 2, padding_share=0.25,
-            num_micro_batches=1, grad_norm=1.0, learning_rate=1e-5, weight_version=version,
-            step_seconds=self.step_seconds, forward_seconds=0.1, backward_seconds=0.2, optimizer_seconds=0.05,
-            token_accuracy=0.5, peak_memory_bytes=[1000, 2000], gradients="fused", skipped=skipped,
+        figures = step_figures(
+            loss=loss, num_tokens=tokens, num_loss_tokens=tokens // 2, weight_version=version,
+            step_seconds=self.step_seconds, gradients="fused", skipped=skipped,
         )  # fmt: skip
+        return commands.StepDone(id=command.id, figures=figures)
 
 
 class CoordinatorProcess:

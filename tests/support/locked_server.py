@@ -11,11 +11,10 @@ from types import SimpleNamespace
 from typing import Any
 
 from apollo_tp.config import CacheMode, SyncConfig, SyncMode
-from apollo_tp.runtime import processes
+from apollo_tp.runtime import instance_folder, processes
 from apollo_tp.training.update_gate import Lock
 from apollo_tp.vllm_plugin.compat.versions import Engine
 from apollo_tp.vllm_plugin.update_lock import UpdateLock
-from apollo_tp.wire import update_lock as lock_messages
 
 LEASE_SECONDS = 1.5
 
@@ -62,7 +61,7 @@ class Plugin:
         self.lock = UpdateLock(RecordingEngine(self.vllm), refusal, LEASE_SECONDS)
         self.thread = threading.Thread(target=self.loop.run_forever)
         self.thread.start()
-        path = folder / lock_messages.SYNC_SOCKET
+        path = folder / instance_folder.SYNC_SOCKET
         asyncio.run_coroutine_threadsafe(self.lock.start(path), self.loop).result(5)
 
     def others(self, what: str, **options: Any) -> concurrent.futures.Future[None]:

@@ -18,8 +18,8 @@ from urllib.parse import urlsplit
 
 from apollo_tp.config import ServiceConfig
 from apollo_tp.errors import ConfigError, RequestError
+from apollo_tp.runtime.instance_folder import TOKEN_VARIABLE
 
-TOKEN_VARIABLE = "APOLLO_TP_TOKEN"
 READ, TRAIN = "read", "train"
 FORWARDED = ("x-forwarded-for", "forwarded", "x-real-ip")
 

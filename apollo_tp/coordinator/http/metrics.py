@@ -14,7 +14,7 @@ from starlette.routing import Route
 from apollo_tp.coordinator.jobs.job import Job
 from apollo_tp.coordinator.jobs.scheduler import Scheduler
 from apollo_tp.coordinator.jobs.store import Store
-from apollo_tp.wire.commands import StepDone
+from apollo_tp.wire.commands import StepFigures
 
 STEP_BUCKETS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300)
 
@@ -47,26 +47,26 @@ class Metrics:
             lambda job: self._valid.set(math.nan if job.valid_loss is None else job.valid_loss)
         )
 
-    def on_step(self, job: Job, done: StepDone) -> None:
+    def on_step(self, job: Job, figures: StepFigures) -> None:
         """Count a completed step."""
-        self._steps.labels("skipped" if done.skipped else "completed").inc()
-        self._tokens.inc(done.num_tokens)
-        self._loss_tokens.inc(done.num_loss_tokens)
-        self._padding.set(done.padding_share)
-        self._rate.set(done.learning_rate)
-        if not done.skipped:
-            self._loss.set(done.loss)
-            self._accuracy.set(done.token_accuracy)
-            self._norm.set(done.grad_norm)
-        self._seconds.observe(done.step_seconds)
+        self._steps.labels("skipped" if figures.skipped else "completed").inc()
+        self._tokens.inc(figures.num_tokens)
+        self._loss_tokens.inc(figures.num_loss_tokens)
+        self._padding.set(figures.padding_share)
+        self._rate.set(figures.learning_rate)
+        if not figures.skipped:
+            self._loss.set(figures.loss)
+            self._accuracy.set(figures.token_accuracy)
+            self._norm.set(figures.grad_norm)
+        self._seconds.observe(figures.step_seconds)
         known = {
-            "forward": done.forward_seconds,
-            "backward": done.backward_seconds,
-            "optimizer": done.optimizer_seconds,
+            "forward": figures.forward_seconds,
+            "backward": figures.backward_seconds,
+            "optimizer": figures.optimizer_seconds,
         }
-        for part, seconds in (known | {"other": max(0.0, done.step_seconds - sum(known.values()))}).items():
+        for part, seconds in (known | {"other": max(0.0, figures.step_seconds - sum(known.values()))}).items():
             self._parts.labels(part).inc(seconds)
-        for rank, size in enumerate(done.peak_memory_bytes):
+        for rank, size in enumerate(figures.peak_memory_bytes):
             self._memory.labels(str(rank)).set(size)
 
     def collect(self) -> Iterator[GaugeMetricFamily]:

@@ -12,11 +12,12 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
-import msgspec
 import zmq
 import zmq.asyncio
 from starlette.types import ASGIApp, Message
 
+from apollo_tp.errors import FrameError
+from apollo_tp.wire import codec
 from apollo_tp.wire import tunnel as tunnel_messages
 
 log = logging.getLogger(__name__)
@@ -72,8 +73,8 @@ class Tunnel:
                     log.warning("dropped a message of %d frames on the tunnel, expected 2", len(frames))
                     continue
                 try:
-                    self._received(frames[0], tunnel_messages.decode_tunnel_up(frames[1]))
-                except msgspec.MsgspecError as error:
+                    self._received(frames[0], codec.decode(frames[1], tunnel_messages.TunnelUp))
+                except FrameError as error:
                     log.warning("dropped %d bytes on the tunnel: %s", len(frames[1]), error)
         finally:
             for task in self._tasks.values():
@@ -122,7 +123,7 @@ class Tunnel:
 
     async def _send(self, key: Key, message: tunnel_messages.TunnelDown) -> None:
         """Send once the peer's queue has room. A peer that makes none, or is gone, has cancelled its request."""
-        frames = [key[0], tunnel_messages.encode_tunnel(message)]
+        frames = [key[0], codec.encode(message)]
         try:
             async with asyncio.timeout(SEND_SECONDS):
                 await self._put(frames)

@@ -16,13 +16,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import zmq
 import zmq.asyncio
 
-from apollo_tp.errors import DeadlineError, RankFailedError
+from apollo_tp.errors import DeadlineError, FrameError, RankFailedError
 from apollo_tp.runtime.owned_folder import free_socket
-from apollo_tp.wire import commands
+from apollo_tp.wire import codec, commands
 
 log = logging.getLogger(__name__)
 
@@ -118,7 +117,7 @@ class RankLink:
         self._waiting[command.id] = future
         try:
             async with asyncio.timeout(self._timeout):
-                await self._socket.send_multipart([self._peer, commands.encode(command)])
+                await self._socket.send_multipart([self._peer, codec.encode(command)])
         except (zmq.ZMQError, TimeoutError) as error:
             self._waiting.pop(command.id, None)
             self._lost(f"rank 0 cannot be reached: {error or 'its queue is full'}")
@@ -139,8 +138,8 @@ class RankLink:
                     log.warning("dropped a message of %d frames on the ranks' socket, expected 2", len(frames))
                     continue
                 try:
-                    reply = commands.decode_reply(frames[1])
-                except msgspec.MsgspecError as error:
+                    reply = codec.decode(frames[1], commands.AnyReply)
+                except FrameError as error:
                     log.warning("dropped %d bytes on the ranks' socket: %s", len(frames[1]), error)
                     continue
                 await self._received(frames[0], reply)
@@ -169,7 +168,9 @@ class RankLink:
         if isinstance(reply, commands.Goodbye):
             self._lost(f"the trainer ended: {reply.reason}")
             return
-        if isinstance(reply, commands.StepDone | commands.CheckpointDone):
+        if isinstance(reply, commands.StepDone):
+            self.weight_version = reply.figures.weight_version
+        elif isinstance(reply, commands.CheckpointDone):
             self.weight_version = reply.weight_version
         future = self._waiting.pop(reply.id, None)
         if future is None:
@@ -220,7 +221,7 @@ class RankLink:
         self._asked = {key: value for key, value in self._asked.items() if now - value[1] < 10 * self._timeout}
         self._asked[peer] = (self.new_id("identify"), now)
         with contextlib.suppress(zmq.ZMQError):  # the peer may be gone again
-            command = commands.encode(commands.Identify(id=self._asked[peer][0]))
+            command = codec.encode(commands.Identify(id=self._asked[peer][0]))
             await self._socket.send_multipart([peer, command], flags=zmq.NOBLOCK)
 
     async def _watch(self) -> None:

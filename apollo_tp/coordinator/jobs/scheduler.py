@@ -35,14 +35,14 @@ CHECKPOINT_FACTOR = 10
 """A checkpoint may take as many times longer than a step: one of 140 GB may have to reach a slow disk."""
 FAILURES = (ApolloTpError, OSError, msgspec.MsgspecError)
 """Of a job alone. The last two: its samples cannot be read."""
-OnStep = Callable[[Job, commands.StepDone], None]
+OnStep = Callable[[Job, commands.StepFigures], None]
 Pending = tuple[int, asyncio.Future[commands.AnyReply]]
 
 
 class Scheduler:
     """Runs jobs one after the other, checkpoints between steps, and an automatic checkpoint when idle.
 
-    ``on_step(job, done)`` is told of completed steps, ``on_evaluation(job)`` of validation losses (metrics, writers).
+    ``on_step(job, figures)`` is called after each step, ``on_evaluation(job)`` after validation losses (metrics, writers).
     ``model`` says which model samples were rendered for (model_digest): jobs of another are not trained into this one.
     """
 
@@ -119,7 +119,7 @@ class Scheduler:
         if it is the next one of its job."""
         if not isinstance(reply, commands.StepDone):
             return
-        if not reply.skipped:
+        if not reply.figures.skipped:
             self.store.set_meta("unsaved", "1")
         job_id, _, step = reply.id.rpartition("/")
         job = self.store.job(job_id) if job_id else None
@@ -211,7 +211,7 @@ class Scheduler:
                 done = await self._reply(pending.popleft()[1])
                 assert isinstance(done, commands.StepDone)
                 self._record_step(job, done)
-                self._check_skips(job, done)
+                self._check_skips(job, done.figures)
         except FAILURES:
             await self._drain(job, pending)
             raise
@@ -296,41 +296,38 @@ class Scheduler:
                 self._record_step(job, done)
 
     def _record_step(self, job: Job, done: commands.StepDone) -> None:
+        figures = done.figures
         job.step = int(done.id.rpartition("/")[2])
-        job.tokens += done.num_tokens
-        job.loss_tokens += done.num_loss_tokens
-        if done.weight_version != job.weight_version:  # a fused step may be skipped with its first matrices written
+        job.tokens += figures.num_tokens
+        job.loss_tokens += figures.num_loss_tokens
+        if figures.weight_version != job.weight_version:  # a fused step may be skipped with its first matrices written
             self.store.set_meta("unsaved", "1")
-        job.weight_version, job.padding_share = done.weight_version, done.padding_share
-        job.training_seconds += done.step_seconds
-        job.skipped_steps = job.skipped_steps + 1 if done.skipped else 0
-        data: dict[str, object] = {"step": job.step, "total_steps": job.total_steps, "num_tokens": done.num_tokens}
-        if done.skipped:
-            message = f"Step {job.step}/{job.total_steps}: skipped, {done.skipped}"
-            data["skipped"] = done.skipped
+        job.weight_version, job.padding_share = figures.weight_version, figures.padding_share
+        job.training_seconds += figures.step_seconds
+        job.skipped_steps = job.skipped_steps + 1 if figures.skipped else 0
+        if figures.skipped:
+            message = f"Step {job.step}/{job.total_steps}: skipped, {figures.skipped}"
         else:
-            job.loss, job.token_accuracy = done.loss, done.token_accuracy
-            self.recent_losses.append((job.id, job.step, done.loss))
-            message = f"Step {job.step}/{job.total_steps}: training loss={done.loss:.4f}"
-        self.progress.recent.append((time.monotonic(), done.num_tokens))
+            job.loss, job.token_accuracy = figures.loss, figures.token_accuracy
+            self.recent_losses.append((job.id, job.step, figures.loss))
+            message = f"Step {job.step}/{job.total_steps}: training loss={figures.loss:.4f}"
+        self.progress.recent.append((time.monotonic(), figures.num_tokens))
+        data: dict[str, object] = msgspec.to_builtins(figures)
+        if not figures.skipped:
+            del data["skipped"]
         data |= {
-            "train_loss": done.loss, "train_mean_token_accuracy": done.token_accuracy, "grad_norm": done.grad_norm,
-            "learning_rate": done.learning_rate, "weight_version": done.weight_version,
-            "padding_share": done.padding_share, "step_seconds": done.step_seconds,
-            "forward_seconds": done.forward_seconds, "backward_seconds": done.backward_seconds,
-            "optimizer_seconds": done.optimizer_seconds, "paused_seconds": done.paused_seconds,
-            "peak_memory_bytes": done.peak_memory_bytes, "gradients": done.gradients,
-            "tokens_per_second": self.progress.tokens_per_second(),
-            "seconds_left": self.progress.seconds_left(job.total_steps - job.step), **done.metrics,
+            "step": job.step, "total_steps": job.total_steps, "tokens_per_second": self.progress.tokens_per_second(),
+            "seconds_left": self.progress.seconds_left(job.total_steps - job.step), **figures.metrics,
         }  # fmt: skip
-        self.store.save_job(job, message, type="metrics", level="warn" if done.skipped else "info", data=data)
+        del data["metrics"]
+        self.store.save_job(job, message, type="metrics", level="warn" if figures.skipped else "info", data=data)
         for listener in self.on_step:
-            listener(job, done)
+            listener(job, figures)
 
-    def _check_skips(self, job: Job, done: commands.StepDone) -> None:
-        if done.skipped and job.skipped_steps >= self.settings.max_skipped_steps:
+    def _check_skips(self, job: Job, figures: commands.StepFigures) -> None:
+        if figures.skipped and job.skipped_steps >= self.settings.max_skipped_steps:
             raise TooManySkipsError(
-                f"{job.skipped_steps} steps in a row were skipped ({done.skipped}), expected fewer than "
+                f"{job.skipped_steps} steps in a row were skipped ({figures.skipped}), expected fewer than "
                 f"{self.settings.max_skipped_steps}; lower the learning rate or look at the data"
             )
 

@@ -15,7 +15,7 @@ from typing import Any
 from apollo_tp.config import ServiceConfig
 from apollo_tp.coordinator.jobs.job import Job
 from apollo_tp.errors import ConfigError
-from apollo_tp.wire.commands import StepDone
+from apollo_tp.wire.commands import StepFigures
 
 log = logging.getLogger(__name__)
 
@@ -41,19 +41,19 @@ class Writer:
             self._queue.put_nowait(None)
         self._thread.join(10)
 
-    def __call__(self, job: Job, done: StepDone) -> None:
+    def __call__(self, job: Job, figures: StepFigures) -> None:
         """Queue the figures of a completed step; drop them if the tool is 10,000 steps behind."""
         values = {
             "tokens": float(job.tokens),
-            "learning_rate": done.learning_rate,
-            "step_seconds": done.step_seconds,
-            "padding_share": done.padding_share,
-            **done.metrics,
+            "learning_rate": figures.learning_rate,
+            "step_seconds": figures.step_seconds,
+            "padding_share": figures.padding_share,
+            **figures.metrics,
         }
-        if not done.skipped:
-            values |= {"loss": done.loss, "grad_norm": done.grad_norm, "token_accuracy": done.token_accuracy}
+        if not figures.skipped:
+            values |= {"loss": figures.loss, "grad_norm": figures.grad_norm, "token_accuracy": figures.token_accuracy}
         with contextlib.suppress(queue.Full):
-            self._queue.put_nowait((job.id, done.weight_version, time.time(), values))
+            self._queue.put_nowait((job.id, figures.weight_version, time.time(), values))
 
     def evaluated(self, job: Job) -> None:
         """Queue a validation loss."""

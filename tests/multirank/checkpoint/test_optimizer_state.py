@@ -180,7 +180,6 @@ def fail_to_save(tp: TPGroup, folder: str) -> str:
 def test_a_write_that_fails_says_why(tmp_path):
     """Not only that one of the library's ranks has failed."""
     for message in run_ranks(fail_to_save, 2, str(tmp_path / "state")):
-        assert "errors on ranks [0, 1]" in message
         assert "File too large" in message
         assert "CheckpointException" not in message
         assert "Traceback" not in message

@@ -44,7 +44,7 @@ def _two_steps(tp: TPGroup, folder: Path, name: str, mode: GradientMode, share: 
         pace=Pace(share, model.module, tp, cpu, sleep=slept.append),
     )
     for seed in range(2):
-        assert trainer.step(samples(seed=seed, lengths=LENGTHS[mode])).outcome.skipped == ""
+        assert trainer.step(samples(seed=seed, lengths=LENGTHS[mode])).skipped == ""
     return {key: local.numpy().copy() for key, (_, local) in tensors.items()}, slept
 
 

@@ -92,9 +92,9 @@ def _train(tp: TPGroup, folder: Path, name: str, mode: GradientMode, lengths: Ca
     start, modes, norms = run.values(), [], []
     for step in range(STEPS):
         result = run.trainer.step(samples(vocab_size=64, seed=step, lengths=lengths(step)))
-        assert result.outcome.skipped == ""
+        assert result.skipped == ""
         modes.append(result.gradients)
-        norms.append(result.outcome.grad_norm)
+        norms.append(result.grad_norm)
     assert len(differing(start, run.values())) > len(start) / 2
     return run.values(), modes, norms, run.peak
 
@@ -153,7 +153,7 @@ def _refuse(tp: TPGroup, folder: Path) -> None:
     with pytest.raises(ConfigError, match=r"118 tokens in 2 micro-batches, expected one .* train\.gradients=auto"):
         run.trainer.step(samples(lengths=SEVERAL))
     assert (differing(start, run.values()), calls, run.trainer.weight_version) == ([], [], 0)
-    assert run.trainer.step(samples(lengths=ONE_BATCH)).outcome.skipped == ""
+    assert run.trainer.step(samples(lengths=ONE_BATCH)).skipped == ""
     assert calls == [[]], "before_write is called once, before the first write"
     assert differing(start, run.values())
 
@@ -171,17 +171,17 @@ def _poison(tp: TPGroup, folder: Path) -> list[str]:
     first = run.trainer.step(samples(lengths=ONE_BATCH))
     handle.remove()
     written = differing(start, run.values())
-    assert first.outcome.skipped == (
+    assert first.skipped == (
         f"not finite: gradient of {name} on rank {tp.size - 1}; {len(written)} tensors were written"
     )
-    assert (first.outcome.num_updated, first.weight_version) == (len(written), 1), "the served weights did change"
+    assert (first.num_updated, first.weight_version) == (len(written), 1), "the served weights did change"
     assert all(torch.isfinite(value).all() for value in run.values().values())
     second = run.trainer.step(samples(lengths=ONE_BATCH, seed=2))
-    assert (second.outcome.skipped, second.weight_version) == ("", 2)
+    assert (second.skipped, second.weight_version) == ("", 2)
     before = run.values()
     run.leaf("model.norm.weight").data.fill_(float("nan"))
     third = run.trainer.step(samples(lengths=ONE_BATCH))
-    assert (third.outcome.skipped.partition(";")[2], third.weight_version) == (" nothing was written", 2)
+    assert (third.skipped.partition(";")[2], third.weight_version) == (" nothing was written", 2)
     assert differing(before, run.values()) == ["model.norm.weight"]
     return written
 
@@ -214,7 +214,7 @@ def _raise_half_way(tp: TPGroup, folder: Path, mode: GradientMode) -> tuple[int,
     assert sorted(counted) == sorted(written), "their moments have moved: the next update is their second"
     assert all(leaf.grad is None for leaf in run.leaves)
     following = run.trainer.step(samples(lengths=ONE_BATCH))
-    assert (following.outcome.skipped, following.weight_version) == ("", version + 1)
+    assert (following.skipped, following.weight_version) == ("", version + 1)
     return version, changed
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import os
 import signal
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,17 +14,19 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from apollo_tp.distributed.control import Control
+from apollo_tp.distributed.control import ComputeControl, Control
 from apollo_tp.distributed.tp_group import TPGroup
 from apollo_tp.errors import RankFailedError
 from apollo_tp.training.rank_loop import RankLoop
 from apollo_tp.training.trainer import Trainer
-from apollo_tp.wire import commands
+from apollo_tp.wire import codec, commands
 from tests.multirank.training.test_trainer import CASE, CONFIG, make_trainer
 from tests.support.exactness import samples
 from tests.support.families import CASES
+from tests.support.rank_services import RecordingServices
 from tests.support.ranks import run_ranks
 
+NOT_UNICODE = os.fsdecode(b"/\xff")
 DEADLINE = datetime.timedelta(seconds=15)
 
 
@@ -35,16 +38,13 @@ class Loop(RankLoop):
         tp = TPGroup.world("gloo", DEADLINE)
         trainer, _ = make_trainer(tp, checkpoint, replace(CONFIG, check_replicas_every=3))
         self.sent: list[commands.AnyReply] = []
-        self.noted: list[int] = []
         link = SimpleNamespace(send=self.sent.append, working_on=lambda *_: None) if rank == 0 else None
-        super().__init__(
-            trainer, SimpleNamespace(), Control(rank, size), SimpleNamespace(), link,  # type: ignore[arg-type]
-            form_group=lambda: tp.form("gloo", DEADLINE), on_step=lambda command, done: None,
-            after_failure=self.noted.append,
-        )  # fmt: skip
+        services = RecordingServices(form_group=lambda: tp.form("gloo", DEADLINE))
+        self.noted = services.failures
+        super().__init__(trainer, services, Control(rank, size), link)  # type: ignore[arg-type]
 
     def step(self, number: int) -> commands.AnyReply:
-        return self._execute(commands.Step(id=f"j/{number}", job_id="j", job_step=number, samples=samples(seed=number)))
+        return self.execute(commands.Step(id=f"j/{number}", job_id="j", job_step=number, samples=samples(seed=number)))
 
 
 def test_a_launchers_signals_end_it_in_order() -> None:
@@ -164,3 +164,27 @@ def test_a_step_that_finds_replicas_to_differ_counts_as_written(checkpoints: Pat
     """Caches of the old weights must not outlive it, nor may the record of the weights forget it."""
     results = run_ranks(_let_replicas_differ, 2, checkpoints / CASES[CASE].checkpoint)
     assert results == [("ReplicaError", [1, 2, 3, 3], [3, 3])] * 2
+
+
+def _fail_to_save(tp: TPGroup, checkpoint: Path) -> tuple[bytes, bytes]:
+    """The replies to a checkpoint that the last rank could not write its part of, and to a step after it."""
+    loop = Loop(tp.rank, tp.size, checkpoint)
+
+    def save(name: str) -> tuple[str, int]:
+        with ComputeControl(loop.trainer.tp, torch.device("cpu")).agree():
+            if tp.rank == tp.size - 1:
+                raise FileNotFoundError(f"no such folder: {NOT_UNICODE}")
+        return name, 0
+
+    loop.services.save_checkpoint = save  # type: ignore[method-assign]
+    reply = loop.execute(commands.SaveCheckpoint(id="save/1", name="first"))
+    return codec.encode(reply), codec.encode(loop.step(1))
+
+
+def test_the_rank_that_could_not_write_is_named_not_one_that_agreed(checkpoints: Path) -> None:
+    """By all ranks, and in a reply that can be sent, whatever bytes the name of the folder has."""
+    for frames in run_ranks(_fail_to_save, 2, checkpoints / CASES[CASE].checkpoint):
+        failed, done = (codec.decode(frame, commands.AnyReply) for frame in frames)
+        assert (failed.rank, failed.error) == (1, "FileNotFoundError")
+        assert failed.message == r"no such folder: /\udcff"
+        assert isinstance(done, commands.StepDone)

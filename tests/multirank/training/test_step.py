@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -25,6 +25,7 @@ from tests.multirank.training.test_trainer import CASE, CONFIG, _pairs, make_tra
 from tests.support import optim_model
 from tests.support.exactness import samples
 from tests.support.families import CASES
+from tests.support.rank_services import RecordingServices
 from tests.support.ranks import run_ranks
 
 
@@ -47,25 +48,17 @@ def test_half_the_rate_moves_the_weights_half_as_far(dpo: bool, checkpoints: Pat
     assert moved[1] == pytest.approx(0.5 * moved[0], rel=1e-3)
 
 
-def test_the_rank_loop_hands_on_the_rate_and_remembers_the_step(checkpoints: Path) -> None:
+def test_the_rank_loop_passes_the_rate_on_and_records_the_step(checkpoints: Path) -> None:
     trainer, _ = make_trainer(TPGroup.single(), checkpoints / CASES[CASE].checkpoint)
-    noted: list[int] = []
-    said: list[tuple[str, int]] = []
-
-    def hello(job_id: str, step: int) -> commands.Hello:
-        said.append((job_id, step))
-        raise NotImplementedError
-
-    loop = RankLoop(
-        trainer, SimpleNamespace(), Control(0, 1), hello, None,  # type: ignore[arg-type]
-        form_group=lambda: None, on_step=lambda command, done: noted.append(command.job_step),
-    )  # fmt: skip
+    services = RecordingServices()
+    loop = RankLoop(trainer, services, Control(0, 1), None)
     command = commands.Step(id="j/1", job_id="j", job_step=1, samples=samples(), learning_rate_scale=0.25)
-    done = loop._execute(command)
+    done = loop.execute(command)
     assert isinstance(done, commands.StepDone)
-    assert done.learning_rate == 0.25 * CONFIG.lr
-    loop._execute(commands.Identify(id="identify/1"))
-    assert (said, noted) == ([("j", 1)], [1])
+    assert done.figures.learning_rate == 0.25 * CONFIG.lr
+    assert services.steps == [(command, done.figures)]
+    loop.execute(commands.Identify(id="identify/1"))
+    assert services.hellos == ["identify/1"]
 
 
 def _blamed(tp: TPGroup, checkpoint: Path) -> int:
@@ -118,6 +111,28 @@ def _gate(tp: TPGroup) -> str:
 
 def test_no_rank_writes_if_the_server_could_not_be_paused() -> None:
     assert run_ranks(_gate, 2) == ["DeadlineError", "RankFailedError"]
+
+
+class _Noting:
+    """A lock that notes when the server is paused."""
+
+    def pause(self) -> None:
+        self.paused_at = time.time()
+
+
+def _be_late(tp: TPGroup) -> float:
+    """When this rank had its gradients, or on rank 0 when the server was paused; Unix time."""
+    lock = _Noting()
+    gate = UpdateGate(SyncMode.step_lock, tp, torch.device("cpu"), lock if tp.rank == 0 else None)  # type: ignore[arg-type]
+    time.sleep(0.5 * tp.rank)
+    ready = time.time()
+    gate.before_write()
+    return lock.paused_at if tp.rank == 0 else ready
+
+
+def test_the_server_runs_until_the_slowest_rank_has_its_gradients() -> None:
+    paused, *ready = run_ranks(_be_late, 3)
+    assert paused >= max(ready)
 
 
 def _in_buckets(tp: TPGroup) -> tuple[float, int]:

@@ -7,14 +7,15 @@ import logging
 import os
 from collections.abc import Collection
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
 from apollo_tp.checkpoint import folder as folders
 from apollo_tp.config import CheckpointConfig, Config, ServerConfig
+from apollo_tp.distributed.control import Control
 from apollo_tp.errors import ConfigError
-from apollo_tp.launch import session
+from apollo_tp.launch import stages
+from apollo_tp.launch.distributed import World
 from apollo_tp.runtime import instance_folder
 from apollo_tp.shards.instance import served_models
 from apollo_tp.shards.manifest import publish
@@ -26,8 +27,7 @@ def _find_server(base: Path, name: str, stack: contextlib.ExitStack) -> None:
     publish(manifest(0, 1, instance_id=name), instance_folder.instance_dir(name, base))
     server = ServerConfig(runtime_dir=str(base), instance=name, wait_seconds=0.0)
     config = Config(server=server, checkpoint=CheckpointConfig(dir=str(base / "checkpoints")))
-    control = SimpleNamespace(gather=lambda content: [content], broadcast=lambda content: content)
-    session._find_server(session._Start(config, SimpleNamespace(rank=0, size=1), control, stack))
+    stages._find_server(stages.Joined(config=config, stack=stack, world=World(0, 1), control=Control(0, 1)))
 
 
 def test_trainers_of_two_servers_do_not_share_a_folder(tmp_path: Path) -> None:

@@ -132,3 +132,13 @@ def test_options_are_read_before_torch() -> None:
         "share_gpu(read_config([]).qos); sys.exit('torch' in sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_another_platform_is_refused_with_a_sentence() -> None:
+    code = (
+        "import sys; from apollo_tp.launch.__main__ import main; sys.platform = 'darwin'; status = main([]); "
+        "assert 'torch' not in sys.modules; sys.exit(status)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert "apollo_tp.launch: platform: got darwin, expected linux" in done.stderr

@@ -14,9 +14,12 @@ import torch
 from apollo_tp.checkpoint import optimizer_state
 from apollo_tp.checkpoint.lineage import Lineage, LineageFile
 from apollo_tp.config import Config, OptimConfig
-from apollo_tp.errors import MappingError, RankFailedError
-from apollo_tp.launch import session
-from apollo_tp.launch.session import _resume
+from apollo_tp.distributed.control import Control
+from apollo_tp.errors import MappingError
+from apollo_tp.launch import stages
+from apollo_tp.launch.distributed import World
+from apollo_tp.launch.stages import Joined, resume
+from tests.unit.shards.test_manifest import manifest
 
 
 def test_the_record_counts_what_a_failed_step_wrote_and_nothing_else(tmp_path: Path) -> None:
@@ -73,7 +76,7 @@ def test_the_schedule_goes_on_where_the_last_trainer_ended(
     lineage.update(step_count=95, checkpoint=str(tmp_path) if saved else "")
     optimizer = SimpleNamespace(step_count=0, level_replicas=list)
     monkeypatch.setattr(optimizer_state, "load", lambda optimizer, folder: setattr(optimizer, "step_count", saved))
-    _resume(Config(optim=OptimConfig(reset_state=reset)), optimizer, LineageFile(tmp_path, "", keep=True))  # type: ignore[arg-type]
+    resume(Config(optim=OptimConfig(reset_state=reset)), optimizer, LineageFile(tmp_path, "", keep=True))  # type: ignore[arg-type]
     assert optimizer.step_count == expected
     assert ("moments are those of the last checkpoint" in caplog.text) == (saved < 95 and not reset)
 
@@ -107,7 +110,7 @@ def test_state_that_is_not_loaded_is_told(
     with caplog.at_level(logging.WARNING, "apollo_tp"):
         config = Config(optim=OptimConfig(reset_state=reset))
         optimizer = SimpleNamespace(step_count=0)
-        _resume(config, optimizer, lineage)  # type: ignore[arg-type]
+        resume(config, optimizer, lineage)  # type: ignore[arg-type]
     assert loaded == ([] if message else [tmp_path / "optimizer"])
     assert bool(caplog.messages) == bool(message)
     assert message.format(tmp_path) in caplog.text
@@ -124,36 +127,21 @@ def test_weights_that_nobody_has_trained_must_be_those_of_the_folder(
 
     if trained:
         LineageFile(tmp_path, "no/such/model", keep=True).before_write()
-    control = SimpleNamespace(gather=lambda answer: [answer])
-    start = SimpleNamespace(control=control, world=SimpleNamespace(rank=0), config=Config())
-    monkeypatch.setattr(session, "map_rank", lambda *_: SimpleNamespace(device=torch.device("cpu")))
-    monkeypatch.setattr(session, "verify_against_checkpoint", differ)
-    manifests = [SimpleNamespace(model_path="no/such/model")]
-    with contextlib.nullcontext() if trained else pytest.raises(MappingError, match="other bits"):
-        session._map(start, manifests, tmp_path)  # type: ignore[arg-type]
+    monkeypatch.setattr(stages, "_find_server", lambda joined: tmp_path)
+    monkeypatch.setattr(stages, "_read_manifests", lambda *_: [manifest(0, 1, model_path="no/such/model")])
+    monkeypatch.setattr(stages, "map_rank", lambda *_: SimpleNamespace(device=torch.device("cpu")))
+    monkeypatch.setattr(stages, "verify_against_checkpoint", differ)
+    with contextlib.ExitStack() as stack:
+        joined = Joined(config=Config(), stack=stack, world=World(0, 1), control=Control(0, 1))
+        with contextlib.nullcontext() if trained else pytest.raises(MappingError, match="other bits"):
+            stages.map_server(joined, lambda error: None)
 
 
-def test_all_ranks_hear_of_the_one_that_failed_to_start() -> None:
-    """Else they would wait for it in the next collective."""
-    control = SimpleNamespace(gather=lambda answer: [answer, b"no room"])
-    with pytest.raises(RankFailedError, match="rank 1 failed: no room"), session._together(control):  # type: ignore[arg-type]
-        pass
-
-
-def test_before_weights_are_written_it_is_recorded_and_the_server_paused(tmp_path: Path) -> None:
+def test_before_weights_are_written_it_is_recorded_and_the_server_paused() -> None:
     """In this order: a pause is short, and a record without room stops the step."""
     order: list[str] = []
-    lineage = LineageFile(tmp_path, "no/such/model", keep=True)
-    lineage.before_write = lambda: order.append("recorded")  # type: ignore[method-assign]
+    lineage = SimpleNamespace(before_write=lambda: order.append("recorded"))
     gate = SimpleNamespace(before_write=lambda: order.append("paused"), pauses=True)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(session, "Pace", lambda *_: SimpleNamespace(hold=lambda: order.append("pace held")))
-        patch.setattr(session, "Trainer", lambda *_, before_write, gradients, **__: SimpleNamespace(
-            before_write=before_write, gradients=gradients
-        ))  # fmt: skip
-        trainer = session._make_trainer(
-            Config(), SimpleNamespace(module=None), SimpleNamespace(describe=str), SimpleNamespace(),  # type: ignore[arg-type]
-            torch.device("cpu"), gate, lineage,  # type: ignore[arg-type]
-        )  # fmt: skip
-    trainer.before_write()  # type: ignore[attr-defined]
+    pace = SimpleNamespace(hold=lambda: order.append("pace held"))
+    stages.before_write(lineage, gate, pace)  # type: ignore[arg-type]
     assert order == ["recorded", "paused", "pace held"]

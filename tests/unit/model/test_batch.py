@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -79,3 +81,22 @@ def test_pairs_stay_in_one_batch() -> None:
 def test_a_bad_sample_is_refused_by_name(sample: Sample, complaint: str) -> None:
     with pytest.raises(RequestError, match=complaint):
         pack([_sample(5), sample], MAX_TOKENS)
+
+
+@pytest.mark.parametrize(
+    ("preferred", "rejected", "field"),
+    [
+        (_sample(5), _sample(0), "pairs[1].rejected"),
+        (_sample(MAX_TOKENS + 1), _sample(1), "pairs[1].preferred"),
+        (_sample(5), Sample([1, 2], [0.0]), "pairs[1].rejected"),
+        (Sample([1], [1.0]), _sample(5), "pairs[1].preferred"),
+        (_sample(MAX_TOKENS // 2), _sample(MAX_TOKENS // 2 + 1), "pairs[1]"),
+    ],
+)
+def test_the_side_of_the_pair_that_cannot_be_packed_is_named(preferred: Sample, rejected: Sample, field: str) -> None:
+    """By its pair's index, not by one that counts sides."""
+    fine = PreferencePair(_sample(MAX_TOKENS // 2), _sample(MAX_TOKENS // 2), 0.0, 0.0)
+    with pytest.raises(RequestError, match=re.escape(f"{field}: got ")) as caught:
+        pack_pairs([fine, PreferencePair(preferred, rejected, 0.0, 0.0), fine], MAX_TOKENS)
+    assert caught.value.field == field
+    assert len(pack_pairs([fine], MAX_TOKENS)) == 1, "a pair of exactly the budget fits"

@@ -17,12 +17,12 @@ from apollo_tp.config import CacheMode, SyncMode
 from apollo_tp.distributed.control import Control
 from apollo_tp.distributed.tp_group import TPGroup
 from apollo_tp.errors import ConfigError, DeadlineError
-from apollo_tp.runtime import processes
+from apollo_tp.runtime import instance_folder, processes
 from apollo_tp.training.rank_loop import RankLoop
 from apollo_tp.training.update_gate import Lock, UpdateGate, needs_lock
 from apollo_tp.wire import commands
-from apollo_tp.wire import update_lock as lock_messages
 from tests.support.locked_server import LEASE_SECONDS, Plugin, attach, eventually, options
+from tests.support.rank_services import RecordingServices
 
 
 @pytest.fixture
@@ -58,7 +58,7 @@ def test_what_the_engine_is_asked_around_an_update(
     assert plugin.vllm.calls == expected
     gate.after_step(8)  # a command that wrote nothing
     assert plugin.vllm.calls == expected
-    assert (plugin.folder / lock_messages.SYNC_SOCKET).stat().st_mode & 0o077 == 0
+    assert (plugin.folder / instance_folder.SYNC_SOCKET).stat().st_mode & 0o077 == 0
     lock.close()
 
 
@@ -115,11 +115,9 @@ def test_a_step_that_raises_during_its_write_resumes_the_server(plugin: Plugin) 
         step=step, tp=TPGroup.single(), weight_version=7, device=torch.device("cpu"), peak_memory_bytes=lambda: 0,
         abandon_step=lambda: None, rejoin=lambda: None, optimizer=SimpleNamespace(progress=lambda: (0, 0)),
     )  # fmt: skip
-    loop = RankLoop(
-        trainer, SimpleNamespace(), Control(0, 1), SimpleNamespace(), None,
-        form_group=lambda: None, on_step=lambda command, done: None, after_write=gate.after_step,
-    )  # fmt: skip
-    reply = loop._execute(commands.Step(id="j/1", job_id="j", job_step=1, samples=[]))
+    services = RecordingServices(finish_command=gate.after_step)
+    loop = RankLoop(trainer, services, Control(0, 1), None)  # type: ignore[arg-type]
+    reply = loop.execute(commands.Step(id="j/1", job_id="j", job_step=1, samples=[]))
     assert isinstance(reply, commands.CommandFailed)
     assert "injected" in reply.message
     assert plugin.vllm.calls == ["no salt", "keep", "resume"]

@@ -1,4 +1,4 @@
-"""What strangers, another release or a stopped trainer may send over the update lock: the server goes on."""
+"""What strangers, another release or a stopped peer may send over the update lock: server and trainer go on."""
 
 from __future__ import annotations
 
@@ -11,8 +11,12 @@ from pathlib import Path
 import pytest
 
 from apollo_tp.config import SyncMode
+from apollo_tp.errors import ServerGoneError
+from apollo_tp.runtime import instance_folder
+from apollo_tp.training.update_gate import Lock
 from apollo_tp.wire import update_lock as lock_messages
 from tests.support.locked_server import Plugin, attach, eventually, options
+from tests.unit.wire.test_messages import NOT_UTF8
 
 
 @pytest.fixture
@@ -21,16 +25,19 @@ def plugin(tmp_path: Path) -> Iterator[Plugin]:
         yield plugin
 
 
+NESTED = b"\x82\xa4type\xa9SyncRenew\xa1x" + b"\x91" * 50_000
+
+
 def raw(plugin: Plugin) -> socket.socket:
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     connection.settimeout(5)
-    connection.connect(str(plugin.folder / lock_messages.SYNC_SOCKET))
+    connection.connect(str(plugin.folder / instance_folder.SYNC_SOCKET))
     return connection
 
 
 def attached(plugin: Plugin) -> socket.socket:
     connection = raw(plugin)
-    connection.sendall(lock_messages.encode_sync(lock_messages.SyncAttach("step_lock", "none", 7)))
+    connection.sendall(lock_messages.frame(lock_messages.SyncAttach("step_lock", "none", 7)))
     assert connection.recv(1000)
     return connection
 
@@ -39,7 +46,7 @@ def attached(plugin: Plugin) -> socket.socket:
     ("frame", "reason"),
     [
         (
-            lock_messages.encode_sync(lock_messages.SyncAttach("step_lock", "none", 7)),
+            lock_messages.frame(lock_messages.SyncAttach("step_lock", "none", 7)),
             "got SyncAttach, expected it once",
         ),
         (
@@ -47,16 +54,18 @@ def attached(plugin: Plugin) -> socket.socket:
             f"got a frame of {lock_messages.MAX_SYNC_FRAME_BYTES + 1} bytes",
         ),
         ((3).to_bytes(4, "big") + b"abc", "the update lock's connection is closed"),
-        (lock_messages.encode_sync(lock_messages.SyncPause()), "the server is paused already"),
+        ((12).to_bytes(4, "big") + NOT_UTF8, "the update lock's connection is closed"),
+        (len(NESTED).to_bytes(4, "big") + NESTED, "maximum recursion depth"),
+        (lock_messages.frame(lock_messages.SyncPause()), "the server is paused already"),
     ],
-    ids=["attach", "long", "garbage", "pause"],
+    ids=["attach", "long", "garbage", "not UTF-8", "nested", "pause"],
 )
 def test_what_nobody_should_send_ends_the_connection_and_the_pause(
     plugin: Plugin, frame: bytes, reason: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Of another release, say. The place of the one trainer is free again."""
     connection = attached(plugin)
-    connection.sendall(lock_messages.encode_sync(lock_messages.SyncPause()))
+    connection.sendall(lock_messages.frame(lock_messages.SyncPause()))
     assert connection.recv(1000)
     assert plugin.vllm.paused
     connection.sendall(frame)
@@ -70,9 +79,9 @@ def test_what_nobody_should_send_ends_the_connection_and_the_pause(
 @pytest.mark.parametrize(
     "frame",
     [
-        lock_messages.encode_sync(lock_messages.SyncPause()),
-        lock_messages.encode_sync(lock_messages.SyncAttach("backwards", "none", 7)),
-        lock_messages.encode_sync(lock_messages.SyncAttach("drain", "some", 7)),
+        lock_messages.frame(lock_messages.SyncPause()),
+        lock_messages.frame(lock_messages.SyncAttach("backwards", "none", 7)),
+        lock_messages.frame(lock_messages.SyncAttach("drain", "some", 7)),
         b"GET / HTTP/1.1\r\n\r\n",
         b"",
     ],
@@ -98,9 +107,7 @@ def test_a_trainer_that_takes_no_answer_does_not_hold_the_server(
     monkeypatch.setattr("apollo_tp.vllm_plugin.update_lock.WRITE_SECONDS", 0.2)
     connection = attached(plugin)
     # more answers than the socket's buffers hold
-    pair = lock_messages.encode_sync(lock_messages.SyncPause()) + lock_messages.encode_sync(
-        lock_messages.SyncRelease(8)
-    )
+    pair = lock_messages.frame(lock_messages.SyncPause()) + lock_messages.frame(lock_messages.SyncRelease(8))
 
     def send() -> None:
         with contextlib.suppress(OSError):
@@ -113,3 +120,41 @@ def test_a_trainer_that_takes_no_answer_does_not_hold_the_server(
     assert not plugin.vllm.paused
     sender.join(2)
     assert not sender.is_alive(), "its connection is still open"
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        len(NOT_UTF8).to_bytes(4, "big") + NOT_UTF8,
+        len(NESTED).to_bytes(4, "big") + NESTED,
+        (2**31).to_bytes(4, "big"),
+        lock_messages.frame(lock_messages.SyncPause()),
+        b"\0\0\0\0",
+    ],
+    ids=["not UTF-8", "nested", "2 GB", "a request", "empty"],
+)
+def test_an_answer_that_is_none_ends_the_lock_not_the_rank(
+    answer: bytes, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Of another release, say. After an update it is logged; the next step fails, with what to do."""
+    with contextlib.closing(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)) as server:
+        server.bind(str(tmp_path / instance_folder.SYNC_SOCKET))
+        server.listen()
+
+        def serve() -> None:
+            connection, _ = server.accept()
+            with connection:
+                for reply in (lock_messages.frame(lock_messages.SyncAnswer("SyncAttach")), answer):
+                    connection.recv(1000)
+                    connection.sendall(reply)
+                connection.recv(1000)
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        lock = Lock(tmp_path, options(SyncMode.step_lock), 7, [])
+        lock.release(8)
+        assert "weight version 8: SyncRelease: got no answer that can be read" in caplog.text
+        with pytest.raises(ServerGoneError, match=r"the update lock is lost .*; restart server and trainer"):
+            lock.pause()
+        lock.close()
+        thread.join(5)

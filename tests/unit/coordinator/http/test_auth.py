@@ -12,9 +12,11 @@ import zmq
 from apollo_tp.config import HttpConfig, ServiceConfig
 from apollo_tp.coordinator.http.auth import Access, load_access
 from apollo_tp.errors import ConfigError, RequestError
-from apollo_tp.wire import commands
+from apollo_tp.wire import codec, commands
 from apollo_tp.wire import tunnel as tunnel_messages
 from tests.support.fakes import CoordinatorProcess, FakeRanks, wait_for
+from tests.support.figures import step_figures
+from tests.unit.wire.test_messages import KINDS, NOT_UTF8, damaged, frame_of
 
 ONE = {"context_ids": [1, 2], "continuation_ids": [3, 4]}
 READ, TRAIN = "r" * 20, "t" * 20
@@ -156,35 +158,36 @@ def test_a_taken_port_is_a_sentence(tmp_path):
 
 
 def hostile_frames():
-    """Noise, truncations, other types, deep nesting, absurd sizes."""
+    """Noise, truncations, other types, deep nesting, absurd sizes, damaged messages of every type."""
     yield b""
     yield b"\xff" * 1000
     yield from (os.urandom(size) for size in (1, 17, 300, 70_000))
-    good = commands.encode(commands.Heartbeat(weight_version=10**9))
+    good = codec.encode(commands.Heartbeat(weight_version=10**9))
     yield from (good[:cut] for cut in range(0, len(good), 3))
     yield b"\x81" * 5000  # maps in maps
     yield b"\x91" * 100_000  # lists in lists
+    yield NOT_UTF8
+    for name in (b"\xa9Heartbeat", b"\xacTunnelCancel"):
+        yield b"\x82\xa4type" + name + b"\xa1x" + b"\x91" * 100_000  # below a field that no message has
+    for _, kind in KINDS:
+        yield from damaged(frame_of(kind), 5, seed=1)
     yield b"\xdd" + struct.pack(">I", 2**32 - 1)  # a list that claims four billion entries
     yield b"\xc6" + struct.pack(">I", 2**32 - 1)
-    yield commands.encode(commands.Shutdown(id="x", reason="a command, not a reply"))
+    yield codec.encode(commands.Shutdown(id="x", reason="a command, not a reply"))
     yield msgspec.msgpack.encode({"type": "Hello", "id": "x"})
     yield msgspec.msgpack.encode({"type": "os.system", "id": "x"})
     hello = FakeRanks("x", "/nonexistent").hello()
-    yield commands.encode(msgspec.structs.replace(hello, protocol_version=99))
-    yield commands.encode(commands.StepDone(
-        id="job-x/1", loss=0.0, num_tokens=1, num_loss_tokens=1, padding_share=0.0, num_micro_batches=1, grad_norm=0.0,
-        learning_rate=0.0, weight_version=5, step_seconds=0.0))  # fmt: skip
+    yield codec.encode(msgspec.structs.replace(hello, protocol_version=99))
+    yield codec.encode(commands.StepDone(id="job-x/1", figures=step_figures(weight_version=5)))
     for identity in ("", "/", "job-x/notanumber", "job-x/-1", "job-x/" + "9" * 400):
-        yield commands.encode(commands.CheckpointDone(id=identity, path="", num_bytes=0, seconds=0, weight_version=0))
-    yield tunnel_messages.encode_tunnel(
+        yield codec.encode(commands.CheckpointDone(id=identity, path="", num_bytes=0, seconds=0, weight_version=0))
+    yield codec.encode(
         tunnel_messages.TunnelRequest(1, "GET\r\nX", "/../../etc/passwd\x00", b"\xff", [(b"\n", b"\r\n")])
     )
-    yield tunnel_messages.encode_tunnel(tunnel_messages.TunnelRequest(-1, "", "", b"", []))
-    yield tunnel_messages.encode_tunnel(
-        tunnel_messages.TunnelRequest(2, "POST", "/train", b"", [(b"content-length", b"x" * 9999)])
-    )
-    yield tunnel_messages.encode_tunnel(tunnel_messages.TunnelBody(77, b"x", True))
-    yield tunnel_messages.encode_tunnel(tunnel_messages.TunnelCancel(2**40))
+    yield codec.encode(tunnel_messages.TunnelRequest(-1, "", "", b"", []))
+    yield codec.encode(tunnel_messages.TunnelRequest(2, "POST", "/train", b"", [(b"content-length", b"x" * 9999)]))
+    yield codec.encode(tunnel_messages.TunnelBody(77, b"x", True))
+    yield codec.encode(tunnel_messages.TunnelCancel(2**40))
 
 
 @pytest.mark.parametrize("name", ["ranks.sock", "coordinator.sock"])

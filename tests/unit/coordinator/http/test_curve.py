@@ -14,6 +14,7 @@ from apollo_tp.config import HttpConfig, ServiceConfig, ZmqConfig
 from apollo_tp.coordinator.http.auth import load_access
 from apollo_tp.coordinator.http.curve import create_keys
 from apollo_tp.errors import ConfigError
+from apollo_tp.wire import codec
 from apollo_tp.wire import tunnel as tunnel_messages
 from tests.support.fakes import CoordinatorProcess, FakeRanks, wait_for
 
@@ -100,8 +101,8 @@ def test_strangers_get_nothing(stack, tmp_path, who, monkeypatch):
         dealer.curve_serverkey = zmq.auth.load_certificate(known)[0]
     dealer.connect(address)
     token = (b"authorization", f"Bearer {TOKEN}".encode())
-    dealer.send(tunnel_messages.encode_tunnel(tunnel_messages.TunnelRequest(1, "GET", "/health", b"", [token])))
-    dealer.send(tunnel_messages.encode_tunnel(tunnel_messages.TunnelBody(1, b"", False)))
+    dealer.send(codec.encode(tunnel_messages.TunnelRequest(1, "GET", "/health", b"", [token])))
+    dealer.send(codec.encode(tunnel_messages.TunnelBody(1, b"", False)))
     assert dealer.poll(1500) == 0
     context.destroy(linger=0)
 

@@ -16,7 +16,6 @@ from apollo_tp.coordinator.__main__ import bind_http
 from apollo_tp.runtime import instance_folder, private_files
 from apollo_tp.shards.instance import CLAIMED_VARIABLE, REFUSED_VARIABLE
 from apollo_tp.vllm_plugin.endpoints import ApolloEndpoints
-from apollo_tp.wire import update_lock as lock_messages
 from tests.support.fakes import CoordinatorProcess, FakeRanks, wait_for
 
 ONE = {"context_ids": [1, 2], "continuation_ids": [3, 4]}
@@ -214,7 +213,7 @@ def test_a_server_whose_name_is_taken_keeps_off_the_other_one(tmp_path, monkeypa
     monkeypatch.setenv(CLAIMED_VARIABLE, "")
     monkeypatch.setenv(REFUSED_VARIABLE, "instance prod: got a name that a live server has")
     folder = instance_folder.instance_dir("prod")
-    for name in ("coordinator.sock", lock_messages.SYNC_SOCKET):
+    for name in ("coordinator.sock", instance_folder.SYNC_SOCKET):
         (folder / name).touch()
     plugin = ApolloEndpoints()
     asyncio.run(plugin.init_state(SimpleNamespace(), None, SimpleNamespace()))

@@ -11,6 +11,7 @@ import zmq.asyncio
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from apollo_tp.coordinator.http.tunnel import Tunnel
+from apollo_tp.wire import codec
 from apollo_tp.wire import tunnel as tunnel_messages
 from tests.unit.coordinator.http.test_tunnel import Server
 
@@ -44,16 +45,16 @@ async def tunnel_to(app, path):
 
 
 async def ask(peer):
-    await peer.send(tunnel_messages.encode_tunnel(tunnel_messages.TunnelRequest(1, "GET", "/", b"", [])))
+    await peer.send(codec.encode(tunnel_messages.TunnelRequest(1, "GET", "/", b"", [])))
 
 
 async def answer_of(peer):
     parts = []
     while not parts or parts[-1].more:
-        message = tunnel_messages.decode_tunnel_down(await peer.recv())
+        message = codec.decode(await peer.recv(), tunnel_messages.TunnelDown)
         if isinstance(message, tunnel_messages.TunnelBody):
             parts.append(message)
-            await peer.send(tunnel_messages.encode_tunnel(tunnel_messages.TunnelTaken(1, len(message.data))))
+            await peer.send(codec.encode(tunnel_messages.TunnelTaken(1, len(message.data))))
     return [part.data for part in parts]
 
 

@@ -1,0 +1,116 @@
+"""What the rank loop calls besides the trainer: checkpoints, the update gate, the record of steps, the terminal."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from apollo_tp.checkpoint import CheckpointWriter
+from apollo_tp.distributed.tp_group import compute_group
+from apollo_tp.gpu_sharing import mps
+from apollo_tp.launch.progress import StepProgress
+from apollo_tp.launch.stages import Ready
+from apollo_tp.runtime import instance_folder
+from apollo_tp.shards.instance import served_models
+from apollo_tp.wire import commands
+
+
+class Services:
+    """training.rank_loop.Services of one rank. The lineage file records steps and checkpoints; rank 0 shows progress."""
+
+    def __init__(self, ready: Ready) -> None:
+        self._ready = ready
+        self._lineage, self._gate, self._trainer = ready.lineage, ready.gate, ready.trainer
+        self._progress = StepProgress() if ready.world.rank == 0 else None
+        config, mapped = ready.config, ready.mapped
+        self._writer = CheckpointWriter(
+            Path(config.checkpoint.dir).resolve(),
+            mapped.manifest.model_path,
+            mapped.manifest.checkpoint,
+            mapped.stored,
+            ready.tp,
+            keep=config.checkpoint.keep,
+            save_config=ready.hf_config.save_pretrained,
+            served=lambda: served_models(instance_folder.base_dir(config.server.runtime_dir)),
+        )
+
+    def form_group(self) -> None:
+        """Form the compute group of all ranks again. Collective."""
+        ready = self._ready
+        compute_group(ready.tp, ready.mapped.device, ready.config.command_timeout_seconds)
+
+    def save_checkpoint(self, name: str) -> tuple[str, int]:
+        """Write checkpoint ``name``; returns its folder and its size in bytes. Collective."""
+        trainer = self._trainer
+        path, num_bytes = self._writer.save(name, trainer.optimizer, trainer.weight_version)
+        self._lineage.update(weight_version=trainer.weight_version, checkpoint=str(path))
+        return str(path), num_bytes
+
+    def finish_command(self, weight_version: int) -> float:
+        """Resume the server if it was paused; returns for how many seconds it was."""
+        return self._gate.after_step(weight_version)
+
+    def record_step(self, command: commands.Step | commands.PreferenceStep, figures: commands.StepFigures) -> None:
+        """Remember a completed step as the last one."""
+        self._lineage.update(
+            weight_version=figures.weight_version,
+            step_count=self._trainer.optimizer.step_count,
+            last_job_id=command.job_id,
+            last_job_step=command.job_step,
+        )
+        if self._progress:
+            self._progress(command, figures)
+
+    def record_failure(self, weight_version: int) -> None:
+        """Remember what a failed step wrote."""
+        self._lineage.count_to(weight_version)
+
+    def hello(self, command_id: str = "") -> commands.Hello:
+        """What is being trained, with the limits of requests, and the last completed step."""
+        ready, config, trainer, last = self._ready, self._ready.config, self._trainer, self._lineage.record
+        first, limit = ready.manifests[0], config.train.max_sequence_tokens
+        return commands.Hello(
+            id=command_id,
+            protocol_version=commands.PROTOCOL_VERSION,
+            instance_id=first.instance_id,
+            server_life=f"{first.instance_id}@{first.pid}.{first.pid_start_ticks}",
+            model_path=first.model_path,
+            served_model_names=first.served_model_names,
+            num_ranks=len(ready.manifests),
+            vocab_size=ready.model.module.config.get_text_config().vocab_size,
+            max_sequence_tokens=min(limit, first.max_model_len) if first.max_model_len else limit,
+            weight_version=trainer.weight_version,
+            num_parameters=sum(torch.Size(shape).numel() for shape in self._global_shapes().values()),
+            optimizer=trainer.optimizer.describe(),
+            gradients=trainer.gradients.value,
+            sync=config.sync.mode.value,
+            cache=config.sync.cache.value,
+            memory=ready.memory,
+            qos=mps.describe(config.qos, trainer.device),
+            layout=self._layout(),
+            last_job_id=last.last_job_id,
+            last_job_step=last.last_job_step,
+        )
+
+    def close(self) -> None:
+        """Remove the progress bar."""
+        if self._progress:
+            self._progress.close()
+
+    def _global_shapes(self) -> dict[str, tuple[int, ...]]:
+        return {p.name: p.shard.global_shape for p in self._ready.model.parameters}
+
+    def _layout(self) -> list[dict[str, str | int | list[int]]]:
+        """A row per part of a checkpoint tensor that a rank of the server has, for the page's layout view."""
+        return [
+            {
+                "checkpoint": segment.checkpoint,
+                "rank": manifest.tp_rank,
+                "served": segment.served,
+                "offset": segment.box_offset,
+                "shape": segment.box_shape,
+            }
+            for manifest in self._ready.manifests
+            for segment in manifest.segments
+        ]

@@ -1,0 +1,270 @@
+"""From options to a trainer that is ready, in four stages: join the ranks, map the server, bind the model, prepare.
+
+Every rank runs each stage at the same time. A stage is a function of the record that the stage before it made, and returns
+the next record, which has all fields of that one too. ``stack`` undoes the stages in reverse order.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+import torch
+import torch.distributed as dist
+from transformers import AutoConfig, PretrainedConfig
+
+from apollo_tp.checkpoint import read_info
+from apollo_tp.checkpoint.folder import OPTIMIZER_DIR, writer_lock
+from apollo_tp.checkpoint.lineage import LineageFile
+from apollo_tp.config import Config
+from apollo_tp.distributed.control import Control
+from apollo_tp.distributed.tp_group import TPGroup, compute_group
+from apollo_tp.errors import ConfigError, ServerGoneError
+from apollo_tp.gpu_sharing import mps, sm_limit
+from apollo_tp.gpu_sharing.pace import Pace
+from apollo_tp.gpu_sharing.product_check import check_products
+from apollo_tp.launch.distributed import World, join
+from apollo_tp.launch.server_watch import ServerWatch
+from apollo_tp.model import BoundModel, bind_model
+from apollo_tp.model.served_config import as_served
+from apollo_tp.optim import Optimizer, build_optimizer
+from apollo_tp.runtime import instance_folder, processes
+from apollo_tp.shards.instance import check_agreement, read_instance, wait_for_server
+from apollo_tp.shards.manifest import Manifest
+from apollo_tp.shards.mapping import MappedRank, map_rank, verify_against_checkpoint
+from apollo_tp.training.cuda_graphs import Replays
+from apollo_tp.training.memory_profiling import CudaMeter, plan_memory
+from apollo_tp.training.trainer import Trainer
+from apollo_tp.training.update_gate import Lock, UpdateGate, needs_lock
+
+log = logging.getLogger("apollo_tp")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Joined:
+    """The ranks can exchange messages."""
+
+    config: Config
+    stack: contextlib.ExitStack
+    world: World
+    control: Control
+
+
+@dataclass(frozen=True, kw_only=True)
+class Served(Joined):
+    """The server is found and locked, and the memory of its rank with this rank's number is mapped."""
+
+    folder: Path
+    """The server's instance folder."""
+    manifests: list[Manifest]
+    """Of all ranks of the server."""
+    mapped: MappedRank
+    lineage: LineageFile
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bound(Served):
+    """The model computes with the mapped weights, and its optimizer has the state that belongs to them."""
+
+    tp: TPGroup
+    hf_config: PretrainedConfig
+    """As the model's folder has it."""
+    model: BoundModel
+    optimizer: Optimizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ready(Bound):
+    """Steps can be run; their memory is planned."""
+
+    gate: UpdateGate
+    trainer: Trainer
+    memory: str
+    """What was planned, in one line."""
+
+
+def join_ranks(config: Config, stack: contextlib.ExitStack) -> Joined:
+    """Initialise the default process group. Collective over all ranks that the launcher started."""
+    if config.train.threads:
+        torch.set_num_threads(config.train.threads)
+    world = join(2 * config.command_timeout_seconds)
+    stack.callback(dist.destroy_process_group)
+    return Joined(config=config, stack=stack, world=world, control=Control(world.rank, world.size))
+
+
+def map_server(joined: Joined, on_server_gone: Callable[[ServerGoneError], None]) -> Served:
+    """Wait for the server, watch it from then on, and map its memory, which must be what the model's folder says unless it
+    was trained since. Collective. Raises what ``map_rank`` and ``verify_against_checkpoint`` raise, on all ranks."""
+    config, rank = joined.config, joined.world.rank
+    folder = _find_server(joined)
+    with joined.control.agree():
+        manifests = _read_manifests(joined, folder)
+    joined.stack.callback(ServerWatch(manifests, on_server_gone).stop)
+    with joined.control.agree():
+        mapped = map_rank(manifests, rank)
+        lineage = LineageFile(folder, manifests[0].model_path, keep=rank == 0)
+        if not lineage.trained_here:
+            compared = verify_against_checkpoint(mapped, config.server.verify_tensors)
+            log.info("%d checkpoint tensors equal the served memory bit for bit", compared)
+        if mapped.device.type == "cuda":
+            torch.cuda.set_device(mapped.device)
+            sm_limit.confine(mapped.device, config.qos.sm_percent)
+    return Served(**vars(joined), folder=folder, manifests=manifests, mapped=mapped, lineage=lineage)
+
+
+def _find_server(joined: Joined) -> Path:
+    """The instance folder of the server to train, awaited by every rank. Rank 0 locks it and the checkpoints' folder."""
+    config, is_first = joined.config, joined.world.rank == 0
+    base, seconds = instance_folder.base_dir(config.server.runtime_dir), config.server.wait_seconds
+    name = ""
+    with joined.control.agree():
+        if is_first:
+            log.info("looking for a vLLM server with VLLM_PLUGINS=apollo in %s, for up to %.0f s", base, seconds)
+        # on every rank: one that waited for rank 0 in a collective would give up at that collective's deadline
+        name = wait_for_server(base, config.server.instance, seconds)[0].instance_id
+        if is_first:
+            joined.stack.enter_context(instance_folder.trainer_lock(instance_folder.instance_dir(name, base)))
+            joined.stack.enter_context(writer_lock(Path(config.checkpoint.dir).resolve()))
+    return base / joined.control.broadcast(name.encode()).decode()
+
+
+def _read_manifests(joined: Joined, folder: Path) -> list[Manifest]:
+    manifests, size = read_instance(folder), joined.world.size
+    check_agreement(manifests)
+    if len(manifests) != size:
+        raise ConfigError(
+            f"trainer ranks: got {size}, expected {len(manifests)}, the server's tensor-parallel size; start torchrun with "
+            f"--nproc-per-node {len(manifests)}"
+        )
+    if joined.world.rank == 0:
+        log.info("training server %s: %s, TP %d", folder.name, manifests[0].model_path, size)
+    return manifests
+
+
+def bind(served: Served) -> Bound:
+    """Form the compute group, bind the model and build its optimizer; load the state. Collective."""
+    config, mapped, first = served.config, served.mapped, served.manifests[0]
+    tp = TPGroup(served.world.rank, served.world.size, peer_memory=config.train.peer_memory)
+    compute_group(tp, mapped.device, config.command_timeout_seconds)
+    served.stack.callback(tp.dissolve)
+    with served.control.agree():
+        hf_config = AutoConfig.from_pretrained(first.model_path)
+        model = bind_model(
+            as_served(hf_config, first.config_overrides, first.max_model_len),
+            mapped.tensors,
+            tp,
+            fused=mapped.fused,
+            gradient_checkpointing=config.train.gradient_checkpointing,
+            compiled=mapped.device.type == "cuda" if config.train.compile is None else config.train.compile,
+        )
+        optimizer = build_optimizer(config.optim, config.train.precision, model.parameters, tp)
+    with served.control.agree():
+        resume(config, optimizer, served.lineage)
+    return Bound(**vars(served), tp=tp, hf_config=hf_config, model=model, optimizer=optimizer)
+
+
+def resume(config: Config, optimizer: Optimizer, lineage: LineageFile) -> None:
+    """Load the optimizer state that belongs to the served weights: of this instance's last checkpoint, or of the checkpoint
+    that the server was started from. Repair replicas that a killed trainer may have left different. Collective."""
+    source = Path(lineage.record.checkpoint)
+    wanted = lineage.record.checkpoint and config.checkpoint.resume
+    if wanted and config.optim.reset_state:
+        log.warning(
+            "optim.reset_state=true: fresh optimizer state, as at every start while it is set, not that of %s", source
+        )
+    elif wanted and not (source / OPTIMIZER_DIR).is_dir():
+        log.warning(
+            "%s: got no such folder, expected the optimizer state of the served weights, which starts afresh; to keep it, "
+            "put the folder back and start the trainer again", source / OPTIMIZER_DIR,
+        )  # fmt: skip
+    elif wanted:
+        from apollo_tp.checkpoint import optimizer_state
+
+        optimizer_state.load(optimizer, source / OPTIMIZER_DIR)
+        info = read_info(source)
+        log.info("optimizer state of %s (weight version %s) loaded", source, info.weight_version if info else "?")
+    if not config.optim.reset_state and lineage.record.step_count > optimizer.step_count:
+        log.warning(
+            "optimizer: got the state of its step %d, expected that of %d, after which the last trainer ended: moments are "
+            "those of the last checkpoint, the schedule goes on", optimizer.step_count, lineage.record.step_count,
+        )  # fmt: skip
+        optimizer.step_count = lineage.record.step_count
+    if lineage.trained_here and (names := optimizer.level_replicas()):
+        log.warning("ranks held different bits of %s (a trainer was killed as it wrote): now the lowest one's", names)
+
+
+def prepare(bound: Bound) -> Ready:
+    """Make the trainer, plan its memory, and try the GPU's products. Collective. Raises DeviceMemoryError or DeviceError, on
+    all ranks, where a step would not fit or would be computed wrong."""
+    config, device, lineage = bound.config, bound.mapped.device, bound.lineage
+    gate = _update_gate(bound)
+    pace = Pace(config.qos.pace, bound.model.module, bound.tp, device)
+    trainer = Trainer(
+        bound.model,
+        bound.optimizer,
+        bound.tp,
+        device=device,
+        max_micro_batch_tokens=config.train.max_micro_batch_tokens,
+        gradients=config.train.gradients,
+        weight_version=lineage.record.weight_version,
+        before_write=lambda: before_write(lineage, gate, pace),
+        pace=pace,
+    )
+    how = (bound.optimizer.describe(), trainer.gradients.value, mps.describe(config.qos, device))
+    log.info("optimizer: %s; gradients: %s; qos: %s", *how)
+    memory = _plan_memory(bound, trainer)
+    log.info("memory: %s", memory)
+    _check_products(bound, trainer)
+    return Ready(**vars(bound), gate=gate, trainer=trainer, memory=memory)
+
+
+def before_write(lineage: LineageFile, gate: UpdateGate, pace: Pace) -> None:
+    """What happens on each rank before its weights change, in this order: a record that finds no room stops the step, and
+    the server is paused for as short as possible. Collective."""
+    lineage.before_write()
+    gate.before_write()
+    if gate.pauses:
+        pace.hold()
+
+
+def _update_gate(bound: Bound) -> UpdateGate:
+    """The pause of running requests around updates; rank 0 attaches to the server. Collective."""
+    me = processes.ProcessId.of(os.getpid())
+    assert me is not None
+    answers = bound.control.gather(msgspec.json.encode((me.pid, me.start_ticks)))
+    sync, lock = bound.config.sync, None
+    with bound.control.agree():
+        if bound.world.rank == 0 and needs_lock(sync):
+            ranks = [processes.ProcessId(*msgspec.json.decode(answer)) for answer in answers]
+            lock = Lock(bound.folder, sync, bound.lineage.record.weight_version, ranks)
+            bound.stack.callback(lock.close)
+    return UpdateGate(sync.mode, bound.tp, bound.mapped.device, lock)
+
+
+def _plan_memory(bound: Bound, trainer: Trainer) -> str:
+    """What the longest micro-batch will need, in one line; and whether steps are recorded. Collective."""
+    train = bound.config.train
+    if trainer.device.type != "cuda":
+        return "not planned on a CPU, where attention keeps its scores: their need depends on the lengths in each batch"
+    with bound.control.agree():
+        plan = plan_memory(trainer, CudaMeter(trainer.device), train.max_sequence_tokens)
+    replays = train.cuda_graphs and plan.fits_replays(beside=False)
+    if replays:
+        replays = trainer.record_passes(Replays(trainer.model, beside=plan.fits_replays(beside=True)))
+    return f"{plan.describe()}; steps of one structure are {'' if replays else 'not '}recorded"
+
+
+def _check_products(bound: Bound, trainer: Trainer) -> None:
+    """Refuse a GPU that multiplies wrong, as some do under MPS."""
+    if trainer.device.type != "cuda":
+        return
+    model = bound.model
+    tensors = [*model.leaves, *(parameter.tensor for parameter in model.parameters)]  # joined, and their parts
+    with bound.control.agree():
+        check_products(tensors, trainer.max_micro_batch_tokens, bound.world.rank)
+        torch.cuda.empty_cache()
