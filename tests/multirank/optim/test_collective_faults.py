@@ -21,7 +21,14 @@ from tests.multirank.optim.test_in_backward import loss_of
 from tests.multirank.training.test_gradient_modes import ONE_BATCH, Run
 from tests.support import optim_model as model
 from tests.support.exactness import samples
-from tests.support.ranks import run_ranks
+from tests.support.ranks import run_ranks, start_origins
+
+
+@pytest.fixture(scope="module", autouse=True)
+def origins() -> None:
+    """The third and fourth import while the first two work: a rank waits a minute for the others, no longer."""
+    start_origins(4)
+
 
 LEAVES = {
     "what was there": lambda out: out,
