@@ -40,7 +40,7 @@ def ready(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
         config=config,
         world=World(0, 1),
         manifests=[manifest(0, 1)],
-        mapped=SimpleNamespace(manifest=manifest(0, 1), tensors={}, device=torch.device("cpu")),
+        mapped=SimpleNamespace(manifest=manifest(0, 1), stored={}, device=torch.device("cpu")),
         lineage=LineageFile(tmp_path, "no/such/model", keep=True),
         tp=None,
         hf_config=SimpleNamespace(save_pretrained=None),
