@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -156,3 +157,27 @@ def test_what_a_kill_left_of_an_old_checkpoint_goes_with_the_next_one(
     assert _names(tmp_path) == [".c1.partial", ".c2.partial", "c3"]
     _checkpoint(tmp_path, "c4", 4.0, keep=2)
     assert _names(tmp_path) == ["c3", "c4"]
+
+
+def test_a_checkpoint_is_on_disk_before_it_gets_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And before ``latest`` points to it, and older ones are removed: power may fail between any two of these."""
+    order: list[str] = []
+
+    def noted(name: str, function: Callable[..., None]) -> Callable[..., None]:
+        def call(*arguments: Any) -> None:
+            order.append(f"{name} {Path(arguments[-1]).name}")
+            function(*arguments)
+
+        return call
+
+    _checkpoint(tmp_path, "first", 1.0, keep=1)
+    for name in ("fsync", "fsync_tree"):
+        monkeypatch.setattr(folders, name, noted(name, getattr(folders, name)))
+    monkeypatch.setattr(folders, "_remove", lambda path, why: order.append(f"remove {path.name}"))
+    monkeypatch.setattr(os, "rename", noted("rename", os.rename))
+    monkeypatch.setattr(os, "replace", noted("replace", os.replace))
+    _checkpoint(tmp_path, "second", 2.0, keep=1)
+    steps = ["fsync_tree .second.partial", "rename second", "replace latest", f"fsync {tmp_path.name}", "remove first"]
+    assert [step for step in order if step in steps] == steps
+    flushed = order[order.index(steps[0]) : order.index(steps[1])]
+    assert {"fsync model.safetensors", "fsync apollo_tp.json", "fsync .second.partial"} <= set(flushed)

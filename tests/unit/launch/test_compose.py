@@ -142,3 +142,16 @@ def test_another_platform_is_refused_with_a_sentence() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode == 2
     assert "apollo_tp.launch: platform: got darwin, expected linux" in done.stderr
+
+
+@pytest.mark.parametrize(("seconds", "accepted"), [("599", True), ("600", False), ("601", False)])
+def test_the_server_must_pause_before_a_collectives_deadline(seconds: str, accepted: bool) -> None:
+    """The other ranks wait in a collective meanwhile; if both deadlines were the same, they would blame rank 0."""
+    overrides = ["sync=drain", f"sync.timeout_seconds={seconds}", "command_timeout_seconds=600"]
+    if accepted:
+        assert read_config(overrides).sync.timeout_seconds == 599
+    else:
+        with pytest.raises(
+            ConfigError, match=r"sync\.timeout_seconds: got .* less than command_timeout_seconds \(600\)"
+        ):
+            read_config(overrides)
