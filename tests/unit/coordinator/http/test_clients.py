@@ -1,6 +1,7 @@
 """What clients meet: retries, several at once, quiet streams, a coordinator that starts again, options that do not fit."""
 
 import asyncio
+import statistics
 import threading
 import time
 from collections import Counter
@@ -76,6 +77,18 @@ def test_clients_at_once_get_no_errors(stack):
     for thread in threads:
         thread.join(60)
     assert set(codes) == {202}
+
+
+def test_answers_on_a_kept_connection_are_sent_at_once(stack):
+    """Not after the 40 ms for which a client's kernel delays its acknowledgement of the headers."""
+    client, *_ = stack
+    for path in ("/health", "/train/status", "/metrics"):
+        seconds = []
+        for _ in range(20):
+            start = time.perf_counter()
+            assert client.get(path).status_code == 200
+            seconds.append(time.perf_counter() - start)
+        assert statistics.median(seconds) < 0.02, (path, seconds)
 
 
 def test_a_client_of_a_quiet_job_hears_that_it_is_alive(tmp_path, monkeypatch):
