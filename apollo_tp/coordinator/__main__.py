@@ -18,19 +18,19 @@ from pathlib import Path
 import uvicorn
 import zmq.asyncio
 
+from apollo_tp.coordinator.http.app import build_app
 from apollo_tp.coordinator.http.auth import load_access
 from apollo_tp.coordinator.http.curve import CurveListener
-from apollo_tp.coordinator.http.errors import build_app
 from apollo_tp.coordinator.http.metrics import Metrics
-from apollo_tp.coordinator.http.middleware import log_format
-from apollo_tp.coordinator.http.openai_jobs import FineTuningApi
 from apollo_tp.coordinator.http.service import Service, model_digest, model_vocab_size
 from apollo_tp.coordinator.http.tunnel import Tunnel
+from apollo_tp.coordinator.http.validation import FileValidation
 from apollo_tp.coordinator.http.views import Changes
 from apollo_tp.coordinator.jobs.rank_link import RankLink, bind_private
 from apollo_tp.coordinator.jobs.scheduler import Scheduler
 from apollo_tp.coordinator.jobs.store import Store
 from apollo_tp.coordinator.jobs.writers import open_writers
+from apollo_tp.coordinator.json_logging import set_up_logging
 from apollo_tp.coordinator.samples.render import Renderer
 from apollo_tp.coordinator.settings import EXIT_STORAGE, Settings, load
 from apollo_tp.errors import ApolloTpError, ConfigError
@@ -47,7 +47,7 @@ def main() -> int:
     """Run until told to stop, or until the parent process is gone. Returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m apollo_tp.coordinator", description=__doc__)
     parser.add_argument("--config", type=Path, required=True, help="settings file written by apollo_tp.launch")
-    _set_up_logging()
+    set_up_logging()
     # 50 clients are answered between two slices of a thread that renders samples
     sys.setswitchinterval(0.001)
     try:
@@ -59,17 +59,6 @@ def main() -> int:
         log.error("got %s, expected to write to service.state_dir; free space there", error, exc_info=error)
         return EXIT_STORAGE
     return 0
-
-
-def _set_up_logging() -> None:
-    class JsonFormatter(logging.Formatter):
-        def format(self, record: logging.LogRecord) -> str:
-            return log_format(record)
-
-    handler = logging.StreamHandler()
-    handler.setFormatter(JsonFormatter())
-    logging.basicConfig(level=logging.INFO, handlers=[handler])
-    logging.getLogger("uvicorn").setLevel(logging.WARNING)
 
 
 async def serve(settings: Settings) -> None:
@@ -84,8 +73,8 @@ async def serve(settings: Settings) -> None:
         settings, store, scheduler, changes, _renderer(settings), model_vocab_size(Path(settings.model_path))
     )
     metrics = Metrics(scheduler, store)
-    fine_tuning = FineTuningApi(service)
-    app = build_app(service, access, metrics, fine_tuning)
+    validation = FileValidation(service)
+    app = build_app(service, access, metrics, validation)
     stack = contextlib.ExitStack()
     for writer in open_writers(settings.service):
         stack.enter_context(writer)
@@ -104,7 +93,7 @@ async def serve(settings: Settings) -> None:
     for signum in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(signum, stop.set)
     _publish_address(settings, listener)
-    fine_tuning.resume_validation()
+    validation.resume()
     parts = [
         asyncio.create_task(coroutine, name=name)
         for name, coroutine in {
@@ -150,7 +139,7 @@ def _build_scheduler(settings: Settings, store: Store, context: zmq.asyncio.Cont
 def bind_http(host: str, port: int) -> socket.socket:
     """A listening TCP socket. Raises ConfigError naming the option if the address cannot be bound."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    # asyncio sets TCP_NODELAY only on sockets whose protocol is given; without it each answer waits 40 ms for an acknowledgement
+    # asyncio sets TCP_NODELAY only on sockets whose protocol is given; without it each answer waits 40 ms for an ACK
     listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:

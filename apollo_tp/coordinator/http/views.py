@@ -15,6 +15,8 @@ from apollo_tp.coordinator.jobs.scheduler import Scheduler
 from apollo_tp.coordinator.jobs.store import Store
 
 KEEP_ALIVE_SECONDS = 15.0
+STATUS_SECONDS = 0.2
+"""How old an answer of /train/status may be while nothing is stored: heartbeats store nothing."""
 
 
 class Changes:
@@ -92,6 +94,22 @@ def status_view(scheduler: Scheduler, store: Store) -> dict[str, Any]:
         "last_checkpoint": msgspec.to_builtins(checkpoints[0]) if checkpoints else None,
         "unsaved": bool(store.get_meta("unsaved")),
     }
+
+
+class CachedStatus:
+    """The body of /train/status, made once per change and not once per client: 50 polling clients cost as much as one."""
+
+    def __init__(self, scheduler: Scheduler, store: Store, changes: Changes) -> None:
+        self._scheduler, self._store, self._changes = scheduler, store, changes
+        self._version, self._made, self._body = -1, 0.0, b""
+
+    def body(self) -> bytes:
+        """JSON of status_view()."""
+        now = time.monotonic()
+        if self._version != self._changes.version or now - self._made > STATUS_SECONDS:
+            self._body = msgspec.json.encode(status_view(self._scheduler, self._store))
+            self._version, self._made = self._changes.version, now
+        return self._body
 
 
 def event_view(event: Event) -> dict[str, Any]:
