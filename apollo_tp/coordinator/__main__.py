@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import gc
 import json
 import logging
 import os
@@ -40,11 +41,11 @@ log = logging.getLogger("apollo_tp.coordinator")
 ADDRESS_FILE = "coordinator.json"
 STOP_SECONDS = 5.0
 LOCK_SECONDS = STOP_SECONDS + 1
-"""The coordinator of a trainer that was killed notices, and leaves, within this time."""
+"""The coordinator of a killed trainer notices that, and releases its folder, within this time."""
 
 
 def main() -> int:
-    """Run until told to stop, or until the parent process is gone. Returns the exit status."""
+    """Run until a signal, or until the parent process has ended. Returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m apollo_tp.coordinator", description=__doc__)
     parser.add_argument("--config", type=Path, required=True, help="settings file written by apollo_tp.launch")
     set_up_logging()
@@ -62,7 +63,7 @@ def main() -> int:
 
 
 async def serve(settings: Settings) -> None:
-    """Bind everything, then run the parts until one ends or the process is told to stop."""
+    """Bind all sockets, then run the parts until one ends or a signal arrives."""
     access = load_access(settings.service)
     changes = Changes()
     store = Store(Path(settings.service.state_dir), changes.notify, lock_seconds=LOCK_SECONDS)
@@ -92,6 +93,7 @@ async def serve(settings: Settings) -> None:
     stop = asyncio.Event()
     for signum in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(signum, stop.set)
+    gc.freeze()  # modules and routes stay: a full collection that visits them would delay answers by some 20 ms
     _publish_address(settings, listener)
     validation.resume()
     parts = [
@@ -166,7 +168,7 @@ def _renderer(settings: Settings) -> Renderer | None:
 
 
 def _publish_address(settings: Settings, listener: socket.socket) -> None:
-    """Say where we listen, for the command line and for tests: the port may have been 0."""
+    """Write the address that was bound to a file, for the command line and tests: the configured port may be 0."""
     host, port = listener.getsockname()[:2]
     url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
     content = json.dumps({"url": url, "pid": os.getpid(), "started_at": time.time()}).encode()
@@ -182,7 +184,7 @@ async def _fold_wal(store: Store) -> None:
 
 
 async def _watch_parent(parent_pid: int | None) -> None:
-    while parent_pid is None or os.getppid() == parent_pid:  # noqa: ASYNC110 - nothing tells of a parent's end
+    while parent_pid is None or os.getppid() == parent_pid:  # noqa: ASYNC110 - no event reports a parent's end
         await asyncio.sleep(0.5)
     log.warning("the trainer process %d is gone", parent_pid)
 

@@ -1,4 +1,4 @@
-"""What ``apollo_tp.launch`` tells the coordinator, as a JSON file (0600) named on the command line."""
+"""Settings that ``apollo_tp.launch`` passes to the coordinator, as a JSON file (0600) named on the command line."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from apollo_tp.errors import ConfigError
 from apollo_tp.shards.serving import Serving
 
 EXIT_STORAGE = 4
-"""Exit status when nothing can be stored, for example on a full disk: who starts this process tries again."""
+"""Exit status when nothing can be stored, for example on a full disk: the launcher starts this process again."""
 
 
 class Settings(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
-    """Everything the coordinator process is told. ``instance_dir`` is the server's private folder (see runtime.py).
+    """All settings of the coordinator process. ``instance_dir`` is the server's private folder (see runtime/).
 
-    ``model_path`` is a local folder; "" means that only token ids are accepted. ``tokenizer_path`` is the folder with
-    tokenizer.json, if it is another; ``serving`` is how the server renders conversations, None if it could not say.
-    ``parent_pid`` is the process whose end ends this one; None for a coordinator that runs alone (tests).
+    ``model_path`` is a local folder; if it is empty, only token ids are accepted. ``tokenizer_path`` is the folder with
+    tokenizer.json, if it is not the model's; ``serving`` describes how the server renders conversations, None if unknown.
+    This process ends when ``parent_pid`` does; None for a coordinator that runs alone (tests).
     """
 
     service: ServiceConfig = msgspec.field(default_factory=ServiceConfig)
@@ -28,7 +28,7 @@ class Settings(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     tokenizer_path: str = ""
     serving: Serving | None = None
     max_sequence_tokens: int = 2048
-    """Used until rank 0 has said what it takes."""
+    """Used until rank 0 has reported its own limit."""
     max_skipped_steps: int = 5
     command_timeout_seconds: float = 600.0
     checkpoint_after_idle_seconds: float | None = 300.0
@@ -36,7 +36,7 @@ class Settings(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
 
     @property
     def tokenizer_folder(self) -> Path:
-        """Where tokenizer.json is."""
+        """The folder with tokenizer.json."""
         return Path(self.tokenizer_path or self.model_path)
 
 
@@ -46,5 +46,5 @@ def load(path: Path) -> Settings:
         return msgspec.json.decode(path.read_bytes(), type=Settings)
     except (OSError, msgspec.MsgspecError) as error:
         raise ConfigError(
-            f"coordinator settings {path}: {error}; expected the JSON file that launch.py writes"
+            f"coordinator settings {path}: {error}; expected the JSON file that apollo_tp.launch writes"
         ) from error

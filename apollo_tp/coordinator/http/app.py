@@ -6,19 +6,17 @@ from typing import Any
 
 import msgspec
 from fastapi import FastAPI
-from fastapi.openapi.utils import get_openapi
 from fastapi_offline import FastAPIOffline
 
 from apollo_tp import __version__
 from apollo_tp.coordinator.http import metrics, openai_files, openai_jobs, page, train
 from apollo_tp.coordinator.http.auth import Access
-from apollo_tp.coordinator.http.errors import ERROR_SCHEMA, STATUS, handle_error
+from apollo_tp.coordinator.http.errors import STATUS, ErrorBody, handle_error
 from apollo_tp.coordinator.http.middleware import ServiceMiddleware
+from apollo_tp.coordinator.http.parameters import SCHEMA_REF
 from apollo_tp.coordinator.http.service import Service
 from apollo_tp.coordinator.http.validation import FileValidation
 from apollo_tp.coordinator.samples.schema import CheckpointBody, FineTuningBody, ScoreBody, TrainBody
-
-_ERROR = {"description": "Refused", "content": {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}}
 
 
 def build_app(service: Service, access: Access, figures: metrics.Metrics, validation: FileValidation) -> FastAPI:
@@ -30,17 +28,12 @@ def build_app(service: Service, access: Access, figures: metrics.Metrics, valida
         redoc_url=None,
         static_url="/docs/assets",
         swagger_ui_parameters={"validatorUrl": None},  # else Swagger UI sends the document to a public validator
-        responses={"2XX": {"description": "Done"}, "4XX": _ERROR, "5XX": _ERROR},
+        responses={"2XX": {"description": "Done"}, "4XX": {"model": ErrorBody}, "5XX": {"model": ErrorBody}},
         exception_handlers=dict.fromkeys(STATUS, handle_error),
     )
     app.state.service, app.state.metrics, app.state.validation = service, figures, validation
-    link = service.scheduler.link
-    app.add_middleware(
-        ServiceMiddleware,
-        access=access,
-        limits=service.settings.service,
-        weight_version=lambda: link.weight_version,
-    )
+    link, limits = service.scheduler.link, service.settings.service
+    app.add_middleware(ServiceMiddleware, access=access, limits=limits, weight_version=lambda: link.weight_version)
     for module in (train, openai_files, openai_jobs, metrics, page):
         app.include_router(module.router)
     app.openapi = lambda: _document(app)  # type: ignore[method-assign]
@@ -48,15 +41,13 @@ def build_app(service: Service, access: Access, figures: metrics.Metrics, valida
 
 
 def _document(app: FastAPI) -> dict[str, Any]:
-    """FastAPI's document and what it cannot know: the bodies that msgspec decodes, errors, and tokens (see auth.py)."""
+    """FastAPI's document with what it cannot know: the bodies that msgspec decodes, and tokens (see auth.py)."""
     if not app.openapi_schema:
-        document = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
-        _, schemas = msgspec.json.schema_components(
-            (TrainBody, ScoreBody, CheckpointBody, FineTuningBody), ref_template="#/components/schemas/{name}"
-        )
-        components = document.setdefault("components", {})
-        components["schemas"] = components.get("schemas", {}) | schemas | {"Error": ERROR_SCHEMA}
-        components["securitySchemes"] = {"token": {"type": "http", "scheme": "bearer"}}
+        document = FastAPI.openapi(app)
         document["security"] = [{"token": []}]
+        components = document["components"]
+        bodies = (TrainBody, ScoreBody, CheckpointBody, FineTuningBody)
+        components["schemas"] |= msgspec.json.schema_components(bodies, ref_template=SCHEMA_REF)[1]
+        components["securitySchemes"] = {"token": {"type": "http", "scheme": "bearer"}}
         app.openapi_schema = document
     return app.openapi_schema

@@ -7,6 +7,7 @@ import secrets
 from typing import Any
 
 from fastapi.exceptions import RequestValidationError
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
 
@@ -25,20 +26,24 @@ STATUS: dict[type[Exception], tuple[int | None, str | None]] = {
 }
 """Exception class -> (status, code); None: the error carries its own. The first class that fits counts."""
 
-ERROR_SCHEMA = {
-    "type": "object",
-    "required": ["error"],
-    "properties": {
-        "error": {
-            "type": "object",
-            "required": ["message", "type", "code"],
-            "properties": {
-                name: {"type": ["string", "null"]}
-                for name in ("message", "type", "param", "code", "field", "got", "expected", "id")
-            },
-        }
-    },
-}
+
+class ErrorDetails(BaseModel):
+    """What was wrong. ``param`` (OpenAI's name) equals ``field``; ``id`` finds an internal error in the log."""
+
+    message: str
+    type: str
+    code: str
+    param: str | None = None
+    field: str | None = None
+    got: str | None = None
+    expected: str | None = None
+    id: str | None = None
+
+
+class ErrorBody(BaseModel):
+    """The body of every answer that is an error."""
+
+    error: ErrorDetails
 
 
 def error_response(error: Exception) -> Response:

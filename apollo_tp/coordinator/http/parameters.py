@@ -23,6 +23,8 @@ from starlette.requests import Request
 
 from apollo_tp.errors import RequestError, refuse
 
+SCHEMA_REF = "#/components/schemas/{name}"
+
 
 def _or(default: Any) -> BeforeValidator:
     """An empty value stands for the default: httpx sends None as one. Not for flags: ``?dry_run=`` must not train."""
@@ -133,8 +135,8 @@ class StrictRoute(APIRoute):
 
 
 def json_body(type: type[msgspec.Struct], *, required: bool = True) -> dict[str, Any]:
-    """The part of an OpenAPI operation that says that its JSON body is ``type``. See app.py for the schemas themselves."""
-    schema = {"$ref": f"#/components/schemas/{type.__name__}"}
+    """The part of an OpenAPI operation that names its JSON body; app.py adds the schema of ``type`` to the document."""
+    schema = {"$ref": SCHEMA_REF.format(name=type.__name__)}
     return {"requestBody": {"required": required, "content": {"application/json": {"schema": schema}}}}
 
 

@@ -76,8 +76,7 @@ class FileValidation:
             error = JobError(code=f"invalid_{problem.param}", message=str(problem), param=problem.param)
         except (ApolloTpError, OSError) as problem:
             error = JobError(code="validation", message=str(problem), param="training_file")
-        # a task's edge, as the table of HTTP errors is a request's: otherwise the job would be validated for ever
-        except Exception:
+        except Exception:  # nobody awaits this task: otherwise the job would stay in state validating_files for ever
             log.exception("job %s could not be validated", job.id)
             message = "internal error; the trainer's log has it"
             error = JobError(code="validation", message=message, param="training_file")

@@ -20,7 +20,7 @@ STATUS_SECONDS = 0.2
 
 
 class Changes:
-    """Wakes everybody who waits for something to be stored."""
+    """Wakes every task that waits for something to be stored."""
 
     def __init__(self) -> None:
         self.version = 0
@@ -119,7 +119,7 @@ def event_view(event: Event) -> dict[str, Any]:
 
 
 async def event_stream(store: Store, changes: Changes, job_id: str, after: int) -> AsyncIterator[bytes]:
-    """Server-sent events of a job: those behind ``after``, then new ones as they happen, until the job is over.
+    """Server-sent events of a job: those after event ``after``, then new ones as they happen, until the job is over.
 
     The SSE id is the event's, so that a client that reconnects with Last-Event-ID misses and repeats nothing.
     """
