@@ -15,7 +15,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from apollo_tp.config import ServiceConfig
 from apollo_tp.coordinator.http.auth import Access
 from apollo_tp.coordinator.http.errors import error_response
-from apollo_tp.errors import RequestError
+from apollo_tp.errors import RequestError, refuse
 
 log = logging.getLogger(__name__)
 
@@ -89,7 +89,4 @@ class ServiceMiddleware:
 
 
 def _too_large(got: str, limit: int) -> RequestError:
-    return RequestError(
-        f"body: got {got} bytes or more, expected at most {limit}", field="body", got=f"{got} bytes or more",
-        expected=f"at most {limit} bytes", status=413, code="body_too_large",
-    )  # fmt: skip
+    return refuse("body", f"{got} bytes or more", f"at most {limit} bytes", status=413, code="body_too_large")

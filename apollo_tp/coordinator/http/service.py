@@ -22,7 +22,7 @@ from apollo_tp.coordinator.jobs.store import Checkpoint, Store, StoredFile
 from apollo_tp.coordinator.samples.intake import Intake, Limits
 from apollo_tp.coordinator.samples.render import Renderer
 from apollo_tp.coordinator.settings import Settings
-from apollo_tp.errors import RequestError, refuse
+from apollo_tp.errors import refuse
 from apollo_tp.shards.serving import Serving
 
 Record = TypeVar("Record", Job, Checkpoint, StoredFile)
@@ -65,8 +65,8 @@ class Service:
         """Raise RequestError 413 if ``more`` bytes would exceed the quota."""
         limit = self.settings.service.max_state_bytes
         if (used := self.store.used_bytes()) + more > limit:
-            raise refuse("body", f"{more} bytes in addition to {used} in use", f"at most {limit} together; delete files",
-                         status=413, code="disk_quota")  # fmt: skip
+            got, expected = f"{more} bytes in addition to {used} in use", f"at most {limit} together; delete files"
+            raise refuse("body", got, expected, status=413, code="disk_quota")
 
     def act(self, job: Job, action: str) -> Job:
         """Cancel, pause or resume. A running job does so at its next step. Raises RequestError 409."""
@@ -110,9 +110,8 @@ ServiceParts = Annotated[Service, Depends(_service_of)]
 def found(record: Record | None, kind: str, record_id: str) -> Record:
     """``record``, which a client asked for by ``record_id``. Raises RequestError 404 if it is None."""
     if record is None:
-        got, expected = record_id[:64], f"the id of a {kind}"
-        raise RequestError(f"got {kind} {got!r}, expected {expected}", field=f"{kind}_id", got=got, expected=expected,
-                           status=404, code=f"no_such_{kind}")  # fmt: skip
+        code = f"no_such_{kind}"
+        raise refuse(f"{kind}_id", repr(record_id[:64]), f"the id of a {kind}", status=404, code=code)
     return record
 
 

@@ -48,12 +48,7 @@ class FileValidation:
             if job.model_digest == service.scheduler.model:
                 self.start(job)
             else:
-                job.state, job.error, job.finished_at = (
-                    State.failed,
-                    model_changed(service.settings.model_path),
-                    time.time(),
-                )
-                service.store.save_job(job, f"Job failed: {job.error.message}", level="error")
+                self._fail(job, model_changed(service.settings.model_path))
 
     def start(self, job: Job) -> None:
         """Validate in the background. The job is then queued, or failed with the lines that are wrong."""
@@ -85,14 +80,17 @@ class FileValidation:
             store.remove_samples(job.id)
             return  # cancelled meanwhile
         if error is not None:
-            job.state, job.error, job.finished_at = State.failed, error, time.time()
-            store.save_job(job, f"Job failed: {error.message}", level="error")
+            self._fail(job, error)
             store.remove_samples(job.id)
             return
         job.num_samples, job.num_validation, job.state = count, valid, State.queued
         job.total_steps = plan_total_steps(job.spec, count)
         store.save_job(job, "Files validated, moving job to queued state")
         self._service.scheduler.wake()
+
+    def _fail(self, job: Job, error: JobError) -> None:
+        job.state, job.error, job.finished_at = State.failed, error, time.time()
+        self._service.store.save_job(job, f"Job failed: {error.message}", level="error")
 
     async def _validate_file(self, job: Job, param: str, target: Path) -> int:
         file = self._service.store.file(getattr(job.spec, param))
