@@ -142,7 +142,7 @@ class ApolloEndpoints:
             logger.warning("apollo_tp: this server cannot be trained: %s", reason)
             return
         from apollo_tp.vllm_plugin import chat
-        from apollo_tp.vllm_plugin.compat.versions import Engine
+        from apollo_tp.vllm_plugin.compat.engine import Engine
 
         count = getattr(args, "api_server_count", None) or 1
         refusal = "" if count == 1 else (

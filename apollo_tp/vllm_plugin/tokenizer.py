@@ -15,6 +15,7 @@ from tokenizers import Tokenizer
 
 from apollo_tp.errors import ApolloTpError
 from apollo_tp.shards.serving import ServedTokenizer, load_tokenizer
+from apollo_tp.vllm_plugin.compat.renderer import is_tokenizer_wrapper
 
 ENCODING_METHODS = ("__call__", "_encode_plus", "encode")
 PROBES = (
@@ -61,16 +62,13 @@ def _check_class(tokenizer: Any) -> None:
             f"the server's tokenizer is a {type(tokenizer).__name__}, not one of the tokenizers library (a fast tokenizer)"
         )
     for method in ENCODING_METHODS:
-        owner = next(kind for kind in type(tokenizer).__mro__ if method in vars(kind) and not _is_wrapper(kind))
+        owner = next(
+            kind for kind in type(tokenizer).__mro__ if method in vars(kind) and not is_tokenizer_wrapper(kind)
+        )
         if owner.__module__.split(".")[0] != "transformers":
             raise TextRefusedError(
                 f"the server's tokenizer encodes texts in code of its own ({owner.__name__}.{method})"
             )
-
-
-def _is_wrapper(kind: type) -> bool:
-    """vLLM's pool and cache, which call the method of the class that they extend."""
-    return kind.__module__ == "vllm.tokenizers.hf"
 
 
 def _differing_tokens(tokenizer: Any, backend: Tokenizer, content: bytes) -> list[str]:
@@ -96,7 +94,7 @@ def _around(tokens: Sequence[str]) -> str:
 
 def _twin(tokenizer: Any, content: bytes, *, split: bool) -> Any:
     """Another of the same class, without vLLM's wrappers, over a backend of its own."""
-    kind = next(kind for kind in type(tokenizer).__mro__ if not _is_wrapper(kind))
+    kind = next(kind for kind in type(tokenizer).__mro__ if not is_tokenizer_wrapper(kind))
     twin = object.__new__(kind)
     vars(twin).update(vars(tokenizer))
     twin._tokenizer = load_tokenizer(content, split_special_tokens=split)
@@ -110,9 +108,8 @@ def _encoder_of_backend(backend: Tokenizer) -> Encode:
 def _encoder(tokenizer: Any) -> Encode:
     def encode(text: str, special: bool) -> list[int]:
         ids = list(tokenizer(text, add_special_tokens=special)["input_ids"])
-        if ids != list(
-            tokenizer.encode(text, add_special_tokens=special)
-        ):  # which of the two vLLM calls depends on its release
+        # vLLM release: which of the two methods it calls depends on the release.
+        if ids != list(tokenizer.encode(text, add_special_tokens=special)):
             raise TextRefusedError("the server's tokenizer encodes texts in two ways")
         return ids
 

@@ -16,9 +16,11 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig
 
-from apollo_tp.vllm_plugin import offline
-from apollo_tp.vllm_plugin.compat import versions as compat
 from apollo_tp.vllm_plugin.compat.cpu import serve_plain_experts
+from apollo_tp.vllm_plugin.compat.engine import Engine, connector_resets
+from apollo_tp.vllm_plugin.compat.hooks import install_hooks
+from apollo_tp.vllm_plugin.compat.one_rank import pretended_rank
+from apollo_tp.vllm_plugin.compat.refusals import layer_refusals, refusals_of_server
 from tests.support import rendered_chats
 from tests.support.families import FAMILIES
 
@@ -40,7 +42,7 @@ def serve(config: Any) -> tuple[Tensor, bool, list[str]]:
     from vllm.utils.torch_utils import set_default_torch_dtype
 
     torch.manual_seed(0)
-    with offline._rank_of(config, 0, 1), set_default_torch_dtype(torch.bfloat16), torch.no_grad():
+    with pretended_rank(config, 0, 1), set_default_torch_dtype(torch.bfloat16), torch.no_grad():
         model = initialize_model(config)
         for parameter in model.parameters():
             parameter.normal_(0, 0.5)
@@ -56,7 +58,7 @@ def serve(config: Any) -> tuple[Tensor, bool, list[str]]:
             activation=layer.activation, global_num_experts=len(loaded), expert_map=None, a1q_scale=None, a2_scale=None,
             workspace13=None, workspace2=None, expert_tokens_meta=None, apply_router_weight_on_input=False,
         )  # fmt: skip
-        return output, torch.equal(layer.w13_weight, loaded), compat.refusals_of_server(config, model)
+        return output, torch.equal(layer.w13_weight, loaded), refusals_of_server(config, model)
 
 
 async def sent_requests(config: Any) -> dict[str, list[str | None]]:
@@ -81,7 +83,7 @@ async def sent_requests(config: Any) -> dict[str, list[str | None]]:
             add_request_async=add_request_async, resources=SimpleNamespace(engine_dead=False), shutdown=lambda **_: None
         ),
     )  # fmt: skip
-    engine = compat.Engine(client)
+    engine = Engine(client)
     raw, rendered = {"prompt_token_ids": [1, 2]}, {"type": "token", "prompt_token_ids": [1, 2]}
     salts = {}
     for salt in ("first", "second", ""):
@@ -120,8 +122,8 @@ def followed_loaders() -> dict[str, list[str]]:
 
     BaseModelLoader.load_model = lambda self, vllm_config, model_config: nn.Linear(1, 1)
     told: list[str] = []
-    compat.install_hooks(lambda model, *_: told.append("; ".join(compat._layer_refusals(model))))
-    compat.install_hooks(lambda *_: told.append("installed twice"))
+    install_hooks(lambda model, *_: told.append("; ".join(layer_refusals(model))))
+    install_hooks(lambda *_: told.append("installed twice"))
     model_config = object()
     config = SimpleNamespace(model_config=model_config, load_config=SimpleNamespace(load_format="mine"))
     found = {"tensorizer": [str(hasattr(TensorizerLoader.load_model, "apollo_tp"))]}
@@ -138,9 +140,7 @@ def emptied_connectors() -> dict[str, bool]:
 
     def resets(name: str, *parts: str) -> bool:
         extra = {"connectors": [{"kv_connector": part, "kv_role": "kv_both"} for part in parts]}
-        return compat.connector_resets(
-            KVTransferConfig(kv_connector=name, kv_role="kv_both", kv_connector_extra_config=extra)
-        )
+        return connector_resets(KVTransferConfig(kv_connector=name, kv_role="kv_both", kv_connector_extra_config=extra))
 
     both = ("OffloadingConnector", "ExampleConnector")
     found = {name: resets(name) for name in both}

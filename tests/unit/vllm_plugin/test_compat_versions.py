@@ -16,16 +16,12 @@ from torch import nn
 from transformers import AutoConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from apollo_tp.vllm_plugin.compat import versions as compat
+from apollo_tp.vllm_plugin.compat import engine
+from apollo_tp.vllm_plugin.compat.config import config_overrides
+from apollo_tp.vllm_plugin.compat.engine import Engine
+from apollo_tp.vllm_plugin.compat.hooks import ENGINES_VARIABLE, has_endpoints, is_draft
+from apollo_tp.vllm_plugin.compat.refusals import refusals_of_server
 from apollo_tp.vllm_plugin.compat.rotary import yarn_refusals
-from apollo_tp.vllm_plugin.compat.versions import (
-    ENGINES_VARIABLE,
-    Engine,
-    config_overrides,
-    has_endpoints,
-    is_draft,
-    refusals_of_server,
-)
 from tests.support import rendered_chats
 
 
@@ -191,7 +187,7 @@ def test_a_connectors_cache_is_emptied_too(
     connector: str | None, resets: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where there is one: some releases answer that they could not reset what is not there."""
-    monkeypatch.setattr(compat, "connector_resets", lambda _: resets)
+    monkeypatch.setattr(engine, "connector_resets", lambda _: resets)
     asked: list[dict[str, bool]] = []
 
     async def reset(**options: bool) -> bool:
