@@ -83,6 +83,9 @@ def test_weights_in_the_hosts_memory_are_refused_on_a_gpu() -> None:
     assert refusals_of_server(server(), nn.Linear(1, 1)) == []
 
 
+L4 = math.log(4)
+
+
 class YaRNScalingRotaryEmbedding(nn.Module):
     """vLLM 0.26's, as far as its scale goes."""
 
@@ -100,6 +103,10 @@ class YaRNScalingRotaryEmbedding(nn.Module):
         ({"attention_factor": 1.0}, {}, "scales by 1.139, transformers by 1"),
         ({"mscale": 1.0, "mscale_all_dim": 1.0}, {}, "scales by 1.139, transformers by 1"),
         ({"mscale": 1.0}, {}, ""),
+        ({"mscale": 2.0, "mscale_all_dim": 1.0}, {}, "scales by 1.139, transformers by 1.122"),
+        ({"mscale": 0.707, "mscale_all_dim": 1.0}, {}, "scales by 1.139, transformers by 0.9643"),
+        # what a release that knows both fields scales by
+        ({"mscale": 2.0, "mscale_all_dim": 1.0}, {"attn_factor": (0.2 * L4 + 1) / (0.1 * L4 + 1) ** 2}, ""),
         ({}, {"attn_factor": 2.0}, "scales by 2.277, transformers by 1.139"),
         ({}, {"extrapolation_factor": 2.0}, "extrapolation_factor"),
     ],
@@ -224,6 +231,15 @@ def test_experts_on_a_cpu_are_served_plain_or_as_vllm_serves_them(hooked: dict[s
     difference, as_loaded, (refusal,) = hooked["experts"]["gpt-oss"]
     assert (difference, as_loaded) == (0.0, False)
     assert "got activation swigluoai with biases" in refusal
+
+
+def test_convolutions_on_a_cpu_take_the_weight_as_loaded(hooked: dict[str, Any]) -> None:
+    """vLLM tells its kernels that the weight is packed. They are told otherwise, and compute the same bits."""
+    found = hooked["convolutions"]
+    assert found["given"] == [[64, 4, False]] * 2
+    if found["same"] is None:
+        pytest.skip("vLLM packs these weights on CPUs with AVX512_BF16 alone")
+    assert found["same"] == [True, True, True]
 
 
 def test_all_requests_are_salted(hooked: dict[str, Any]) -> None:
