@@ -28,19 +28,27 @@ from tests.support.chat_model import write_model
 
 VOCAB_SIZE = 1000
 HEARTBEAT_SECONDS = 0.1
+ONE = {"context_ids": [1, 2], "continuation_ids": [3, 4]}
+CHAT = b'{"messages": [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "I am fine"}]}\n'
+PAIR = (
+    b'{"input": {"messages": [{"role": "user", "content": "Hello"}]}, "preferred_output": [{"role": "assistant", "content":'
+    b' "fine"}], "non_preferred_output": [{"role": "assistant", "content": "no"}]}\n'
+)
 
 
 class FakeRanks:
     """One rank 0. ``fail_at`` and ``skip_at`` name job steps that raise or are skipped; ``mute`` stops every sending.
     ``logprob`` is that of a token, and changes by ``learned`` of it with each step; a checkpoint takes ``save_seconds``, and
-    fails if ``fail_saves``; a batch is scored in ``score_seconds``."""
+    fails if ``fail_saves``; a batch is scored in ``score_seconds``. ``commands`` were begun, and those whose ids are in
+    ``answered`` have been answered."""
 
     def __init__(self, socket_path, journal, *, step_seconds=0.0, instance_id="fake", max_tokens=256):
         self.socket_path, self.journal, self.step_seconds = str(socket_path), Path(journal), step_seconds
         self.instance_id, self.max_tokens, self.server_life = instance_id, max_tokens, f"{instance_id}@1"
         self.fail_at, self.skip_at, self.mute = set(), set(), False
         self.logprob, self.save_seconds, self.loss_of_skipped, self.hello_seconds = -0.5, 0.0, 1.0, 0.0
-        self.commands, self.scored, self.learned, self.fail_saves, self.score_seconds = [], [], 0.0, False, 0.0
+        self.commands, self.answered, self.scored = [], [], []
+        self.learned, self.fail_saves, self.score_seconds = 0.0, False, 0.0
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self.run, daemon=True)
 
@@ -101,6 +109,7 @@ class FakeRanks:
                     self._send(socket, commands.Heartbeat(weight_version=version, busy_with=busy.id if busy else ""))
                 if busy and now >= until:
                     self._send(socket, self._execute(busy))
+                    self.answered.append(busy.id)
                     busy = None
                 if not busy and queue:
                     busy = queue.popleft()
@@ -254,6 +263,26 @@ def wait_for(condition, seconds=15.0, what="the condition"):
         assert time.monotonic() < end, f"{what} did not come in {seconds} s"
         time.sleep(0.01)
     return value
+
+
+def tune(client, *, method=None, **contents):
+    """Start an OpenAI fine-tuning job over uploaded ``contents``; it writes a checkpoint before it succeeds."""
+    files = {}
+    for name, content in contents.items():
+        upload = {"file": ("a.jsonl", content)}
+        files[name] = client.post("/v1/files", files=upload, data={"purpose": "fine-tune"}).json()["id"]
+    return client.post("/v1/fine_tuning/jobs", json={"model": "fake", "method": method} | files).json()["id"]
+
+
+def saving(client, job):
+    """The checkpoints of the job that are requested and not written yet."""
+    return [c for c in client.get("/checkpoints").json()["data"] if c["job_id"] == job and c["state"] == "queued"]
+
+
+def ends(client, job):
+    """Wait until the job is finished or paused, and return it."""
+    states = ("succeeded", "failed", "cancelled", "paused")
+    return wait_for(lambda: (j := client.get(f"/train/jobs/{job}").json())["state"] in states and j)
 
 
 if __name__ == "__main__":

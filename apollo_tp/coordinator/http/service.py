@@ -12,10 +12,9 @@ from typing import Any, TypeVar
 import msgspec
 from starlette.requests import Request
 
-from apollo_tp.coordinator.http.views import Changes
 from apollo_tp.coordinator.jobs.job import Job, State, Truncate, check_action
 from apollo_tp.coordinator.jobs.scheduler import Scheduler
-from apollo_tp.coordinator.jobs.store import Checkpoint, Store, StoredFile
+from apollo_tp.coordinator.jobs.store import Changes, Checkpoint, Store, StoredFile
 from apollo_tp.coordinator.samples.intake import Intake, Limits
 from apollo_tp.coordinator.samples.render import Renderer
 from apollo_tp.coordinator.settings import Settings

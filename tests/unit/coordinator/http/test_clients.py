@@ -2,17 +2,15 @@
 
 import asyncio
 import threading
-import time
 from collections import Counter
 
 import pytest
 
 from apollo_tp.cli import main as cli
-from apollo_tp.coordinator.http.views import Changes, event_stream
+from apollo_tp.coordinator.http.views import event_stream
 from apollo_tp.coordinator.jobs.job import JobSpec, State, new_job
-from apollo_tp.coordinator.jobs.store import Store
-from tests.support.fakes import CoordinatorProcess, FakeRanks, chat_stack, wait_for
-from tests.unit.coordinator.jobs.test_faults import CHAT, ONE, ends, tune
+from apollo_tp.coordinator.jobs.store import Changes, Store
+from tests.support.fakes import CHAT, ONE, CoordinatorProcess, FakeRanks, chat_stack, ends, tune, wait_for
 
 
 @pytest.fixture
@@ -122,9 +120,15 @@ def test_following_a_job_survives_a_skipped_step_and_a_restart(tmp_path, capsys)
         follow.start()
         wait_for(lambda: client.get(f"/train/jobs/{job}").json()["step"] >= 4)
         coordinator.kill()
-        time.sleep(1.5)
+        shown = []
+
+        def failed_to_reconnect():
+            shown.append(capsys.readouterr().err)
+            return "".join(shown).count("connection broke") >= 2  # the stream, and then an attempt to open another
+
+        wait_for(failed_to_reconnect)
         coordinator.settings.service.http.port = port
         coordinator.start()
         follow.join(30)
         assert codes == [0]
-    assert "skipped" in capsys.readouterr().err
+    assert "skipped" in "".join(shown) + capsys.readouterr().err

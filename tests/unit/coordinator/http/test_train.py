@@ -13,8 +13,7 @@ from apollo_tp.coordinator.http.errors import build_app
 from apollo_tp.coordinator.http.metrics import Metrics
 from apollo_tp.coordinator.http.openai_jobs import FineTuningApi
 from apollo_tp.coordinator.http.service import Service
-from apollo_tp.coordinator.http.views import Changes
-from apollo_tp.coordinator.jobs.store import Store
+from apollo_tp.coordinator.jobs.store import Changes, Store
 from apollo_tp.coordinator.settings import Settings
 from tests.support.fakes import VOCAB_SIZE, CoordinatorProcess, FakeRanks, wait_for
 

@@ -117,9 +117,9 @@ def _text(path: Path) -> None:
 
 
 DAMAGES = {
-    _empty: "an empty database beside files",
-    _missing: "no database beside files",
-    _no_tables: "an empty database beside files",
+    _empty: "an empty database next to files",
+    _missing: "no database next to files",
+    _no_tables: "an empty database next to files",
     _foreign: "another program's database",
     _foreign_id: "another program's database",
     _no_version: "another program's database",
