@@ -245,10 +245,11 @@ class CoordinatorProcess:
 
 
 @contextlib.contextmanager
-def chat_stack(folder, *, settings=None, step_seconds=0.0):
+def chat_stack(folder, *, settings=None, step_seconds=0.0, **service):
     """A coordinator of a model with a chat template, its fake rank 0, which is connected, and a client."""
+    model = write_model(folder / "model")
     with (
-        CoordinatorProcess(folder, model_path=write_model(folder / "model"), settings=settings) as coordinator,
+        CoordinatorProcess(folder, model_path=model, settings=settings, **service) as coordinator,
         FakeRanks(coordinator.ranks_socket, folder / "journal", step_seconds=step_seconds) as ranks,
         coordinator.client() as client,
     ):

@@ -4,7 +4,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from apollo_tp.coordinator.jobs.job import Truncate
-from apollo_tp.coordinator.samples.chat_template import Template
+from apollo_tp.coordinator.samples.conversation import Template
 from apollo_tp.coordinator.samples.intake import Intake, Limits
 from apollo_tp.coordinator.samples.schema import Message, SampleBody, SupervisedLine, TrainBody, decode
 from apollo_tp.errors import RequestError
@@ -60,7 +60,7 @@ def test_half_a_character_is_refused(tmp_path):
     """A model's JSON may be cut in the middle of an emoji's escape."""
     intake = Intake(renderer_of(write_model(tmp_path, CALLING)), Limits(400, 400), Truncate.refuse)
     messages = [Message(role="user", content="x"), Message(role="assistant", tool_calls=[call('{"a": "\\ud83d"}')])]
-    with pytest.raises(RequestError, match="characters that are none"):
+    with pytest.raises(RequestError, match="invalid characters"):
         intake.sample(SampleBody(messages=messages), "")
 
 
@@ -163,7 +163,7 @@ def test_a_conversation_that_does_not_show_its_turns_is_learned_turn_by_turn(tmp
         assert end == "<|im_end|>\n"
     body.messages[1].weight = 0.0
     assert len(intake.sequences(body, "")) == 2
-    with pytest.raises(RequestError, match="cannot be told"):
+    with pytest.raises(RequestError, match="cannot be located"):
         intake.samples([body])  # a score is of one sequence
     told = SampleBody(messages=[Message(**message) for message in TURNS[:2]])
     assert intake.sequences(told, "") == [intake.sample(told, "")]

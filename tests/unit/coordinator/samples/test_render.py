@@ -4,9 +4,9 @@ import pytest
 from transformers import AutoTokenizer
 
 from apollo_tp.coordinator.jobs.job import Truncate
-from apollo_tp.coordinator.samples.chat_template import MARK
+from apollo_tp.coordinator.samples.conversation import MARK, Chat
 from apollo_tp.coordinator.samples.intake import Intake, Limits
-from apollo_tp.coordinator.samples.render import Chat, Renderer
+from apollo_tp.coordinator.samples.render import Renderer
 from apollo_tp.coordinator.samples.schema import Message, Preference, PreferenceLine, SampleBody
 from apollo_tp.errors import ConfigError, RequestError
 from apollo_tp.shards.serving import TOKENIZER_FILE, ChatTemplate, Serving
@@ -106,7 +106,7 @@ def test_weights_per_message(tmp_path):
 
 def test_an_untellable_template_is_refused(tmp_path):
     """A template whose beginning depends on its end is refused with the reason, not guessed."""
-    with pytest.raises(RequestError, match="cannot be told exactly") as error:
+    with pytest.raises(RequestError, match="cannot be located exactly") as error:
         learned(renderer_of(write_model(tmp_path, COUNTING)), TURNS)
     assert error.value.field == "messages"
 
