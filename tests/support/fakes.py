@@ -1,7 +1,9 @@
-"""A fake trainer rank 0: speaks protocol.py over a real ZMQ socket, and keeps a journal of what it "wrote".
+"""A fake trainer rank 0 (apollo_tp.wire.commands over a real ZMQ socket), and a real coordinator process to connect it to.
 
-The journal stands for the served weights: a step that is in it twice was trained twice. It survives a kill of the fake, as
-vLLM's memory survives a kill of the trainer. ``python -m tests.support.fakes SOCKET JOURNAL STEP_SECONDS`` runs one alone.
+The fake keeps a journal of the steps it completed, in place of the served weights: a step that is in it twice was trained
+twice. The journal survives a kill of the fake, as vLLM's memory survives a kill of the trainer.
+
+``python -m tests.support.fakes SOCKET JOURNAL STEP_SECONDS`` runs one alone.
 """
 
 from __future__ import annotations
@@ -37,9 +39,9 @@ PAIR = (
 
 
 class FakeRanks:
-    """One rank 0. ``fail_at`` and ``skip_at`` name job steps that raise or are skipped; ``mute`` stops every sending.
-    ``logprob`` is that of a token, and changes by ``learned`` of it with each step; a checkpoint takes ``save_seconds``, and
-    fails if ``fail_saves``; a batch is scored in ``score_seconds``. ``commands`` were begun, and those whose ids are in
+    """One rank 0. ``fail_at`` and ``skip_at`` are job steps that raise or are skipped; while ``mute``, nothing is sent.
+    ``logprob`` is that of a token, and each step changes it by the share ``learned``. A checkpoint takes ``save_seconds``,
+    and fails if ``fail_saves``; a Score command takes ``score_seconds``. ``commands`` were begun; those whose ids are in
     ``answered`` have been answered."""
 
     def __init__(self, socket_path, journal, *, step_seconds=0.0, instance_id="fake", max_tokens=256):
@@ -169,7 +171,7 @@ class FakeRanks:
 
 
 class CoordinatorProcess:
-    """A real coordinator process over a temporary folder. ``restart`` after ``kill`` keeps state and sockets' places."""
+    """A real coordinator process over a temporary folder. After ``kill``, ``start`` uses the same state and sockets."""
 
     def __init__(self, folder, *, model_path="", env=None, settings=None, writers=None, **service):
         self.folder = Path(folder)

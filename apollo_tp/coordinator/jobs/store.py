@@ -133,8 +133,8 @@ class Store:
         with contextlib.closing(sqlite3.connect(self.folder / DATABASE, timeout=10)) as connection:
             connection.execute("PRAGMA wal_checkpoint(PASSIVE)")
 
-    def forget_old_steps(self, most: int = 2000) -> None:
-        """Delete step events of finished jobs beyond MAX_EVENTS, the oldest first, at most ``most``. Call it on a worker
+    def forget_old_steps(self, limit: int = 2000) -> None:
+        """Delete step events of finished jobs beyond MAX_EVENTS, the oldest first, at most ``limit``. Call it on a worker
         thread."""
         finished = ",".join(f"'{state.value}'" for state in TERMINAL)
         with contextlib.closing(sqlite3.connect(self.folder / DATABASE, timeout=10)) as connection, connection:
@@ -142,7 +142,7 @@ class Store:
             connection.execute(
                 "DELETE FROM events WHERE id IN (SELECT id FROM events WHERE id <= ? AND type = 'metrics'"
                 f" AND job_id IN (SELECT id FROM jobs WHERE state IN ({finished})) LIMIT ?)",
-                (last - MAX_EVENTS, most),
+                (last - MAX_EVENTS, limit),
             )
 
     @contextlib.contextmanager

@@ -3,7 +3,7 @@
 Which tokens are learned from (weight > 0):
 
     context_ids + continuation_ids   the continuation
-    prompt + completion              the completion's tokens, tokenised apart from the prompt's, and the end-of-text token
+    prompt + completion              the completion's tokens, tokenised separately from the prompt, and the end-of-text token
     text                             every token, and the end-of-text token
     messages                         what the model would have generated in each assistant turn: from the end of the
                                      generation prompt to the end-of-turn token; white space after that token belongs to

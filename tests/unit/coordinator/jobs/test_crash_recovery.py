@@ -110,15 +110,15 @@ def test_a_trainer_that_takes_over_before_the_old_one_is_missed(tmp_path):
             job = client.post("/train", json=ONE | {"epochs": 3 * STEPS}).json()["id"]
             wait_for(lambda: client.get(f"/train/jobs/{job}").json()["step"] > 2)
             first.mute = True
-            told = len(first.applied())
-            wait_for(lambda: len(first.applied()) > told + 1)
+            before = len(first.applied())
+            wait_for(lambda: len(first.applied()) > before + 1)
         with FakeRanks(coordinator.ranks_socket, journal) as second:
             wait_for(lambda: client.get(f"/train/jobs/{job}").json()["state"] == "succeeded")
             assert [step for _, step in second.applied()] == list(range(1, 3 * STEPS + 1))
 
 
 def test_an_acknowledged_job_is_stored(parts):
-    """Killed right behind the 202: the job is there after the restart, and runs."""
+    """Killed right after the 202: the job is stored, and runs after the restart."""
     coordinator, ranks = parts
     with coordinator.client() as client:
         job = client.post("/train", json=ONE | {"epochs": STEPS}).json()["id"]
@@ -162,7 +162,7 @@ def test_on_crash_fail_reports_the_reason(tmp_path):
 
 
 def test_silent_ranks_make_the_job_resumable(tmp_path):
-    """No heartbeat for rank_timeout_seconds: status says so and the job waits; when they beat again it goes on."""
+    """No heartbeat for rank_timeout_seconds: status reports it and the job waits; it resumes with the next heartbeats."""
     with (
         CoordinatorProcess(tmp_path) as coordinator,
         coordinator.client() as client,
@@ -181,7 +181,7 @@ def test_silent_ranks_make_the_job_resumable(tmp_path):
 
 
 def test_a_restarted_server_does_not_get_the_second_half_of_a_job(tmp_path):
-    """The weights of the first steps died with the server: the job fails and says why, it does not go on silently."""
+    """The weights of the first steps were lost with the server: the job fails with this reason, and does not resume."""
     with CoordinatorProcess(tmp_path) as coordinator, coordinator.client() as client:
         with FakeRanks(coordinator.ranks_socket, tmp_path / "journal", step_seconds=0.02):
             job = client.post("/train", json=ONE | {"epochs": STEPS}).json()["id"]
@@ -247,7 +247,7 @@ def test_a_server_that_starts_again_under_its_name_is_another(tmp_path):
 
 
 def test_a_second_coordinator_leaves_the_first_ones_jobs_alone(parts):
-    """Two trainers started from one folder: the second is refused before it touches a job; a killed one holds nothing."""
+    """Two trainers started from one folder: the second is refused before it touches a job; a killed one leaves no lock."""
     coordinator, _ = parts
     folder = coordinator.folder / "state"
     refusal = rf"{re.escape(str(folder))}.*process {coordinator.process.pid}\).*service\.state_dir=\.\.\."

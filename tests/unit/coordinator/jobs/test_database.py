@@ -1,4 +1,4 @@
-"""The database of service.state_dir: another one removes nothing, and one of an earlier release goes on."""
+"""The database of service.state_dir: another program's is refused untouched, one of an earlier release migrated."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def _foreign(path: Path) -> None:
 
 
 def _foreign_id(path: Path) -> None:
-    """Tables of our names, in a program that says what it is."""
+    """Tables of our names, in another program's database, which has an application id."""
     with closing(sqlite3.connect(path)) as db:
         db.execute("PRAGMA application_id=1")
 
@@ -153,7 +153,7 @@ def test_a_database_that_does_not_know_our_files_removes_none(
 
 
 def test_a_damaged_table_removes_nothing_and_is_not_taken_for_a_full_disk(tmp_path: Path) -> None:
-    """The header is sound, so it shows when the rows are read: before anything goes."""
+    """The header is sound, so the damage is noticed when rows are read, which is before anything is removed."""
     path, orphan = with_upload(tmp_path / "state"), write(tmp_path / "state" / "files" / ("0" * 64))
     with closing(sqlite3.connect(tmp_path / "state" / "jobs.sqlite3")) as db:
         size = db.execute("PRAGMA page_size").fetchone()[0]

@@ -28,7 +28,7 @@ def test_a_validation_loss_that_is_not_finite_is_none(stack, logprob):
 @pytest.mark.parametrize("method", ["dpo", "supervised"])
 def test_what_is_asked_while_samples_are_scored_holds(stack, action, state, method):
     """A large file is scored for long: for DPO before the first step, and for the validation loss. What was asked takes
-    effect behind the batch that is scored now; a job that goes on scores all of them."""
+    effect after the batch that is being scored; a resumed job scores all of them."""
     client, ranks, _ = stack
     num_batches, files = 4, {"training_file": CHAT, "validation_file": CHAT * 32 * 4}
     if method == "dpo":

@@ -53,7 +53,7 @@ def test_many_checkpoints_fail_no_job(impatient_stack):
     client, ranks, _ = impatient_stack
     ranks.save_seconds = 0.9
     asked = [client.post("/checkpoint").json()["id"] for _ in range(4)]
-    assert len(set(asked)) == 2  # the one that is written, and the one behind it
+    assert len(set(asked)) == 2  # the one that is written, and the one queued after it
     job = client.post("/train", json=ONE | {"epochs": 2}).json()["id"]
     assert ends(client, job)["state"] == "succeeded"
     wait_for(lambda: {c["state"] for c in client.get("/checkpoints").json()["data"]} == {"succeeded"})
@@ -101,7 +101,7 @@ def test_a_checkpoint_that_fails_is_said_and_tried_again_now_and_then(tmp_path):
 
 
 def test_what_is_trained_while_a_checkpoint_is_written_is_not_saved_by_it(stack):
-    """The step behind it in the queue."""
+    """A step that is queued after the checkpoint leaves its weights unsaved."""
     client, ranks, _ = stack
     ranks.save_seconds = 0.5
     client.post("/checkpoint")

@@ -18,7 +18,7 @@ from tests.support.fakes import CHAT, ONE, CoordinatorProcess, FakeRanks, ends, 
 
 
 def test_a_job_whose_samples_are_gone_fails_alone(stack):
-    """It says so, and the next one runs."""
+    """Its error is the missing file, and the next job runs."""
     client, ranks, coordinator = stack
     ranks.step_seconds = 0.3
     first, second, third = (client.post("/train", json=ONE).json()["id"] for _ in range(3))
@@ -41,7 +41,7 @@ def test_a_step_in_flight_counts_when_the_next_one_cannot_be_read(stack):
 
 
 def test_jobs_that_wait_for_another_model_are_not_trained(tmp_path):
-    """Their token ids are those of a tokenizer that is gone; a job of the same model goes on."""
+    """Their token ids were made for another model; jobs of the served one run."""
     model = write_model(tmp_path / "model")
     with CoordinatorProcess(tmp_path, model_path=model) as coordinator, coordinator.client() as client:
         job = client.post("/train", json=ONE).json()["id"]
@@ -125,7 +125,7 @@ def test_nothing_undoes_a_cancel_that_has_not_taken_effect(stack, action):
     assert ends(client, job)["state"] == "cancelled"
 
 
-# --- without a process: what rank 0 said, and what becomes of it -------------------------------------------------------
+# --- without a process: replies and Hellos of rank 0 ------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -161,7 +161,7 @@ def test_lost_steps_are_counted_in_the_life_of_their_server_alone(scheduler, tmp
 
 @pytest.mark.parametrize(("step", "counted"), [(3, 3), (4, 4), (5, 3), (9, 3)])
 def test_an_orphan_reply_counts_only_if_it_is_of_the_next_step(scheduler, tmp_path, step, counted):
-    """Of one further on, the steps between were never recorded, and may not have run. Rank 0's Hello says more."""
+    """The steps before a later one were never recorded, and may not have run; rank 0's next Hello says how far it came."""
     job = interrupted(scheduler, step=3)
     command = commands.Step(id=f"{job.id}/{step}", job_id=job.id, job_step=step, samples=[])
     scheduler.orphan_reply(FakeRanks("unused", tmp_path / "journal")._step(command))

@@ -92,7 +92,7 @@ def test_an_empty_folder_becomes_ours_and_stays_ours(folder: Path) -> None:
 
 
 def test_a_first_start_that_was_killed_is_begun_again(folder: Path) -> None:
-    """Behind the marker, before the database has its tables."""
+    """After the marker, before the database has its tables."""
     folder.mkdir(mode=0o700)
     (folder / ".apollo_tp_state").touch()
     (folder / "jobs.sqlite3").touch()

@@ -28,7 +28,7 @@ def test_jobs_that_are_over_leave_no_samples(stack):
 
 
 def test_a_full_disk_ends_the_coordinator_until_there_is_room(stack):
-    """It says why; started again with room, it loses and repeats nothing. A limit on files' size stands for the disk."""
+    """It logs why; started again with room, it loses and repeats nothing. A limit on file sizes simulates the disk."""
     client, ranks, coordinator = stack
     job = client.post("/train", json=ONE | {"epochs": 20}).json()["id"]
     wait_for(lambda: client.get(f"/train/jobs/{job}").json()["step"] > 2)
