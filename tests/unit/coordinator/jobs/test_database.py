@@ -19,7 +19,7 @@ from apollo_tp.coordinator.jobs.job import JobSpec, State, new_job
 from apollo_tp.coordinator.jobs.store import Store, StoredFile
 from apollo_tp.errors import ConfigError
 from tests.support.fakes import CoordinatorProcess
-from tests.unit.coordinator.jobs.test_state_folder import JOB, content_of, start, with_upload, write
+from tests.support.state_folder import JOB, content_of, start, with_upload, write
 
 VERSION_1 = """
 CREATE TABLE jobs (seq INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT UNIQUE NOT NULL, state TEXT NOT NULL,
@@ -37,12 +37,6 @@ CREATE TABLE meta (name TEXT PRIMARY KEY, value TEXT NOT NULL);
 PRAGMA user_version=1;
 """
 """What the first release wrote."""
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """Where the state folder is to be."""
-    return tmp_path / "state"
 
 
 def _version_1(folder: Path) -> Path:
