@@ -30,12 +30,6 @@ from tests.support.chat_model import write_model
 
 VOCAB_SIZE = 1000
 HEARTBEAT_SECONDS = 0.1
-ONE = {"context_ids": [1, 2], "continuation_ids": [3, 4]}
-CHAT = b'{"messages": [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "I am fine"}]}\n'
-PAIR = (
-    b'{"input": {"messages": [{"role": "user", "content": "Hello"}]}, "preferred_output": [{"role": "assistant", "content":'
-    b' "fine"}], "non_preferred_output": [{"role": "assistant", "content": "no"}]}\n'
-)
 
 
 class FakeRanks:
@@ -266,26 +260,6 @@ def wait_for(condition, seconds=15.0, what="the condition"):
         assert time.monotonic() < end, f"{what} did not come in {seconds} s"
         time.sleep(0.01)
     return value
-
-
-def tune(client, *, method=None, **contents):
-    """Start an OpenAI fine-tuning job over uploaded ``contents``; it writes a checkpoint before it succeeds."""
-    files = {}
-    for name, content in contents.items():
-        upload = {"file": ("a.jsonl", content)}
-        files[name] = client.post("/v1/files", files=upload, data={"purpose": "fine-tune"}).json()["id"]
-    return client.post("/v1/fine_tuning/jobs", json={"model": "fake", "method": method} | files).json()["id"]
-
-
-def saving(client, job):
-    """The checkpoints of the job that are requested and not written yet."""
-    return [c for c in client.get("/checkpoints").json()["data"] if c["job_id"] == job and c["state"] == "queued"]
-
-
-def ends(client, job):
-    """Wait until the job is finished or paused, and return it."""
-    states = ("succeeded", "failed", "cancelled", "paused")
-    return wait_for(lambda: (j := client.get(f"/train/jobs/{job}").json())["state"] in states and j)
 
 
 if __name__ == "__main__":

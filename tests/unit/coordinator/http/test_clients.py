@@ -10,7 +10,8 @@ from apollo_tp.cli import main as cli
 from apollo_tp.coordinator.http.views import event_stream
 from apollo_tp.coordinator.jobs.job import JobSpec, State, new_job
 from apollo_tp.coordinator.jobs.store import Changes, Store
-from tests.support.fakes import CHAT, ONE, CoordinatorProcess, FakeRanks, chat_stack, ends, tune, wait_for
+from tests.support.fakes import CoordinatorProcess, FakeRanks, chat_stack, wait_for
+from tests.support.jobs import CHAT, ONE, ends, tune
 
 
 @pytest.fixture

@@ -3,7 +3,8 @@
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from tests.support.fakes import ONE, chat_stack, ends
+from tests.support.fakes import chat_stack
+from tests.support.jobs import ONE, ends
 
 STEPS = 2
 STEP_SECONDS = 0.5

@@ -16,7 +16,8 @@ import pytest
 from apollo_tp.coordinator.jobs.job import State
 from apollo_tp.coordinator.jobs.store import Store
 from apollo_tp.errors import ConfigError
-from tests.support.fakes import ONE, CoordinatorProcess, FakeRanks, ends, wait_for
+from tests.support.fakes import CoordinatorProcess, FakeRanks, wait_for
+from tests.support.jobs import ONE, ends
 
 STEPS = 20
 STEP_SECONDS = 0.01

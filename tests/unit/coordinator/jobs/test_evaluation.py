@@ -6,7 +6,13 @@ import math
 import pytest
 
 from apollo_tp.wire import commands
-from tests.support.fakes import CHAT, PAIR, ends, tune, wait_for
+from tests.support.fakes import wait_for
+from tests.support.jobs import CHAT, ends, tune
+
+PAIR = (
+    b'{"input": {"messages": [{"role": "user", "content": "Hello"}]}, "preferred_output": [{"role": "assistant", "content":'
+    b' "fine"}], "non_preferred_output": [{"role": "assistant", "content": "no"}]}\n'
+)
 
 
 @pytest.mark.parametrize("logprob", [math.nan, -math.inf])

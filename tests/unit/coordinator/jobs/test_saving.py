@@ -12,7 +12,8 @@ from apollo_tp.coordinator.jobs.store import Store
 from apollo_tp.coordinator.settings import Settings
 from apollo_tp.wire import commands
 from tests.support.chat_model import write_model
-from tests.support.fakes import CHAT, ONE, CoordinatorProcess, FakeRanks, chat_stack, ends, saving, tune, wait_for
+from tests.support.fakes import CoordinatorProcess, FakeRanks, chat_stack, wait_for
+from tests.support.jobs import CHAT, ONE, ends, saving, tune
 
 
 @pytest.mark.parametrize(("action", "state"), [("cancel", "cancelled"), ("pause", "paused")])

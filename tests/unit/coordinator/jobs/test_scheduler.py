@@ -14,7 +14,8 @@ from apollo_tp.coordinator.settings import Settings
 from apollo_tp.shards.serving import ChatTemplate, ServedTokenizer, Serving
 from apollo_tp.wire import commands
 from tests.support.chat_model import write_model
-from tests.support.fakes import CHAT, ONE, CoordinatorProcess, FakeRanks, ends, wait_for
+from tests.support.fakes import CoordinatorProcess, FakeRanks, wait_for
+from tests.support.jobs import CHAT, ONE, ends
 
 
 def test_a_job_whose_samples_are_gone_fails_alone(stack):

@@ -11,7 +11,8 @@ from apollo_tp.coordinator.jobs.job import JobSpec, State, new_job
 from apollo_tp.coordinator.jobs.store import Store
 from apollo_tp.coordinator.settings import EXIT_STORAGE
 from apollo_tp.errors import RequestError
-from tests.support.fakes import CHAT, ONE, CoordinatorProcess, ends, tune, wait_for
+from tests.support.fakes import CoordinatorProcess, wait_for
+from tests.support.jobs import CHAT, ONE, ends, tune
 
 
 def test_jobs_that_are_over_leave_no_samples(stack):
