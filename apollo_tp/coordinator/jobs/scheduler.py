@@ -320,9 +320,7 @@ class Scheduler:
         job.step = int(done.id.rpartition("/")[2])
         job.tokens += done.num_tokens
         job.loss_tokens += done.num_loss_tokens
-        if (
-            done.weight_version != job.weight_version
-        ):  # updates in the backward pass: a skipped step may have written some
+        if done.weight_version != job.weight_version:  # a fused step may be skipped with its first matrices written
             self.store.set_meta("unsaved", "1")
         job.weight_version, job.padding_share = done.weight_version, done.padding_share
         job.training_seconds += done.step_seconds

@@ -42,7 +42,7 @@ class Writer:
         self._thread.join(10)
 
     def __call__(self, job: Job, done: StepDone) -> None:
-        """Queue the figures of a completed step; drop them if 10,000 steps are queued already."""
+        """Queue the figures of a completed step; drop them if the tool is 10,000 steps behind."""
         values = {
             "tokens": float(job.tokens),
             "learning_rate": done.learning_rate,
