@@ -26,10 +26,9 @@ from apollo_tp.coordinator.http.metrics import Metrics
 from apollo_tp.coordinator.http.service import Service, model_digest, model_vocab_size
 from apollo_tp.coordinator.http.tunnel import Tunnel
 from apollo_tp.coordinator.http.validation import FileValidation
-from apollo_tp.coordinator.http.views import Changes
 from apollo_tp.coordinator.jobs.rank_link import RankLink, bind_private
 from apollo_tp.coordinator.jobs.scheduler import Scheduler
-from apollo_tp.coordinator.jobs.store import Store
+from apollo_tp.coordinator.jobs.store import Changes, Store
 from apollo_tp.coordinator.jobs.writers import open_writers
 from apollo_tp.coordinator.json_logging import set_up_logging
 from apollo_tp.coordinator.samples.render import Renderer
@@ -134,7 +133,11 @@ def _build_scheduler(settings: Settings, store: Store, context: zmq.asyncio.Cont
     )
     digest = model_digest(Path(settings.model_path), settings.serving)
     scheduler = Scheduler(settings, store, link, digest if settings.model_path else "")
-    link.attach(on_hello=scheduler.reconcile, on_stray=scheduler.stray, needs_barrier=scheduler.needs_barrier)
+    link.attach(
+        on_hello=scheduler.reconcile,
+        on_orphan_reply=scheduler.orphan_reply,
+        require_identify=scheduler.has_unrecorded_steps,
+    )
     store.remove_orphans()
     scheduler.recover()
     return scheduler

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import time
 from collections.abc import AsyncIterator
@@ -12,35 +11,11 @@ import msgspec
 
 from apollo_tp.coordinator.jobs.job import Event, Job, State
 from apollo_tp.coordinator.jobs.scheduler import Scheduler
-from apollo_tp.coordinator.jobs.store import Store
+from apollo_tp.coordinator.jobs.store import Changes, Store
 
 KEEP_ALIVE_SECONDS = 15.0
 STATUS_SECONDS = 0.2
 """How old an answer of /train/status may be while nothing is stored: heartbeats store nothing."""
-
-
-class Changes:
-    """Wakes every task that waits for something to be stored."""
-
-    def __init__(self) -> None:
-        self.version = 0
-        self._event = asyncio.Event()
-
-    def notify(self) -> None:
-        """Something was stored."""
-        self.version += 1
-        self._event.set()
-        self._event = asyncio.Event()
-
-    async def wait(self, seconds: float) -> bool:
-        """Wait for the next change; False when so many seconds passed first."""
-        event = self._event
-        try:
-            async with asyncio.timeout(seconds):
-                await event.wait()
-        except TimeoutError:
-            return False
-        return True
 
 
 def job_view(job: Job, scheduler: Scheduler) -> dict[str, Any]:
