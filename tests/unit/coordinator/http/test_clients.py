@@ -2,6 +2,8 @@
 
 import asyncio
 import statistics
+import subprocess
+import sys
 import threading
 import time
 from collections import Counter
@@ -50,7 +52,7 @@ def test_the_validation_loss_of_the_last_evaluation_is_a_metric(stack):
 
 
 def test_options_that_would_be_ignored_are_refused(stack):
-    """Of another method, or beside the method's own."""
+    """Of another method, or in addition to those of the method."""
     client, *_ = stack
     file = client.post("/v1/files", files={"file": ("a.jsonl", CHAT)}, data={"purpose": "fine-tune"}).json()["id"]
     asked = {"model": "fake", "training_file": file, "hyperparameters": {"n_epochs": 1}}
@@ -79,6 +81,14 @@ def test_clients_at_once_get_no_errors(tmp_path):
     assert codes == {202: 240}
 
 
+def test_the_coordinator_starts_without_what_is_slow_to_import():
+    """FastAPI and pydantic are imported, torch and transformers not, nor what only some coordinators use."""
+    slow = ("torch", "transformers", "numpy", "vllm", "httpx", "tensorboard", "wandb")
+    script = f"import sys, apollo_tp.coordinator.__main__; print([name for name in {slow} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout == "[]\n"
+
+
 def test_answers_on_a_kept_connection_are_sent_at_once(stack):
     """Not after the 40 ms for which a client's kernel delays its acknowledgement of the headers."""
     client, *_ = stack
@@ -91,8 +101,8 @@ def test_answers_on_a_kept_connection_are_sent_at_once(stack):
         assert statistics.median(seconds) < 0.02, (path, seconds)
 
 
-def test_a_client_of_a_quiet_job_hears_that_it_is_alive(tmp_path, monkeypatch):
-    """However much else changes."""
+def test_a_client_of_a_quiet_job_gets_keep_alive_comments(tmp_path, monkeypatch):
+    """However many other changes are stored."""
     monkeypatch.setattr("apollo_tp.coordinator.http.views.KEEP_ALIVE_SECONDS", 0.3)
 
     async def main():

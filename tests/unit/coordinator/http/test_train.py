@@ -60,7 +60,7 @@ def test_a_job_runs_to_its_end(stack):
     assert all(event["time"] > 0 for event in events)
 
 
-def test_a_seed_shuffles_each_epoch_anew(stack):
+def test_a_seed_shuffles_each_epoch_differently(stack):
     """With a seed, every epoch trains each sample once, and two epochs have different orders."""
     client, ranks = stack
     samples = [ONE | {"context_ids": [i]} for i in range(16)]
@@ -337,7 +337,7 @@ def test_idempotency_key_makes_a_repeat_safe(stack):
 
 
 def test_events_stream_replays_and_follows(stack):
-    """SSE gives every event once, live, ends with the job, and goes on behind Last-Event-ID."""
+    """SSE gives every event once, live, ends with the job, and continues after Last-Event-ID."""
     client, _ = stack
     job = client.post("/train", json=ONE | {"epochs": 8}).json()
     path = f"/train/jobs/{job['id']}/events"

@@ -71,7 +71,7 @@ def stack(tmp_path_factory):
             del os.environ[name]
 
 
-def test_the_routes_answer_alike_on_both_ports(stack):
+def test_the_routes_give_identical_answers_on_both_ports(stack):
     """A job posted on the server's port is the coordinator's, with the same body and status."""
     client, direct, *_ = stack
     answer = client.post("/train", json=ONE | {"epochs": 3})
