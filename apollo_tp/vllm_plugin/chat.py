@@ -9,15 +9,16 @@ import logging
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 
-from apollo_tp.shards.serving import RESERVED_TEMPLATE_KWARGS, Serving, publish_serving
+from apollo_tp.shards.serving import RESERVED_TEMPLATE_KWARGS, ServedTokenizer, Serving, publish_serving
 from apollo_tp.vllm_plugin import tokenizer as served_tokenizer
 from apollo_tp.vllm_plugin.compat.hooks import uses_rust_frontend
 from apollo_tp.vllm_plugin.compat.renderer import Front, chat_template, rendering_refusal
 
+Answer = TypeVar("Answer")
 logger = logging.getLogger("vllm.apollo_tp")  # vLLM configures the "vllm" logger only
 
 
@@ -38,11 +39,8 @@ def publish_of_engine(model_config: Any, folder: Path) -> None:
 
 
 def _publish(front: Callable[[], Front], args: Any, folder: Path) -> None:
-    try:
-        serving, tokenizer = describe(front(), args)
-    # vLLM's own resolution: the server must go on serving.
-    except Exception as error:  # noqa: BLE001 - _no_texts logs it
-        serving, tokenizer = Serving(text_refusal=_no_texts("vLLM could not say which tokenizer it uses", error)), b""
+    found, reason = _ask(front, "texts", "vLLM could not say which tokenizer it uses")
+    serving, tokenizer = describe(found, args) if found else (Serving(text_refusal=reason), b"")
     publish_serving(serving, folder, tokenizer)
 
 
@@ -51,21 +49,28 @@ def describe(front: Front, args: Any) -> tuple[Serving, bytes]:
 
     Raises nothing: whatever vLLM cannot answer becomes a refusal, and everything else is trained.
     """
-    serving = _describe_chat(front, args)
+    chat, reason = _ask(lambda: _describe_chat(front, args), "conversations", "vLLM could not say how it renders them")
+    serving = chat or Serving(chat_refusal=reason)
+    found, reason = _ask(lambda: _describe_tokenizer(front), "texts", "vLLM's tokenizer could not be published")
+    record, content = found or (None, b"")
+    return msgspec.structs.replace(serving, tokenizer=record, text_refusal=reason), content
+
+
+def _ask(call: Callable[[], Answer], subject: str, failure: str) -> tuple[Answer | None, str]:
+    """The result of ``call``, which runs code of vLLM and of tokenizers; or None and the reason why there is none."""
     try:
-        record, content = served_tokenizer.describe(front.tokenizer, _generation_ends(front.model_config))
+        return call(), ""
     except served_tokenizer.TextRefusedError as error:
-        return msgspec.structs.replace(serving, text_refusal=str(error)), b""
-    # vLLM's own resolution, and tokenizers of others: the server must go on serving.
-    except Exception as error:  # noqa: BLE001 - _no_texts logs it
-        reason = _no_texts("vLLM's tokenizer could not be published", error)
-        return msgspec.structs.replace(serving, text_refusal=reason), b""
-    return msgspec.structs.replace(serving, tokenizer=record), content
+        return None, str(error)
+    # Code of others may raise anything; the server must go on serving.
+    except Exception as error:
+        logger.exception("apollo_tp: %s cannot be trained on", subject)
+        return None, f"{failure} ({type(error).__name__}: {error})"
 
 
-def _no_texts(what: str, error: Exception) -> str:
-    logger.exception("apollo_tp: texts cannot be trained on")
-    return f"{what} ({type(error).__name__}: {error})"
+def _describe_tokenizer(front: Front) -> tuple[ServedTokenizer, bytes]:
+    """The record of the tokenizer and the content of its file."""
+    return served_tokenizer.describe(front.tokenizer, _generation_ends(front.model_config))
 
 
 def _generation_ends(model_config: Any) -> list[int]:
@@ -76,22 +81,17 @@ def _generation_ends(model_config: Any) -> list[int]:
 
 def _describe_chat(front: Front, args: Any) -> Serving:
     """Everything in the record but the tokenizer."""
-    try:
-        defaults = getattr(args, "default_chat_template_kwargs", None) or {}
-        if refusal := rendering_refusal(front):
-            return Serving(chat_refusal=refusal)
-        if reserved := RESERVED_TEMPLATE_KWARGS & defaults.keys():
-            names = ", ".join(sorted(reserved))
-            return Serving(chat_refusal=f"--default-chat-template-kwargs sets {names}, which are vLLM's own")
-        found = Serving(
-            chat=chat_template(front, args, tools=None),
-            chat_with_tools=chat_template(front, args, tools=[{}]),
-            chat_template_kwargs=defaults,
-            special_tokens=dict(front.tokenizer.special_tokens_map),
-        )
-        msgspec.json.encode(found)  # raises for values that cannot be published
-        return found
-    # vLLM's own resolution, and processors and tokenizers of others: the server must go on serving.
-    except Exception as error:
-        logger.exception("apollo_tp: conversations cannot be trained on")
-        return Serving(chat_refusal=f"vLLM could not say how it renders them ({type(error).__name__}: {error})")
+    defaults = getattr(args, "default_chat_template_kwargs", None) or {}
+    if refusal := rendering_refusal(front):
+        return Serving(chat_refusal=refusal)
+    if reserved := RESERVED_TEMPLATE_KWARGS & defaults.keys():
+        names = ", ".join(sorted(reserved))
+        return Serving(chat_refusal=f"--default-chat-template-kwargs sets {names}, which are vLLM's own")
+    found = Serving(
+        chat=chat_template(front, args, tools=None),
+        chat_with_tools=chat_template(front, args, tools=[{}]),
+        chat_template_kwargs=defaults,
+        special_tokens=dict(front.tokenizer.special_tokens_map),
+    )
+    msgspec.json.encode(found)  # raises for values that cannot be published
+    return found
