@@ -79,8 +79,11 @@ def _manifests_of_folder(model: str, tp_size: int) -> list[Manifest]:
 
     try:
         manifests = offline_manifests(model, tp_size)
-    except (OSError, ValueError) as error:  # pydantic's among them, with its own words around vLLM's
+    except Exception as error:  # whatever vLLM and transformers raise over a config that neither foresaw
+        # pydantic's message has its own words around vLLM's
         reason = " ".join(str(error).split()).partition(" [type=")[0].rpartition("Value error, ")[2]
+        if not isinstance(error, OSError | ValueError):
+            reason = f"{type(error).__name__}: {reason}"
         raise UnsupportedModelError(
             f"{model} at --tp {tp_size}: got {reason!r} from vLLM, expected a folder and a size that it can serve"
         ) from error

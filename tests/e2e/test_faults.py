@@ -16,7 +16,6 @@ import pytest
 
 from apollo_tp.errors import ManifestError, NoServerError
 from apollo_tp.shards.instance import live_instances, wait_for_server
-from tests.e2e.conftest import START_SECONDS, Server, Trainer
 from tests.support.faults import (
     OVERRIDES,
     environment,
@@ -28,6 +27,7 @@ from tests.support.faults import (
 )
 from tests.support.faulty_launch import FAULTY_TOKEN, KILLED_IN_BACKWARD, KILLED_IN_WRITE
 from tests.support.processes import ManagedProcess, coordinator_url, free_port, start_server, start_trainer
+from tests.support.servers import START_SECONDS, Server, Trainer
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]
 

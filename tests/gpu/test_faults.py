@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.e2e.conftest import Server, Trainer
 from tests.support.faults import (
     PROMPT,
     assert_the_next_trainer_trains,
@@ -23,6 +22,7 @@ from tests.support.faults import (
 )
 from tests.support.faulty_launch import KILLED_IN_BACKWARD, KILLED_IN_WRITE, ONE_OUT_OF_MEMORY
 from tests.support.processes import coordinator_url
+from tests.support.servers import Server, Trainer
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(600)]
 

@@ -13,9 +13,9 @@ import httpx
 import torch
 
 from apollo_tp.shards.mapping import map_rank
-from tests.e2e.conftest import Server, Trainer
 from tests.support.faulty_launch import ALL_OUT_OF_MEMORY
 from tests.support.processes import ManagedProcess, coordinator_url, start_trainer
+from tests.support.servers import Server, Trainer
 
 OVERRIDES = ["optim.lr=1e-3", "train.max_sequence_tokens=256", "optim.check_replicas_every=1"]
 PROMPT = [5, 6, 7, 8, 9]

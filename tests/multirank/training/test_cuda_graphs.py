@@ -20,9 +20,8 @@ from apollo_tp.distributed.tp_group import TPGroup
 from apollo_tp.model import BoundModel
 from apollo_tp.model.batch import PackedBatch, pack
 from apollo_tp.training.cuda_graphs import Replays, assign
-from tests.multirank.training.test_gradient_modes import CONFIG, Run, differing
-from tests.multirank.training.test_memory_profiling import state
 from tests.support.exactness import samples
+from tests.support.gradient_runs import CONFIG, Run, differing, state
 from tests.support.ranks import run_ranks
 
 SHORT, LONG, TWO = (20, 11), (33, 17), (60, 60)

@@ -8,28 +8,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor, nn
-from transformers import AutoConfig
+from torch import Tensor
 
-from apollo_tp.config import GradientMode, OptimConfig, Precision
+from apollo_tp.config import GradientMode
 from apollo_tp.distributed.tp_group import TPGroup
 from apollo_tp.errors import ConfigError
-from apollo_tp.model import bind_model
-from apollo_tp.optim import build_optimizer
-from apollo_tp.optim import in_backward as fused
-from apollo_tp.training.trainer import Trainer
 from tests.support.exactness import samples
-from tests.support.families import CASES
+from tests.support.gradient_runs import CONFIG, ONE_BATCH, SEVERAL, Run, differing
 from tests.support.ranks import run_ranks
-from tests.support.served import map_case
 
 STEPS = 4
-CONFIG = OptimConfig(
-    rank=8, lr=1e-3, max_relative_update=1.0, max_grad_norm=None, refresh_every=2, check_replicas_every=1
-)
-ONE_BATCH, SEVERAL = (20, 11, 17), (60, 58)
-"""Lengths of samples that fit in one micro-batch, and of samples that do not."""
-MICRO_BATCH = 64
 CHECKED = (
     "qwen3",
     "checkpointing",
@@ -40,51 +28,6 @@ CHECKED = (
     "experts and checkpointing",
 )
 """Replicas whole and in part, stacked leaves, a gradient of two uses, an empty shard, recomputation."""
-
-
-class Run:
-    """A trainer over memory of this process. ``peak`` is the most bytes of gradients that lived at once."""
-
-    def __init__(
-        self, tp: TPGroup, folder: Path, name: str, mode: GradientMode, config: OptimConfig = CONFIG, **options: object
-    ) -> None:
-        fused.BUCKET_BYTES = 1  # these models would fit in one bucket: a leaf each, so that memory and order show
-        case = CASES[name]
-        mapped = map_case(folder / case.checkpoint, tp)
-        self.tensors = mapped.tensors
-        model = bind_model(
-            AutoConfig.from_pretrained(folder / case.checkpoint),
-            self.tensors,
-            tp,
-            fused=mapped.fused,
-            gradient_checkpointing=case.gradient_checkpointing,
-        )
-        self.leaves = list({id(p.leaf): p.leaf for p in model.parameters}.values())
-        self.trainer = Trainer(
-            model,
-            build_optimizer(config, Precision.remainder, model.parameters, tp),
-            tp,
-            device=torch.device("cpu"),
-            max_micro_batch_tokens=MICRO_BATCH,
-            gradients=mode,
-            **options,  # type: ignore[arg-type]
-        )
-        self.peak = 0
-        for leaf in self.leaves:  # after the trainer's own hooks
-            leaf.register_post_accumulate_grad_hook(self._measure)
-
-    def _measure(self, _: nn.Parameter) -> None:
-        self.peak = max(self.peak, sum(leaf.grad.nbytes for leaf in self.leaves if leaf.grad is not None))
-
-    def leaf(self, name: str) -> nn.Parameter:
-        return next(p.leaf for p in self.trainer.model.parameters if p.name == name)
-
-    def values(self) -> dict[str, Tensor]:
-        return {name: local.clone() for name, (_, local) in self.tensors.items()}
-
-
-def differing(one: dict[str, Tensor], other: dict[str, Tensor]) -> list[str]:
-    return [name for name, value in one.items() if not torch.equal(value, other[name])]
 
 
 def _train(tp: TPGroup, folder: Path, name: str, mode: GradientMode, lengths: Callable[[int], tuple]) -> tuple:

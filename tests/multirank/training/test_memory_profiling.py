@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
 
 from apollo_tp.config import GradientMode
 from apollo_tp.distributed.tp_group import TPGroup
@@ -20,8 +19,8 @@ from apollo_tp.model.batch import PackedBatch
 from apollo_tp.training import memory_plan
 from apollo_tp.training.memory_plan import MARGIN, MemoryPlan
 from apollo_tp.training.memory_profiling import plan_memory
-from tests.multirank.training.test_gradient_modes import CONFIG, ONE_BATCH, SEVERAL, Run, differing
 from tests.support.exactness import samples
+from tests.support.gradient_runs import CONFIG, ONE_BATCH, SEVERAL, Run, differing, state
 from tests.support.ranks import run_ranks
 
 PER_TOKEN = 10_000
@@ -55,16 +54,6 @@ class Counter:
 
     def available(self) -> int:
         return self.room - self.allocated()
-
-
-def state(run: Run) -> dict[str, Tensor]:
-    """All that a step changes: served values, moments, remainders, counters."""
-    bundle = run.trainer.optimizer.bundle
-    moments = {f"moment {i}": t.clone() for i, g in enumerate(bundle.groups) for t in (g.exp_avg, g.exp_avg_sq)}
-    moments |= {f"adamw {i}": t.clone() for i, a in enumerate(bundle.adamw) for t in (a.exp_avg, a.exp_avg_sq)}
-    rests = {f"rest of {w.name}": w.remainder.clone() for w in bundle.weights if w.remainder is not None}
-    counted = {"steps": torch.tensor(bundle.steps), "norms": bundle.counters.limiter_norms.clone()}
-    return run.values() | moments | rests | counted
 
 
 def _rehearse(tp: TPGroup, folder: Path, name: str, mode: GradientMode) -> None:

@@ -16,35 +16,22 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 from apollo_tp.checkpoint import CheckpointWriter, latest, read_info, writer
 from apollo_tp.checkpoint import folder as folders
-from apollo_tp.config import OptimConfig, OptimizerKind, Precision
+from apollo_tp.config import OptimizerKind
 from apollo_tp.distributed.tp_group import TPGroup
 from apollo_tp.errors import CheckpointError, ReplicaError
-from apollo_tp.model import bind_model
-from apollo_tp.optim import build_optimizer
 from apollo_tp.optim.reference import ReferenceOptimizer
-from apollo_tp.training.trainer import Trainer
-from apollo_tp.wire.commands import PreferencePair, Sample
+from apollo_tp.wire.commands import Sample
 from tests.support.exactness import local_part, reference_gradients, reference_logprobs, samples
 from tests.support.families import CASES
 from tests.support.ranks import run_ranks
 from tests.support.served import map_case
+from tests.support.trainers import CASE, CONFIG, make_trainer, preference_pairs
 
 STEPS = 5
-CASE = "qwen3"
-CONFIG = OptimConfig(rank=8, lr=1e-3, max_relative_update=1.0)
-
-
-def make_trainer(tp: TPGroup, checkpoint: Path, config: OptimConfig = CONFIG) -> tuple[Trainer, dict]:
-    """A trainer over memory of this process, and the mapped tensors by name."""
-    mapped = map_case(checkpoint, tp)
-    model = bind_model(AutoConfig.from_pretrained(checkpoint), mapped.tensors, tp, fused=mapped.fused)
-    optimizer = build_optimizer(config, Precision.remainder, model.parameters, tp)
-    trainer = Trainer(model, optimizer, tp, device=torch.device("cpu"), max_micro_batch_tokens=64)
-    return trainer, mapped.tensors
 
 
 def twin_weights(checkpoint: Path) -> tuple[dict[str, torch.Tensor], list[float]]:
@@ -178,16 +165,11 @@ def test_a_gradient_that_lacks_a_sum_stops_steps_before_they_write(size: int, ch
     assert run_ranks(_lack_a_sum, size, checkpoint, 0) == [("", "", True)] * size
 
 
-def _pairs() -> list[PreferencePair]:
-    batch = samples(lengths=(20, 11, 17, 9, 23, 14))
-    return [PreferencePair(batch[i], batch[i + 1], -10.0 - i, -12.0 + i) for i in (0, 2, 4)]
-
-
 def _preference(tp: TPGroup, checkpoint: Path) -> tuple[float, float, list[float]]:
     trainer, _ = make_trainer(tp, checkpoint)
-    sides = [side for pair in _pairs() for side in (pair.preferred, pair.rejected)]
+    sides = [side for pair in preference_pairs() for side in (pair.preferred, pair.rejected)]
     scores = trainer.score(sides).logprobs
-    result = trainer.preference_step(_pairs(), beta=0.3)
+    result = trainer.preference_step(preference_pairs(), beta=0.3)
     return result.loss, result.metrics["reward_margin"], scores
 
 
@@ -204,13 +186,15 @@ def test_preference_loss_equals_an_independent_implementation(size: int, checkpo
 
     margins = [
         0.3 * ((summed(p.preferred) - p.reference_preferred) - (summed(p.rejected) - p.reference_rejected))
-        for p in _pairs()
+        for p in preference_pairs()
     ]
     expected = sum(float(torch.log1p(torch.exp(torch.tensor(-m)))) for m in margins) / len(margins)
     for loss, margin, scores in run_ranks(_preference, size, checkpoint):
         assert loss == pytest.approx(expected, rel=1e-4)
         assert margin == pytest.approx(sum(margins) / len(margins), rel=1e-4)
-        assert scores == pytest.approx([summed(s) for p in _pairs() for s in (p.preferred, p.rejected)], rel=1e-4)
+        assert scores == pytest.approx(
+            [summed(s) for p in preference_pairs() for s in (p.preferred, p.rejected)], rel=1e-4
+        )
 
 
 def _lose_and_join_again(tp: TPGroup, checkpoint: Path) -> list[float]:

@@ -21,12 +21,12 @@ from apollo_tp.launch.session import _resume
 
 def test_the_record_counts_what_a_failed_step_wrote_and_nothing_else(tmp_path: Path) -> None:
     """A record of weights that nobody wrote would stop their comparison with the checkpoint."""
-    lineage = LineageFile(tmp_path, "no/such/model", keep=True)
+    lineage = LineageFile(tmp_path, str(tmp_path / "no model"), keep=True)
     lineage.count_to(0)
-    assert not LineageFile(tmp_path, "no/such/model", keep=True).trained_here
+    assert not LineageFile(tmp_path, str(tmp_path / "no model"), keep=True).trained_here
     lineage.before_write()
     lineage.count_to(1)
-    again = LineageFile(tmp_path, "no/such/model", keep=True)
+    again = LineageFile(tmp_path, str(tmp_path / "no model"), keep=True)
     assert (again.trained_here, again.record.weight_version) == (True, 1)
 
 
@@ -38,7 +38,7 @@ def test_a_full_folder_stops_a_step_before_it_writes_and_none_after_that(
     def full(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, "no room")
 
-    lineage = LineageFile(tmp_path, "no/such/model", keep=True)
+    lineage = LineageFile(tmp_path, str(tmp_path / "no model"), keep=True)
     with monkeypatch.context() as patch:
         patch.setattr("apollo_tp.runtime.private_files.tempfile.mkstemp", full)
         with pytest.raises(OSError, match="no room"):
@@ -48,7 +48,7 @@ def test_a_full_folder_stops_a_step_before_it_writes_and_none_after_that(
     for version in (1, 2):
         lineage.before_write()
         lineage.update(weight_version=version, last_job_step=version, last_job_id="x" * (100 // version))
-    record = LineageFile(tmp_path, "no/such/model", keep=True).record
+    record = LineageFile(tmp_path, str(tmp_path / "no model"), keep=True).record
     assert (record.weight_version, record.last_job_step, len(record.last_job_id)) == (2, 2, 50)
     (tmp_path / "weights.json").unlink()  # a cleaner of temporary files: this trainer goes on
     lineage.update(weight_version=3)
@@ -68,7 +68,7 @@ def test_the_schedule_goes_on_where_the_last_trainer_ended(
     """Its steps since the last checkpoint are in the weights, as the moments are not, which is said."""
     if saved:
         (tmp_path / "optimizer").mkdir()
-    lineage = LineageFile(tmp_path, "no/such/model", keep=True)
+    lineage = LineageFile(tmp_path, str(tmp_path / "no model"), keep=True)
     lineage.before_write()
     lineage.update(step_count=95, checkpoint=str(tmp_path) if saved else "")
     optimizer = SimpleNamespace(step_count=0, level_replicas=list)
@@ -123,12 +123,12 @@ def test_weights_that_nobody_has_trained_must_be_those_of_the_folder(
         raise MappingError("other bits")
 
     if trained:
-        LineageFile(tmp_path, "no/such/model", keep=True).before_write()
+        LineageFile(tmp_path, str(tmp_path / "no model"), keep=True).before_write()
     control = SimpleNamespace(gather=lambda answer: [answer])
     start = SimpleNamespace(control=control, world=SimpleNamespace(rank=0), config=Config())
     monkeypatch.setattr(session, "map_rank", lambda *_: SimpleNamespace(device=torch.device("cpu")))
     monkeypatch.setattr(session, "verify_against_checkpoint", differ)
-    manifests = [SimpleNamespace(model_path="no/such/model")]
+    manifests = [SimpleNamespace(model_path=str(tmp_path / "no model"))]
     with contextlib.nullcontext() if trained else pytest.raises(MappingError, match="other bits"):
         session._map(start, manifests, tmp_path)  # type: ignore[arg-type]
 
@@ -143,7 +143,7 @@ def test_all_ranks_hear_of_the_one_that_failed_to_start() -> None:
 def test_before_weights_are_written_it_is_recorded_and_the_server_paused(tmp_path: Path) -> None:
     """In this order: a pause is short, and a record without room stops the step."""
     order: list[str] = []
-    lineage = LineageFile(tmp_path, "no/such/model", keep=True)
+    lineage = LineageFile(tmp_path, str(tmp_path / "no model"), keep=True)
     lineage.before_write = lambda: order.append("recorded")  # type: ignore[method-assign]
     gate = SimpleNamespace(before_write=lambda: order.append("paused"), pauses=True)
     with pytest.MonkeyPatch.context() as patch:

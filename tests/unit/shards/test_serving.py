@@ -17,7 +17,7 @@ from apollo_tp.shards.manifest import Manifest
 from apollo_tp.shards.serving import ChatTemplate, Serving, publish_serving
 from apollo_tp.vllm_plugin import export
 from tests.support.chat_model import INST, write_model
-from tests.unit.shards.test_manifest import manifest
+from tests.support.manifests import manifest
 
 
 def _header(model: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:

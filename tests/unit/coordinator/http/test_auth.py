@@ -155,7 +155,7 @@ def test_a_taken_port_is_a_sentence(tmp_path):
         assert coordinator.process.wait(10) == 1
 
 
-def hostile_frames():
+def hostile_frames(journal):
     """Noise, truncations, other types, deep nesting, absurd sizes."""
     yield b""
     yield b"\xff" * 1000
@@ -169,7 +169,7 @@ def hostile_frames():
     yield commands.encode(commands.Shutdown(id="x", reason="a command, not a reply"))
     yield msgspec.msgpack.encode({"type": "Hello", "id": "x"})
     yield msgspec.msgpack.encode({"type": "os.system", "id": "x"})
-    hello = FakeRanks("x", "/nonexistent").hello()
+    hello = FakeRanks("x", journal).hello()
     yield commands.encode(msgspec.structs.replace(hello, protocol_version=99))
     yield commands.encode(commands.StepDone(
         id="job-x/1", loss=0.0, num_tokens=1, num_loss_tokens=1, padding_share=0.0, num_micro_batches=1, grad_norm=0.0,
@@ -188,14 +188,14 @@ def hostile_frames():
 
 
 @pytest.mark.parametrize("name", ["ranks.sock", "coordinator.sock"])
-def test_hostile_frames_do_nothing(guarded, name):
+def test_hostile_frames_do_nothing(guarded, tmp_path, name):
     """Nothing crashes, nothing reaches the ranks, no job appears, and real work goes on."""
     coordinator, client, ranks = guarded
     headers = {"Authorization": f"Bearer {TRAIN}"}
     before = (len(ranks.commands), client.get("/train/jobs", headers=headers).json())
     context = zmq.Context.instance()
     for kind, parts in ((zmq.DEALER, 1), (zmq.DEALER, 3), (zmq.REQ, 1)):
-        for frame in hostile_frames():
+        for frame in hostile_frames(tmp_path / "journal"):
             with context.socket(kind) as peer:
                 peer.setsockopt(zmq.LINGER, 200)
                 peer.setsockopt(zmq.SNDTIMEO, 2000)

@@ -12,7 +12,7 @@ from apollo_tp.coordinator.http.views import Changes, event_stream
 from apollo_tp.coordinator.jobs.job import JobSpec, State, new_job
 from apollo_tp.coordinator.jobs.store import Store
 from tests.support.fakes import CoordinatorProcess, FakeRanks, chat_stack, wait_for
-from tests.unit.coordinator.jobs.test_faults import CHAT, ONE, ends, tune
+from tests.support.jobs import CHAT, ONE, ends, tune
 
 
 @pytest.fixture

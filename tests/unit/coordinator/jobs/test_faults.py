@@ -11,9 +11,8 @@ from apollo_tp.errors import ConfigError
 from apollo_tp.launch import coordinator_process
 from tests.support.chat_model import write_model
 from tests.support.fakes import CoordinatorProcess, FakeRanks, chat_stack, wait_for
+from tests.support.jobs import CHAT, ONE, ends, saving, tune
 
-ONE = {"context_ids": [1, 2], "continuation_ids": [3, 4]}
-CHAT = b'{"messages": [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "I am fine"}]}\n'
 PAIR = (
     b'{"input": {"messages": [{"role": "user", "content": "Hello"}]}, "preferred_output": [{"role": "assistant", "content":'
     b' "fine"}], "non_preferred_output": [{"role": "assistant", "content": "no"}]}\n'
@@ -24,25 +23,6 @@ PAIR = (
 def stack(tmp_path):
     with chat_stack(tmp_path, step_seconds=0.05) as parts:
         yield parts
-
-
-def tune(client, *, method=None, **contents):
-    """Start a job over uploaded files; it writes a checkpoint before it succeeds."""
-    files = {}
-    for name, content in contents.items():
-        upload = {"file": ("a.jsonl", content)}
-        files[name] = client.post("/v1/files", files=upload, data={"purpose": "fine-tune"}).json()["id"]
-    return client.post("/v1/fine_tuning/jobs", json={"model": "fake", "method": method} | files).json()["id"]
-
-
-def saving(client, job):
-    """A checkpoint of the job is being written."""
-    return [c for c in client.get("/checkpoints").json()["data"] if c["job_id"] == job and c["state"] == "queued"]
-
-
-def ends(client, job):
-    states = ("succeeded", "failed", "cancelled", "paused")
-    return wait_for(lambda: (j := client.get(f"/train/jobs/{job}").json())["state"] in states and j)
 
 
 @pytest.mark.parametrize("logprob", [math.nan, -math.inf])

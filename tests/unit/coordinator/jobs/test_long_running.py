@@ -15,7 +15,7 @@ from apollo_tp.shards.serving import ChatTemplate, Serving
 from apollo_tp.wire import commands
 from tests.support.chat_model import write_model
 from tests.support.fakes import CoordinatorProcess, FakeRanks, chat_stack, wait_for
-from tests.unit.coordinator.jobs.test_faults import CHAT, ONE, ends, saving, tune
+from tests.support.jobs import CHAT, ONE, ends, saving, tune
 
 
 @pytest.fixture
