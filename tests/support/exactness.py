@@ -83,7 +83,7 @@ def relative_error(got: Tensor, expected: Tensor, whole: Tensor) -> float:
     return float((got - expected).norm()) / max(float(expected.norm()), share, 1e-30)
 
 
-def compare(tp: TPGroup, case: Case, checkpoint: Path) -> dict[str, float]:
+def check_case(tp: TPGroup, case: Case, checkpoint: Path) -> dict[str, float]:
     """Relative errors by name ("loss", "logprobs" and every checkpoint tensor) on this rank."""
     config = AutoConfig.from_pretrained(checkpoint)
     model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32, attn_implementation="eager")
@@ -131,7 +131,7 @@ def run_cases(tp: TPGroup, folder: Path) -> dict[str, dict[str, float] | str]:
     results: dict[str, dict[str, float] | str] = {}
     for name, case in CASES.items():
         try:
-            results[name] = compare(tp, case, folder / case.checkpoint)
+            results[name] = check_case(tp, case, folder / case.checkpoint)
         except Exception:  # noqa: BLE001 - reported by the case's own test
             results[name] = traceback.format_exc()
             break  # the other ranks are in another collective now: no later case can be trusted

@@ -93,7 +93,7 @@ def leave_replicas_different(server: Server) -> None:
     mapped.close()
 
 
-def kill_in_mid_step(server: Server, folder: Path, fault: int) -> None:
+def check_kill_in_mid_step(server: Server, folder: Path, fault: int) -> None:
     """The last rank is killed in its second step: its trainer ends, and nothing else does. The next one mends what the kill
     may have left."""
     trainer = start_faulty(server, folder)
@@ -109,7 +109,7 @@ def kill_in_mid_step(server: Server, folder: Path, fault: int) -> None:
     assert_the_next_trainer_trains(server, folder, job["id"])
 
 
-def run_out_of_memory_on_all_ranks(server: Server, trainer: Trainer) -> None:
+def check_out_of_memory_on_all_ranks(server: Server, trainer: Trainer) -> None:
     """The job fails with the allocator's words; the trainer goes on with the next."""
     assert trainer.post("/train", step(wait=True))["state"] == "succeeded"
     job = trainer.post("/train", step(ALL_OUT_OF_MEMORY, wait=True))

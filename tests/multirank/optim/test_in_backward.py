@@ -75,7 +75,7 @@ def test_fused_updates_are_the_stored_ones_at_four_ranks():
             assert torch.allclose(torch.as_tensor(values[name]), torch.as_tensor(value), rtol=2**-7, atol=1e-5), name
 
 
-def poisoned(tp: TPGroup) -> tuple[str, str, int]:
+def _check_poisoned(tp: TPGroup) -> tuple[str, str, int]:
     """A NaN in one matrix on rank 1, then in the loss only; all other ranks must stop where it appears."""
     fused.BUCKET_BYTES = 1
     params = model.parameters(tp, torch.bfloat16)
@@ -109,7 +109,7 @@ def poisoned(tp: TPGroup) -> tuple[str, str, int]:
 
 def test_a_value_that_is_not_finite_stops_the_rest_of_a_fused_step():
     """It is never written; matrices before it are, and the message counts them; a bad loss stops everything."""
-    results = run_ranks(poisoned, 2)
+    results = run_ranks(_check_poisoned, 2)
     assert len(set(results)) == 1
     first, second, changed = results[0]
     assert first == f"not finite: gradient of square_row.weight on rank 1; {changed} tensors were written"

@@ -67,7 +67,7 @@ def test_fused_steps_write_what_stored_steps_write(size: int, checkpoints: Path)
         assert not wrong, f"rank {rank}: {wrong}"
 
 
-def _choose(tp: TPGroup, folder: Path) -> None:
+def _check_choice(tp: TPGroup, folder: Path) -> None:
     by_turns = [ONE_BATCH, SEVERAL]
     auto, modes, _, _ = _train(tp, folder, "one KV head", GradientMode.auto, lambda step: by_turns[step % 2])
     stored, stored_modes, _, _ = _train(tp, folder, "one KV head", GradientMode.stored, lambda step: by_turns[step % 2])
@@ -84,10 +84,10 @@ def _choose(tp: TPGroup, folder: Path) -> None:
 @pytest.mark.parametrize("size", [1, 2])
 def test_auto_chooses_for_each_step(size: int, checkpoints: Path) -> None:
     """Fused where nothing is lost, one micro-batch and no clipping; moments and counters are those of stored steps."""
-    run_ranks(_choose, size, checkpoints)
+    run_ranks(_check_choice, size, checkpoints)
 
 
-def _refuse(tp: TPGroup, folder: Path) -> None:
+def _check_refusal(tp: TPGroup, folder: Path) -> None:
     calls: list[list[str]] = []
     run = Run(
         tp, folder, "qwen3", GradientMode.fused, before_write=lambda: calls.append(differing(start, run.values()))
@@ -103,10 +103,10 @@ def _refuse(tp: TPGroup, folder: Path) -> None:
 
 @pytest.mark.parametrize("size", [1, 2])
 def test_a_step_that_cannot_be_fused_is_refused_before_anything_is_written(size: int, checkpoints: Path) -> None:
-    run_ranks(_refuse, size, checkpoints)
+    run_ranks(_check_refusal, size, checkpoints)
 
 
-def _poison(tp: TPGroup, folder: Path) -> list[str]:
+def _check_poisoned(tp: TPGroup, folder: Path) -> list[str]:
     run = Run(tp, folder, "qwen3", GradientMode.fused)
     name = "model.layers.0.mlp.down_proj.weight"
     start = run.values()
@@ -133,12 +133,12 @@ def _poison(tp: TPGroup, folder: Path) -> list[str]:
 def test_a_value_that_is_not_finite_stops_a_fused_step(size: int, checkpoints: Path) -> None:
     """Layer 1, written before it in the backward pass, stays; the matrix, layer 0's others and AdamW's wait. A loss that is
     not finite stops everything."""
-    for written in run_ranks(_poison, size, checkpoints):
+    for written in run_ranks(_check_poisoned, size, checkpoints):
         assert "lm_head.weight" in written
         assert all("layers.1." in name or name == "lm_head.weight" for name in written), written
 
 
-def _raise_half_way(tp: TPGroup, folder: Path, mode: GradientMode) -> tuple[int, int]:
+def _check_raise_half_way(tp: TPGroup, folder: Path, mode: GradientMode) -> tuple[int, int]:
     """(weight version after a step that raised in its backward pass and was abandoned, tensors that it changed)."""
     run = Run(tp, folder, "qwen3", mode)
     start = run.values()
@@ -164,8 +164,8 @@ def _raise_half_way(tp: TPGroup, folder: Path, mode: GradientMode) -> tuple[int,
 @pytest.mark.parametrize("size", [1, 2])
 def test_a_step_that_raises_counts_if_it_has_written(size: int, checkpoints: Path) -> None:
     """A fused step has written the layers above the one that raised: caches of the old weights must not outlive that."""
-    for version, changed in run_ranks(_raise_half_way, size, checkpoints, GradientMode.fused):
+    for version, changed in run_ranks(_check_raise_half_way, size, checkpoints, GradientMode.fused):
         assert version == 1
         assert changed
-    for version, changed in run_ranks(_raise_half_way, size, checkpoints, GradientMode.stored):
+    for version, changed in run_ranks(_check_raise_half_way, size, checkpoints, GradientMode.stored):
         assert (version, changed) == (0, 0)

@@ -52,7 +52,7 @@ def twin_weights(checkpoint: Path) -> tuple[dict[str, torch.Tensor], list[float]
     return weights, losses
 
 
-def _five_steps(tp: TPGroup, checkpoint: Path) -> dict[str, float]:
+def _check_five_steps(tp: TPGroup, checkpoint: Path) -> dict[str, float]:
     trainer, tensors = make_trainer(tp, checkpoint)
     start = {name: local.clone() for name, (_, local) in tensors.items()}
     expected, losses = twin_weights(checkpoint)
@@ -76,7 +76,7 @@ def _five_steps(tp: TPGroup, checkpoint: Path) -> dict[str, float]:
 def test_five_steps_equal_the_single_process_run(size: int, checkpoints: Path) -> None:
     """Share of the displacement, fp32. A projected gradient that nearly vanishes turns rounding into direction, hence 1e-3;
     sharding by guess (per local shard) is off by 0.5 and more."""
-    for rank, errors in enumerate(run_ranks(_five_steps, size, checkpoints / CASES[CASE].checkpoint)):
+    for rank, errors in enumerate(run_ranks(_check_five_steps, size, checkpoints / CASES[CASE].checkpoint)):
         wrong = {name: error for name, error in errors.items() if not error < (1e-5 if "loss 0" in name else 1e-3)}
         assert not wrong, f"rank {rank}: {wrong}"
 
@@ -249,7 +249,7 @@ def test_a_step_that_raises_inside_a_layer_keeps_nothing_of_it_alive(checkpoints
     assert trainer.step(samples()).outcome.skipped == ""
 
 
-def _form_parts(tp: TPGroup) -> None:
+def _check_parts(tp: TPGroup) -> None:
     FakeStore()  # its import makes "fake" known
     for backend in ("fake", "gloo"):
         own = TPGroup(tp.rank, tp.size)
@@ -268,7 +268,7 @@ def _form_parts(tp: TPGroup) -> None:
 
 def test_parts_of_a_group_have_its_backend_and_deadline() -> None:
     """Not those of the default group (gloo), neither when they are made nor when they join again."""
-    run_ranks(_form_parts, 3)
+    run_ranks(_check_parts, 3)
 
 
 def _writer(tp: TPGroup, checkpoint: Path, root: Path, tensors: dict, served: Path | None = None) -> CheckpointWriter:
