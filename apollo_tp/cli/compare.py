@@ -14,9 +14,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import httpx
+import msgspec
+
+from apollo_tp.cli.access import bearer
+from apollo_tp.cli.answers import RefusedError, Scores, read
+from apollo_tp.cli.client import check
 
 SERVER_KEY_VARIABLE = "VLLM_API_KEY"
-MOST_TOKENS = 1024
+MAX_TOKENS = 1024
 """``POST /train/score`` takes as many samples, and each token but the first is one."""
 
 
@@ -39,27 +44,62 @@ def score_request(tokens: Sequence[int]) -> dict[str, Any]:
     return {"samples": [{"context_ids": tokens[:i], "continuation_ids": [tokens[i]]} for i in range(1, len(tokens))]}
 
 
-def served_logprobs(answer: httpx.Response, tokens: Sequence[int]) -> list[float]:
-    """The server's log-probability (nats) of each token but the first, from its answer to ``ask_server``."""
-    entries = answer.json()["choices"][0]["prompt_logprobs"][1:]
-    return [entry[str(token)]["logprob"] for entry, token in zip(entries, tokens[1:], strict=True)]
+class Logprob(msgspec.Struct):
+    """vLLM's entry of one token."""
+
+    logprob: float
+
+
+class Choice(msgspec.Struct):
+    """Entries by token id, of each token of the prompt; of the first there is none."""
+
+    prompt_logprobs: list[dict[str, Logprob] | None]
+
+
+class Completion(msgspec.Struct):
+    """The part of vLLM's answer that is read."""
+
+    choices: list[Choice]
 
 
 def ask_server(url: str, model: str, tokens: Sequence[int]) -> httpx.Response:
-    """vLLM's answer, which may be an error; its key is taken from $VLLM_API_KEY."""
-    key = os.environ.get(SERVER_KEY_VARIABLE)
-    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    """vLLM's answer; its key is taken from $VLLM_API_KEY. Raises RefusedError if there is none, or an error."""
+    headers = bearer(f"${SERVER_KEY_VARIABLE}", os.environ.get(SERVER_KEY_VARIABLE, ""))
     body = {
         "model": model, "prompt": tokens, "max_tokens": 1, "temperature": 0, "prompt_logprobs": 0,
         "cache_salt": uuid.uuid4().hex,  # away from entries of older weights
     }  # fmt: skip
-    return httpx.post(f"{url.rstrip('/')}/v1/completions", json=body, headers=headers, timeout=120, trust_env=False)
+    try:
+        answer = httpx.post(
+            f"{url.rstrip('/')}/v1/completions", json=body, headers=headers, timeout=120, trust_env=False
+        )
+    except (httpx.HTTPError, httpx.InvalidURL, UnicodeError, OverflowError) as error:
+        raise RefusedError(f"no server answers at {url} ({error}); is vLLM running? See --server") from error
+    check(answer)
+    return answer
+
+
+def served_logprobs(answer: httpx.Response, tokens: Sequence[int]) -> list[float]:
+    """The server's log-probability (nats) of each token but the first, from its answer to ``ask_server``.
+
+    Raises RefusedError for another answer.
+    """
+    try:
+        entries = msgspec.json.decode(answer.content, type=Completion).choices[0].prompt_logprobs[1:]
+        return [(entry or {})[str(token)].logprob for entry, token in zip(entries, tokens[1:], strict=True)]
+    except (ValueError, LookupError, RecursionError) as error:
+        message = (
+            f"{answer.url}: got {error!r}, expected the log-probabilities of {len(tokens)} tokens, as vLLM answers"
+        )
+        raise RefusedError(f"{message}; see --server") from error
 
 
 def gap(scored: dict[str, Any], served: Sequence[float]) -> Gap:
-    """Between the answer of ``POST /train/score`` and what ``served_logprobs`` gave."""
+    """Between the answer of ``POST /train/score`` and what ``served_logprobs`` gave. Raises RefusedError."""
+    rows = read(scored, Scores, "POST /train/score").data
+    if len(rows) != len(served):
+        raise RefusedError(f"POST /train/score: got {len(rows)} scores, expected {len(served)}")
     gaps = [
-        math.inf if row["logprob"] is None else abs(row["logprob"] - value)
-        for row, value in zip(scored["data"], served, strict=True)
+        math.inf if row.logprob is None else abs(row.logprob - value) for row, value in zip(rows, served, strict=True)
     ]
     return Gap(len(gaps), sum(gaps) / len(gaps), max(gaps))

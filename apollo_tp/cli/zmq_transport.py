@@ -2,7 +2,7 @@
 
     httpx.Client(base_url="http://coordinator", transport=ZmqTransport("tcp://host:8301", Path("keys/laptop.key_secret")))
 
-Beside the secret key, or in the folder above, lies ``server.key``: both come from its ``service.zmq.keys_dir``.
+``server.key`` is in the folder of the secret key, or in the folder above: both come from its ``service.zmq.keys_dir``.
 """
 
 from __future__ import annotations
@@ -42,9 +42,15 @@ class ZmqTransport(httpx.BaseTransport):
         self._context = zmq.Context()
         self._socket = self._context.socket(zmq.DEALER)
         self._socket.linger = 0
-        self._socket.curve_serverkey, self._socket.curve_publickey = server_public, public
-        self._socket.curve_secretkey = secret
-        self._socket.connect(address)
+        try:
+            self._socket.curve_serverkey, self._socket.curve_publickey = server_public, public
+            self._socket.curve_secretkey = secret
+            self._socket.connect(address)
+        except (zmq.ZMQError, ValueError) as error:
+            self.close()
+            raise ConfigError(
+                f"{address}, key {key}: {error}; expected tcp://HOST:PORT and keys that fit it"
+            ) from error
 
     def handle_request(self, request: httpx.Request) -> httpx.Response:
         self._next_id += 1

@@ -6,10 +6,13 @@ server, from vLLM's own model class and loader, built for one rank after the oth
 
 from __future__ import annotations
 
-import argparse
+import io
+import math
 import sys
 from pathlib import Path
+from typing import Annotated
 
+import typer
 from rich.console import Console
 from rich.table import Table
 
@@ -19,49 +22,73 @@ from apollo_tp.shards.instance import wait_for_server
 from apollo_tp.shards.manifest import Manifest
 from apollo_tp.shards.placement import place, second_copies
 
+app = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False, add_completion=False)
 
-def main(arguments: list[str] | None = None) -> int:
-    """Print the layout; returns 1 if something cannot be trained."""
-    parser = argparse.ArgumentParser(prog="python -m apollo_tp.inspect", description=__doc__)
-    parser.add_argument("model", nargs="?", metavar="MODEL", help="a Hugging Face folder, to answer without a server")
-    parser.add_argument("--tp", type=int, default=2, help="tensor-parallel size for MODEL")
-    parser.add_argument("--instance", help="id of the server; default: the only live one")
-    parser.add_argument("--runtime-dir", type=Path, help="folder of manifests; default: as the trainer finds it")
-    parser.add_argument("--wait", type=float, default=0.0, help="seconds to wait for a server")
-    options = parser.parse_args(arguments)
+
+@app.command(help=__doc__)
+def inspect(
+    model: Annotated[
+        str | None, typer.Argument(metavar="MODEL", help="A Hugging Face folder, to answer without a server.")
+    ] = None,
+    tp: Annotated[int, typer.Option(help="Tensor-parallel size for MODEL.")] = 2,
+    instance: Annotated[str | None, typer.Option(help="Id of the server; default: the only live one.")] = None,
+    runtime_dir: Annotated[
+        Path | None, typer.Option(help="Folder of manifests; default: as the trainer finds it.")
+    ] = None,
+    wait: Annotated[float, typer.Option(help="Seconds to wait for a server.")] = 0.0,
+) -> None:
+    """Print the layout; exits with status 1 if something cannot be trained."""
     try:
-        manifests = _of_folder(options) if options.model else _of_server(options)
-        console = Console(width=None if sys.stdout.isatty() else 200)
+        if not math.isfinite(wait):
+            raise ConfigError(f"--wait: got {wait}, expected a number of seconds")
+        if model is None:
+            base = instance_folder.base_dir(str(runtime_dir) if runtime_dir else None)
+            manifests = wait_for_server(base, instance, wait, ready=False)
+        else:
+            manifests = _manifests_of_folder(model, tp)
+        console = Console(width=None if sys.stdout and sys.stdout.isatty() else 200, markup=False, emoji=False)
         console.print(_summary(manifests))
         console.print(layout_table(manifests))
-        return _print_verdict(manifests, console)
-    except ApolloTpError as error:
+        raise typer.Exit(_print_verdict(manifests, console))
+    except (ApolloTpError, OSError) as error:
+        if isinstance(error, BrokenPipeError):
+            raise
         print(f"apollo_tp.inspect: {error}", file=sys.stderr)
-        return 1
+        raise typer.Exit(1) from error
 
 
-def _of_server(options: argparse.Namespace) -> list[Manifest]:
-    base = instance_folder.base_dir(str(options.runtime_dir) if options.runtime_dir else None)
-    return wait_for_server(base, options.instance, options.wait, ready=False)
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command; returns its exit status."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        typer.main.get_command(app).main(args=arguments, prog_name="python -m apollo_tp.inspect")
+    except SystemExit as ended:
+        return int(ended.code or 0)
+    return 0
 
 
-def _of_folder(options: argparse.Namespace) -> list[Manifest]:
-    if options.tp < 1:
-        raise ConfigError(f"--tp: got {options.tp}, expected an integer >= 1")
-    folder = Path(options.model)
+def _manifests_of_folder(model: str, tp_size: int) -> list[Manifest]:
+    if tp_size < 1:
+        raise ConfigError(f"--tp: got {tp_size}, expected an integer >= 1")
+    folder = Path(model)
     if (folder.is_absolute() or folder.exists()) and not (folder / "config.json").is_file():
         raise ConfigError(f"MODEL: got {folder}, expected a Hugging Face folder, with a config.json")
     from apollo_tp.vllm_plugin.offline import offline_manifests  # vLLM, which a live server's layout does not need
 
     try:
-        manifests = offline_manifests(options.model, options.tp)
-    except (OSError, ValueError) as error:  # pydantic's among them, with its own words around vLLM's
+        manifests = offline_manifests(model, tp_size)
+    except Exception as error:  # whatever vLLM and transformers raise over a config that neither foresaw
+        # pydantic's message has its own words around vLLM's
         reason = " ".join(str(error).split()).partition(" [type=")[0].rpartition("Value error, ")[2]
+        if not isinstance(error, OSError | ValueError):
+            reason = f"{type(error).__name__}: {reason}"
         raise UnsupportedModelError(
-            f"{options.model} at --tp {options.tp}: got {reason!r} from vLLM, expected a folder and a size that it can serve"
+            f"{model} at --tp {tp_size}: got {reason!r} from vLLM, expected a folder and a size that it can serve"
         ) from error
     if manifests[0].error:
-        raise UnsupportedModelError(f"{options.model}: {manifests[0].error}")
+        raise UnsupportedModelError(f"{model}: {manifests[0].error}")
     return manifests
 
 
@@ -89,7 +116,7 @@ def layout_table(manifests: list[Manifest]) -> Table:
             segment.checkpoint,
             "x".join(map(str, shapes[segment.checkpoint])),
             str(rank),
-            f"\\[{part}]",
+            f"[{part}]",
             segment.served,
             f"{segment.view_offset}, {tuple(segment.view_stride)}",
         )
@@ -108,7 +135,7 @@ def _print_verdict(manifests: list[Manifest], console: Console) -> int:
     try:
         placements = place(manifests)
     except ApolloTpError as error:
-        console.print(f"[red]refused:[/red] {error}")
+        console.print(f"refused: {error}")
         return 1
     console.print(f"all {len(placements[0])} checkpoint tensors that are served can be trained in place")
     return 0

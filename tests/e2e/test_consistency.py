@@ -16,8 +16,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.e2e.conftest import Server, Trainer
 from tests.support.processes import ManagedProcess, coordinator_url, start_trainer
+from tests.support.servers import Server, Trainer
 from tests.support.slow_launch import VARIABLE
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]

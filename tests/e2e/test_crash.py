@@ -18,8 +18,8 @@ import httpx
 import psutil
 import pytest
 
-from tests.e2e.conftest import Server
 from tests.support.processes import ManagedProcess, start_trainer
+from tests.support.servers import Server
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]
 

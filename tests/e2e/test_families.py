@@ -9,7 +9,6 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import httpx
 import pytest
@@ -21,26 +20,17 @@ from apollo_tp.model.served_config import as_served
 from apollo_tp.shards.mapping import map_rank, verify_against_checkpoint
 from apollo_tp.shards.serving import SERVING_FILE
 from apollo_tp.wire.commands import Sample
-from tests.e2e.conftest import START_SECONDS, Server, Trainer
-from tests.e2e.test_live_server import _trainer_logprobs
 from tests.support.demo_model import make_tokenizer, standard_library_text
-from tests.support.families import FAMILIES, build, store_head
+from tests.support.families import FAMILIES, SERVED, build, store_head
 from tests.support.processes import coordinator_url, free_port, start_server, start_trainer
 from tests.support.ranks import run_ranks
+from tests.support.served import trainer_logprobs
+from tests.support.servers import START_SECONDS, Server, Trainer
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]
 
 TOKENS = [(211 * i) % 990 + 4 for i in range(48)]  # over the vocabulary rows of both ranks
 
-# Beyond the tiny models of the gradient suite: head sizes that vLLM's CPU kernels take, and room for 512 positions.
-SERVED: dict[str, dict[str, Any]] = {
-    "llama": {"head_dim": 32},
-    "gemma3": {},
-    "qwen3-moe": {"head_dim": 32},
-    "qwen3.5": {
-        "linear_key_head_dim": 128, "linear_value_head_dim": 128, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
-    },
-}  # fmt: skip
 
 # Routing is discontinuous: where two experts are nearly tied, bf16 rounding may send a token to one in vLLM, another in
 # transformers, whose log-probabilities then differ by more than rounding. fp32 rounds 65,536 times finer: held to 1e-3.
@@ -177,7 +167,7 @@ def test_trainer_and_server_agree_on_log_probabilities(family: tuple[Server, Tra
     assert cli.main(compare) == 0, "as a user would ask the trainer's own process"
     sample = Sample(token_ids=TOKENS, weights=[0.0] + [1.0] * (len(TOKENS) - 1))
     served = server.logprobs(TOKENS)
-    for values in run_ranks(_trainer_logprobs, 2, server.manifests, [sample], deadline_seconds=240):
+    for values in run_ranks(trainer_logprobs, 2, server.manifests, [sample], deadline_seconds=240):
         gaps = [abs(a - b) for a, b in zip(values, served, strict=True)]
         assert max(gaps) < 0.05, max(gaps)
 

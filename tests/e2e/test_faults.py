@@ -16,18 +16,18 @@ import pytest
 
 from apollo_tp.errors import ManifestError, NoServerError
 from apollo_tp.shards.instance import live_instances, wait_for_server
-from tests.e2e.conftest import START_SECONDS, Server, Trainer
 from tests.support.faults import (
     OVERRIDES,
+    check_kill_in_mid_step,
+    check_out_of_memory_on_all_ranks,
     environment,
-    kill_in_mid_step,
-    run_out_of_memory_on_all_ranks,
     settings,
     start_faulty,
     step,
 )
 from tests.support.faulty_launch import FAULTY_TOKEN, KILLED_IN_BACKWARD, KILLED_IN_WRITE
 from tests.support.processes import ManagedProcess, coordinator_url, free_port, start_server, start_trainer
+from tests.support.servers import START_SECONDS, Server, Trainer
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]
 
@@ -77,13 +77,13 @@ class TestFaultsThatTheTrainerSurvives:
         assert again["weight_version"] == done["weight_version"] + 1
 
     def test_running_out_of_memory_fails_the_job_alone(self, server: Server, faulty: Trainer) -> None:
-        run_out_of_memory_on_all_ranks(server, faulty)
+        check_out_of_memory_on_all_ranks(server, faulty)
 
 
 @pytest.mark.parametrize("fault", [KILLED_IN_BACKWARD, KILLED_IN_WRITE], ids=["backward", "write"])
 def test_a_rank_killed_in_mid_step_leaves_server_and_weights_usable(server: Server, tmp_path: Path, fault: int) -> None:
     """kill -9 of one rank: the trainer ends non-zero, the server keeps serving, the next trainer maps again and trains."""
-    kill_in_mid_step(server, tmp_path, fault)
+    check_kill_in_mid_step(server, tmp_path, fault)
 
 
 def test_mpirun_joins_the_ranks(server: Server, tmp_path: Path) -> None:

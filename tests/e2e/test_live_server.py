@@ -13,18 +13,14 @@ import httpx
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
-from apollo_tp.distributed.tp_group import TPGroup
-from apollo_tp.model import bind_model
-from apollo_tp.model.batch import pack
-from apollo_tp.model.served_config import as_served
-from apollo_tp.shards.manifest import Manifest
 from apollo_tp.shards.mapping import map_rank
 from apollo_tp.wire.commands import Sample
-from tests.e2e.conftest import Server, Trainer
 from tests.support.processes import coordinator_url, start_trainer
 from tests.support.ranks import run_ranks
+from tests.support.served import trainer_logprobs
+from tests.support.servers import Server, Trainer
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]
 
@@ -52,21 +48,11 @@ def test_every_parameter_reaches_inference_and_is_restored_exactly(server: Serve
         assert server.logprobs(TOKENS) == before, f"rank {rank}, {name}: not restored"
 
 
-def _trainer_logprobs(tp: TPGroup, manifests: list[Manifest], samples: list[Sample]) -> list[float]:
-    mapped = map_rank(manifests, tp.rank)
-    config = AutoConfig.from_pretrained(manifests[0].model_path)
-    config = as_served(config, manifests[0].config_overrides, manifests[0].max_model_len)
-    bound = bind_model(config, mapped.tensors, tp, fused=mapped.fused)
-    (batch,) = pack(samples, 1024)
-    with torch.no_grad():
-        return bound.sequence_logprobs(batch).tokens[: len(samples[0].token_ids) - 1].tolist()
-
-
 def test_trainer_and_server_agree_on_log_probabilities(server: Server) -> None:
     """Same tokens, same bf16 weights, two programs. bf16 rounds a logit of size 4 to 1/64; sums differ by a few of that."""
     sample = Sample(token_ids=TOKENS, weights=[0.0] + [1.0] * (len(TOKENS) - 1))
     served = server.logprobs(TOKENS)
-    for values in run_ranks(_trainer_logprobs, 2, server.manifests, [sample], deadline_seconds=240):
+    for values in run_ranks(trainer_logprobs, 2, server.manifests, [sample], deadline_seconds=240):
         gaps = [abs(a - b) for a, b in zip(values, served, strict=True)]
         assert max(gaps) < 0.05, max(gaps)
         assert sum(gaps) / len(gaps) < 0.01

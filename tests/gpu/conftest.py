@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import shlex
 from collections.abc import Iterator
 
 import pytest
 import torch
 
-from tests.e2e.conftest import START_SECONDS, Server
 from tests.support.demo_model import make_model, standard_library_text
 from tests.support.processes import free_port, start_server
-
-SERVER_ARGS = shlex.split(os.environ.get("APOLLO_TP_TEST_SERVER_ARGS", ""))
-"""Options that this machine's vLLM needs, for example a --compilation-config."""
+from tests.support.servers import SERVER_ARGS, START_SECONDS, Server
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -14,9 +14,8 @@ from apollo_tp.config import Precision
 from apollo_tp.distributed.tp_group import TPGroup
 from apollo_tp.errors import CollectiveError
 from apollo_tp.optim import Optimizer, OptimParameter, build_optimizer
-from tests.multirank.optim.test_in_backward import loss_of
-from tests.multirank.optim.test_safety import same, snapshot
 from tests.support import optim_model as model
+from tests.support.optim_model import loss_of, same, snapshot
 from tests.support.ranks import run_ranks
 
 pytestmark = [pytest.mark.gpu, pytest.mark.multigpu, pytest.mark.timeout(600)]

@@ -76,7 +76,7 @@ def _train(tp: TPGroup, *, replays: bool) -> tuple[list[float], list[float], int
     return [r.loss for r in results], [r.grad_norm for r in results], replayed
 
 
-def _compare(tp: TPGroup) -> None:
+def _check_replay(tp: TPGroup) -> None:
     torch.cuda.set_device(tp.rank)
     graphs.WORTHWHILE = 0  # every recording is, so that several are made
     if tp.size > 1:
@@ -95,4 +95,4 @@ def _compare(tp: TPGroup) -> None:
 
 @pytest.mark.parametrize("size", [1, pytest.param(2, marks=pytest.mark.multigpu)])
 def test_replayed_steps_train_as_others_do(size: int) -> None:
-    run_ranks(_compare, size, deadline_seconds=240)
+    run_ranks(_check_replay, size, deadline_seconds=240)

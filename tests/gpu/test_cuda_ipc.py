@@ -12,10 +12,9 @@ import pytest
 import torch
 
 from apollo_tp.shards.mapping import map_rank, verify_against_checkpoint
-from tests.e2e.conftest import Server
-from tests.gpu.conftest import SERVER_ARGS
 from tests.support.demo_model import make_model, standard_library_text
 from tests.support.processes import free_port, start_server
+from tests.support.servers import SERVER_ARGS, Server
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(600)]
 

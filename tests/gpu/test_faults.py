@@ -9,13 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.e2e.conftest import Server, Trainer
 from tests.support.faults import (
     PROMPT,
     assert_the_next_trainer_trains,
     assert_usable,
-    kill_in_mid_step,
-    run_out_of_memory_on_all_ranks,
+    check_kill_in_mid_step,
+    check_out_of_memory_on_all_ranks,
     start_faulty,
     start_sound,
     step,
@@ -23,6 +22,7 @@ from tests.support.faults import (
 )
 from tests.support.faulty_launch import KILLED_IN_BACKWARD, KILLED_IN_WRITE, ONE_OUT_OF_MEMORY
 from tests.support.processes import coordinator_url
+from tests.support.servers import Server, Trainer
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(600)]
 
@@ -94,11 +94,11 @@ def test_a_micro_batch_that_fits_is_refused_once_others_have_taken_the_memory(se
 
 @pytest.mark.parametrize("fault", [KILLED_IN_BACKWARD, KILLED_IN_WRITE], ids=["backward", "write"])
 def test_a_rank_killed_in_mid_step_leaves_server_and_weights_usable(server: Server, tmp_path: Path, fault: int) -> None:
-    kill_in_mid_step(server, tmp_path, fault)
+    check_kill_in_mid_step(server, tmp_path, fault)
 
 
 def test_running_out_of_memory_fails_the_job_alone(server: Server, faulty: Trainer) -> None:
-    run_out_of_memory_on_all_ranks(server, faulty)
+    check_out_of_memory_on_all_ranks(server, faulty)
 
 
 def test_one_rank_that_runs_out_of_memory_takes_at_most_its_trainer_along(server: Server, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import traceback
 from pathlib import Path
 
 import torch
@@ -15,9 +16,11 @@ from apollo_tp.model import BoundModel, bind_model
 from apollo_tp.model.batch import PackedBatch, pack
 from apollo_tp.shards.boxes import Shard
 from apollo_tp.wire.commands import Sample
-from tests.support.families import FIRST_SPECIAL_TOKEN, VOCAB_SIZE, Case
+from tests.support.families import CASES, FIRST_SPECIAL_TOKEN, VOCAB_SIZE, Case
 from tests.support.served import map_case
 
+Results = list[dict[str, dict[str, float] | str]]
+"""Per rank and case: errors by tensor, or a traceback."""
 LENGTHS = (37, 5, 20, 29, 2, 41, 11)
 
 
@@ -80,7 +83,7 @@ def relative_error(got: Tensor, expected: Tensor, whole: Tensor) -> float:
     return float((got - expected).norm()) / max(float(expected.norm()), share, 1e-30)
 
 
-def compare(tp: TPGroup, case: Case, checkpoint: Path) -> dict[str, float]:
+def check_case(tp: TPGroup, case: Case, checkpoint: Path) -> dict[str, float]:
     """Relative errors by name ("loss", "logprobs" and every checkpoint tensor) on this rank."""
     config = AutoConfig.from_pretrained(checkpoint)
     model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32, attn_implementation="eager")
@@ -121,3 +124,15 @@ def _logprob_error(bound: BoundModel, batches: list[PackedBatch], batch: list[Sa
             worst = max(worst, float((got.tokens[start : stop - 1] - tokens).abs().max()))
             worst = max(worst, abs(float(got.sequences[s] - (weights * tokens).sum())) / len(weights))
     return worst
+
+
+def run_cases(tp: TPGroup, folder: Path) -> dict[str, dict[str, float] | str]:
+    """Errors by tensor per case on this rank, or the traceback where a case failed."""
+    results: dict[str, dict[str, float] | str] = {}
+    for name, case in CASES.items():
+        try:
+            results[name] = check_case(tp, case, folder / case.checkpoint)
+        except Exception:  # noqa: BLE001 - reported by the case's own test
+            results[name] = traceback.format_exc()
+            break  # the other ranks are in another collective now: no later case can be trusted
+    return results

@@ -212,3 +212,30 @@ def store_head(folder: Path, rows: slice | None = None) -> None:
     if rows is not None:
         head[rows] += torch.randn_like(head[rows]) * head.std()
     save_file(tensors | {"lm_head.weight": head}, path, {"format": "pt"})
+
+
+# Beyond the tiny models of the gradient suite: head sizes that vLLM's CPU kernels take, and room for 512 positions.
+SERVED: dict[str, dict[str, Any]] = {
+    "llama": {"head_dim": 32},
+    "gemma3": {},
+    "qwen3-moe": {"head_dim": 32},
+    "qwen3.5": {
+        "linear_key_head_dim": 128, "linear_value_head_dim": 128, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
+    },
+}  # fmt: skip
+
+# Model types that bind_model refuses, and in which words.
+REFUSED = {
+    "cohere": r"CohereForCausalLM: its forward pass changes the logits",
+    "gpt_oss": r"self_attn \(GptOssAttention\): attention sinks are not implemented",
+    "llama4_text": r"layer type chunked_attention",
+    "bamba": r"mamba \(BambaMixer\): its recurrent state would run on",
+    "t5": r"t5: got an encoder-decoder model",
+    "gpt2": r"GPT2LMHeadModel: its head could not be tried: got AttributeError: .*cross_attentions",
+    "gpt_bigcode": r"GPTBigCodeForCausalLM: its head could not be tried: got AttributeError: .*cross_attentions",
+    "opt": r"OPTForCausalLM: its head could not be tried: got TypeError: packed_attention",
+    "falcon": r"falcon at 1 / 1 of its width: got KeyError: 'apollo_packed'",
+    "gptj": r"gptj at 1 / 1 of its width: got KeyError: 'apollo_packed'",
+    "gemma4_text": r"gemma4_text at 1 / 1 of its width: got AmbiguousGlobalPerLayerAttributeError: 'head_dim'",
+    "bloom": r"BloomForCausalLM cannot be trained.*\n.*attention is not exchangeable",
+}

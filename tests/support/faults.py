@@ -13,9 +13,9 @@ import httpx
 import torch
 
 from apollo_tp.shards.mapping import map_rank
-from tests.e2e.conftest import Server, Trainer
 from tests.support.faulty_launch import ALL_OUT_OF_MEMORY
 from tests.support.processes import ManagedProcess, coordinator_url, start_trainer
+from tests.support.servers import Server, Trainer
 
 OVERRIDES = ["optim.lr=1e-3", "train.max_sequence_tokens=256", "optim.check_replicas_every=1"]
 PROMPT = [5, 6, 7, 8, 9]
@@ -93,7 +93,7 @@ def leave_replicas_different(server: Server) -> None:
     mapped.close()
 
 
-def kill_in_mid_step(server: Server, folder: Path, fault: int) -> None:
+def check_kill_in_mid_step(server: Server, folder: Path, fault: int) -> None:
     """The last rank is killed in its second step: its trainer ends, and nothing else does. The next one mends what the kill
     may have left."""
     trainer = start_faulty(server, folder)
@@ -109,7 +109,7 @@ def kill_in_mid_step(server: Server, folder: Path, fault: int) -> None:
     assert_the_next_trainer_trains(server, folder, job["id"])
 
 
-def run_out_of_memory_on_all_ranks(server: Server, trainer: Trainer) -> None:
+def check_out_of_memory_on_all_ranks(server: Server, trainer: Trainer) -> None:
     """The job fails with the allocator's words; the trainer goes on with the next."""
     assert trainer.post("/train", step(wait=True))["state"] == "succeeded"
     job = trainer.post("/train", step(ALL_OUT_OF_MEMORY, wait=True))

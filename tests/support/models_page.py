@@ -9,10 +9,8 @@ import textwrap
 from pathlib import Path
 
 from apollo_tp.model.families import FULL_WIDTH_NORMS, FUSED, LAYER_TYPES, LOGITS
-from tests.e2e.test_families import SERVED
-from tests.multirank.model.test_bind import REFUSED
-from tests.multirank.model.test_exactness import Results, run_cases
-from tests.support.families import CASES, FAMILIES, SIZES, Family
+from tests.support.exactness import Results, run_cases
+from tests.support.families import CASES, FAMILIES, REFUSED, SERVED, SIZES, Family
 from tests.support.ranks import run_ranks
 
 LIVE = {"qwen3-tied", *SERVED}  # tied Qwen3 is the model of tests/e2e/test_live_server.py

@@ -141,3 +141,21 @@ def config(**changes: object) -> OptimConfig:
     """Small rank and short intervals, so that a few steps pass through refreshes and the limiter."""
     options: dict = {"rank": 8, "lr": 1e-3, "refresh_every": 5, "weight_decay": 0.1, "check_replicas_every": 3}
     return OptimConfig(**(options | changes))
+
+
+def loss_of(params: list, whole: dict[str, torch.Tensor]) -> torch.Tensor:
+    """A loss whose gradient with respect to each parameter is that parameter's part of ``whole``."""
+    return sum((p.tensor.float() * part(whole[p.name], p.shard)).sum() for p in params)
+
+
+def snapshot(optimizer: Optimizer) -> list[torch.Tensor]:
+    """Copies of everything that a skipped step must leave alone."""
+    bundle = optimizer.bundle
+    tensors = [t for g in (*bundle.groups, *bundle.adamw) for t in (g.exp_avg, g.exp_avg_sq)]
+    tensors += [w.data for w in optimizer.weights] + [w.remainder for w in optimizer.weights if w.remainder is not None]
+    counters = [bundle.counters.limiter_norms.clone(), torch.tensor(bundle.steps)]
+    return [t.clone() for t in (*tensors, *counters)]
+
+
+def same(before: list[torch.Tensor], after: list[torch.Tensor]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(before, after, strict=True))

@@ -1,4 +1,4 @@
-"""Served memory without a server: the manifests of a traced case over memory of this process, filled from its checkpoint."""
+"""Served memory as a trainer rank maps it: without a server, over memory of this process, or that of a live one."""
 
 from __future__ import annotations
 
@@ -6,11 +6,18 @@ import os
 from pathlib import Path
 
 import msgspec
+import torch
 from safetensors import safe_open
+from transformers import AutoConfig
 
 from apollo_tp.distributed.tp_group import TPGroup
+from apollo_tp.model import bind_model
+from apollo_tp.model.batch import pack
+from apollo_tp.model.served_config import as_served
 from apollo_tp.shards.instance import read_instance
+from apollo_tp.shards.manifest import Manifest
 from apollo_tp.shards.mapping import MappedRank, map_rank, verify_against_checkpoint
+from apollo_tp.wire.commands import Sample
 
 
 def map_case(checkpoint: Path, tp: TPGroup) -> MappedRank:
@@ -39,3 +46,14 @@ def map_case(checkpoint: Path, tp: TPGroup) -> MappedRank:
     for descriptor in (int(a.handle) for a in allocations):
         os.close(descriptor)
     return mapped
+
+
+def trainer_logprobs(tp: TPGroup, manifests: list[Manifest], samples: list[Sample]) -> list[float]:
+    """The trainer's log-probability (nats) of each token but the first of the first sample, over a live server's memory."""
+    mapped = map_rank(manifests, tp.rank)
+    config = AutoConfig.from_pretrained(manifests[0].model_path)
+    config = as_served(config, manifests[0].config_overrides, manifests[0].max_model_len)
+    bound = bind_model(config, mapped.tensors, tp, fused=mapped.fused)
+    (batch,) = pack(samples, 1024)
+    with torch.no_grad():
+        return bound.sequence_logprobs(batch).tokens[: len(samples[0].token_ids) - 1].tolist()

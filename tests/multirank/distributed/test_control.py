@@ -17,7 +17,7 @@ def _payload(num_bytes: int, seed: int) -> bytes:
     return random.Random(seed).randbytes(num_bytes)
 
 
-def _exchange(tp: TPGroup) -> None:
+def _check_exchange(tp: TPGroup) -> None:
     control = Control(tp.rank, tp.size)
     for size in (0, 1, COMMAND_BYTES - 1, COMMAND_BYTES, COMMAND_BYTES + 1, 3 * COMMAND_BYTES, 5):
         assert control.broadcast(_payload(size, 0) if tp.rank == 0 else b"") == _payload(size, 0)
@@ -32,7 +32,7 @@ def _exchange(tp: TPGroup) -> None:
 @pytest.mark.parametrize("size", [1, 3])
 def test_messages_of_every_size_arrive(size: int) -> None:
     """Around the length that goes in one collective, short after long, different on each rank, zeros at the end."""
-    run_ranks(_exchange, size)
+    run_ranks(_check_exchange, size)
 
 
 ERRORS: dict[str, Exception] = {

@@ -19,7 +19,7 @@ from apollo_tp.model.refusal import refusing
 from apollo_tp.shards.boxes import Shard
 from apollo_tp.wire.commands import Sample
 from tests.support.exactness import reference_gradients, relative_error, samples, train_gradients
-from tests.support.families import FAMILIES, Family, build
+from tests.support.families import FAMILIES, REFUSED, Family, build
 
 WHOLE = TPGroup.single()
 
@@ -80,22 +80,6 @@ def test_a_width_that_does_not_divide_is_refused() -> None:
     config = FAMILIES["llama"].config(num_attention_heads=6, num_key_value_heads=2, hidden_size=96)
     with pytest.raises(UnsupportedModelError, match=r"num_attention_heads: got 6, expected a multiple of .* 4"):
         narrow_config(config, 4)
-
-
-REFUSED = {
-    "cohere": r"CohereForCausalLM: its forward pass changes the logits",
-    "gpt_oss": r"self_attn \(GptOssAttention\): attention sinks are not implemented",
-    "llama4_text": r"layer type chunked_attention",
-    "bamba": r"mamba \(BambaMixer\): its recurrent state would run on",
-    "t5": r"t5: got an encoder-decoder model",
-    "gpt2": r"GPT2LMHeadModel: its head could not be tried: got AttributeError: .*cross_attentions",
-    "gpt_bigcode": r"GPTBigCodeForCausalLM: its head could not be tried: got AttributeError: .*cross_attentions",
-    "opt": r"OPTForCausalLM: its head could not be tried: got TypeError: packed_attention",
-    "falcon": r"falcon at 1 / 1 of its width: got KeyError: 'apollo_packed'",
-    "gptj": r"gptj at 1 / 1 of its width: got KeyError: 'apollo_packed'",
-    "gemma4_text": r"gemma4_text at 1 / 1 of its width: got AmbiguousGlobalPerLayerAttributeError: 'head_dim'",
-    "bloom": r"BloomForCausalLM cannot be trained.*\n.*attention is not exchangeable",
-}
 
 
 @pytest.mark.parametrize("model_type", REFUSED)

@@ -40,7 +40,7 @@ def _summed_bytes(tp: TPGroup, run: Callable[[], float]) -> tuple[float, int]:
     return run(), tp.traffic["all_reduce"] - before
 
 
-def _compare_compiled(tp: TPGroup, folder: Path, name: str, backend: str) -> float:
+def _check_compiled(tp: TPGroup, folder: Path, name: str, backend: str) -> float:
     """The largest relative error of a loss or a gradient over the steps."""
     compiled.BACKEND = backend
     tp_linear.MIN_PART_ROWS = 16  # of these small models too, the larger parts have products of their own
@@ -86,7 +86,7 @@ def _compare_compiled(tp: TPGroup, folder: Path, name: str, backend: str) -> flo
 def test_compiled_layers_have_the_same_gradients(name: str, size: int, backend: str, checkpoints: Path) -> None:
     """fp32; other fusions round otherwise, and a delta net's exponentials of sums carry that on. One graph a layer:
     collectives and boundaries break none."""
-    for worst in run_ranks(_compare_compiled, size, checkpoints, name, backend, deadline_seconds=280):
+    for worst in run_ranks(_check_compiled, size, checkpoints, name, backend, deadline_seconds=280):
         assert worst < CASES[name].tolerance
 
 

@@ -4,29 +4,13 @@ Hugging Face model at TP = 1, 2 and 4."""
 from __future__ import annotations
 
 import functools
-import traceback
 from pathlib import Path
 
 import pytest
 
-from apollo_tp.distributed.tp_group import TPGroup
-from tests.support.exactness import compare
+from tests.support.exactness import Results, run_cases
 from tests.support.families import CASES, SIZES
 from tests.support.ranks import run_ranks
-
-Results = list[dict[str, dict[str, float] | str]]
-
-
-def run_cases(tp: TPGroup, folder: Path) -> dict[str, dict[str, float] | str]:
-    """Errors by tensor per case on this rank, or the traceback where a case failed."""
-    results: dict[str, dict[str, float] | str] = {}
-    for name, case in CASES.items():
-        try:
-            results[name] = compare(tp, case, folder / case.checkpoint)
-        except Exception:  # noqa: BLE001 - reported by the case's own test
-            results[name] = traceback.format_exc()
-            break  # the other ranks are in another collective now: no later case can be trusted
-    return results
 
 
 @functools.cache

@@ -17,10 +17,10 @@ from apollo_tp.errors import CollectiveError
 from apollo_tp.optim import build_optimizer
 from apollo_tp.optim import in_backward as fused
 from apollo_tp.training.update_gate import UpdateGate
-from tests.multirank.optim.test_in_backward import loss_of
-from tests.multirank.training.test_gradient_modes import ONE_BATCH, Run
 from tests.support import optim_model as model
 from tests.support.exactness import samples
+from tests.support.gradient_runs import ONE_BATCH, Run
+from tests.support.optim_model import loss_of
 from tests.support.ranks import run_ranks, start_origins
 
 

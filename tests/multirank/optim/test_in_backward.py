@@ -13,14 +13,10 @@ from apollo_tp.errors import ApolloTpError, ConfigError
 from apollo_tp.optim import build_optimizer
 from apollo_tp.optim import in_backward as fused
 from tests.support import optim_model as model
+from tests.support.optim_model import loss_of
 from tests.support.ranks import run_ranks
 
 STEPS = 7
-
-
-def loss_of(params: list, whole: dict[str, torch.Tensor]) -> torch.Tensor:
-    """A loss whose gradient with respect to each parameter is that parameter's part of ``whole``."""
-    return sum((p.tensor.float() * model.part(whole[p.name], p.shard)).sum() for p in params)
 
 
 def train(tp: TPGroup, is_fused: Callable[[int], bool] | None) -> tuple[dict, list]:
@@ -75,7 +71,7 @@ def test_fused_updates_are_the_stored_ones_at_four_ranks():
             assert torch.allclose(torch.as_tensor(values[name]), torch.as_tensor(value), rtol=2**-7, atol=1e-5), name
 
 
-def poisoned(tp: TPGroup) -> tuple[str, str, int]:
+def _check_poisoned(tp: TPGroup) -> tuple[str, str, int]:
     """A NaN in one matrix on rank 1, then in the loss only; all other ranks must stop where it appears."""
     fused.BUCKET_BYTES = 1
     params = model.parameters(tp, torch.bfloat16)
@@ -109,7 +105,7 @@ def poisoned(tp: TPGroup) -> tuple[str, str, int]:
 
 def test_a_value_that_is_not_finite_stops_the_rest_of_a_fused_step():
     """It is never written; matrices before it are, and the message counts them; a bad loss stops everything."""
-    results = run_ranks(poisoned, 2)
+    results = run_ranks(_check_poisoned, 2)
     assert len(set(results)) == 1
     first, second, changed = results[0]
     assert first == f"not finite: gradient of square_row.weight on rank 1; {changed} tensors were written"

@@ -10,21 +10,8 @@ from apollo_tp.config import Precision
 from apollo_tp.distributed.tp_group import TPGroup
 from apollo_tp.optim import Optimizer, build_optimizer
 from tests.support import optim_model as model
+from tests.support.optim_model import same, snapshot
 from tests.support.ranks import run_ranks
-
-
-def snapshot(optimizer: Optimizer) -> list[torch.Tensor]:
-    """Copies of everything that a skipped step must leave alone."""
-    bundle = optimizer.bundle
-    tensors = [t for g in (*bundle.groups, *bundle.adamw) for t in (g.exp_avg, g.exp_avg_sq)]
-    tensors += [w.data for w in optimizer.weights] + [w.remainder for w in optimizer.weights if w.remainder is not None]
-    counters = [bundle.counters.limiter_norms.clone(), torch.tensor(bundle.steps)]
-    return [t.clone() for t in (*tensors, *counters)]
-
-
-def same(before: list[torch.Tensor], after: list[torch.Tensor]) -> bool:
-    return all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
-
 
 FAULTS = [  # (parameter or "loss", rank, value, what the message says)
     ("case_a.weight", 1, float("nan"), "gradient of case_a.weight on rank 1"),

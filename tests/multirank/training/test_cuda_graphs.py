@@ -20,10 +20,9 @@ from apollo_tp.distributed.tp_group import TPGroup
 from apollo_tp.model import BoundModel
 from apollo_tp.model.batch import PackedBatch, pack
 from apollo_tp.training.cuda_graphs import Replays, assign
-from tests.multirank.training.test_gradient_modes import CONFIG, Run, differing
-from tests.multirank.training.test_memory_profiling import state
 from tests.support.exactness import samples
 from tests.support.figures import without_times
+from tests.support.gradient_runs import CONFIG, Run, differing, state
 from tests.support.ranks import run_ranks
 
 SHORT, LONG, TWO = (20, 11), (33, 17), (60, 60)
@@ -93,7 +92,7 @@ def compare(tp: TPGroup, folder: Path, lengths: list[tuple[int, ...]], name: str
     return [made, recorder.made]
 
 
-def _replay(tp: TPGroup, folder: Path) -> None:
+def _check_replay(tp: TPGroup, folder: Path) -> None:
     for name in ("qwen3", "3 micro-batches, checkpointing, tied", "one KV head", "fused rows replicated in part"):
         assert compare(tp, folder, [SHORT, SHORT, SHORT, TWO, TWO, TWO, TWO], name) == [
             [0, 1, 1, 1, 1, 3, 3], ["first", "first", "adds"],
@@ -109,17 +108,17 @@ def _replay(tp: TPGroup, folder: Path) -> None:
 
 @pytest.mark.parametrize("size", [1, 2])
 def test_replayed_steps_train_as_others_do(size: int, checkpoints: Path) -> None:
-    run_ranks(_replay, size, checkpoints, deadline_seconds=200)
+    run_ranks(_check_replay, size, checkpoints, deadline_seconds=200)
 
 
-def _fail(tp: TPGroup, folder: Path) -> None:
+def _check_failure(tp: TPGroup, folder: Path) -> None:
     assert compare(tp, folder, [SHORT, SHORT, SHORT, SHORT], fails_at=1)[1] == ["first"]
     assert compare(tp, folder, [TWO, TWO, TWO, TWO], fails_at=2)[1] == ["first", "adds"]
 
 
 @pytest.mark.parametrize("size", [1, 2])
 def test_work_that_cannot_be_recorded_on_one_rank_runs_as_usual_on_all(size: int, checkpoints: Path) -> None:
-    run_ranks(_fail, size, checkpoints)
+    run_ranks(_check_failure, size, checkpoints)
 
 
 class MappedSums(PeerSums):
@@ -135,7 +134,7 @@ class MappedSums(PeerSums):
         self._halves = list(zip(mine.split(num_bytes), other.split(num_bytes), strict=True))
 
 
-def _break_off_a_recording(tp: TPGroup, folder: Path, sums_before_failure: int) -> list[bool]:
+def _check_a_broken_recording(tp: TPGroup, folder: Path, sums_before_failure: int) -> list[bool]:
     """Whether each of four sums is right, after a recording of eight in which the last rank failed."""
     torch.cuda.is_current_stream_capturing = lambda: False
     tp.peers = peers = MappedSums(tp.rank, folder, 1024)
@@ -160,10 +159,10 @@ def _break_off_a_recording(tp: TPGroup, folder: Path, sums_before_failure: int) 
 @pytest.mark.parametrize("sums_before_failure", [2, 3])
 def test_sums_are_right_after_a_recording_that_one_rank_broke_off(sums_before_failure: int, tmp_path: Path) -> None:
     """The ranks went through different numbers of sums, and their halves of the memory with them."""
-    assert run_ranks(_break_off_a_recording, 2, tmp_path, sums_before_failure) == [[True] * 4] * 2
+    assert run_ranks(_check_a_broken_recording, 2, tmp_path, sums_before_failure) == [[True] * 4] * 2
 
 
-def _rejoin(tp: TPGroup, folder: Path) -> None:
+def _check_rejoin(tp: TPGroup, folder: Path) -> None:
     tp = TPGroup.world("gloo", datetime.timedelta(seconds=60))
     run = Run(tp, folder, "qwen3", GradientMode.stored)
     recorder = Recorder(run)
@@ -179,7 +178,7 @@ def _rejoin(tp: TPGroup, folder: Path) -> None:
 
 def test_a_new_process_group_is_recorded_anew(checkpoints: Path) -> None:
     """Recorded collectives belong to the group that they were recorded with."""
-    run_ranks(_rejoin, 2, checkpoints)
+    run_ranks(_check_rejoin, 2, checkpoints)
 
 
 def test_steps_that_cannot_be_recorded_are_not(checkpoints: Path) -> None:

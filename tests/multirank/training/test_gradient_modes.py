@@ -8,28 +8,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor, nn
-from transformers import AutoConfig
+from torch import Tensor
 
-from apollo_tp.config import GradientMode, OptimConfig, Precision
+from apollo_tp.config import GradientMode
 from apollo_tp.distributed.tp_group import TPGroup
 from apollo_tp.errors import ConfigError
-from apollo_tp.model import bind_model
-from apollo_tp.optim import build_optimizer
-from apollo_tp.optim import in_backward as fused
-from apollo_tp.training.trainer import Trainer
 from tests.support.exactness import samples
-from tests.support.families import CASES
+from tests.support.gradient_runs import CONFIG, ONE_BATCH, SEVERAL, Run, differing
 from tests.support.ranks import run_ranks
-from tests.support.served import map_case
 
 STEPS = 4
-CONFIG = OptimConfig(
-    rank=8, lr=1e-3, max_relative_update=1.0, max_grad_norm=None, refresh_every=2, check_replicas_every=1
-)
-ONE_BATCH, SEVERAL = (20, 11, 17), (60, 58)
-"""Lengths of samples that fit in one micro-batch, and of samples that do not."""
-MICRO_BATCH = 64
 CHECKED = (
     "qwen3",
     "checkpointing",
@@ -40,51 +28,6 @@ CHECKED = (
     "experts and checkpointing",
 )
 """Replicas whole and in part, stacked leaves, a gradient of two uses, an empty shard, recomputation."""
-
-
-class Run:
-    """A trainer over memory of this process. ``peak`` is the most bytes of gradients that lived at once."""
-
-    def __init__(
-        self, tp: TPGroup, folder: Path, name: str, mode: GradientMode, config: OptimConfig = CONFIG, **options: object
-    ) -> None:
-        fused.BUCKET_BYTES = 1  # these models would fit in one bucket: a leaf each, so that memory and order show
-        case = CASES[name]
-        mapped = map_case(folder / case.checkpoint, tp)
-        self.tensors = mapped.tensors
-        model = bind_model(
-            AutoConfig.from_pretrained(folder / case.checkpoint),
-            self.tensors,
-            tp,
-            fused=mapped.fused,
-            gradient_checkpointing=case.gradient_checkpointing,
-        )
-        self.leaves = list({id(p.leaf): p.leaf for p in model.parameters}.values())
-        self.trainer = Trainer(
-            model,
-            build_optimizer(config, Precision.remainder, model.parameters, tp),
-            tp,
-            device=torch.device("cpu"),
-            max_micro_batch_tokens=MICRO_BATCH,
-            gradients=mode,
-            **options,  # type: ignore[arg-type]
-        )
-        self.peak = 0
-        for leaf in self.leaves:  # after the trainer's own hooks
-            leaf.register_post_accumulate_grad_hook(self._measure)
-
-    def _measure(self, _: nn.Parameter) -> None:
-        self.peak = max(self.peak, sum(leaf.grad.nbytes for leaf in self.leaves if leaf.grad is not None))
-
-    def leaf(self, name: str) -> nn.Parameter:
-        return next(p.leaf for p in self.trainer.model.parameters if p.name == name)
-
-    def values(self) -> dict[str, Tensor]:
-        return {name: local.clone() for name, (_, local) in self.tensors.items()}
-
-
-def differing(one: dict[str, Tensor], other: dict[str, Tensor]) -> list[str]:
-    return [name for name, value in one.items() if not torch.equal(value, other[name])]
 
 
 def _train(tp: TPGroup, folder: Path, name: str, mode: GradientMode, lengths: Callable[[int], tuple]) -> tuple:
@@ -124,7 +67,7 @@ def test_fused_steps_write_what_stored_steps_write(size: int, checkpoints: Path)
         assert not wrong, f"rank {rank}: {wrong}"
 
 
-def _choose(tp: TPGroup, folder: Path) -> None:
+def _check_choice(tp: TPGroup, folder: Path) -> None:
     by_turns = [ONE_BATCH, SEVERAL]
     auto, modes, _, _ = _train(tp, folder, "one KV head", GradientMode.auto, lambda step: by_turns[step % 2])
     stored, stored_modes, _, _ = _train(tp, folder, "one KV head", GradientMode.stored, lambda step: by_turns[step % 2])
@@ -141,10 +84,10 @@ def _choose(tp: TPGroup, folder: Path) -> None:
 @pytest.mark.parametrize("size", [1, 2])
 def test_auto_chooses_for_each_step(size: int, checkpoints: Path) -> None:
     """Fused where nothing is lost, one micro-batch and no clipping; moments and counters are those of stored steps."""
-    run_ranks(_choose, size, checkpoints)
+    run_ranks(_check_choice, size, checkpoints)
 
 
-def _refuse(tp: TPGroup, folder: Path) -> None:
+def _check_refusal(tp: TPGroup, folder: Path) -> None:
     calls: list[list[str]] = []
     run = Run(
         tp, folder, "qwen3", GradientMode.fused, before_write=lambda: calls.append(differing(start, run.values()))
@@ -160,10 +103,10 @@ def _refuse(tp: TPGroup, folder: Path) -> None:
 
 @pytest.mark.parametrize("size", [1, 2])
 def test_a_step_that_cannot_be_fused_is_refused_before_anything_is_written(size: int, checkpoints: Path) -> None:
-    run_ranks(_refuse, size, checkpoints)
+    run_ranks(_check_refusal, size, checkpoints)
 
 
-def _poison(tp: TPGroup, folder: Path) -> list[str]:
+def _check_poisoned(tp: TPGroup, folder: Path) -> list[str]:
     run = Run(tp, folder, "qwen3", GradientMode.fused)
     name = "model.layers.0.mlp.down_proj.weight"
     start = run.values()
@@ -190,12 +133,12 @@ def _poison(tp: TPGroup, folder: Path) -> list[str]:
 def test_a_value_that_is_not_finite_stops_a_fused_step(size: int, checkpoints: Path) -> None:
     """Layer 1, written before it in the backward pass, stays; the matrix, layer 0's others and AdamW's wait. A loss that is
     not finite stops everything."""
-    for written in run_ranks(_poison, size, checkpoints):
+    for written in run_ranks(_check_poisoned, size, checkpoints):
         assert "lm_head.weight" in written
         assert all("layers.1." in name or name == "lm_head.weight" for name in written), written
 
 
-def _raise_half_way(tp: TPGroup, folder: Path, mode: GradientMode) -> tuple[int, int]:
+def _check_raise_half_way(tp: TPGroup, folder: Path, mode: GradientMode) -> tuple[int, int]:
     """(weight version after a step that raised in its backward pass and was abandoned, tensors that it changed)."""
     run = Run(tp, folder, "qwen3", mode)
     start = run.values()
@@ -221,8 +164,8 @@ def _raise_half_way(tp: TPGroup, folder: Path, mode: GradientMode) -> tuple[int,
 @pytest.mark.parametrize("size", [1, 2])
 def test_a_step_that_raises_counts_if_it_has_written(size: int, checkpoints: Path) -> None:
     """A fused step has written the layers above the one that raised: caches of the old weights must not outlive that."""
-    for version, changed in run_ranks(_raise_half_way, size, checkpoints, GradientMode.fused):
+    for version, changed in run_ranks(_check_raise_half_way, size, checkpoints, GradientMode.fused):
         assert version == 1
         assert changed
-    for version, changed in run_ranks(_raise_half_way, size, checkpoints, GradientMode.stored):
+    for version, changed in run_ranks(_check_raise_half_way, size, checkpoints, GradientMode.stored):
         assert (version, changed) == (0, 0)

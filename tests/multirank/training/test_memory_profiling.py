@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
 
 from apollo_tp.config import GradientMode
 from apollo_tp.distributed.tp_group import TPGroup
@@ -20,9 +19,9 @@ from apollo_tp.model.batch import PackedBatch
 from apollo_tp.training import memory_plan
 from apollo_tp.training.memory_plan import MARGIN, MemoryPlan
 from apollo_tp.training.memory_profiling import plan_memory
-from tests.multirank.training.test_gradient_modes import CONFIG, ONE_BATCH, SEVERAL, Run, differing
 from tests.support.exactness import samples
 from tests.support.figures import without_times
+from tests.support.gradient_runs import CONFIG, ONE_BATCH, SEVERAL, Run, differing, state
 from tests.support.ranks import run_ranks
 
 PER_TOKEN = 10_000
@@ -58,17 +57,7 @@ class Counter:
         return self.room - self.allocated()
 
 
-def state(run: Run) -> dict[str, Tensor]:
-    """All that a step changes: served values, moments, remainders, counters."""
-    bundle = run.trainer.optimizer.bundle
-    moments = {f"moment {i}": t.clone() for i, g in enumerate(bundle.groups) for t in (g.exp_avg, g.exp_avg_sq)}
-    moments |= {f"adamw {i}": t.clone() for i, a in enumerate(bundle.adamw) for t in (a.exp_avg, a.exp_avg_sq)}
-    rests = {f"rest of {w.name}": w.remainder.clone() for w in bundle.weights if w.remainder is not None}
-    counted = {"steps": torch.tensor(bundle.steps), "norms": bundle.counters.limiter_norms.clone()}
-    return run.values() | moments | rests | counted
-
-
-def _rehearse(tp: TPGroup, folder: Path, name: str, mode: GradientMode) -> None:
+def _check_rehearsal(tp: TPGroup, folder: Path, name: str, mode: GradientMode) -> None:
     rehearsed, plain = Run(tp, folder, name, mode), Run(tp, folder, name, mode)
     optimizer = rehearsed.trainer.optimizer
     for lengths in (ONE_BATCH, ONE_BATCH if mode is GradientMode.fused else SEVERAL):
@@ -91,19 +80,19 @@ def _rehearse(tp: TPGroup, folder: Path, name: str, mode: GradientMode) -> None:
         assert plan.gradients < whole if mode is GradientMode.fused else plan.gradients == whole
 
 
-def _rehearse_all(tp: TPGroup, folder: Path) -> None:
+def _check_all_rehearsals(tp: TPGroup, folder: Path) -> None:
     for name in NAMES:
         for mode in MODES:
-            _rehearse(tp, folder, name, mode)
+            _check_rehearsal(tp, folder, name, mode)
 
 
 @pytest.mark.parametrize("size", [1, 2])
 def test_a_rehearsal_leaves_no_trace(size: int, checkpoints: Path) -> None:
     """Weights, moments and counters keep their bits, and later steps are those of a trainer that was never rehearsed."""
-    run_ranks(_rehearse_all, size, checkpoints, deadline_seconds=280)
+    run_ranks(_check_all_rehearsals, size, checkpoints, deadline_seconds=280)
 
 
-def _lack(tp: TPGroup, folder: Path) -> tuple[str, list[int]]:
+def _check_lack(tp: TPGroup, folder: Path) -> tuple[str, list[int]]:
     run = Run(tp, folder, "qwen3", GradientMode.stored, replace(CONFIG, max_grad_norm=1.0))
     run.trainer.max_micro_batch_tokens = 1 << 20
     before = state(run)
@@ -120,7 +109,7 @@ def _lack(tp: TPGroup, folder: Path) -> tuple[str, list[int]]:
 @pytest.mark.parametrize("size", [1, 2])
 def test_too_little_room_on_one_rank_is_refused_on_all_before_it_is_needed(size: int, checkpoints: Path) -> None:
     """The same words everywhere: whose need, how much, and how many tokens would fit. The long micro-batch never runs."""
-    results = run_ranks(_lack, size, checkpoints)
+    results = run_ranks(_check_lack, size, checkpoints)
     text, lengths = results[0]
     assert all(result == results[0] for result in results)
     assert text.startswith(f"rank {size - 1}: got 0.03 GB free on its GPU, expected ")
@@ -130,7 +119,7 @@ def test_too_little_room_on_one_rank_is_refused_on_all_before_it_is_needed(size:
     assert max(lengths) == 1024
 
 
-def _no_room_for_gradients(tp: TPGroup, folder: Path) -> list[int]:
+def _check_no_room_for_gradients(tp: TPGroup, folder: Path) -> list[int]:
     run = Run(tp, folder, "experts and checkpointing", GradientMode.stored)
     counter = Counter(run, room=1000)
     with pytest.raises(DeviceMemoryError, match=r"got 0\.00 GB free") as refused:
@@ -141,10 +130,10 @@ def _no_room_for_gradients(tp: TPGroup, folder: Path) -> list[int]:
 
 @pytest.mark.parametrize("size", [1, 2])
 def test_gradients_that_do_not_fit_are_refused_without_a_rehearsal(size: int, checkpoints: Path) -> None:
-    assert run_ranks(_no_room_for_gradients, size, checkpoints) == [[]] * size
+    assert run_ranks(_check_no_room_for_gradients, size, checkpoints) == [[]] * size
 
 
-def _run_out(tp: TPGroup, folder: Path) -> str:
+def _check_running_out(tp: TPGroup, folder: Path) -> str:
     run = Run(tp, folder, "qwen3", GradientMode.stored)
     gradients = sum(leaf.nbytes for leaf in run.leaves)
     counter = Counter(run, room=int(1.06 * gradients) + (40 * PER_TOKEN if tp.rank == tp.size - 1 else PLENTY))
@@ -160,7 +149,7 @@ def _run_out(tp: TPGroup, folder: Path) -> str:
 
 @pytest.mark.parametrize("size", [1, 2])
 def test_a_rehearsal_that_runs_out_of_memory_is_a_refusal_and_wakes_the_others(size: int, checkpoints: Path) -> None:
-    text = run_ranks(_run_out, size, checkpoints, deadline_seconds=60)[-1]
+    text = run_ranks(_check_running_out, size, checkpoints, deadline_seconds=60)[-1]
     assert f"rank {size - 1}: got an out-of-memory error from a trial micro-batch of" in text
     assert "train.gradient_checkpointing=true" in text
 

@@ -20,13 +20,13 @@ from apollo_tp.optim import update_group as bundle
 from apollo_tp.training.rank_loop import RankLoop
 from apollo_tp.training.update_gate import UpdateGate
 from apollo_tp.wire import commands
-from tests.multirank.training.test_rank_loop import Loop, in_forward
-from tests.multirank.training.test_trainer import CASE, CONFIG, _pairs, make_trainer
 from tests.support import optim_model
 from tests.support.exactness import samples
 from tests.support.families import CASES
+from tests.support.rank_loops import Loop, in_forward
 from tests.support.rank_services import RecordingServices
 from tests.support.ranks import run_ranks
+from tests.support.trainers import CASE, CONFIG, make_trainer, preference_pairs
 
 
 def _distance(before: dict[str, Tensor], tensors: dict) -> float:
@@ -42,7 +42,7 @@ def test_half_the_rate_moves_the_weights_half_as_far(dpo: bool, checkpoints: Pat
         before = {name: tensor.clone() for name, (_, tensor) in tensors.items()}
         asked: list[float] = []
         trainer._before_write = lambda: asked.append(_distance(before, tensors))  # noqa: B023 - called in this round
-        result = trainer.preference_step(_pairs(), 0.3, scale) if dpo else trainer.step(samples(), scale)
+        result = trainer.preference_step(preference_pairs(), 0.3, scale) if dpo else trainer.step(samples(), scale)
         assert (result.gradients, asked) == ("stored", [0.0])
         moved.append(_distance(before, tensors))
     assert moved[1] == pytest.approx(0.5 * moved[0], rel=1e-3)

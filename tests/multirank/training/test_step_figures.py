@@ -24,12 +24,12 @@ from apollo_tp.distributed.control import Control
 from apollo_tp.distributed.tp_group import TPGroup
 from apollo_tp.training.rank_loop import RankLoop
 from apollo_tp.wire import codec, commands
-from tests.multirank.training.test_trainer import CASE, _pairs, make_trainer
 from tests.support.exactness import samples
 from tests.support.families import CASES
 from tests.support.figures import step_figures
 from tests.support.rank_services import RecordingServices
 from tests.support.ranks import run_ranks
+from tests.support.trainers import CASE, make_trainer, preference_pairs
 
 PAUSED_SECONDS = 0.75
 
@@ -51,7 +51,7 @@ def _replies(tp: TPGroup, checkpoint: Path) -> list[tuple[bytes, bytes]]:
         setattr(trainer, name, call)
     replies = [
         loop.execute(commands.Step(id="j/1", job_id="j", job_step=1, samples=samples())),
-        loop.execute(commands.PreferenceStep(id="j/2", job_id="j", job_step=2, pairs=_pairs(), beta=0.3)),
+        loop.execute(commands.PreferenceStep(id="j/2", job_id="j", job_step=2, pairs=preference_pairs(), beta=0.3)),
     ]
     assert [figures for _, figures in services.steps] == [reply.figures for reply in replies]  # type: ignore[union-attr]
     return [(msgspec.msgpack.encode(f), codec.encode(r)) for f, r in zip(returned, replies, strict=True)]
@@ -109,14 +109,14 @@ def test_a_margin_of_zero_is_no_preference(checkpoints: Path) -> None:
         return dataclasses.replace(result, sequences=exact)
 
     trainer.model.sequence_logprobs = as_the_reference  # type: ignore[method-assign]
-    figures = trainer.preference_step(_pairs(), beta=0.5)
+    figures = trainer.preference_step(preference_pairs(), beta=0.5)
     assert figures.metrics["reward_accuracy"] == pytest.approx(1 / 3)
     assert figures.metrics["reward_margin"] == pytest.approx(0.5 * sum(margins.values()) / 3)
 
 
 def _side(margins: dict[int, float], index: int) -> float:
     """The log-probability of one side: the reference's, plus the pair's margin on the preferred one."""
-    pair = _pairs()[index // 2]
+    pair = preference_pairs()[index // 2]
     return pair.reference_rejected if index % 2 else pair.reference_preferred + margins[index // 2]
 
 

@@ -17,35 +17,22 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 from torch.testing._internal.distributed.fake_pg import FakeStore
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
-from apollo_tp.checkpoint import CheckpointWriter, latest, read_info, writer
+from apollo_tp.checkpoint import CheckpointWriter, latest, optimizer_state, read_info, writer
 from apollo_tp.checkpoint import folder as folders
-from apollo_tp.config import OptimConfig, OptimizerKind, Precision
+from apollo_tp.config import OptimizerKind
 from apollo_tp.distributed.tp_group import TPGroup
 from apollo_tp.errors import CheckpointError, RankFailedError, ReplicaError
-from apollo_tp.model import bind_model
-from apollo_tp.optim import build_optimizer
 from apollo_tp.optim.reference import ReferenceOptimizer
-from apollo_tp.training.trainer import Trainer
-from apollo_tp.wire.commands import PreferencePair, Sample
+from apollo_tp.wire.commands import Sample
 from tests.support.exactness import local_part, reference_gradients, reference_logprobs, samples
 from tests.support.families import CASES, store_head
 from tests.support.ranks import run_ranks
 from tests.support.served import map_case
+from tests.support.trainers import CASE, CONFIG, make_trainer, preference_pairs
 
 STEPS = 5
-CASE = "qwen3"
-CONFIG = OptimConfig(rank=8, lr=1e-3, max_relative_update=1.0)
-
-
-def make_trainer(tp: TPGroup, checkpoint: Path, config: OptimConfig = CONFIG) -> tuple[Trainer, dict]:
-    """A trainer over memory of this process, and the mapped tensors by name."""
-    mapped = map_case(checkpoint, tp)
-    model = bind_model(AutoConfig.from_pretrained(checkpoint), mapped.tensors, tp, fused=mapped.fused)
-    optimizer = build_optimizer(config, Precision.remainder, model.parameters, tp)
-    trainer = Trainer(model, optimizer, tp, device=torch.device("cpu"), max_micro_batch_tokens=64)
-    return trainer, mapped.tensors
 
 
 def twin_weights(checkpoint: Path) -> tuple[dict[str, torch.Tensor], list[float]]:
@@ -66,7 +53,7 @@ def twin_weights(checkpoint: Path) -> tuple[dict[str, torch.Tensor], list[float]
     return weights, losses
 
 
-def _five_steps(tp: TPGroup, checkpoint: Path) -> dict[str, float]:
+def _check_five_steps(tp: TPGroup, checkpoint: Path) -> dict[str, float]:
     trainer, tensors = make_trainer(tp, checkpoint)
     start = {name: local.clone() for name, (_, local) in tensors.items()}
     expected, losses = twin_weights(checkpoint)
@@ -90,7 +77,7 @@ def _five_steps(tp: TPGroup, checkpoint: Path) -> dict[str, float]:
 def test_five_steps_equal_the_single_process_run(size: int, checkpoints: Path) -> None:
     """Share of the displacement, fp32. A projected gradient that nearly vanishes turns rounding into direction, hence 1e-3;
     sharding by guess (per local shard) is off by 0.5 and more."""
-    for rank, errors in enumerate(run_ranks(_five_steps, size, checkpoints / CASES[CASE].checkpoint)):
+    for rank, errors in enumerate(run_ranks(_check_five_steps, size, checkpoints / CASES[CASE].checkpoint)):
         wrong = {name: error for name, error in errors.items() if not error < (1e-5 if "loss 0" in name else 1e-3)}
         assert not wrong, f"rank {rank}: {wrong}"
 
@@ -179,16 +166,11 @@ def test_a_gradient_that_lacks_a_sum_stops_steps_before_they_write(size: int, ch
     assert run_ranks(_lack_a_sum, size, checkpoint, 0) == [("", "", True)] * size
 
 
-def _pairs() -> list[PreferencePair]:
-    batch = samples(lengths=(20, 11, 17, 9, 23, 14))
-    return [PreferencePair(batch[i], batch[i + 1], -10.0 - i, -12.0 + i) for i in (0, 2, 4)]
-
-
 def _preference(tp: TPGroup, checkpoint: Path) -> tuple[float, float, list[float]]:
     trainer, _ = make_trainer(tp, checkpoint)
-    sides = [side for pair in _pairs() for side in (pair.preferred, pair.rejected)]
+    sides = [side for pair in preference_pairs() for side in (pair.preferred, pair.rejected)]
     scores = trainer.score(sides).logprobs
-    result = trainer.preference_step(_pairs(), beta=0.3)
+    result = trainer.preference_step(preference_pairs(), beta=0.3)
     return result.loss, result.metrics["reward_margin"], scores
 
 
@@ -205,13 +187,15 @@ def test_preference_loss_equals_an_independent_implementation(size: int, checkpo
 
     margins = [
         0.3 * ((summed(p.preferred) - p.reference_preferred) - (summed(p.rejected) - p.reference_rejected))
-        for p in _pairs()
+        for p in preference_pairs()
     ]
     expected = sum(float(torch.log1p(torch.exp(torch.tensor(-m)))) for m in margins) / len(margins)
     for loss, margin, scores in run_ranks(_preference, size, checkpoint):
         assert loss == pytest.approx(expected, rel=1e-4)
         assert margin == pytest.approx(sum(margins) / len(margins), rel=1e-4)
-        assert scores == pytest.approx([summed(s) for p in _pairs() for s in (p.preferred, p.rejected)], rel=1e-4)
+        assert scores == pytest.approx(
+            [summed(s) for p in preference_pairs() for s in (p.preferred, p.rejected)], rel=1e-4
+        )
 
 
 def _lose_and_join_again(tp: TPGroup, checkpoint: Path) -> list[float]:
@@ -266,7 +250,7 @@ def test_a_step_that_raises_inside_a_layer_keeps_nothing_of_it_alive(checkpoints
     assert trainer.step(samples()).skipped == ""
 
 
-def _form_parts(tp: TPGroup) -> None:
+def _check_parts(tp: TPGroup) -> None:
     FakeStore()  # its import makes "fake" known
     for backend in ("fake", "gloo"):
         own = TPGroup(tp.rank, tp.size)
@@ -285,7 +269,7 @@ def _form_parts(tp: TPGroup) -> None:
 
 def test_parts_of_a_group_have_its_backend_and_deadline() -> None:
     """Not those of the default group (gloo), neither when they are made nor when they join again."""
-    run_ranks(_form_parts, 3)
+    run_ranks(_check_parts, 3)
 
 
 def _writer(tp: TPGroup, checkpoint: Path, root: Path, tensors: dict, served: Path | None = None) -> CheckpointWriter:
@@ -333,7 +317,7 @@ def _train_and_go_on(tp: TPGroup, checkpoint: Path, root: Path) -> list[list[flo
     that folder, with the optimizer's state; after the third step of both."""
     trainer, tensors = make_trainer(tp, checkpoint)
     for step in range(2):
-        assert trainer.step(samples(seed=step)).outcome.skipped == ""
+        assert trainer.step(samples(seed=step)).skipped == ""
     found = [trainer.score(samples()).logprobs]
     written, _ = _writer(tp, checkpoint, root, tensors).save("first", trainer.optimizer, trainer.weight_version)
     model = AutoModelForCausalLM.from_pretrained(written, dtype=torch.float32, attn_implementation="eager")
@@ -346,7 +330,7 @@ def _train_and_go_on(tp: TPGroup, checkpoint: Path, root: Path) -> list[list[flo
         shutil.copytree(checkpoint / f"tp{tp.size}", written / f"tp{tp.size}")
     tp.all_reduce_(torch.zeros(1))
     again, _ = make_trainer(tp, written)
-    again.optimizer.load(written / folders.OPTIMIZER_DIR)
+    optimizer_state.load(again.optimizer, written / folders.OPTIMIZER_DIR)
     found.append(again.score(samples()).logprobs)
     for each_trainer in (trainer, again):
         each_trainer.step(samples(seed=2))

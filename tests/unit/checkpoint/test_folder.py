@@ -20,7 +20,7 @@ from apollo_tp.launch.distributed import World
 from apollo_tp.runtime import instance_folder
 from apollo_tp.shards.instance import served_models
 from apollo_tp.shards.manifest import publish
-from tests.unit.shards.test_manifest import manifest
+from tests.support.manifests import manifest
 
 
 def _find_server(base: Path, name: str, stack: contextlib.ExitStack) -> None:

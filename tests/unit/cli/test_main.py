@@ -4,14 +4,12 @@ import json
 import os
 import subprocess
 import sys
-import threading
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
 from tests.support.chat_model import write_model
 from tests.support.fakes import CoordinatorProcess, FakeRanks, wait_for
+from tests.support.http_server import served
 
 
 @pytest.fixture(scope="module")
@@ -32,31 +30,6 @@ def run(stack, *arguments, env=None, text=None):
     environment = os.environ | {"APOLLO_TP_RUNTIME_DIR": folder, "TERM": "dumb", "COLUMNS": "200"} | (env or {})
     command = [sys.executable, "-m", "apollo_tp.cli.main", *map(str, arguments)]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=30, input=text)
-
-
-@contextmanager
-def served(respond):
-    """An HTTP server; ``respond`` takes the handler and the body, and gives status and answer."""
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self):
-            body = self.rfile.read(int(self.headers.get("content-length", 0)))
-            status, answer = respond(self, json.loads(body or b"null"))
-            content = json.dumps(answer).encode()
-            self.send_response(status)
-            self.send_header("Content-Length", str(len(content)))
-            self.end_headers()
-            self.wfile.write(content)
-
-        do_GET = do_POST  # noqa: N815 - http.server's name
-
-        def log_message(self, *_):
-            pass
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}"
-        server.shutdown()
 
 
 @pytest.fixture

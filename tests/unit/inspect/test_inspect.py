@@ -8,7 +8,10 @@ import pytest
 import torch
 
 from apollo_tp.inspect.__main__ import main
+from apollo_tp.runtime import instance_folder
+from apollo_tp.shards.manifest import CheckpointTensor, SegmentRecord, ServedTensor, publish
 from tests.support.families import FAMILIES, build, store_head
+from tests.support.manifests import manifest
 
 CONFIG = {
     "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "hidden_size": 64, "num_hidden_layers": 1,
@@ -28,6 +31,29 @@ def test_a_folder_that_is_no_model_is_named(tmp_path, capsys):
     for folder in (tmp_path / "none", tmp_path):
         assert main([str(folder)]) == 1
         assert f"got {folder}, expected a Hugging Face folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("seconds", ["nan", "inf", "1e999"])
+def test_a_wait_without_an_end_is_refused(tmp_path, capsys, seconds):
+    """A deadline that never comes."""
+    tmp_path.chmod(0o700)
+    assert main(["--runtime-dir", str(tmp_path), "--wait", seconds]) == 1
+    assert "--wait: got " in capsys.readouterr().err
+
+
+def test_brackets_in_names_are_shown(tmp_path, capsys):
+    """As they are, not taken for markup, which would drop them or end in a traceback."""
+    tmp_path.chmod(0o700)
+    segment = SegmentRecord(
+        checkpoint="a[/b].weight", box_offset=[0], box_shape=[4], served="served[bold]", view_offset=0, view_stride=[1]
+    )
+    tensor = CheckpointTensor(name="a[/b].weight", shape=[4], dtype="bfloat16")
+    served = ServedTensor(name="served[bold]", allocation=0, offset_bytes=0, shape=[4], stride=[1], dtype="bfloat16")
+    model = manifest(size=1, model_path="/models/[/x]", checkpoint=[tensor], served=[served], segments=[segment])
+    publish(model, instance_folder.instance_dir("test", tmp_path))
+    main(["--runtime-dir", str(tmp_path)])
+    shown = capsys.readouterr().out
+    assert all(text in shown for text in ("/models/[/x]", "a[/b].weight", "[0:4]", "served[bold]"))
 
 
 @pytest.mark.parametrize("size", ["0", "-1"])
@@ -70,3 +96,31 @@ def test_a_stored_head_is_told_as_a_server_tells_it(tmp_path, rows, status, said
     assert said in text, text
     assert done.returncode == status
     assert ("second copy" in text) == (rows is None)
+
+
+def test_what_vllm_refuses_is_refused_in_its_words(model, tmp_path):
+    """Four heads on three ranks: vLLM's own sentence, without pydantic's frame around it. And configs over which they
+    raise anything at all. In a process of its own, which vLLM's import changes, and in one, since that import is slow."""
+    folders = []
+    for content in (b"[]", b"null", b"{", b"{}", b"\xff\xfe", b'"x"', b'{"model_type": 3}', b'{"model_type": []}'):
+        folders.append(tmp_path / f"model{len(folders)}")
+        folders[-1].mkdir()
+        (folders[-1] / "config.json").write_bytes(content)
+    code = (
+        "import sys; from apollo_tp.inspect.__main__ import main; "
+        "print([main(['--tp', '3', folder]) for folder in sys.argv[1:]])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, *map(str, [model, *folders])],
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+    )
+    assert f"{[1] * (1 + len(folders))}" in done.stdout, done.stderr
+    errors = [line for line in done.stderr.splitlines() if line.startswith("apollo_tp.inspect: ")]
+    assert f"{model} at --tp 3: got 'Total number of attention heads (4) must be divisible" in errors[0]
+    assert "pydantic" not in errors[0]
+    for folder, error in zip(folders, errors[1:], strict=True):
+        assert f"{folder} at --tp 3: got " in error
+    assert "Traceback" not in done.stderr

@@ -19,17 +19,17 @@ from apollo_tp.errors import MappingError
 from apollo_tp.launch import stages
 from apollo_tp.launch.distributed import World
 from apollo_tp.launch.stages import Joined, resume
-from tests.unit.shards.test_manifest import manifest
+from tests.support.manifests import manifest
 
 
 def test_the_record_counts_what_a_failed_step_wrote_and_nothing_else(tmp_path: Path) -> None:
     """A record of weights that nobody wrote would stop their comparison with the checkpoint."""
-    lineage = LineageFile(tmp_path, "no/such/model", keep=True)
+    lineage = LineageFile(tmp_path, str(tmp_path / "no model"), keep=True)
     lineage.count_to(0)
-    assert not LineageFile(tmp_path, "no/such/model", keep=True).trained_here
+    assert not LineageFile(tmp_path, str(tmp_path / "no model"), keep=True).trained_here
     lineage.before_write()
     lineage.count_to(1)
-    again = LineageFile(tmp_path, "no/such/model", keep=True)
+    again = LineageFile(tmp_path, str(tmp_path / "no model"), keep=True)
     assert (again.trained_here, again.record.weight_version) == (True, 1)
 
 
@@ -41,7 +41,7 @@ def test_a_full_folder_stops_a_step_before_it_writes_and_none_after_that(
     def full(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, "no room")
 
-    lineage = LineageFile(tmp_path, "no/such/model", keep=True)
+    lineage = LineageFile(tmp_path, str(tmp_path / "no model"), keep=True)
     with monkeypatch.context() as patch:
         patch.setattr("apollo_tp.runtime.private_files.tempfile.mkstemp", full)
         with pytest.raises(OSError, match="no room"):
@@ -51,7 +51,7 @@ def test_a_full_folder_stops_a_step_before_it_writes_and_none_after_that(
     for version in (1, 2):
         lineage.before_write()
         lineage.update(weight_version=version, last_job_step=version, last_job_id="x" * (100 // version))
-    record = LineageFile(tmp_path, "no/such/model", keep=True).record
+    record = LineageFile(tmp_path, str(tmp_path / "no model"), keep=True).record
     assert (record.weight_version, record.last_job_step, len(record.last_job_id)) == (2, 2, 50)
     (tmp_path / "weights.json").unlink()  # a cleaner of temporary files: this trainer goes on
     lineage.update(weight_version=3)
@@ -71,7 +71,7 @@ def test_the_schedule_goes_on_where_the_last_trainer_ended(
     """Its steps since the last checkpoint are in the weights, as the moments are not, which is said."""
     if saved:
         (tmp_path / "optimizer").mkdir()
-    lineage = LineageFile(tmp_path, "no/such/model", keep=True)
+    lineage = LineageFile(tmp_path, str(tmp_path / "no model"), keep=True)
     lineage.before_write()
     lineage.update(step_count=95, checkpoint=str(tmp_path) if saved else "")
     optimizer = SimpleNamespace(step_count=0, level_replicas=list)

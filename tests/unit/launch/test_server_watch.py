@@ -12,7 +12,7 @@ from apollo_tp.errors import ServerGoneError
 from apollo_tp.launch.server_watch import ServerWatch
 from apollo_tp.runtime.processes import ProcessId
 from apollo_tp.shards.manifest import Manifest
-from tests.unit.shards.test_manifest import manifest
+from tests.support.manifests import manifest
 
 
 def _of(process: subprocess.Popen[bytes], rank: int) -> Manifest:

@@ -16,7 +16,7 @@ from apollo_tp.launch.distributed import World
 from apollo_tp.launch.services import Services
 from apollo_tp.wire import commands
 from tests.support.figures import step_figures
-from tests.unit.shards.test_manifest import manifest
+from tests.support.manifests import manifest
 
 
 class Saved:

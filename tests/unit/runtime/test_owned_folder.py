@@ -17,7 +17,7 @@ from apollo_tp.errors import CheckpointError, ConfigError
 from apollo_tp.runtime import instance_folder, owned_folder, private_files
 from apollo_tp.shards.instance import CLAIMED_VARIABLE, REFUSED_VARIABLE, SERVER_LOCK, claim_instance
 from apollo_tp.shards.manifest import publish
-from tests.unit.shards.test_manifest import ended_process, manifest
+from tests.support.manifests import ended_process, manifest
 
 
 def _precious(path: Path) -> Path:

@@ -6,7 +6,6 @@ import contextlib
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -38,34 +37,13 @@ from apollo_tp.shards.manifest import (
 )
 from apollo_tp.shards.placement import place
 from apollo_tp.shards.serving import SERVING_FILE, ChatTemplate, Serving, publish_serving, read_serving
-
-
-def manifest(rank: int = 0, size: int = 2, **changes: Any) -> Manifest:
-    """A manifest of this very process, which is alive."""
-    process = processes.ProcessId.of(os.getpid())
-    assert process is not None
-    fields: dict[str, Any] = {
-        "schema_version": SCHEMA_VERSION, "instance_id": "test", "created_at": time.time(), "vllm_version": "0.32.0",
-        "model_path": "/m", "served_model_names": ["m"], "dtype": "bfloat16", "tp_rank": rank, "tp_size": size,
-        "host": "h", "pid": process.pid, "pid_start_ticks": process.start_ticks,
-        "pid_namespace": processes.pid_namespace(), "device": "cpu",
-    }  # fmt: skip
-    return Manifest(**(fields | changes))
+from tests.support.manifests import ended_process, manifest
 
 
 @pytest.fixture
 def base(tmp_path: Path) -> Path:
     tmp_path.chmod(0o700)
     return tmp_path
-
-
-def ended_process() -> processes.ProcessId:
-    """Identity of a process that has ended."""
-    child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-    identity = processes.ProcessId.of(child.pid)
-    assert identity is not None
-    child.communicate()
-    return identity
 
 
 def test_round_trip_is_private_and_exact(base: Path) -> None:

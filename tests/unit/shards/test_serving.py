@@ -19,8 +19,8 @@ from apollo_tp.shards.serving import ChatTemplate, Serving, read_serving
 from apollo_tp.vllm_plugin import chat
 from apollo_tp.vllm_plugin.manifest_builder import manifest_header
 from tests.support.chat_model import INST, write_model
+from tests.support.manifests import manifest
 from tests.support.served_model import publish_folder
-from tests.unit.shards.test_manifest import manifest
 
 
 def _header(model: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:

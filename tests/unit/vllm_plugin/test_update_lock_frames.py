@@ -15,8 +15,8 @@ from apollo_tp.errors import ServerGoneError
 from apollo_tp.runtime import instance_folder
 from apollo_tp.training.update_gate import Lock
 from apollo_tp.wire import update_lock as lock_messages
+from tests.support.frames import NOT_UTF8
 from tests.support.locked_server import Plugin, attach, eventually, options
-from tests.unit.wire.test_messages import NOT_UTF8
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from apollo_tp.wire import codec, commands
 from apollo_tp.wire import tunnel as tunnel_messages
 from tests.support.fakes import CoordinatorProcess, FakeRanks, wait_for
 from tests.support.figures import step_figures
-from tests.unit.wire.test_messages import KINDS, NOT_UTF8, damaged, frame_of
+from tests.support.frames import KINDS, NOT_UTF8, damaged, frame_of
 
 ONE = {"context_ids": [1, 2], "continuation_ids": [3, 4]}
 READ, TRAIN = "r" * 20, "t" * 20
@@ -178,7 +178,7 @@ def hostile_frames():
     yield codec.encode(commands.Shutdown(id="x", reason="a command, not a reply"))
     yield msgspec.msgpack.encode({"type": "Hello", "id": "x"})
     yield msgspec.msgpack.encode({"type": "os.system", "id": "x"})
-    hello = FakeRanks("x", "/nonexistent").hello()
+    hello = FakeRanks("x", "no journal is written").hello()
     yield codec.encode(msgspec.structs.replace(hello, protocol_version=99))
     yield codec.encode(commands.StepDone(id="job-x/1", figures=step_figures(weight_version=5)))
     for identity in ("", "/", "job-x/notanumber", "job-x/-1", "job-x/" + "9" * 400):
@@ -193,14 +193,14 @@ def hostile_frames():
 
 
 @pytest.mark.parametrize("name", ["ranks.sock", "coordinator.sock"])
-def test_hostile_frames_do_nothing(guarded, name):
+def test_hostile_frames_do_nothing(guarded, tmp_path, name):
     """Nothing crashes, nothing reaches the ranks, no job appears, and real work goes on."""
     coordinator, client, ranks = guarded
     headers = {"Authorization": f"Bearer {TRAIN}"}
     before = (len(ranks.commands), client.get("/train/jobs", headers=headers).json())
     context = zmq.Context.instance()
     for kind, parts in ((zmq.DEALER, 1), (zmq.DEALER, 3), (zmq.REQ, 1)):
-        for frame in hostile_frames():
+        for frame in hostile_frames(tmp_path / "journal"):
             with context.socket(kind) as peer:
                 peer.setsockopt(zmq.LINGER, 200)
                 peer.setsockopt(zmq.SNDTIMEO, 2000)

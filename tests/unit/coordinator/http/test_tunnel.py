@@ -2,48 +2,21 @@
 
 import asyncio
 import os
-import socket
 import threading
 import time
 from types import SimpleNamespace
 
 import httpx
 import pytest
-import uvicorn
 from fastapi import FastAPI
 
-from apollo_tp.coordinator.__main__ import bind_http
 from apollo_tp.runtime import instance_folder, private_files
 from apollo_tp.shards.instance import CLAIMED_VARIABLE, REFUSED_VARIABLE
 from apollo_tp.vllm_plugin.endpoints import ApolloEndpoints
 from tests.support.fakes import CoordinatorProcess, FakeRanks, wait_for
+from tests.support.plugin_server import PluginServer
 
 ONE = {"context_ids": [1, 2], "continuation_ids": [3, 4]}
-
-
-class Server:
-    """What vLLM does with the plugin: build an app, attach, serve."""
-
-    def __init__(self, root_path="", uds=None):
-        app = FastAPI()
-        app.root_path = root_path
-        app.get("/ping")(lambda: {"ok": True})
-        self.plugin = ApolloEndpoints()
-        self.plugin.attach_router(app)
-        if uds is None:
-            self.socket = bind_http("127.0.0.1", 0)
-            self.url = f"http://127.0.0.1:{self.socket.getsockname()[1]}"
-        else:
-            self.socket = socket.socket(socket.AF_UNIX)
-            self.socket.bind(str(uds))
-            self.socket.listen()
-        self.server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
-        self.thread = threading.Thread(target=self.server.run, kwargs={"sockets": [self.socket]}, daemon=True)
-        self.thread.start()
-
-    def close(self):
-        self.server.should_exit = True
-        self.thread.join(10)
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +25,7 @@ def stack(tmp_path_factory):
     os.environ |= {"APOLLO_TP_INSTANCE": "i", "APOLLO_TP_CLAIMED": "1", "APOLLO_TP_RUNTIME_DIR": str(folder)}
     folder.chmod(0o700)
     coordinator = CoordinatorProcess(folder, max_body_bytes=3_000_000)
-    server = Server()
+    server = PluginServer()
     try:
         with httpx.Client(base_url=server.url, timeout=30) as client:
             answer = client.get("/train/status")
@@ -92,7 +65,7 @@ def test_the_routes_give_identical_answers_on_both_ports(stack):
 def test_a_root_path_is_no_part_of_the_route(stack):
     """Under --root-path a request is the same, whether a proxy has taken the prefix off or not; odd names stay whole."""
     client, direct, *_ = stack
-    server = Server("/api")
+    server = PluginServer("/api")
     try:
         for url in (f"{server.url}/api", server.url, client.base_url):
             assert httpx.get(f"{url}/train/status").status_code == 200, url
@@ -194,7 +167,7 @@ def test_without_tokens_other_machines_are_refused(stack):
 
 def test_without_tokens_the_servers_unix_socket_is_refused(stack, tmp_path):
     """vLLM's --uds is there for a proxy, which may pass on requests from anywhere without a word."""
-    server = Server(uds=tmp_path / "uds")
+    server = PluginServer(uds=tmp_path / "uds")
     try:
         transport = httpx.HTTPTransport(uds=str(tmp_path / "uds"))
         with httpx.Client(transport=transport, base_url="http://localhost", timeout=10) as client:
@@ -218,7 +191,7 @@ def test_a_server_whose_name_is_taken_keeps_off_the_other_one(tmp_path, monkeypa
     plugin = ApolloEndpoints()
     asyncio.run(plugin.init_state(SimpleNamespace(), None, SimpleNamespace()))
     assert sorted(path.name for path in folder.iterdir() if path.is_file()) == ["coordinator.sock", "sync.sock"]
-    server = Server()
+    server = PluginServer()
     try:
         answer = httpx.post(f"{server.url}/train", json=ONE)
     finally:

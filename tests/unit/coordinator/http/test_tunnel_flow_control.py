@@ -13,7 +13,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from apollo_tp.coordinator.http.tunnel import Tunnel
 from apollo_tp.wire import codec
 from apollo_tp.wire import tunnel as tunnel_messages
-from tests.unit.coordinator.http.test_tunnel import Server
+from tests.support.plugin_server import PluginServer
 
 
 def _serve_from(folder, monkeypatch):
@@ -106,7 +106,7 @@ def test_a_slow_client_fills_no_memory(tmp_path, monkeypatch):
             assert sum([len(piece) async for piece in answer.aiter_raw()]) == count * len(part)
         assert tunnel._windows == {}
 
-    server = Server()
+    server = PluginServer()
     try:
         asyncio.run(main())
     finally:
@@ -212,7 +212,7 @@ def test_an_answer_keeps_its_length(tmp_path, monkeypatch):
             with pytest.raises(httpx.RemoteProtocolError):
                 await client.get("/train/short")
 
-    server = Server()
+    server = PluginServer()
     try:
         asyncio.run(main())
     finally:

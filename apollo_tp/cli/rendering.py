@@ -1,0 +1,111 @@
+"""Answers as people read them: plain lines, tables, and a job's progress bar."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from apollo_tp.cli.answers import Checkpoint, DryRun, Event, Job, Status, read
+
+# texts of models, jobs and errors are shown as they are: brackets in them are no markup
+out = Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
+err = Console(highlight=False, markup=False, emoji=False, stderr=True)
+
+
+def show_status(status: Status) -> None:
+    """The trainer, the running job and the queue."""
+    trainer, job = status.trainer, status.running
+    dot = "*" if out.options.ascii_only else "●"
+    if trainer.connected:
+        line = f" {trainer.model} on {trainer.num_ranks} ranks, {trainer.optimizer}"
+    else:
+        line = f" no trainer: {trainer.reason}"
+    out.print(Text(dot, "green" if trainer.connected else "red").append(line, "default"))
+    out.print(f"weight version {trainer.weight_version}, {'not yet saved' if status.unsaved else 'saved'}")
+    if job:
+        left = f", {job.seconds_left:.0f} s left" if job.seconds_left is not None else ""
+        speed = f", {job.tokens_per_second:.0f} tokens/s" if job.tokens_per_second else ""
+        out.print(f"running {job.id}: step {job.step}/{job.total_steps}{job.loss_text}{speed}{left}")
+    for waiting in status.queue:
+        out.print(f"{waiting.state:8} {waiting.id}: step {waiting.step}/{waiting.total_steps}")
+
+
+def show_jobs(jobs: list[Job]) -> None:
+    """A table of jobs."""
+    table = Table("job", "state", "step", "loss", "tokens", box=None)
+    for job in jobs:
+        loss = "" if job.loss is None else f"{job.loss:.4f}"
+        table.add_row(job.id, job.state, f"{job.step}/{job.total_steps}", loss, str(job.tokens))
+    out.print(table)
+
+
+def show_layout(rows: list[dict[str, Any]]) -> None:
+    """A table with the keys of the first row as columns."""
+    table = Table(*rows[0], box=None)
+    for row in rows:
+        table.add_row(*(":".join(map(str, cell)) if isinstance(cell, list) else str(cell) for cell in row.values()))
+    out.print(table)
+
+
+def show_dry_run(answer: DryRun) -> None:
+    """The tokens of each sample, in green those that are learned from."""
+    for sample in answer.samples:
+        tokens = sample.tokens or [f"{token} " for token in sample.token_ids]
+        line = Text()
+        for token, weight in zip(tokens, sample.weights, strict=True):
+            line.append(token, "green" if weight else "dim")
+        out.print(line)
+    out.print(f"{answer.num_tokens} tokens, {answer.num_loss_tokens} learned from; {answer.total_steps} steps")
+
+
+def show_checkpoint(checkpoint: Checkpoint) -> None:
+    """Its folder, or why there is none."""
+    out.print(checkpoint.path or f"{checkpoint.state}: {checkpoint.error}")
+
+
+def show_event(event: Event) -> None:
+    """One line."""
+    out.print(f"{event.id:6} {event.level:5} {event.message}")
+
+
+def show_action(job: Job) -> None:
+    """The state of a job that was asked to do something."""
+    out.print(f"{job.id}: {job.state}{f', {job.wanted} asked' if job.wanted else ''}")
+
+
+def show_end(job: Job) -> None:
+    """How a job ended."""
+    out.print(f"{job.id}: {job.state}{job.loss_text}")
+
+
+def show_progress(job_id: str, events: Iterable[Any]) -> None:
+    """A progress bar with the latest loss while the events of a job last; other events are lines above it."""
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, TextColumn("{task.fields[figures]}"), console=err) as bar:
+        task = bar.add_task(job_id, total=None, figures="")
+        for event in (read(answer, Event) for answer in events):
+            data = event.data
+            if event.type == "metrics" and data.get("train_loss") is not None:
+                speed = data.get("tokens_per_second")
+                figures = f"loss {data['train_loss']:.4f}" + (f", {speed:.0f} tokens/s" if speed else "")
+                bar.update(task, completed=data["step"], total=data["total_steps"], figures=figures)
+            else:
+                err.print(event.message)
+
+
+@contextmanager
+def waiting(text: str) -> Iterator[None]:
+    """A spinner on standard error, if that is a terminal."""
+    with err.status(text):
+        yield
+
+
+def show_broken_connection() -> None:
+    """While events are followed."""
+    err.print("the connection broke; going on where it was", style="dim")

@@ -1,0 +1,60 @@
+"""A file of samples, one JSON object per line, as the body of ``POST /train``."""
+
+from __future__ import annotations
+
+import codecs
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import msgspec
+
+from apollo_tp.cli.answers import RefusedError
+
+
+class SampleFile:
+    """The samples of a file, as JSON of an object each. ``-`` is standard input.
+
+    Raises RefusedError, with the line, for what is no JSON object in UTF-8, and OSError.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._name = "standard input" if str(path) == "-" else str(path)
+        self.samples: list[msgspec.Raw] = []
+        self._line_numbers: list[int] = []
+        # standard input by its number: sys.stdin is None if the shell closed it
+        with open(0 if str(path) == "-" else path, "rb", closefd=str(path) != "-") as lines:
+            for number, line in enumerate(lines, 1):
+                content = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+                if content.strip():
+                    self._check(content, number)
+                    self.samples.append(msgspec.Raw(content))
+                    self._line_numbers.append(number)
+        if not self.samples:
+            raise RefusedError(f"{self._name}, line 1: got no samples, expected one JSON object per line")
+
+    def _check(self, content: bytes, number: int) -> None:
+        try:
+            content.decode()
+            msgspec.json.decode(content, type=dict)
+            return
+        except msgspec.ValidationError as error:
+            got = f"a wrong value ({error})"
+        except ValueError as error:
+            got = f"malformed JSON ({str(error).removeprefix('JSON is malformed: ')})"
+        except RecursionError:
+            got = "too deeply nested JSON"
+        raise RefusedError(f"{self._name}, line {number}: got {got}, expected one object in UTF-8")
+
+    @contextmanager
+    def located(self) -> Iterator[None]:
+        """Add the file, and the line of a sample that the coordinator names, to what it refuses."""
+        try:
+            yield
+        except RefusedError as error:
+            where = re.match(r"samples\[(\d+)\]", error.field or "")
+            if where is None or int(where[1]) >= len(self._line_numbers):
+                raise
+            line = self._line_numbers[int(where[1])]
+            raise RefusedError(f"{self._name}, line {line}: {error}", error.field) from error

@@ -1,0 +1,88 @@
+"""Commands about the trainer: status, checkpoints, layout, agreement with the server, and keys for clients."""
+
+import math
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from apollo_tp.cli import rendering
+from apollo_tp.cli.access import HTTP, check_scheme
+from apollo_tp.cli.answers import Checkpoint, ConnectedTrainer, Page, RefusedError, Scores, Status, read
+from apollo_tp.cli.session import OK, REFUSED, Session
+from apollo_tp.errors import ConfigError
+
+POLL_SECONDS = 0.5
+
+
+def status(session: Session) -> int:
+    """What runs, waits and is done."""
+    session.show(session.client.call("GET", "/train/status"), Status, rendering.show_status)
+    return OK
+
+
+def checkpoint(session: Session) -> int:
+    """Write the served weights and the optimizer state to disk, and wait for it."""
+    with rendering.waiting("writing"):
+        answer = session.client.call("POST", "/checkpoint", json={})
+        while (made := read(answer, Checkpoint)).state == "queued":  # the server itself would wait for a time only
+            time.sleep(POLL_SECONDS)
+            answer = session.client.call("GET", f"/checkpoint/{made.id}")
+    session.show(answer, Checkpoint, rendering.show_checkpoint)
+    return OK if made.state == "succeeded" else REFUSED
+
+
+def inspect(session: Session) -> int:
+    """Which part of which checkpoint tensor lies on which rank."""
+    rows = read(session.client.call("GET", "/train/layout"), Page[dict[str, Any]]).data
+    if not rows and not session.json:
+        print("the trainer has not said; without a trainer: python -m apollo_tp.inspect")
+        return REFUSED
+    session.show(rows, list[dict[str, Any]], rendering.show_layout)
+    return OK
+
+
+def compare(
+    session: Session,
+    server: Annotated[str, typer.Option(help="vLLM; its API key in $VLLM_API_KEY.")] = "http://127.0.0.1:8000",
+    tokens: int = 64,
+    at_most: Annotated[
+        float | None, typer.Option(metavar="NATS", help="Exit with status 1 if the mean gap is larger.")
+    ] = None,
+) -> int:
+    """Does the trainer compute what the server serves?"""
+    from apollo_tp.cli.compare import MAX_TOKENS, ask_server, gap, random_tokens, score_request, served_logprobs
+
+    check_scheme("--server", server, *HTTP)
+    if at_most is not None and math.isnan(at_most):
+        raise ConfigError(f"--at-most: got {at_most}, expected a number of nats")
+    answer = session.client.call("GET", "/train/status")
+    if not (shown := read(answer, Status).trainer).connected:
+        raise RefusedError(f"no trainer: {shown.reason}")
+    trainer = read(answer["trainer"], ConnectedTrainer)
+    ids = random_tokens(max(2, min(tokens, trainer.max_sequence_tokens, MAX_TOKENS)), trainer.vocab_size)
+    scored = session.client.call("POST", "/train/score", json=score_request(ids), timeout=None)
+    served = served_logprobs(ask_server(server, trainer.served_model_names[0], ids), ids)
+    found, version = gap(scored, served), read(scored, Scores).weight_version
+    line = (
+        f"{found.tokens} log-probabilities of random tokens, weight version {version}: server and trainer "
+        f"differ by {found.mean_gap_nats:.4f} nats in the mean, {found.largest_gap_nats:.4f} at most"
+    )
+    session.show(asdict(found) | {"weight_version": version}, dict[str, Any], lambda _: print(line))
+    return OK if at_most is None or found.mean_gap_nats <= at_most else REFUSED
+
+
+def keys(
+    session: Session,
+    folder: Annotated[Path, typer.Argument(metavar="DIR")],
+    client: Annotated[str, typer.Option(help="Name of the client that may connect.")] = "client",
+) -> int:
+    """Make CURVE keys for ZMQ over TCP: the coordinator's (service.zmq.keys_dir) and a client's."""
+    from apollo_tp.coordinator.http.curve import create_keys
+
+    written = [str(path) for path in create_keys(folder, client)]
+    lines = "\n".join(written) or f"nothing to make: {folder} has keys for {client}"
+    session.show({"written": written}, dict[str, Any], lambda _: print(lines))
+    return OK
