@@ -10,7 +10,7 @@ import torch
 
 from apollo_tp.config import OptimConfig
 from apollo_tp.distributed.tp_group import TPGroup
-from apollo_tp.optim import OptimParameter
+from apollo_tp.optim import Optimizer, OptimParameter
 from apollo_tp.shards.boxes import Shard, merge_ranges, replicated_parts
 
 
