@@ -207,7 +207,7 @@ def report(result: dict[str, Any], tp: TPGroup, options: argparse.Namespace) -> 
 
 def run(config: PretrainedConfig, tokens: int, device: str, tp: TPGroup, options: argparse.Namespace) -> dict[str, Any]:
     torch.manual_seed(0)
-    shards, side_by_side = served_memory(config, device, tp)
+    shards, fused_tensors = served_memory(config, device, tp)
     weights = torch.cuda.memory_allocated() if device == "cuda" else 0
     train = TrainConfig(max_micro_batch_tokens=tokens, max_sequence_tokens=tokens, precision=options.precision)
     fused = options.gradients == "fused"
@@ -215,7 +215,7 @@ def run(config: PretrainedConfig, tokens: int, device: str, tp: TPGroup, options
         lr=1e-6, max_grad_norm=None if fused else 1.0, max_relative_update=1e9, check_replicas_every=0,
     )  # fmt: skip
     model = bind_model(
-        config, shards, tp, fused=side_by_side, gradient_checkpointing=options.recompute, compiled=options.compile
+        config, shards, tp, fused_tensors=fused_tensors, gradient_checkpointing=options.recompute, compiled=options.compile
     )  # fmt: skip
     optimizer = build_optimizer(optim, train.precision, model.parameters, tp)
     trainer = Trainer(

@@ -23,8 +23,8 @@ from apollo_tp.checkpoint.safetensors_file import Entry, create, plan, write_box
 from apollo_tp.distributed.tp_group import TPGroup
 from apollo_tp.errors import CheckpointError
 from apollo_tp.shards.boxes import Box, Shard
-from apollo_tp.shards.dtypes import DTYPES
 from apollo_tp.shards.manifest import CheckpointTensor
+from apollo_tp.shards.mapping import DTYPES
 
 MAX_FILE_BYTES = 5 * 10**9
 """File split of a checkpoint that never was on disk (a server started with dummy weights)."""

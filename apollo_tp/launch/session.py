@@ -31,7 +31,7 @@ from apollo_tp.launch.distributed import World, join
 from apollo_tp.launch.progress import StepProgress
 from apollo_tp.launch.server_watch import ServerWatch
 from apollo_tp.model import BoundModel, bind_model
-from apollo_tp.model.served_config import as_served
+from apollo_tp.model.build import as_served
 from apollo_tp.optim import Optimizer, build_optimizer
 from apollo_tp.runtime import instance_folder, processes
 from apollo_tp.shards.instance import check_agreement, read_instance, served_models, wait_for_server
@@ -148,7 +148,7 @@ def _bind(config: Config, hf_config: PretrainedConfig, mapped: MappedRank, tp: T
         hf_config,
         mapped.tensors,
         tp,
-        fused=mapped.fused,
+        fused_tensors=mapped.fused_tensors,
         gradient_checkpointing=config.train.gradient_checkpointing,
         compiled=mapped.device.type == "cuda" if config.train.compile is None else config.train.compile,
     )

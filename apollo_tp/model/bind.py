@@ -14,24 +14,23 @@ from apollo_tp.distributed.tp_group import TPGroup
 from apollo_tp.errors import UnsupportedModelError
 from apollo_tp.model.batch import pack
 from apollo_tp.model.bound import BoundModel, BoundParameter, Role, final_hidden_states
+from apollo_tp.model.build import build_on_meta, refusing
 from apollo_tp.model.compiled import compile_layers, decoder_layers
 from apollo_tp.model.families import logits_transform, refuse_unknown_layers
-from apollo_tp.model.fused_tensors import refuse_wrong_cuts
 from apollo_tp.model.gradients import GradientSync, Place
 from apollo_tp.model.joined import JoinedLinear, JoinedPart, stack_rows
 from apollo_tp.model.loss import VocabShard
 from apollo_tp.model.names import NameMap, map_names
-from apollo_tp.model.narrow import build_on_meta
 from apollo_tp.model.recurrent import respect_boundaries
-from apollo_tp.model.refusal import refusing
 from apollo_tp.model.regions import (
     FullWidthRMSNorm,
     RowParallelLinear,
     inside,
     install_full_width_norms,
     install_regions,
+    refuse_wrong_cuts,
 )
-from apollo_tp.model.vocabulary import VocabParallelEmbedding
+from apollo_tp.model.tp_linear import VocabParallelEmbedding
 from apollo_tp.shards.boxes import Shard
 from apollo_tp.wire.commands import Sample
 
@@ -44,14 +43,14 @@ def bind_model(
     shards: Shards,
     tp: TPGroup,
     *,
-    fused: Iterable[Sequence[str]] = (),
+    fused_tensors: Iterable[Sequence[str]] = (),
     gradient_checkpointing: bool = False,
     compiled: bool = False,
 ) -> BoundModel:
     """Put this rank's ``shards`` in as the parameters of the model of ``config``, without a copy.
 
     ``shards`` maps checkpoint names to the shard record and the local tensor (shape ``shard.local_shape``, a view of the
-    served memory; vocabulary-parallel tensors without padding rows). ``fused`` lists names that share a served tensor:
+    served memory; vocabulary-parallel tensors without padding rows). ``fused_tensors`` lists names that share a served tensor:
     where their rows follow each other, they run as one product. ``compiled``: see compile_layers. Collective over ``tp``:
     see GradientSync. Raises UnsupportedModelError that lists every tensor and parameter that does not fit.
     """
@@ -66,7 +65,7 @@ def bind_model(
         module, config, {name: leaf.parts[0][0] for name, leaf in leaves.items() if not leaf.parts[0][1]}, tp
     )
     parameter_of = {part.name: name for name, leaf in leaves.items() for part, index in leaf.parts if not index}
-    for group in fused if getattr(module.config, "clip_qkv", None) is None else ():  # clipped in place: not a view
+    for group in fused_tensors if getattr(module.config, "clip_qkv", None) is None else ():  # clipped in place: not a view
         _join(module, leaves, [parameter_of[name] for name in group if name in parameter_of])
     embedding = shards[names.parts[vocabulary.embedding][0][0]][0]
     vocab = replace(_install_vocabulary(module, embedding, vocabulary, tp, transform), compiled=compiled)

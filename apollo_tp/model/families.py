@@ -16,9 +16,9 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from apollo_tp.errors import UnsupportedModelError
+from apollo_tp.model.build import refusing
 from apollo_tp.model.loss import LogitsTransform
 from apollo_tp.model.recurrent import keeps_boundaries
-from apollo_tp.model.refusal import refusing
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def _delta_net_parts(config: PretrainedConfig) -> tuple[int, ...]:
     return keys, keys, config.linear_num_value_heads * config.linear_value_head_dim
 
 
-FUSED: dict[str, Callable[[PretrainedConfig], tuple[int, ...]]] = {
+FUSED_TENSORS: dict[str, Callable[[PretrainedConfig], tuple[int, ...]]] = {
     "gate_up_proj": lambda _: (1, 1),
     "input_linear": lambda _: (1, 1),  # Granite's name for it
     "qkv_proj": lambda config: (

@@ -8,7 +8,6 @@ from __future__ import annotations
 import base64
 import os
 import random
-import weakref
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -23,19 +22,28 @@ from apollo_tp.shards.boxes import Shard
 from apollo_tp.shards.manifest import Allocation, Manifest
 from apollo_tp.shards.placement import Placement, place
 
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+}  # fmt: skip
+"""torch's dtypes by the names that safetensors files, and so the checkpoint records of a manifest, use."""
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+"""The other way round."""
+
 
 @dataclass
 class MappedRank:
     """The served memory of one rank. ``tensors``: checkpoint name -> (shard, LOCAL view of served memory, served dtype).
 
-    ``fused`` lists the checkpoint names that share a served tensor (query, key and value rows), where there are several.
+    ``fused_tensors`` lists the checkpoint names that share a served tensor (query, key and value rows), where there are several.
     """
 
     manifest: Manifest
     device: torch.device
     tensors: dict[str, tuple[Shard, Tensor]]
     served: dict[str, Tensor]
-    fused: list[list[str]] = field(default_factory=list)
+    fused_tensors: list[list[str]] = field(default_factory=list)
     _opened: list[Any] = field(default_factory=list, repr=False)
 
     def close(self) -> None:
@@ -77,7 +85,7 @@ def map_rank(manifests: Sequence[Manifest], rank: int) -> MappedRank:
     members: dict[str, list[str]] = defaultdict(list)
     for name, placement in placements.items():
         members[placement.served].append(name)
-    mapped.fused = [names for served, names in members.items() if served and len(names) > 1]
+    mapped.fused_tensors = [names for served, names in members.items() if served and len(names) > 1]
     return mapped
 
 
@@ -164,10 +172,8 @@ def _open_cuda(allocation: Allocation, manifest: Manifest, device: torch.device)
     tensor = torch.as_tensor(holder, device=device)
     if tensor.data_ptr() != int(pointer):
         raise MappingError(f"rank {manifest.tp_rank}: torch copied the mapped memory instead of wrapping it")
-    closer = weakref.finalize(holder, lambda: None)  # keeps the interface object's lifetime explicit
 
     def close() -> None:
-        closer.detach()
         torch.cuda.synchronize(device)
         runtime.cudaIpcCloseMemHandle(pointer)
 

@@ -15,8 +15,8 @@ from typing import Any
 
 from torch import nn
 
-from apollo_tp.shards.dtypes import DTYPES
 from apollo_tp.shards.manifest import Allocation, Manifest
+from apollo_tp.shards.mapping import DTYPES
 from apollo_tp.vllm_plugin import export
 from apollo_tp.vllm_plugin.compat import versions as compat
 from apollo_tp.vllm_plugin.compat.cpu import import_image_processors

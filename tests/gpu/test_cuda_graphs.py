@@ -39,7 +39,7 @@ def _trainer(tp: TPGroup) -> Trainer:
     torch.manual_seed(0)
     config = Qwen3Config(**CONFIG)
     shards, side_by_side = served_memory(config, "cuda", tp)
-    model = bind_model(config, shards, tp, fused=side_by_side, compiled=True)
+    model = bind_model(config, shards, tp, fused_tensors=side_by_side, compiled=True)
     optim = OptimConfig(lr=1e-3, max_relative_update=1.0)
     optimizer = build_optimizer(optim, Precision.stochastic, model.parameters, tp)
     device = torch.device("cuda", torch.cuda.current_device())

@@ -41,7 +41,7 @@ def _train(tp: TPGroup, by_timing: bool) -> tuple[int, int]:
     torch.manual_seed(0)
     config = Qwen3Config(**CONFIG)
     shards, side_by_side = served_memory(config, "cuda", tp)
-    model = bind_model(config, shards, tp, fused=side_by_side, compiled=True)
+    model = bind_model(config, shards, tp, fused_tensors=side_by_side, compiled=True)
     optim = OptimConfig(lr=1e-4, max_relative_update=1.0, check_replicas_every=1)
     optimizer = build_optimizer(optim, Precision.remainder, model.parameters, tp)
     device = torch.device("cuda", torch.cuda.current_device())

@@ -90,7 +90,7 @@ def compare(tp: TPGroup, case: Case, checkpoint: Path) -> dict[str, float]:
         logprobs = reference_logprobs(model, batch)
     mapped = map_case(checkpoint, tp)
     bound = bind_model(
-        config, mapped.tensors, tp, fused=mapped.fused, gradient_checkpointing=case.gradient_checkpointing
+        config, mapped.tensors, tp, fused_tensors=mapped.fused_tensors, gradient_checkpointing=case.gradient_checkpointing
     )
     batches = pack(batch, case.max_tokens)
     got = train_gradients(bound, batches)

@@ -30,7 +30,7 @@ def _bound(tp: TPGroup, folder: Path, name: str, *, fast: bool) -> BoundModel:
     mapped = map_case(folder / case.checkpoint, tp)
     config = AutoConfig.from_pretrained(folder / case.checkpoint)
     return bind_model(
-        config, mapped.tensors, tp, fused=mapped.fused, gradient_checkpointing=case.gradient_checkpointing, compiled=fast
+        config, mapped.tensors, tp, fused_tensors=mapped.fused_tensors, gradient_checkpointing=case.gradient_checkpointing, compiled=fast
     )  # fmt: skip
 
 

@@ -9,8 +9,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from apollo_tp.distributed.tp_group import TPGroup
 from apollo_tp.gpu_sharing.pace import Pace
+from apollo_tp.model.build import build_on_meta
 from apollo_tp.model.compiled import decoder_layers
-from apollo_tp.model.narrow import build_on_meta
 from tests.support.families import FAMILIES
 
 FORWARD, BACKWARD, REST = 2.0, 5.0, 1.0
