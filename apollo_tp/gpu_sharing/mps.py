@@ -21,7 +21,7 @@ BELOW_NORMAL = "1"
 
 def share_gpu(config: QosConfig) -> None:
     """With ``config.low_priority``, have this process's CUDA contexts start their work on an SM after that of the server;
-    with ``config.sm_percent``, leave all SMs to what will choose among them (``sm_share``). Call it before CUDA initialises.
+    with ``config.sm_percent``, leave all SMs to what will choose among them (``sm_limit``). Call it before CUDA initialises.
 
     Raises ConfigError where the processes would not run side by side: no NVIDIA GPU, or no MPS control daemon.
     """

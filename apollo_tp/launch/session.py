@@ -20,6 +20,7 @@ from apollo_tp.checkpoint.folder import OPTIMIZER_DIR, writer_lock
 from apollo_tp.checkpoint.lineage import LineageFile
 from apollo_tp.config import Config
 from apollo_tp.distributed.control import Control
+from apollo_tp.distributed.peer_memory import PeerSums
 from apollo_tp.distributed.tp_group import TPGroup, compute_group
 from apollo_tp.errors import ConfigError, RankFailedError, ServerGoneError
 from apollo_tp.gpu_sharing import mps as qos
@@ -32,13 +33,14 @@ from apollo_tp.launch.progress import StepProgress
 from apollo_tp.launch.server_watch import ServerWatch
 from apollo_tp.model import BoundModel, bind_model
 from apollo_tp.model.build import as_served
+from apollo_tp.model.compiled import CompileOptions
 from apollo_tp.optim import Optimizer, build_optimizer
 from apollo_tp.runtime import instance_folder, processes
 from apollo_tp.shards.instance import check_agreement, read_instance, served_models, wait_for_server
 from apollo_tp.shards.manifest import Manifest
 from apollo_tp.shards.mapping import MappedRank, map_rank, verify_against_checkpoint
 from apollo_tp.training.coordinator_link import Link
-from apollo_tp.training.cuda_graphs import Replays
+from apollo_tp.training.cuda_graphs import GraphCache
 from apollo_tp.training.memory_profiling import CudaMeter, plan_memory
 from apollo_tp.training.rank_loop import RankLoop
 from apollo_tp.training.trainer import Trainer
@@ -77,7 +79,7 @@ def _run(start: _Start, on_server_gone: Callable[[ServerGoneError], None]) -> No
     watch = ServerWatch(manifests, on_server_gone)
     start.stack.callback(watch.stop)
     mapped, lineage = _map(start, manifests, folder)
-    tp = TPGroup(start.world.rank, start.world.size, peer_memory=config.train.peer_memory)
+    tp = TPGroup(start.world.rank, start.world.size, peers=PeerSums(config.train.peer_memory))
 
     def form() -> None:
         compute_group(tp, mapped.device, config.command_timeout_seconds)
@@ -139,18 +141,19 @@ def _map(start: _Start, manifests: list[Manifest], folder: Path) -> tuple[Mapped
     if mapped.device.type == "cuda":
         torch.cuda.set_device(mapped.device)
         with _together(start.control):
-            sm_share.confine(mapped.device, start.config.qos.sm_percent)
+            sm_share.limit_sms(mapped.device, start.config.qos.sm_percent)
     return mapped, lineage
 
 
 def _bind(config: Config, hf_config: PretrainedConfig, mapped: MappedRank, tp: TPGroup) -> tuple[BoundModel, Optimizer]:
+    compiled = mapped.device.type == "cuda" if config.train.compile is None else config.train.compile
     model = bind_model(
         hf_config,
         mapped.tensors,
         tp,
         fused_tensors=mapped.fused_tensors,
         gradient_checkpointing=config.train.gradient_checkpointing,
-        compiled=mapped.device.type == "cuda" if config.train.compile is None else config.train.compile,
+        compiled=CompileOptions() if compiled else None,
     )
     return model, build_optimizer(config.optim, config.train.precision, model.parameters, tp)
 
@@ -170,7 +173,7 @@ def _make_trainer(
         lineage.before_write()
         gate.before_write()
         if gate.pauses:
-            pace.hold()
+            pace.suspend()
 
     trainer = Trainer(
         model,
@@ -241,9 +244,9 @@ def _plan_memory(start: _Start, trainer: Trainer) -> str:
     if trainer.device.type == "cuda":
         with _together(start.control):
             plan = plan_memory(trainer, CudaMeter(trainer.device), config.train.max_sequence_tokens)
-        replays = config.train.cuda_graphs and plan.fits_replays(beside=False)
+        replays = config.train.cuda_graphs and plan.fits_graphs(keep=False)
         if replays:
-            replays = trainer.record_passes(Replays(trainer.model, beside=plan.fits_replays(beside=True)))
+            replays = trainer.record_passes(GraphCache(trainer.model, keep=plan.fits_graphs(keep=True)))
         memory = f"{plan.describe()}; steps that are alike are {'' if replays else 'not '}recorded"
     log.info("memory: %s", memory)
     return memory

@@ -45,8 +45,8 @@ def refusing(subject: str) -> Iterator[None]:
 
 
 def as_served(config: PretrainedConfig, overrides: dict[str, Any], max_model_len: int) -> PretrainedConfig:
-    """A copy of ``config`` with ``overrides`` (vLLM's --hf-overrides), and rotary frequencies as vLLM has them for
-    ``max_model_len`` tokens (0: unknown).
+    """The config by which the server computes: a copy of the folder's ``config`` with ``overrides`` (vLLM's --hf-overrides),
+    and rotary frequencies as vLLM has them for ``max_model_len`` tokens (0: unknown).
 
     Raises UnsupportedModelError for rotary embeddings and query scales that transformers and vLLM compute differently at the
     same length.
@@ -86,7 +86,7 @@ def narrow_config(config: PretrainedConfig, tp_size: int) -> PretrainedConfig:
     does not divide by ``tp_size``.
     """
     narrow = copy.deepcopy(config.get_text_config())
-    # The head size of some families is hidden_size / heads unless it is given: give it before the heads change.
+    # The head size of some families is hidden_size / heads unless it is set: set it before the number of heads changes.
     if getattr(narrow, "head_dim", None) is None:
         narrow.head_dim = narrow.hidden_size // narrow.num_attention_heads
     for name in _DIVIDED_FIELDS:

@@ -1,6 +1,6 @@
-"""On trainer rank r: map the memory that vLLM's rank r exported, and give views of it by checkpoint tensor name.
+"""On a trainer rank: map the memory that the vLLM rank of the same number exported, as views by checkpoint tensor name.
 
-No data moves. ``MappedRank`` closes in order: views must be gone before the memory is let go.
+No data moves. ``MappedRank.close`` drops the views before it closes the mappings.
 """
 
 from __future__ import annotations
@@ -34,9 +34,11 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 @dataclass
 class MappedRank:
-    """The served memory of one rank. ``tensors``: checkpoint name -> (shard, LOCAL view of served memory, served dtype).
+    """The served memory of one rank.
 
-    ``fused_tensors`` lists the checkpoint names that share a served tensor (query, key and value rows), where there are several.
+    ``tensors``: by checkpoint name, the shard and a local view of served memory of ``shard.local_shape``, in the served
+    dtype. ``served``: the local served tensors by their names in vLLM. ``fused_tensors`` lists the checkpoint names that
+    share a served tensor (query, key and value rows), where there are several.
     """
 
     manifest: Manifest
@@ -90,11 +92,12 @@ def map_rank(manifests: Sequence[Manifest], rank: int) -> MappedRank:
 
 
 def _extent(shape: Sequence[int], stride: Sequence[int]) -> int:
-    """Elements from the first to the last of a strided tensor, inclusive."""
+    """Elements from the first to the last one of a strided tensor, both included; 0 if it has none."""
     return 0 if 0 in shape else 1 + sum((n - 1) * s for n, s in zip(shape, stride, strict=True))
 
 
 def _view(placement: Placement, mapped: MappedRank) -> Tensor:
+    """The local view of served memory that ``placement`` describes; an empty tensor if the rank holds nothing."""
     shape = placement.shard.local_shape
     if not placement.served:
         return torch.empty(shape, dtype=getattr(torch, placement.dtype), device=mapped.device)
@@ -123,7 +126,10 @@ def _local_device(manifest: Manifest) -> torch.device:
 
 
 def _open(allocation: Allocation, manifest: Manifest, device: torch.device) -> tuple[Tensor, Any]:
-    """(uint8 tensor over the whole allocation, function that lets it go)."""
+    """A uint8 tensor [num_bytes] over an allocation of the server, and the function that closes the mapping.
+
+    Raises MappingError or ServerGoneError.
+    """
     if allocation.kind == "cuda_ipc":
         return _open_cuda(allocation, manifest, device)
     path = f"/proc/{manifest.pid}/fd/{allocation.handle}"
@@ -154,6 +160,7 @@ class _DevicePointer:
 
 
 def _open_cuda(allocation: Allocation, manifest: Manifest, device: torch.device) -> tuple[Tensor, Any]:
+    """``_open`` through CUDA IPC. Makes ``device`` the current one."""
     from cuda.bindings import runtime
 
     torch.cuda.set_device(device)

@@ -20,7 +20,7 @@ from apollo_tp.model import BoundModel
 from apollo_tp.model.batch import PackedBatch, empty_share, pack, pack_pairs
 from apollo_tp.model.loss import preference_loss, unit
 from apollo_tp.optim import Optimizer, StepOutcome
-from apollo_tp.training.cuda_graphs import Replays
+from apollo_tp.training.cuda_graphs import GraphCache
 from apollo_tp.wire.commands import PreferencePair, Sample
 
 
@@ -92,11 +92,11 @@ class Trainer:
         if gradients is not GradientMode.stored:
             optimizer.attach_fused()
         self.gradients = gradients
-        self._replays: Replays | None = None
+        self._replays: GraphCache | None = None
         self._has_compared = False
         self._counted_steps = optimizer.step_count
 
-    def record_passes(self, replays: Replays) -> bool:
+    def record_passes(self, replays: GraphCache) -> bool:
         """From now on steps that are alike are replayed; False if none ever can be: gradients are not stored, inference has
         its turns between layers, or the work follows from more than a batch's structure."""
         possible = self.gradients is GradientMode.stored and self.model.is_static and not self._pace.rests
@@ -145,11 +145,11 @@ class Trainer:
         loss_of: Callable[[PackedBatch], tuple[Tensor, Tensor]],
         learning_rate_scale: float,
         clock: _Clock,
-        replays: Replays | None = None,
+        replays: GraphCache | None = None,
     ) -> StepResult:
         fused = self._is_fused(batches)
         batches = [batch.to(self.device) for batch in batches]  # at once: a copy waits for what was started before
-        if replays is None or not replays.ready(batches):
+        if replays is None or not replays.can_replay(batches):
             self._make_room()
             replays = None
         self._pace.begin()
@@ -259,11 +259,11 @@ class Trainer:
         if self.device.type != "cuda":
             return 0
         peak = self._replays.peak_memory_bytes() if self._replays else torch.cuda.max_memory_allocated(self.device)
-        return peak + (2 * self.tp.peers.num_bytes if self.tp.peers else 0)  # which torch's allocator does not count
+        return peak + self.tp.peers.allocated_bytes()
 
     def _make_room(self) -> None:
         if self._replays is not None:
-            self._replays.make_room()
+            self._replays.release()
 
 
 class _Clock:

@@ -92,7 +92,7 @@ def test_nothing_is_slept_while_the_server_stands_still() -> None:
     """From ``hold`` to the next command; the wait for the pause is nobody's work."""
     machine, module, pace = paced(0.5)
     pace.begin()
-    pace.hold()
+    pace.suspend()
     machine.now += 30.0
     module(torch.ones(3, requires_grad=True)).sum().backward()
     pace.give_way()

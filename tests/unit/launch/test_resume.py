@@ -147,7 +147,7 @@ def test_before_weights_are_written_it_is_recorded_and_the_server_paused(tmp_pat
     lineage.before_write = lambda: order.append("recorded")  # type: ignore[method-assign]
     gate = SimpleNamespace(before_write=lambda: order.append("paused"), pauses=True)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(session, "Pace", lambda *_: SimpleNamespace(hold=lambda: order.append("pace held")))
+        patch.setattr(session, "Pace", lambda *_: SimpleNamespace(suspend=lambda: order.append("pace held")))
         patch.setattr(session, "Trainer", lambda *_, before_write, gradients, **__: SimpleNamespace(
             before_write=before_write, gradients=gradients
         ))  # fmt: skip
