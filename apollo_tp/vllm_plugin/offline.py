@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from apollo_tp.shards.dtypes import DTYPES
 from apollo_tp.shards.manifest import Allocation, CheckpointTensor, Manifest
+from apollo_tp.shards.mapping import DTYPES
 from apollo_tp.vllm_plugin import export
 from apollo_tp.vllm_plugin.compat import versions as compat
 from apollo_tp.vllm_plugin.compat.cpu import import_image_processors

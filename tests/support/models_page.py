@@ -8,7 +8,7 @@ import tempfile
 import textwrap
 from pathlib import Path
 
-from apollo_tp.model.families import FULL_WIDTH_NORMS, FUSED, LAYER_TYPES, LOGITS
+from apollo_tp.model.families import FULL_WIDTH_NORMS, FUSED_TENSORS, LAYER_TYPES, LOGITS
 from tests.e2e.test_families import SERVED
 from tests.multirank.model.test_bind import REFUSED
 from tests.multirank.model.test_exactness import Results, run_cases
@@ -90,7 +90,7 @@ def _tolerances() -> str:
 def _differences() -> list[str]:
     rows = [(f"`{row.field}` in the config", row.reason) for row in LOGITS]
     rows += [(f"`{name}`", reason) for name, reason in FULL_WIDTH_NORMS.items()]
-    fused = ", ".join(f"`{name}`" for name in FUSED)
+    fused = ", ".join(f"`{name}`" for name in FUSED_TENSORS)
     rows.append((fused, "a rank must hold its share of every part of a fused tensor"))
     rows.append(("gated delta nets", "packed sequences must not share a convolution window or a recurrent state"))
     head = [
