@@ -333,7 +333,7 @@ def _train_and_go_on(tp: TPGroup, checkpoint: Path, root: Path) -> list[list[flo
     that folder, with the optimizer's state; after the third step of both."""
     trainer, tensors = make_trainer(tp, checkpoint)
     for step in range(2):
-        assert trainer.step(samples(seed=step)).outcome.skipped == ""
+        assert trainer.step(samples(seed=step)).skipped == ""
     found = [trainer.score(samples()).logprobs]
     written, _ = _writer(tp, checkpoint, root, tensors).save("first", trainer.optimizer, trainer.weight_version)
     model = AutoModelForCausalLM.from_pretrained(written, dtype=torch.float32, attn_implementation="eager")
