@@ -1,8 +1,9 @@
-"""The coordinator: a process of its own, started by trainer rank 0, without torch. It owns jobs, HTTP and the database.
+"""The coordinator: a separate process next to trainer rank 0, without torch. Durable jobs, HTTP, metrics.
 
-http      routes, access control, metrics, the page, and the tunnel from vLLM's port
-samples   from the samples of a request to token ids with loss weights
-jobs      records in SQLite, the scheduler (the one writer of job progress), checkpoints, evaluation, the link to rank 0
-
-A job is stored with fsync before it is acknowledged. What holds after a crash is in docs/explanation/crash-safety.md.
+__main__      starts and connects all parts of the process
+settings      what apollo_tp.launch passes to this process, as a JSON file
+json_logging  the log: one JSON object per line
+jobs          jobs and their states, the SQLite store, the scheduler, the link to rank 0, TensorBoard and Weights & Biases
+samples       request bodies and lines of files, and how they become token ids with loss weights
+http          the FastAPI application: routes of both faces, access, errors, and requests forwarded from vLLM's port
 """

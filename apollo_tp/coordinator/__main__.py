@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import gc
 import json
 import logging
 import os
@@ -18,19 +19,18 @@ from pathlib import Path
 import uvicorn
 import zmq.asyncio
 
+from apollo_tp.coordinator.http.app import build_app
 from apollo_tp.coordinator.http.auth import load_access
 from apollo_tp.coordinator.http.curve import CurveListener
-from apollo_tp.coordinator.http.errors import build_app
 from apollo_tp.coordinator.http.metrics import Metrics
-from apollo_tp.coordinator.http.middleware import log_format
-from apollo_tp.coordinator.http.openai_jobs import FineTuningApi
 from apollo_tp.coordinator.http.service import Service, model_digest, model_vocab_size
 from apollo_tp.coordinator.http.tunnel import Tunnel
-from apollo_tp.coordinator.http.views import Changes
+from apollo_tp.coordinator.http.validation import FileValidation
 from apollo_tp.coordinator.jobs.rank_link import RankLink, bind_private
 from apollo_tp.coordinator.jobs.scheduler import Scheduler
-from apollo_tp.coordinator.jobs.store import Store
+from apollo_tp.coordinator.jobs.store import Changes, Store
 from apollo_tp.coordinator.jobs.writers import open_writers
+from apollo_tp.coordinator.json_logging import set_up_logging
 from apollo_tp.coordinator.samples.render import Renderer
 from apollo_tp.coordinator.settings import EXIT_STORAGE, Settings, load
 from apollo_tp.errors import ApolloTpError, ConfigError
@@ -39,14 +39,14 @@ from apollo_tp.runtime import instance_folder, private_files
 log = logging.getLogger("apollo_tp.coordinator")
 STOP_SECONDS = 5.0
 LOCK_SECONDS = STOP_SECONDS + 1
-"""The coordinator of a trainer that was killed notices, and leaves, within this time."""
+"""The coordinator of a killed trainer notices that, and releases its folder, within this time."""
 
 
 def main() -> int:
-    """Run until told to stop, or until the parent process is gone. Returns the exit status."""
+    """Run until a signal, or until the parent process has ended. Returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m apollo_tp.coordinator", description=__doc__)
     parser.add_argument("--config", type=Path, required=True, help="settings file written by apollo_tp.launch")
-    _set_up_logging()
+    set_up_logging()
     # 50 clients are answered between two slices of a thread that renders samples
     sys.setswitchinterval(0.001)
     try:
@@ -63,19 +63,8 @@ def main() -> int:
     return 0
 
 
-def _set_up_logging() -> None:
-    class JsonFormatter(logging.Formatter):
-        def format(self, record: logging.LogRecord) -> str:
-            return log_format(record)
-
-    handler = logging.StreamHandler()
-    handler.setFormatter(JsonFormatter())
-    logging.basicConfig(level=logging.INFO, handlers=[handler])
-    logging.getLogger("uvicorn").setLevel(logging.WARNING)
-
-
 async def serve(settings: Settings) -> None:
-    """Bind everything, then run the parts until one ends or the process is told to stop."""
+    """Bind all sockets, then run the parts until one ends or a signal arrives."""
     access = load_access(settings.service)
     changes = Changes()
     store = Store(Path(settings.service.state_dir), changes.notify, lock_seconds=LOCK_SECONDS)
@@ -86,8 +75,8 @@ async def serve(settings: Settings) -> None:
         settings, store, scheduler, changes, _renderer(settings), model_vocab_size(Path(settings.model_path))
     )
     metrics = Metrics(scheduler, store)
-    fine_tuning = FineTuningApi(service)
-    app = build_app(service, access, metrics, fine_tuning)
+    validation = FileValidation(service)
+    app = build_app(service, access, metrics, validation)
     stack = contextlib.ExitStack()
     for writer in open_writers(settings.service):
         stack.enter_context(writer)
@@ -105,8 +94,9 @@ async def serve(settings: Settings) -> None:
     stop = asyncio.Event()
     for signum in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(signum, stop.set)
+    gc.freeze()  # modules and routes stay: a full collection that visits them would delay answers by some 20 ms
     _publish_address(settings, listener)
-    fine_tuning.resume_validation()
+    validation.resume()
     parts = [
         asyncio.create_task(coroutine, name=name)
         for name, coroutine in {
@@ -143,7 +133,11 @@ def _build_scheduler(settings: Settings, store: Store, context: zmq.asyncio.Cont
     )
     digest = model_digest(Path(settings.model_path), settings.serving)
     scheduler = Scheduler(settings, store, link, digest if settings.model_path else "")
-    link.attach(on_hello=scheduler.reconcile, on_stray=scheduler.stray, needs_barrier=scheduler.needs_barrier)
+    link.attach(
+        on_hello=scheduler.reconcile,
+        on_orphan_reply=scheduler.orphan_reply,
+        require_identify=scheduler.has_unrecorded_steps,
+    )
     store.remove_orphans()
     scheduler.recover()
     return scheduler
@@ -152,7 +146,8 @@ def _build_scheduler(settings: Settings, store: Store, context: zmq.asyncio.Cont
 def bind_http(host: str, port: int) -> socket.socket:
     """A listening TCP socket. Raises ConfigError naming the option if the address cannot be bound."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
+    # asyncio sets TCP_NODELAY only on sockets whose protocol is given; without it each answer waits 40 ms for an ACK
+    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((host, port))
@@ -177,7 +172,7 @@ def _renderer(settings: Settings) -> Renderer | str:
 
 
 def _publish_address(settings: Settings, listener: socket.socket) -> None:
-    """Say where we listen, for the command line and for tests: the port may have been 0."""
+    """Write the address that was bound to a file, for the command line and tests: the configured port may be 0."""
     host, port = listener.getsockname()[:2]
     url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
     content = json.dumps({"url": url, "pid": os.getpid(), "started_at": time.time()}).encode()
@@ -193,7 +188,7 @@ async def _fold_wal(store: Store) -> None:
 
 
 async def _watch_parent(parent_pid: int | None) -> None:
-    while parent_pid is None or os.getppid() == parent_pid:  # noqa: ASYNC110 - nothing tells of a parent's end
+    while parent_pid is None or os.getppid() == parent_pid:  # noqa: ASYNC110 - no event reports a parent's end
         await asyncio.sleep(0.5)
     log.warning("the trainer process %d is gone", parent_pid)
 

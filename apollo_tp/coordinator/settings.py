@@ -1,4 +1,4 @@
-"""What ``apollo_tp.launch`` tells the coordinator, as a JSON file (0600) named on the command line."""
+"""Settings that ``apollo_tp.launch`` passes to the coordinator, as a JSON file (0600) named on the command line."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from apollo_tp.errors import ConfigError
 from apollo_tp.shards.serving import Serving
 
 EXIT_STORAGE = 4
-"""Exit status when nothing can be stored, for example on a full disk: who starts this process tries again."""
+"""Exit status when nothing can be stored, for example on a full disk: the launcher starts this process again."""
 
 
 class Settings(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
-    """Everything the coordinator process is told. ``instance_dir`` is the server's private folder (see runtime.py).
+    """All settings of the coordinator process. ``instance_dir`` is the server's private folder (see runtime/).
 
     ``model_path`` is a local folder, "" if there is none here. ``serving`` is how the server turns texts into token ids; its
     tokenizer is in ``instance_dir``.
@@ -27,7 +27,7 @@ class Settings(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     model_path: str = ""
     serving: Serving = Serving()
     max_sequence_tokens: int = 2048
-    """Used until rank 0 has said what it takes."""
+    """Used until rank 0 has reported its own limit."""
     max_skipped_steps: int = 5
     command_timeout_seconds: float = 600.0
     checkpoint_after_idle_seconds: float | None = 300.0
@@ -40,5 +40,5 @@ def load(path: Path) -> Settings:
         return msgspec.json.decode(path.read_bytes(), type=Settings)
     except (OSError, msgspec.MsgspecError) as error:
         raise ConfigError(
-            f"coordinator settings {path}: {error}; expected the JSON file that launch.py writes"
+            f"coordinator settings {path}: {error}; expected the JSON file that apollo_tp.launch writes"
         ) from error

@@ -55,14 +55,14 @@ def base_dir(explicit: str | None = None) -> Path:
 
 
 def instance_dir(instance_id: str, base: Path | None = None) -> Path:
-    """Folder of one server, created if missing. Raises ConfigError if the id is not a plain name, or if the folder holds
-    files and none of a server's: with the base in a home, an id may be the name of a folder there."""
+    """The folder of one server, created if missing. Raises ConfigError if the id is not a plain name, or if the folder has
+    files and none of them is a server's: with the base in a home, an id may be the name of a folder there."""
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}", instance_id):
         raise ConfigError(f"instance id: got {instance_id!r}, expected up to 64 letters, digits, '_', '-', '.'")
     folder = private_dir((base or base_dir()) / instance_id)
     if (names := os.listdir(folder)) and not any(map(INSTANCE_FILES.fullmatch, names)):
         raise ConfigError(
-            f"instance id {instance_id}: got {folder}, which holds {owned_folder.some(names)} and nothing of a server, "
+            f"instance id {instance_id}: got {folder}, which holds {owned_folder.some(names)} and no file of a server, "
             f"expected a new or an empty folder; set ${INSTANCE_VARIABLE} or ${RUNTIME_DIR_VARIABLE} to another"
         )
     return folder
@@ -99,8 +99,8 @@ def trainer_lock(folder: Path) -> Iterator[None]:
 
 
 def remove_instance(folder: Path) -> None:
-    """Remove the folder of a server that ended: what servers and trainers write, its lock last, and the folder if nothing
-    else is in it."""
+    """Remove the folder of a server that ended: the files that servers and trainers write, the server's lock last, and the
+    folder itself if nothing else is in it."""
     if folder.is_symlink() or not folder.is_dir():
         return
     why = f"server {folder.name} has ended"
@@ -111,5 +111,5 @@ def remove_instance(folder: Path) -> None:
     if others:
         owned_folder.log.warning("%s: left alone, since no server wrote it: %s", folder, owned_folder.some(others))
     elif all(gone) and owned_folder.remove_file(folder / SERVER_LOCK, why):
-        with contextlib.suppress(OSError):  # somebody writes there again
+        with contextlib.suppress(OSError):  # a new file has been written there
             folder.rmdir()

@@ -1,8 +1,8 @@
 """Which folders on disk we may use as our own, and what we may remove from them. No torch.
 
-Options name folders, and people name the wrong ones: their home, a folder of somebody else, a link. So a folder becomes
-ours only while it is empty, which a marker file in it records from then on; only in our folders anything is removed, and
-there only what has a name that we give. What is removed, and what is left although we meant to remove it, is logged.
+Options name folders, and users may name the wrong one: their home, a folder of somebody else, a link. So a folder becomes
+ours only while it is empty, and a marker file in it records that. Files are removed from our folders only, and only if we
+gave them their names. Each removal is logged, and so is each file that was to be removed but was not.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ log = logging.getLogger(__name__)
 
 SHOWN_NAMES = 5
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
-"""Not the fault of a setting: OSErrors of these kinds are passed on as they are."""
+"""No setting causes these errors, so OSErrors with them are raised unchanged."""
 
 
 def make_folder(path: Path, option: str) -> Path:
-    """Create ``path`` if it is missing (0700), and return it. Raises ConfigError naming ``option`` if that is no
-    folder."""
+    """Create ``path`` if it is missing (0700), and return it. Raises ConfigError naming ``option`` if it cannot be
+    created or is not a folder."""
     try:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:
@@ -68,8 +68,9 @@ def private_folder(path: Path, option: str) -> Path:
 
 
 def claim(path: Path, kind: str, option: str, recognise: Callable[[Path], bool] = lambda folder: False) -> Path:
-    """Make ``path`` our folder of this ``kind``: created, found empty, marked earlier, or made before there were markers,
-    which ``recognise`` tells. Raises ConfigError naming ``option`` for any other folder, and as ``private_folder`` does."""
+    """Make ``path`` our folder of this ``kind``: a new one, an empty one, one that we marked earlier, or one from before
+    there were markers (``recognise`` returns True for it). Raises ConfigError naming ``option`` for any other folder, and
+    as ``private_folder`` does."""
     is_new = not os.path.lexists(path)
     private_folder(path, option)
     if is_marked(path, kind):
@@ -89,7 +90,7 @@ def claim(path: Path, kind: str, option: str, recognise: Callable[[Path], bool] 
 
 
 def marker(folder: Path, kind: str) -> Path:
-    """The empty file that says whose ``folder`` is: complete as soon as it exists."""
+    """The path of the empty file that marks ``folder`` as ours."""
     return folder / f".apollo_tp_{kind}"
 
 
@@ -100,7 +101,7 @@ def mark(folder: Path, kind: str) -> None:
 
 
 def is_marked(folder: Path, kind: str) -> bool:
-    """Whether ``folder``, itself and not through a link, is one that we marked."""
+    """Whether ``folder`` is one that we marked; False for a link to one."""
     try:
         return stat.S_ISDIR(folder.lstat().st_mode) and stat.S_ISREG(marker(folder, kind).lstat().st_mode)
     except (FileNotFoundError, NotADirectoryError):
@@ -108,8 +109,9 @@ def is_marked(folder: Path, kind: str) -> bool:
 
 
 def open_own(path: Path) -> int:
-    """A descriptor (read and write) of a file that only we write, created as 0600 if it is missing. Raises ConfigError for
-    a link of either kind, which may lead to a file that is not ours, and for anything but a file."""
+    """Open a file that only we write, for reading and writing; returns its descriptor. Created as 0600 if it is missing.
+    Raises ConfigError for a symbolic or hard link, which may lead to a file that is not ours, and for anything but a
+    file."""
     try:
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     except OSError as error:
@@ -135,12 +137,12 @@ def _what(path: Path) -> str:
 
 
 def remove_file(path: Path, why: str) -> bool:
-    """Remove a file or socket of this user; whether it is gone. A link, a folder, or what another user owns stays. Raises
-    nothing."""
+    """Remove a file or socket of this user, and return whether it is gone. A link, a folder, or a file of another user is
+    left. Raises nothing."""
     try:
         info = path.lstat()
         if info.st_uid != os.geteuid() or not (stat.S_ISREG(info.st_mode) or stat.S_ISSOCK(info.st_mode)):
-            log.warning("%s is left alone, since it is %s; it was to go: %s", path, _what(path), why)
+            log.warning("%s is left alone, since it is %s; it was to be removed: %s", path, _what(path), why)
             return False
         path.unlink()
     except FileNotFoundError:
@@ -153,13 +155,17 @@ def remove_file(path: Path, why: str) -> bool:
 
 
 def remove_tree(folder: Path, why: str, kind: str, shown: Path | None = None) -> bool:
-    """Remove a folder that is marked as of this ``kind`` with all it holds, the marker last, so that what a kill leaves is
-    still known as ours; whether it is gone. Any other folder, and a link, stays. Raises nothing. ``shown`` is its name in
-    the log if it had another one."""
+    """Remove a folder that is marked as of this ``kind`` with its contents, and return whether it is gone.
+
+    The marker is removed last, so that a folder whose removal was interrupted is still known as ours. Any other folder, and
+    a link, is left. Raises nothing. ``shown`` is the name in the log, if not that of ``folder``.
+    """
     if not os.path.lexists(folder):
         return True
     if not is_marked(folder, kind):
-        log.warning("%s is left alone, since apollo_tp has not marked it as its own; it was to go: %s", folder, why)
+        log.warning(
+            "%s is left alone, since apollo_tp has not marked it as its own; it was to be removed: %s", folder, why
+        )
         return False
     own = marker(folder, kind)
     try:
@@ -178,8 +184,8 @@ def remove_tree(folder: Path, why: str, kind: str, shown: Path | None = None) ->
 
 
 def free_socket(path: Path) -> None:
-    """Remove a unix socket that an ended process left, so that the path can be bound. Raises ConfigError if something else
-    is there."""
+    """Remove a unix socket that an ended process left, so that ``path`` can be bound. Raises ConfigError if ``path`` is
+    anything else."""
     try:
         if not stat.S_ISSOCK(path.lstat().st_mode):
             raise ConfigError(f"{path.absolute()}: got {_what(path)}, expected nothing or a socket; move it away")
@@ -189,7 +195,7 @@ def free_socket(path: Path) -> None:
 
 
 def some(names: Iterable[str]) -> str:
-    """The first few names, for a message."""
+    """The first few names, and how many more there are, for a message."""
     ordered = sorted(names)
     more = len(ordered) - SHOWN_NAMES
     return ", ".join(map(repr, ordered[:SHOWN_NAMES])) + (f" and {more} more" if more > 0 else "")

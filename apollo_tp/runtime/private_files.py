@@ -20,7 +20,8 @@ INSTANCE_FILES = re.compile(
     r"(?:rank[0-9]+|serving|served_tokenizer|weights|coordinator|coordinator_settings)\.json|(?:apollo_tp_server|trainer)\.lock"
     r"|(?:ranks|coordinator|sync)\.sock|\.[a-z0-9_]+\.json\.[a-z0-9_]{8}"
 )
-"""All that is written into a server's folder; the last are files that were not complete when their writer was killed."""
+"""Names of all files in a server's folder. The last alternative matches files that were incomplete when their writer was
+killed."""
 
 
 def private_dir(path: Path) -> Path:
@@ -29,8 +30,8 @@ def private_dir(path: Path) -> Path:
 
 
 def write_private(path: Path, content: bytes) -> None:
-    """Write a 0600 file that appears complete or not at all. Not for what must survive the machine: it waits for no disk,
-    since what these files speak of dies with the server."""
+    """Write a 0600 file that appears complete or not at all. It is not flushed to disk, since its content is of no use
+    after the server has ended: do not use this for data that must survive a crash of the machine."""
     fd, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")  # mkstemp makes it 0600
     try:
         with os.fdopen(fd, "wb") as file:
@@ -43,9 +44,9 @@ def write_private(path: Path, content: bytes) -> None:
 
 @contextmanager
 def locked(path: Path, refuse: Callable[[str], ApolloTpError], wait_seconds: float = 0.0) -> Iterator[None]:
-    """Hold the file ``path`` (flock: free again once this process has ended, however it did, and not handed on to programs
-    that it starts). Raises ``refuse(the holder's pid)`` if another has it for longer than ``wait_seconds``, and ConfigError
-    if ``path`` is a link."""
+    """Lock the file ``path`` (flock) within the context. The lock ends with this process, however it ends, and is not
+    inherited by programs that it starts. Raises ``refuse(pid of the process that has it)`` after ``wait_seconds``, and
+    ConfigError if ``path`` is a link."""
     deadline = time.monotonic() + wait_seconds
     fd = owned_folder.open_own(path)
     try:

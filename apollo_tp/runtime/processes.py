@@ -1,4 +1,4 @@
-"""Processes of this machine, told apart from later ones with the same process id. No torch."""
+"""Identity of processes on this machine, which a later process with the same process id does not share. No torch."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from pathlib import Path
 
 @dataclass(frozen=True, slots=True)
 class ProcessId:
-    """A process, told apart from a later one with the same pid by its start time (clock ticks since boot)."""
+    """A process, identified by its pid and its start time (clock ticks since boot): pids are used again."""
 
     pid: int
     start_ticks: int
 
     @classmethod
     def of(cls, pid: int) -> ProcessId | None:
-        """Identity of a running process, or None. Zombies count as ended."""
+        """The identity of the running process ``pid``; None if there is none. Zombies count as ended."""
         try:
             fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
         except (FileNotFoundError, ProcessLookupError):
@@ -24,10 +24,10 @@ class ProcessId:
         return None if fields[0] in "ZX" else cls(pid, int(fields[19]))
 
     def alive(self) -> bool:
-        """True while this very process runs (in this PID namespace)."""
+        """Whether this process still runs (in this PID namespace)."""
         return ProcessId.of(self.pid) == self
 
 
 def pid_namespace() -> str:
-    """Identity of this process's PID namespace; CUDA IPC and /proc lookups work only within one."""
+    """The identity of this process's PID namespace. CUDA IPC and look-ups in /proc work only within one namespace."""
     return os.readlink("/proc/self/ns/pid")

@@ -13,22 +13,24 @@ from apollo_tp.shards.manifest import Manifest, read
 from apollo_tp.shards.serving import read_serving
 
 CLAIMED_VARIABLE = "APOLLO_TP_CLAIMED"
-"""Set once the first process of a server has settled the instance id."""
+"""Set once the first process of a server has claimed the instance id; its children inherit it."""
 REFUSED_VARIABLE = "APOLLO_TP_REFUSED"
-"""Why it could not: to its children, which would otherwise speak and listen as the server that has the id."""
+"""Set to the reason if the claim failed. Child processes read it and do not open sockets under another server's instance
+id."""
 ENDPOINTS_VARIABLE = "APOLLO_TP_ENDPOINTS"
-"""Set if an API server with apollo_tp's endpoints comes up in front of this engine; it will publish ``serving.json``."""
+"""Set if an API server with apollo_tp's endpoints starts in front of this engine; it will publish ``serving.json``."""
 SERVER_LOCK = private_files.SERVER_LOCK
 CLAIM_SECONDS = 10.0
 PROBE_SECONDS = 0.2
-"""A server's lock that another holds for longer is not merely being tried, but held by a live server."""
+"""How long a claim waits for a server's lock. Whoever only tests the lock has it for a shorter time; a live server keeps
+it."""
 
 _claim = contextlib.ExitStack()
-"""The server's lock, for the life of its first process."""
+"""Keeps the server's lock until its first process ends."""
 
 
 def read_instance(folder: Path) -> list[Manifest]:
-    """Manifests present in one server's folder, by rank; possibly not all of them yet, and none as it is removed."""
+    """The manifests in one server's folder, by rank. Some may be missing yet; there are none while the folder is removed."""
     try:
         return sorted((read(path) for path in folder.glob("rank*.json")), key=lambda m: m.tp_rank)
     except FileNotFoundError:
@@ -36,7 +38,7 @@ def read_instance(folder: Path) -> list[Manifest]:
 
 
 def live_instances(base: Path) -> tuple[list[str], list[str]]:
-    """(live, stale) instance ids below ``base``. Stale: a process that published a manifest has ended."""
+    """(live, stale) instance ids below ``base``. An instance is stale if a process that published a manifest has ended."""
     live: list[str] = []
     stale: list[str] = []
     for folder in sorted(p for p in base.iterdir() if p.is_dir()):
@@ -52,12 +54,15 @@ def served_models(base: Path) -> set[Path]:
 
 
 def _ended(folder: Path, manifests: list[Manifest]) -> bool:
-    """Processes of another PID namespace (a container that was restarted) cannot be seen, but their lock on the server can:
-    it is free once they have ended. ``check_agreement`` names the cure for one that lives."""
+    """Whether a process of this server has ended.
+
+    Processes of another PID namespace (a container that was restarted) are invisible, but their lock is not: it is free
+    once they have ended. For a live one, ``check_agreement`` says what to do.
+    """
     if _is_ours(manifests):
         return not all(m.process.alive() for m in manifests)
     lock = folder / SERVER_LOCK
-    if not lock.exists():  # nothing to judge by, unless the folder is just being removed
+    if not lock.exists():  # then it is taken for live, unless the folder is just being removed
         return not read_instance(folder)
     try:
         with private_files.locked(lock, ManifestError, PROBE_SECONDS):
@@ -65,7 +70,7 @@ def _ended(folder: Path, manifests: list[Manifest]) -> bool:
     except ManifestError:
         return False
     except FileNotFoundError:
-        return True  # removed meanwhile: only one that has ended is
+        return True  # removed meanwhile, which happens only after its end
 
 
 def _is_ours(manifests: list[Manifest]) -> bool:
@@ -73,10 +78,11 @@ def _is_ours(manifests: list[Manifest]) -> bool:
 
 
 def claim_instance() -> str:
-    """Settle this server's instance id, in the first process of a vLLM process tree; the others inherit it, or the refusal.
+    """Claim this server's instance id in the first process of a vLLM process tree, and return it. The other processes
+    inherit the claim, or the reason why it failed.
 
-    Folders of servers that ended are removed first, above all one of this very name: its manifests and its record of
-    trained weights are not this server's. Raises ManifestError if a live server has the name, also one that loads.
+    Folders of servers that ended are removed first, above all one with the same id: its manifests and its record of trained
+    weights belong to the ended server. Raises ManifestError if a live server has the id, even if it is still loading.
     """
     instance_id = instance_folder.ensure_instance_id()
     if os.environ.get(REFUSED_VARIABLE):
@@ -107,7 +113,7 @@ def _claim_first(instance_id: str, base: Path) -> None:
         live, stale = live_instances(base)
         if instance_id in live:
             raise taken(str(read_instance(base / instance_id)[0].pid))
-        # a server that ended while it loaded left nothing but its lock
+        # A server that ended while it loaded has left only its lock.
         for name in {*stale, *(lock.parent.name for lock in base.glob(f"*/{SERVER_LOCK}"))}.difference(live):
             with (
                 contextlib.suppress(ManifestError),
@@ -119,14 +125,14 @@ def _claim_first(instance_id: str, base: Path) -> None:
 
 
 def unclaimed() -> str:
-    """Why no process of this server may act as its instance; "" if it may."""
+    """Why the processes of this server must not act under its instance id; "" if they may."""
     if os.environ.get(CLAIMED_VARIABLE):
         return ""
     return os.environ.get(REFUSED_VARIABLE) or "the apollo plugin did not load; start vLLM with VLLM_PLUGINS=apollo"
 
 
 def check_agreement(manifests: list[Manifest]) -> None:
-    """Raise ManifestError unless these are the p manifests of one live server, none of them failed."""
+    """Raise ManifestError unless these are the manifests of all ranks of one live server, and no export failed."""
     first = manifests[0]
     problems = [f"rank {m.tp_rank}: export failed in the server: {m.error.strip()}" for m in manifests if m.error]
     ranks = [m.tp_rank for m in manifests]
@@ -152,11 +158,13 @@ def check_agreement(manifests: list[Manifest]) -> None:
 
 
 def wait_for_server(base: Path, instance: str | None, wait_seconds: float, *, ready: bool = True) -> list[Manifest]:
-    """Manifests of the named server (or of the only live one), once all its ranks have published; if ``ready``, once its
-    engine is up too: until then vLLM measures how much memory is free, and whoever takes some meanwhile takes it from it.
+    """Wait until all ranks of the server ``instance`` (None: of the only live one) have published, and return their
+    manifests.
 
-    A server that ended may be restarting under its name, so it is waited for as well. Raises NoServerError when the time is
-    over, ManifestError if several servers are live and none was named, or if the manifests do not agree.
+    If ``ready``, wait for its engine as well: until that is up, vLLM measures how much memory is free, and memory that
+    another process allocates would be missing in its KV cache. A server that ended may be restarting under the same id, so
+    it is waited for too. Raises NoServerError when the time is over, and ManifestError if several servers are live and
+    ``instance`` is None, or if the manifests do not agree.
     """
     deadline = time.monotonic() + wait_seconds
     while True:

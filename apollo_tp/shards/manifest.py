@@ -1,8 +1,8 @@
-"""The record that rank r of a vLLM server publishes: what it holds, where, and how it relates to the checkpoint.
+"""The record that rank r of a vLLM server publishes: its tensors, their memory, and their relation to the checkpoint.
 
-JSON, one file per rank, schema-versioned; no torch, no pickle. Exporter and mapper share only this file and ``layout``.
+JSON, one file per rank, with a schema version; no torch, no pickle. Plugin and trainer share only this module and ``boxes``.
 All shapes, strides and offsets are in elements unless the name says bytes. A rank whose export failed publishes a
-manifest with ``error`` set, so that the trainer can say why instead of waiting.
+manifest with ``error`` set, so that the trainer can report the reason instead of waiting.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Allocation(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ServedTensor(msgspec.Struct, frozen=True, kw_only=True):
-    """A parameter as vLLM holds it on this rank (local shape); ``aliases`` are its further names (tied weights)."""
+    """A parameter of vLLM's model on this rank (local shape); ``aliases`` are its further names (tied weights)."""
 
     name: str
     allocation: int
@@ -52,9 +52,10 @@ class CheckpointTensor(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class SegmentRecord(msgspec.Struct, frozen=True, kw_only=True):
-    """A box of a checkpoint tensor, and the view of a served tensor that holds it.
+    """A box of a checkpoint tensor (global coordinates), and the view of a served tensor that contains its values.
 
-    ``view_offset`` counts elements from the start of the served tensor; view dimensions are in checkpoint order.
+    ``view_offset`` counts elements from the start of the served tensor; ``view_stride`` has the dimensions of the checkpoint
+    tensor, in their order.
     """
 
     checkpoint: str
@@ -73,7 +74,7 @@ class Refusal(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True):
-    """All that a trainer needs to know about one rank of a server."""
+    """Everything that a trainer needs to know about one rank of a server."""
 
     schema_version: int
     instance_id: str
@@ -81,7 +82,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     vllm_version: str
     model_path: str
     endpoints: bool = False
-    """Whether an API server publishes ``serving.json`` once the engine is up; nobody says that for a vllm.LLM."""
+    """Whether an API server will publish ``serving.json`` once the engine is up. A vllm.LLM has none."""
     served_model_names: list[str]
     dtype: str
     tp_rank: int
@@ -94,7 +95,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     device_uuid: str = ""
     max_model_len: int = 0
     config_overrides: dict[str, Any] = {}
-    """Fields of the model's config that the server was told to see otherwise, with their values there."""
+    """Fields of the model's config that server options override, with the values that the server uses."""
     trace_seconds: float = 0.0
     publish_seconds: float = 0.0
     allocations: list[Allocation] = []
@@ -102,10 +103,10 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     checkpoint: list[CheckpointTensor] = []
     segments: list[SegmentRecord] = []
     not_served: list[str] = []
-    """Checkpoint tensors that the server's loader passes over (vision towers, MTP heads): carried into checkpoints."""
+    """Checkpoint tensors that the server's loader skips (vision towers, MTP heads). They are copied into new checkpoints."""
     copies: dict[str, str] = {}
-    """Those of ``not_served`` that are second copies of a served tensor, and its name: checkpoints get its values for them.
-    On rank 0, since it takes reading the files."""
+    """For each tensor of ``not_served`` that is a second copy of a served tensor, the name of the latter, whose values are
+    written for both into checkpoints. Published by rank 0 alone, since finding them takes reading the files."""
     refusals: list[Refusal] = []
     error: str = ""
 
@@ -119,14 +120,14 @@ _decoder = msgspec.json.Decoder(Manifest)
 
 
 def publish(manifest: Manifest, folder: Path) -> Path:
-    """Write ``rank<r>.json`` (0600), complete or not at all."""
+    """Write ``rank<r>.json`` (0600) into ``folder``; it appears complete or not at all. Returns its path."""
     path = folder / f"rank{manifest.tp_rank}.json"
     private_files.write_private(path, _encoder.encode(manifest))
     return path
 
 
 def read(path: Path) -> Manifest:
-    """Decode one manifest. Raises ManifestError on anything but this schema version."""
+    """Read one manifest. Raises ManifestError if it has another schema version or cannot be decoded."""
     content = path.read_bytes()
     try:
         version = msgspec.json.decode(content, type=_Versioned).schema_version

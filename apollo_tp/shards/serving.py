@@ -1,4 +1,5 @@
-"""How a server turns text into token ids, as its own process says: the tokenizer that vLLM uses, and its chat templates.
+"""How a server turns text into token ids, published by the server itself: the tokenizer that vLLM uses, and its chat
+templates.
 
 ``serving.json`` and ``served_tokenizer.json`` in the instance's folder, both 0600. No torch, no transformers, no pickle.
 """
@@ -24,57 +25,60 @@ RESERVED_TEMPLATE_KWARGS = frozenset({
     "padding", "truncation", "max_length", "tokenizer_kwargs", "return_tensors", "return_dict",
     "return_assistant_tokens_mask",
 })  # fmt: skip
-"""What vLLM or transformers take for themselves in ``chat_template_kwargs``, or refuse there."""
+"""Names in ``chat_template_kwargs`` that vLLM or transformers use for their own arguments, or refuse."""
 
 
 class ChatTemplate(msgspec.Struct, frozen=True, kw_only=True):
-    """A Jinja template. ``parts``: it is given each content as a list of parts ({"type": "text", ...}), not as a string."""
+    """A Jinja template. If ``parts``, it gets the content of each message as a list of parts ({"type": "text", ...}),
+    otherwise as a string."""
 
     text: str
     parts: bool = False
 
 
 class ServedTokenizer(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The tokenizer that vLLM uses. ``TOKENIZER_FILE`` is its backend in the JSON form of the tokenizers library, which is
-    not always the model's tokenizer.json: transformers' class for a model may put other parts in."""
+    """The tokenizer that vLLM uses. ``TOKENIZER_FILE`` is its backend in the JSON form of the tokenizers library. It may
+    differ from the model's tokenizer.json, since transformers' class for a model may replace parts of it."""
 
     sha256: str
-    """Of ``TOKENIZER_FILE``."""
+    """The hash of the content of ``TOKENIZER_FILE``."""
     split_special_tokens: bool = False
-    """Special tokens in a text are spelled out. The library's JSON does not have this setting."""
+    """Whether special tokens in a text are encoded as ordinary text. The library's JSON does not contain this setting."""
     eos_id: int | None = None
-    """The end-of-text token: the tokenizer's, or the first of ``end_ids``."""
+    """The end-of-text token of the tokenizer, or the first of ``end_ids`` if it has none."""
     end_ids: list[int] = []
-    """All tokens at which vLLM ends an answer: the tokenizer's, and those of the generation config."""
+    """All tokens at which vLLM ends an answer: that of the tokenizer, and those of the generation config."""
     refused_tokens: list[str] = []
-    """Texts with one of these become other ids in vLLM: transformers' class treats them in Python."""
+    """Added tokens that transformers' class treats in Python: a text with one of them has other ids in vLLM."""
 
 
 class Serving(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What the API server adds once the engine is up: vLLM has measured its memory by then, and taken what it takes. And how
-    it tokenises texts and renders conversations, whatever its options and the model's folder say. Where there is no API
-    server, the engine's first rank says it as it loads."""
+    """How the server tokenises texts and renders conversations, whatever its options and the model's folder contain.
+
+    The API server publishes it once the engine is up; vLLM has then measured and allocated its memory. Where there is no API
+    server, the first rank publishes it while it loads.
+    """
 
     tokenizer: ServedTokenizer | None = None
     text_refusal: str = ""
-    """Why texts and conversations cannot become the token ids that are served; then there is no ``tokenizer``."""
+    """Why texts and conversations cannot be turned into the token ids of this server; if set, ``tokenizer`` is None."""
     chat: ChatTemplate | None = None
-    """None where there is no template."""
+    """The template for conversations without tools; None if there is none."""
     chat_with_tools: ChatTemplate | None = None
     chat_template_kwargs: dict[str, Any] = {}
-    """``--default-chat-template-kwargs``."""
+    """The value of ``--default-chat-template-kwargs``."""
     special_tokens: dict[str, Any] = {}
-    """Those of the server's tokenizer by name, which templates see."""
+    """The special tokens of the server's tokenizer by name, which templates may use."""
     chat_refusal: str = ""
-    """Why conversations cannot be rendered as they are served."""
+    """Why conversations cannot be rendered as the server does it."""
 
 
 UNKNOWN = "the server did not say which tokenizer it uses; see its log"
-"""Why texts are refused where a server said nothing at all."""
+"""The reason for which texts are refused if the server published nothing about its tokenizer."""
 
 
 def publish_serving(serving: Serving, folder: Path, tokenizer: bytes = b"") -> None:
-    """Say that the engine is up, and how texts become token ids there (0600 files, each complete or not at all).
+    """Record that the engine is up, and how it turns texts into token ids (0600 files, each complete or not at all).
     ``tokenizer`` is the content of ``TOKENIZER_FILE``."""
     if tokenizer:
         private_files.write_private(folder / TOKENIZER_FILE, tokenizer)
@@ -82,7 +86,7 @@ def publish_serving(serving: Serving, folder: Path, tokenizer: bytes = b"") -> N
 
 
 def read_serving(folder: Path) -> Serving | None:
-    """What the server said; None if it has not yet."""
+    """The server's record; None if it has not published one yet. Raises ManifestError if it cannot be decoded."""
     path = folder / SERVING_FILE
     try:
         return msgspec.json.decode(path.read_bytes(), type=Serving)
@@ -93,7 +97,7 @@ def read_serving(folder: Path) -> Serving | None:
 
 
 def read_tokenizer(serving: Serving, folder: Path) -> Tokenizer:
-    """The tokenizer that the server published in ``folder``. Raises ConfigError saying why there is none."""
+    """The tokenizer that the server published in ``folder``. Raises ConfigError with the reason if there is none."""
     if serving.tokenizer is None:
         raise ConfigError(serving.text_refusal or UNKNOWN)
     path = folder / TOKENIZER_FILE

@@ -1,8 +1,8 @@
-"""What runs inside vLLM; the only package that imports it. ``register`` is the ``vllm.general_plugins`` entry point.
+"""What runs inside vLLM. ``register`` is the ``vllm.general_plugins`` entry point.
 
 Each worker shares the memory of its weights, traces vLLM's own loader to learn where each checkpoint tensor went, and
-publishes a manifest. The API process forwards the trainer's routes, and pauses the engine for updates. Differences between
-vLLM releases are in ``compat``. A failure in here is logged and published, and never ends the server.
+publishes a manifest. The API process forwards the trainer's routes, and pauses the engine for updates. vLLM is imported in
+the package ``compat`` alone. A failure in here is logged and published, and never ends the server.
 """
 
 import logging
@@ -11,13 +11,13 @@ logger = logging.getLogger("vllm.apollo_tp")  # vLLM configures the "vllm" logge
 
 
 def register() -> None:
-    """Called by vLLM in every process that it starts, more than once per process tree; safe to call again.
+    """Install the plugin. vLLM calls this in every process that it starts, in some of them more than once.
 
     A failure is logged; it never takes the server down.
     """
-    from apollo_tp.vllm_plugin.compat import versions as compat
+    from apollo_tp.vllm_plugin.compat.release import plugin_requested
 
-    if not compat.asked_for():
+    if not plugin_requested():
         return
     try:
         _install()
@@ -28,8 +28,8 @@ def register() -> None:
 
 def _install() -> None:
     from apollo_tp.shards.instance import claim_instance
-    from apollo_tp.vllm_plugin.compat import versions as compat
+    from apollo_tp.vllm_plugin.compat.hooks import install_hooks
     from apollo_tp.vllm_plugin.export import on_loaded
 
     claim_instance()
-    compat.install_hooks(on_loaded)
+    install_hooks(on_loaded)

@@ -10,7 +10,8 @@ from apollo_tp.shards.manifest import CheckpointTensor
 
 
 def model_folder(model: str, revision: str | None, download_dir: str | None = None) -> Path | None:
-    """The local folder of a model: itself, or its snapshot in the Hugging Face cache; None if there is none."""
+    """The local folder of a model: the folder ``model``, or its snapshot in the Hugging Face cache. None if there is
+    none."""
     if Path(model).is_dir():
         return Path(model).resolve()
     from huggingface_hub import snapshot_download
@@ -23,15 +24,15 @@ def model_folder(model: str, revision: str | None, download_dir: str | None = No
 
 
 def weight_files(folder: Path, load_format: str) -> list[Path]:
-    """The ``*.safetensors`` of a Hugging Face folder that vLLM loads: those of the index, if there is one.
+    """The ``*.safetensors`` files of a Hugging Face folder that vLLM loads; if there is an index, those that it names.
 
-    Raises RuntimeError where it would take Mistral's own files, whose rows are in another order.
+    Raises RuntimeError if vLLM would load Mistral's own files, whose rows are in another order.
     """
     files, own = sorted(folder.glob("*.safetensors")), set(folder.glob("consolidated*.safetensors"))
     if own and load_format in ("auto", "mistral"):
         raise RuntimeError(
-            f"{folder}: got Mistral's own format ({min(own).name}), expected Hugging Face's, mostly beside it; serve with "
-            "--load-format safetensors --config-format hf --tokenizer-mode hf"
+            f"{folder}: got Mistral's own format ({min(own).name}), expected Hugging Face's, often in the same folder; "
+            "serve with --load-format safetensors --config-format hf --tokenizer-mode hf"
         )
     index = folder / "model.safetensors.index.json"
     if index.is_file():
@@ -41,7 +42,8 @@ def weight_files(folder: Path, load_format: str) -> list[Path]:
 
 
 def read_index(folder: Path, load_format: str = "auto") -> list[CheckpointTensor]:
-    """Tensors of the ``*.safetensors`` that vLLM loads from a Hugging Face folder, in name order; empty if it has none."""
+    """The tensors (global shapes) that vLLM loads from a Hugging Face folder, in the order of their names. Reads headers
+    only; empty if the folder has no ``*.safetensors``."""
     from safetensors import safe_open
 
     found: dict[str, CheckpointTensor] = {}
@@ -56,8 +58,11 @@ def read_index(folder: Path, load_format: str = "auto") -> list[CheckpointTensor
 
 
 def index_from_config(hf_config: Any, dtype: str) -> list[CheckpointTensor]:
-    """What a checkpoint of this config would hold, from the model class on meta (for --load-format dummy): transformers'
-    own conversion back to checkpoint names, so that experts come one by one."""
+    """The tensors (global shapes) that a checkpoint of this config would contain, for ``--load-format dummy``.
+
+    The model class is built on the meta device; transformers itself converts names back to those of a checkpoint, where
+    each expert has tensors of its own.
+    """
     import torch
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
     from transformers.core_model_loading import revert_weight_conversion
@@ -73,10 +78,11 @@ def index_from_config(hf_config: Any, dtype: str) -> list[CheckpointTensor]:
 
 
 def _transformers_config(config: Any) -> Any:
-    """``config`` as transformers' own class. vLLM registers classes of its own for some model types (0.26: Qwen3.5), which
-    lack fields that transformers' modules read."""
+    """``config`` as an instance of transformers' class for its model type."""
     import transformers
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
+    # vLLM release 0.26: registers a class of its own for some types (Qwen3.5) without fields that transformers' modules
+    # read.
     own = getattr(transformers, CONFIG_MAPPING_NAMES.get(config.model_type, ""), None)
     return config if own is None or isinstance(config, own) else own.from_dict(config.to_dict())

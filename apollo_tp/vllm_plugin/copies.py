@@ -1,8 +1,9 @@
 """Checkpoint tensors that the server does not load because they are second copies of tensors that it does load.
 
-A tied model may be stored with its output head beside its embedding (Qwen3-0.6B; what FSDP tools save), and layers for
-multi-token prediction with embedding and head of their own. Once the first copy is trained the second must follow: a folder
-with a trained embedding and an old head is another model, since vLLM (0.32) and transformers untie a head that differs.
+A tied model may be stored with its output head in addition to its embedding (Qwen3-0.6B; what FSDP tools save), and layers
+for multi-token prediction with an embedding and a head of their own. Once the first copy is trained, the second must be
+written with the same values: a folder with a trained embedding and an old head is another model, since vLLM 0.32 and
+transformers untie a head that differs.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from apollo_tp.shards.manifest import CheckpointTensor, Refusal
 logger = logging.getLogger("vllm.apollo_tp")
 
 HEADS = ("lm_head.weight", "embed_out.weight")
-"""How checkpoints call the output head, behind the name of the model that has it."""
+"""Names of the output head in checkpoints, after the name of the model that it belongs to."""
 CHUNK_BYTES = 16 * 1024**2
 
 
@@ -33,12 +34,13 @@ def second_copies(
     *,
     tied: bool,
 ) -> tuple[dict[str, str], list[Refusal]]:
-    """By tensor of ``not_served``: the served tensor of which it is a second copy; and those of which that cannot be told.
+    """For each tensor of ``not_served`` that is a second copy, the name of the served tensor; and refusals for tensors of
+    which it cannot be known.
 
-    ``embeddings`` are the served embeddings of the vocabulary, ``tied`` says whether the server uses one as its head. A head
-    that is stored besides is its copy whatever its values are: nothing that is served depends on them. Anything else is a
-    copy if its bits are those of a served tensor, it has two dimensions or more, and is not constant: norms of ones are
-    equal by chance.
+    ``embeddings`` are the names of the served embeddings of the vocabulary; ``tied`` says whether the server uses one as its
+    head. A head that is stored in addition is a copy of it whatever its values are, since nothing that is served depends on
+    them. Any other tensor is a copy if it has the bits of a served tensor and two dimensions or more, and is not constant:
+    norm weights of ones are equal by chance.
     """
     served = [tensor for tensor in checkpoint if tensor.name not in not_served]
     embedding = [tensor for tensor in served if tensor.name in embeddings]
@@ -61,7 +63,7 @@ def second_copies(
 
 
 def _is_head(name: str, embeddings: Collection[str]) -> bool:
-    """Whether it is the head of the model that these embeddings belong to, not that of a layer or a draft inside it."""
+    """Whether ``name`` is the head of the model that these embeddings belong to, not of a layer or a draft inside it."""
     if not name.endswith(HEADS):
         return False
     around = set(name.split(".")[:-2])
@@ -84,7 +86,8 @@ def _unclear_head(tied: bool, embeddings: Sequence[CheckpointTensor]) -> str:
 
 
 def _common_end(one: str, other: str) -> int:
-    """Length of the common end of two names: of an embedding and a head with the same values, a copy follows its like."""
+    """The length of the common end of two names. Where embedding and head have the same values, a copy is assigned to the
+    one whose name ends in the same way: an embedding to the embedding, a head to the head."""
     pairs = zip(reversed(one), reversed(other), strict=False)
     return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))
 
@@ -92,8 +95,8 @@ def _common_end(one: str, other: str) -> int:
 def _equal_matrices(
     unserved: Sequence[CheckpointTensor], served: Sequence[CheckpointTensor], stored: StoredTensors
 ) -> dict[str, list[str]]:
-    """By tensor of ``unserved``: the served ones with the same shape, dtype and bits. Reads the first row of each candidate,
-    and whole tensors, in chunks, where these are equal."""
+    """For each tensor of ``unserved``, the served tensors with the same shape, dtype and bits. Reads the first row of each
+    candidate, and all rows, in chunks, where the first ones are equal."""
     kinds: dict[tuple[Any, ...], dict[bytes, list[CheckpointTensor]]] = {}
     for tensor in unserved:
         if len(tensor.shape) > 1 and 0 not in tensor.shape and tensor.file:
@@ -123,7 +126,7 @@ class StoredTensors:
         self._stack.close()
 
     def rows(self, tensor: CheckpointTensor, start: int, stop: int) -> Tensor:
-        """Rows ``start`` to ``stop`` (global) as they are stored."""
+        """Rows ``start`` to ``stop`` (global, exclusive) in the stored dtype."""
         from safetensors import safe_open
 
         if tensor.file not in self._files:
@@ -132,11 +135,11 @@ class StoredTensors:
         return self._files[tensor.file].get_slice(tensor.name)[start:stop]  # type: ignore[no-any-return]
 
     def first_row(self, tensor: CheckpointTensor) -> bytes:
-        """Its bits."""
+        """The bits of the first row."""
         return self.rows(tensor, 0, 1).contiguous().view(torch.uint8).numpy().tobytes()
 
     def equal_and_not_constant(self, one: CheckpointTensor, other: CheckpointTensor) -> bool:
-        """Whether two tensors of one shape and dtype have the same bits, which are not one number alone."""
+        """Whether two tensors of the same shape and dtype have the same bits and more than one distinct value."""
         first, constant = self.rows(one, 0, 1).flatten()[:1].view(torch.uint8), True
         for start, stop in self._chunks(one):
             mine, its = (self.rows(tensor, start, stop).contiguous().view(torch.uint8) for tensor in (one, other))

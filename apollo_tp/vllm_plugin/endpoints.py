@@ -1,7 +1,7 @@
 """The trainer's HTTP routes on vLLM's own port (``vllm.endpoint_plugins``), forwarded to the coordinator over ZMQ.
 
-vLLM's event loop never waits here: everything is async, and every wait has a deadline. When no trainer runs, the answer
-is 503. Nothing heavy is imported for that, and nothing of vLLM. Works with the plugin interface of vLLM 0.26 to 0.32.
+vLLM's event loop is never blocked: everything is async, and every wait has a deadline. When no trainer runs, the answer
+is 503. Imports neither torch nor vLLM until the server starts up. The plugin interface is the same in vLLM 0.26 to 0.32.
 """
 
 from __future__ import annotations
@@ -29,11 +29,12 @@ from apollo_tp.wire import tunnel as tunnel_messages
 
 logger = logging.getLogger("vllm.apollo_tp")  # vLLM configures the "vllm" logger only
 
-# a live coordinator is connected, or is again within the second that ZMQ takes to reconnect
 CONNECT_SECONDS = 3.0
-# it says at once that it has a request; a busy machine may take this long
+"""A live coordinator is connected, or will be within the second that ZMQ takes to reconnect."""
 ACCEPT_SECONDS = 10.0
+"""The coordinator acknowledges a request at once; on a busy machine it may take this long."""
 ALIVE_SECONDS = 15.0
+"""The longest silence during an answer."""
 CHUNK_BYTES = 256 * 1024
 HOP_HEADERS = {b"connection", b"keep-alive", b"transfer-encoding", b"upgrade", b"te", b"trailer"}
 PATHS = {
@@ -50,7 +51,7 @@ Frame = tunnel_messages.TunnelDown
 
 
 class UnavailableError(Exception):
-    """No coordinator answers. Becomes a 503 here, at the edge."""
+    """No coordinator answers. Becomes a 503 in this module."""
 
 
 class Tunnel:
@@ -87,7 +88,7 @@ class Tunnel:
     def begin(self) -> int:
         """A new request id with a queue for its answer."""
         if not self._path.exists():
-            raise UnavailableError("no trainer is running beside this server; start one: torchrun -m apollo_tp.launch")
+            raise UnavailableError("no trainer is running for this server; start one: torchrun -m apollo_tp.launch")
         identity = next(self._ids)
         self._open[identity] = asyncio.Queue()
         return identity
@@ -109,7 +110,7 @@ class Tunnel:
             raise UnavailableError(f"the trainer's coordinator was silent for {seconds:.0f} s") from None
 
     async def close(self, identity: int, *, finished: bool) -> None:
-        """Forget a request; tell the coordinator if it was not answered to its end."""
+        """Forget a request; notify the coordinator if it was not answered to its end."""
         self._open.pop(identity, None)
         if not finished:
             with contextlib.suppress(zmq.ZMQError):  # nobody there: nothing to cancel
@@ -117,7 +118,7 @@ class Tunnel:
 
 
 class ApolloEndpoints:
-    """What vLLM's ``vllm.endpoint_plugins`` group expects: a name, the tasks it needs, and two hooks."""
+    """The object that vLLM's ``vllm.endpoint_plugins`` group expects: a name, required tasks, and two hooks."""
 
     name = "apollo"
     required_tasks = ("generate",)
@@ -139,7 +140,7 @@ class ApolloEndpoints:
             logger.warning("apollo_tp: this server cannot be trained: %s", reason)
             return
         from apollo_tp.vllm_plugin import chat
-        from apollo_tp.vllm_plugin.compat.versions import Engine
+        from apollo_tp.vllm_plugin.compat.engine import Engine
 
         count = getattr(args, "api_server_count", None) or 1
         refusal = "" if count == 1 else (
@@ -157,7 +158,7 @@ class ApolloEndpoints:
                 engine_client, args, instance_folder.instance_dir(instance_folder.ensure_instance_id())
             )
         except (ConfigError, OSError) as error:
-            logger.warning("apollo_tp: no trainer will hear that this server is ready: %s", error)
+            logger.warning("apollo_tp: trainers cannot see that this server is ready: %s", error)
 
     def _find(self) -> Tunnel:
         if self._tunnel is None:
@@ -229,7 +230,7 @@ class ApolloEndpoints:
                 frame = await tunnel.next(identity, ALIVE_SECONDS)
                 if isinstance(frame, tunnel_messages.TunnelBody):
                     finished = not frame.more
-                    yield frame.data  # resumed once the client has taken it, but for what the transport holds
+                    yield frame.data  # continues when the client has read it, except for what the transport buffers
                     if not finished:
                         await tunnel.send(tunnel_messages.TunnelTaken(identity, len(frame.data)))
         finally:
@@ -238,7 +239,7 @@ class ApolloEndpoints:
 
 
 def _route_path(request: Request) -> str:
-    """The path that a route was found by: without ``--root-path``, which a proxy may have taken off already or not."""
+    """The path by which the route was found: without ``--root-path``, which a proxy may or may not have removed already."""
     root, path = request.scope.get("root_path", ""), request.scope["path"]
     return str(path[len(root) :] if path.startswith(f"{root}/") else path)
 

@@ -15,12 +15,13 @@ ALIGNMENT_BYTES = 64
 
 
 def share(parameters: Sequence[nn.Parameter], device: torch.device) -> list[tuple[int, Allocation]]:
-    """(base address, allocation) for all memory behind ``parameters``, ascending. On CPU the parameters move into it."""
+    """Make the memory of ``parameters`` reachable; returns (base address in bytes, allocation), ascending by address. On a
+    CPU the parameters are moved into a new allocation. Raises RuntimeError if CUDA memory cannot be exported."""
     return _share_cuda(parameters) if device.type == "cuda" else [_share_cpu(parameters)]
 
 
 def _share_cpu(parameters: Sequence[nn.Parameter]) -> tuple[int, Allocation]:
-    """Move parameters into one memfd: it has no name, needs no room in /dev/shm, and goes with its last process.
+    """Move parameters into one memfd: it has no name, needs no space in /dev/shm, and disappears with its last process.
 
     The trainer opens /proc/<pid>/fd/<n>, which the kernel grants to the same user only.
     """

@@ -23,7 +23,7 @@ from apollo_tp.shards.boxes import Box
 
 @dataclass(frozen=True, slots=True)
 class Copy:
-    """One recorded copy: ``box`` of the checkpoint tensor went to this view (dimensions in checkpoint order)."""
+    """One recorded copy: ``box`` of the checkpoint tensor was copied to this view (dimensions in checkpoint order)."""
 
     box: Box
     address: int
@@ -34,12 +34,12 @@ class Copy:
 
 @dataclass(slots=True)
 class Trace:
-    """Outcome for one checkpoint tensor: where it went; or why it cannot be trained in place."""
+    """The outcome for one checkpoint tensor: where it was copied to, or why it cannot be trained in place."""
 
     name: str
     copies: list[Copy] = field(default_factory=list)
     served: bool = False
-    """The loader copied something of it; perhaps nothing, on a rank that holds only padding of a vocabulary."""
+    """Whether the loader copied it, or a part of it. The part is empty on a rank that has only padding of a vocabulary."""
     refusal: str = ""
 
 
@@ -99,13 +99,14 @@ def _record(destination: Tensor, probe: Probe) -> None:
         raise TransformedError(f"vLLM's loader broadcasts {tuple(probe.shape)} into {tuple(destination.shape)}")
     box, order = _box_of(probe)
     probe.trace.served = True
-    if box.numel:  # a rank may hold none of a padded vocabulary
+    if box.numel:  # empty on a rank that has only padding of a vocabulary
         stride = tuple(0 if d is None else destination.stride(d) for d in order)
         probe.trace.copies.append(Copy(box, destination.data_ptr(), stride))
 
 
 def _box_of(probe: Probe) -> tuple[Box, list[int | None]]:
-    """The box of the root that this view covers, and for each root dimension the view's dimension that walks it."""
+    """The box of the root that this view covers, and for each root dimension the dimension of the view that runs along it
+    (None if it has size one). Raises TransformedError if the view is not a box."""
     root, view = probe.root, probe.meta
     remaining, offset = view.storage_offset(), []
     for d in range(root.dim()):
@@ -129,8 +130,8 @@ def _box_of(probe: Probe) -> tuple[Box, list[int | None]]:
 
 
 class _ParametersStay(TorchDispatchMode):
-    """While tracing, padding of served parameters is not filled, and what else is done to them is an error: a loader that
-    computes with what it has copied would leave a trace of the copy alone."""
+    """While tracing, served parameters are not written: filling them (padding) does nothing, and any other operation on
+    them is an error. A loader that computes with what it has copied would otherwise leave a trace of the copy only."""
 
     FILLS = (torch.ops.aten.fill_.Scalar, torch.ops.aten.fill_.Tensor, torch.ops.aten.zero_.default)
 
@@ -150,7 +151,8 @@ class _ParametersStay(TorchDispatchMode):
 
 @contextlib.contextmanager
 def _modules_stay(model: nn.Module) -> Iterator[None]:
-    """Some loaders register a parameter anew and then load it: the served one, with its values, must not be lost."""
+    """Put all parameters and buffers back afterwards: some loaders register a parameter again before they load it, and the
+    served one, with its values, must not be lost."""
     kept = [(module._parameters, dict(module._parameters)) for module in model.modules()]
     kept += [(module._buffers, dict(module._buffers)) for module in model.modules()]  # type: ignore[misc]
     try:
@@ -168,8 +170,8 @@ Load = Callable[[Iterable[tuple[str, Tensor]]], Any]
 def trace_loader(model: nn.Module, tensors: Iterable[Named], load: Load | None = None) -> list[Trace]:
     """Trace ``model.load_weights`` (or ``load``) for each checkpoint tensor (name, global shape, dtype).
 
-    Nothing is written into the model, and its parameters and buffers are the same objects afterwards. A trace neither served
-    nor refused is a tensor that the loader passes over.
+    Nothing is written into the model, and its parameters and buffers are the same objects afterwards. A tensor that the
+    loader skips has a trace that is neither served nor refused.
     """
     storages = {p.untyped_storage().data_ptr() for p in model.parameters()}
     with _modules_stay(model), torch.no_grad(), _ParametersStay(storages):
@@ -177,8 +179,8 @@ def trace_loader(model: nn.Module, tensors: Iterable[Named], load: Load | None =
 
 
 def _trace(load: Load, tensors: list[Named]) -> list[Trace]:
-    """All in one call, since each call takes milliseconds whatever it is given, and experts are many. If it raises, both
-    halves again, until the error is that of one tensor."""
+    """Trace all tensors in one call, since each call takes milliseconds however little it is given, and there may be
+    thousands of experts. If the call raises, trace both halves separately, until the error is that of one tensor."""
     traces = [Trace(name) for name, _, _ in tensors]
     roots = [torch.empty(shape, dtype=dtype, device="meta") for _, shape, dtype in tensors]
     try:

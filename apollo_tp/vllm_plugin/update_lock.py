@@ -1,8 +1,8 @@
 """The server's end of the update lock: pauses vLLM while trainer rank 0 writes, and refreshes the prefix cache afterwards.
 
 One trainer connection at a time, over a 0600 unix socket in the instance's private folder. The lock is a lease: when the
-connection ends, or nothing is heard for ``lease_seconds``, the server is resumed from here, whatever became of the trainer.
-A pause that somebody else asked for (vLLM's /pause) is left to them; what they ask for during ours comes after it.
+connection ends, or no message comes for ``lease_seconds``, the server is resumed from here, whatever became of the trainer.
+A pause that somebody else asked for (vLLM's /pause) stays; what others ask for during ours comes after it.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import logging
 import os
+from collections.abc import Awaitable
 from pathlib import Path
 from typing import Protocol
 
@@ -25,12 +26,13 @@ from apollo_tp.wire import update_lock as lock_messages
 logger = logging.getLogger("vllm.apollo_tp")  # vLLM configures the "vllm" logger only
 
 WRITE_SECONDS = 5.0
+"""How long the trainer may take to read an answer before its connection is closed."""
 
 
 class PausableEngine(Protocol):
-    """The part of vLLM's engine that is used; compat.Engine."""
+    """The part of vLLM's engine that is used; ``compat.engine.Engine``."""
 
-    async def hold(self) -> None: ...
+    async def acquire(self) -> None: ...
     async def pause(self, *, drain: bool) -> None: ...
     async def resume(self) -> None: ...
     async def reset_prefix_cache(self) -> None: ...
@@ -38,7 +40,10 @@ class PausableEngine(Protocol):
 
 
 class UpdateLock:
-    """Listens from ``start`` on. ``refusal`` says why this server cannot be paused ("" when it can)."""
+    """Listens from ``start`` on. ``refusal`` says why this server cannot be paused ("" if it can).
+
+    Methods that return ``str | None`` return what went wrong, for the answer to the trainer.
+    """
 
     def __init__(
         self, engine: PausableEngine, refusal: str = "", lease_seconds: float = lock_messages.SYNC_LEASE_SECONDS
@@ -46,6 +51,7 @@ class UpdateLock:
         self._engine, self._refusal, self._lease_seconds = engine, refusal, lease_seconds
         self._attached: lock_messages.SyncAttach | None = None
         self._pausing: asyncio.Task[None] | None = None
+        """The task that pauses, or has paused, the server; None once the pause is over or was given up."""
         self._expired = False
         self._num_salts = 0
         self._server: asyncio.Server | None = None
@@ -65,65 +71,35 @@ class UpdateLock:
             self._server.close()
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        mine = False
+        attached = False
         try:
-            error = self._attach(await self._request(reader))
-            mine = not error
-            if mine:
+            error = self._attach(await self._next_request(reader))
+            attached = error is None
+            if attached:
                 error = await self._refresh()
             await _answer(writer, "SyncAttach", error)
-            while mine:
-                await self._handle(await self._request(reader), writer)
+            while attached:
+                await self._handle(await self._next_request(reader), writer)
         except (asyncio.IncompleteReadError, ConnectionError):
             pass  # the trainer left
-        except TimeoutError:
-            writer.transport.abort()  # it takes no answer: close would wait until it does
-        except (FrameError, ValueError) as error:
+        except (TimeoutError, FrameError, ValueError) as error:
             logger.warning("apollo_tp: the update lock's connection is closed: %s", error)
+            writer.transport.abort()  # close would wait until the trainer has read what was sent
         finally:
             writer.close()
-            if mine:
+            if attached:
                 await self._detach()
 
-    def _attach(self, request: lock_messages.SyncRequest) -> str:
-        """Take the place of the one trainer; returns why not."""
-        if not isinstance(request, lock_messages.SyncAttach):
-            raise ValueError(f"got {type(request).__name__}, expected SyncAttach first")
-        SyncMode(request.mode), CacheMode(request.cache)
-        if self._refusal:
-            return self._refusal
-        if self._attached is not None:
-            return "got a second trainer, expected one; stop the other one"
-        self._attached = request
-        self._engine.salt_requests("")  # of a trainer before this one
-        return ""
-
-    async def _detach(self) -> None:
-        """The trainer is gone, perhaps in the middle of a write: resume, and keep its half step out of the cache."""
-        held = self._pausing is not None
-        try:
-            await self._resume()
-            await self._refresh()
-        except Exception as error:  # noqa: BLE001 - vLLM's engine ended: there is nothing left to resume
-            logger.error("apollo_tp: the server could not be resumed: %s", error)
-            return
-        finally:
-            self._attached = None
-        logger.log(
-            logging.WARNING if held else logging.INFO,
-            "apollo_tp: the trainer left%s", " while the server was paused; resumed" if held else "",
-        )  # fmt: skip
-
-    async def _request(self, reader: asyncio.StreamReader) -> lock_messages.SyncRequest:
-        """The next request. While a pause is held it must come within the lease: otherwise the server is resumed."""
+    async def _next_request(self, reader: asyncio.StreamReader) -> lock_messages.SyncRequest:
+        """The next request. During a pause it must come within the lease; otherwise the server is resumed first."""
         frame = asyncio.ensure_future(_read(reader))
         try:
             if self._pausing is not None:
                 done, _ = await asyncio.wait({frame}, timeout=self._lease_seconds)
                 if not done:
                     logger.error(
-                        "apollo_tp: nothing heard of the trainer for %.0f s while it held the server paused, expected a "
-                        "word every %.1f s; resumed", self._lease_seconds, lock_messages.SYNC_RENEW_SECONDS,
+                        "apollo_tp: got no message of the trainer for %.0f s while it has the server paused, expected one "
+                        "every %.1f s; resumed", self._lease_seconds, lock_messages.SYNC_RENEW_SECONDS,
                     )  # fmt: skip
                     self._expired = True
                     await self._resume()
@@ -146,73 +122,110 @@ class UpdateLock:
             case _:
                 raise ValueError(f"got {type(request).__name__}, expected it once, at the beginning")
 
-    async def _pause(self, writer: asyncio.StreamWriter) -> None:
-        assert self._attached
-        task, error, drain = asyncio.current_task(), "", self._attached.mode == SyncMode.drain.value
+    def _attach(self, request: lock_messages.SyncRequest) -> str | None:
+        """Accept the one trainer; returns why it is refused."""
+        if not isinstance(request, lock_messages.SyncAttach):
+            raise ValueError(f"got {type(request).__name__}, expected SyncAttach first")
+        SyncMode(request.mode), CacheMode(request.cache)
+        if self._refusal:
+            return self._refusal
+        if self._attached is not None:
+            return "got a second trainer, expected one; stop the other one"
+        self._attached = request
+        self._engine.salt_requests("")  # ends the salt of a previous trainer
+        return None
+
+    async def _detach(self) -> None:
+        """The trainer is gone, perhaps in the middle of a write: resume, and keep its half step out of the cache."""
+        was_paused = self._pausing is not None
         try:
-            await self._engine.hold()
-            if self._pausing is task:
-                # No await between these two: what has the new salt must reach vLLM behind the pause, and run with the
-                # new weights; what has the old one must reach it before.
-                self._new_salt()
-                await self._engine.pause(drain=drain)
-        # vLLM hands engine failures on as plain exceptions; the trainer must hear of them, the server goes on.
-        except Exception as caught:  # noqa: BLE001
-            error = f"vLLM did not pause: {caught}"
+            if await self._resume():
+                return  # vLLM's engine has ended: there is no cache either
+            await self._refresh()
+        finally:
+            self._attached = None
+        logger.log(
+            logging.WARNING if was_paused else logging.INFO,
+            "apollo_tp: the trainer left%s", " while the server was paused; resumed" if was_paused else "",
+        )  # fmt: skip
+
+    async def _pause(self, writer: asyncio.StreamWriter) -> None:
+        """The task of one pause: pause the engine, then answer."""
+        task = asyncio.current_task()
+        error = await self._ask_engine(self._pause_engine(task), "vLLM did not pause")
         if self._pausing is task:
             with contextlib.suppress(ConnectionError, TimeoutError):  # the reader notices that the trainer is gone
                 await _answer(writer, "SyncPause", error)
-        elif self._pausing is None:  # given up meanwhile: hold nothing
-            await self._engine.resume()
+        elif self._pausing is None:  # given up meanwhile: the engine must be free again
+            await self._resume_engine()
 
-    async def _release(self, weight_version: int) -> str:
+    async def _pause_engine(self, task: asyncio.Task[None] | None) -> None:
+        assert self._attached
+        drain = self._attached.mode == SyncMode.drain.value
+        await self._engine.acquire()
+        if self._pausing is task:
+            # No await between these two: requests with the new salt must reach vLLM after the pause, and run with the new
+            # weights; requests with the old salt must reach it before.
+            self._new_salt()
+            await self._engine.pause(drain=drain)
+
+    async def _release(self, weight_version: int) -> str | None:
         assert self._attached
         self._attached = msgspec.structs.replace(self._attached, weight_version=weight_version)
-        error = await self._refresh()
-        await self._resume()
+        stale = await self._refresh()
+        error = await self._resume()
         if self._expired:
             self._expired = False
             return "the lease ran out during the update, and the server was resumed before its end"
-        return error
+        return error or stale
 
-    async def _resume(self) -> None:
+    async def _resume(self) -> str | None:
         if self._pausing is None:
-            return
-        # not cancelled: vLLM's engine answers the call when it is idle, and somebody must take that answer
+            return None
+        # The task is not cancelled: vLLM's engine answers the call when it is idle, and somebody must take that answer.
         self._pausing = None
-        await self._engine.resume()
+        return await self._resume_engine()
+
+    async def _resume_engine(self) -> str | None:
+        return await self._ask_engine(self._engine.resume(), "the server could not be resumed")
 
     def _new_salt(self) -> None:
         assert self._attached
         if self._attached.cache == CacheMode.salt.value:
-            # the count: a step that was broken off has left weights that no version names
+            # The count is part of the salt: a step that was broken off has left weights that no version names.
             self._num_salts += 1
             self._engine.salt_requests(f"apollo-{self._attached.weight_version}-{self._num_salts}")
 
-    async def _refresh(self) -> str:
-        """Part the prefix cache of older weights from what comes; returns what went wrong."""
+    async def _refresh(self) -> str | None:
+        """Separate the prefix cache of older weights from that of requests to come."""
         assert self._attached
         self._new_salt()
         if self._attached.cache == CacheMode.reset.value:
-            try:
-                await self._reset_cache()
-            except Exception as error:  # noqa: BLE001 - as in _pause
-                logger.error("apollo_tp: the prefix cache keeps entries of older weights: %s", error)
-                return f"the prefix cache keeps entries of older weights: {error}"
-        return ""
+            return await self._ask_engine(self._reset_cache(), "the prefix cache keeps entries of older weights")
+        return None
 
     async def _reset_cache(self) -> None:
-        """While nothing runs: of requests that run, some releases lose tokens that were drafted, and keep blocks that a KV
-        connector still has to send."""
+        # vLLM release 0.26: if requests run, drafted tokens of their streams are lost, and blocks that a KV connector has
+        # still to send are kept. So the cache is emptied while nothing runs, in all releases.
         if self._pausing is not None:
             await self._engine.reset_prefix_cache()
             return
-        await self._engine.hold()
+        await self._engine.acquire()
         try:
             await self._engine.pause(drain=False)
             await self._engine.reset_prefix_cache()
         finally:
             await self._engine.resume()
+
+    async def _ask_engine(self, call: Awaitable[None], failure: str) -> str | None:
+        """Await a call of vLLM's engine; returns ``failure`` with what it raised, which is also logged."""
+        try:
+            await call
+        # vLLM raises failures of its engine as plain exceptions. The trainer is notified, and the API server goes on.
+        except Exception as error:  # noqa: BLE001
+            logger.error("apollo_tp: %s: %s", failure, error)
+            return f"{failure}: {error}"
+        return None
 
 
 async def _read(reader: asyncio.StreamReader) -> bytes:
@@ -222,7 +235,11 @@ async def _read(reader: asyncio.StreamReader) -> bytes:
     return await reader.readexactly(size)
 
 
-async def _answer(writer: asyncio.StreamWriter, kind: str, error: str) -> None:
-    writer.write(lock_messages.frame(lock_messages.SyncAnswer(kind, error)))
-    async with asyncio.timeout(WRITE_SECONDS):
-        await writer.drain()
+async def _answer(writer: asyncio.StreamWriter, kind: str, error: str | None) -> None:
+    """Send the answer to a request. Raises TimeoutError if the trainer does not read."""
+    writer.write(lock_messages.frame(lock_messages.SyncAnswer(kind, error or "")))
+    try:
+        async with asyncio.timeout(WRITE_SECONDS):
+            await writer.drain()
+    except TimeoutError:
+        raise TimeoutError(f"the trainer did not read the answer to {kind} for {WRITE_SECONDS:.0f} s") from None

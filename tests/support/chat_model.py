@@ -13,7 +13,7 @@ CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-# as Qwen3: reasoning is kept only behind the last user message, and an empty one is added there
+# as Qwen3: reasoning is kept only after the last user message, and an empty one is added there
 THINKING = """{%- set ns = namespace(last=-1) %}
 {%- for m in messages %}{%- if m.role == 'user' %}{%- set ns.last = loop.index0 %}{%- endif %}{%- endfor %}
 {%- for m in messages %}
@@ -35,7 +35,7 @@ THINKING = """{%- set ns = namespace(last=-1) %}
     {%- endif %}
 {%- endfor %}
 {%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"""
-# as Qwen3 also: calls of tools stand behind the content, on a line of their own if there is one
+# as Qwen3 also: tool calls come after the content, on a line of their own if there is one
 THINKING_CALLS = THINKING.replace(
     "        {{- '<|im_end|>\\n' }}\n",
     "        {%- for call in m.tool_calls or [] %}"

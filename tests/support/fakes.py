@@ -1,7 +1,9 @@
-"""A fake trainer rank 0: speaks protocol.py over a real ZMQ socket, and keeps a journal of what it "wrote".
+"""A fake trainer rank 0 (apollo_tp.wire.commands over a real ZMQ socket), and a real coordinator process to connect it to.
 
-The journal stands for the served weights: a step that is in it twice was trained twice. It survives a kill of the fake, as
-vLLM's memory survives a kill of the trainer. ``python -m tests.support.fakes SOCKET JOURNAL STEP_SECONDS`` runs one alone.
+The fake keeps a journal of the steps it completed, in place of the served weights: a step that is in it twice was trained
+twice. The journal survives a kill of the fake, as vLLM's memory survives a kill of the trainer.
+
+``python -m tests.support.fakes SOCKET JOURNAL STEP_SECONDS`` runs one alone.
 """
 
 from __future__ import annotations
@@ -32,16 +34,18 @@ HEARTBEAT_SECONDS = 0.1
 
 
 class FakeRanks:
-    """One rank 0. ``fail_at`` and ``skip_at`` name job steps that raise or are skipped; ``mute`` stops every sending.
-    ``logprob`` is that of a token, and changes by ``learned`` of it with each step; a checkpoint takes ``save_seconds``, and
-    fails if ``fail_saves``; a batch is scored in ``score_seconds``."""
+    """One rank 0. ``fail_at`` and ``skip_at`` are job steps that raise or are skipped; while ``mute``, nothing is sent.
+    ``logprob`` is that of a token, and each step changes it by the share ``learned``. A checkpoint takes ``save_seconds``,
+    and fails if ``fail_saves``; a Score command takes ``score_seconds``. ``commands`` were begun; those whose ids are in
+    ``answered`` have been answered."""
 
     def __init__(self, socket_path, journal, *, step_seconds=0.0, instance_id="fake", max_tokens=256):
         self.socket_path, self.journal, self.step_seconds = str(socket_path), Path(journal), step_seconds
         self.instance_id, self.max_tokens, self.server_life = instance_id, max_tokens, f"{instance_id}@1"
         self.fail_at, self.skip_at, self.mute = set(), set(), False
         self.logprob, self.save_seconds, self.loss_of_skipped, self.hello_seconds = -0.5, 0.0, 1.0, 0.0
-        self.commands, self.scored, self.learned, self.fail_saves, self.score_seconds = [], [], 0.0, False, 0.0
+        self.commands, self.answered, self.scored = [], [], []
+        self.learned, self.fail_saves, self.score_seconds = 0.0, False, 0.0
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self.run, daemon=True)
 
@@ -102,6 +106,7 @@ class FakeRanks:
                     self._send(socket, commands.Heartbeat(weight_version=version, busy_with=busy.id if busy else ""))
                 if busy and now >= until:
                     self._send(socket, self._execute(busy))
+                    self.answered.append(busy.id)
                     busy = None
                 if not busy and queue:
                     busy = queue.popleft()
@@ -160,7 +165,7 @@ class FakeRanks:
 
 
 class CoordinatorProcess:
-    """A real coordinator process over a temporary folder. ``restart`` after ``kill`` keeps state and sockets' places."""
+    """A real coordinator process over a temporary folder. After ``kill``, ``start`` uses the same state and sockets."""
 
     def __init__(self, folder, *, model_path="", env=None, settings=None, writers=None, **service):
         self.folder = Path(folder)
@@ -236,10 +241,11 @@ class CoordinatorProcess:
 
 
 @contextlib.contextmanager
-def chat_stack(folder, *, settings=None, step_seconds=0.0):
+def chat_stack(folder, *, settings=None, step_seconds=0.0, **service):
     """A coordinator of a model with a chat template, its fake rank 0, which is connected, and a client."""
+    model = write_model(folder / "model")
     with (
-        CoordinatorProcess(folder, model_path=write_model(folder / "model"), settings=settings) as coordinator,
+        CoordinatorProcess(folder, model_path=model, settings=settings, **service) as coordinator,
         FakeRanks(coordinator.ranks_socket, folder / "journal", step_seconds=step_seconds) as ranks,
         coordinator.client() as client,
     ):

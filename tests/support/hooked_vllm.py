@@ -16,9 +16,11 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig
 
-from apollo_tp.vllm_plugin import offline
-from apollo_tp.vllm_plugin.compat import versions as compat
-from apollo_tp.vllm_plugin.compat.cpu import serve_plain_experts
+from apollo_tp.vllm_plugin.compat.cpu import serve_plain_convolutions, serve_plain_experts
+from apollo_tp.vllm_plugin.compat.engine import Engine, connector_resets
+from apollo_tp.vllm_plugin.compat.hooks import install_hooks
+from apollo_tp.vllm_plugin.compat.one_rank import pretended_rank
+from apollo_tp.vllm_plugin.compat.refusals import layer_refusals, refusals_of_server
 from tests.support import rendered_chats
 from tests.support.families import FAMILIES
 
@@ -40,7 +42,7 @@ def serve(config: Any) -> tuple[Tensor, bool, list[str]]:
     from vllm.utils.torch_utils import set_default_torch_dtype
 
     torch.manual_seed(0)
-    with offline._rank_of(config, 0, 1), set_default_torch_dtype(torch.bfloat16), torch.no_grad():
+    with pretended_rank(config, 0, 1), set_default_torch_dtype(torch.bfloat16), torch.no_grad():
         model = initialize_model(config)
         for parameter in model.parameters():
             parameter.normal_(0, 0.5)
@@ -56,7 +58,51 @@ def serve(config: Any) -> tuple[Tensor, bool, list[str]]:
             activation=layer.activation, global_num_experts=len(loaded), expert_map=None, a1q_scale=None, a2_scale=None,
             workspace13=None, workspace2=None, expert_tokens_meta=None, apply_router_weight_on_input=False,
         )  # fmt: skip
-        return output, torch.equal(layer.w13_weight, loaded), compat.refusals_of_server(config, model)
+        return output, torch.equal(layer.w13_weight, loaded), refusals_of_server(config, model)
+
+
+def convolutions() -> dict[str, list[Any] | None]:
+    """Both convolution kernels of gated delta nets as vLLM calls them, with packed weights and, after the hook, with plain
+    ones: do the results agree bit for bit? None on CPUs for which vLLM does not pack. And what the kernels are given."""
+    from vllm import _custom_ops
+    from vllm.platforms import current_platform
+
+    current_platform.import_kernels()
+    torch.manual_seed(0)
+    channels, width, tokens = 64, 4, 7
+    x, plain = torch.randn(tokens, channels).bfloat16(), torch.randn(channels, 1, width).bfloat16()
+    slot = torch.tensor([0], dtype=torch.int32)
+
+    def convolved(weight: Tensor) -> list[Tensor]:
+        states = torch.zeros(1, width - 1, channels).bfloat16().transpose(1, 2)
+        common = {
+            "weight": weight, "bias": None, "conv_states": states, "silu_activation": True, "is_weight_packed": True
+        }  # fmt: skip
+        prefill = _custom_ops.causal_conv1d_fwd_cpu(
+            x=x.t(), query_start_loc=torch.tensor([0, tokens], dtype=torch.int32), cache_indices=slot,
+            has_initial_state=torch.tensor([False]), **common,
+        )  # fmt: skip
+        decode = _custom_ops.causal_conv1d_update_cpu(
+            x=x[:1], conv_state_indices=slot, num_accepted_tokens=None, **common
+        )
+        return [prefill, decode, states]
+
+    packs = torch.cpu._is_avx512_bf16_supported() and hasattr(_custom_ops, "causal_conv1d_weight_pack")
+    before = convolved(_custom_ops.causal_conv1d_weight_pack(plain.view(channels, width))) if packs else None
+    given: list[Any] = []
+    names = ("causal_conv1d_fwd_cpu", "causal_conv1d_update_cpu")
+    originals = {name: getattr(_custom_ops, name) for name in names}
+    for name in names:
+        setattr(_custom_ops, name, lambda **o: given.append([*o["weight"].shape, o["is_weight_packed"]]))
+    serve_plain_convolutions()
+    convolved(plain)
+    for name, original in originals.items():
+        setattr(_custom_ops, name, original)
+    serve_plain_convolutions()
+    serve_plain_convolutions()
+    after = convolved(plain) if packs else None
+    same = None if before is None else [torch.equal(*pair) for pair in zip(before, after, strict=True)]
+    return {"given": given, "same": same}
 
 
 async def sent_requests(config: Any) -> dict[str, list[str | None]]:
@@ -81,7 +127,7 @@ async def sent_requests(config: Any) -> dict[str, list[str | None]]:
             add_request_async=add_request_async, resources=SimpleNamespace(engine_dead=False), shutdown=lambda **_: None
         ),
     )  # fmt: skip
-    engine = compat.Engine(client)
+    engine = Engine(client)
     raw, rendered = {"prompt_token_ids": [1, 2]}, {"type": "token", "prompt_token_ids": [1, 2]}
     salts = {}
     for salt in ("first", "second", ""):
@@ -120,8 +166,8 @@ def followed_loaders() -> dict[str, list[str]]:
 
     BaseModelLoader.load_model = lambda self, vllm_config, model_config: nn.Linear(1, 1)
     told: list[str] = []
-    compat.install_hooks(lambda model, *_: told.append("; ".join(compat._layer_refusals(model))))
-    compat.install_hooks(lambda *_: told.append("installed twice"))
+    install_hooks(lambda model, *_: told.append("; ".join(layer_refusals(model))))
+    install_hooks(lambda *_: told.append("installed twice"))
     model_config = object()
     config = SimpleNamespace(model_config=model_config, load_config=SimpleNamespace(load_format="mine"))
     found = {"tensorizer": [str(hasattr(TensorizerLoader.load_model, "apollo_tp"))]}
@@ -138,9 +184,7 @@ def emptied_connectors() -> dict[str, bool]:
 
     def resets(name: str, *parts: str) -> bool:
         extra = {"connectors": [{"kv_connector": part, "kv_role": "kv_both"} for part in parts]}
-        return compat.connector_resets(
-            KVTransferConfig(kv_connector=name, kv_role="kv_both", kv_connector_extra_config=extra)
-        )
+        return connector_resets(KVTransferConfig(kv_connector=name, kv_role="kv_both", kv_connector_extra_config=extra))
 
     both = ("OffloadingConnector", "ExampleConnector")
     found = {name: resets(name) for name in both}
@@ -174,6 +218,7 @@ def main(folder: Path) -> dict[str, Any]:
         experts[name] = [float((output.float() - before).norm() / before.norm()), as_loaded, refusals]
     return {
         "experts": experts,
+        "convolutions": convolutions(),
         "salts": asyncio.run(sent_requests(engine_config("qwen3-moe"))),
         "loaders": followed_loaders(),
         "connectors": emptied_connectors(),

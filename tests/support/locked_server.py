@@ -13,7 +13,7 @@ from typing import Any
 from apollo_tp.config import CacheMode, SyncConfig, SyncMode
 from apollo_tp.runtime import instance_folder, processes
 from apollo_tp.training.update_gate import Lock
-from apollo_tp.vllm_plugin.compat.versions import Engine
+from apollo_tp.vllm_plugin.compat.engine import Engine
 from apollo_tp.vllm_plugin.update_lock import UpdateLock
 
 LEASE_SECONDS = 1.5

@@ -10,7 +10,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
-from apollo_tp.coordinator.samples.render import Chat, Renderer
+from apollo_tp.coordinator.samples.conversation import Chat
+from apollo_tp.coordinator.samples.render import Renderer
 from apollo_tp.coordinator.samples.schema import SampleBody, decode
 from apollo_tp.errors import RequestError
 from apollo_tp.shards.serving import publish_serving

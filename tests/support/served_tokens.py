@@ -11,7 +11,8 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from apollo_tp.coordinator.samples.render import Chat, Renderer
+from apollo_tp.coordinator.samples.conversation import Chat
+from apollo_tp.coordinator.samples.render import Renderer
 from apollo_tp.coordinator.samples.schema import Message
 from apollo_tp.shards.serving import TOKENIZER_FILE, Serving, publish_serving, read_serving
 from apollo_tp.vllm_plugin import chat

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import nn
 
-from apollo_tp.vllm_plugin import offline
+from apollo_tp.vllm_plugin import manifest_builder, offline
 from apollo_tp.vllm_plugin.trace import Named, Trace, trace_loader
 from tests.support.families import FAMILIES, build
 
@@ -31,7 +31,7 @@ def trace_families(folder: Path) -> dict[str, list[list[Any]]]:
         found[name].append([len(traces), sum(bool(trace.refusal) for trace in traces), differ])
         return traces
 
-    offline.trace_loader = both_ways
+    manifest_builder.trace_loader = both_ways
     for name, family in FAMILIES.items():
         found[name] = []
         build(family.config()).save_pretrained(folder / name)

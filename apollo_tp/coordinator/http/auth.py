@@ -1,5 +1,5 @@
-"""Who may call what: bearer tokens with a ``read`` or a ``train`` scope, compared in constant time. Without tokens, this
-machine: requests also come by vLLM's port, which listens on all addresses by default.
+"""Who may call what: bearer tokens with a ``read`` or a ``train`` scope, compared in constant time. Without tokens, only
+this machine may: requests also arrive at vLLM's port, which listens on all addresses by default.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from apollo_tp.config import ServiceConfig
-from apollo_tp.errors import ConfigError, RequestError
+from apollo_tp.errors import ConfigError, RequestError, refuse
 from apollo_tp.runtime.instance_folder import TOKEN_VARIABLE
 
 READ, TRAIN = "read", "train"
@@ -32,7 +32,7 @@ class Access:
 
     def check(self, method: str, path: str, headers: Mapping[str, str], client: str | None) -> None:
         """Raise RequestError 401 or 403 unless this request is allowed. /health is open. ``client`` is the address that it
-        came from; None if it came by a private socket or with a CURVE key."""
+        came from; None if it came through a private socket or with a CURVE key."""
         self._check_origin(method, headers)
         if path == "/health":
             return
@@ -42,71 +42,57 @@ class Access:
             return
         token = _presented(headers)
         if token is None:
-            raise RequestError(
-                "got no token, expected the header 'Authorization: Bearer TOKEN'", field="Authorization",
-                got="no token", expected="a bearer token", status=401, code="no_token",
-            )  # fmt: skip
+            raise refuse("Authorization", "no token", "'Authorization: Bearer TOKEN'", status=401, code="no_token")
         digest = hashlib.sha256(token.encode()).digest()
-        # every digest is compared, so that the time tells nothing about which one matched
+        # every digest is compared, so that the time does not depend on which one matched
         scopes = {scope for scope, known in self._digests if hmac.compare_digest(known, digest)}
         if not scopes:
-            raise RequestError(
-                "got an unknown token, expected one of the trainer's", field="Authorization", got="an unknown token",
-                expected="a known token", status=401, code="bad_token",
-            )  # fmt: skip
+            raise refuse("Authorization", "an unknown token", "one of the trainer's", status=401, code="bad_token")
         if TRAIN not in scopes and method not in ("GET", "HEAD"):
-            raise RequestError(
-                f"got a token of scope 'read' for {method}, expected one of scope 'train'", field="Authorization",
-                got="a token of scope 'read'", expected="a token of scope 'train'", status=403, code="scope",
-            )  # fmt: skip
+            raise refuse("Authorization", f"a token of scope 'read' for {method}", "a token of scope 'train'",
+                         status=403, code="scope")  # fmt: skip
 
     def _check_origin(self, method: str, headers: Mapping[str, str]) -> None:
         """Another site's page, open in a browser on this machine, must not be able to start training here."""
         origin = headers.get("origin")
         if method in ("GET", "HEAD") or origin is None:
             return
-        with contextlib.suppress(ValueError):  # no URL: the origin of nothing here
+        with contextlib.suppress(ValueError):  # an origin that is no URL is not this server's
             if urlsplit(origin).netloc == headers.get("host"):
                 return
-        raise RequestError(
-            f"got a request from the page of another site ({origin[:80]!r}), expected this server's own", field="Origin",
-            got=origin[:80], expected="the origin of this server", status=403, code="cross_origin",
-        )  # fmt: skip
+        raise refuse("Origin", f"a request from the page of another site ({origin[:80]!r})", "this server's own",
+                     status=403, code="cross_origin")  # fmt: skip
 
 
 def _check_local(client: str, headers: Mapping[str, str]) -> None:
-    """Without tokens: a client on this machine, by a name of this machine. A page of another site whose name suddenly
-    resolves to this machine (DNS rebinding) has its own name there. What a proxy passes on may come from anywhere."""
-    host = headers.get("host")
-    if passed := next((name for name in FORWARDED if name in headers), None):
-        raise RequestError(
-            f"got a request that a proxy passed on ({passed}) while the trainer has no tokens, expected one from this "
-            f"machine; set service.token_file or ${TOKEN_VARIABLE}", field="Authorization", got=f"the header {passed}",
-            expected="no proxy, or a trainer with tokens", status=403, code="not_local",
-        )  # fmt: skip
+    """Without tokens: a client on this machine, which calls it by a name or an address of this machine. A page of another
+    site whose name suddenly resolves to this machine (DNS rebinding) sends its own name. A proxy's client may be anywhere.
+
+    Starlette's TrustedHostMiddleware cannot do this: it knows lists of names, where any address is fine here (vLLM's port
+    listens on all of this machine's, IPv6 included), and it would guard a trainer with tokens too, which any name may call.
+    """
+    if forwarded := next((name for name in FORWARDED if name in headers), None):
+        raise _not_local("Authorization", f"a request that a proxy forwarded ({forwarded})", "one from this machine")
     if not is_loopback(client):
-        raise RequestError(
-            f"got a request from {client} while the trainer has no tokens, expected one from this machine; set "
-            f"service.token_file or ${TOKEN_VARIABLE}, or connect to 127.0.0.1", field="Authorization",
-            got=f"address {client}", expected="a loopback address, or a trainer with tokens", status=403, code="not_local",
-        )  # fmt: skip
-    name = host
-    with contextlib.suppress(ValueError):  # what is no host is no address either
+        raise _not_local("Authorization", f"a request from {client}", "one from 127.0.0.1 or another loopback address")
+    host = name = headers.get("host")
+    with contextlib.suppress(ValueError):  # a malformed host is checked as the name that it is not
         name = urlsplit(f"//{host}").hostname if host else None
     if name is None or name in (socket.gethostname().lower(), "localhost") or name.endswith(".localhost"):
         return
     try:
         ipaddress.ip_address(name)
     except ValueError:
-        raise RequestError(
-            f"got Host {name[:80]!r} while the trainer has no tokens, expected localhost or an address; set "
-            f"service.token_file or ${TOKEN_VARIABLE}", field="Host", got=name[:80], expected="localhost or an address",
-            status=403, code="not_local",
-        ) from None  # fmt: skip
+        raise _not_local("Host", f"Host {name[:80]!r}", "localhost or an address") from None
+
+
+def _not_local(field: str, got: str, expected: str) -> RequestError:
+    advice = f"{expected}; set service.token_file or ${TOKEN_VARIABLE}"
+    return refuse(field, f"{got} while the trainer has no tokens", advice, status=403, code="not_local")
 
 
 def _presented(headers: Mapping[str, str]) -> str | None:
-    """The token of a request: Bearer, X-Apollo-Token (beside a server's own API key), or Basic (what a browser asks for)."""
+    """The token of a request: X-Apollo-Token (next to a server's own API key), Bearer, or Basic (what a browser sends)."""
     if token := headers.get("x-apollo-token"):
         return token
     scheme, _, value = headers.get("authorization", "").partition(" ")
@@ -115,7 +101,7 @@ def _presented(headers: Mapping[str, str]) -> str | None:
     if scheme.lower() == "basic":
         try:
             return base64.b64decode(value, validate=True).decode().partition(":")[2] or None
-        except ValueError:  # no base64, or no text in it
+        except ValueError:  # not base64, or no text in it
             return None
     return None
 

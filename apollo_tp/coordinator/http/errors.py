@@ -1,35 +1,76 @@
-"""The ASGI application: one route table for the coordinator's own port and for requests tunnelled from vLLM's."""
+"""Errors as HTTP answers: one table of statuses, one form of body."""
 
 from __future__ import annotations
 
-from starlette.applications import Starlette
-from starlette.routing import Route
-from starlette.types import ASGIApp
+import logging
+import secrets
+from typing import Any
 
-from apollo_tp.coordinator.http.auth import Access
-from apollo_tp.coordinator.http.metrics import Metrics
-from apollo_tp.coordinator.http.middleware import Edge
-from apollo_tp.coordinator.http.openai_files import FilesApi
-from apollo_tp.coordinator.http.openai_jobs import FineTuningApi
-from apollo_tp.coordinator.http.openapi import openapi_route
-from apollo_tp.coordinator.http.page import page_routes
-from apollo_tp.coordinator.http.service import Service
-from apollo_tp.coordinator.http.train import TrainApi
+from fastapi.exceptions import RequestValidationError
+from pydantic import BaseModel
+from starlette.exceptions import HTTPException
+from starlette.responses import JSONResponse, Response
+
+from apollo_tp.coordinator.jobs.rank_link import RanksGoneError
+from apollo_tp.errors import DeadlineError, RankFailedError, RequestError
+
+log = logging.getLogger(__name__)
+
+STATUS: dict[type[Exception], tuple[int | None, str | None]] = {
+    RequestError: (None, None),
+    RanksGoneError: (503, "no_trainer"),
+    DeadlineError: (504, "deadline"),
+    RankFailedError: (500, "rank_failed"),
+    RequestValidationError: (400, "invalid_request"),
+    HTTPException: (None, "http"),
+}
+"""Exception class -> (status, code); None: the error carries its own. The first class that fits counts."""
 
 
-def build_app(service: Service, access: Access, metrics: Metrics, fine_tuning: FineTuningApi) -> ASGIApp:
-    """The routes inside the edge."""
-    routes: list[Route] = [
-        *TrainApi(service).routes(),
-        *FilesApi(service).routes(),
-        *fine_tuning.routes(),
-        *metrics.routes(),
-        *page_routes(service),
-    ]
-    routes.append(openapi_route(routes))
-    app = Starlette(routes=routes)
-    # none of starlette's error handlers: theirs for 500 answers in plain text, and raises again behind the response
-    app.middleware_stack = app.router
-    limits = service.settings.service
-    link = service.scheduler.link
-    return Edge(app, access, limits.max_body_bytes, limits.max_file_bytes, lambda: link.weight_version)
+class ErrorDetails(BaseModel):
+    """What was wrong. ``param`` (OpenAI's name) equals ``field``; ``id`` finds an internal error in the log."""
+
+    message: str
+    type: str
+    code: str
+    param: str | None = None
+    field: str | None = None
+    got: str | None = None
+    expected: str | None = None
+    id: str | None = None
+
+
+class ErrorBody(BaseModel):
+    """The body of every answer that is an error."""
+
+    error: ErrorDetails
+
+
+def error_response(error: Exception) -> Response:
+    """The JSON body and status of an error; 500 with an id, logged, for an unforeseen one."""
+    known = next((found for kind, found in STATUS.items() if isinstance(error, kind)), None)
+    if known is None:
+        identity = secrets.token_hex(6)
+        log.error("unhandled error %s", identity, exc_info=error)
+        message = f"internal error {identity}; the coordinator's log has the details"
+        details = {"message": message, "type": "server_error", "param": None, "code": "internal", "id": identity}
+        return JSONResponse({"error": details}, status_code=500)
+    status = known[0] or int(getattr(error, "status", 0) or getattr(error, "status_code", 500))
+    headers = dict(getattr(error, "headers", None) or {})
+    details = {
+        "message": str(getattr(error, "detail", None) or error),
+        "type": "server_error" if status >= 500 else "invalid_request_error",
+        "param": None,
+        "code": known[1],
+    }
+    if isinstance(error, RequestError):
+        details |= {"param": error.field, "code": error.code, "field": error.field}
+        details |= {"got": error.got, "expected": error.expected}
+    if status in (429, 503):
+        headers["Retry-After"] = "5"
+    return JSONResponse({"error": details}, status_code=status, headers=headers)
+
+
+async def handle_error(request: Any, error: Exception) -> Response:
+    """FastAPI's exception handler for the classes of the table."""
+    return error_response(error)

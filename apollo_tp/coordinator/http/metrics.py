@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
+from fastapi import APIRouter
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import GaugeMetricFamily
 from starlette.requests import Request
-from starlette.responses import Response
-from starlette.routing import Route
+from starlette.responses import PlainTextResponse, Response
 
+from apollo_tp.coordinator.http.parameters import StrictRoute
 from apollo_tp.coordinator.jobs.job import Job
 from apollo_tp.coordinator.jobs.scheduler import Scheduler
 from apollo_tp.coordinator.jobs.store import Store
@@ -76,18 +77,19 @@ class Metrics:
             jobs.add_metric([state.value], count)
         yield jobs
         link = self._scheduler.link
-        yield GaugeMetricFamily("apollo_trainer_connected", "1 while rank 0 is there", value=float(link.connected))
+        yield GaugeMetricFamily("apollo_trainer_connected", "1 while rank 0 is connected", value=float(link.connected))
         yield GaugeMetricFamily(
             "apollo_weight_version", "Completed updates of the served weights", value=link.weight_version or 0
         )
         speed = self._scheduler.progress.tokens_per_second() if self._scheduler.running else None
         yield GaugeMetricFamily("apollo_tokens_per_second", "Of the running job", value=speed or 0.0)
 
-    def routes(self) -> list[Route]:
-        """GET /metrics."""
 
-        async def metrics(request: Request) -> Response:
-            """Metrics in Prometheus text format."""
-            return Response(generate_latest(self.registry), media_type="text/plain; version=0.0.4; charset=utf-8")
+router = APIRouter(route_class=StrictRoute)
 
-        return [Route("/metrics", metrics, methods=["GET"])]
+
+@router.get("/metrics", response_class=PlainTextResponse)
+async def metrics(request: Request) -> Response:
+    """Metrics in Prometheus text format."""
+    text = generate_latest(request.app.state.metrics.registry)
+    return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")

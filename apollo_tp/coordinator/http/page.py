@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-import re
+import collections
+import functools
 from importlib import resources
 from typing import Any
 
-from starlette.requests import Request
+from fastapi import APIRouter
+from prometheus_client.parser import text_string_to_metric_families
 from starlette.responses import HTMLResponse, JSONResponse, Response
-from starlette.routing import Route
 
-from apollo_tp.coordinator.http.service import Service
+from apollo_tp.coordinator.http.parameters import StrictRoute
+from apollo_tp.coordinator.http.service import ServiceParts
 
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data:"
 # vLLM's names, newer ones first; sums and counts over the server's life
@@ -20,29 +22,34 @@ _LATENCIES = {
     "first_token_seconds": ("vllm:time_to_first_token_seconds",),
 }
 _RUNNING = "vllm:num_requests_running"
-_LINE = re.compile(r"^(?P<name>[a-zA-Z_:]+)(?:\{[^}]*\})? (?P<value>[0-9.eE+-]+)$", re.MULTILINE)
 
 
-def page_routes(service: Service) -> list[Route]:
-    """GET / and GET /train/server."""
-    html = resources.files("apollo_tp.coordinator.http").joinpath("page.html").read_text(encoding="utf-8")
+router = APIRouter(route_class=StrictRoute)
 
-    async def page(request: Request) -> Response:
-        """The page."""
-        return HTMLResponse(html, headers={"Content-Security-Policy": _POLICY, "Cache-Control": "no-store"})
 
-    async def server(request: Request) -> Response:
-        """Latency of the model server, from its own metrics: sums and counts since it started."""
-        url = service.settings.service.server_url
-        if url is None:
-            return JSONResponse({"reachable": False, "reason": "service.server_url is not set"})
-        try:
-            text = await _fetch(f"{url.rstrip('/')}/metrics")
-        except (OSError, TimeoutError, ValueError) as error:
-            return JSONResponse({"reachable": False, "reason": f"{type(error).__name__}: {error}"})
-        return JSONResponse({"reachable": True} | parse_server_metrics(text))
+@functools.cache
+def _html() -> str:
+    return resources.files("apollo_tp.coordinator.http").joinpath("page.html").read_text(encoding="utf-8")
 
-    return [Route("/", page, methods=["GET"]), Route("/train/server", server, methods=["GET"])]
+
+@router.get("/", response_class=HTMLResponse)
+async def page() -> Response:
+    """The page."""
+    return HTMLResponse(_html(), headers={"Content-Security-Policy": _POLICY, "Cache-Control": "no-store"})
+
+
+@router.get("/train/server")
+async def server(service: ServiceParts) -> Response:
+    """Latency of the model server, from its own metrics: sums and counts since it started."""
+    url = service.settings.service.server_url
+    if url is None:
+        return JSONResponse({"reachable": False, "reason": "service.server_url is not set"})
+    try:
+        text = await _fetch(f"{url.rstrip('/')}/metrics")
+        figures = await asyncio.to_thread(parse_server_metrics, text)  # some thousand lines
+    except (OSError, TimeoutError, ValueError) as error:
+        return JSONResponse({"reachable": False, "reason": f"{type(error).__name__}: {error}"})
+    return JSONResponse({"reachable": True} | figures)
 
 
 async def _fetch(url: str) -> str:
@@ -57,10 +64,11 @@ async def _fetch(url: str) -> str:
 
 
 def parse_server_metrics(text: str) -> dict[str, Any]:
-    """Sums, counts and running requests from Prometheus text, summed over labels."""
-    totals: dict[str, float] = {}
-    for match in _LINE.finditer(text):
-        totals[match["name"]] = totals.get(match["name"], 0.0) + float(match["value"])
+    """Sums, counts and running requests from Prometheus text, summed over labels. Raises ValueError for other text."""
+    totals: dict[str, float] = collections.defaultdict(float)
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples:
+            totals[sample.name] += sample.value
     found: dict[str, Any] = {"requests_running": totals.get(_RUNNING)}
     for key, names in _LATENCIES.items():
         for name in names:

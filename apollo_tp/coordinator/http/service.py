@@ -1,4 +1,4 @@
-"""What every group of routes shares: the parts of the service, and how parameters of a request are read."""
+"""What every group of routes shares: the parts of the service, and one way each to find, to list and to act on a job."""
 
 from __future__ import annotations
 
@@ -7,29 +7,31 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import msgspec
+from fastapi import Depends
 from starlette.requests import Request
 
-from apollo_tp.coordinator.http.views import Changes
+from apollo_tp.coordinator.http.parameters import PageQuery
+from apollo_tp.coordinator.http.views import CachedStatus
 from apollo_tp.coordinator.jobs.job import Job, State, Truncate, check_action
 from apollo_tp.coordinator.jobs.scheduler import Scheduler
-from apollo_tp.coordinator.jobs.store import Checkpoint, Store, StoredFile
+from apollo_tp.coordinator.jobs.store import Changes, Checkpoint, Store, StoredFile
 from apollo_tp.coordinator.samples.intake import Intake, Limits
 from apollo_tp.coordinator.samples.render import Renderer
 from apollo_tp.coordinator.settings import Settings
-from apollo_tp.errors import RequestError, refuse
+from apollo_tp.errors import refuse
 from apollo_tp.shards.serving import Serving
 
-MAX_PAGE = 100
-Identified = TypeVar("Identified", Checkpoint, StoredFile)
+Record = TypeVar("Record", Job, Checkpoint, StoredFile)
+Listed = TypeVar("Listed", Checkpoint, StoredFile)
 
 
 @dataclass
 class Service:
-    """The parts that every route needs. ``model_vocab_size`` is the model folder's, until rank 0 has said its own.
-    ``renderer`` is a reason where there is none."""
+    """The parts that every route needs. ``model_vocab_size`` is the model folder's, until rank 0 has reported its own.
+    ``renderer`` is the reason why there is none, where texts are refused."""
 
     settings: Settings
     store: Store
@@ -38,6 +40,9 @@ class Service:
     renderer: Renderer | str
     model_vocab_size: int | None
 
+    def __post_init__(self) -> None:
+        self.status = CachedStatus(self.scheduler, self.store, self.changes)
+
     def intake(self, truncate: Truncate) -> Intake:
         """Checks and renders samples under the limits of this moment."""
         hello = self.scheduler.link.hello
@@ -45,23 +50,26 @@ class Service:
             return Intake(self.renderer, Limits(hello.vocab_size, hello.max_sequence_tokens), truncate)
         return Intake(self.renderer, Limits(self.model_vocab_size, self.settings.max_sequence_tokens), truncate)
 
-    def find(self, job_id: str) -> Job:
-        """The job of this id. Raises RequestError 404."""
-        job = self.scheduler.live(job_id)
-        if job is None:
-            raise RequestError(f"got job {job_id[:64]!r}, expected the id of a job", field="job_id", got=job_id[:64],
-                               expected="the id of a job", status=404, code="no_such_job")  # fmt: skip
-        return job
+    def find_job(self, job_id: str) -> Job:
+        """The job of this id, as it is now. Raises RequestError 404."""
+        return found(self.scheduler.live(job_id), "job", job_id)
+
+    def list_jobs(
+        self, page: PageQuery, view: Callable[[Job, Scheduler], dict[str, Any]], **filters: Any
+    ) -> dict[str, Any]:
+        """A page of jobs, newest first. ``filters`` are those of Store.page_of_jobs."""
+        jobs, more = self.store.page_of_jobs(after=page.after or None, limit=page.limit, **filters)
+        return listing([view(self.find_job(job.id), self.scheduler) for job in jobs], more)
 
     def check_disk(self, more: int) -> None:
         """Raise RequestError 413 if ``more`` bytes would exceed the quota."""
         limit = self.settings.service.max_state_bytes
         if (used := self.store.used_bytes()) + more > limit:
-            raise refuse("body", f"{more} bytes beside {used} in use", f"at most {limit} together; delete files",
-                         status=413, code="disk_quota")  # fmt: skip
+            got, expected = f"{more} bytes in addition to {used} in use", f"at most {limit} together; delete files"
+            raise refuse("body", got, expected, status=413, code="disk_quota")
 
     def act(self, job: Job, action: str) -> Job:
-        """Cancel, pause or resume. A running job takes it at its next step. Raises RequestError 409."""
+        """Cancel, pause or resume. A running job does so at its next step. Raises RequestError 409."""
         if job.state is State.cancelled and action == "cancel":
             return job
         check_action(job, action)
@@ -90,50 +98,33 @@ class Service:
         return True
 
 
-def flag(request: Request, name: str) -> bool:
-    """A boolean query parameter. Raises RequestError for anything but true and false."""
-    value = request.query_params.get(name, "false").lower()
-    if value not in ("true", "false", "1", "0"):
-        raise refuse(name, repr(value[:40]), "true or false")
-    return value in ("true", "1")
+async def _service_of(request: Request) -> Service:
+    service: Service = request.app.state.service
+    return service
 
 
-def choice(request: Request, name: str, *values: str) -> str:
-    """A query parameter that is one of ``values``, the first if absent. Raises RequestError for any other."""
-    value = request.query_params.get(name) or values[0]
-    if value not in values:
-        raise refuse(name, repr(value[:40]), " or ".join(map(repr, values)))
-    return value
+ServiceParts = Annotated[Service, Depends(_service_of)]
+"""The type of an endpoint's argument that receives the Service."""
 
 
-def whole(text: str, name: str, least: int = 0, most: int = 2**62) -> int:
-    """A whole number from a client. Raises RequestError naming ``name``."""
-    if not (text.isascii() and text.isdigit() and len(text) < 20 and least <= int(text) <= most):
-        raise refuse(name, repr(text[:40]), f"a whole number from {least} to {most}")
-    return int(text)
+def found(record: Record | None, kind: str, record_id: str) -> Record:
+    """``record``, which a client asked for by ``record_id``. Raises RequestError 404 if it is None."""
+    if record is None:
+        code = f"no_such_{kind}"
+        raise refuse(f"{kind}_id", repr(record_id[:64]), f"the id of a {kind}", status=404, code=code)
+    return record
 
 
-def page_of(request: Request, most: int = MAX_PAGE, usual: int = 20) -> tuple[str | None, int]:
-    """``after`` and ``limit`` of a list request."""
-    limit = whole(request.query_params.get("limit") or str(usual), "limit", 1, most)
-    return request.query_params.get("after") or None, limit
+def page_of(records: Sequence[Listed], page: PageQuery) -> tuple[Sequence[Listed], bool]:
+    """Those that follow the one with id ``page.after``, ``page.limit`` at most; and whether there are more."""
+    ids = [record.id for record in records]
+    start = ids.index(page.after) + 1 if page.after in ids else 0
+    return records[start : start + page.limit], len(records) > start + page.limit
 
 
-def page(found: Sequence[Identified], after: str | None, limit: int) -> tuple[Sequence[Identified], bool]:
-    """Those behind the one with id ``after``, ``limit`` at most; and whether there are more."""
-    ids = [each.id for each in found]
-    start = ids.index(after) + 1 if after in ids else 0
-    return found[start : start + limit], len(found) > start + limit
-
-
-def idempotency(request: Request, route: str, data: bytes) -> tuple[str, str, str] | None:
-    """Route, Idempotency-Key and digest of a request that carries such a key."""
-    key = request.headers.get("idempotency-key")
-    if key is None:
-        return None
-    if not 1 <= len(key) <= 255:
-        raise refuse("Idempotency-Key", f"{len(key)} characters", "1 to 255")
-    return route, key, hashlib.sha256(data).hexdigest()
+def listing(data: Sequence[dict[str, Any]], has_more: bool = False) -> dict[str, Any]:
+    """The JSON of a page of anything."""
+    return {"object": "list", "data": data, "has_more": has_more}
 
 
 def model_vocab_size(model_path: Path) -> int | None:

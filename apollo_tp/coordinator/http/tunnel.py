@@ -1,8 +1,9 @@
 """Requests that arrive on vLLM's own port: the plugin there forwards them over ZMQ, and the same routes answer them.
 
 A ROUTER on a 0600 unix socket, and on request one over TCP with CURVE keys. A request is one asyncio task; frames that
-cannot be decoded, or belong to no request, are dropped. The body of a request waits in a bounded way: the edge refuses it as
-soon as it is over the limit. That of a response is sent as the client takes it: a slow one fills no memory of vLLM's.
+cannot be decoded, or belong to no request, are dropped. The body of a request is bounded: the middleware refuses it as soon
+as it exceeds the limit. The body of a response is sent as fast as the client reads it, so that a slow client fills no memory
+of vLLM's process.
 """
 
 from __future__ import annotations

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import time
 from collections.abc import AsyncIterator
@@ -12,33 +11,11 @@ import msgspec
 
 from apollo_tp.coordinator.jobs.job import Event, Job, State
 from apollo_tp.coordinator.jobs.scheduler import Scheduler
-from apollo_tp.coordinator.jobs.store import Store
+from apollo_tp.coordinator.jobs.store import Changes, Store
 
 KEEP_ALIVE_SECONDS = 15.0
-
-
-class Changes:
-    """Wakes everybody who waits for something to be stored."""
-
-    def __init__(self) -> None:
-        self.version = 0
-        self._event = asyncio.Event()
-
-    def notify(self) -> None:
-        """Something was stored."""
-        self.version += 1
-        self._event.set()
-        self._event = asyncio.Event()
-
-    async def wait(self, seconds: float) -> bool:
-        """Wait for the next change; False when so many seconds passed first."""
-        event = self._event
-        try:
-            async with asyncio.timeout(seconds):
-                await event.wait()
-        except TimeoutError:
-            return False
-        return True
+STATUS_SECONDS = 0.2
+"""How old an answer of /train/status may be while nothing is stored: heartbeats store nothing."""
 
 
 def job_view(job: Job, scheduler: Scheduler) -> dict[str, Any]:
@@ -94,6 +71,22 @@ def status_view(scheduler: Scheduler, store: Store) -> dict[str, Any]:
     }
 
 
+class CachedStatus:
+    """The body of /train/status, made once per change and not once per client: 50 polling clients cost as much as one."""
+
+    def __init__(self, scheduler: Scheduler, store: Store, changes: Changes) -> None:
+        self._scheduler, self._store, self._changes = scheduler, store, changes
+        self._version, self._made, self._body = -1, 0.0, b""
+
+    def body(self) -> bytes:
+        """JSON of status_view()."""
+        now = time.monotonic()
+        if self._version != self._changes.version or now - self._made > STATUS_SECONDS:
+            self._body = msgspec.json.encode(status_view(self._scheduler, self._store))
+            self._version, self._made = self._changes.version, now
+        return self._body
+
+
 def event_view(event: Event) -> dict[str, Any]:
     """An event as clients of /train see it."""
     view: dict[str, Any] = {"object": "train.event"} | msgspec.to_builtins(event)
@@ -101,7 +94,7 @@ def event_view(event: Event) -> dict[str, Any]:
 
 
 async def event_stream(store: Store, changes: Changes, job_id: str, after: int) -> AsyncIterator[bytes]:
-    """Server-sent events of a job: those behind ``after``, then new ones as they happen, until the job is over.
+    """Server-sent events of a job: those after event ``after``, then new ones as they happen, until the job is over.
 
     The SSE id is the event's, so that a client that reconnects with Last-Event-ID misses and repeats nothing.
     """

@@ -1,4 +1,4 @@
-"""The coordinator's SQLite file: whether it is ours, and how one of an earlier version becomes one of this version."""
+"""The coordinator's SQLite file: recognising our own, and migrating one of an earlier version."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from apollo_tp.runtime import owned_folder
 log = logging.getLogger(__name__)
 
 APPLICATION_ID = 0x61706F31
-"""In the file's header since version 2: `file` and we tell it from other programs' databases by it."""
+"""In the file's header since version 2; `file` and we recognise our databases by it."""
 TABLES = {"jobs", "events", "idempotency", "files", "checkpoints", "meta"}
-"""By which a database of version 1 is known, which has no application id."""
+"""A database of version 1, which has no application id, is recognised by these tables."""
 STEPS = (
     """
 CREATE TABLE jobs (seq INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT UNIQUE NOT NULL, state TEXT NOT NULL,
@@ -37,7 +37,7 @@ CREATE TABLE meta (name TEXT PRIMARY KEY, value TEXT NOT NULL);
     # releases that wrote version 1 also made this index, sooner or later
     "CREATE INDEX IF NOT EXISTS jobs_by_source ON jobs(source, seq);",
 )
-"""Step i leads from version i to version i + 1; a new file takes all of them. Released steps do not change: add one."""
+"""Step i migrates version i to version i + 1; a new file takes all steps. Released steps never change: add one."""
 
 
 def is_ours(path: Path) -> bool:
@@ -50,9 +50,11 @@ def is_ours(path: Path) -> bool:
 
 
 def open_database(path: Path, *, may_be_new: bool, steps: Sequence[str] = STEPS) -> sqlite3.Connection:
-    """Open the database, made or brought to the version of ``steps`` if need be. ``may_be_new`` False: it must have been
-    there, since there are files that it should know. Raises ConfigError for a database that is not ours,
-    or of a later version."""
+    """Open the database; create it, or migrate it to the version of ``steps``, where necessary.
+
+    With ``may_be_new`` False it must exist already, since there are files that it should know of. Raises ConfigError for a
+    missing database, one that is not ours, or one of a later version.
+    """
     if may_be_new and not os.path.lexists(path):
         os.close(owned_folder.open_own(path))
         owned_folder.fsync(path.parent)
@@ -82,13 +84,13 @@ def open_database(path: Path, *, may_be_new: bool, steps: Sequence[str] = STEPS)
 
 def _lost(path: Path, got: str) -> ConfigError:
     return ConfigError(
-        f"{path.absolute()}: got {got} beside files of jobs, which it should know, expected the database that they belong "
-        "to; put it back, or set service.state_dir to a new folder"
+        f"{path.absolute()}: got {got} next to files of jobs, expected the database that they "
+        "belong to; put it back, or set service.state_dir to a new folder"
     )
 
 
 def _connect(path: Path) -> sqlite3.Connection:
-    """Never creates the file. Raises FileNotFoundError, and ConfigError for a link or anything but a file of this user."""
+    """Connect to an existing file. Raises FileNotFoundError, or ConfigError unless it is a regular file of this user."""
     info = path.lstat()
     if not stat.S_ISREG(info.st_mode) or info.st_uid != os.geteuid():
         raise ConfigError(
@@ -101,8 +103,8 @@ def _connect(path: Path) -> sqlite3.Connection:
 
 
 def _version(db: sqlite3.Connection, path: Path) -> int:
-    """Of a database of ours, 0 if nothing is in it. Writes nothing. Raises ConfigError for another program's, or a
-    damaged one."""
+    """The schema version of our database, 0 if it is empty. Writes nothing. Raises ConfigError if the database is another
+    program's, or damaged."""
     try:
         application = db.execute("PRAGMA application_id").fetchone()[0]
         version = int(db.execute("PRAGMA user_version").fetchone()[0])
@@ -129,7 +131,7 @@ def _version(db: sqlite3.Connection, path: Path) -> int:
 
 
 def _migrate(db: sqlite3.Connection, path: Path, version: int, steps: Sequence[str]) -> None:
-    """All steps or none, behind a copy of what was there. Raises sqlite3.Error; the database is then as it was."""
+    """Copy the database, then run all missing steps in one transaction. Raises sqlite3.Error; then nothing has changed."""
     if version:
         copy = _back_up(db, path, version)
         log.info("%s: bringing schema %d to %d; %s is a copy from before", path, version, len(steps), copy)
@@ -143,7 +145,7 @@ def _migrate(db: sqlite3.Connection, path: Path, version: int, steps: Sequence[s
 
 
 def _back_up(db: sqlite3.Connection, path: Path, version: int) -> Path:
-    """A complete copy beside the file, in place of an earlier one of the same version."""
+    """Write a complete copy next to the file; it replaces an earlier copy of the same version. Returns its path."""
     final = path.with_name(f"{path.name}.schema{version}")
     partial = path.with_name(f"{final.name}.partial")
     os.close(owned_folder.open_own(partial))

@@ -1,23 +1,24 @@
-"""Forward-only work around a job: reference log-probabilities for DPO, and the validation loss at intervals."""
+"""Forward-only work of a job: reference log-probabilities for DPO before its first step, and the validation loss."""
 
 from __future__ import annotations
 
 import asyncio
 import math
 import secrets
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Sequence
 from typing import TypeVar
 
 import msgspec
 
 from apollo_tp.coordinator.jobs.job import Job
+from apollo_tp.coordinator.jobs.rank_link import Ask
 from apollo_tp.coordinator.jobs.store import Store
 from apollo_tp.coordinator.samples.sample_file import read_records, write_records
 from apollo_tp.wire import commands
 
 T = TypeVar("T")
-Ask = Callable[[commands.AnyCommand], Awaitable[commands.AnyReply]]
 SCORE_BATCH = 32
+"""Samples per Score command."""
 EVALUATIONS_PER_JOB = 10
 
 
@@ -36,13 +37,16 @@ class Reference(msgspec.Struct, frozen=True):
 
 
 def _mean(total: float, weight: float) -> float | None:
-    """None, as JSON has no other word for it, if it is not finite."""
+    """``total / weight``, or None if that is not finite: JSON cannot express NaN or infinity."""
     return total / weight if weight and math.isfinite(total) else None
 
 
 async def score(samples: Sequence[commands.Sample], ask: Ask) -> list[tuple[float, float, float]]:
-    """Per sample: summed weighted log-probability (nats), sum of weights, weighted arg-max hits, under the weights of the
-    moment; between two steps if a job runs."""
+    """Score samples with the current weights; between two steps if a job runs.
+
+    Returns per sample: its weighted log-probability (nats, summed over its tokens), the sum of its weights, and the weighted
+    number of tokens that are the arg max.
+    """
     found: list[tuple[float, float, float]] = []
     for start in range(0, len(samples), SCORE_BATCH):
         done = await _score(list(samples[start : start + SCORE_BATCH]), ask)
@@ -57,24 +61,25 @@ async def _score(samples: list[commands.Sample], ask: Ask) -> commands.ScoreDone
 
 
 class Evaluator:
-    """``ask`` sends a command to the ranks and returns its reply."""
+    """Scores the preference pairs and the validation samples of ``job``. ``ask`` sends a command and awaits its reply."""
 
     def __init__(self, job: Job, store: Store, ask: Ask) -> None:
         self.job, self.store, self._ask = job, store, ask
         self._interval = max(1, job.total_steps // EVALUATIONS_PER_JOB)
-        self._counted_from = job.step  # after a restart the next interval is soon enough
+        self._counted_from = job.step  # after a restart, the next interval is early enough
         self._evaluated_at: int | None = None
 
     def next_evaluation(self) -> int:
-        """The step up to which training may go before ``evaluate`` is due."""
+        """The number of completed steps at which ``evaluate`` is due next."""
         if not self.job.num_validation:
             return self.job.total_steps
         return (self._counted_from // self._interval + 1) * self._interval
 
     async def prepare(self) -> None:
-        """For DPO: score all pairs under the weights of this moment, once per job, and store the result.
+        """For DPO: score all pairs with the current weights, once per job, and store the result.
 
-        If a crash came before the first step, all pairs are scored again: other jobs may have trained in between.
+        After a crash before the first step, all pairs are scored again: other jobs may have trained in between. Returns
+        early if a client asked to cancel or pause the job.
         """
         if self.job.spec.method != "dpo":
             return
@@ -94,7 +99,7 @@ class Evaluator:
         await asyncio.to_thread(write_records, path, references)
 
     def pairs(self, part: str, indices: Sequence[int]) -> list[commands.PreferencePair]:
-        """Pairs with their reference log-probabilities."""
+        """Pairs of ``part`` ("train" or "valid") with their reference log-probabilities."""
         offset = self.job.num_samples if part == "valid" else 0
         references = read_records(
             self.store.samples_dir / f"{self.job.id}.ref", [offset + index for index in indices], Reference
@@ -105,8 +110,11 @@ class Evaluator:
         ]
 
     async def evaluate(self) -> bool:
-        """Validation loss (nats per token; for DPO the pair loss) under the weights after the job's last step; False if
-        there is none, or it is known already."""
+        """Compute and store the validation loss with the weights after the job's last step.
+
+        The loss is in nats per token; for DPO it is the mean loss of a pair. Returns False if there are no validation
+        samples, the loss is known already, or a client asked to cancel or pause the job.
+        """
         job = self.job
         if not job.num_validation or self._evaluated_at == job.step:
             return False

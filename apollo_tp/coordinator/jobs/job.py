@@ -1,4 +1,4 @@
-"""The record of a job, the states it goes through, and which samples each of its steps trains on."""
+"""The record of a job, its states, the actions that each state allows, and the samples of each of its steps."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from apollo_tp.errors import RequestError
 
 
 class State(Enum):
+    """Where a job is in its life; the values are those of OpenAI's fine-tuning jobs."""
+
     validating_files = "validating_files"
     queued = "queued"
     running = "running"
@@ -28,13 +30,18 @@ TERMINAL = frozenset({State.succeeded, State.failed, State.cancelled})
 
 
 class Truncate(Enum):
+    """What to do with a sample that is too long: refuse it, or cut tokens off its left or right end."""
+
     refuse = "refuse"
     left = "left"
     right = "right"
 
 
 class JobSpec(msgspec.Struct, kw_only=True):
-    """What was asked for. ``seed`` None keeps the order of the samples; ``beta`` is DPO's inverse temperature."""
+    """How to train, as the client requested it.
+
+    ``seed`` shuffles the samples of each epoch; None keeps their order. ``beta`` is the inverse temperature of DPO's loss.
+    """
 
     method: str = "supervised"  # or "dpo"
     epochs: int = 1
@@ -46,7 +53,7 @@ class JobSpec(msgspec.Struct, kw_only=True):
     beta: float = 0.1
     save_at_end: bool = False
     metadata: dict[str, str] = {}
-    # of the OpenAI routes:
+    # set by the OpenAI routes only:
     model: str = ""
     suffix: str = ""
     training_file: str = ""
@@ -65,11 +72,13 @@ class JobError(msgspec.Struct, kw_only=True, omit_defaults=True):
 
 
 class Job(msgspec.Struct, kw_only=True):
-    """One durable job. ``step`` counts completed optimizer steps; times are Unix seconds; ``tokens`` were trained on.
+    """One durable job. Times are Unix seconds.
 
-    ``wanted`` is what a client asked of a running job ("pause", "cancel" or ""): it takes effect at the next step.
-    ``resumable`` marks a queued job that was interrupted by a crash after ``step`` steps. ``model_digest`` says which model
-    its samples are made for.
+    ``step`` counts its completed optimizer steps, ``tokens`` the tokens of these steps, ``loss_tokens`` those of them with a
+    loss weight, and ``skipped_steps`` the steps skipped in a row. ``wanted`` is what a client requested of the running job
+    ("pause", "cancel" or ""); it takes effect at the next step. ``resumable`` marks a job that a crash interrupted after
+    ``step`` steps. ``server_life`` identifies the server process whose weights were trained, and ``model_digest`` the model
+    that the samples were made for.
     """
 
     id: str
@@ -101,12 +110,12 @@ class Job(msgspec.Struct, kw_only=True):
 
     @property
     def terminal(self) -> bool:
-        """True once nothing will change any more."""
+        """True once the job has succeeded, failed or been cancelled: its record does not change any more."""
         return self.state in TERMINAL
 
 
 class Event(msgspec.Struct, kw_only=True):
-    """Something that happened to a job. ``id`` grows over all jobs; ``type``: state, metrics, message, checkpoint."""
+    """Something that happened to a job. ``id`` increases over all jobs. ``type``: state, metrics, message or checkpoint."""
 
     id: int
     job_id: str
@@ -118,19 +127,19 @@ class Event(msgspec.Struct, kw_only=True):
 
 
 def new_job(source: str, spec: JobSpec, state: State, model_digest: str = "") -> Job:
-    """A job that is not stored yet."""
+    """A new job with an id of its own. It is not stored."""
     identity = f"{'ftjob' if source == 'openai' else 'job'}-{secrets.token_hex(12)}"
     return Job(id=identity, source=source, spec=spec, state=state, model_digest=model_digest, created_at=time.time())
 
 
 def plan_total_steps(spec: JobSpec, num_samples: int) -> int:
-    """Optimizer steps of the whole job. An epoch's last batch may be smaller than the others."""
+    """Number of optimizer steps of the whole job. The last batch of an epoch may be smaller than the others."""
     steps = spec.epochs * math.ceil(num_samples / spec.batch_size)
     return steps if spec.max_steps is None else min(steps, spec.max_steps)
 
 
 def batch_indices(spec: JobSpec, num_samples: int, step: int) -> list[int]:
-    """Samples of step ``step`` (from 1). The same in any process: resuming rests on it."""
+    """Indices of the samples of step ``step`` (from 1). The same in every process: a resumed job depends on it."""
     per_epoch = math.ceil(num_samples / spec.batch_size)
     epoch, position = divmod(step - 1, per_epoch)
     order = _epoch_order(num_samples, spec.seed, epoch)
@@ -156,7 +165,7 @@ _ALLOWED = {
 def check_action(job: Job, action: str) -> None:
     """Raise RequestError (409) if a job in this state cannot be cancelled, paused or resumed."""
     if action == "resume" and job.wanted == "pause":
-        return  # the pause has not taken effect yet: withdrawing it is fine
+        return  # the pause has not taken effect yet, so it can be withdrawn
     if job.state in _ALLOWED[action] and not (job.wanted == "cancel" and action != "cancel"):
         return
     state = f"{job.state.value}, being cancelled" if job.wanted == "cancel" else job.state.value

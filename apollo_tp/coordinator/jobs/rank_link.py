@@ -1,7 +1,7 @@
-"""The ZMQ link to trainer rank 0: commands go out in order, each with a future for its reply; silence is noticed.
+"""The ZMQ link to trainer rank 0: sends commands in order, each with a future for its reply, and detects lost heartbeats.
 
-A ROUTER on a 0600 unix socket inside a 0700 folder. What cannot be decoded, or comes from a peer that did not introduce
-itself, is dropped with a log line. The link keeps nothing of a job: the scheduler does.
+It is a ROUTER socket on a Unix socket of mode 0600 inside a folder of mode 0700. Messages that cannot be decoded are dropped
+with a log line. The link stores nothing about jobs; the scheduler does.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import itertools
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,16 +25,18 @@ from apollo_tp.wire import codec, commands
 
 log = logging.getLogger(__name__)
 
-# a rank's traceback and the layout rows of a large model fit many times over; a hostile frame does not
 MAX_REPLY_BYTES = 64 * 2**20
+"""Larger frames are refused by ZMQ. A traceback, or the layout of a large model, is far smaller."""
+Ask = Callable[[commands.AnyCommand], Awaitable[commands.AnyReply]]
+"""Sends a command to the ranks and awaits its reply. Raises RanksGoneError, RankFailedError or DeadlineError."""
 
 
 class RanksGoneError(DeadlineError):
-    """Trainer rank 0 left, or was silent for too long. What it was doing is unknown until it says Hello again."""
+    """Trainer rank 0 ended, or sent no heartbeat in time. How far it came is unknown until its next Hello."""
 
 
 def bind_private(socket: zmq.Socket[Any], path: Path) -> None:
-    """Bind a ZMQ socket to a unix socket that only this user can open."""
+    """Bind a ZMQ socket to the Unix socket ``path``, which only this user can open. Replaces an unused one."""
     free_socket(path)
     previous = os.umask(0o177)
     try:
@@ -44,9 +46,10 @@ def bind_private(socket: zmq.Socket[Any], path: Path) -> None:
 
 
 class RankLink:
-    """One ROUTER for rank 0's DEALER.
+    """The ROUTER socket for rank 0's DEALER socket, bound to ``path``.
 
-    Call ``attach`` before ``run``.
+    Rank 0 counts as lost after ``timeout_seconds`` without a heartbeat; sending has the same deadline. ``on_change`` is
+    called when rank 0 connects or is lost. Call ``attach`` before ``run``.
     """
 
     def __init__(
@@ -66,14 +69,14 @@ class RankLink:
         self._timeout = timeout_seconds
         self._on_change = on_change
         self._peer: bytes | None = None
-        self._asked: dict[bytes, tuple[str, float]] = {}  # peers sent an Identify: its id and when
+        self._identify_sent: dict[bytes, tuple[str, float]] = {}  # by peer: id of the last Identify, and its time
         self._waiting: dict[str, asyncio.Future[commands.AnyReply]] = {}
         self._ready = asyncio.Event()
         self._ids = itertools.count(1)
         self.hello: commands.Hello | None = None
         self.weight_version: int | None = None
-        self.last_heard = 0.0
-        self.moved_at = 0.0  # when it last began or finished something
+        self.last_received = 0.0
+        self.progressed_at = 0.0  # when rank 0 last began or finished a command (monotonic)
         self.busy_with = ""
         self.gone_reason = "no trainer has connected yet"
 
@@ -81,34 +84,38 @@ class RankLink:
         self,
         *,
         on_hello: Callable[[commands.Hello], None],
-        on_stray: Callable[[commands.AnyReply], None],
-        needs_barrier: Callable[[], bool],
+        on_orphan_reply: Callable[[commands.AnyReply], None],
+        require_identify: Callable[[], bool],
     ) -> None:
-        """Who is told: ``on_hello`` when rank 0 introduced itself, before anybody waiting in ``ready`` goes on;
-        ``on_stray`` of replies to commands of a former life; ``needs_barrier`` says whether only a Hello that answers
-        an Identify counts.
+        """Register the callbacks.
+
+        ``on_hello`` runs when rank 0 has introduced itself, before ``ready`` returns. ``on_orphan_reply`` gets replies that
+        nobody awaits: to commands of an earlier coordinator process, or later than their deadline. While
+        ``require_identify()`` is true, a Hello is accepted only as the answer to an Identify command: that one comes after
+        everything that rank 0 had still to do, so it says how far rank 0 came.
         """
-        self._on_hello, self._on_stray, self._needs_barrier = on_hello, on_stray, needs_barrier
+        self._on_hello, self._on_orphan_reply, self._require_identify = on_hello, on_orphan_reply, require_identify
 
     @property
     def connected(self) -> bool:
-        """True while rank 0 is known and was heard from in time."""
+        """True from rank 0's Hello until it ends or sends no heartbeat in time."""
         return self._ready.is_set()
 
     async def ready(self) -> commands.Hello:
-        """Wait until rank 0 is there."""
+        """Wait, without a deadline, until rank 0 is connected. Returns its Hello."""
         await self._ready.wait()
         assert self.hello is not None
         return self.hello
 
     def new_id(self, what: str) -> str:
-        """An id for a command that is not a step of a job."""
+        """A unique id, beginning with ``what/``, for a command that is not a step of a job."""
         return f"{what}/{os.getpid()}.{next(self._ids)}"
 
     async def send(self, command: commands.AnyCommand) -> asyncio.Future[commands.AnyReply]:
-        """Send a command; the future is its reply.
+        """Send a command and return a future for its reply.
 
-        It fails with RankFailedError if a rank raised, with RanksGoneError if rank 0 leaves or falls silent first.
+        The future fails with RankFailedError if a rank raised, and with RanksGoneError if rank 0 is lost before it replied.
+        Raises RanksGoneError if the command cannot be sent.
         """
         if self._peer is None or not self.connected:
             raise RanksGoneError(self.gone_reason)
@@ -125,11 +132,11 @@ class RankLink:
         return future
 
     def abandon(self, future: asyncio.Future[commands.AnyReply]) -> None:
-        """Nobody waits for this reply any more: if it comes, it is a stray one."""
+        """Stop waiting for this reply: if it still comes, it goes to ``on_orphan_reply``."""
         self._waiting = {identity: waiting for identity, waiting in self._waiting.items() if waiting is not future}
 
     async def run(self) -> None:
-        """Receive until cancelled."""
+        """Receive and dispatch messages until cancelled; then close the socket."""
         watcher = asyncio.create_task(self._watch())
         try:
             while True:
@@ -151,17 +158,17 @@ class RankLink:
         if isinstance(reply, commands.Hello):
             await self._hello(peer, reply)
         elif peer != self._peer or not self.connected:
-            # rank 0 from before our restart, or one that we gave up: what it finished counts, and it is asked who it is
+            # rank 0 from before our restart, or one that was counted as lost: what it finished counts; then identify it
             if peer == self._peer or self._peer is None:
-                self._on_stray(reply)
+                self._on_orphan_reply(reply)
             await self._identify(peer)
         else:
-            self.last_heard = time.monotonic()
+            self.last_received = time.monotonic()
             self._dispatch(reply)
 
     def _dispatch(self, reply: commands.AnyReply) -> None:
         if not isinstance(reply, commands.Heartbeat) or reply.busy_with != self.busy_with:
-            self.moved_at = time.monotonic()
+            self.progressed_at = time.monotonic()
         if isinstance(reply, commands.Heartbeat):
             self.weight_version, self.busy_with = reply.weight_version, reply.busy_with
             return
@@ -174,7 +181,7 @@ class RankLink:
             self.weight_version = reply.weight_version
         future = self._waiting.pop(reply.id, None)
         if future is None:
-            self._on_stray(reply)
+            self._on_orphan_reply(reply)
         elif future.done():
             pass
         elif isinstance(reply, commands.CommandFailed):
@@ -191,19 +198,19 @@ class RankLink:
                 commands.PROTOCOL_VERSION,
             )
             return
-        asked = self._asked.get(peer)
-        if hello.id and (asked is None or hello.id != asked[0]):
-            return  # asked again and again while it was busy, it answers each time: this one is older than our commands
-        if self._needs_barrier() and (asked is None or hello.id != asked[0]):
-            # a job was interrupted: only a Hello that is in order with the commands says how far it came
+        sent = self._identify_sent.get(peer)
+        answers_last = sent is not None and hello.id == sent[0]
+        if hello.id and not answers_last:
+            return  # it answers an earlier Identify that it received while busy, so it may be older than our commands
+        if self._require_identify() and not answers_last:
             await self._identify(peer)
             return
-        self._asked.pop(peer, None)
+        self._identify_sent.pop(peer, None)
         if self._peer not in (None, peer) and self.connected:
             self._lost("another trainer took over")
         self._fail_waiting("the trainer started again")
         self._peer, self.hello, self.weight_version = peer, hello, hello.weight_version
-        self.last_heard = time.monotonic()
+        self.last_received = time.monotonic()
         self._on_hello(hello)
         log.info(
             "trainer connected: %d ranks, %s, weight version %d",
@@ -216,18 +223,20 @@ class RankLink:
 
     async def _identify(self, peer: bytes) -> None:
         now = time.monotonic()
-        if peer in self._asked and now - self._asked[peer][1] < self._timeout:
+        sent = self._identify_sent
+        if peer in sent and now - sent[peer][1] < self._timeout:
             return
-        self._asked = {key: value for key, value in self._asked.items() if now - value[1] < 10 * self._timeout}
-        self._asked[peer] = (self.new_id("identify"), now)
-        with contextlib.suppress(zmq.ZMQError):  # the peer may be gone again
-            command = codec.encode(commands.Identify(id=self._asked[peer][0]))
+        identity = self.new_id("identify")
+        recent = {key: value for key, value in sent.items() if now - value[1] < 10 * self._timeout}
+        self._identify_sent = recent | {peer: (identity, now)}
+        with contextlib.suppress(zmq.ZMQError):  # the peer may have ended meanwhile
+            command = codec.encode(commands.Identify(id=identity))
             await self._socket.send_multipart([peer, command], flags=zmq.NOBLOCK)
 
     async def _watch(self) -> None:
         while True:
             await asyncio.sleep(min(1.0, self._timeout / 4))
-            silent = time.monotonic() - self.last_heard
+            silent = time.monotonic() - self.last_received
             if self.connected and silent > self._timeout:
                 self._lost(f"no heartbeat of rank 0 for {silent:.1f} s, expected one per second")
 
@@ -235,7 +244,7 @@ class RankLink:
         log.error("lost the trainer: %s", reason)
         self.gone_reason = reason
         self._ready.clear()
-        self._asked.clear()
+        self._identify_sent.clear()
         self._fail_waiting(reason)
         self._on_change()
 
@@ -247,6 +256,6 @@ class RankLink:
 
 
 def _retrieve(future: asyncio.Future[commands.AnyReply]) -> None:
-    """Mark the exception as seen: a command that was sent ahead may lose its reader when an earlier one fails."""
+    """Mark the exception as retrieved: nobody awaits the command sent ahead if an earlier one fails."""
     if not future.cancelled():
         future.exception()

@@ -1,4 +1,4 @@
-"""Checkpoints: asked for by clients, by jobs or after a time without any; written one at a time, between two steps."""
+"""Checkpoint requests of clients, of jobs and of the idle timer; one is written at a time, between two steps."""
 
 from __future__ import annotations
 
@@ -6,22 +6,23 @@ import asyncio
 import logging
 import secrets
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 
 from apollo_tp.coordinator.jobs.job import Job
-from apollo_tp.coordinator.jobs.rank_link import RankLink
+from apollo_tp.coordinator.jobs.rank_link import Ask, RankLink
 from apollo_tp.coordinator.jobs.store import Checkpoint, Store
 from apollo_tp.errors import ApolloTpError
 from apollo_tp.wire import commands
 
 log = logging.getLogger(__name__)
 
-Ask = Callable[[commands.AnyCommand], Awaitable[commands.AnyReply]]
-
 
 class Saver:
-    """``ask`` sends a command to the ranks and returns its reply; ``live`` finds a job; ``wake`` is called when something
-    may have to be sent. Only one is sent at a time: of more, the deadline of the last would run while the first is written.
+    """Sends checkpoint requests to the ranks and records what became of them.
+
+    ``ask`` sends a command and awaits its reply, ``live`` finds a job by its id, and ``wake`` tells the scheduler that a
+    request was stored or is finished. One command is sent at a time: if several were queued at rank 0, the deadline of the
+    last one would run out while the first one is written.
     """
 
     def __init__(
@@ -33,7 +34,7 @@ class Saver:
 
     @property
     def busy(self) -> bool:
-        """True while one is written."""
+        """True while a checkpoint is being written."""
         return self._current is not None
 
     def request(
@@ -43,7 +44,10 @@ class Saver:
         metrics: dict[str, float | None] | None = None,
         idempotency: tuple[str, str, str] | None = None,
     ) -> Checkpoint:
-        """Store a request for a checkpoint. Clients that ask before the last request is sent share that one."""
+        """Store a request for a checkpoint and return its record.
+
+        ``reason`` is "request", "job" or "idle". Client requests share one checkpoint until it is sent to the ranks.
+        """
         now = time.time()
         checkpoint = self._waiting(reason) if reason == "request" else None
         checkpoint = checkpoint or Checkpoint(
@@ -61,8 +65,10 @@ class Saver:
         return checkpoint
 
     def recover(self) -> None:
-        """At start: what was asked for is written, under a new name, since the first one may have been, or may still be. A
-        job asks again for its own."""
+        """At start: requests that were not completed are kept, except those of jobs, which request theirs again.
+
+        Each gets a new name, since the ranks may have written the old one, or may still be writing it.
+        """
         for checkpoint in self._store.checkpoints(state="queued"):
             if checkpoint.reason == "job":
                 checkpoint.state, checkpoint.error = "failed", "the coordinator ended before it was written"
@@ -70,16 +76,16 @@ class Saver:
             self._store.save_checkpoint(checkpoint)
 
     def send(self) -> None:
-        """Begin to write the oldest one that waits, unless one is being written."""
+        """Start writing the oldest request in the queue, unless a checkpoint is being written."""
         waiting = self._store.checkpoints(state="queued") if self._current is None else []
         if waiting:
             self._current = (waiting[-1].id, asyncio.create_task(self._write(waiting[-1])))
 
     async def written(self, checkpoint: Checkpoint) -> ApolloTpError | None:
-        """Wait until it is written, or the error that it failed with."""
+        """Wait until ``checkpoint`` is written. Returns None, or the error that it failed with."""
         while True:
             self.send()
-            assert self._current is not None  # at least this one waits
+            assert self._current is not None  # at least ``checkpoint`` is in the queue
             identity, task = self._current
             failure = await task
             if identity == checkpoint.id:

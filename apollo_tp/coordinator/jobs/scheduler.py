@@ -1,8 +1,8 @@
-"""The one writer of job progress: it decides which command rank 0 gets next, and records what came back.
+"""The scheduler decides which command rank 0 gets next and records the replies; nothing else writes a job's progress.
 
-At most two steps of a job are in flight, so that the ranks never wait for this process; cancel and pause are "do not
-send the next one". After a crash the job goes on behind its last completed step: of commands whose replies were lost,
-rank 0's Hello says the last that was completed (see commands.Identify).
+Up to two steps of a job are in flight, so that the ranks never wait for this process. To cancel or pause a job, the next
+step is not sent. After a crash a job resumes after its last completed step: where replies were lost, rank 0's Hello says
+which step was completed last (see commands.Identify).
 """
 
 from __future__ import annotations
@@ -10,16 +10,17 @@ from __future__ import annotations
 import asyncio
 import collections
 import contextlib
+import functools
 import logging
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import msgspec
 
 from apollo_tp.config import OnCrash
 from apollo_tp.coordinator.jobs.evaluation import Evaluator
 from apollo_tp.coordinator.jobs.job import Job, JobError, State, batch_indices
-from apollo_tp.coordinator.jobs.progress import Progress
 from apollo_tp.coordinator.jobs.rank_link import RankLink, RanksGoneError
 from apollo_tp.coordinator.jobs.saving import Saver
 from apollo_tp.coordinator.jobs.store import Store
@@ -32,18 +33,40 @@ log = logging.getLogger(__name__)
 
 STEPS_IN_FLIGHT = 2
 CHECKPOINT_FACTOR = 10
-"""A checkpoint may take as many times longer than a step: one of 140 GB may have to reach a slow disk."""
-FAILURES = (ApolloTpError, OSError, msgspec.MsgspecError)
-"""Of a job alone. The last two: its samples cannot be read."""
+"""The deadline of a checkpoint is this many times that of a step: 140 GB may have to be written to a slow disk."""
+JOB_FAILURES = (ApolloTpError, OSError, msgspec.MsgspecError)
+"""Errors that fail one job and leave the coordinator running. The last two: its samples cannot be read."""
 OnStep = Callable[[Job, commands.StepFigures], None]
 Pending = tuple[int, asyncio.Future[commands.AnyReply]]
 
 
-class Scheduler:
-    """Runs jobs one after the other, checkpoints between steps, and an automatic checkpoint when idle.
+@dataclass
+class Progress:
+    """Speed of the running job. ``recent`` has, for its last steps, the time each ended (monotonic) and its tokens."""
 
-    ``on_step(job, figures)`` is called after each step, ``on_evaluation(job)`` after validation losses (metrics, writers).
-    ``model`` says which model samples were rendered for (model_digest): jobs of another are not trained into this one.
+    job_id: str = ""
+    recent: collections.deque[tuple[float, int]] = field(default_factory=lambda: collections.deque(maxlen=32))
+
+    def tokens_per_second(self) -> float | None:
+        """Mean over the recent steps but the first, whose start is unknown; None until two have ended."""
+        if len(self.recent) < 2:
+            return None
+        seconds = self.recent[-1][0] - self.recent[0][0]
+        return sum(tokens for _, tokens in list(self.recent)[1:]) / max(seconds, 1e-9)
+
+    def seconds_left(self, steps: int) -> float | None:
+        """Estimated seconds for ``steps`` further steps; None until two have ended."""
+        if len(self.recent) < 2:
+            return None
+        return steps * (self.recent[-1][0] - self.recent[0][0]) / (len(self.recent) - 1)
+
+
+class Scheduler:
+    """Runs jobs one after the other, writes requested checkpoints between steps, and one when idle.
+
+    Listeners (metrics, writers): ``on_step(job, figures)`` is called after each completed step, ``on_evaluation(job)`` after
+    each validation loss. ``model`` is the digest of the served model (model_digest): jobs whose samples were made for
+    another model fail instead of being trained.
     """
 
     def __init__(self, settings: Settings, store: Store, link: RankLink, model: str = "") -> None:
@@ -60,23 +83,23 @@ class Scheduler:
     # --- what HTTP handlers call -------------------------------------------------------------------------------------
 
     def wake(self) -> None:
-        """Something was stored that may need a command."""
+        """Look again for work: something was stored that may need a command."""
         self._wake.set()
 
     def live(self, job_id: str) -> Job | None:
-        """The job as the running record if it runs, else as stored."""
+        """The job of this id: the record in memory if it is running, else the stored one; None if there is none."""
         if self.running is not None and self.running.id == job_id:
             return self.running
         return self.store.job(job_id)
 
-    # --- life ---------------------------------------------------------------------------------------------------------
+    # --- start, crash, reconnection -----------------------------------------------------------------------------------
 
-    def needs_barrier(self) -> bool:
-        """True if a step of some job may have been sent without its reply being recorded."""
+    def has_unrecorded_steps(self) -> bool:
+        """True if a step of some job may have been completed without its reply having been recorded."""
         return any(job.resumable for job in self.store.jobs(State.queued, State.paused))
 
     def recover(self) -> None:
-        """At start: what was running when the last coordinator died is resumed or failed."""
+        """At start: resume or fail the jobs that were running when the last coordinator ended (service.on_crash)."""
         for job in self.store.jobs(State.running):
             self._interrupt(job, "the coordinator ended while the job ran")
         self.saver.recover()
@@ -95,7 +118,10 @@ class Scheduler:
             )
 
     def reconcile(self, hello: commands.Hello) -> None:
-        """Rank 0 said how far it came: count completed steps whose replies were lost, so that none runs twice."""
+        """Compare the interrupted jobs with rank 0's Hello: count completed steps whose replies were lost.
+
+        Else such a step would be run twice. Steps of another life of the server do not count: their weights are gone.
+        """
         if self.store.get_meta("server_life") != hello.server_life:
             self.store.set_meta("server_life", hello.server_life)
             self.store.set_meta("unsaved", "")
@@ -114,9 +140,12 @@ class Scheduler:
             job.resumable = job.state is State.queued and job.step > 0
             self.store.save_job(job)
 
-    def stray(self, reply: commands.AnyReply) -> None:
-        """A reply to a command of a former life, or one that came too late: a completed step is in the weights, and counts
-        if it is the next one of its job."""
+    def orphan_reply(self, reply: commands.AnyReply) -> None:
+        """Record a step whose reply nobody awaits: sent to an earlier coordinator process, or after its deadline.
+
+        The step is in the weights. It is counted if it is the next one of its job; a later one means that replies before it
+        were lost, of which rank 0's Hello says more.
+        """
         if not isinstance(reply, commands.StepDone):
             return
         if not reply.figures.skipped:
@@ -127,7 +156,7 @@ class Scheduler:
             self._record_step(job, reply)
 
     async def run(self) -> None:
-        """Work until cancelled."""
+        """Run jobs and write checkpoints until cancelled. While rank 0 is lost, wait for its next Hello."""
         while True:
             self._wake.clear()
             await self.link.ready()
@@ -136,7 +165,7 @@ class Scheduler:
             except RanksGoneError as error:
                 log.warning("waiting for the trainer: %s", error)
                 if self.link.connected and self.link.hello is not None:
-                    # the next trainer said Hello while the job was still taken for running, so that it was not counted
+                    # the next trainer connected while the job still counted as running: reconcile() did not see it
                     self.reconcile(self.link.hello)
 
     async def _work(self) -> None:
@@ -186,7 +215,7 @@ class Scheduler:
         except RankFailedError as error:
             failure = JobError(code="rank_failed", message=str(error), rank=error.rank, traceback=error.traceback)
             self._fail(job, failure)
-        except FAILURES as error:
+        except JOB_FAILURES as error:
             self._fail(job, JobError(code=type(error).__name__, message=str(error)))
         finally:
             self.running = None
@@ -212,7 +241,7 @@ class Scheduler:
                 assert isinstance(done, commands.StepDone)
                 self._record_step(job, done)
                 self._check_skips(job, done.figures)
-        except FAILURES:
+        except JOB_FAILURES:
             await self._drain(job, pending)
             raise
         await self._end(job, evaluator)
@@ -242,30 +271,22 @@ class Scheduler:
 
     async def _send_step(self, job: Job, step: int, evaluator: Evaluator) -> asyncio.Future[commands.AnyReply]:
         indices = batch_indices(job.spec, job.num_samples, step)
-        path = self.store.samples_dir / f"{job.id}.train"
-        identity, scale = f"{job.id}/{step}", job.spec.learning_rate_scale
-        command: commands.AnyCommand
+        make: Callable[..., commands.AnyCommand]
         if job.spec.method == "dpo":
             pairs = evaluator.pairs("train", indices)
-            command = commands.PreferenceStep(
-                id=identity,
-                job_id=job.id,
-                job_step=step,
-                num_job_steps=job.total_steps,
-                pairs=pairs,
-                beta=job.spec.beta,
-                learning_rate_scale=scale,
-            )
+            make = functools.partial(commands.PreferenceStep, pairs=pairs, beta=job.spec.beta)
         else:
-            samples = await asyncio.to_thread(read_records, path, indices, commands.Sample)
-            command = commands.Step(
-                id=identity,
-                job_id=job.id,
-                job_step=step,
-                num_job_steps=job.total_steps,
-                samples=samples,
-                learning_rate_scale=scale,
+            path = self.store.samples_dir / f"{job.id}.train"
+            make = functools.partial(
+                commands.Step, samples=await asyncio.to_thread(read_records, path, indices, commands.Sample)
             )
+        command = make(
+            id=f"{job.id}/{step}",
+            job_id=job.id,
+            job_step=step,
+            num_job_steps=job.total_steps,
+            learning_rate_scale=job.spec.learning_rate_scale,
+        )
         return await self.link.send(command)
 
     async def ask(self, command: commands.AnyCommand) -> commands.AnyReply:
@@ -273,11 +294,11 @@ class Scheduler:
         return await self._reply(await self.link.send(command))
 
     async def _reply(self, future: asyncio.Future[commands.AnyReply]) -> commands.AnyReply:
-        # the ranks have their own deadline for a collective; this one is for a rank 0 that beats but never answers. It works
-        # on what was sent before first: the time begins anew with each of these
+        # The ranks have a deadline for each collective; this one is for a rank 0 that sends heartbeats but never replies.
+        # Rank 0 executes the earlier commands first: the deadline starts again whenever it begins or finishes one.
         usual = STEPS_IN_FLIGHT * self.settings.command_timeout_seconds + self.settings.service.rank_timeout_seconds
         sent, seconds = time.monotonic(), usual
-        while (left := max(sent, self.link.moved_at) + seconds - time.monotonic()) > 0:
+        while (left := max(sent, self.link.progressed_at) + seconds - time.monotonic()) > 0:
             # not wait_for: on Python 3.11 it can swallow a cancellation that comes together with the reply
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(min(left, usual)):
@@ -287,8 +308,8 @@ class Scheduler:
         raise DeadlineError(f"rank 0 sent heartbeats but no reply for {seconds:.0f} s; restart the trainer")
 
     async def _drain(self, job: Job, pending: collections.deque[Pending]) -> None:
-        """Wait for the steps in flight: what they wrote is in the weights, so it is recorded. A reply that comes too late
-        for this is a stray one."""
+        """Wait for the steps in flight and record them, since they are in the weights. A reply that comes too late for this
+        goes to ``orphan_reply``."""
         while pending:
             with contextlib.suppress(ApolloTpError):
                 done = await self._reply(pending.popleft()[1])
@@ -348,7 +369,7 @@ class Scheduler:
 
 
 def model_changed(model_path: str) -> JobError:
-    """Of a job that waited while its model was exchanged for another."""
+    """The error of a job that was queued while the served model was replaced by another."""
     message = (
         f"got the server of {model_path}, expected the model that this job's samples were made for: its configuration, "
         "tokenizer or chat template was another. Start the job again"

@@ -1,13 +1,14 @@
-"""Jobs, events, uploaded files and checkpoints in SQLite (WAL); a job's samples in a file of its own.
+"""Durable state: jobs, events, uploaded files and checkpoints in SQLite (WAL), and each job's samples in a file of its own.
 
-Nothing is acknowledged before it is here. State changes are committed with fsync; per-step progress survives the death
-of any process, and of the machine up to the last seconds. Samples are written once, before the job's row, under a
-temporary name; a file without a row is removed at the next start. Hence one coordinator per folder, which it locks: to a
-second one the first one's jobs are those of a crash.
+Nothing is acknowledged to a client before it is stored here. State changes are committed with fsync; per-step progress
+survives a crash of any process, and a crash of the machine except for the last seconds. Samples are written once, before the
+job's row, under a temporary name; a file without a row is removed at the next start. A folder has one coordinator at a time,
+which locks it: a second one would take the running jobs for jobs interrupted by a crash.
 """
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import hashlib
 import logging
@@ -30,19 +31,19 @@ from apollo_tp.runtime import owned_folder, private_files
 log = logging.getLogger(__name__)
 
 PARTS = ("train", "valid", "ref")
-"""Files of a job's samples, and of what the weights before its first step say of them."""
+"""Extensions of a job's sample files: training, validation, and reference log-probabilities of preference pairs."""
 MAX_EVENTS = 1_000_000
-"""Of older ones, the steps of jobs that are over are forgotten."""
+"""Beyond this number, the oldest step events of finished jobs are deleted."""
 DATABASE = "jobs.sqlite3"
 _SAMPLES = rf"(?:ftjob|job)-[0-9a-f]{{24}}\.(?:{'|'.join(PARTS)})"
 OWN_SAMPLES = re.compile(rf"{_SAMPLES}|\.{_SAMPLES}\.[0-9]+")
-"""Names below ``samples``: of jobs, and what is not complete yet (see ``samples.write_records``)."""
+"""File names below ``samples``: complete files of jobs, and temporary ones (see ``sample_file.write_records``)."""
 OWN_FILES = re.compile(r"[0-9a-f]{64}")
-"""Names below ``files``, of ``Store.file_path``."""
+"""File names below ``files`` (see ``Store.file_path``)."""
 
 
 class Checkpoint(msgspec.Struct, kw_only=True):
-    """A requested or written checkpoint. ``state`` is queued, succeeded or failed; ``reason`` says who asked."""
+    """A requested or written checkpoint. ``state`` is queued, succeeded or failed; ``reason`` is request, job or idle."""
 
     id: str
     name: str
@@ -61,7 +62,7 @@ class Checkpoint(msgspec.Struct, kw_only=True):
 
 
 class StoredFile(msgspec.Struct, kw_only=True):
-    """An uploaded file. ``filename`` is what the client called it: shown, never used as a path."""
+    """An uploaded file. ``filename`` is the client's name for it: it is displayed, and never used as a path."""
 
     id: str
     filename: str
@@ -71,12 +72,36 @@ class StoredFile(msgspec.Struct, kw_only=True):
     status: str = "processed"
 
 
-class Store:
-    """The one writer. Used from the event loop's thread: each call is a short transaction.
+class Changes:
+    """Wakes all requests that wait until something is stored. ``version`` counts the changes."""
 
-    ``on_change`` is called after every commit that a client could be waiting for. Raises ConfigError if another coordinator
-    holds ``folder`` for longer than ``lock_seconds``, if it is neither ours nor empty (see ``owned_folder``), or if its
-    database is not one that this version can use.
+    def __init__(self) -> None:
+        self.version = 0
+        self._event = asyncio.Event()
+
+    def notify(self) -> None:
+        """Wake everyone who waits: something was stored."""
+        self.version += 1
+        self._event.set()
+        self._event = asyncio.Event()
+
+    async def wait(self, seconds: float) -> bool:
+        """Wait for the next change. Returns False if there was none within ``seconds``."""
+        event = self._event
+        try:
+            async with asyncio.timeout(seconds):
+                await event.wait()
+        except TimeoutError:
+            return False
+        return True
+
+
+class Store:
+    """The state folder, and the only writer to it. Used from the event loop's thread; each call is a short transaction.
+
+    ``on_change`` is called after every commit that a client may be waiting for. Raises ConfigError if another coordinator
+    has locked ``folder`` for longer than ``lock_seconds``, if the folder is neither ours nor empty (see ``owned_folder``),
+    or if its database is not one that this version can use.
     """
 
     def __init__(
@@ -99,24 +124,25 @@ class Store:
             self._lock = stack.pop_all()
 
     def close(self) -> None:
-        """Close the database; the WAL is folded into it. The folder is free for another."""
+        """Close the database, which merges the write-ahead log into it, and unlock the folder."""
         self._db.close()
         self._lock.close()
 
     def checkpoint_wal(self) -> None:
-        """Fold the write-ahead log into the database file. For a worker thread: it waits for fsync."""
+        """Merge the write-ahead log into the database file. Call it on a worker thread: it waits for fsync."""
         with contextlib.closing(sqlite3.connect(self.folder / DATABASE, timeout=10)) as connection:
             connection.execute("PRAGMA wal_checkpoint(PASSIVE)")
 
-    def forget_old_steps(self, most: int = 2000) -> None:
-        """Remove the oldest steps' events, ``most`` at once, of which there are too many. For a worker thread."""
-        over = ",".join(f"'{state.value}'" for state in TERMINAL)
+    def forget_old_steps(self, limit: int = 2000) -> None:
+        """Delete step events of finished jobs beyond MAX_EVENTS, the oldest first, at most ``limit``. Call it on a worker
+        thread."""
+        finished = ",".join(f"'{state.value}'" for state in TERMINAL)
         with contextlib.closing(sqlite3.connect(self.folder / DATABASE, timeout=10)) as connection, connection:
             last = connection.execute("SELECT COALESCE(MAX(id), 0) FROM events").fetchone()[0]
             connection.execute(
                 "DELETE FROM events WHERE id IN (SELECT id FROM events WHERE id <= ? AND type = 'metrics'"
-                f" AND job_id IN (SELECT id FROM jobs WHERE state IN ({over})) LIMIT ?)",
-                (last - MAX_EVENTS, most),
+                f" AND job_id IN (SELECT id FROM jobs WHERE state IN ({finished})) LIMIT ?)",
+                (last - MAX_EVENTS, limit),
             )
 
     @contextlib.contextmanager
@@ -136,7 +162,7 @@ class Store:
     def add_job(self, job: Job, *, max_queued: int, idempotency: tuple[str, str, str] | None = None) -> None:
         """Store a new job with its first event. ``idempotency`` is (route, key, digest of the request).
 
-        Raises RequestError 429 if ``max_queued`` jobs wait already.
+        Raises RequestError 429 if ``max_queued`` jobs are waiting already.
         """
         with self._transaction(durable=True) as db:
             self.check_room(max_queued)
@@ -145,11 +171,11 @@ class Store:
                 (job.id, job.state.value, job.source, msgspec.json.encode(job)),
             )
             if idempotency:
-                db.execute("INSERT INTO idempotency VALUES (?,?,?,?,?)", _swap(idempotency, job.id))
+                _add_idempotency(db, idempotency, job.id)
             self._add_event(db, job.id, "info", "state", f"Job {job.state.value}", {"state": job.state.value})
 
     def check_room(self, max_queued: int) -> None:
-        """Raise RequestError 429 if ``max_queued`` jobs wait already."""
+        """Raise RequestError 429 if ``max_queued`` jobs are queued or being validated already."""
         counts = self.count_jobs()
         waiting = counts[State.queued] + counts[State.validating_files]
         if waiting >= max_queued:
@@ -170,7 +196,7 @@ class Store:
         level: str = "info",
         data: dict[str, Any] | None = None,
     ) -> None:
-        """Store the job as it is now and, if ``message``, an event with it, in one transaction."""
+        """Store the job and, if ``message`` is given, an event, in one transaction; with fsync if ``type`` is "state"."""
         with self._transaction(durable=type == "state") as db:
             db.execute(
                 "UPDATE jobs SET state=?, data=? WHERE id=?", (job.state.value, msgspec.json.encode(job), job.id)
@@ -203,7 +229,7 @@ class Store:
     def page_of_jobs(
         self, *, after: str | None, limit: int, source: str | None = None, metadata: dict[str, str] | None = None
     ) -> tuple[list[Job], bool]:
-        """Newest first, those older than job ``after`` that have all of ``metadata``; and whether there are more."""
+        """Jobs older than job ``after`` with all of ``metadata``, newest first. Also returns whether there are more."""
         rows = self._db.execute(
             "SELECT data FROM jobs WHERE seq < COALESCE((SELECT seq FROM jobs WHERE id=?), 9e18)"
             " AND (? IS NULL OR source=?) ORDER BY seq DESC",
@@ -227,7 +253,7 @@ class Store:
         return [_event(row) for row in rows]
 
     def latest_events(self, job_id: str, *, before: int | None, limit: int) -> tuple[list[Event], bool]:
-        """Newest first, those with ids below ``before``; and whether there are more."""
+        """Events of a job with ids below ``before``, newest first. Also returns whether there are more."""
         rows = self._db.execute(
             "SELECT id, job_id, time, level, type, message, data FROM events WHERE job_id=? AND id<? "
             "ORDER BY id DESC LIMIT ?",
@@ -236,7 +262,8 @@ class Store:
         return [_event(row) for row in rows[:limit]], len(rows) > limit
 
     def repeated(self, route: str, key: str, digest: str) -> str | None:
-        """Id of what an earlier request with this Idempotency-Key made. Raises RequestError 422 if its body differed."""
+        """Id of what an earlier request with this Idempotency-Key created, or None. Raises RequestError 422 if that request
+        had another body."""
         row = self._db.execute(
             "SELECT digest, target FROM idempotency WHERE route=? AND key=?", (route, key)
         ).fetchone()
@@ -253,13 +280,13 @@ class Store:
             )
         return str(row[1])
 
-    # --- checkpoints, files, small facts -----------------------------------------------------------------------------
+    # --- checkpoints, files, single values ---------------------------------------------------------------------------
 
     def save_checkpoint(self, checkpoint: Checkpoint, idempotency: tuple[str, str, str] | None = None) -> None:
         """Insert or update a checkpoint's record."""
         with self._transaction(durable=True) as db:
             if idempotency:
-                db.execute("INSERT INTO idempotency VALUES (?,?,?,?,?)", _swap(idempotency, checkpoint.id))
+                _add_idempotency(db, idempotency, checkpoint.id)
             db.execute(
                 "INSERT INTO checkpoints(id, job_id, state, data) VALUES (?,?,?,?) "
                 "ON CONFLICT(id) DO UPDATE SET state=excluded.state, data=excluded.data",
@@ -274,7 +301,7 @@ class Store:
     def checkpoints(
         self, *, job_id: str | None = None, state: str | None = None, limit: int = 1000
     ) -> list[Checkpoint]:
-        """Newest first."""
+        """Checkpoints of this job and in this state, newest first; None means any."""
         rows = self._db.execute(
             "SELECT data FROM checkpoints WHERE (? IS NULL OR job_id=?) AND (? IS NULL OR state=?) "
             "ORDER BY seq DESC LIMIT ?",
@@ -283,7 +310,7 @@ class Store:
         return [msgspec.json.decode(row[0], type=Checkpoint) for row in rows]
 
     def add_file(self, file: StoredFile) -> None:
-        """Record an uploaded file whose content is at ``file_path(file.id)`` already."""
+        """Store the record of an uploaded file. Its content must be at ``file_path(file.id)`` already."""
         with self._transaction(durable=True) as db:
             db.execute("INSERT INTO files(id, data) VALUES (?,?)", (file.id, msgspec.json.encode(file)))
 
@@ -298,44 +325,46 @@ class Store:
         return [msgspec.json.decode(row[0], type=StoredFile) for row in rows]
 
     def delete_file(self, file_id: str) -> None:
-        """Forget a file and remove its content."""
+        """Delete the record and the content of an uploaded file."""
         with self._transaction(durable=True) as db:
             db.execute("DELETE FROM files WHERE id=?", (file_id,))
         owned_folder.remove_file(self.file_path(file_id), f"{file_id} is deleted")
 
     def file_path(self, file_id: str) -> Path:
-        """Where a file's content is. Ids are made here: no client-given name is ever part of a path."""
+        """Path of a file's content. It is derived from the id, which is ours: no name from a client is part of a path."""
         return self.files_dir / hashlib.sha256(file_id.encode()).hexdigest()
 
     def get_meta(self, name: str) -> str:
-        """A small stored fact, or ""."""
+        """The value stored under ``name``, or "" if there is none."""
         row = self._db.execute("SELECT value FROM meta WHERE name=?", (name,)).fetchone()
         return str(row[0]) if row else ""
 
     def set_meta(self, name: str, value: str) -> None:
-        """Store a small fact."""
+        """Store a value under ``name``. Not flushed to disk at once."""
         with self._transaction(durable=False) as db:
             db.execute(
                 "INSERT INTO meta VALUES (?,?) ON CONFLICT(name) DO UPDATE SET value=excluded.value", (name, value)
             )
 
     def used_bytes(self) -> int:
-        """Disk use of uploaded files and samples."""
+        """Bytes of all uploaded files and sample files."""
         total = 0
         for folder in (self.files_dir, self.samples_dir):
             for entry in os.scandir(folder):
-                with contextlib.suppress(FileNotFoundError):  # worker threads rename what they have written
+                with contextlib.suppress(FileNotFoundError):  # worker threads rename files when they are complete
                     total += entry.stat().st_size
         return total
 
     def remove_samples(self, job_id: str) -> None:
-        """Of a job that is over."""
+        """Delete the sample files of a finished job."""
         for part in PARTS:
-            owned_folder.remove_file(self.samples_dir / f"{job_id}.{part}", f"{job_id} is over")
+            owned_folder.remove_file(self.samples_dir / f"{job_id}.{part}", f"{job_id} is finished")
 
     def remove_orphans(self) -> None:
-        """Remove samples of jobs that were never stored or are over, and contents of files that were never stored. What has
-        another name than we give, is a link, or is not this user's, stays."""
+        """At start: delete samples of jobs that were never stored or are finished, and contents of files never stored.
+
+        Links, files of other users, and files with names that we do not give are left alone.
+        """
         samples = {f"{job.id}.{part}" for job in self.jobs(*set(State) - TERMINAL) for part in PARTS}
         files = {self.file_path(file.id).name for file in self.files()}
         for folder, own, known in ((self.samples_dir, OWN_SAMPLES, samples), (self.files_dir, OWN_FILES, files)):
@@ -355,17 +384,10 @@ def _in_use(folder: Path, holder: str) -> ConfigError:
 
 
 def _event(row: tuple[Any, ...]) -> Event:
-    return Event(
-        id=row[0],
-        job_id=row[1],
-        time=row[2],
-        level=row[3],
-        type=row[4],
-        message=row[5],
-        data=msgspec.json.decode(row[6]),
-    )
+    columns = dict(zip(Event.__struct_fields__, row, strict=True))
+    return Event(**columns | {"data": msgspec.json.decode(row[-1])})
 
 
-def _swap(idempotency: tuple[str, str, str], target: str) -> tuple[str, str, str, str, float]:
-    route, key, digest = idempotency
-    return key, route, digest, target, time.time()
+def _add_idempotency(db: sqlite3.Connection, request: tuple[str, str, str], target: str) -> None:
+    columns = "route, key, digest, target, created_at"
+    db.execute(f"INSERT INTO idempotency({columns}) VALUES (?,?,?,?,?)", (*request, target, time.time()))

@@ -1,4 +1,4 @@
-"""Curves for other tools, by config: TensorBoard event files and Weights & Biases, written from a thread of their own."""
+"""Figures of each step for other tools, if configured: TensorBoard event files and Weights & Biases."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Figures = tuple[str, int, float, dict[str, float]]  # job id, weight version, Un
 
 
 class Writer:
-    """Hands each step's figures to ``write`` on a thread, so that neither disk nor network delays the event loop."""
+    """Calls ``write`` with the figures of each step on a thread, so that neither disk nor network delays the event loop."""
 
     def __init__(self, name: str, write: Callable[[Figures], None], close: Callable[[], None]) -> None:
         self._name, self._write, self._close = name, write, close
@@ -36,7 +36,7 @@ class Writer:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Write what is queued, for ten seconds at most."""
+        """Write what is queued, for at most ten seconds."""
         with contextlib.suppress(queue.Full):
             self._queue.put_nowait(None)
         self._thread.join(10)

@@ -1,1 +1,1 @@
-"""From a request's samples to token ids and loss weights."""
+"""Validates the samples of a request and turns them into token ids with loss weights."""

@@ -1,4 +1,4 @@
-"""A checked request becomes samples: forms, limits, truncation. Nothing of a refused request is stored or sent."""
+"""Validates and tokenises the samples of a request: forms, limits, truncation. Of a refused request nothing is stored."""
 
 from __future__ import annotations
 
@@ -8,57 +8,60 @@ import msgspec
 
 from apollo_tp.coordinator.jobs.evaluation import Pair
 from apollo_tp.coordinator.jobs.job import JobSpec, Truncate
-from apollo_tp.coordinator.samples.chat_template import UNTELLABLE
-from apollo_tp.coordinator.samples.render import Chat, Renderer, too_long
+from apollo_tp.coordinator.samples.conversation import UNSUPPORTED_TEMPLATE, Chat
+from apollo_tp.coordinator.samples.render import Renderer, too_long
 from apollo_tp.coordinator.samples.schema import Message, PreferenceLine, SampleBody, TrainBody
 from apollo_tp.errors import RequestError, refuse
 from apollo_tp.wire.commands import Sample
 
-MOST_CUT = 16
-"""Conversations of more than as many sequences are refused, not cut: to tell their turns takes quadratic time."""
+MAX_CUT_FACTOR = 16
+"""Conversations longer than this many sequences are refused, not truncated: locating their turns takes quadratic time."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What the ranks take. ``vocab_size`` None when neither rank 0 nor the model folder has said it."""
+    """What the ranks accept. ``vocab_size`` is None while neither rank 0 nor the model folder says it."""
 
     vocab_size: int | None
     max_sequence_tokens: int
 
 
 class Intake:
-    """Makes samples of one request. ``renderer`` a reason: only token ids are taken."""
+    """Makes the samples of one request. If ``renderer`` is a string, it says why only token ids are accepted."""
 
     def __init__(self, renderer: Renderer | str, limits: Limits, truncate: Truncate) -> None:
         self._renderer, self._limits, self._truncate = renderer, limits, truncate
 
     def train_samples(self, body: TrainBody) -> list[Sample]:
-        """All samples of a POST /train body."""
+        """Validate and tokenise all samples of a POST /train body. Raises RequestError."""
         if body.samples is None:
             return self.sequences(body, "")
         own = [name for name in SampleBody.__struct_fields__ if getattr(body, name) not in (None, True, 1.0)]
         if own:
-            raise refuse(own[0], "it beside 'samples'", "either 'samples' or the fields of one sample")
+            raise refuse(own[0], "it together with 'samples'", "either 'samples' or the fields of one sample")
         return [s for index, sample in enumerate(body.samples) for s in self.sequences(sample, f"samples[{index}].")]
 
     def samples(self, bodies: list[SampleBody]) -> list[Sample]:
-        """Those of a list ``samples``."""
+        """Validate and tokenise each element of a request's ``samples`` list, one sequence each. Raises RequestError."""
         return [self.sample(sample, f"samples[{index}].") for index, sample in enumerate(bodies)]
 
     def sequences(self, body: SampleBody, where: str) -> list[Sample]:
-        """The sample; or one for each assistant turn, with what came before it, where the whole conversation does not show
-        its turns as they are generated: a template that drops reasoning from earlier turns, say."""
+        """The sample as one sequence or, if its assistant turns cannot be located, as one sequence per assistant turn.
+
+        Each of these ends with its turn. They are needed where the whole conversation does not show its turns as they were
+        generated, for example with a template that drops the reasoning of earlier turns. Raises RequestError.
+        """
         messages = body.messages or []
         try:
             return [self.sample(body, where)]
         except RequestError as error:
             turns = [i for i, m in enumerate(messages) if m.role == "assistant" and m.weight != 0]
-            if error.code != UNTELLABLE or len(turns) < 2:
+            if error.code != UNSUPPORTED_TEMPLATE or len(turns) < 2:
                 raise
         return [self.sample(msgspec.structs.replace(body, messages=_up_to(messages, i)), where) for i in turns]
 
     def sample(self, body: SampleBody, where: str) -> Sample:
-        """One sample; ``where`` prefixes the field in errors."""
+        """Validate and tokenise one sample; ``where`` prefixes the field in errors. Raises RequestError."""
         given = {
             "context_ids + continuation_ids": body.context_ids is not None or body.continuation_ids is not None,
             "messages": body.messages is not None,
@@ -71,7 +74,7 @@ class Intake:
             raise refuse(field, " and ".join(forms) or "no data", "exactly one of " + ", ".join(given))
         for name in ("tools", "chat_template_kwargs"):
             if getattr(body, name) is not None and body.messages is None:
-                raise refuse(f"{where}{name}", f"{name} without messages", f"{name} only beside messages")
+                raise refuse(f"{where}{name}", f"{name} without messages", f"{name} only with messages")
         try:
             ids, weights = self._tokens(body)
         except RequestError as error:
@@ -129,12 +132,12 @@ class Intake:
             raise refuse("messages", "no assistant message with a weight above 0", "at least one to learn from")
         try:
             limit = self._limits.max_sequence_tokens
-            return renderer.chat(chat, weights, limit if self._truncate is Truncate.refuse else limit * MOST_CUT)
+            return renderer.chat(chat, weights, limit if self._truncate is Truncate.refuse else limit * MAX_CUT_FACTOR)
         except RecursionError:
             raise refuse("messages", "values nested too deep to be rendered", "a few levels") from None
 
     def checked(self, ids: list[int], weights: list[float], field: str) -> Sample:
-        """Apply limits and truncation."""
+        """The sample with truncation and limits applied. Raises RequestError naming ``field``."""
         limit = self._limits.max_sequence_tokens
         if len(ids) > limit:
             if self._truncate is Truncate.refuse:
@@ -144,13 +147,13 @@ class Intake:
         # the first token of a sequence has no predictor
         weights = [0.0, *weights[1:]]
         if not any(weights):
-            raise refuse(field, f"{len(ids)} tokens of which none can be learned from",
-                         "at least one token of the continuation behind another token")  # fmt: skip
+            raise refuse(field, f"{len(ids)} tokens of which none can be learned",
+                         "at least one token of the continuation after another token")  # fmt: skip
         self._check_vocabulary(field, ids)
         return Sample(token_ids=ids, weights=weights)
 
     def pair(self, line: PreferenceLine) -> Pair:
-        """A DPO line: both sides share the input; only the last assistant message of each is learned from."""
+        """The pair of a DPO line: both sides share the input, and only the last assistant message of each is learned."""
         sides = []
         for name, output in (
             ("preferred_output", line.preferred_output),
@@ -165,13 +168,13 @@ class Intake:
 
 
 def _up_to(messages: list[Message], index: int) -> list[Message]:
-    """The conversation until its assistant message ``index``, of which alone is learned."""
+    """The conversation up to its assistant message ``index``, the only one that is learned."""
     before = [msgspec.structs.replace(m, weight=0.0) if m.role == "assistant" else m for m in messages[:index]]
     return [*before, messages[index]]
 
 
 def spec_of(body: TrainBody) -> JobSpec:
-    """How a POST /train body asks to be trained."""
+    """The job specification of a POST /train body."""
     return JobSpec(
         epochs=body.epochs,
         batch_size=body.batch_size,

@@ -3,54 +3,42 @@
 Which tokens are learned from (weight > 0):
 
     context_ids + continuation_ids   the continuation
-    prompt + completion              the completion's tokens, tokenised apart from the prompt's, and the end-of-text token
+    prompt + completion              the completion's tokens, tokenised separately from the prompt, and the end-of-text token
     text                             every token, and the end-of-text token
-    messages                         what the model would have had to generate in each assistant turn: from behind the
-                                     generation prompt to the end-of-turn token; white space behind that token is the
-                                     template's, not the model's
+    messages                         what the model would have generated in each assistant turn: from the end of the
+                                     generation prompt to the end-of-turn token; white space after that token belongs to
+                                     the template
 
-With "append_eos": false there is no end-of-text token, and no second one behind a token that ends an answer. Nor is there a
-second begin-of-text token before a prompt or text that begins with it. A token that begins before a span is context.
+The end-of-text token is left out with "append_eos": false, or if the text ends with a token that ends an answer. A prompt or
+text that begins with the begin-of-text token gets no second one. A token that begins before a span is context.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import jinja2
 from tokenizers import Encoding
 
-from apollo_tp.coordinator.samples.chat_messages import template_messages, template_tools
-from apollo_tp.coordinator.samples.chat_template import Conversation, Template
-from apollo_tp.coordinator.samples.schema import Message
+from apollo_tp.coordinator.samples.conversation import Chat, Conversation
 from apollo_tp.errors import RequestError, refuse
-from apollo_tp.shards.serving import RESERVED_TEMPLATE_KWARGS, Serving, read_tokenizer
-
-
-@dataclass(frozen=True)
-class Chat:
-    """A conversation as the client sent it."""
-
-    messages: Sequence[Message]
-    tools: Sequence[dict[str, Any]] | None = None
-    chat_template_kwargs: dict[str, Any] | None = None
+from apollo_tp.shards.serving import Serving, read_tokenizer
 
 
 class Renderer:
-    """The tokenizer and chat templates that the server uses, as it published them in ``folder``. Raises ConfigError saying
-    why there is no tokenizer."""
+    """Tokenises with the tokenizer and chat templates that the server uses, as it published them in ``folder``.
+
+    Raises ConfigError, with the reason, if there is no tokenizer.
+    """
 
     def __init__(self, serving: Serving, folder: Path) -> None:
         self._serving, self._tokenizer = serving, read_tokenizer(serving, folder)
         probe = self._tokenizer.encode("a", add_special_tokens=True)
         first = probe.special_tokens_mask.index(0) if 0 in probe.special_tokens_mask else 0
         self._prefix = list(probe.ids[:first])
-        """What the tokenizer puts before a text by itself: a begin-of-text token, mostly."""
-        # the post-processor adds special tokens and trims offsets: a chat rendering has its own special tokens, and the
-        # spans need the offsets as they are
+        """The tokens that the tokenizer adds before a text: mostly one begin-of-text token."""
+        # The post-processor adds special tokens, which a rendered conversation has already, and trims the offsets, which
+        # the spans need untrimmed.
         self._tokenizer.post_processor = None
         assert serving.tokenizer is not None
         self.eos_id = serving.tokenizer.eos_id
@@ -64,20 +52,18 @@ class Renderer:
         return list(self._encoding(text, field).ids)
 
     def begun(self, text: str, field: str = "text") -> list[int]:
-        """Token ids of ``text`` behind what the tokenizer puts before it, once: a rendered text may have that already."""
+        """Token ids of ``text`` after those that the tokenizer adds before it, unless the text begins with them already."""
         ids = self.encode(text, field)
         return ids if self._prefix and ids[: len(self._prefix)] == self._prefix else self._prefix + ids
 
     def _encoding(self, text: str, field: str) -> Encoding:
         for token in self._refused:
             if token in text:
-                raise refuse(
-                    field, f"a text with {token}", "one without, which alone this server's tokenizer treats apart"
-                )
+                raise refuse(field, f"a text with {token}", "one without: this server's tokenizer treats it in Python")
         return self._tokenizer.encode(text, add_special_tokens=False)
 
     def decode(self, ids: list[int]) -> list[str]:
-        """Each token as text, for showing."""
+        """The text of each token, to show it to a client."""
         return [self._tokenizer.decode([token], skip_special_tokens=False) for token in ids]
 
     def prompt_completion(self, prompt: str, completion: str, *, append_eos: bool) -> tuple[list[int], list[float]]:
@@ -91,7 +77,7 @@ class Renderer:
         return ids, [0.0] + [1.0] * (len(ids) - 1) if ids else []
 
     def _ended(self, ids: list[int], append_eos: bool) -> list[int]:
-        """With the end-of-text token, unless they end with a token that ends an answer (and white space) already."""
+        """``ids`` and the end-of-text token, unless they end with a token that ends an answer, and white space."""
         last = max((index for index, token in enumerate(ids) if token in self._ends), default=None)
         if not append_eos or self.eos_id is None:
             return ids
@@ -99,63 +85,33 @@ class Renderer:
             return ids
         return [*ids, self.eos_id]
 
-    def chat(self, chat: Chat, weights: Sequence[float], most_tokens: int) -> tuple[list[int], list[float]]:
+    def chat(self, chat: Chat, weights: Sequence[float], max_tokens: int) -> tuple[list[int], list[float]]:
         """Token ids and weights of a conversation; ``weights`` has one number per assistant message.
 
-        Raises RequestError if there is no template, it refuses the messages, they are more than ``most_tokens``, or an
-        assistant turn of another weight than 0 cannot be told exactly.
+        Raises RequestError if the server has no template, the template refuses the messages, they are more than
+        ``max_tokens`` tokens, or an assistant turn whose weight is not 0 cannot be located exactly.
         """
-        template = self._template(chat)
-        messages = template_messages(chat.messages, parts=template.parts, developer=template.knows_developer)
-        conversation = Conversation(template, messages, self._variables(chat))
+        conversation = Conversation(chat, self._serving)
         try:
             conversation.text.encode()
-        except UnicodeEncodeError as error:  # half of a surrogate pair, of an escape in a tool call's arguments
-            raise refuse("messages", f"characters that are none ({error.reason})", "text") from error
+        except UnicodeEncodeError as error:  # half of a surrogate pair, from an escape in a tool call's arguments
+            raise refuse("messages", f"invalid characters ({error.reason})", "text") from error
         encoding = self._encoding(conversation.text, "messages")
-        if len(encoding.ids) > most_tokens:  # before each turn is told, by as many renderings
-            raise too_long("messages", len(encoding.ids), most_tokens)
+        if (
+            len(encoding.ids) > max_tokens
+        ):  # checked before the turns are located, which takes a rendering or two for each
+            raise too_long("messages", len(encoding.ids), max_tokens)
         values = [0.0] * len(encoding.ids)
         turns = conversation.turns([weight > 0 for weight in weights])
         for (begin, end), weight in zip(turns, (weight for weight in weights if weight > 0), strict=True):
             if not conversation.marked:
                 end = self._without_trailing_space(conversation.text, begin, end)
             for index, (first, last) in enumerate(encoding.offsets):
-                # some tokens take the white space behind them with them
+                # the end-of-turn token of some tokenizers includes the white space after it
                 inside = last <= end or (first < end and encoding.ids[index] in self._closing)
                 if begin <= first and inside and first < last:
                     values[index] = weight
         return list(encoding.ids), values
-
-    def _template(self, chat: Chat) -> Template:
-        """The one that the server would take. Raises RequestError if there is none."""
-        given = self._serving.chat if not chat.tools else self._serving.chat_with_tools
-        if self._serving.chat_refusal or given is None:
-            reason = self._serving.chat_refusal or "the served model has no chat template"
-            raise refuse("messages", f"a conversation, but {reason}", "prompt + completion, text or token ids")
-        try:
-            return Template(given)
-        except jinja2.TemplateSyntaxError as error:
-            raise refuse("messages", f"a conversation for a template with an error ({error})", "a sound one") from error
-
-    def _variables(self, chat: Chat) -> dict[str, Any]:
-        """All but the messages. As in vLLM, null and "auto" leave the server's own value."""
-        asked = {
-            name: value for name, value in (chat.chat_template_kwargs or {}).items() if value not in (None, "auto")
-        }
-        for name in asked:
-            if name in RESERVED_TEMPLATE_KWARGS:
-                raise refuse(
-                    f"chat_template_kwargs.{name}", "what vLLM does not hand to the template", "the template's own"
-                )
-        tools = template_tools(chat.tools) if chat.tools else None  # vLLM takes no empty list
-        return {
-            **self._serving.special_tokens,
-            "documents": None,
-            **self._serving.chat_template_kwargs,
-            **asked,
-            "tools": tools,
-        }
 
     def _without_trailing_space(self, text: str, begin: int, end: int) -> int:
         body = text[begin:end].rstrip()
@@ -163,5 +119,5 @@ class Renderer:
 
 
 def too_long(field: str, count: int, limit: int) -> RequestError:
-    """Of a sample with ``count`` tokens."""
+    """The error for a sample of ``count`` tokens."""
     return refuse(field, f"{count} tokens", f"at most {limit} (see 'truncate')", code="sequence_too_long")

@@ -1,4 +1,4 @@
-"""A job's samples on disk: length-indexed msgpack records in one file, written once, read a batch at a time."""
+"""A job's samples on disk: msgpack records in one file with an index at its end, written once, read a batch at a time."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class SamplesError(ApolloTpError):
 
 
 def write_records(path: Path, records: Iterable[object]) -> int:
-    """Write records, complete or not at all (0600, fsync, rename). Returns how many there were."""
+    """Write records to ``path``, completely or not at all (mode 0600, fsync, rename). Returns their number."""
     encoder, offsets, position = msgspec.msgpack.Encoder(), [], 0
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -46,8 +46,8 @@ def write_records(path: Path, records: Iterable[object]) -> int:
 
 
 def read_records(path: Path, indices: Sequence[int], type: type[T]) -> list[T]:
-    """The records at these positions. Raises SamplesError if the file is damaged or has no such record, OSError if there is
-    none."""
+    """The records at these positions. Raises SamplesError if the file is damaged or has no such record, OSError if it cannot
+    be read."""
     try:
         return _read(path, indices, msgspec.msgpack.Decoder(type))
     except (struct.error, ValueError, OverflowError, msgspec.MsgspecError) as error:

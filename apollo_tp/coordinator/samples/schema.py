@@ -36,7 +36,7 @@ class Message(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, omit_def
 
 
 class SampleBody(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
-    """One training sequence, in exactly one of four forms; ``weight`` scales its whole loss."""
+    """One training sequence, in exactly one of four forms; ``weight`` scales the loss of all its tokens."""
 
     context_ids: TokenIds | None = None
     continuation_ids: TokenIds | None = None
@@ -153,7 +153,7 @@ def decode(data: bytes, type: type[T]) -> T:
 
 
 def schema_error(error: Exception, data: bytes) -> RequestError:
-    """msgspec's message taken apart."""
+    """msgspec's error as a RequestError, with field, got and expected taken from its message."""
     if not isinstance(error, msgspec.ValidationError):
         text = f"body: got malformed JSON ({error}), expected a JSON object"
         return RequestError(

@@ -1,4 +1,8 @@
-"""What vLLM's CPU backend needs so that all supported families are served from memory that a trainer may write to."""
+"""What vLLM's CPU backend needs so that all supported families are served from memory that a trainer may write to.
+
+By default this backend serves packed copies of linear weights, of convolution weights and of experts. Here it computes
+from the weights as they were loaded.
+"""
 
 from __future__ import annotations
 
@@ -16,36 +20,82 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-_STAND_INS = (
+
+def prepare() -> None:
+    """Install everything in this module. May be called any number of times."""
+    serve_plain_linears()
+    serve_plain_convolutions()
+    serve_plain_experts()
+    import_image_processors()
+    let_queue_readers_sleep()
+
+
+def serve_plain_linears() -> None:
+    """vLLM's CPU linear layers serve a oneDNN-packed copy and drop the weight; use the weight itself instead."""
+    import vllm.model_executor.layers.utils as layer_utils
+
+    def plain_gemm(layer: nn.Module, remove_weight: bool) -> None:
+        layer.cpu_linear = F.linear
+
+    layer_utils.dispatch_cpu_unquantized_gemm = plain_gemm
+
+
+def serve_plain_convolutions() -> None:
+    """Have the convolution of gated delta nets take its weight as loaded, [channels, 1, width].
+
+    vLLM packs this weight in place at loading on CPUs with AVX512_BF16, with AMX or on ARM, in the function that
+    ``serve_plain_linears`` replaces, and says to its kernels that the weight is packed. The same kernels take a plain
+    weight, with the same bits as the result; they pack it for each call.
+    """
+    from vllm import _custom_ops
+
+    def take_plain(name: str) -> None:
+        original = getattr(_custom_ops, name, None)
+        # vLLM release: not all have these kernels, nor pack the weight for them (0.32 does).
+        if original is None or hasattr(original, "apollo_tp"):
+            return
+
+        @functools.wraps(original)
+        def convolve(*, weight: Tensor, is_weight_packed: bool, **others: Any) -> Any:
+            return original(weight=weight.view(len(weight), -1), is_weight_packed=False, **others)
+
+        convolve.apollo_tp = True  # type: ignore[attr-defined]
+        setattr(_custom_ops, name, convolve)
+
+    take_plain("causal_conv1d_fwd_cpu")
+    take_plain("causal_conv1d_update_cpu")
+
+
+_TORCHVISION_MODULES = (
     "torchvision",
     "torchvision.transforms",
     "torchvision.transforms.v2",
     "torchvision.transforms.v2.functional",
 )
-_IMPORTERS = (
+_IMAGE_PROCESSORS = (
     "transformers.models.qwen2_vl.image_processing_qwen2_vl",
     "transformers.models.gemma3.image_processing_gemma3",
 )
 
 
 def import_image_processors() -> None:
-    """Import transformers' image processors that vLLM's modules of models with a vision tower (Qwen3.5 among them, text
-    or not) import by name; with an empty torchvision if there is none, as beside a CPU build of torch.
+    """Import the image processors of transformers that vLLM's modules of models with a vision tower import by name
+    (Qwen3.5 among them, with or without images), over an empty torchvision if none is installed. None fits a CPU build of
+    torch.
 
-    The stand-in is gone afterwards, so that nothing else takes torchvision for installed. Images are still refused: the
+    The empty torchvision is removed afterwards, so that nothing else takes it for installed. Images are still refused: the
     processors fail as soon as they are called.
     """
     if importlib.util.find_spec("torchvision") is not None:
         return
-
-    with _stand_in():
-        for name in _IMPORTERS:
+    with _empty_torchvision():
+        for name in _IMAGE_PROCESSORS:
             importlib.import_module(name)
 
 
 @contextlib.contextmanager
-def _stand_in() -> Iterator[None]:
-    modules = {name: ModuleType(name) for name in _STAND_INS}
+def _empty_torchvision() -> Iterator[None]:
+    modules = {name: ModuleType(name) for name in _TORCHVISION_MODULES}
     for name, module in modules.items():
         parent, _, child = name.rpartition(".")
         if parent:
@@ -62,11 +112,11 @@ _QUEUE_POLL_MS = 2
 
 
 def let_queue_readers_sleep() -> None:
-    """vLLM's engine and workers look into their message queues in a busy loop for a second after each message. On a CPU
-    they share their cores with the trainer, which would get what the scheduler leaves; sleep until the writer notifies.
+    """Let vLLM's engine and workers sleep until a message arrives. By default they poll their queues in a busy loop for a
+    second after each message; on a CPU the trainer would have to share its cores with that loop.
 
-    Not for longer than 2 ms at a time: a second notification soon after a first may be dropped (the socket's high-water
-    mark is 1), which the busy loop never notices.
+    They sleep at most 2 ms at a time: a second notification soon after a first one may be dropped (the high-water mark of
+    the socket is 1), which the busy loop never notices.
     """
     from vllm.distributed.device_communicators.shm_broadcast import SpinCondition
 
@@ -93,16 +143,19 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def serve_plain_experts() -> None:
-    """vLLM's CPU experts are packed on load within an unchanged shape, which a trainer would take for plain weights; use
-    the weights as loaded, expert by expert. Others than ``_apply_plain_experts`` can compute stay as vLLM has them, and
-    their layer says so in ``untrainable``."""
+    """Compute experts from the weights as loaded, one expert after the other.
+
+    vLLM packs expert weights on loading without changing their shape; a trainer would take them for plain weights. Experts
+    that ``_apply_plain_experts`` cannot compute stay as vLLM has them, and ``untrainable`` of their layer says why.
+    """
     from vllm.model_executor.layers.fused_moe.experts import cpu_moe
 
     experts = cpu_moe.CPUUnquantizedExperts
     if hasattr(experts.apply, "apollo_tp"):
         return
     pack, apply = experts.process_weights_after_loading, experts.apply
-    supports = getattr(experts, "_supports_grouped_gemm", None)  # not in all releases
+    # vLLM release: not all have this method (0.32 has), which refuses sizes that the packed kernel cannot take.
+    supports = getattr(experts, "_supports_grouped_gemm", None)
 
     def supports_grouped_gemm(cls: Any, moe_config: Any) -> Any:
         return supports.__func__(cls, moe_config) if supports and _not_plain(moe_config) else (True, None)
@@ -123,7 +176,7 @@ def serve_plain_experts() -> None:
 
 
 def _not_plain(moe_config: Any) -> str:
-    """Why vLLM's packed copy of these experts must be served; "" if the plain weights can be."""
+    """Why vLLM's packed copy of these experts must be served; empty if the plain weights can be."""
     activation, has_biases = moe_config.activation.value, moe_config.has_bias
     if activation in _ACTIVATIONS and not has_biases:
         return ""
@@ -147,7 +200,12 @@ def _apply_plain_experts(
     apply_router_weight_on_input: bool = False,
     **__: Any,
 ) -> None:
-    """``output`` [n, H] = sum over chosen experts of weight * w2[e] (act(gate) * up), (gate, up) = w1[e] hidden."""
+    """Write into ``output`` [T, D] the sum over the chosen experts e of weight * w2[e] (activation(gate) * up), where
+    (gate, up) = w1[e] hidden. The sum is in float32.
+
+    Local shapes, I being the intermediate size of this rank: ``hidden_states`` [T, D]; ``w1`` [experts, 2 I, D] (gate rows,
+    then up rows); ``w2`` [experts, D, I]; ``topk_weights`` and ``topk_ids`` [T, chosen]. vLLM sums ``output`` over ranks.
+    """
     activate = _ACTIVATIONS[activation.value]
     total = torch.zeros_like(hidden_states, dtype=torch.float32)
     for expert in topk_ids.unique().tolist():

@@ -16,7 +16,8 @@ from apollo_tp.runtime import instance_folder
 from apollo_tp.shards.instance import ENDPOINTS_VARIABLE
 from apollo_tp.shards.manifest import Manifest
 from apollo_tp.shards.serving import ChatTemplate, Serving, read_serving
-from apollo_tp.vllm_plugin import chat, export
+from apollo_tp.vllm_plugin import chat
+from apollo_tp.vllm_plugin.manifest_builder import manifest_header
 from tests.support.chat_model import INST, write_model
 from tests.support.served_model import publish_folder
 from tests.unit.shards.test_manifest import manifest
@@ -31,7 +32,7 @@ def _header(model: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     server = SimpleNamespace(
         device_config=SimpleNamespace(device="cpu"), load_config=SimpleNamespace(download_dir=None), model_config=config
     )
-    return export._header(server, config, 0, 1)
+    return manifest_header(server, 0, 1)
 
 
 def test_the_header_says_who_will_tell_that_the_engine_is_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

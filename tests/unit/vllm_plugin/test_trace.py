@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterable
@@ -12,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from apollo_tp.shards.boxes import Box
 from apollo_tp.vllm_plugin.trace import Trace, trace_loader
 from tests.support.families import FAMILIES
 
@@ -41,6 +43,49 @@ def test_padding_may_be_filled(fill: Callable[[Tensor], object]) -> None:
 def test_a_weight_that_is_changed_behind_its_copy_is_refused(change: Callable[[Tensor], object]) -> None:
     """What is served is not what the checkpoint holds, though it was copied."""
     assert "to the parameter that it was copied to" in _trace(change).refusal
+
+
+@pytest.mark.parametrize(
+    ("copy", "reason"),
+    [
+        (lambda w, probe: w.copy_(probe[:1]), "broadcasts (1, 4) into (6, 4)"),
+        (lambda w, probe: w[0].copy_(probe[:1].t()[0]), "broadcasts (1,) into (4,)"),
+        (lambda w, probe: w.copy_(probe[0]), "broadcasts (4,) into (6, 4)"),
+        (lambda w, probe: w[:4].copy_(probe.to(torch.float16)), "applies aten._to_copy"),
+        (lambda w, probe: w[:4].copy_(probe.half().float()), "applies aten._to_copy"),
+        (lambda w, probe: w[:4].copy_(probe.double()), "applies aten._to_copy"),
+        (lambda w, probe: w[0].copy_(probe.view(-1)[2:6]), "across its rows"),
+        (lambda w, probe: w[:2].copy_(probe.view(-1)[3:11].view(2, 4)), "across its rows"),
+        (lambda w, probe: w[:4].copy_(probe.as_strided((4, 4), (4, 1), 1)), "applies aten.as_strided|across its rows"),
+    ],
+)  # fmt: skip
+def test_a_copy_that_is_not_a_block_of_the_checkpoint_tensor_is_refused(
+    copy: Callable[[Tensor, Tensor], object], reason: str
+) -> None:
+    """Broadcast, cast, or across the ends of rows. Recorded as a plain copy, it would train other values than are served."""
+    layer = nn.Linear(4, 6, bias=False)
+
+    def load(weights: Iterable[tuple[str, Tensor]]) -> None:
+        for _, weight in weights:
+            copy(layer.weight.data, weight)
+
+    (trace,) = trace_loader(layer, [("w", (4, 4), torch.float32)], load)
+    assert re.search("|".join(map(re.escape, reason.split("|"))), trace.refusal), trace.refusal
+    assert not trace.copies
+
+
+def test_copies_of_the_same_dtype_and_shape_are_followed() -> None:
+    """Moved to a device, cloned, or cast to the dtype that it has: the values stay."""
+    layer = nn.Linear(4, 6, bias=False)
+
+    def load(weights: Iterable[tuple[str, Tensor]]) -> None:
+        for _, weight in weights:
+            layer.weight.data[1:3].copy_(weight.to("cpu").float().clone()[2:4])
+
+    (trace,) = trace_loader(layer, [("w", (4, 4), torch.float32)], load)
+    (copy,) = trace.copies
+    assert (trace.refusal, copy.box) == ("", Box((2, 0), (2, 4)))
+    assert copy.address == layer.weight.data_ptr() + 4 * layer.weight.element_size()
 
 
 def test_a_parameter_that_a_loader_registers_anew_stays_what_it_was() -> None:

@@ -16,11 +16,12 @@ import torch
 from apollo_tp.config import CacheMode, SyncMode
 from apollo_tp.distributed.control import Control
 from apollo_tp.distributed.tp_group import TPGroup
-from apollo_tp.errors import ConfigError, DeadlineError
+from apollo_tp.errors import ConfigError, DeadlineError, ServerGoneError
 from apollo_tp.runtime import instance_folder, processes
 from apollo_tp.training.rank_loop import RankLoop
 from apollo_tp.training.update_gate import Lock, UpdateGate, needs_lock
 from apollo_tp.wire import commands
+from apollo_tp.wire import update_lock as lock_messages
 from tests.support.locked_server import LEASE_SECONDS, Plugin, attach, eventually, options
 from tests.support.rank_services import RecordingServices
 
@@ -72,16 +73,58 @@ def test_a_trainer_that_renews_keeps_the_pause_and_one_that_leaves_ends_it(plugi
     assert eventually(lambda: not plugin.vllm.paused) < 1
 
 
-def test_one_dead_rank_of_two_loses_the_lease(plugin: Plugin, caplog: pytest.LogCaptureFixture) -> None:
-    """Rank 0 runs on, waiting for the dead rank: the server is resumed all the same, and rank 0 learns of it."""
-    this, dead = processes.ProcessId.of(os.getpid()), processes.ProcessId(2**22 + 1, 0)
-    assert this is not None
-    lock = attach(plugin, options(SyncMode.step_lock), [this, dead])
+@pytest.mark.parametrize("dead", [0, 1, 2])
+def test_any_dead_rank_loses_the_lease(plugin: Plugin, dead: int, caplog: pytest.LogCaptureFixture) -> None:
+    """Rank 0 is alive and waits for a dead rank: the server is resumed all the same, and rank 0 is told."""
+    ranks = [processes.ProcessId.of(os.getpid())] * 3
+    ranks[dead] = processes.ProcessId(2**22 + 1, 0)
+    lock = attach(plugin, options(SyncMode.step_lock), ranks)
     lock.pause()
     assert eventually(lambda: not plugin.vllm.paused) < 2 * LEASE_SECONDS
     lock.release(8)
     assert "the lease ran out" in caplog.text
     lock.close()
+
+
+@pytest.mark.parametrize("cache", CacheMode)
+def test_a_silent_trainer_loses_the_lease_and_may_go_on(
+    plugin: Plugin, cache: CacheMode, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """All ranks are alive, but no renewal comes (a stopped process): the next update pauses the server again."""
+    monkeypatch.setattr(lock_messages, "SYNC_RENEW_SECONDS", 100.0)
+    lock = attach(plugin, options(SyncMode.step_lock, cache), [processes.ProcessId.of(os.getpid())])
+    lock.pause()
+    assert LEASE_SECONDS / 2 < eventually(lambda: not plugin.vllm.paused) < 2 * LEASE_SECONDS
+    lock.release(8)
+    assert "the lease ran out" in caplog.text
+    caplog.clear()
+    lock.pause()
+    assert plugin.vllm.paused
+    lock.release(9)
+    assert not plugin.vllm.paused
+    assert caplog.text == ""
+    lock.close()
+
+
+@pytest.mark.parametrize(
+    ("cache", "expected"),
+    [
+        (CacheMode.none, ["resume"]),
+        (CacheMode.reset, ["resume", "keep", "reset", "resume"]),
+        (CacheMode.salt, ["resume", "salt apollo-7-3"]),
+    ],
+)
+def test_a_trainer_that_ends_during_its_write_leaves_no_cache_of_half_a_step(
+    plugin: Plugin, cache: CacheMode, expected: list[str]
+) -> None:
+    """Its weights are neither the old nor the new ones: what is computed with them must not be mixed with either."""
+    lock = attach(plugin, options(SyncMode.step_lock, cache))
+    lock.pause()
+    begun = len(plugin.vllm.calls)
+    lock.close()
+    eventually(lambda: plugin.lock._attached is None)
+    assert plugin.vllm.calls[begun:] == expected
+    assert not plugin.vllm.paused
 
 
 @pytest.mark.parametrize("end", ["close", "release"])
@@ -101,6 +144,55 @@ def test_a_drain_that_is_given_up_leaves_no_pause(plugin: Plugin, end: str) -> N
         assert plugin.vllm.paused
         lock.release(8)
         lock.close()
+
+
+@pytest.mark.parametrize("end", ["close", "release"])
+def test_a_pause_that_is_given_up_before_its_turn_leaves_vllm_to_others(plugin: Plugin, end: str) -> None:
+    """It waits for somebody else's drain. When that is over, nobody is left who would free the engine for vLLM's own /pause
+    and /resume, unless the plugin does."""
+    plugin.vllm.busy = True
+    theirs = plugin.others("pause_generation", mode="wait", clear_cache=True)
+    lock = attach(plugin, options(SyncMode.step_lock, timeout_seconds=0.3))
+    with pytest.raises(DeadlineError):
+        lock.pause()
+    lock.close() if end == "close" else lock.release(7)
+    eventually(lambda: plugin.lock._pausing is None)
+    plugin.vllm.busy = False
+    theirs.result(5)
+    plugin.settle()
+    plugin.others("resume_generation").result(5)
+    plugin.others("pause_generation", mode="abort", clear_cache=True).result(5)
+    assert plugin.vllm.calls == ["wait", "no salt", "resume", "abort"]
+    if end == "release":
+        lock.close()
+
+
+@pytest.mark.parametrize("call", ["pause_generation", "resume_generation", "reset_prefix_cache"])
+def test_a_failure_of_vllms_engine_is_told_to_the_trainer(
+    plugin: Plugin, call: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Each failure goes the same way: logged, answered, and the connection stays."""
+    lock = attach(plugin, options(SyncMode.step_lock, CacheMode.reset))
+
+    async def fails(*_: Any, **__: Any) -> None:
+        raise RuntimeError("EngineDeadError injected")
+
+    if call == "reset_prefix_cache":
+        plugin.vllm.reset_prefix_cache = fails  # type: ignore[method-assign]
+    else:
+        engine = plugin.lock._engine
+        setattr(engine, "_" + call.removesuffix("_generation"), fails)
+    if call == "pause_generation":
+        with pytest.raises(ServerGoneError, match="vLLM did not pause: EngineDeadError injected"):
+            lock.pause()
+    else:
+        lock.pause()
+        lock.release(8)
+        expected = "could not be resumed" if call == "resume_generation" else "keeps entries of older weights"
+        told = [record.getMessage() for record in caplog.records if record.name == "apollo_tp"]
+        assert [f"{expected}: EngineDeadError injected" in message for message in told] == [True]
+    assert plugin.lock._attached is not None
+    lock.close()
 
 
 def test_a_step_that_raises_during_its_write_resumes_the_server(plugin: Plugin) -> None:

@@ -52,7 +52,8 @@ def test_every_route_but_health_needs_a_token(guarded):
         for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "Bearer"}, {"Authorization": TRAIN}):
             status = client.request(method, path.replace("{", "").replace("}", ""), headers=headers).status_code
             assert status == (200 if path == "/health" else 401), (method, path, headers)
-    assert client.get("/nope").status_code == 401
+    for path in ("/nope", "/openapi.json", "/docs", "/docs/assets/swagger-ui-bundle.js", "/docs/oauth2-redirect"):
+        assert client.get(path).status_code == 401, path
     assert len(ranks.commands) == before
 
 
@@ -67,8 +68,9 @@ def test_scopes(guarded):
     assert client.post("/train", json=ONE | {"wait": True}, headers=trainer).json()["state"] == "succeeded"
     assert client.get("/train/status", headers=trainer).status_code == 200
     assert client.post("/train", json=ONE, headers={"X-Apollo-Token": TRAIN}).status_code == 202
-    assert client.get("/", auth=("anybody", READ)).status_code == 200
-    assert "Basic" in client.get("/").headers["www-authenticate"]
+    for page in ("/", "/docs"):
+        assert client.get(page, auth=("anybody", READ)).status_code == 200
+        assert "Basic" in client.get(page).headers["www-authenticate"]
 
 
 @pytest.mark.parametrize(

@@ -59,7 +59,7 @@ def test_no_request_makes_a_server_error(coordinator, mode):
 
 
 def test_the_coordinator_is_still_well(coordinator):
-    """Behind all that: it answers, and logged no unhandled error."""
+    """After all these requests: it answers, and logged no unhandled error."""
     with coordinator.client() as client:
         assert client.get("/train/status").status_code == 200
     assert '"exception"' not in coordinator.log_path.read_text()

@@ -57,7 +57,7 @@ def finished(client, job, *, status="succeeded"):
 
 def test_a_supervised_job_from_upload_to_checkpoint(stack):
     """Upload, job, events, finished model, checkpoint: what the SDK's own types say."""
-    client, ranks, _ = stack
+    client, ranks, http = stack
     file = upload(client, [chat(i) for i in range(10)])
     assert (file.object, file.purpose, file.status, file.filename) == ("file", "fine-tune", "processed", "train.jsonl")
     job = client.fine_tuning.jobs.create(
@@ -69,7 +69,9 @@ def test_a_supervised_job_from_upload_to_checkpoint(stack):
     assert job.fine_tuned_model == "fake"
     assert (job.hyperparameters.n_epochs, job.hyperparameters.batch_size) == (2, 4)
     assert job.metadata == {"a": "b"}
-    assert job.trained_tokens > 0
+    shown = http.post("/train?dry_run=true", json={"samples": [chat(i) for i in range(10)]}).json()
+    assert 0 < shown["num_loss_tokens"] < shown["num_tokens"]
+    assert job.trained_tokens == 2 * shown["num_tokens"]  # of two epochs, context included
     assert [step for name, step in ranks.applied() if name == job.id] == [1, 2, 3, 4, 5, 6]
     events = list(client.fine_tuning.jobs.list_events(job.id, limit=5))  # five a page: the SDK follows the cursor
     assert [event.data["step"] for event in reversed(events) if event.type == "metrics"] == [1, 2, 3, 4, 5, 6]

@@ -7,14 +7,16 @@ from types import SimpleNamespace
 
 import httpx
 import pytest
+from fastapi.exceptions import RequestValidationError
 
+from apollo_tp.coordinator.http.app import build_app
 from apollo_tp.coordinator.http.auth import Access
-from apollo_tp.coordinator.http.errors import build_app
+from apollo_tp.coordinator.http.errors import error_response
 from apollo_tp.coordinator.http.metrics import Metrics
-from apollo_tp.coordinator.http.openai_jobs import FineTuningApi
+from apollo_tp.coordinator.http.page import parse_server_metrics
 from apollo_tp.coordinator.http.service import Service
-from apollo_tp.coordinator.http.views import Changes
-from apollo_tp.coordinator.jobs.store import Store
+from apollo_tp.coordinator.http.validation import FileValidation
+from apollo_tp.coordinator.jobs.store import Changes, Store
 from apollo_tp.coordinator.settings import Settings
 from tests.support.fakes import VOCAB_SIZE, CoordinatorProcess, FakeRanks, wait_for
 
@@ -58,7 +60,7 @@ def test_a_job_runs_to_its_end(stack):
     assert all(event["time"] > 0 for event in events)
 
 
-def test_a_seed_shuffles_each_epoch_anew(stack):
+def test_a_seed_shuffles_each_epoch_differently(stack):
     """With a seed, every epoch trains each sample once, and two epochs have different orders."""
     client, ranks = stack
     samples = [ONE | {"context_ids": [i]} for i in range(16)]
@@ -154,6 +156,48 @@ def test_an_unknown_query_parameter_is_refused(stack, method, path, name, known)
         error = answer.json()["error"]
         assert (error["field"], error["got"], error["expected"]) == (name, "an unknown query parameter", known)
     assert (len(ranks.commands), len(client.get("/train/jobs?limit=100").json()["data"])) == before
+
+
+def test_every_operation_refuses_an_unknown_query_parameter(stack):
+    """Whichever routes there are: none forgets it. The name is refused before anything else of the request is looked at."""
+    client, _ = stack
+    for path, operations in client.get("/openapi.json").json()["paths"].items():
+        for method in operations:
+            answer = client.request(method, f"{path.replace('{', '').replace('}', '')}?surplus=1")
+            error = answer.json()["error"]
+            assert (answer.status_code, error["field"], error["param"]) == (400, "surplus", "surplus"), (method, path)
+
+
+@pytest.mark.parametrize(
+    ("query", "field", "got", "expected"),
+    [
+        ("/train/jobs?limit=0", "limit", "'0'", "greater than or equal to 1"),
+        ("/train/jobs?limit=101", "limit", "'101'", "less than or equal to 100"),
+        ("/train/jobs?limit=many", "limit", "'many'", "a valid integer"),
+        ("/train/jobs/x/events?stream=perhaps", "stream", "'perhaps'", "a valid boolean"),
+        ("/train/jobs/x/events?stream=", "stream", "''", "a valid boolean"),
+        ("/v1/files?order=up", "order", "'up'", "'desc' or 'asc'"),
+        ("/v1/fine_tuning/jobs?metadata[a=1", "metadata", "'metadata[a'", "metadata[KEY]=VALUE"),
+    ],
+)
+def test_a_wrong_query_says_field_got_and_expected(stack, query, field, got, expected):
+    """In the form of all errors."""
+    client, _ = stack
+    answer = client.get(query)
+    error = answer.json()["error"]
+    assert (answer.status_code, error["message"]) == (400, f"{field}: got {got}, expected {expected}")
+    assert (error["field"], error["param"], error["got"], error["expected"]) == (field, field, got, expected)
+
+
+def test_an_empty_query_parameter_is_the_default(stack):
+    """httpx sends None as one. An empty flag is not false, which would train where a dry run was meant."""
+    client, _ = stack
+    for path in ("/train/jobs", "/v1/files", "/checkpoints"):
+        assert client.get(path, params={"after": None, "limit": None}).json() == client.get(path).json()
+    assert client.get("/v1/files?purpose=&order=").status_code == 200
+    before = client.get("/train/jobs").json()
+    assert client.post("/train?dry_run=", json=ONE).status_code == 400
+    assert client.get("/train/jobs").json() == before
 
 
 def test_documented_query_parameters_are_taken(stack):
@@ -293,7 +337,7 @@ def test_idempotency_key_makes_a_repeat_safe(stack):
 
 
 def test_events_stream_replays_and_follows(stack):
-    """SSE gives every event once, live, ends with the job, and goes on behind Last-Event-ID."""
+    """SSE gives every event once, live, ends with the job, and continues after Last-Event-ID."""
     client, _ = stack
     job = client.post("/train", json=ONE | {"epochs": 8}).json()
     path = f"/train/jobs/{job['id']}/events"
@@ -347,7 +391,7 @@ def test_an_unforeseen_error_has_an_id_that_the_log_has(tmp_path, caplog):
     store = Store(tmp_path)
     scheduler = SimpleNamespace(link=SimpleNamespace(weight_version=7), on_step=[], on_evaluation=[])
     service = Service(Settings(instance_dir=""), store, scheduler, Changes(), "", None)
-    app = build_app(service, Access([]), Metrics(scheduler, store), FineTuningApi(service))
+    app = build_app(service, Access([]), Metrics(scheduler, store), FileValidation(service))
     store.files = lambda: 1 / 0
     answer = asyncio.run(get("/v1/files"))
     error = answer.json()["error"]
@@ -360,6 +404,40 @@ def test_an_unforeseen_error_has_an_id_that_the_log_has(tmp_path, caplog):
         assert (answer.status_code, answer.json()["error"]["code"]) == (status, "http")
     assert answer.headers["allow"] == "POST"
     store.close()
+
+
+def test_what_fastapi_refuses_has_the_form_of_all_errors():
+    """Whoever declares a parameter by FastAPI's own means."""
+    answer = error_response(
+        RequestValidationError([{"type": "missing", "loc": ("header", "x"), "msg": "Field required"}])
+    )
+    error = json.loads(answer.body)["error"]
+    assert (answer.status_code, error["code"]) == (400, "invalid_request")
+    assert "Field required" in error["message"]
+
+
+def test_latency_of_the_server_from_its_metrics():
+    """Sums over engines and models, by vLLM's newer names or its older ones; text that is none is no server's."""
+    labels = 'engine="{}",model_name="a b, \\"c\\" }}"'
+    text = "".join(
+        f"# HELP vllm:{name}_seconds Help.\n# TYPE vllm:{name}_seconds histogram\n"
+        + "".join(
+            f'vllm:{name}_seconds_bucket{{{labels.format(i)},le="+Inf"}} {n}.0\n'
+            f"vllm:{name}_seconds_count{{{labels.format(i)}}} {n}.0\nvllm:{name}_seconds_sum{{{labels.format(i)}}} 1.5e-1\n"
+            for i, n in enumerate((3, 4))
+        )
+        for name in ("time_per_output_token", "time_to_first_token")
+    )
+    text += f"# TYPE vllm:num_requests_running gauge\nvllm:num_requests_running{{{labels.format(0)}}} 2.0\n"
+    figures = parse_server_metrics(text)
+    assert figures == {
+        "requests_running": 2.0,
+        "inter_token_seconds": {"sum": pytest.approx(0.3), "count": 7.0},
+        "first_token_seconds": {"sum": pytest.approx(0.3), "count": 7.0},
+    }
+    assert parse_server_metrics("")["requests_running"] is None
+    with pytest.raises(ValueError, match="html"):
+        parse_server_metrics("<html>not found</html>")
 
 
 def test_scores_of_samples_in_any_number(stack):

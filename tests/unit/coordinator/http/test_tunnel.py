@@ -71,7 +71,7 @@ def stack(tmp_path_factory):
             del os.environ[name]
 
 
-def test_the_routes_answer_alike_on_both_ports(stack):
+def test_the_routes_give_identical_answers_on_both_ports(stack):
     """A job posted on the server's port is the coordinator's, with the same body and status."""
     client, direct, *_ = stack
     answer = client.post("/train", json=ONE | {"epochs": 3})
@@ -136,13 +136,13 @@ def test_a_client_that_leaves_ends_its_request(stack):
 
 def test_the_servers_other_routes_do_not_wait_for_us(stack):
     """While a tunnelled request waits, the server's own routes answer: its event loop is never blocked."""
-    client, *_ = stack
+    client, direct, *_ = stack
     job = client.post("/train", json=ONE | {"epochs": 1000}).json()["id"]
     waiting = threading.Thread(
         target=client.post, args=("/train",), kwargs={"json": ONE | {"wait": True, "wait_seconds": 3}}
     )
     waiting.start()
-    time.sleep(0.2)
+    wait_for(lambda: direct.get("/train/status").json()["queue"], what="the request that waits")
     start = time.monotonic()
     assert httpx.get(f"{client.base_url}/ping").status_code == 200
     assert time.monotonic() - start < 1.0

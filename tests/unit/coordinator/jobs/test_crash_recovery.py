@@ -3,6 +3,7 @@
 The fake's journal is what really happened to the weights; a real coordinator and a fake rank 0 run as processes.
 """
 
+import contextlib
 import random
 import re
 import subprocess
@@ -12,11 +13,12 @@ import time
 import httpx
 import pytest
 
+from apollo_tp.coordinator.jobs.job import State
 from apollo_tp.coordinator.jobs.store import Store
 from apollo_tp.errors import ConfigError
 from tests.support.fakes import CoordinatorProcess, FakeRanks, wait_for
+from tests.support.jobs import ONE, ends
 
-ONE = {"context_ids": [1, 2], "continuation_ids": [3, 4]}
 STEPS = 20
 STEP_SECONDS = 0.01
 
@@ -109,15 +111,15 @@ def test_a_trainer_that_takes_over_before_the_old_one_is_missed(tmp_path):
             job = client.post("/train", json=ONE | {"epochs": 3 * STEPS}).json()["id"]
             wait_for(lambda: client.get(f"/train/jobs/{job}").json()["step"] > 2)
             first.mute = True
-            told = len(first.applied())
-            wait_for(lambda: len(first.applied()) > told + 1)
+            before = len(first.applied())
+            wait_for(lambda: len(first.applied()) > before + 1)
         with FakeRanks(coordinator.ranks_socket, journal) as second:
             wait_for(lambda: client.get(f"/train/jobs/{job}").json()["state"] == "succeeded")
             assert [step for _, step in second.applied()] == list(range(1, 3 * STEPS + 1))
 
 
 def test_an_acknowledged_job_is_stored(parts):
-    """Killed right behind the 202: the job is there after the restart, and runs."""
+    """Killed right after the 202: the job is stored, and runs after the restart."""
     coordinator, ranks = parts
     with coordinator.client() as client:
         job = client.post("/train", json=ONE | {"epochs": STEPS}).json()["id"]
@@ -126,18 +128,21 @@ def test_an_acknowledged_job_is_stored(parts):
     check_promises(coordinator, ranks, [job], {})
 
 
-def test_cancel_and_pause_survive_a_kill(parts):
+@pytest.mark.parametrize(("action", "state"), [("pause", State.paused), ("cancel", State.cancelled)])
+def test_cancel_and_pause_survive_a_kill(tmp_path, action, state):
     """An acknowledged cancel or pause of a running job holds after a kill -9 that came before it took effect."""
-    coordinator, _ = parts
-    for action, state in (("pause", "paused"), ("cancel", "cancelled")):
-        with coordinator.client() as client:
-            job = client.post("/train", json=ONE | {"epochs": 1000}).json()["id"]
-            wait_for(lambda: client.get(f"/train/jobs/{job}").json()["step"] > 2)  # noqa: B023
-            client.post(f"/train/jobs/{job}/{action}")
+    coordinator = CoordinatorProcess(tmp_path)
+    with FakeRanks(coordinator.ranks_socket, tmp_path / "journal", step_seconds=3600.0) as ranks:
+        with coordinator, coordinator.client() as client:
+            job = client.post("/train", json=ONE).json()["id"]
+            wait_for(lambda: ranks.commands)
+            assert client.post(f"/train/jobs/{job}/{action}").json()["wanted"] == action
             coordinator.kill()
-        coordinator.start()
-        with coordinator.client() as client:
-            wait_for(lambda: client.get(f"/train/jobs/{job}").json()["state"] == state)  # noqa: B023
+        with contextlib.closing(Store(tmp_path / "state")) as store:
+            stored = store.job(job)
+            assert (stored.state, stored.wanted) == (State.running, action)
+        with coordinator, coordinator.client() as client:
+            assert client.get(f"/train/jobs/{job}").json()["state"] == state.value
 
 
 def test_on_crash_fail_reports_the_reason(tmp_path):
@@ -158,7 +163,7 @@ def test_on_crash_fail_reports_the_reason(tmp_path):
 
 
 def test_silent_ranks_make_the_job_resumable(tmp_path):
-    """No heartbeat for rank_timeout_seconds: status says so and the job waits; when they beat again it goes on."""
+    """No heartbeat for rank_timeout_seconds: status reports it and the job waits; it resumes with the next heartbeats."""
     with (
         CoordinatorProcess(tmp_path) as coordinator,
         coordinator.client() as client,
@@ -177,7 +182,7 @@ def test_silent_ranks_make_the_job_resumable(tmp_path):
 
 
 def test_a_restarted_server_does_not_get_the_second_half_of_a_job(tmp_path):
-    """The weights of the first steps died with the server: the job fails and says why, it does not go on silently."""
+    """The weights of the first steps were lost with the server: the job fails with this reason, and does not resume."""
     with CoordinatorProcess(tmp_path) as coordinator, coordinator.client() as client:
         with FakeRanks(coordinator.ranks_socket, tmp_path / "journal", step_seconds=0.02):
             job = client.post("/train", json=ONE | {"epochs": STEPS}).json()["id"]
@@ -188,25 +193,62 @@ def test_a_restarted_server_does_not_get_the_second_half_of_a_job(tmp_path):
             assert client.post("/train", json=ONE | {"wait": True}).json()["state"] == "succeeded"
 
 
-def test_the_idle_checkpoint_is_written_once_and_only_after_training(tmp_path):
-    """after_idle_seconds behind the last job one checkpoint appears; none without a change of the weights."""
+def test_steps_that_are_counted_after_a_crash_are_saved(tmp_path):
+    """A job whose only reply was lost: the idle checkpoint is written all the same."""
     settings = {"checkpoint_after_idle_seconds": 0.3}
     with (
-        CoordinatorProcess(tmp_path, settings=settings) as coordinator,
-        coordinator.client() as client,
-        FakeRanks(coordinator.ranks_socket, tmp_path / "journal"),
+        CoordinatorProcess(tmp_path, settings=settings, rank_timeout_seconds=30.0) as coordinator,
+        FakeRanks(coordinator.ranks_socket, tmp_path / "journal", step_seconds=1.0) as ranks,
     ):
-        wait_for(lambda: client.get("/health").json()["trainer"])
-        time.sleep(0.6)
-        assert client.get("/checkpoints").json()["data"] == []
-        client.post("/train", json=ONE | {"wait": True})
-        wait_for(lambda: [c["state"] for c in client.get("/checkpoints").json()["data"]] == ["succeeded"])
-        time.sleep(0.6)
-        assert len(client.get("/checkpoints").json()["data"]) == 1
+        with coordinator.client() as client:
+            wait_for(lambda: client.get("/health").json()["trainer"])
+            job = client.post("/train", json=ONE).json()["id"]
+            wait_for(lambda: ranks.commands)
+        coordinator.kill()
+        wait_for(lambda: ranks.commands[0].id in ranks.answered, what="the reply that nobody receives")
+        coordinator.start()
+        with coordinator.client() as client:
+            assert ends(client, job)["weight_version"] == 1
+            wait_for(lambda: client.get("/checkpoints").json()["data"])
+        assert len(ranks.applied()) == 1
+
+
+def test_no_step_is_run_twice_after_many_questions(tmp_path):
+    """A coordinator that starts while rank 0 is busy asks who it is again and again, and all of it is answered at once."""
+    with (
+        CoordinatorProcess(tmp_path, rank_timeout_seconds=0.3) as coordinator,
+        FakeRanks(coordinator.ranks_socket, tmp_path / "journal", step_seconds=0.05) as ranks,
+    ):
+        ranks.save_seconds, ranks.hello_seconds = 3.0, 0.01
+        with coordinator.client() as client:
+            wait_for(lambda: client.get("/health").json()["trainer"])
+            client.post("/checkpoint")
+            wait_for(lambda: ranks.commands)
+        coordinator.kill()
+        coordinator.start()
+        ranks.save_seconds = 0.0
+        with coordinator.client() as client:
+            job = client.post("/train", json=ONE | {"epochs": 4}).json()["id"]
+            assert ends(client, job)["state"] == "succeeded"
+        assert [step for _, step in ranks.applied()] == [1, 2, 3, 4]
+
+
+def test_a_server_that_starts_again_under_its_name_is_another(tmp_path):
+    """Half a job was trained into weights that are gone."""
+    with CoordinatorProcess(tmp_path) as coordinator, coordinator.client() as client:
+        with FakeRanks(coordinator.ranks_socket, tmp_path / "journal", step_seconds=0.1) as ranks:
+            wait_for(lambda: client.get("/health").json()["trainer"])
+            job = client.post("/train", json=ONE | {"epochs": 50}).json()["id"]
+            wait_for(lambda: len(ranks.applied()) > 3)
+        wait_for(lambda: not client.get("/health").json()["trainer"])
+        with FakeRanks(coordinator.ranks_socket, tmp_path / "journal2") as ranks:
+            ranks.server_life = "fake@2"
+            assert ends(client, job)["error"]["code"] == "server_restarted"
+            assert ranks.applied() == []
 
 
 def test_a_second_coordinator_leaves_the_first_ones_jobs_alone(parts):
-    """Two trainers started from one folder: the second is refused before it touches a job; a killed one holds nothing."""
+    """Two trainers started from one folder: the second is refused before it touches a job; a killed one leaves no lock."""
     coordinator, _ = parts
     folder = coordinator.folder / "state"
     refusal = rf"{re.escape(str(folder))}.*process {coordinator.process.pid}\).*service\.state_dir=\.\.\."

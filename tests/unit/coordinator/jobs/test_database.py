@@ -1,4 +1,4 @@
-"""The database of service.state_dir: another one removes nothing, and one of an earlier release goes on."""
+"""The database of service.state_dir: another program's is refused untouched, one of an earlier release migrated."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from apollo_tp.coordinator.jobs.job import JobSpec, State, new_job
 from apollo_tp.coordinator.jobs.store import Store, StoredFile
 from apollo_tp.errors import ConfigError
 from tests.support.fakes import CoordinatorProcess
-from tests.unit.coordinator.jobs.test_state_folder import JOB, content_of, start, with_upload, write
+from tests.support.state_folder import JOB, content_of, start, with_upload, write
 
 VERSION_1 = """
 CREATE TABLE jobs (seq INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT UNIQUE NOT NULL, state TEXT NOT NULL,
@@ -37,12 +37,6 @@ CREATE TABLE meta (name TEXT PRIMARY KEY, value TEXT NOT NULL);
 PRAGMA user_version=1;
 """
 """What the first release wrote."""
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """Where the state folder is to be."""
-    return tmp_path / "state"
 
 
 def _version_1(folder: Path) -> Path:
@@ -89,7 +83,7 @@ def _foreign(path: Path) -> None:
 
 
 def _foreign_id(path: Path) -> None:
-    """Tables of our names, in a program that says what it is."""
+    """Tables of our names, in another program's database, which has an application id."""
     with closing(sqlite3.connect(path)) as db:
         db.execute("PRAGMA application_id=1")
 
@@ -117,9 +111,9 @@ def _text(path: Path) -> None:
 
 
 DAMAGES = {
-    _empty: "an empty database beside files",
-    _missing: "no database beside files",
-    _no_tables: "an empty database beside files",
+    _empty: "an empty database next to files",
+    _missing: "no database next to files",
+    _no_tables: "an empty database next to files",
     _foreign: "another program's database",
     _foreign_id: "another program's database",
     _no_version: "another program's database",
@@ -153,7 +147,7 @@ def test_a_database_that_does_not_know_our_files_removes_none(
 
 
 def test_a_damaged_table_removes_nothing_and_is_not_taken_for_a_full_disk(tmp_path: Path) -> None:
-    """The header is sound, so it shows when the rows are read: before anything goes."""
+    """The header is sound, so the damage is noticed when rows are read, which is before anything is removed."""
     path, orphan = with_upload(tmp_path / "state"), write(tmp_path / "state" / "files" / ("0" * 64))
     with closing(sqlite3.connect(tmp_path / "state" / "jobs.sqlite3")) as db:
         size = db.execute("PRAGMA page_size").fetchone()[0]

@@ -14,58 +14,12 @@ from pathlib import Path
 import httpx
 import pytest
 
-from apollo_tp.coordinator.jobs.store import Store, StoredFile
 from apollo_tp.errors import ConfigError
 from tests.support.fakes import CoordinatorProcess
+from tests.support.state_folder import JOB, start, with_upload, write
 
 NOBODY = 65534
-JOB = "job-" + "0" * 24
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files to another user")
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """Where the state folder is to be."""
-    return tmp_path / "state"
-
-
-def start(folder: Path) -> None:
-    """As the coordinator does it."""
-    store = Store(folder)
-    try:
-        store.remove_orphans()
-    finally:
-        store.close()
-
-
-def content_of(folder: Path) -> dict[str, bytes | str]:
-    """All files and links below ``folder``."""
-    return {
-        str(path.relative_to(folder)): os.readlink(path) if path.is_symlink() else path.read_bytes()
-        for path in sorted(folder.rglob("*"))
-        if path.is_symlink() or path.is_file()
-    }
-
-
-def write(path: Path, content: bytes = b"precious") -> Path:
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    path.write_bytes(content)
-    return path
-
-
-def _upload(store: Store, content: bytes = b"{}\n") -> Path:
-    file = StoredFile(id="file-1", filename="train.jsonl", bytes=len(content), created_at=1.0)
-    write(store.file_path(file.id), content)
-    store.add_file(file)
-    return store.file_path(file.id)
-
-
-def with_upload(folder: Path) -> Path:
-    """A state folder with one uploaded file, whose path this returns."""
-    store = Store(folder)
-    path = _upload(store)
-    store.close()
-    return path
 
 
 # --- which folder may become the state folder ------------------------------------------------------------------------
@@ -92,7 +46,7 @@ def test_an_empty_folder_becomes_ours_and_stays_ours(folder: Path) -> None:
 
 
 def test_a_first_start_that_was_killed_is_begun_again(folder: Path) -> None:
-    """Behind the marker, before the database has its tables."""
+    """After the marker, before the database has its tables."""
     folder.mkdir(mode=0o700)
     (folder / ".apollo_tp_state").touch()
     (folder / "jobs.sqlite3").touch()

@@ -8,7 +8,7 @@ ONE = {"context_ids": [1, 2], "continuation_ids": [3, 4]}
 
 
 def train(folder, **writers):
-    """Three steps with these writers; the coordinator is stopped behind them."""
+    """Three steps with these writers; the coordinator is stopped after them."""
     with (
         CoordinatorProcess(folder, writers=writers, env={"WANDB_SILENT": "true"}) as coordinator,
         FakeRanks(coordinator.ranks_socket, folder / "journal"),
@@ -44,7 +44,7 @@ def test_wandb_works_offline(tmp_path):
 
 
 def test_a_missing_tool_is_a_sentence(tmp_path, monkeypatch):
-    """Asked for a tool that is not installed, the coordinator refuses to start and says what to install."""
+    """Asked for a tool that is not installed, the coordinator refuses to start, with a message what to install."""
     (tmp_path / "block").mkdir()
     (tmp_path / "block" / "tensorboard.py").write_text("raise ImportError('No module named tensorboard')")
     env = {"PYTHONPATH": str(tmp_path / "block")}

@@ -4,7 +4,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from apollo_tp.coordinator.jobs.job import Truncate
-from apollo_tp.coordinator.samples.chat_template import Template
+from apollo_tp.coordinator.samples.conversation import Template
 from apollo_tp.coordinator.samples.intake import Intake, Limits
 from apollo_tp.coordinator.samples.schema import Message, SampleBody, SupervisedLine, TrainBody, decode
 from apollo_tp.errors import RequestError
@@ -16,7 +16,7 @@ FUNCTION = {"type": "function", "function": {"name": "f"}}
 
 
 def test_prompt_completion_and_text(tmp_path):
-    """Prompt and completion are tokenised apart; the end-of-text token is learned unless switched off."""
+    """Prompt and completion are tokenised separately; the end-of-text token is learned unless switched off."""
     renderer = renderer_of(write_model(tmp_path))
     intake = Intake(renderer, Limits(400, 64), Truncate.refuse)
     prompt, completion = renderer.encode("Hello"), renderer.encode(" there")
@@ -60,7 +60,7 @@ def test_half_a_character_is_refused(tmp_path):
     """A model's JSON may be cut in the middle of an emoji's escape."""
     intake = Intake(renderer_of(write_model(tmp_path, CALLING)), Limits(400, 400), Truncate.refuse)
     messages = [Message(role="user", content="x"), Message(role="assistant", tool_calls=[call('{"a": "\\ud83d"}')])]
-    with pytest.raises(RequestError, match="characters that are none"):
+    with pytest.raises(RequestError, match="invalid characters"):
         intake.sample(SampleBody(messages=messages), "")
 
 
@@ -117,7 +117,7 @@ def test_arguments_that_are_no_object_are_refused(tmp_path, arguments):
     ],
 )
 def test_bad_samples_name_their_field(tmp_path, body, field):
-    """Every refusal says field, got and expected."""
+    """Every refusal has field, got and expected."""
     intake = Intake(renderer_of(write_model(tmp_path)), Limits(400, 64), Truncate.refuse)
     with pytest.raises(RequestError) as error:
         intake.sample(body, "samples[3].")
@@ -145,7 +145,7 @@ def test_no_depth_of_nesting_is_an_error_of_ours(tmp_path):
 
 @pytest.mark.parametrize("template", [THINKING_CALLS, PROMPTED], ids=["thinking", "prompted"])
 def test_a_conversation_that_does_not_show_its_turns_is_learned_turn_by_turn(tmp_path, template):
-    """Each behind what the server would have been asked with, as transformers renders it, and up to its end."""
+    """Each after the prompt that the server would have got, as transformers renders it, and up to its end."""
     folder = write_model(tmp_path, template)
     renderer, reference = renderer_of(folder), AutoTokenizer.from_pretrained(folder)
     messages = tool_round(*TURNS[2:])
@@ -163,22 +163,22 @@ def test_a_conversation_that_does_not_show_its_turns_is_learned_turn_by_turn(tmp
         assert end == "<|im_end|>\n"
     body.messages[1].weight = 0.0
     assert len(intake.sequences(body, "")) == 2
-    with pytest.raises(RequestError, match="cannot be told"):
+    with pytest.raises(RequestError, match="cannot be located"):
         intake.samples([body])  # a score is of one sequence
-    told = SampleBody(messages=[Message(**message) for message in TURNS[:2]])
-    assert intake.sequences(told, "") == [intake.sample(told, "")]
-    assert intake.train_samples(TrainBody(samples=[told, body])) == [
-        intake.sample(told, ""),
+    simple = SampleBody(messages=[Message(**message) for message in TURNS[:2]])
+    assert intake.sequences(simple, "") == [intake.sample(simple, "")]
+    assert intake.train_samples(TrainBody(samples=[simple, body])) == [
+        intake.sample(simple, ""),
         *intake.sequences(body, ""),
     ]
     both = SampleBody(messages=[body.messages[0], ANSWER, ANSWER])
     with pytest.raises(RequestError) as error:
-        intake.train_samples(TrainBody(samples=[told, both, SampleBody(text="x", tools=[])]))
+        intake.train_samples(TrainBody(samples=[simple, both, SampleBody(text="x", tools=[])]))
     assert error.value.field == "samples[2].tools"
 
 
-def test_how_long_a_conversation_is_is_asked_first(tmp_path, monkeypatch):
-    """To tell its turns takes as many renderings of it."""
+def test_the_length_of_a_conversation_is_checked_first(tmp_path, monkeypatch):
+    """Locating its turns takes a rendering for each, so the length is checked before."""
     renderings = []
     render = Template.render
     monkeypatch.setattr(Template, "render", lambda *args, **more: renderings.append(1) or render(*args, **more))

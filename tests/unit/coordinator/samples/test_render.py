@@ -4,9 +4,9 @@ import pytest
 from transformers import AutoTokenizer
 
 from apollo_tp.coordinator.jobs.job import Truncate
-from apollo_tp.coordinator.samples.chat_template import MARK
+from apollo_tp.coordinator.samples.conversation import MARK, Chat
 from apollo_tp.coordinator.samples.intake import Intake, Limits
-from apollo_tp.coordinator.samples.render import Chat, Renderer
+from apollo_tp.coordinator.samples.render import Renderer
 from apollo_tp.coordinator.samples.schema import Message, Preference, PreferenceLine, SampleBody
 from apollo_tp.errors import ConfigError, RequestError
 from apollo_tp.shards.serving import TOKENIZER_FILE, ChatTemplate, Serving
@@ -58,7 +58,7 @@ def test_tokens_are_those_of_transformers(named):
 
 
 def test_assistant_turns_and_nothing_else_are_learned(named):
-    """Every assistant turn with its end-of-turn token; no user text, no header, no white space behind the end."""
+    """Every assistant turn with its end-of-turn token; no user text, no header, no white space after the end."""
     name, renderer, _ = named
     expected = {
         "chatml": ["I am fine, thanks.<|im_end|>", " the answer\nis 42. <|im_end|>"],
@@ -85,7 +85,7 @@ def test_marks_agree_with_transformers_mask(tmp_path):
 
 
 def test_reasoning_that_the_template_drops_is_not_learned(tmp_path):
-    """Earlier turns lose their reasoning in the rendering; what is left of them is still told exactly."""
+    """Earlier turns lose their reasoning in the rendering; what is left of them is located exactly."""
     renderer = renderer_of(write_model(tmp_path, THINKING))
     turns = [dict(turn) for turn in TURNS]
     turns[1]["content"] = "<think>\nbecause\n</think>\n\nI am fine"
@@ -104,9 +104,9 @@ def test_weights_per_message(tmp_path):
     ) == (" the answer\nis 42. <|im_end|>\n")
 
 
-def test_an_untellable_template_is_refused(tmp_path):
+def test_an_unsupported_template_is_refused(tmp_path):
     """A template whose beginning depends on its end is refused with the reason, not guessed."""
-    with pytest.raises(RequestError, match="cannot be told exactly") as error:
+    with pytest.raises(RequestError, match="cannot be located exactly") as error:
         learned(renderer_of(write_model(tmp_path, COUNTING)), TURNS)
     assert error.value.field == "messages"
 
@@ -155,7 +155,7 @@ def test_only_the_tokenizer_that_the_server_wrote_is_read(tmp_path):
 
 
 def test_the_servers_own_template_and_tokenizer_count(tmp_path):
-    """vLLM's --chat-template: what the model's folder says of it is not what is served. Nor is its tokenizer looked at."""
+    """vLLM's --chat-template: the template and the tokenizer of the model's folder are not those that are served."""
     model = write_model(tmp_path / "model", INST)
     renderer = renderer_of(model, chat=ChatTemplate(text=MARKED))
     marked = AutoTokenizer.from_pretrained(write_model(tmp_path / "marked", MARKED))
@@ -167,8 +167,8 @@ def test_the_servers_own_template_and_tokenizer_count(tmp_path):
     assert learned(Renderer(serving, tmp_path), TURNS)[1] == reference.apply_chat_template(TURNS, return_dict=False)
 
 
-def test_a_turn_over_parts_that_later_messages_change_is_told(tmp_path):
-    """Its mark goes behind its last part."""
+def test_a_turn_over_parts_that_later_messages_change_is_located(tmp_path):
+    """The mark is added to its last part."""
     template = THINKING.replace("m.content", "(m.content | map(attribute='text') | join)")
     model = write_model(tmp_path / "m", THINKING)
     strings, parts = renderer_of(model), renderer_of(model, chat=ChatTemplate(text=template, parts=True))
@@ -179,8 +179,8 @@ def test_a_turn_over_parts_that_later_messages_change_is_told(tmp_path):
         learned(parts, empty)
 
 
-def test_a_turn_that_only_calls_tools_is_told(tmp_path):
-    """OpenAI's usual round. Its mark goes behind the last call's name: behind an empty content it would change the text."""
+def test_a_turn_that_only_calls_tools_is_located(tmp_path):
+    """OpenAI's usual round. The mark follows the last call's name: after an empty content it would change the text."""
     renderer = renderer_of(write_model(tmp_path, THINKING_CALLS))
     calls = "<call>f</call>\n<call>g</call><|im_end|>"
     thought = "<think>\n\n</think>\n\n"
@@ -195,9 +195,9 @@ def test_a_turn_that_only_calls_tools_is_told(tmp_path):
     )
 
 
-def test_turns_of_weight_0_need_not_be_told(tmp_path):
-    """Where the generation prompt begins what earlier turns do not keep, the last turn can be learned; and what to do is
-    said."""
+def test_turns_of_weight_0_need_not_be_located(tmp_path):
+    """Where the generation prompt begins with text that earlier turns do not keep, the last turn can still be learned, and
+    the error says so."""
     renderer = renderer_of(write_model(tmp_path, PROMPTED))
     with pytest.raises(RequestError, match="with weight 0 for the assistant messages before it"):
         renderer.chat(chat(TURNS), [1.0, 1.0], 1000)
@@ -252,14 +252,14 @@ def test_whatever_a_template_raises_is_the_clients_error(tmp_path, expression):
 
 def test_special_tokens_are_those_of_the_server(tmp_path):
     """Which may have them from its tokenizer's class, or from an option."""
-    told = {"bos_token": "<|endoftext|>", "eos_token": "<|im_start|>"}
-    renderer = renderer_of(write_model(tmp_path, INST), special_tokens=told)
+    tokens = {"bos_token": "<|endoftext|>", "eos_token": "<|im_start|>"}
+    renderer = renderer_of(write_model(tmp_path, INST), special_tokens=tokens)
     assert learned(renderer, TURNS)[0][0].endswith("thanks.<|im_start|>")
     assert learned(renderer, TURNS)[1][0] == renderer._tokenizer.token_to_id("<|endoftext|>")
 
 
 @pytest.mark.parametrize(
-    ("told", "message"),
+    ("serving", "message"),
     [
         (
             {"chat_refusal": "vLLM renders them by X"},
@@ -269,9 +269,9 @@ def test_special_tokens_are_those_of_the_server(tmp_path):
         ({"chat": None}, "the served model has no chat template"),
     ],
 )
-def test_a_server_that_renders_otherwise_takes_no_messages(tmp_path, told, message):
+def test_a_server_that_renders_otherwise_takes_no_messages(tmp_path, serving, message):
     """And takes everything else."""
-    renderer = renderer_of(write_model(tmp_path), **told)
+    renderer = renderer_of(write_model(tmp_path), **serving)
     with pytest.raises(RequestError, match=message) as error:
         learned(renderer, TURNS)
     assert error.value.field == "messages"
@@ -279,7 +279,7 @@ def test_a_server_that_renders_otherwise_takes_no_messages(tmp_path, told, messa
 
 
 def test_the_mark_of_turns_cannot_be_smuggled_in(tmp_path):
-    """In a message, or in what the template is given beside it."""
+    """In a message, or in the template's other variables."""
     renderer = renderer_of(write_model(tmp_path))
     for turns, options in (
         ([TURNS[0] | {"content": MARK}, TURNS[1]], {}),

@@ -29,8 +29,8 @@ def vllm(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 @pytest.mark.parametrize("name", KINDS)
 def test_the_ids_are_those_that_vllm_serves(vllm: dict[str, Any], name: str) -> None:
-    """Of texts and prompts as /v1/completions takes them, and of conversations. What a tokenizer puts behind a text by
-    itself (T5) is not part of a prompt that goes on."""
+    """Of texts and prompts as /v1/completions takes them, and of conversations. What a tokenizer appends to a text by
+    itself (T5) is not part of a prompt that is continued."""
     kind, found = KINDS[name], vllm["kinds"][name]
     assert found["refusals"] == ["", ""]
     for text, served, ours in found["texts"]:
@@ -42,7 +42,7 @@ def test_the_ids_are_those_that_vllm_serves(vllm: dict[str, Any], name: str) -> 
 
 @pytest.mark.parametrize("name", KINDS)
 def test_turns_are_learned_with_their_end(vllm: dict[str, Any], name: str) -> None:
-    """Whatever folder or class the end-of-turn token comes from, also one that takes the line behind it with it."""
+    """Whatever folder or class the end-of-turn token comes from, also one that includes the line break after it."""
     kind, found = KINDS[name], vllm["kinds"][name]
     assert [run.rstrip().endswith(kind.end) for run in found["learned"]] == [True, True]
     assert [run.lower().replace(" ", "").startswith(("iamfine", "theanswer")) for run in found["learned"]] == [
@@ -70,7 +70,7 @@ def test_what_a_class_does_in_python_is_refused(vllm: dict[str, Any]) -> None:
 
 
 def test_tokenizers_that_are_no_backend_alone_are_refused(vllm: dict[str, Any]) -> None:
-    """Each with the reason; the server goes on."""
+    """Each with the reason; the server keeps serving."""
     expected = {
         "none": "--skip-tokenizer-init",
         "slow": "is a ByT5Tokenizer, not one of the tokenizers library",
@@ -91,7 +91,7 @@ def test_an_engine_without_an_api_server_says_it_too(vllm: dict[str, Any]) -> No
 
 @pytest.mark.parametrize("name", ["llama", "qwen2, ends beside its vocabulary", "t5", "generic, added_tokens.json"])
 def test_a_tokenizer_has_one_digest(vllm: dict[str, Any], tmp_path: Path, name: str) -> None:
-    """In every process that publishes it: a job goes on after the server was started again."""
+    """In every process that publishes it: a job resumes after the server was started again."""
     record = publish_folder(Path(vllm["kinds"][name]["folder"]), tmp_path).tokenizer
     assert record is not None
     assert record.sha256 == vllm["kinds"][name]["sha256"]
@@ -117,7 +117,7 @@ def test_a_text_that_the_class_treats_apart_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["llama", "llama, ends texts", "llama 3", "gemma", "qwen2", "t5", "bert"])
 def test_rendered_texts_get_no_second_beginning_or_end(tmp_path: Path, name: str) -> None:
-    """Whoever renders a conversation has both in it; white space behind the end is part of the template."""
+    """Whoever renders a conversation has both in it; white space after the end is part of the template."""
     kind = KINDS[name]
     renderer = renderer_of(kind.write(tmp_path / "m"), tokenizer_ends=kind.generation_ends)
     begin = "".join(renderer.decode(renderer._prefix))

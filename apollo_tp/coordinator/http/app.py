@@ -1,0 +1,53 @@
+"""The ASGI application: one set of routes for the coordinator's own port and for requests forwarded from vLLM's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+from fastapi import FastAPI
+from fastapi_offline import FastAPIOffline
+
+from apollo_tp import __version__
+from apollo_tp.coordinator.http import metrics, openai_files, openai_jobs, page, train
+from apollo_tp.coordinator.http.auth import Access
+from apollo_tp.coordinator.http.errors import STATUS, ErrorBody, handle_error
+from apollo_tp.coordinator.http.middleware import ServiceMiddleware
+from apollo_tp.coordinator.http.parameters import SCHEMA_REF
+from apollo_tp.coordinator.http.service import Service
+from apollo_tp.coordinator.http.validation import FileValidation
+from apollo_tp.coordinator.samples.schema import CheckpointBody, FineTuningBody, ScoreBody, TrainBody
+
+
+def build_app(service: Service, access: Access, figures: metrics.Metrics, validation: FileValidation) -> FastAPI:
+    """All routes inside the middleware. /docs is Swagger UI from the installed package: no other host is asked."""
+    app = FastAPIOffline(
+        title="apollo_tp",
+        version=__version__,
+        description="Train the model that a server is serving.",
+        redoc_url=None,
+        static_url="/docs/assets",
+        swagger_ui_parameters={"validatorUrl": None},  # else Swagger UI sends the document to a public validator
+        responses={"2XX": {"description": "Done"}, "4XX": {"model": ErrorBody}, "5XX": {"model": ErrorBody}},
+        exception_handlers=dict.fromkeys(STATUS, handle_error),
+    )
+    app.state.service, app.state.metrics, app.state.validation = service, figures, validation
+    link, limits = service.scheduler.link, service.settings.service
+    app.add_middleware(ServiceMiddleware, access=access, limits=limits, weight_version=lambda: link.weight_version)
+    for module in (train, openai_files, openai_jobs, metrics, page):
+        app.include_router(module.router)
+    app.openapi = lambda: _document(app)  # type: ignore[method-assign]
+    return app
+
+
+def _document(app: FastAPI) -> dict[str, Any]:
+    """FastAPI's document with what it cannot know: the bodies that msgspec decodes, and tokens (see auth.py)."""
+    if not app.openapi_schema:
+        document = FastAPI.openapi(app)
+        document["security"] = [{"token": []}]
+        components = document["components"]
+        bodies = (TrainBody, ScoreBody, CheckpointBody, FineTuningBody)
+        components["schemas"] |= msgspec.json.schema_components(bodies, ref_template=SCHEMA_REF)[1]
+        components["securitySchemes"] = {"token": {"type": "http", "scheme": "bearer"}}
+        app.openapi_schema = document
+    return app.openapi_schema

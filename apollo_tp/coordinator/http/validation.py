@@ -1,0 +1,134 @@
+"""Validation of the files of a fine-tuning job: each line is checked and rendered before the job is queued."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from apollo_tp.coordinator.http.service import Service
+from apollo_tp.coordinator.jobs.evaluation import Pair
+from apollo_tp.coordinator.jobs.job import Job, JobError, State, plan_total_steps
+from apollo_tp.coordinator.jobs.scheduler import model_changed
+from apollo_tp.coordinator.jobs.store import StoredFile
+from apollo_tp.coordinator.samples.intake import Intake
+from apollo_tp.coordinator.samples.sample_file import write_records
+from apollo_tp.coordinator.samples.schema import PreferenceLine, SupervisedLine, decode
+from apollo_tp.errors import ApolloTpError, RequestError
+from apollo_tp.wire.commands import Sample
+
+log = logging.getLogger(__name__)
+
+MAX_REPORTED_LINES = 10
+
+
+class BadFileError(ApolloTpError):
+    """Lines of an uploaded file that cannot be trained on."""
+
+    def __init__(self, param: str, file: StoredFile, problems: list[str], more: int) -> None:
+        rest = f"; and {more} more" if more else ""
+        super().__init__(f"{param} {file.filename} ({file.id}): " + "; ".join(problems) + rest)
+        self.param = param
+
+
+class FileValidation:
+    """Validates the files of jobs in state validating_files, one job at a time, each in a worker thread."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._one_at_a_time = asyncio.Lock()
+
+    def resume(self) -> None:
+        """After a restart: validate again what was being validated."""
+        service = self._service
+        for job in service.store.jobs(State.validating_files):
+            if job.model_digest == service.scheduler.model:
+                self.start(job)
+            else:
+                self._fail(job, model_changed(service.settings.model_path))
+
+    def start(self, job: Job) -> None:
+        """Validate in the background. The job is then queued, or failed with the lines that are wrong."""
+        task = asyncio.create_task(self._validate(job))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _validate(self, job: Job) -> None:
+        store = self._service.store
+        store.save_job(job, f"Validating training file: {job.spec.training_file}", type="message")
+        folder = store.samples_dir
+        error = None
+        try:
+            async with self._one_at_a_time:
+                count = await self._validate_file(job, "training_file", folder / f"{job.id}.train")
+                valid = 0
+                if job.spec.validation_file:
+                    valid = await self._validate_file(job, "validation_file", folder / f"{job.id}.valid")
+        except BadFileError as problem:
+            error = JobError(code=f"invalid_{problem.param}", message=str(problem), param=problem.param)
+        except (ApolloTpError, OSError) as problem:
+            error = JobError(code="validation", message=str(problem), param="training_file")
+        except Exception:  # nobody awaits this task: otherwise the job would stay in state validating_files for ever
+            log.exception("job %s could not be validated", job.id)
+            message = "internal error; the trainer's log has it"
+            error = JobError(code="validation", message=message, param="training_file")
+        current = store.job(job.id)
+        if current is None or current.state is not State.validating_files:
+            store.remove_samples(job.id)
+            return  # cancelled meanwhile
+        if error is not None:
+            self._fail(job, error)
+            store.remove_samples(job.id)
+            return
+        job.num_samples, job.num_validation, job.state = count, valid, State.queued
+        job.total_steps = plan_total_steps(job.spec, count)
+        store.save_job(job, "Files validated, moving job to queued state")
+        self._service.scheduler.wake()
+
+    def _fail(self, job: Job, error: JobError) -> None:
+        job.state, job.error, job.finished_at = State.failed, error, time.time()
+        self._service.store.save_job(job, f"Job failed: {error.message}", level="error")
+
+    async def _validate_file(self, job: Job, param: str, target: Path) -> int:
+        file = self._service.store.file(getattr(job.spec, param))
+        if file is None:
+            raise RequestError(f"{param}: the file was deleted before it was validated", field=param)
+        self._service.check_disk(file.bytes)
+        intake = self._service.intake(job.spec.truncate)
+        source = self._service.store.file_path(file.id)
+        return await asyncio.to_thread(_convert, intake, job.spec.method, param, file, source, target)
+
+
+def _convert(intake: Intake, method: str, param: str, file: StoredFile, source: Path, target: Path) -> int:
+    """Check and render every line of a file into ``target``. Raises BadFileError with line numbers and reasons."""
+    problems: list[str] = []
+    bad = 0
+
+    def records() -> Iterator[Sample | Pair]:
+        nonlocal bad
+        with open(source, "rb") as lines:
+            for number, line in enumerate(lines, 1):
+                if not line.strip():
+                    continue
+                try:
+                    yield from _records(intake, method, line)
+                except RequestError as error:
+                    bad += 1
+                    if len(problems) < MAX_REPORTED_LINES:
+                        where = f"{error.field}: " if error.field and not str(error).startswith(error.field) else ""
+                        problems.append(f"line {number}: {where}{error}")
+
+    count = write_records(target, records())
+    if bad or not count:
+        target.unlink()
+        raise BadFileError(param, file, problems or ["the file has no lines"], bad - len(problems))
+    return count
+
+
+def _records(intake: Intake, method: str, line: bytes) -> Sequence[Sample | Pair]:
+    if method == "dpo":
+        return [intake.pair(decode(line, PreferenceLine))]
+    return intake.sequences(decode(line, SupervisedLine), "")

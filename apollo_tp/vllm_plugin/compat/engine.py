@@ -1,0 +1,126 @@
+"""Pause, resume and the prefix cache of vLLM, through the engine client (AsyncLLM) of its API server."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+from typing import Any
+
+
+def connector_resets(transfer: Any) -> bool:
+    """Whether the KV connector of this ``KVTransferConfig`` can be emptied; of several connectors, whether all can.
+
+    vLLM reports success for a connector that has no method for it.
+    """
+    from vllm.config import KVTransferConfig
+    from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
+    from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1
+
+    parts = (
+        (transfer.kv_connector_extra_config or {}).get("connectors")
+        if transfer.kv_connector == "MultiConnector"
+        else None
+    )
+    if parts:
+        return all(connector_resets(KVTransferConfig(**part)) for part in parts)
+    kind = KVConnectorFactory.get_connector_class(transfer)
+    return bool(kind.reset_cache is not KVConnectorBase_V1.reset_cache)
+
+
+class Engine:
+    """What the update lock needs of vLLM's engine client.
+
+    vLLM knows one pause at a time, whoever asked for it. While the update lock has the engine (from ``acquire`` to
+    ``resume``), the pauses and resumes of other callers wait here.
+    """
+
+    def __init__(self, client: Any) -> None:
+        self._client = client
+        self._salt = ""
+        self._pause, self._resume = client.pause_generation, client.resume_generation
+        self._free, self._complete = asyncio.Event(), asyncio.Event()
+        self._free.set()
+        self._complete.set()
+        self._paused_by_others = self._paused = False
+        client.pause_generation, client.resume_generation = self._pause_of_others, self._resume_of_others
+
+    async def _until_free(self) -> None:
+        while not self._free.is_set():  # It may be acquired again before this task runs.
+            await self._free.wait()
+
+    async def _pause_of_others(self, *args: Any, **kwargs: Any) -> Any:
+        await self._until_free()
+        self._complete = complete = asyncio.Event()
+        pausing = asyncio.ensure_future(self._pause(*args, **kwargs))
+        pausing.add_done_callback(lambda _: complete.set())
+        return await asyncio.shield(pausing)  # vLLM continues to pause after its caller has gone away.
+
+    async def _resume_of_others(self, *args: Any, **kwargs: Any) -> Any:
+        await self._until_free()
+        self._complete.set()  # It also ends a pause that still waits for running requests.
+        return await self._resume(*args, **kwargs)
+
+    async def acquire(self) -> None:
+        """Let nobody else pause or resume until ``resume``. A pause of others that waits for running requests is waited
+        for: vLLM reports itself as paused from its beginning."""
+        while not self._complete.is_set():
+            await self._complete.wait()
+        self._free.clear()
+        self._paused_by_others = bool(await self._client.is_paused())
+
+    async def pause(self, *, drain: bool) -> None:
+        """Pause, and return when no request runs. Running requests are frozen, or finished first (``drain``); new ones wait
+        either way. Does nothing where others have paused vLLM."""
+        if not self._paused_by_others:
+            self._paused = True
+            await self._pause(mode="wait" if drain else "keep", clear_cache=False)
+
+    async def resume(self) -> None:
+        """Let requests run again unless others have paused them. This also ends a pause that still waits for running
+        requests."""
+        paused, self._paused = self._paused, False
+        try:
+            if paused:
+                await self._resume()
+        finally:
+            self._free.set()
+
+    async def reset_prefix_cache(self) -> None:
+        """Empty the prefix cache, and that of a KV connector.
+
+        vLLM cannot do so while cache blocks are in use. Running requests therefore give up their blocks, and are computed
+        again from their prompt and the tokens generated so far; their streams continue. Raises RuntimeError if vLLM could
+        not do it.
+        """
+        options = {"reset_running_requests": True}
+        transfer = self._client.vllm_config.kv_transfer_config
+        # vLLM release: before 0.32 some report a failure if a connector is to be reset where there is none.
+        if transfer is not None:
+            if not connector_resets(transfer):
+                raise RuntimeError(
+                    f"KV connector {transfer.kv_connector} cannot be emptied, expected one that can; use cache=salt, or "
+                    "serve without it"
+                )
+            options["reset_connector"] = True
+        if not await self._client.reset_prefix_cache(**options):
+            raise RuntimeError("vLLM did not reset its prefix cache, or its KV connector not its own")
+
+    def salt_requests(self, salt: str) -> None:
+        """From now on, let requests share prefix-cache entries only with requests of the same ``salt`` ("" for no salt).
+
+        The client's own ``cache_salt`` of a request stays. All requests are sent by ``add_request_async``, however they
+        were made; it is wrapped once.
+        """
+        self._salt = salt
+        core = self._client.engine_core
+        original = core.add_request_async
+        if hasattr(original, "apollo_tp"):
+            return
+
+        @functools.wraps(original)
+        async def add_request_async(request: Any) -> Any:
+            request.cache_salt = request.cache_salt or self._salt or None
+            return await original(request)
+
+        add_request_async.apollo_tp = True  # type: ignore[attr-defined]
+        core.add_request_async = add_request_async

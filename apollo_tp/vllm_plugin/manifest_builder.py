@@ -1,0 +1,204 @@
+"""The manifest of one rank: from vLLM's loaded model, its memory and the traces of its loader. Used by a server's workers
+(``export``) and without a server (``offline``)."""
+
+from __future__ import annotations
+
+import bisect
+import os
+import socket
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from apollo_tp.runtime import instance_folder, processes
+from apollo_tp.shards.instance import ENDPOINTS_VARIABLE
+from apollo_tp.shards.manifest import (
+    SCHEMA_VERSION,
+    Allocation,
+    CheckpointTensor,
+    Manifest,
+    Refusal,
+    SegmentRecord,
+    ServedTensor,
+)
+from apollo_tp.shards.mapping import DTYPES, NAMES
+from apollo_tp.vllm_plugin import checkpoint_index
+from apollo_tp.vllm_plugin.compat import config, release
+from apollo_tp.vllm_plugin.copies import second_copies
+from apollo_tp.vllm_plugin.trace import Trace, trace_loader
+
+Share = Callable[[Sequence[nn.Parameter]], list[tuple[int, Allocation]]]
+"""Makes the memory of parameters reachable: (base address in bytes, allocation), ascending by address."""
+
+
+def manifest_header(vllm_config: Any, rank: int, size: int) -> dict[str, Any]:
+    """The fields of a manifest that are known before the weights are looked at."""
+    model_config = vllm_config.model_config
+    process = processes.ProcessId.of(os.getpid())
+    assert process is not None
+    is_cuda = torch.device(vllm_config.device_config.device).type == "cuda"
+    folder = checkpoint_index.model_folder(
+        model_config.model, model_config.revision, vllm_config.load_config.download_dir
+    )
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "instance_id": instance_folder.ensure_instance_id(),
+        "created_at": time.time(),
+        "vllm_version": release.vllm_version(),
+        "model_path": str(folder or model_config.model),
+        "endpoints": bool(os.environ.get(ENDPOINTS_VARIABLE)),
+        "served_model_names": config.served_model_names(model_config),
+        "dtype": str(model_config.dtype).removeprefix("torch."),
+        "tp_rank": rank,
+        "tp_size": size,
+        "host": socket.gethostname(),
+        "pid": process.pid,
+        "pid_start_ticks": process.start_ticks,
+        "pid_namespace": processes.pid_namespace(),
+        "device": "cuda" if is_cuda else "cpu",
+        "device_uuid": str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid) if is_cuda else "",
+        "max_model_len": model_config.max_model_len,
+        "config_overrides": config.config_overrides(model_config),
+    }
+
+
+def checkpoint_tensors(vllm_config: Any, header: dict[str, Any]) -> list[CheckpointTensor]:
+    """The tensors of the checkpoint that vLLM loads (global shapes); with ``--load-format dummy`` those that the config
+    implies. Raises RuntimeError if the folder has no safetensors."""
+    model_config, load_format = vllm_config.model_config, config.load_format(vllm_config)
+    folder = Path(header["model_path"])
+    found = checkpoint_index.read_index(folder, load_format) if folder.is_dir() else []
+    if found:
+        return found
+    if load_format != "dummy":
+        raise RuntimeError(
+            f"{model_config.model}: got no *.safetensors, expected a safetensors checkpoint; convert it with "
+            "model.save_pretrained(folder)"
+        )
+    return checkpoint_index.index_from_config(model_config.hf_config, NAMES[model_config.dtype])
+
+
+def trace_checkpoint(model: nn.Module, checkpoint: list[CheckpointTensor]) -> list[Trace]:
+    """Trace vLLM's loader for each of these tensors."""
+    return trace_loader(model, [(t.name, tuple(t.shape), DTYPES[t.dtype]) for t in checkpoint])
+
+
+def build_manifest(
+    header: dict[str, Any],
+    model: nn.Module,
+    model_config: Any,
+    checkpoint: list[CheckpointTensor],
+    share: Share,
+    error: str = "",
+) -> Manifest:
+    """Share the memory of ``model``, trace its loader, and describe both (local shapes).
+
+    ``header`` comes from ``manifest_header``, ``checkpoint`` from ``checkpoint_tensors``. No collectives. Raises whatever
+    ``share`` raises.
+    """
+    started = time.perf_counter()
+    parameters, names = _unique_parameters(model)
+    allocations = share(parameters)
+    served = _served_tensors(parameters, names, allocations)
+    shared = time.perf_counter()
+    traces = trace_checkpoint(model, checkpoint)
+    traced = time.perf_counter()
+    segments, refusals = segments_of(traces, parameters, served)
+    not_served = [t.name for t in traces if not t.served and not t.refusal]
+    copies: dict[str, str] = {}
+    if header["tp_rank"] == 0:
+        ids = config.embedding_parameters(model)
+        holders = [tensor for parameter, tensor in zip(parameters, served, strict=True) if id(parameter) in ids]
+        embeddings = {s.checkpoint for s in segments if s.served in {tensor.name for tensor in holders}}
+        tied = config.ties_embeddings(model_config) or any(tensor.aliases for tensor in holders)
+        copies, unclear = second_copies(Path(header["model_path"]), checkpoint, not_served, embeddings, tied=tied)
+        refusals += unclear
+    return Manifest(
+        **header,
+        publish_seconds=shared - started,
+        trace_seconds=traced - shared,
+        allocations=[allocation for _, allocation in allocations],
+        served=served,
+        checkpoint=checkpoint,
+        segments=segments,
+        not_served=not_served,
+        copies=copies,
+        refusals=refusals,
+        error=error,
+    )
+
+
+def _unique_parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[list[str]]]:
+    """Distinct parameters in order, and all names of each (tied weights have several)."""
+    index: dict[int, int] = {}
+    unique: list[nn.Parameter] = []
+    names: list[list[str]] = []
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if id(parameter) not in index:
+            index[id(parameter)] = len(unique)
+            unique.append(parameter)
+            names.append([])
+        names[index[id(parameter)]].append(name)
+    return unique, names
+
+
+def _served_tensors(
+    parameters: list[nn.Parameter], names: list[list[str]], allocations: list[tuple[int, Allocation]]
+) -> list[ServedTensor]:
+    """Each parameter (local shape) with the allocation that contains it."""
+    bases = [base for base, _ in allocations]
+    served = []
+    for parameter, its_names in zip(parameters, names, strict=True):
+        index = bisect.bisect_right(bases, parameter.data_ptr()) - 1
+        served.append(
+            ServedTensor(
+                name=its_names[0],
+                allocation=index,
+                offset_bytes=parameter.data_ptr() - bases[index],
+                shape=list(parameter.shape),
+                stride=list(parameter.stride()),
+                dtype=str(parameter.dtype).removeprefix("torch."),
+                aliases=its_names[1:],
+            )
+        )
+    return served
+
+
+def segments_of(
+    traces: list[Trace], parameters: list[nn.Parameter], served: list[ServedTensor]
+) -> tuple[list[SegmentRecord], list[Refusal]]:
+    """Turn recorded copies into segments of served tensors. A tensor with a copy into other memory than that of a parameter
+    is refused, with all its copies."""
+    order = sorted(range(len(parameters)), key=lambda i: parameters[i].data_ptr())
+    starts = [parameters[i].data_ptr() for i in order]
+    segments: list[SegmentRecord] = []
+    refusals: list[Refusal] = []
+    for trace in traces:
+        if trace.refusal:
+            refusals.append(Refusal(name=trace.name, reason=trace.refusal))
+            continue
+        found: list[SegmentRecord] = []
+        for copy in trace.copies:
+            position = bisect.bisect_right(starts, copy.address) - 1
+            parameter = parameters[order[position]] if position >= 0 else None
+            if parameter is None or copy.address >= parameter.data_ptr() + parameter.nbytes:
+                reason = "vLLM's loader copies it into a temporary tensor, not into a parameter"
+                refusals.append(Refusal(name=trace.name, reason=reason))
+                found = []
+                break
+            found.append(
+                SegmentRecord(
+                    checkpoint=trace.name,
+                    box_offset=list(copy.box.offset),
+                    box_shape=list(copy.box.shape),
+                    served=served[order[position]].name,
+                    view_offset=(copy.address - parameter.data_ptr()) // parameter.element_size(),
+                    view_stride=list(copy.stride),
+                )
+            )
+        segments += found
+    return segments, refusals

@@ -1,0 +1,65 @@
+"""What is recorded of copies that vLLM's loader made, and of copies that went elsewhere than into a parameter."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from apollo_tp.shards.boxes import Box
+from apollo_tp.shards.manifest import Refusal, ServedTensor
+from apollo_tp.vllm_plugin.manifest_builder import segments_of
+from apollo_tp.vllm_plugin.trace import Copy, Trace
+
+ROWS, GAP = 4, 2
+
+
+@pytest.fixture
+def served() -> tuple[list[nn.Parameter], list[ServedTensor]]:
+    """Two parameters of 4 x 8 in one block of memory: GAP rows that belong to nobody, first, GAP rows, second, GAP rows."""
+    memory = torch.zeros(3 * GAP + 2 * ROWS, 8)
+    parameters = [nn.Parameter(memory[start : start + ROWS]) for start in (GAP, 2 * GAP + ROWS)]
+    tensors = [
+        ServedTensor(name=name, allocation=0, offset_bytes=0, shape=[ROWS, 8], stride=[8, 1], dtype="float32")
+        for name in ("first", "second")
+    ]
+    return parameters, tensors
+
+
+def _trace(name: str, *addresses: int) -> Trace:
+    copies = [Copy(Box((index, 0), (1, 8)), address, (0, 1)) for index, address in enumerate(addresses)]
+    return Trace(name, copies, served=True)
+
+
+def test_copies_become_segments_of_the_parameter_that_holds_their_address(
+    served: tuple[list[nn.Parameter], list[ServedTensor]],
+) -> None:
+    """Also of its first and its last row, and whatever the order of the parameters is."""
+    (first, second), (its, others) = served
+    row = 8 * first.element_size()
+    trace = _trace("w", second.data_ptr() + 3 * row, first.data_ptr(), first.data_ptr() + 3 * row)
+    for parameters, tensors in (([first, second], [its, others]), ([second, first], [others, its])):
+        segments, refusals = segments_of([trace], parameters, tensors)
+        assert refusals == []
+        assert [(s.served, s.view_offset, s.box_offset) for s in segments] == [
+            ("second", 24, [0, 0]), ("first", 0, [1, 0]), ("first", 24, [2, 0])
+        ]  # fmt: skip
+
+
+@pytest.mark.parametrize("place", ["before all parameters", "in a gap", "after all parameters"])
+@pytest.mark.parametrize("before", [0, 1], ids=["alone", "after a good copy"])
+def test_a_copy_into_a_temporary_tensor_is_refused(
+    served: tuple[list[nn.Parameter], list[ServedTensor]], place: str, before: int
+) -> None:
+    """Taken for a copy into the parameter below it in memory, other memory would be trained than what is served."""
+    (first, second), tensors = served
+    address = {
+        "before all parameters": first.data_ptr() - 8,
+        "in a gap": first.data_ptr() + first.nbytes,
+        "after all parameters": second.data_ptr() + second.nbytes + 8,
+    }[place]
+    temporary = _trace("t", *[first.data_ptr()] * before, address)
+    segments, refusals = segments_of([_trace("w", second.data_ptr()), temporary], [first, second], tensors)
+    reason = "vLLM's loader copies it into a temporary tensor, not into a parameter"
+    assert refusals == [Refusal(name="t", reason=reason)]
+    assert [segment.checkpoint for segment in segments] == ["w"]
