@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from apollo_tp.checkpoint import CheckpointWriter, latest, read_info, writer
+from apollo_tp.checkpoint import CheckpointWriter, latest, optimizer_state, read_info, writer
 from apollo_tp.checkpoint import folder as folders
 from apollo_tp.config import OptimConfig, OptimizerKind, Precision
 from apollo_tp.distributed.tp_group import TPGroup
@@ -346,7 +346,7 @@ def _train_and_go_on(tp: TPGroup, checkpoint: Path, root: Path) -> list[list[flo
         shutil.copytree(checkpoint / f"tp{tp.size}", written / f"tp{tp.size}")
     tp.all_reduce_(torch.zeros(1))
     again, _ = make_trainer(tp, written)
-    again.optimizer.load(written / folders.OPTIMIZER_DIR)
+    optimizer_state.load(again.optimizer, written / folders.OPTIMIZER_DIR)
     found.append(again.score(samples()).logprobs)
     for each_trainer in (trainer, again):
         each_trainer.step(samples(seed=2))
