@@ -33,10 +33,9 @@ from rich.console import Console
 from rich.table import Table
 from server_stack import QWEN3_8B, TINY, Served, device_name, serving, write_results
 
-from apollo_tp.shards.dtypes import DTYPES
 from apollo_tp.shards.instance import check_agreement, read_instance
 from apollo_tp.shards.manifest import Manifest
-from apollo_tp.shards.mapping import map_rank
+from apollo_tp.shards.mapping import DTYPES, map_rank
 
 TRANSFERS = 3
 

@@ -30,7 +30,7 @@ from rich.table import Table
 from server_stack import QWEN3_8B, TINY, device_name, mps_daemon, write_results
 
 from apollo_tp.gpu_sharing.product_check import MPS_SHARE, sampled_lengths, wrong_products
-from apollo_tp.gpu_sharing.sm_limit import confine
+from apollo_tp.gpu_sharing.sm_limit import limit_sms
 
 AT_ONCE = 4
 """Processes, which share the GPU's memory."""
@@ -55,7 +55,7 @@ def try_products(options: argparse.Namespace) -> dict[str, Any]:
     cuda, sms = torch.cuda.is_available(), 0
     device, config = torch.device("cuda:0" if cuda else "cpu"), TINY if options.tiny else QWEN3_8B
     if cuda:
-        sms = confine(device, None if options.by_mps else options.percent[0])
+        sms = limit_sms(device, None if options.by_mps else options.percent[0])
     lengths = sampled_lengths(options.tokens)
     wrong = [
         line

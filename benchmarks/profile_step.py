@@ -34,13 +34,13 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PretrainedConfig, Qwen3Config
 
 from apollo_tp.config import GradientMode, OptimConfig, Precision, TrainConfig
-from apollo_tp.distributed import peer_memory
 from apollo_tp.distributed.tp_group import TPGroup
-from apollo_tp.gpu_sharing.sm_limit import confine
-from apollo_tp.model import bind_model, compiled, joined
+from apollo_tp.gpu_sharing.sm_limit import limit_sms
+from apollo_tp.model import bind_model, joined
+from apollo_tp.model.compiled import CompileOptions
 from apollo_tp.optim import build_optimizer
 from apollo_tp.shards.boxes import Shard
-from apollo_tp.training.cuda_graphs import Replays
+from apollo_tp.training.cuda_graphs import GraphCache
 from apollo_tp.training.memory_profiling import CudaMeter, plan_memory
 from apollo_tp.training.trainer import Trainer
 from apollo_tp.wire.commands import Sample
@@ -171,21 +171,16 @@ def main() -> int:
     options = parser.parse_args()
     for name in options.inductor:
         setattr(torch._inductor.config, name, True)
-    compiled.REPEAT_CHEAP_WORK = not options.keep_activations
-    compiled.SAME_KERNELS = options.same_kernels
-    compiled.JOIN_RESIDUALS = options.join_residuals
-    if not options.blocks:
-        peer_memory.first_rows = lambda *_: 0
     if not options.overlap:
         joined.JoinedLinear.enter = lambda *_: None
     device = "cuda" if torch.cuda.is_available() else "cpu"
     tokens = options.tokens or (64 if options.tiny else 4096)
     with ranks() as tp:
-        tp.peer_memory = options.peer_memory
+        tp.peers.enabled, tp.peers.in_blocks = options.peer_memory, options.blocks
         whole = TINY if options.tiny else QWEN3_8B
         config = Qwen3Config(**(whole if options.tiny or tp.size > 1 else whole | RANK_OF_TWO))
         if options.sm_percent:
-            confine(torch.device("cuda", torch.cuda.current_device()), options.sm_percent)
+            limit_sms(torch.device("cuda", torch.cuda.current_device()), options.sm_percent)
         result = run(config, tokens, device, tp, options)
         if tp.rank == 0:
             report(result, tp, options)
@@ -207,15 +202,17 @@ def report(result: dict[str, Any], tp: TPGroup, options: argparse.Namespace) -> 
 
 def run(config: PretrainedConfig, tokens: int, device: str, tp: TPGroup, options: argparse.Namespace) -> dict[str, Any]:
     torch.manual_seed(0)
-    shards, side_by_side = served_memory(config, device, tp)
+    shards, fused_tensors = served_memory(config, device, tp)
     weights = torch.cuda.memory_allocated() if device == "cuda" else 0
     train = TrainConfig(max_micro_batch_tokens=tokens, max_sequence_tokens=tokens, precision=options.precision)
     fused = options.gradients == "fused"
     optim = OptimConfig(
         lr=1e-6, max_grad_norm=None if fused else 1.0, max_relative_update=1e9, check_replicas_every=0,
     )  # fmt: skip
+    compiled = CompileOptions(not options.keep_activations, options.same_kernels, options.join_residuals)
     model = bind_model(
-        config, shards, tp, fused=side_by_side, gradient_checkpointing=options.recompute, compiled=options.compile
+        config, shards, tp, fused_tensors=fused_tensors, gradient_checkpointing=options.recompute,
+        compiled=compiled if options.compile else None,
     )  # fmt: skip
     optimizer = build_optimizer(optim, train.precision, model.parameters, tp)
     trainer = Trainer(
@@ -225,7 +222,7 @@ def run(config: PretrainedConfig, tokens: int, device: str, tp: TPGroup, options
     if device == "cuda":  # as at a trainer's start: shorter steps come first, and layers are compiled for any length
         plan = plan_memory(trainer, CudaMeter(trainer.device), tokens)
         if options.graphs:
-            trainer.record_passes(Replays(model, beside=plan.fits_replays(beside=True)))
+            trainer.record_passes(GraphCache(model, keep=plan.fits_graphs(keep=True)))
         print(plan.describe())
         planned = (plan.activations + plan.gradients + torch.cuda.memory_allocated() - weights) / 1e9
     ids = torch.randint(0, config.vocab_size, (tokens,)).tolist()

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from apollo_tp.shards.boxes import Box
-from apollo_tp.shards.dtypes import NAMES
+from apollo_tp.shards.mapping import NAMES
 
 
 @dataclass(frozen=True)

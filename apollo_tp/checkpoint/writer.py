@@ -24,8 +24,8 @@ from apollo_tp.distributed.control import ComputeControl
 from apollo_tp.distributed.tp_group import TPGroup
 from apollo_tp.errors import CheckpointError
 from apollo_tp.shards.boxes import Box, Shard
-from apollo_tp.shards.dtypes import DTYPES
 from apollo_tp.shards.manifest import CheckpointTensor
+from apollo_tp.shards.mapping import DTYPES
 
 if TYPE_CHECKING:
     from apollo_tp.optim import Optimizer

@@ -9,7 +9,7 @@ from torch import Tensor
 
 BLOCK = 4096
 LANES = 4
-"""Programs that follow each other work on as many places of the tensors, so that memory and link are busy all the time."""
+"""Consecutive programs work in this many regions of the tensors, so that memory and link are busy all the time."""
 
 
 @triton.jit
@@ -26,19 +26,19 @@ def add_kernel(
     LANES: tl.constexpr,
 ):
     """out = round(round(mine + theirs) + residual), elementwise; additions in fp32. ``theirs`` is ``near`` in the first
-    ``num_near`` places, a multiple of BLOCK, and ``far`` behind them."""
+    ``num_near`` elements, a multiple of BLOCK, and ``far`` after them."""
     lane = tl.program_id(0) % LANES
     start = (lane * (tl.num_programs(0) // LANES) + tl.program_id(0) // LANES).to(tl.int64) * BLOCK
-    place = start + tl.arange(0, BLOCK)
-    inside = place < count
-    total = tl.load(mine + place, inside).to(tl.float32)
+    index = start + tl.arange(0, BLOCK)
+    inside = index < count
+    total = tl.load(mine + index, inside).to(tl.float32)
     if start < num_near:
-        total += tl.load(near + place, inside).to(tl.float32)
+        total += tl.load(near + index, inside).to(tl.float32)
     else:
-        total += tl.load(far + place, inside).to(tl.float32)
+        total += tl.load(far + index, inside).to(tl.float32)
     if HAS_RESIDUAL:
-        total = total.to(out.dtype.element_ty).to(tl.float32) + tl.load(residual + place, inside).to(tl.float32)
-    tl.store(out + place, total.to(out.dtype.element_ty), inside)
+        total = total.to(out.dtype.element_ty).to(tl.float32) + tl.load(residual + index, inside).to(tl.float32)
+    tl.store(out + index, total.to(out.dtype.element_ty), inside)
 
 
 def add(mine: Tensor, near: Tensor, far: Tensor, residual: Tensor | None) -> Tensor:

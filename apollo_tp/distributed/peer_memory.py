@@ -1,13 +1,14 @@
-"""Sums of two ranks through each other's memory, in place of NCCL: each reads what the other has and adds.
+"""Sums over two ranks through each other's memory, in place of NCCL: each rank reads the other's tensor and adds.
 
-Two GPUs of one host that reach each other's memory need one read of the other's tensor per sum, which is as many bytes as a
-ring all-reduce sends, without its steps: torch's symmetric memory maps it. With more ranks a ring sends fewer bytes.
+Two GPUs of one host that reach each other's memory need one read of the other's tensor for a sum. These are as many bytes
+as a ring all-reduce sends, without its steps. torch's symmetric memory maps them. With more ranks a ring sends fewer bytes.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -22,7 +23,59 @@ log = logging.getLogger(__name__)
 MIN_BYTES = 2**20
 """Smaller sums are left to NCCL."""
 FIRST_ROWS = 256
-"""Rows of a product that is summed in two blocks: the first has a multiple of these."""
+"""Where a product is summed in two blocks of rows, the first block has a multiple of these."""
+
+
+@dataclass(eq=False)
+class PeerSums:
+    """Whether a group sums products through peer memory, and the buffers of that, which are made when first needed.
+
+    ``in_blocks``: recorded sums are split in two blocks of rows, see ``PeerBuffers``. Both switches are for all ranks alike.
+    """
+
+    enabled: bool = True
+    in_blocks: bool = True
+    buffers: PeerBuffers | None = None
+    """Work that was recorded goes on using these."""
+    _is_reachable: bool | None = None
+
+    def buffers_for(
+        self, rank: int, size: int, group: dist.ProcessGroup | None, device: torch.device, num_bytes: int
+    ) -> PeerBuffers | None:
+        """Buffers for a sum of ``num_bytes`` on ``device`` over ``group`` (NCCL), None where NCCL or gloo do better.
+
+        Collective when it is first called, and when larger buffers are needed.
+        """
+        if not self.enabled or device.type != "cuda" or size != 2 or num_bytes < MIN_BYTES or group is None:
+            return None
+        if self._is_reachable is None:
+            self._is_reachable = reach_each_other(group, device)
+        if self._is_reachable and (self.buffers is None or self.buffers.num_bytes < num_bytes):
+            torch.cuda.synchronize(device)  # work in flight may use the buffers that are replaced
+            self.buffers = None
+            self.buffers = PeerBuffers(rank, group, 1 << (num_bytes - 1).bit_length(), in_blocks=self.in_blocks)
+        return self.buffers
+
+    def allocated_bytes(self) -> int:
+        """Device memory of the buffers on this rank, which torch's allocator does not count."""
+        return 0 if self.buffers is None else 2 * self.buffers.num_bytes
+
+    def barrier(self) -> None:
+        """Before and after recorded work: what runs next may begin with either half of the buffers. Collective."""
+        if self.buffers is not None:
+            self.buffers.barrier()
+
+    def reset_buffers(self) -> None:
+        """After a recording that failed on some ranks: begin with the same half on all of them again. Collective.
+
+        Each rank has counted the sums that it came to. One that then took the other half would read what nobody wrote.
+        """
+        if self.buffers is not None:
+            self.buffers.reset()
+
+    def release(self) -> None:
+        """Let the buffers go, with the process group that they were made over."""
+        self.buffers = None
 
 
 def reach_each_other(group: dist.ProcessGroup, device: torch.device) -> bool:
@@ -41,7 +94,7 @@ def reach_each_other(group: dist.ProcessGroup, device: torch.device) -> bool:
 
 
 def add_products(pairs: Sequence[tuple[Tensor, Tensor]], out: Tensor) -> Tensor:
-    """The sum of ``a @ b`` over ``pairs``, into ``out``."""
+    """Write the sum of ``a @ b`` over ``pairs`` (a [m, k], b [k, n]) to ``out`` [m, n] and return it. Local."""
     for position, (a, b) in enumerate(pairs):
         if position == 0:
             torch.mm(a, b, out=out)
@@ -51,8 +104,11 @@ def add_products(pairs: Sequence[tuple[Tensor, Tensor]], out: Tensor) -> Tensor:
 
 
 def first_rows(rows: int, contracted: int, columns: int) -> int:
-    """How many rows of a product [rows, contracted] @ [contracted, columns] to copy while the others are multiplied: as
-    many as that leaves time for, and none of a small product or one that the adding kernel cannot divide."""
+    """How many rows of a product [rows, contracted] @ [contracted, columns] to copy while the others are multiplied.
+
+    As many as the other rows' product leaves time for; none of a small product, or of one that the adding kernel cannot
+    divide.
+    """
     quarters = 3 if contracted >= columns else 2
     return 0 if columns % 16 else rows * quarters // (4 * FIRST_ROWS) * FIRST_ROWS
 
@@ -61,22 +117,24 @@ def _uuid(device: torch.device | int) -> bytes:
     return str(torch.cuda.get_device_properties(device).uuid).encode()
 
 
-class PeerSums:
-    """Memory of two ranks that both can read, in two halves which take turns: while the other rank may still read one, the
-    next sum goes to the other, so that one barrier a sum is enough.
+class PeerBuffers:
+    """Memory of two ranks that both can read, in two halves that take turns.
 
-    The barriers are kernels that wait without a deadline, since one that gave up would end the CUDA context, and under MPS
-    perhaps the server's too. A rank whose peer is gone is left to NCCL's timeout of the collective that every step has.
+    While the other rank may still read one half, the next sum uses the other half, so that one barrier for each sum is
+    enough. The barriers are kernels that wait without a deadline, since one that gave up would end the CUDA context, and
+    under MPS perhaps the server's too. A rank whose peer is gone is left to NCCL's timeout of the collective that every
+    step has.
     """
 
-    def __init__(self, rank: int, group: dist.ProcessGroup, num_bytes: int) -> None:
+    def __init__(self, rank: int, group: dist.ProcessGroup, num_bytes: int, *, in_blocks: bool = True) -> None:
         """Collective: maps 2 x ``num_bytes`` of each rank into the other. Raises RuntimeError where that is impossible."""
         import torch.distributed._symmetric_memory as symmetric_memory
 
-        from apollo_tp.distributed.peer_kernels import add
+        from apollo_tp.distributed.peer_kernels import add  # here: a CPU build of torch has no Triton
 
         self._add = add
         self.num_bytes = num_bytes
+        self._in_blocks = in_blocks
         device = torch.device("cuda", torch.cuda.current_device())
         memory = symmetric_memory.empty(2 * num_bytes, dtype=torch.uint8, device=device)
         self._handle: _SymmetricMemory = symmetric_memory.rendezvous(memory, group)
@@ -86,35 +144,42 @@ class PeerSums:
         self._turn = 0
 
     def summed_products(
-        self, pairs: Sequence[tuple[Tensor, Tensor]], beside: Callable[[], None] | None, residual: Tensor | None = None
+        self,
+        pairs: Sequence[tuple[Tensor, Tensor]],
+        alongside: Callable[[], None] | None,
+        residual: Tensor | None = None,
     ) -> Tensor:
-        """The sum of ``a @ b`` [m, n] over ``pairs`` and both ranks, of at most num_bytes; either plus ``residual``
-        [m, n], or while what ``beside`` launches runs.
+        """``TPGroup.summed_products`` of at most ``num_bytes``. Two collective barriers at most, no NCCL.
 
-        Beside other work a copy engine reads the other rank's product: a kernel would take multiprocessors from that work.
+        With ``alongside``, a copy engine reads the other rank's product while that work runs: a kernel would take
+        multiprocessors from it.
         """
         (a, b), *_ = pairs
         mine, other = self._next_half(a.shape[0], b.shape[1], a.dtype)
-        if beside is None:
+        if alongside is None:
             return self._sum_in_blocks(pairs, mine, other, residual)
         add_products(pairs, mine)
         copy = torch.empty_like(mine)
-        self._copy_aside(other, copy)
-        beside()
+        self._start_copy(other, copy)
+        alongside()
         torch.cuda.current_stream().wait_stream(self._copies)
         return mine.add(copy)
 
     def _sum_in_blocks(
         self, pairs: Sequence[tuple[Tensor, Tensor]], mine: Tensor, other: Tensor, residual: Tensor | None
     ) -> Tensor:
-        """In work that is recorded the first rows are copied from the other rank while the others are multiplied. Else it
-        would not pay: the host has about five calls more to launch."""
+        """The sum over ``pairs`` and both ranks, where ``mine`` and ``other`` [m, n] are the ranks' buffers.
+
+        In work that is recorded the first rows are copied from the other rank while the other rows are multiplied. Launched
+        one by one it would not pay: the host has about five calls more to make.
+        """
         rows, columns = mine.shape
-        first = first_rows(rows, pairs[0][0].shape[1], columns) if torch.cuda.is_current_stream_capturing() else 0
+        divided = self._in_blocks and torch.cuda.is_current_stream_capturing()
+        first = first_rows(rows, pairs[0][0].shape[1], columns) if divided else 0
         copy = torch.empty_like(mine[:first])
         if first:
             add_products([(a[:first], b) for a, b in pairs], mine[:first])
-            self._copy_aside(other[:first], copy)
+            self._start_copy(other[:first], copy)
         add_products([(a[first:], b) for a, b in pairs], mine[first:])
         self._handle.barrier(channel=0)
         if first:
@@ -123,24 +188,24 @@ class PeerSums:
             return mine + other
         return self._add(mine, copy, other, None if residual is None else residual.contiguous())
 
-    def _copy_aside(self, other: Tensor, copy: Tensor) -> None:
-        """Once both ranks have come here, ``other`` goes to ``copy``, beside what is launched next."""
+    def _start_copy(self, other: Tensor, copy: Tensor) -> None:
+        """Copy ``other`` to ``copy`` once both ranks have come here, concurrently with what is launched next."""
         self._copies.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._copies):
             self._handle.barrier(channel=1)
             copy.copy_(other, non_blocking=True)
 
-    def settle(self) -> None:
-        """Until both ranks are here nobody goes on: then neither reads the other's memory any more."""
+    def barrier(self) -> None:
+        """Nobody goes on until both ranks are here: then neither reads the other's memory any more. Collective."""
         self._handle.barrier(channel=2)
 
-    def restart(self) -> None:
+    def reset(self) -> None:
         """After work that either rank may have broken off: both begin with the same half again. Collective."""
-        self.settle()
+        self.barrier()
         self._turn = 0
 
     def _next_half(self, rows: int, columns: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Where to put a matrix that is to be summed, and where the other rank's is."""
+        """Views [rows, columns] of this rank's and of the other rank's half whose turn it is."""
         self._turn ^= 1
         num_bytes = dtype.itemsize * rows * columns
         mine, other = (half[:num_bytes].view(dtype).view(rows, columns) for half in self._halves[self._turn])

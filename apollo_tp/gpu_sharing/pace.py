@@ -1,4 +1,4 @@
-"""Let inference have its turns on a GPU that both share: the trainer works in bursts, and sleeps between them.
+"""Give inference its share of a GPU's time: the trainer works in bursts, and sleeps between them.
 
 Two processes without MPS are time-sliced, and a decode step competes with whatever the trainer has queued. A burst is one
 decoder layer's forward or backward work, the head's, or the optimizer's; its length decides how long the GPU is left alone.
@@ -37,7 +37,7 @@ class Pace:
         self._rest = 1 / share - 1
         self._tp, self._device = tp, device
         self._clock, self._sleep = clock, sleep
-        self._held = False
+        self._suspended = False
         self._start = clock()
         if self._rest:
             for layer in decoder_layers(module):
@@ -49,22 +49,22 @@ class Pace:
         return self._rest > 0
 
     def begin(self) -> None:
-        """A command begins: what happened before it was not the trainer's work, and a ``hold`` is over."""
-        self._held = False
+        """A command begins: what happened before it was not the trainer's work. Ends ``suspend``."""
+        self._suspended = False
         self._start = self._clock()
 
-    def hold(self) -> None:
-        """Until the next ``begin`` the server stands still: to sleep would only make it stand still for longer."""
-        self._held = True
+    def suspend(self) -> None:
+        """Do not sleep until the next ``begin``: the server is paused, and sleeping would only pause it for longer."""
+        self._suspended = True
 
     def give_way(self) -> None:
         """End a burst: wait for the device, then sleep. Collective over the ranks: one all-reduce of one float.
 
-        All sleep for the shortest burst of all: the rank that woke last has waited for nobody inside the layer's sums, so
-        that its burst is work alone. If each slept for its own, a lag between two ranks would grow by a factor of
-        1 / share - 1 with every burst.
+        All sleep in proportion to the shortest burst of all: the rank that woke last has waited for nobody inside the
+        layer's sums, so that its burst is work alone. If each slept for its own, a lag between two ranks would grow by a
+        factor of 1 / share - 1 with every burst.
         """
-        if not self._rest or self._held:
+        if not self._rest or self._suspended:
             return
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
@@ -78,7 +78,7 @@ class Pace:
     def _after_forward(self, layer: nn.Module, arguments: Any, output: Tensor | tuple[Tensor, ...]) -> None:
         self.give_way()
         hidden = output[0] if isinstance(output, tuple) else output
-        if hidden.requires_grad:  # its gradient is there when the backward pass of the layers above is over
+        if hidden.requires_grad:  # its gradient exists once the backward pass of the layers above is over
             hidden.register_hook(self._before_backward)
 
     def _before_backward(self, gradient: Tensor) -> None:

@@ -1,7 +1,7 @@
-"""A share of a GPU's multiprocessors (SMs) for this process, by a CUDA green context: a set of SMs to which everything that
-is launched into its stream is confined.
+"""A limit on a GPU's multiprocessors (SMs) for this process, by a CUDA green context: a set of SMs on which everything runs
+that is launched into its stream.
 
-Beside a server under CUDA MPS the other SMs are the server's alone. MPS itself can limit a client too, by
+With a server under CUDA MPS on the same GPU, the other SMs are the server's alone. MPS itself can limit a client too, by
 CUDA_MPS_ACTIVE_THREAD_PERCENTAGE, but cuBLAS then multiplies wrong at most shares (``product_check``, and
 docs/decisions/sharing-gpus.md).
 """
@@ -13,7 +13,7 @@ import torch
 from apollo_tp.errors import DeviceError
 
 GRANULARITY = 8
-"""SMs come in such numbers on compute capability 9.0; earlier devices allow others between."""
+"""Compute capability 9.0 divides SMs in multiples of this; earlier devices allow smaller steps."""
 
 _contexts: list[object] = []
 """Green contexts live as long as the process, as the streams in them do."""
@@ -26,12 +26,12 @@ def num_sms(percent: int | None, total: int) -> int:
     return min(max(1, round(total * percent / 100 / GRANULARITY)) * GRANULARITY, total)
 
 
-def confine(device: torch.device, percent: int | None) -> int:
-    """Have what this thread launches on the CUDA ``device`` from now on run on ``percent`` of its SMs; returns how many.
+def limit_sms(device: torch.device, percent: int | None) -> int:
+    """Run what this thread launches on the CUDA ``device`` from now on on ``percent`` of its SMs; returns how many.
 
-    Changes the thread's current stream, in which autograd runs the backward pass of what was launched there too. Streams
-    made later are not confined, nor are NCCL's, which need few SMs. Waits for the device. Raises DeviceError where torch or
-    the driver knows no green contexts.
+    Changes the thread's current stream, in which autograd also runs the backward pass of what was launched there. Streams
+    made later are not limited, nor are NCCL's, which need few SMs. Waits for the device. Raises DeviceError where torch or
+    the driver has no green contexts.
     """
     total = torch.cuda.get_device_properties(device).multi_processor_count
     count = num_sms(percent, total)

@@ -23,6 +23,7 @@ from apollo_tp.checkpoint.folder import OPTIMIZER_DIR, writer_lock
 from apollo_tp.checkpoint.lineage import LineageFile
 from apollo_tp.config import Config
 from apollo_tp.distributed.control import Control
+from apollo_tp.distributed.peer_memory import PeerSums
 from apollo_tp.distributed.tp_group import TPGroup, compute_group
 from apollo_tp.errors import ConfigError, ServerGoneError
 from apollo_tp.gpu_sharing import mps, sm_limit
@@ -31,13 +32,14 @@ from apollo_tp.gpu_sharing.product_check import check_products
 from apollo_tp.launch.distributed import World, join
 from apollo_tp.launch.server_watch import ServerWatch
 from apollo_tp.model import BoundModel, bind_model
-from apollo_tp.model.served_config import as_served
+from apollo_tp.model.build import as_served
+from apollo_tp.model.compiled import CompileOptions
 from apollo_tp.optim import Optimizer, build_optimizer
 from apollo_tp.runtime import instance_folder, processes
 from apollo_tp.shards.instance import check_agreement, read_instance, wait_for_server
 from apollo_tp.shards.manifest import Manifest
 from apollo_tp.shards.mapping import MappedRank, map_rank, verify_against_checkpoint
-from apollo_tp.training.cuda_graphs import Replays
+from apollo_tp.training.cuda_graphs import GraphCache
 from apollo_tp.training.memory_profiling import CudaMeter, plan_memory
 from apollo_tp.training.trainer import Trainer
 from apollo_tp.training.update_gate import Lock, UpdateGate, needs_lock
@@ -113,7 +115,7 @@ def map_server(joined: Joined, on_server_gone: Callable[[ServerGoneError], None]
             log.info("%d checkpoint tensors equal the served memory bit for bit", compared)
         if mapped.device.type == "cuda":
             torch.cuda.set_device(mapped.device)
-            sm_limit.confine(mapped.device, config.qos.sm_percent)
+            sm_limit.limit_sms(mapped.device, config.qos.sm_percent)
     return Served(**vars(joined), folder=folder, manifests=manifests, mapped=mapped, lineage=lineage)
 
 
@@ -149,18 +151,19 @@ def _read_manifests(joined: Joined, folder: Path) -> list[Manifest]:
 def bind(served: Served) -> Bound:
     """Form the compute group, bind the model and build its optimizer; load the state. Collective."""
     config, mapped, first = served.config, served.mapped, served.manifests[0]
-    tp = TPGroup(served.world.rank, served.world.size, peer_memory=config.train.peer_memory)
+    tp = TPGroup(served.world.rank, served.world.size, peers=PeerSums(config.train.peer_memory))
     compute_group(tp, mapped.device, config.command_timeout_seconds)
     served.stack.callback(tp.dissolve)
+    compiled = mapped.device.type == "cuda" if config.train.compile is None else config.train.compile
     with served.control.agree():
         hf_config = AutoConfig.from_pretrained(first.model_path)
         model = bind_model(
             as_served(hf_config, first.config_overrides, first.max_model_len),
             mapped.tensors,
             tp,
-            fused=mapped.fused,
+            fused_tensors=mapped.fused_tensors,
             gradient_checkpointing=config.train.gradient_checkpointing,
-            compiled=mapped.device.type == "cuda" if config.train.compile is None else config.train.compile,
+            compiled=CompileOptions() if compiled else None,
         )
         optimizer = build_optimizer(config.optim, config.train.precision, model.parameters, tp)
     with served.control.agree():
@@ -229,7 +232,7 @@ def before_write(lineage: LineageFile, gate: UpdateGate, pace: Pace) -> None:
     lineage.before_write()
     gate.before_write()
     if gate.pauses:
-        pace.hold()
+        pace.suspend()
 
 
 def _update_gate(bound: Bound) -> UpdateGate:
@@ -253,9 +256,9 @@ def _plan_memory(bound: Bound, trainer: Trainer) -> str:
         return "not planned on a CPU, where attention keeps its scores: their need depends on the lengths in each batch"
     with bound.control.agree():
         plan = plan_memory(trainer, CudaMeter(trainer.device), train.max_sequence_tokens)
-    replays = train.cuda_graphs and plan.fits_replays(beside=False)
+    replays = train.cuda_graphs and plan.fits_graphs(keep=False)
     if replays:
-        replays = trainer.record_passes(Replays(trainer.model, beside=plan.fits_replays(beside=True)))
+        replays = trainer.record_passes(GraphCache(trainer.model, keep=plan.fits_graphs(keep=True)))
     return f"{plan.describe()}; steps of one structure are {'' if replays else 'not '}recorded"
 
 

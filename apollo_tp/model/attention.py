@@ -25,7 +25,7 @@ NAME = "apollo_packed"
 _MAX_FLASH_HEAD_DIM = 256
 _MAX_CUDNN_HEAD_DIM = 128
 _CUDNN_LENGTH_STEP = 256
-"""cuDNN plans each length anew, for about 0.1 s: a single sequence is padded to a multiple of this."""
+"""cuDNN makes a plan for each new length, which takes about 0.1 s: a single sequence is padded to a multiple of this."""
 
 
 def packed_attention(
@@ -45,9 +45,10 @@ def packed_attention(
 ) -> tuple[Tensor, None]:
     """Attention within each packed sequence; local heads only, no collective.
 
-    ``query`` [1, q_heads, T, D], ``key`` and ``value`` [1, kv_heads, T, D]; ``cu_seq_lens_q`` int32 [S + 1]
-    and ``sequence_lengths`` say the same, on the device and (so that nothing waits for it) on the host. A token sees
-    itself and the ``sliding_window - 1`` tokens before it (all before it without a window). Returns [1, T, q_heads, D].
+    ``query`` [1, q_heads_local, T, d], ``key`` and ``value`` [1, kv_heads_local, T, d] with head size d, in one dtype;
+    ``cu_seq_lens_q`` int32 [S + 1] and ``sequence_lengths`` say the same, on the device and (so that nothing waits for it)
+    on the host. A token sees itself and the ``sliding_window - 1`` tokens before it (all before it without a window).
+    Returns [1, T, q_heads_local, d] in that dtype, and None for the scores.
     """
     heads = query[0], key[0], value[0]
     flash = (
@@ -65,20 +66,22 @@ def packed_attention(
 
 
 def _takes_cudnn(query: Tensor, cu_seqlens: Tensor, window: int | None) -> bool:
-    """A single whole sequence, on a device where cuDNN has kernels that are faster than FlashAttention 2."""
+    """True for a single sequence without a window, on a device where cuDNN's kernels are faster than FlashAttention 2."""
     windowed = window is not None and query.shape[2] > window
     narrow = query.shape[-1] <= _MAX_CUDNN_HEAD_DIM
     return cu_seqlens.shape[0] == 2 and narrow and not windowed and cudnn_is_faster()
 
 
 def cudnn_is_faster() -> bool:
-    """On this device: on Hopper and later. A constant to compiled code, see compile_layers."""
+    """True on this device if it is Hopper or later. A constant to compiled code, see compile_layers."""
     return torch.cuda.get_device_capability() >= (9, 0)
 
 
 def _one_padded_sequence(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
-    """Causal attention of one sequence, [1, heads, T, D] to [1, T, heads, D]. What follows a token does not reach it, so
-    padding behind the last one changes nothing and has no gradient."""
+    """Causal attention of one sequence, local: [1, heads, T, d] to [1, T, q_heads, d].
+
+    What follows a token does not reach it, so padding after the last one changes nothing and has no gradient.
+    """
     length = query.shape[2]
     padding = -length % _CUDNN_LENGTH_STEP
     query, key, value = (F.pad(t, (0, 0, 0, padding)) for t in (query, key, value))
@@ -90,7 +93,7 @@ def _one_padded_sequence(query: Tensor, key: Tensor, value: Tensor, scale: float
 def _flash(
     query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, longest: int, scale: float | None, window: int | None
 ) -> Tensor:
-    """[heads, T, D] to [T, heads, D] through FlashAttention."""
+    """Causal attention of all sequences through FlashAttention, local: [heads, T, d] to [T, q_heads, d]."""
     query, key, value = (t.transpose(0, 1).contiguous() for t in (query, key, value))
     return varlen_attn(
         query,
@@ -109,7 +112,7 @@ def _flash(
 def _one_sequence(
     query: Tensor, key: Tensor, value: Tensor, scale: float | None, window: int | None, softcap: float | None
 ) -> Tensor:
-    """Causal attention of one sequence: [heads, t, D] to [q_heads, t, D]."""
+    """Causal attention of one sequence of t tokens, local: [heads, t, d] to [q_heads, t, d]."""
     length = query.shape[1]
     windowed = window is not None and length > window
     if softcap is None and not windowed:

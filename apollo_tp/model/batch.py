@@ -1,7 +1,7 @@
 """Samples to packed micro-batches: identical on every rank, no padding.
 
-Sequences of a micro-batch lie one behind the other; ``cu_seqlens`` says where each begins, position ids restart at 0, and
-the weight of predicting across a boundary is 0, so that nothing of one sequence reaches another.
+The sequences of a micro-batch are concatenated; ``cu_seqlens`` says where each begins, position ids restart at 0, and the
+weight of predicting across a boundary is 0, so that nothing of one sequence reaches another.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class PackedBatch:
 
     ``token_ids``, ``position_ids`` and ``targets`` are int64 [T], ``weights`` fp32 [T], ``cu_seqlens`` int32 [S + 1].
     ``targets[t]`` is the token that position t predicts and ``weights[t]`` the loss weight of doing so (0 at the last
-    position of a sequence); ``loss_positions`` int64 [N] are the positions with a weight. ``sample_index[s]`` is the place
+    position of a sequence); ``loss_positions`` int64 [N] are the positions with a weight. ``sample_index[s]`` is the index
     of sequence s in the list that was packed.
     """
 
@@ -51,7 +51,7 @@ class PackedBatch:
 
     @property
     def structure(self) -> tuple[tuple[int, ...], int]:
-        """What the shapes of all that is computed from this batch follow from."""
+        """Lengths and number of loss tokens: the shapes of all that is computed from this batch depend on these alone."""
         return self.lengths, self.num_loss_tokens
 
     def scaled(self, factor: float) -> PackedBatch:
@@ -63,7 +63,7 @@ class PackedBatch:
         return replace(self, **{name: getattr(self, name).to(device, non_blocking=True) for name in _TENSORS})
 
     def copy_(self, other: PackedBatch) -> None:
-        """Take over the tensors of a batch of the same structure, in place."""
+        """Copy the tensors of a batch of the same structure into those of this batch, without waiting for the device."""
         for name in _TENSORS:
             getattr(self, name).copy_(getattr(other, name), non_blocking=True)
 
@@ -81,9 +81,10 @@ def pack(samples: Sequence[Sample], max_tokens: int) -> list[PackedBatch]:
 
 
 def pack_pairs(pairs: Sequence[PreferencePair], max_tokens: int) -> list[PackedBatch]:
-    """Like ``pack``, with both sides of a pair in one micro-batch, side by side.
+    """Like ``pack``, with both sides of a pair in one micro-batch, the rejected one directly after the preferred one.
 
-    ``sample_index`` counts 2 i for the preferred and 2 i + 1 for the rejected side of pair i.
+    ``sample_index`` is 2 i for the preferred and 2 i + 1 for the rejected side of pair i. Raises RequestError as ``pack``
+    does, and for a pair with more than ``max_tokens`` tokens in both sides.
     """
     sides = [side for pair in pairs for side in (pair.preferred, pair.rejected)]
     lengths = [len(p.preferred.token_ids) + len(p.rejected.token_ids) for p in pairs]
@@ -100,7 +101,7 @@ def pack_pairs(pairs: Sequence[PreferencePair], max_tokens: int) -> list[PackedB
 
 
 def _first_fit(lengths: Sequence[int], room_per_bin: int) -> list[list[int]]:
-    """Indices of ``lengths`` in bins, longest first, ties by index."""
+    """Indices of ``lengths`` in bins whose lengths sum up to at most ``room_per_bin``; longest first, ties by index."""
     bins: list[list[int]] = []
     room: list[int] = []
     for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
@@ -121,7 +122,7 @@ def empty_share(batches: Sequence[PackedBatch], max_tokens: int) -> float:
 
 
 def _check(field: str, sample: Sample, max_tokens: int) -> None:
-    """Raise RequestError naming ``field`` if the sample cannot be packed."""
+    """Raise RequestError that names ``field`` unless ``sample`` can be packed."""
     length = len(sample.token_ids)
     if not 1 <= length <= max_tokens:
         raise RequestError(f"{field}: got {length} tokens, expected 1 to {max_tokens}", field=field)
@@ -136,6 +137,7 @@ def _check(field: str, sample: Sample, max_tokens: int) -> None:
 
 
 def _packed(samples: Sequence[Sample], members: list[int]) -> PackedBatch:
+    """The micro-batch of ``samples`` with the indices ``members``, in this order, on the CPU."""
     chosen = [samples[i] for i in members]
     lengths = tuple(len(sample.token_ids) for sample in chosen)
     cu_seqlens = torch.zeros(len(members) + 1, dtype=torch.int32)

@@ -14,24 +14,23 @@ from apollo_tp.distributed.tp_group import TPGroup
 from apollo_tp.errors import UnsupportedModelError
 from apollo_tp.model.batch import pack
 from apollo_tp.model.bound import BoundModel, BoundParameter, Role, final_hidden_states
-from apollo_tp.model.compiled import compile_layers, decoder_layers
+from apollo_tp.model.build import build_on_meta, refusing
+from apollo_tp.model.compiled import CompileOptions, compile_layers, decoder_layers
 from apollo_tp.model.families import logits_transform, refuse_unknown_layers
-from apollo_tp.model.fused_tensors import refuse_wrong_cuts
-from apollo_tp.model.gradients import GradientSync, Place
+from apollo_tp.model.gradients import GradientLocation, GradientSync
 from apollo_tp.model.joined import JoinedLinear, JoinedPart, stack_rows
 from apollo_tp.model.loss import VocabShard
 from apollo_tp.model.names import NameMap, map_names
-from apollo_tp.model.narrow import build_on_meta
 from apollo_tp.model.recurrent import respect_boundaries
-from apollo_tp.model.refusal import refusing
 from apollo_tp.model.regions import (
     FullWidthRMSNorm,
     RowParallelLinear,
     inside,
     install_full_width_norms,
     install_regions,
+    refuse_wrong_cuts,
 )
-from apollo_tp.model.vocabulary import VocabParallelEmbedding
+from apollo_tp.model.tp_linear import VocabParallelEmbedding
 from apollo_tp.shards.boxes import Shard
 from apollo_tp.wire.commands import Sample
 
@@ -44,16 +43,17 @@ def bind_model(
     shards: Shards,
     tp: TPGroup,
     *,
-    fused: Iterable[Sequence[str]] = (),
+    fused_tensors: Iterable[Sequence[str]] = (),
     gradient_checkpointing: bool = False,
-    compiled: bool = False,
+    compiled: CompileOptions | None = None,
 ) -> BoundModel:
     """Put this rank's ``shards`` in as the parameters of the model of ``config``, without a copy.
 
     ``shards`` maps checkpoint names to the shard record and the local tensor (shape ``shard.local_shape``, a view of the
-    served memory; vocabulary-parallel tensors without padding rows). ``fused`` lists names that share a served tensor:
-    where their rows follow each other, they run as one product. ``compiled``: see compile_layers. Collective over ``tp``:
-    see GradientSync. Raises UnsupportedModelError that lists every tensor and parameter that does not fit.
+    served memory; vocabulary-parallel tensors without padding rows). ``fused_tensors`` lists names that share a served
+    tensor: where their rows follow each other, they run as one product. ``compiled``: how decoder layers are compiled; not
+    at all if None. Collective over ``tp``: the sums of a forward pass, and those of GradientSync. Raises
+    UnsupportedModelError that lists every tensor and parameter that does not fit.
     """
     module = build_on_meta(config, tp.size, _dtype(shards))
     refuse_unknown_layers(module)
@@ -66,10 +66,12 @@ def bind_model(
         module, config, {name: leaf.parts[0][0] for name, leaf in leaves.items() if not leaf.parts[0][1]}, tp
     )
     parameter_of = {part.name: name for name, leaf in leaves.items() for part, index in leaf.parts if not index}
-    for group in fused if getattr(module.config, "clip_qkv", None) is None else ():  # clipped in place: not a view
+    for group in (
+        fused_tensors if getattr(module.config, "clip_qkv", None) is None else ()
+    ):  # clipped in place: not a view
         _join(module, leaves, [parameter_of[name] for name in group if name in parameter_of])
     embedding = shards[names.parts[vocabulary.embedding][0][0]][0]
-    vocab = replace(_install_vocabulary(module, embedding, vocabulary, tp, transform), compiled=compiled)
+    vocab = replace(_install_vocabulary(module, embedding, vocabulary, tp, transform), compiled=compiled is not None)
     respect_boundaries(module)
     regions = install_regions(module, _cut_last(leaves), tp)
     _check_cuts_in_regions(leaves, regions, vocabulary, tp)
@@ -77,12 +79,12 @@ def bind_model(
     _try_out(module)
     if gradient_checkpointing:
         _enable_checkpointing(module)
-    num_compiled = compile_layers(module) if compiled else 0
-    places: dict[bool, list[Place]] = {True: [], False: []}
+    num_compiled = compile_layers(module, compiled) if compiled else 0
+    locations: dict[bool, list[GradientLocation]] = {True: [], False: []}
     for name, leaf in leaves.items():
         in_region = inside(name, regions) and not _is_row_parallel_bias(module, name)
-        places[in_region] += [(shard, leaf.parameter, index) for shard, index in leaf.parts]
-    sync = GradientSync(places[True], places[False], tp)
+        locations[in_region] += [(shard, leaf.parameter, index) for shard, index in leaf.parts]
+    sync = GradientSync(locations[True], locations[False], tp)
     return BoundModel(
         module=module,
         parameters=_bound_parameters(leaves, vocabulary, sync),
@@ -113,7 +115,7 @@ class _VocabularyNames:
 
     @classmethod
     def of(cls, module: PreTrainedModel, names: NameMap) -> _VocabularyNames:
-        """Tied is the head that no checkpoint tensor is for."""
+        """The head is tied if there is no checkpoint tensor for it. Raises UnsupportedModelError for a head with a bias."""
         head = module.get_output_embeddings()
         if head is None or head.bias is not None:
             raise UnsupportedModelError(
@@ -128,7 +130,7 @@ class _VocabularyNames:
 
 
 def _dtype(shards: Shards) -> torch.dtype:
-    """The dtype most matrices have."""
+    """The dtype that most of this rank's matrices have. Raises UnsupportedModelError if there are none."""
     counts = Counter(tensor.dtype for _, tensor in shards.values() if tensor.ndim >= 2)
     if not counts:
         raise UnsupportedModelError("got no matrices to train, expected the tensors of a language model")
@@ -138,7 +140,10 @@ def _dtype(shards: Shards) -> torch.dtype:
 def _fill(
     module: PreTrainedModel, names: NameMap, shards: Shards, vocabulary: _VocabularyNames, tp: TPGroup
 ) -> dict[str, _Leaf]:
-    """Replace every meta parameter by one over the local tensors; in the module's order, the tied head left out."""
+    """Replace every meta parameter of ``module`` by one over the local tensors, without a copy; returns them by name.
+
+    In the module's order, without a tied head. Raises UnsupportedModelError that lists all that does not fit.
+    """
     problems = [f"{name}: {reason}" for name, reason in names.refused.items()]
     leaves: dict[str, _Leaf] = {}
     for name, meta in list(module.named_parameters()):
@@ -170,7 +175,7 @@ def _fill(
 
 
 def _assemble(parts: list[list[str]], shards: Shards, expected: tuple[int, ...]) -> _Leaf | str:
-    """One parameter of shape ``expected`` over the named local tensors, or why that is not possible."""
+    """One parameter of the local shape ``expected`` over the named local tensors, or why that is not possible."""
     for name in (name for part in parts for name in part):
         shard, tensor = shards[name]
         if tuple(tensor.shape) != shard.local_shape:
@@ -184,7 +189,10 @@ def _assemble(parts: list[list[str]], shards: Shards, expected: tuple[int, ...])
 
 
 def _stack(parts: list[list[str]], shards: Shards, expected: tuple[int, ...]) -> _Leaf | str:
-    """Experts [E, parts x rows, columns] as one parameter over tensors that lie so in the served memory already."""
+    """E experts as one parameter of shape ``expected`` [E, parts x R, C], a view of the local tensors [R, C].
+
+    Or why that is not possible: the tensors are not stacked so in the served memory.
+    """
     experts, rows = len(parts[0]), expected[1] // len(parts)
     if experts != expected[0] or any(len(part) != experts for part in parts):
         return f"got {[len(part) for part in parts]} expert tensors, expected {expected[0]} for each part"
@@ -193,7 +201,7 @@ def _stack(parts: list[list[str]], shards: Shards, expected: tuple[int, ...]) ->
     stride = (
         shards[parts[0][1]][1].storage_offset() - first.storage_offset() if experts > 1 else expected[1] * expected[2]
     )
-    places: list[tuple[Shard, Index]] = []
+    stacked_parts: list[tuple[Shard, Index]] = []
     for expert in range(experts):
         for j, part in enumerate(parts):
             shard, tensor = shards[part[expert]]
@@ -204,29 +212,37 @@ def _stack(parts: list[list[str]], shards: Shards, expected: tuple[int, ...]) ->
                     f"got {part[expert]} {tuple(tensor.shape)} at another place than its neighbours say, expected stacked "
                     f"experts {expected}; serve with --moe-backend triton and without expert parallelism"
                 )
-            places.append((shard, (expert, slice(j * rows, (j + 1) * rows)) if len(parts) > 1 else (expert,)))
+            stacked_parts.append((shard, (expert, slice(j * rows, (j + 1) * rows)) if len(parts) > 1 else (expert,)))
     stacked = first.as_strided(expected, (stride, *first.stride()), first.storage_offset())
-    return _Leaf(nn.Parameter(stacked), places)
+    return _Leaf(nn.Parameter(stacked), stacked_parts)
 
 
 def _try_out(module: PreTrainedModel) -> None:
-    """Run two short sequences through it, without gradients and before anything is compiled: what would fail at each step is
-    refused here. Collective: the sums of a forward pass."""
+    """Run two short sequences through the module, so that what would fail at each step is refused when it is bound.
+
+    Without gradients and before anything is compiled. Collective: the sums of a forward pass.
+    """
     trial = pack([Sample([0] * length, [0.0] + [1.0] * (length - 1)) for length in (3, 2)], 5)[0]
     with torch.no_grad(), refusing(f"{type(module).__name__}: its forward pass over two packed sequences failed"):
         final_hidden_states(module, trial.to(next(module.parameters()).device))
 
 
 def _enable_checkpointing(module: PreTrainedModel) -> None:
-    """The layers that are run again are in training mode, which transformers asks for; what is in them is not: it would draw
-    random numbers (dropout, noise in routers) where the server does not."""
+    """Recompute each decoder layer in the backward pass. transformers asks for layers in training mode for that.
+
+    The modules in them stay in evaluation mode: they would draw random numbers (dropout, noise in routers), and the server
+    does not.
+    """
     module.gradient_checkpointing_enable({"use_reentrant": False})
     for layer in module.modules():
         layer.training = getattr(layer, "gradient_checkpointing", False)
 
 
 def _join(module: PreTrainedModel, leaves: dict[str, _Leaf], names: list[str]) -> None:
-    """Turn the linear layers that these parameters belong to into parts of one product, if they lie side by side."""
+    """Turn the linear layers of the parameters ``names`` into parts of one product, if their rows are adjacent in memory.
+
+    In place; ``leaves`` then has the joined parameter for each of them. Nothing changes for layers that cannot be joined.
+    """
     owners = {name.rpartition(".")[0]: name for name in names if name.endswith(".weight")}
     order = sorted(owners, key=lambda owner: leaves[owners[owner]].parameter.storage_offset())
     linears = [module.get_submodule(owner) for owner in order]
@@ -253,7 +269,10 @@ def _join(module: PreTrainedModel, leaves: dict[str, _Leaf], names: list[str]) -
 def _install_vocabulary(
     module: PreTrainedModel, shard: Shard, vocabulary: _VocabularyNames, tp: TPGroup, transform: object
 ) -> VocabShard:
-    """Swap the embedding for the vocabulary-parallel one; the head stays a holder of its weight."""
+    """Replace the embedding by the vocabulary-parallel one; the head module stays, as the owner of its weight.
+
+    ``shard`` is the embedding's. Returns the vocabulary rows of this rank.
+    """
     cut = shard.dim == 0
     start = shard.ranges[0][0] if cut and shard.ranges else 0
     rows = shard.global_shape[0] if cut else 0
@@ -277,20 +296,21 @@ def _cut_last(leaves: dict[str, _Leaf]) -> list[str]:
 def _check_cuts_in_regions(
     leaves: dict[str, _Leaf], regions: list[str], vocabulary: _VocabularyNames, tp: TPGroup
 ) -> None:
-    stray = [
+    """Raise UnsupportedModelError that lists tensors which are cut outside of parallel regions and the vocabulary."""
+    outside = [
         f"{name} (cut on dimension {leaf.parts[0][0].dim})"
         for name, leaf in leaves.items()
         if leaf.parts[0][0].dim is not None and name not in vocabulary and not inside(name, regions)
     ]
-    if stray:
+    if outside:
         raise UnsupportedModelError(
             f"rank {tp.rank} of {tp.size}: tensors are cut outside of any block with a row-parallel product, so it is "
-            "unknown where their outputs are summed:\n  " + "\n  ".join(stray)
+            "unknown where their outputs are summed:\n  " + "\n  ".join(outside)
         )
 
 
 def _is_row_parallel_bias(module: PreTrainedModel, name: str) -> bool:
-    """True for a bias that is added after the reduction: its gradient is whole on every rank."""
+    """True for a bias that is added after the reduction: every rank computes its full gradient."""
     owner, _, attribute = name.rpartition(".")
     return attribute == "bias" and isinstance(module.get_submodule(owner), RowParallelLinear)
 
@@ -298,6 +318,7 @@ def _is_row_parallel_bias(module: PreTrainedModel, name: str) -> bool:
 def _bound_parameters(
     leaves: dict[str, _Leaf], vocabulary: _VocabularyNames, sync: GradientSync
 ) -> list[BoundParameter]:
+    """One for each checkpoint tensor, in the order of ``leaves``, which is that of the module on every rank."""
     bound = []
     for name, leaf in leaves.items():
         for shard, index in leaf.parts:

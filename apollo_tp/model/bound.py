@@ -22,9 +22,10 @@ Role = Literal["matrix", "embedding", "other"]
 
 @dataclass(frozen=True, eq=False)
 class BoundParameter:
-    """One checkpoint tensor of this rank. ``leaf[index]`` is it; ``index`` is empty unless experts are stacked.
+    """This rank's part of one checkpoint tensor: ``leaf[index]``, a view of served memory of ``shard.local_shape``.
 
-    ``partial_gradient``: its gradient is only complete after ``BoundModel.finish_gradients``.
+    ``index`` is empty unless the leaf has several checkpoint tensors: stacked experts, joined rows. ``partial_gradient``:
+    the gradient is complete only after ``BoundModel.finish_gradients``.
     """
 
     name: str
@@ -36,18 +37,20 @@ class BoundParameter:
 
     @property
     def tensor(self) -> Tensor:
-        """The served values, shape ``shard.local_shape``: writing to it changes what is served."""
+        """The served values, local, shape ``shard.local_shape``: writing to them changes what is served."""
         return self.leaf.detach()[self.index]
 
     @property
     def grad(self) -> Tensor | None:
-        """The accumulated local gradient (a view), or None before the first backward pass."""
+        """The accumulated gradient, a view of the local shape and dtype, or None before the first backward pass."""
         return None if self.leaf.grad is None else self.leaf.grad[self.index]
 
     @property
     def complete_leaf(self) -> nn.Parameter | None:
-        """The leaf whose gradient has this one, complete once autograd has accumulated it; None if it is a partial sum. A
-        tied embedding's is complete: autograd adds both uses before it accumulates."""
+        """The leaf whose gradient contains this one, complete once autograd has accumulated it; None if it is a partial sum.
+
+        A tied embedding's is complete: autograd adds both uses before it accumulates.
+        """
         return None if self.partial_gradient else self.leaf
 
 
@@ -55,8 +58,8 @@ class BoundParameter:
 class LossSums:
     """Sums over a micro-batch, the same on all ranks.
 
-    ``loss``: sum of weight x negative log-likelihood (nats, fp32 scalar, differentiable); ``correct``: number of loss tokens
-    that are the arg max (fp32 scalar).
+    ``loss``: sum of weight x negative log-likelihood (nats, fp32, 0-d, differentiable); ``correct``: number of loss tokens
+    that are the arg max (fp32, 0-d).
     """
 
     loss: Tensor
@@ -69,7 +72,7 @@ class SequenceLogprobs:
 
     ``tokens`` fp32 [T] (differentiable): at position t that of ``batch.targets[t]``, 0 where ``batch.weights[t]`` is 0.
     ``sequences`` fp32 [S] (differentiable): sums of weight x log-probability, in the order of ``batch.sample_index``.
-    ``correct`` fp32 [S]: weighted tokens that are the arg max.
+    ``correct`` fp32 [S]: number of loss tokens that are the arg max.
     """
 
     tokens: Tensor
@@ -78,7 +81,10 @@ class SequenceLogprobs:
 
 
 def final_hidden_states(module: PreTrainedModel, batch: PackedBatch) -> Tensor:
-    """What ``BoundModel.hidden_states`` returns, of its module alone."""
+    """Final hidden states [T, D] of the packed tokens, in the module's dtype, the same on all ranks. No head.
+
+    Collective: the sums of the module's parallel regions.
+    """
     longest = max(batch.lengths)
     output = module.base_model(
         input_ids=batch.token_ids[None],
@@ -105,27 +111,33 @@ class BoundModel:
     vocab: VocabShard
     gradient_sync: GradientSync
     is_static: bool = False
-    """All of a micro-batch's work follows from its structure (``PackedBatch.structure``): it can be recorded once."""
+    """True if the work on a micro-batch depends on its structure alone (``PackedBatch.structure``): it can be captured."""
 
     def hidden_states(self, batch: PackedBatch) -> Tensor:
-        """Final hidden states [T, H] of the packed tokens, the same on all ranks."""
+        """See final_hidden_states."""
         return final_hidden_states(self.module, batch)
 
     def _loss_tokens(self, batch: PackedBatch) -> tuple[Tensor, Tensor, Tensor]:
-        """Hidden states, head and targets at ``batch.loss_positions`` alone: the head never sees context tokens."""
-        hidden = self.hidden_states(batch).index_select(
-            0, batch.loss_positions
-        )  # [...] sorts them in the backward pass
+        """Hidden states [N, D], head [V_local, D] and targets int64 [N] of the N loss tokens: the head never sees others."""
+        # index_select, since hidden[positions] would sort them in the backward pass
+        hidden = self.hidden_states(batch).index_select(0, batch.loss_positions)
         return hidden, self.head_weight, batch.targets[batch.loss_positions]
 
     def forward_loss(self, batch: PackedBatch) -> LossSums:
-        """The weighted negative log-likelihood of the micro-batch, summed. ``batch`` must be on the parameters' device. Its
-        backward pass can run once; the gradient of the head is computed here."""
+        """The weighted negative log-likelihood of the micro-batch, summed. ``batch`` must be on the parameters' device.
+
+        The backward pass can run once; the gradient of the head is computed here. Collective, as is the backward pass: the
+        sums of the module's parallel regions, and those of ``loss.nll_sum``.
+        """
         loss, correct = nll_sum(*self._loss_tokens(batch), batch.weights[batch.loss_positions], self.vocab)
         return LossSums(loss, correct.float().sum())
 
     def sequence_logprobs(self, batch: PackedBatch) -> SequenceLogprobs:
-        """Per-token and per-sequence log-probabilities; under ``torch.no_grad`` nothing is kept for a backward pass."""
+        """Per-token and per-sequence log-probabilities; under ``torch.no_grad`` nothing is kept for a backward pass.
+
+        ``batch`` must be on the parameters' device. Collective: the sums of the module's parallel regions, and those of
+        ``loss.target_logprobs``.
+        """
         logprobs, correct = target_logprobs(*self._loss_tokens(batch), self.vocab)
         tokens = batch.weights.new_zeros(batch.num_tokens).index_put((batch.loss_positions,), logprobs)
         hits = torch.zeros_like(batch.weights).index_put((batch.loss_positions,), correct.float())
@@ -141,26 +153,26 @@ class BoundModel:
         )
 
     def finish_gradients(self, *, compare: bool = False) -> Tensor | None:
-        """Once per optimizer step, after the last backward pass: complete the gradients that are partial sums, and give
-        all ranks the same ones of replicated tensors; with ``compare`` see that they were nearly the same before. Returns
-        what ``Optimizer.step`` needs as ``received``.
+        """Once per optimizer step, after the last backward pass: complete the gradients that are partial sums, and give all
+        ranks the same gradients of replicated tensors; with ``compare``, check that they were nearly the same before.
+        Returns what ``Optimizer.step`` needs as ``received``.
 
-        Collectives, and the ReplicaError of ``compare``: see GradientSync.finish. Calling it twice in a step would count
+        For collectives and the ReplicaError of ``compare`` see GradientSync.finish. Calling this twice in a step would count
         gradients twice.
         """
         return self.gradient_sync.finish(compare=compare)
 
     def zero_grad(self) -> None:
-        """Forget all gradients, and what is left of a pass that raised. The device waits for this between steps: no walk
+        """Drop all gradients, and what is left of a pass that raised. The device waits for this between steps: hence no walk
         over the module's children."""
         for leaf in self.leaves:
             leaf.grad = None
         for joined in self._joined:
-            joined.let_go()
+            joined.release()
 
     @cached_property
     def leaves(self) -> list[nn.Parameter]:
-        """What autograd accumulates the gradients of ``parameters`` in."""
+        """The leaves that autograd accumulates the gradients of ``parameters`` in, each once, in the parameters' order."""
         return list({id(parameter.leaf): parameter.leaf for parameter in self.parameters}.values())
 
     @cached_property

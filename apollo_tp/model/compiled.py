@@ -1,11 +1,13 @@
 """torch.compile, one decoder layer at a time: norms, rotary embeddings, activations and residual sums fuse into few kernels.
 
-Layers of one kind share their compiled code; the first batch of a new length makes it anew for any length. Collectives and
-attention stay calls of their own within it. Layers whose code depends on where sequences end (gated delta nets) run as they
-are, and models with routed experts as a whole.
+Layers of one kind share their compiled code; the first batch of another length makes torch compile it once more, for any
+length. Collectives and attention stay calls of their own within it. Layers whose code depends on where sequences end (gated
+delta nets) run as they are, and so do all layers of models with routed experts.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -14,26 +16,35 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from apollo_tp.model.attention import cudnn_is_faster
 from apollo_tp.model.regions import FullWidthRMSNorm
 
-REPEAT_CHEAP_WORK = True
-"""Whether compiled code computes norms, activation functions and the like again in its backward pass where that saves
-memory. Matrix products, attention and sums over ranks are never repeated: a budget of activation memory
-(``activation_memory_budget`` of torch) would repeat operators that it does not know first, and our sums are such."""
-BACKEND = "inductor"
-SAME_KERNELS = True
-"""Whether the compiler chooses kernels by rule, not by timing them on each GPU: two ranks then sum in the same order."""
-JOIN_RESIDUALS = True
-"""Whether compiled code adds residuals where it sums products over ranks, see JoinResiduals."""
 MAX_VARIANTS = 32
 """Compiled versions of a layer (kinds of layers, fixed and any length) before torch gives up and runs it uncompiled."""
 
 
-def compile_layers(module: PreTrainedModel) -> int:
+@dataclass(frozen=True)
+class CompileOptions:
+    """How layers are compiled. Some are settings of the whole process: the last call of ``compile_layers`` decides.
+
+    ``recompute_cheap_work``: compute norms, activation functions and the like again in the backward pass where that saves
+    memory. Matrix products, attention and sums over ranks are never repeated: torch's budget of activation memory
+    (``activation_memory_budget``) would repeat operators that it does not know first, and our sums are such.
+    ``deterministic_kernels``: choose kernels by rule, not by timing them on each GPU: two ranks then sum in the same order.
+    ``join_residuals``: add residuals where products are summed over ranks, see ``residuals.JoinResiduals``.
+    ``backend``: of torch.compile.
+    """
+
+    recompute_cheap_work: bool = True
+    deterministic_kernels: bool = True
+    join_residuals: bool = True
+    backend: str = "inductor"
+
+
+def compile_layers(module: PreTrainedModel, options: CompileOptions) -> int:
     """Compile the decoder layers of ``module`` in place, each at its first call; returns how many.
 
     None where ranks must not differ in what the compiler does, which it decides on each alone: it may order two collectives
-    that do not depend on each other (FullWidthRMSNorm) one way or another; and if two ranks rounded otherwise their routers
-    could send a token to different experts. SAME_KERNELS prevents what was seen of it (``tests/gpu/test_replicas.py``); for
-    routers that has not been tried.
+    that do not depend on each other (FullWidthRMSNorm) one way or another; and if two ranks rounded differently, their
+    routers could send a token to different experts. ``deterministic_kernels`` prevents what was seen of it
+    (``tests/gpu/test_replicas.py``); for routers that has not been tried.
     """
     if any(isinstance(child, FullWidthRMSNorm) or _has_experts(child) for child in module.modules()):
         return 0
@@ -41,33 +52,37 @@ def compile_layers(module: PreTrainedModel) -> int:
     import torch._functorch.config
     import torch._inductor.config
 
-    torch.compiler.assume_constant_result(cudnn_is_faster)  # marks the function
-    torch._dynamo.config.recompile_limit = MAX_VARIANTS
-    for reason in ("used_far_apart", "long_fusible_chains", "materialized_backward"):  # to keep what could be repeated
-        setattr(torch._functorch.config, f"ban_recompute_{reason}", not REPEAT_CHEAP_WORK)
     from apollo_tp.model.residuals import JoinResiduals
 
-    torch._inductor.config.deterministic = SAME_KERNELS
-    torch._inductor.config.joint_custom_pre_pass = JoinResiduals() if JOIN_RESIDUALS else None
+    torch.compiler.assume_constant_result(cudnn_is_faster)  # marks the function
+    torch._dynamo.config.recompile_limit = MAX_VARIANTS
+    for reason in (
+        "used_far_apart",
+        "long_fusible_chains",
+        "materialized_backward",
+    ):  # to keep what could be recomputed
+        setattr(torch._functorch.config, f"ban_recompute_{reason}", not options.recompute_cheap_work)
+    torch._inductor.config.deterministic = options.deterministic_kernels
+    torch._inductor.config.joint_custom_pre_pass = JoinResiduals() if options.join_residuals else None
     # the gradient of a norm's weight together with that of its input, for any number of tokens
     torch._inductor.config.triton.mix_order_reduction_non_strict_mode = True
     layers = [layer for layer in decoder_layers(module) if _is_traceable(layer)]
-    for layer in layers:
-        layer.forward = torch.compile(layer.forward, backend=BACKEND)  # not the call: hooks around it stay as they are
+    for layer in layers:  # not the call: hooks around it stay as they are
+        layer.forward = torch.compile(layer.forward, backend=options.backend)
     return len(layers)
 
 
 def _has_experts(module: nn.Module) -> bool:
-    """Whether stacked experts are its own: a parameter of three dimensions that is no convolution's."""
+    """True if ``module`` itself has stacked experts: a parameter of three dimensions that is no convolution's."""
     stacked = any(parameter.ndim == 3 for parameter in module.parameters(recurse=False))
     return stacked and not isinstance(module, nn.Conv1d)
 
 
 def _is_traceable(layer: nn.Module) -> bool:
-    """No recurrent mixer, which has a convolution, the only parameter of three dimensions in a model without experts."""
+    """False with a recurrent mixer: without experts, its convolution has the only parameter of three dimensions."""
     return all(parameter.ndim <= 2 for parameter in layer.parameters())
 
 
 def decoder_layers(module: nn.Module) -> list[nn.Module]:
-    """The layers of a transformers model, in order: what gradient checkpointing would recompute one by one."""
+    """The decoder layers of a transformers model, in order: what gradient checkpointing would recompute one by one."""
     return [layer for layer in module.modules() if isinstance(layer, GradientCheckpointingLayer)]

@@ -16,9 +16,9 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from apollo_tp.errors import UnsupportedModelError
+from apollo_tp.model.build import refusing
 from apollo_tp.model.loss import LogitsTransform
 from apollo_tp.model.recurrent import keeps_boundaries
-from apollo_tp.model.refusal import refusing
 
 
 @dataclass(frozen=True)
@@ -52,11 +52,12 @@ FULL_WIDTH_NORMS = {
 
 
 def _delta_net_parts(config: PretrainedConfig) -> tuple[int, ...]:
+    """Channels of queries, keys and values."""
     keys = config.linear_num_key_heads * config.linear_key_head_dim
     return keys, keys, config.linear_num_value_heads * config.linear_value_head_dim
 
 
-FUSED: dict[str, Callable[[PretrainedConfig], tuple[int, ...]]] = {
+FUSED_TENSORS: dict[str, Callable[[PretrainedConfig], tuple[int, ...]]] = {
     "gate_up_proj": lambda _: (1, 1),
     "input_linear": lambda _: (1, 1),  # Granite's name for it
     "qkv_proj": lambda config: (
@@ -67,12 +68,12 @@ FUSED: dict[str, Callable[[PretrainedConfig], tuple[int, ...]]] = {
     "in_proj_qkv": _delta_net_parts,
     "conv1d": _delta_net_parts,
 }
-"""Parameters that their modules split into parts one behind the other, by name: the relative sizes of these. What is split
-head by head (``query_key_value``, ``in_proj_qkvz``) is cut as one part, and not listed."""
+"""Parameters that their modules split into consecutive parts, by name: the relative sizes of the parts. What is split head
+by head (``query_key_value``, ``in_proj_qkvz``) is cut as one part, and not listed."""
 
 
 LAYER_TYPES = {"full_attention", "sliding_attention", "linear_attention"}
-"""What ``config.layer_types`` may name: attention over whole sequences or windows, and gated delta nets."""
+"""What ``config.layer_types`` may name: attention over full sequences or windows, and gated delta nets."""
 
 
 def refuse_unknown_layers(module: PreTrainedModel) -> None:
@@ -98,7 +99,7 @@ def refuse_unknown_layers(module: PreTrainedModel) -> None:
 def logits_transform(module: PreTrainedModel) -> LogitsTransform:
     """What ``module`` does to the output of its head.
 
-    Raises UnsupportedModelError if the table does not reproduce the model's own forward pass on a probe.
+    Raises UnsupportedModelError if the table LOGITS does not reproduce the model's own forward pass on a probe.
     """
     transform = LogitsTransform()
     for row in LOGITS:
@@ -117,7 +118,7 @@ def logits_transform(module: PreTrainedModel) -> LogitsTransform:
 
 
 def _logits_of_probe(module: PreTrainedModel, probe: torch.Tensor) -> torch.Tensor:
-    """The model's logits if its head puts out ``probe`` [1, 1, n]."""
+    """The model's logits [1, 1, n] if its head returns ``probe`` fp32 [1, 1, n]."""
     base, head = module.base_model, module.get_output_embeddings()
     try:
         base.forward = lambda *_, **__: MoeModelOutputWithPast(last_hidden_state=probe)

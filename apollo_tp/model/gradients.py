@@ -1,5 +1,5 @@
-"""Once per step: completing the gradients that each rank of a replica group holds a part of, and making all ranks agree on
-those that each computes as a whole."""
+"""Once per step: gradients that each rank of a replica group has a partial sum of are completed, and all ranks are given the
+same gradients of replicated tensors."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from apollo_tp.shards.boxes import Shard, replicated_parts
 
 BUCKET_BYTES = 64 * 2**20
 """Gradients are joined into flat buffers of at most this size (a larger one stays alone), one collective each."""
-MOST_DIFFERENCE, NEGLIGIBLE = 0.25, 0.01
-"""Ranks may differ in a gradient that each computes as a whole by this share of its norm, far above what rounding does and
-far below what a sum over ranks that is missing does; or by this share of the largest norm among such gradients, since one
-that is zero but for rounding is nothing but rounding."""
+MAX_DIFFERENCE, NEGLIGIBLE = 0.25, 0.01
+"""By how much ranks may differ in a gradient that each computes in full: by the first share of its norm, far above what
+rounding does and far below what a missing sum over ranks does; or by the second share of the largest norm among such
+gradients, since a gradient whose exact value is zero consists of rounding errors alone."""
 
 
 @dataclass(frozen=True)
 class _Slice:
-    """``length`` indices from ``start`` along ``dim`` of a leaf's gradient; all of it if ``dim`` is None."""
+    """``length`` local indices from ``start`` along ``dim`` of ``leaf.grad[index]``; all of it if ``dim`` is None."""
 
     leaf: nn.Parameter
     index: tuple[int | slice, ...]
@@ -34,39 +34,50 @@ class _Slice:
     length: int
 
     def gradient(self) -> Tensor:
+        """The local view of the gradient, in the leaf's dtype; zeros are put there if the leaf has none."""
         if self.leaf.grad is None:  # another rank may have one, and all must join the collective
             self.leaf.grad = torch.zeros_like(self.leaf)
         grad = self.leaf.grad[self.index]
         return grad if self.dim is None else grad.narrow(self.dim, self.start, self.length)
 
 
-Place = tuple[Shard, nn.Parameter, tuple[int | slice, ...]]
-"""A shard and where its gradient is: leaf, index."""
+GradientLocation = tuple[Shard, nn.Parameter, tuple[int | slice, ...]]
+"""A shard and where its gradient is: ``leaf.grad[index]``."""
 
 
 class GradientSync:
-    """Sums over replicas the gradients of tensors inside parallel regions that more than one rank holds, and gives all ranks
+    """Sums over replicas the gradients of tensors inside parallel regions that more than one rank has, and gives all ranks
     rank 0's gradients of tensors outside, such as norms.
 
-    Outside, every rank computes the whole gradient from the same numbers, which does not make it the same to the last bit:
-    on two GPUs replicas parted within 100 steps, most likely by compiled code that added in another order
-    (docs/decisions/replicas-and-determinism.md).
-    What differs by more than rounding lacks a sum, and would train rank 0's share alone: ``compare`` finds it.
+    Outside, every rank computes the full gradient from the same numbers, which does not make it the same to the last bit: on
+    two GPUs replicas diverged within 100 steps, most likely by compiled code that added in another order
+    (docs/decisions/replicas-and-determinism.md). A gradient that differs by more than rounding lacks a sum over ranks, and
+    would train rank 0's share alone: ``compare`` finds it.
 
-    ``inside`` and ``outside`` list places in the same order on all ranks. Construction is collective over ``tp``: one
-    all-gather of the index ranges, and one process group per distinct set of replicas.
+    ``inside`` and ``outside`` list gradients in the same order on all ranks; ``bucket_bytes`` is the same on all ranks.
+    Construction is collective over ``tp``: one all-gather of a number, one of the index ranges, and one process group for
+    each distinct set of replicas.
     """
 
-    def __init__(self, inside: Sequence[Place], outside: Sequence[Place], tp: TPGroup) -> None:
+    def __init__(
+        self,
+        inside: Sequence[GradientLocation],
+        outside: Sequence[GradientLocation],
+        tp: TPGroup,
+        bucket_bytes: int = BUCKET_BYTES,
+    ) -> None:
         self._tp = tp
+        self.bucket_bytes = bucket_bytes
         self._slices: dict[tuple[int, ...], list[_Slice]] = defaultdict(list)
         self._names: list[str] = []
-        self._whole: list[_Slice] = []
+        self._replicated: list[_Slice] = []
         self.partial: set[str] = set()
         if tp.size == 1:
             return
-        whole = [(shard.name, _Slice(leaf, index, None, 0, 0)) for shard, leaf, index in outside if shard.dim is None]
-        self._names, self._whole = [name for name, _ in whole], [part for _, part in whole]
+        replicated = [
+            (shard.name, _Slice(leaf, index, None, 0, 0)) for shard, leaf, index in outside if shard.dim is None
+        ]
+        self._names, self._replicated = [name for name, _ in replicated], [part for _, part in replicated]
         groups: set[tuple[int, ...]] = set()
         for (shard, leaf, index), ranges in zip(inside, _gather_ranges(inside, tp), strict=True):
             if shard.dim is None:
@@ -86,45 +97,51 @@ class GradientSync:
         }  # collective: the same order on all ranks
 
     def finish(self, *, compare: bool) -> Tensor | None:
-        """In place: per replica group and dtype, one all-reduce for every BUCKET_BYTES; then likewise broadcasts. Returns 1
-        (fp32, (1,)) if each of them has happened on this rank, by a canary that it carries, else 0; None if there are none.
-        Nothing waits for it, and the gradients may be anything then: the optimizer must not write if it is 0 on some rank.
+        """In place: per replica group and dtype, one all-reduce for every ``bucket_bytes``; then broadcasts likewise.
 
-        With ``compare`` one all-reduce more, of a float for each gradient outside. Raises ReplicaError on all ranks alike if
-        it differs between ranks by more than rounding; what is broadcast is rank 0's all the same.
+        Returns 1 (fp32 [1]) if each of them has happened on this rank, by the canary that it carries, else 0; None if there
+        are none. Nothing waits for this number, and where it is 0 the gradients may be anything: the optimizer must not
+        write if it is 0 on some rank.
+
+        With ``compare``, one all-reduce more, of a float for each gradient outside. Raises ReplicaError on all ranks if one
+        differs between ranks by more than rounding; rank 0's gradients are broadcast all the same.
         """
-        trained = [(n, s) for n, s in zip(self._names, self._whole, strict=True) if compare and s.leaf.requires_grad]
+        trained = [
+            (n, s) for n, s in zip(self._names, self._replicated, strict=True) if compare and s.leaf.requires_grad
+        ]
         own = [part.gradient().clone() for _, part in trained]
         arrived: list[Tensor] = []
         for ranks in sorted(self._slices):
-            group = self._groups[ranks]
-            arrived += [_side_by_side(b, group.all_reduce_, 1.0) == group.size for b in _buckets(self._slices[ranks])]
+            group, buckets = self._groups[ranks], _buckets(self._slices[ranks], self.bucket_bytes)
+            arrived += [_concatenated(bucket, group.all_reduce_, 1.0) == group.size for bucket in buckets]
         canary = 1.0 if self._tp.rank == 0 else torch.nan
-        arrived += [_side_by_side(bucket, self._tp.broadcast_, canary) == 1.0 for bucket in _buckets(self._whole)]
+        buckets = _buckets(self._replicated, self.bucket_bytes)
+        arrived += [_concatenated(bucket, self._tp.broadcast_, canary) == 1.0 for bucket in buckets]
         if trained:
             self._compare([name for name, _ in trained], own, [part.gradient() for _, part in trained])
         return torch.cat(arrived).all().float()[None] if arrived else None
 
     def _compare(self, names: Sequence[str], own: list[Tensor], given: list[Tensor]) -> None:
+        """Compare this rank's ``own`` gradients with those of rank 0 (``given``). One all-reduce of fp32 [len(names)]."""
         norms = torch.stack([norm.float() for norm in torch._foreach_norm(given)])
         apart = torch._foreach_norm(torch._foreach_sub(own, given))
         distances = torch.stack([norm.float() for norm in apart]).nan_to_num(0.0)
         self._tp.all_reduce_(distances, dist.ReduceOp.MAX)  # of no NaN: backends take them one way or another
-        wrong = (distances > MOST_DIFFERENCE * norms) & (distances > NEGLIGIBLE * norms.max())
-        if (places := wrong.nonzero().flatten().tolist()) == []:
+        wrong = (distances > MAX_DIFFERENCE * norms) & (distances > NEGLIGIBLE * norms.max())
+        if (indices := wrong.nonzero().flatten().tolist()) == []:
             return
-        found = [f"{names[i]} by {float(distances[i]):.3g} of {float(norms[i]):.3g}" for i in places[:3]]
-        more = f" and {len(places) - 3} more" if len(places) > 3 else ""
+        found = [f"{names[i]} by {float(distances[i]):.3g} of {float(norms[i]):.3g}" for i in indices[:3]]
+        more = f" and {len(indices) - 3} more" if len(indices) > 3 else ""
         raise ReplicaError(
             f"gradients of replicated tensors: got ranks that differ from rank 0 in {', '.join(found)}{more} (norms), "
-            f"expected at most {MOST_DIFFERENCE:g} of the norm, far more than rounding; a sum over ranks is missing in "
+            f"expected at most {MAX_DIFFERENCE:g} of the norm, far more than rounding; a sum over ranks is missing in "
             "the model's backward pass, so do not train it: report the model. optim.check_replicas_every=0 stops the checks"
         )
 
 
-def _side_by_side(gradients: list[Tensor], collective: Callable[[Tensor], Tensor], canary: float) -> Tensor:
-    """Replace the gradients by what one ``collective`` makes of them side by side; returns what it made of ``canary``,
-    (1,)."""
+def _concatenated(gradients: list[Tensor], collective: Callable[[Tensor], Tensor], canary: float) -> Tensor:
+    """Replace the local gradients (any shapes, one dtype) by what one ``collective`` makes of their concatenation, with
+    ``canary`` as its last element. Returns what it made of the canary, [1] in the gradients' dtype."""
     last = gradients[0].new_full((1,), canary)
     flat = collective(torch.cat([*(gradient.reshape(-1) for gradient in gradients), last]))
     *parts, made = flat.split([*(gradient.numel() for gradient in gradients), 1])
@@ -132,8 +149,8 @@ def _side_by_side(gradients: list[Tensor], collective: Callable[[Tensor], Tensor
     return made
 
 
-def _buckets(slices: Sequence[_Slice]) -> Iterator[list[Tensor]]:
-    """The gradients of what is trained, of one dtype and about BUCKET_BYTES at a time."""
+def _buckets(slices: Sequence[_Slice], bucket_bytes: int) -> Iterator[list[Tensor]]:
+    """The gradients of what is trained, of one dtype and about ``bucket_bytes`` at a time."""
     by_dtype: dict[torch.dtype, list[Tensor]] = defaultdict(list)
     for part in slices:
         if part.leaf.requires_grad:
@@ -142,7 +159,7 @@ def _buckets(slices: Sequence[_Slice]) -> Iterator[list[Tensor]]:
     for gradients in by_dtype.values():
         bucket, size = [], 0
         for gradient in gradients:
-            if bucket and size + gradient.nbytes > BUCKET_BYTES:
+            if bucket and size + gradient.nbytes > bucket_bytes:
                 yield bucket
                 bucket, size = [], 0
             bucket.append(gradient)
@@ -150,8 +167,8 @@ def _buckets(slices: Sequence[_Slice]) -> Iterator[list[Tensor]]:
         yield bucket
 
 
-def _gather_ranges(shards: Sequence[Place], tp: TPGroup) -> list[list[list[tuple[int, int]]]]:
-    """Per shard and rank: the global index ranges that the rank holds. Two all-gathers."""
+def _gather_ranges(shards: Sequence[GradientLocation], tp: TPGroup) -> list[list[list[tuple[int, int]]]]:
+    """Per shard and rank: the global index ranges that the rank has. Two all-gathers."""
     if not shards:
         return []
     device = shards[0][1].device

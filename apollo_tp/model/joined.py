@@ -1,8 +1,8 @@
-"""Linear layers that vLLM serves side by side in one tensor run as one matrix product here too.
+"""Linear layers that vLLM serves as one fused tensor run as one matrix product here too.
 
-Query, key and value projections (gate and up projections, ...) take the same input, and their rows lie behind each other in
-the served tensor. One product over all rows is faster than three over few rows each, forward and backward, and has one
-gradient. The modules of the architecture stay where they are: each hands out its rows of the common product.
+Query, key and value projections (gate and up projections, ...) take the same input, and their rows follow each other in the
+served tensor. One product over all rows is faster than three over few rows each, forward and backward, and has one gradient.
+The modules of the architecture stay where they are: each returns its rows of the common product.
 """
 
 from __future__ import annotations
@@ -12,52 +12,59 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from apollo_tp.distributed.tp_group import TPGroup
-from apollo_tp.model.tp_linear import ALONE, column_parallel_linear
+from apollo_tp.model.tp_linear import ALONE, MIN_PART_ROWS, column_parallel_linear
 
 
 class JoinedLinear(nn.Module):
-    """``x @ weight.T + bias`` over the rows of all parts; ``weight`` local [sum of rows, columns].
+    """``x @ weight.T + bias`` over the rows of all parts; ``weight`` local [sum of ``rows``, C], ``bias`` likewise.
 
-    Each part asks for its rows with the same ``x``: the first one computes, the last one lets go. A part that asks out of
-    turn, or with another ``x``, gets a product of its own: slower, and right. With the input of a parallel region it sums
-    that input's gradient itself, beside the weight's (see ``enter``).
+    Each part asks for its rows with the same ``x``: the first one computes, the last one releases what was computed. A part
+    that asks out of turn, or with another ``x``, gets a product of its own: slower, and right. With the input of a parallel
+    region this module sums that input's gradient itself, while the weight's is computed (see ``enter``).
     """
 
-    def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None, rows: Sequence[int]) -> None:
+    def __init__(
+        self, weight: nn.Parameter, bias: nn.Parameter | None, rows: Sequence[int], min_part_rows: int = MIN_PART_ROWS
+    ) -> None:
         super().__init__()
         self.weight, self.bias = weight, bias
         self.rows = tuple(rows)
+        self.min_part_rows = min_part_rows
         self.last_input: Tensor | None = None
         self.outputs: tuple[Tensor, ...] = ()
         self.entry: tuple[Tensor, Tensor, TPGroup] | None = None
 
     def enter(self, outside: Tensor, inside: Tensor, tp: TPGroup) -> None:
-        """``inside`` is ``outside`` behind the entrance of a region, where its gradient would be summed over ``tp``. What
-        does not come from this product (the region may use its input elsewhere) is summed there."""
+        """Announce the input of a parallel region, before it and after its entrance, where its gradient would be summed.
+
+        Both [..., C] and the same on all ranks. With ``inside`` as input, this module computes from ``outside`` and sums the
+        gradient over ``tp`` itself. The entrance sums what comes from other uses of ``inside`` in the region.
+        """
         self.entry = outside, inside, tp
 
     def _products(self, x: Tensor) -> tuple[Tensor, ...]:
         tp = ALONE
         if self.entry is not None and self.entry[1] is x:
             x, _, tp = self.entry
-        return column_parallel_linear(x, self.weight, self.bias, self.rows, tp)
+        return column_parallel_linear(x, self.weight, self.bias, self.rows, tp, self.min_part_rows)
 
     def part(self, position: int, x: Tensor) -> Tensor:
+        """The rows of part ``position`` of the product with ``x`` [..., C]: local [..., rows[position]]."""
         if self.last_input is not x:
             self.outputs = self._products(x)  # first: it may raise
             self.last_input = x
         output = self.outputs[position]
         if position == len(self.rows) - 1:
-            self.let_go()
+            self.release()
         return output
 
-    def let_go(self) -> None:
-        """Of a pass that raised between two parts, too: what is kept here keeps all that autograd saved before it."""
+    def release(self) -> None:
+        """Forget inputs and outputs, also of a pass that raised between two parts: they keep all that autograd saved."""
         self.last_input, self.outputs, self.entry = None, (), None
 
 
 class JoinedPart(nn.Module):
-    """Stands where the linear layer was whose rows are number ``position`` of ``joined``."""
+    """Replaces the linear layer whose rows are part number ``position`` of ``joined``."""
 
     def __init__(self, joined: JoinedLinear, position: int) -> None:
         super().__init__()
@@ -72,7 +79,10 @@ class JoinedPart(nn.Module):
 
 
 def stack_rows(tensors: Sequence[Tensor]) -> Tensor | None:
-    """One view over tensors whose rows follow each other in memory, in this order; None if they do not."""
+    """One view [sum of R, ...] over tensors [R, ...] whose rows follow each other in memory, in this order.
+
+    None if they do not, or if dtypes or other dimensions differ. Local, no copy.
+    """
     first = tensors[0]
     end = first.storage_offset()
     for tensor in tensors:

@@ -1,10 +1,12 @@
 """Log-probabilities of target tokens over a vocabulary that is split over the tensor-parallel (TP) ranks.
 
 Megatron-LM's vocabulary-parallel cross-entropy (Shoeybi et al. 2019, section 3) joined with the head's matrix product and
-chunked over tokens: neither [tokens, vocabulary / p] logits nor their gradient ever exist as a whole. ``target_logprobs``
-throws the logits of a chunk away and forms them again in the backward pass. ``nll_sum``, whose gradient is known but for one
-factor, computes it from the logits at hand in the forward pass (Liger Kernel, Hsu et al. 2024), which saves
-one of four products. Ranks may hold different numbers of vocabulary rows, even none.
+chunked over tokens: neither the local logits [N, V_local] of all N loss tokens nor their gradient ever exist at once.
+``target_logprobs`` throws the logits of a chunk away and computes them again in the backward pass. ``nll_sum``, whose
+gradient is known but for one factor, computes it from the logits in the forward pass (Liger Kernel, Hsu et al. 2024), which
+saves one of four products. Ranks may have different numbers of vocabulary rows, even none.
+
+Shapes: N loss tokens of a micro-batch, n of a chunk, D hidden size, V vocabulary, V_local rows of it on this rank.
 """
 
 from __future__ import annotations
@@ -34,12 +36,13 @@ class LogitsTransform:
     softcap: float | None = None
 
     def __call__(self, logits: Tensor) -> Tensor:
+        """The transformed ``logits`` (any shape and dtype). Local."""
         if self.scale != 1.0:
             logits = logits * self.scale
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
     def backward(self, transformed: Tensor, grad: Tensor) -> Tensor:
-        """Gradient with respect to the raw logits, from the transformed ones and their gradient; both fp32 [n, v]."""
+        """Gradient with respect to the raw logits, from the transformed ones and their gradient; all fp32 [n, V_local]."""
         if self.softcap is not None:
             grad = grad * (1.0 - (transformed / self.softcap) ** 2)
         return grad * self.scale if self.scale != 1.0 else grad
@@ -47,10 +50,10 @@ class LogitsTransform:
 
 @dataclass(frozen=True)
 class VocabShard:
-    """The vocabulary rows [start, start + number of local rows) of this rank, and the group they are split over.
+    """The vocabulary rows [start, start + V_local) of this rank, and the group they are split over.
 
-    ``compiled``: the arithmetic on a chunk of logits runs as compiled code, in few passes over them. ``global_rows``: size
-    of the whole vocabulary, if it is split.
+    ``compiled``: the arithmetic on a chunk of logits runs as compiled code, in few passes over them. ``global_rows``: V, if
+    the vocabulary is split. ``chunk_bytes``: see CHUNK_BYTES; the same on all ranks.
     """
 
     start: int
@@ -58,9 +61,17 @@ class VocabShard:
     transform: LogitsTransform = LogitsTransform()
     compiled: bool = False
     global_rows: int = 0
+    chunk_bytes: int = CHUNK_BYTES
+
+    def chunks(self, tokens: int, rows: int) -> list[slice]:
+        """Token ranges whose fp32 logits [n, rows] stay below ``chunk_bytes``; none if there are no ``rows``."""
+        if rows == 0:
+            return []
+        size = max(1, self.chunk_bytes // (4 * rows))
+        return [slice(start, min(start + size, tokens)) for start in range(0, tokens, size)]
 
     def statistics(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """See _statistics. ``logits`` raw, local [n, v]; ``targets`` global [n]."""
+        """See _statistics. ``logits`` raw, local [n, V_local]; ``targets`` int64 [n], global ids. Local."""
         if logits.shape[1] == 0:
             zero = logits.new_zeros(len(targets), dtype=torch.float32)
             return torch.full_like(zero, -torch.inf), zero, zero
@@ -68,19 +79,22 @@ class VocabShard:
         return function(logits, *self._local(targets, logits.shape[1]), self.transform)  # type: ignore[no-any-return]
 
     def logits_gradient(self, logits: Tensor, targets: Tensor, grad: Tensor, normalizer: Tensor) -> Tensor:
-        """See _logits_gradient; v > 0."""
+        """See _logits_gradient; ``targets`` int64 [n], global ids; V_local > 0. Local."""
         function = _compiled(_logits_gradient) if self.compiled else _logits_gradient
         return function(logits, *self._local(targets, logits.shape[1]), grad, normalizer, self.transform)  # type: ignore[no-any-return]
 
     def agree(self, largest: Tensor, sums: Tensor) -> Tensor:
-        """From local to global statistics: returns that of ``largest`` [n], changes ``sums`` [2, n]. Two all-reduces."""
+        """From local to global statistics, fp32: returns that of ``largest`` [n], changes ``sums`` [2, n] in place.
+
+        Two all-reduces, a maximum of [n] and a sum of [2, n].
+        """
         top = self.tp.all_reduce_(largest.clone(), dist.ReduceOp.MAX)
         sums[0] *= (largest - top).exp()
         self.tp.all_reduce_(sums)
         return top
 
     def _local(self, targets: Tensor, rows: int) -> tuple[Tensor, Tensor]:
-        """Row of each target on this rank (0 where another rank has it), and whether this rank has it."""
+        """Of each target: its row on this rank (0 where another rank has it), and whether this rank has it. Both [n]."""
         local = targets - self.start
         owned = (local >= 0) & (local < rows)
         return local.where(owned, 0), owned
@@ -89,9 +103,10 @@ class VocabShard:
 def target_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor, vocab: VocabShard) -> tuple[Tensor, Tensor]:
     """Log-probability of each target under softmax(transform(hidden @ weight.T)), and whether it is the arg max.
 
-    ``hidden`` [N, H] and ``targets`` int64 [N] (global ids) are the same on all ranks; ``weight`` [v, H] is local, v may
-    be 0. Returns fp32 [N] (differentiable, nats) and bool [N], the same on all ranks. Collectives: forward one max and
-    one sum all-reduce of [N] and [2, N] fp32; backward one sum all-reduce of [N, H] in hidden's dtype. None if N is 0.
+    ``hidden`` [N, D] and ``targets`` int64 [N] (global ids) are the same on all ranks; ``weight`` [V_local, D] is local,
+    V_local may be 0. Returns fp32 [N] (differentiable, nats) and bool [N], the same on all ranks. Collectives: forward one
+    max and one sum all-reduce of [N] and [2, N] fp32; backward one sum all-reduce of [N, D] in hidden's dtype. None if N
+    is 0.
     """
     hidden = copy_to_region(hidden, vocab.tp)
     logprobs, correct = _TargetLogprobs.apply(hidden, weight, targets, vocab)
@@ -105,7 +120,7 @@ def nll_sum(
 
     Arguments as in ``target_logprobs``; ``weights`` fp32 [N]. With gradients enabled, those of hidden and weight are
     computed here, in the forward pass. Collectives: per chunk of tokens one max and one sum all-reduce of [n] and [2, n]
-    fp32; backward one sum all-reduce of [N, H] in hidden's dtype.
+    fp32; backward one sum all-reduce of [N, D] in hidden's dtype.
     """
     if not torch.is_grad_enabled():
         logprobs, correct = target_logprobs(hidden, weight, targets, vocab)
@@ -120,12 +135,14 @@ def unit(device: torch.device) -> Tensor:
 
 
 class _TargetLogprobs(torch.autograd.Function):
+    """``target_logprobs`` inside the parallel region: the backward pass computes each chunk's logits again."""
+
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, vocab: VocabShard) -> tuple[Tensor, Tensor]:
         tokens = hidden.shape[0]
         top = hidden.new_full((tokens,), -torch.inf, dtype=torch.float32)
         sums = hidden.new_zeros((2, tokens), dtype=torch.float32)  # sum of exponentials, target logit
-        for part in _chunks(tokens, weight.shape[0]):
+        for part in vocab.chunks(tokens, weight.shape[0]):
             top[part], sums[0, part], sums[1, part] = vocab.statistics(hidden[part] @ weight.T, targets[part])
         if tokens:
             top = vocab.agree(top, sums)
@@ -140,7 +157,7 @@ class _TargetLogprobs(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, Tensor, None, None]:
         hidden, weight, targets, normalizer = ctx.saved_tensors
         grad_hidden, grad_weight = torch.zeros_like(hidden), torch.zeros_like(weight)
-        for part in _chunks(hidden.shape[0], weight.shape[0]):
+        for part in ctx.vocab.chunks(hidden.shape[0], weight.shape[0]):
             logits = hidden[part] @ weight.T
             grad_logits = ctx.vocab.logits_gradient(logits, targets[part], grad[part], normalizer[part])
             torch.mm(grad_logits, weight, out=grad_hidden[part])
@@ -150,6 +167,8 @@ class _TargetLogprobs(torch.autograd.Function):
 
 
 class _NllSum(torch.autograd.Function):
+    """``nll_sum`` inside the parallel region: the forward pass computes the gradients, the backward pass scales them."""
+
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, weights: Tensor, vocab: VocabShard
@@ -161,8 +180,8 @@ class _NllSum(torch.autograd.Function):
         grad_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None  # a frozen head has none
         if grad_weight is not None and not tokens:
             grad_weight.zero_()
-        # The same chunks on all ranks, whatever each holds: every chunk has its collectives.
-        for part in _chunks(tokens, -(-vocab.global_rows // vocab.tp.size) or rows):
+        # The same chunks on all ranks, whatever rows each has: every chunk has its collectives.
+        for part in vocab.chunks(tokens, -(-vocab.global_rows // vocab.tp.size) or rows):
             logits = hidden[part] @ weight.T
             largest, *local_sums = vocab.statistics(logits, targets[part])
             sums = torch.stack(local_sums)
@@ -194,7 +213,11 @@ class _NllSum(torch.autograd.Function):
 def _statistics(
     logits: Tensor, local: Tensor, owned: Tensor, transform: LogitsTransform
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Of a chunk of n tokens, fp32 [n] each: largest local logit, sum of exponentials below it, target logit or 0."""
+    """Of a chunk of n tokens: largest local logit, sum of exp(logit - largest), target's logit (0 on another rank).
+
+    ``logits`` raw, local [n, V_local]; ``local`` int64 [n] and ``owned`` bool [n]: see VocabShard._local. Returns fp32 [n]
+    each, local.
+    """
     logits = transform(logits.float())
     largest = logits.amax(-1)
     total = (logits - largest[:, None]).exp().sum(-1)
@@ -204,7 +227,10 @@ def _statistics(
 def _logits_gradient(
     logits: Tensor, local: Tensor, owned: Tensor, grad: Tensor, normalizer: Tensor, transform: LogitsTransform
 ) -> Tensor:
-    """Gradient with respect to a chunk's raw logits, [n, v] in their dtype; ``grad`` [n] is that of the log-probability."""
+    """Gradient with respect to a chunk's raw logits: local [n, V_local] in their dtype.
+
+    ``grad`` fp32 [n] is that of the log-probability, ``normalizer`` fp32 [n] the log of the global sum of exponentials.
+    """
     transformed = transform(logits.float())
     rows = torch.arange(logits.shape[1], device=logits.device)
     target = (rows[None, :] == local[:, None]) & owned[:, None]
@@ -214,23 +240,17 @@ def _logits_gradient(
 
 @functools.cache
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """For any length from the start: the last chunk of a batch is shorter than the others. Made when first needed, since
-    the compiler alone takes seconds to import."""
+    """``function`` compiled for any length from the start: the last chunk of a batch is shorter than the others.
+
+    When it is first needed, since the compiler alone takes seconds to import.
+    """
     return torch.compile(function, dynamic=True)  # type: ignore[no-any-return]
 
 
-def _chunks(tokens: int, rows: int) -> list[slice]:
-    """Token ranges whose fp32 logits stay below CHUNK_BYTES; none if this rank has no vocabulary rows."""
-    if rows == 0:
-        return []
-    size = max(1, CHUNK_BYTES // (4 * rows))
-    return [slice(start, min(start + size, tokens)) for start in range(0, tokens, size)]
-
-
 def preference_loss(policy: Tensor, reference: Tensor, beta: float) -> tuple[Tensor, Tensor]:
-    """Direct preference optimization (Rafailov et al. 2023, eq. 7): loss and reward margin of each pair, fp32 [N].
+    """Direct preference optimization (Rafailov et al. 2023, eq. 7): loss and reward margin of each of n pairs, fp32 [n].
 
-    ``policy`` and ``reference`` are [N, 2]: summed log-probabilities (nats) of the preferred and of the rejected answer.
+    ``policy`` and ``reference`` fp32 [n, 2]: summed log-probabilities (nats) of the preferred and of the rejected answer.
     No collective: both are the same on all ranks.
     """
     gain = policy - reference

@@ -21,9 +21,9 @@ from transformers.core_model_loading import (
 class NameMap:
     """``parts[parameter][j]`` are the checkpoint tensors of part j of a parameter, in order.
 
-    A parameter that is one checkpoint tensor has one part with one name. Stacked experts [E, parts x rows, columns] have
-    E names in each part: part 0 the gate projections, part 1 the up projections. ``untouched`` are tensors outside the
-    language model (vision towers, multi-token prediction); ``refused`` maps the rest to why.
+    A parameter that is one checkpoint tensor has one part with one name. Stacked experts [E, parts x R, C] have E names in
+    each part: part 0 the gate projections, part 1 the up projections. ``untouched`` are tensors outside the language model
+    (vision towers, multi-token prediction); ``refused`` maps the rest to the reason.
     """
 
     parts: dict[str, list[list[str]]] = field(default_factory=dict)

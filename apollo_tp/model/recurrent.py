@@ -1,7 +1,7 @@
 """Packed sequences through gated-delta-net layers (Qwen3-Next, Qwen3.5) without leaking state across boundaries.
 
-transformers hands the keywords of a forward pass on to such a layer's causal convolution and recurrence, but their plain
-torch versions know no boundaries. Both are global functions of the modeling module: they are wrapped there, once, and
+transformers passes the keywords of a forward pass to such a layer's causal convolution and recurrence, but their plain torch
+versions know no boundaries. Both are global functions of the modeling module: they are wrapped there, once, and
 behave as before without boundaries. The projections around them stay one matrix product over all packed tokens.
 """
 
@@ -47,9 +47,11 @@ def respect_boundaries(module: nn.Module) -> None:
 
 
 def _packed_convolution(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """``original`` for packed sequences, whose lengths are among the keywords; as it is without them."""
+
     @functools.wraps(original)
     def convolve(hidden: Tensor, *args: Any, sequence_lengths: Lengths | None = None, **kwargs: Any) -> Tensor:
-        """``hidden`` [1, channels, T]."""
+        """``hidden`` [1, channels_local, T] to the same shape and dtype, each sequence by itself. Local."""
         if sequence_lengths is None:
             return original(hidden, *args, **kwargs)
         return torch.cat([original(part, *args, **kwargs) for part in hidden.split(sequence_lengths, dim=2)], dim=2)
@@ -58,6 +60,7 @@ def _packed_convolution(original: Callable[..., Tensor]) -> Callable[..., Tensor
 
 
 def _packed_recurrence(original: Callable[..., Any]) -> Callable[..., Any]:
+    """``original`` for packed sequences, whose lengths are among the keywords; as it is without them."""
     kernel = _flash_linear_attention()
     plain = inspect.unwrap(original)  # transformers puts the same kernel in its place if the package is installed
 
@@ -66,7 +69,10 @@ def _packed_recurrence(original: Callable[..., Any]) -> Callable[..., Any]:
     def recur(
         *states: Tensor, cu_seqlens: Tensor | None = None, sequence_lengths: Lengths | None = None, **kwargs: Any
     ) -> tuple[Tensor, None]:
-        """``states`` (query, key, value) [1, T, heads, D]; ``g`` and ``beta`` [1, T, heads] among the keywords."""
+        """``states`` (query, key, value) [1, T, heads_local, d]; ``g`` and ``beta`` [1, T, heads_local] among the keywords.
+
+        Returns [1, T, heads_local, d], each sequence by itself, and None for the final state. Local.
+        """
         if cu_seqlens is None or sequence_lengths is None:
             return original(*states, cu_seqlens=cu_seqlens, **kwargs)  # type: ignore[no-any-return]
         gates = {name: kwargs[name] for name in ("g", "beta")}
@@ -91,12 +97,12 @@ def _packed_recurrence(original: Callable[..., Any]) -> Callable[..., Any]:
 
 @functools.lru_cache(maxsize=8)
 def _offsets(lengths: Lengths) -> Tensor:
-    """``cu_seqlens`` on the host: without it each layer would wait for the device to count its chunks."""
+    """``cu_seqlens`` int64 [S + 1] on the host: without it each layer would wait for the device to count its chunks."""
     return torch.tensor([0, *itertools.accumulate(lengths)])
 
 
 def _flash_linear_attention() -> Callable[..., Any] | None:
-    """flash-linear-attention's kernel if that package is installed and trains here; it takes boundaries itself."""
+    """flash-linear-attention's kernel if that package is installed and its backward pass runs here; else None."""
     if not torch.cuda.is_available() or importlib.util.find_spec("fla") is None:
         return None
     triton = importlib.metadata.version("triton")

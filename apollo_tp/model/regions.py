@@ -1,28 +1,36 @@
-"""Where collectives go, read off the shards: no table per architecture.
+"""Where collectives go, read off the shards (no table per architecture), and whether fused tensors are cut part by part.
 
 A parameter cut on its last dimension belongs to a row-parallel product whose outputs are partial sums. The block around it
 (attention, MLP, mixer, stacked experts) is a *parallel region*: identity forward and all-reduce backward at its inputs
 (Megatron's f), all-reduce forward after the row-parallel product (Megatron's g).
+
+A fused tensor has rows that a module splits into parts: a rank must have its share of every part.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
+from transformers import PretrainedConfig, PreTrainedModel
 
 from apollo_tp.distributed.collectives import copy_to_region, reduce_from_region
 from apollo_tp.distributed.tp_group import TPGroup
 from apollo_tp.errors import UnsupportedModelError
-from apollo_tp.model.families import FULL_WIDTH_NORMS
+from apollo_tp.model.families import FULL_WIDTH_NORMS, FUSED_TENSORS
 from apollo_tp.model.joined import JoinedPart
 from apollo_tp.model.tp_linear import row_parallel_linear
+from apollo_tp.shards.boxes import Shard, merge_ranges
 
 
 class RowParallelLinear(nn.Module):
-    """``x_local @ weight_local.T`` summed over TP, then the bias, once. One all-reduce forward, none backward."""
+    """``x @ weight.T`` summed over the ranks, then the bias, once. One all-reduce in forward, none in backward.
+
+    ``weight`` local [R, C_local], ``bias`` [R], the same on all ranks.
+    """
 
     def __init__(self, linear: nn.Linear, tp: TPGroup) -> None:
         super().__init__()
@@ -31,15 +39,16 @@ class RowParallelLinear(nn.Module):
         self.tp = tp
 
     def forward(self, x: Tensor) -> Tensor:
+        """``x`` local [..., C_local] to [..., R], the same on all ranks."""
         out = row_parallel_linear(x, self.weight, self.tp)
         return out if self.bias is None else out + self.bias
 
 
 class FullWidthRMSNorm(nn.Module):
-    """RMS norm whose mean square runs over the heads of all ranks, replicated ones counted once.
+    """RMS norm whose mean square runs over the heads of all ranks, replicated heads counted once.
 
-    Input local [..., w]; ``weight`` is either local [w] or, as vLLM keeps it, the whole [W] on each rank, of which rank r
-    uses its own w. One all-reduce of the mean squares [...] forward, one backward.
+    ``weight`` is either local [C_local] or, as vLLM keeps it, [C] on each rank, of which a rank uses its own C_local. One
+    all-reduce of the mean squares fp32 [..., 1] in forward, one in backward.
     """
 
     def __init__(self, replaced: nn.Module, width: int, tp: TPGroup) -> None:
@@ -50,14 +59,16 @@ class FullWidthRMSNorm(nn.Module):
         self.tp = tp
 
     def _local_weight(self) -> Tensor:
-        whole = self.weight.shape[0]
-        if whole == self.width:
+        """This rank's part [C_local] of the weight."""
+        full = self.weight.shape[0]
+        if full == self.width:
             return self.weight
-        replicas = self.tp.size * self.width // whole
+        replicas = self.tp.size * self.width // full
         start = self.tp.rank // replicas * self.width
         return self.weight[start : start + self.width]
 
     def forward(self, x: Tensor) -> Tensor:
+        """``x`` local [..., C_local] to the same shape and dtype, local."""
         wide = x.float()
         mean_square = wide.pow(2).mean(-1, keepdim=True) / self.tp.size
         mean_square = copy_to_region(reduce_from_region(mean_square, self.tp), self.tp)
@@ -65,7 +76,7 @@ class FullWidthRMSNorm(nn.Module):
 
 
 def install_full_width_norms(module: nn.Module, tp: TPGroup) -> None:
-    """Put FullWidthRMSNorm in the place of query and key norms that span the heads of all ranks."""
+    """Replace query and key norms that span the heads of all ranks by FullWidthRMSNorm, in place."""
     if tp.size == 1:
         return
     for block in list(module.modules()):
@@ -86,7 +97,7 @@ def install_regions(module: nn.Module, cut_last: list[str], tp: TPGroup) -> list
     enter, leave = (
         _enter_hook(tp),
         _leave_hook(tp),
-    )  # one object for all layers: compiled code checks which hooks there are
+    )  # one of each for all layers: compiled code checks which hooks there are
     for name in cut_last:
         owner_name, _, leaf = name.rpartition(".")
         owner = module.get_submodule(owner_name)
@@ -114,6 +125,8 @@ def inside(name: str, regions: list[str]) -> bool:
 
 
 def _enter_hook(tp: TPGroup) -> Any:
+    """A pre-hook that passes every tensor among a region's inputs through ``copy_to_region``."""
+
     def enter(module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
         def step_in(outside: Tensor) -> Tensor:
             if tp.size == 1 or not outside.requires_grad:
@@ -130,7 +143,59 @@ def _enter_hook(tp: TPGroup) -> Any:
 
 
 def _leave_hook(tp: TPGroup) -> Any:
+    """A hook that sums a region's output over the ranks."""
+
     def leave(_module: nn.Module, _args: Any, output: Tensor) -> Tensor:
         return reduce_from_region(output, tp)
 
     return leave
+
+
+Ranges = tuple[tuple[int, int], ...]
+
+
+def refuse_wrong_cuts(
+    module: PreTrainedModel, config: PretrainedConfig, shards: Mapping[str, Shard], tp: TPGroup
+) -> None:
+    """Raise UnsupportedModelError that lists the fused tensors among ``shards`` (by parameter) which are cut across parts.
+
+    ``module`` has this rank's width, ``config`` is that of the checkpoint. Such a cut can have the right shape: vLLM's
+    Transformers backend gathers outputs before it splits them, the module here splits those of its rank.
+    """
+    wrong = []
+    for name, shard in shards.items():
+        kind = next((kind for kind in name.split(".")[-2:] if kind in FUSED_TENSORS), None)
+        if kind is None or shard.dim is None:
+            continue
+        full, local = (FUSED_TENSORS[kind](c) for c in (config.get_text_config(), module.config))
+        expected = _shares(shard.global_shape[shard.dim], full, shard.local_shape[shard.dim], local, tp)
+        if merge_ranges(shard.ranges) != expected:
+            wrong.append(
+                f"{shard.name}: got {_text(shard.ranges)} of {shard.global_shape[shard.dim]} along dimension {shard.dim}, "
+                f"expected {_text(expected)}, a share of each of the {len(full)} parts that it is split into"
+            )
+    if wrong:
+        raise UnsupportedModelError(
+            f"rank {tp.rank} of {tp.size}: {len(wrong)} fused tensors of {type(module).__name__} are served cut across "
+            "their parts; serve at tensor-parallel size 1, or by vLLM's own implementation (--model-impl vllm) if it has "
+            "one:\n  " + "\n  ".join(wrong)
+        )
+
+
+def _shares(extent: int, full: tuple[int, ...], local_extent: int, local: tuple[int, ...], tp: TPGroup) -> Ranges:
+    """This rank's share of each part, as global ranges of ``extent`` indices, of which a rank has ``local_extent``.
+
+    ``full`` and ``local`` are relative sizes of the parts, globally and on a rank. Where there are fewer shares than ranks
+    (key and value heads), neighbours have the same.
+    """
+    ranges, start = [], 0
+    for size, local_size in zip(full, local, strict=True):
+        rows, local_rows = size * extent // sum(full), local_size * local_extent // sum(local)
+        first = start + tp.rank * (rows // local_rows) // tp.size * local_rows
+        ranges.append((first, first + local_rows))
+        start += rows
+    return merge_ranges(ranges)
+
+
+def _text(ranges: Iterable[tuple[int, int]]) -> str:
+    return ", ".join(f"{start}:{stop}" for start, stop in ranges)

@@ -14,9 +14,9 @@ from apollo_tp.model import tp_linear
 
 
 class JoinResiduals(CustomGraphPass):
-    """``residual + row_parallel(x, weight)`` to ``row_parallel_add(x, weight, residual)``, which rounds in the same places.
+    """Turn ``residual + row_parallel(x, weight)`` into ``row_parallel_add(x, weight, residual)``, which rounds likewise.
 
-    Left alone: a product that something else uses too, and a residual of another shape or dtype.
+    Not changed: a product that has another use too, and a residual of another shape or dtype.
     """
 
     def __call__(self, graph: fx.Graph) -> None:
@@ -24,7 +24,7 @@ class JoinResiduals(CustomGraphPass):
             if add.kwargs:  # a factor
                 continue
             for product, residual in (add.args, add.args[::-1]):
-                if _is_alone(product) and _are_alike(product, residual):
+                if _has_one_use(product) and _match(product, residual):
                     with graph.inserting_before(add):
                         x, weight, number = product.args
                         joined = graph.call_function(tp_linear.row_parallel_add, (x, weight, residual, number))
@@ -39,11 +39,11 @@ class JoinResiduals(CustomGraphPass):
         return b"apollo_tp.model.residuals 1"
 
 
-def _is_alone(node: object) -> bool:
+def _has_one_use(node: object) -> bool:
     return isinstance(node, fx.Node) and node.target == tp_linear.row_parallel and len(node.users) == 1
 
 
-def _are_alike(product: fx.Node, residual: object) -> bool:
+def _match(product: fx.Node, residual: object) -> bool:
     if not isinstance(residual, fx.Node):
         return False
     one, other = product.meta["val"], residual.meta["val"]

@@ -1,9 +1,9 @@
 """How tensor-parallel ranks hold the tensors of a checkpoint: pure integer arithmetic, no torch.
 
 A *checkpoint tensor* is global: it has the name and shape found in the Hugging Face folder. A *served tensor* is what one
-vLLM rank holds: often several checkpoint tensors side by side (qkv_proj), often a part of each. A ``Segment`` ties a box
-of the former to a strided view of the latter. ``Shard`` is what the trainer needs of it: which global indices along which
-one dimension a rank holds, and which other ranks hold the very same.
+vLLM rank holds: often several checkpoint tensors in one (qkv_proj), often a part of each. A ``SegmentRecord`` of the
+manifest ties a box of the former to a strided view of the latter. ``Shard`` is what the trainer needs of it: which global
+indices along which one dimension a rank holds, and which other ranks hold exactly the same.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ class Box:
 
     @property
     def numel(self) -> int:
+        """Number of elements."""
         return math.prod(self.shape)
 
     def intersects(self, other: Box) -> bool:
@@ -72,6 +73,7 @@ class Shard:
 
     @property
     def local_shape(self) -> tuple[int, ...]:
+        """Shape of what this rank holds: the ranges concatenated along ``dim``."""
         if self.dim is None:
             return self.global_shape
         extent = sum(stop - start for start, stop in self.ranges)
@@ -79,7 +81,7 @@ class Shard:
 
     @property
     def boxes(self) -> tuple[tuple[Box, int], ...]:
-        """(global box, local offset along ``dim``) of each range."""
+        """For each range its global box, and its offset along ``dim`` in the local tensor."""
         if self.dim is None:
             return ((Box((0,) * len(self.global_shape), self.global_shape), 0),)
         result, local = [], 0
@@ -93,7 +95,7 @@ class Shard:
 
 
 def cut_dim(name: str, global_shape: Sequence[int], boxes: Iterable[Box]) -> int | None:
-    """The one dimension along which ``boxes`` of a checkpoint tensor are cut, or None if each is the whole tensor.
+    """The one dimension along which ``boxes`` of a checkpoint tensor are cut, or None if each is the full tensor.
 
     Raises UnsupportedModelError if a box is cut along more than one dimension, or boxes along different ones.
     """

@@ -1,6 +1,6 @@
-"""On trainer rank r: map the memory that vLLM's rank r exported, and give views of it by checkpoint tensor name.
+"""On a trainer rank: map the memory that the vLLM rank of the same number exported, as views by checkpoint tensor name.
 
-No data moves. ``MappedRank`` closes in order: views must be gone before the memory is let go.
+No data moves. ``MappedRank.close`` drops the views before it closes the mappings.
 """
 
 from __future__ import annotations
@@ -8,7 +8,6 @@ from __future__ import annotations
 import base64
 import os
 import random
-import weakref
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -23,20 +22,31 @@ from apollo_tp.shards.boxes import Shard
 from apollo_tp.shards.manifest import Allocation, Manifest
 from apollo_tp.shards.placement import Placement, place, second_copies
 
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+}  # fmt: skip
+"""torch's dtypes by the names that safetensors files, and so the checkpoint records of a manifest, use."""
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+"""The other way round."""
+
 
 @dataclass
 class MappedRank:
-    """The served memory of one rank. ``tensors``: checkpoint name -> (shard, LOCAL view of served memory, served dtype).
+    """The served memory of one rank.
 
-    ``fused`` lists the checkpoint names that share a served tensor (query, key and value rows), where there are several;
-    ``copies`` the further checkpoint tensors that have the values of one of ``tensors``, by name.
+    ``tensors``: by checkpoint name, the shard and a local view of served memory of ``shard.local_shape``, in the served
+    dtype. ``served``: the local served tensors by their names in vLLM. ``fused_tensors`` lists the checkpoint names that
+    share a served tensor (query, key and value rows), where there are several. ``copies``: the further checkpoint tensors
+    that have the values of one of ``tensors``, each name with that of the one.
     """
 
     manifest: Manifest
     device: torch.device
     tensors: dict[str, tuple[Shard, Tensor]]
     served: dict[str, Tensor]
-    fused: list[list[str]] = field(default_factory=list)
+    fused_tensors: list[list[str]] = field(default_factory=list)
     copies: dict[str, str] = field(default_factory=dict)
     _opened: list[Any] = field(default_factory=list, repr=False)
 
@@ -84,16 +94,17 @@ def map_rank(manifests: Sequence[Manifest], rank: int) -> MappedRank:
     members: dict[str, list[str]] = defaultdict(list)
     for name, placement in placements.items():
         members[placement.served].append(name)
-    mapped.fused = [names for served, names in members.items() if served and len(names) > 1]
+    mapped.fused_tensors = [names for served, names in members.items() if served and len(names) > 1]
     return mapped
 
 
 def _extent(shape: Sequence[int], stride: Sequence[int]) -> int:
-    """Elements from the first to the last of a strided tensor, inclusive."""
+    """Elements from the first to the last one of a strided tensor, both included; 0 if it has none."""
     return 0 if 0 in shape else 1 + sum((n - 1) * s for n, s in zip(shape, stride, strict=True))
 
 
 def _view(placement: Placement, mapped: MappedRank) -> Tensor:
+    """The local view of served memory that ``placement`` describes; an empty tensor if the rank holds nothing."""
     shape = placement.shard.local_shape
     if not placement.served:
         return torch.empty(shape, dtype=getattr(torch, placement.dtype), device=mapped.device)
@@ -122,7 +133,10 @@ def _local_device(manifest: Manifest) -> torch.device:
 
 
 def _open(allocation: Allocation, manifest: Manifest, device: torch.device) -> tuple[Tensor, Any]:
-    """(uint8 tensor over the whole allocation, function that lets it go)."""
+    """A uint8 tensor [num_bytes] over an allocation of the server, and the function that closes the mapping.
+
+    Raises MappingError or ServerGoneError.
+    """
     if allocation.kind == "cuda_ipc":
         return _open_cuda(allocation, manifest, device)
     path = f"/proc/{manifest.pid}/fd/{allocation.handle}"
@@ -153,6 +167,7 @@ class _DevicePointer:
 
 
 def _open_cuda(allocation: Allocation, manifest: Manifest, device: torch.device) -> tuple[Tensor, Any]:
+    """``_open`` through CUDA IPC. Makes ``device`` the current one."""
     from cuda.bindings import runtime
 
     torch.cuda.set_device(device)
@@ -171,10 +186,8 @@ def _open_cuda(allocation: Allocation, manifest: Manifest, device: torch.device)
     tensor = torch.as_tensor(holder, device=device)
     if tensor.data_ptr() != int(pointer):
         raise MappingError(f"rank {manifest.tp_rank}: torch copied the mapped memory instead of wrapping it")
-    closer = weakref.finalize(holder, lambda: None)  # keeps the interface object's lifetime explicit
 
     def close() -> None:
-        closer.detach()
         torch.cuda.synchronize(device)
         runtime.cudaIpcCloseMemHandle(pointer)
 

@@ -69,7 +69,7 @@ def _by_checkpoint_name(manifest: Manifest) -> dict[str, list[SegmentRecord]]:
 
 
 def _on_top_of_another(manifests: Sequence[Manifest]) -> dict[str, str]:
-    """Checkpoint tensors that begin where another does: trained twice, and neither is what is served."""
+    """Checkpoint tensors that begin where another one does, with the reason: both would be trained, neither is served."""
     result = {}
     for manifest in manifests:
         first: dict[tuple[str, int], str] = {}
@@ -92,7 +92,7 @@ def _tied_in_part(name: str, manifests: Sequence[Manifest]) -> str:
 
 
 def _untraced(manifests: Sequence[Manifest]) -> dict[str, str]:
-    """Served tensors that no checkpoint tensor reached: the loader computed or invented them."""
+    """Served tensors that no checkpoint tensor is copied to, with the reason: the loader computed or invented them."""
     result = {}
     for manifest in manifests:
         reached = {segment.served for segment in manifest.segments}
@@ -104,13 +104,17 @@ def _untraced(manifests: Sequence[Manifest]) -> dict[str, str]:
 
 
 def _holds_only_padding(served: str, manifests: Sequence[Manifest]) -> bool:
-    """A rank may hold nothing but padding of a vocabulary that other ranks hold in full."""
+    """True if other ranks hold all rows of the vocabulary, and this rank's part of it is padding."""
     return any(segment.served == served for manifest in manifests for segment in manifest.segments)
 
 
 def _place_one(
     tensor: CheckpointTensor, segments: list[list[SegmentRecord]], served: list[dict[str, ServedTensor]]
 ) -> list[Placement]:
+    """Placements of one checkpoint tensor, by rank, from each rank's ``segments`` of it and ``served`` tensors.
+
+    Raises UnsupportedModelError or ValueError if it cannot be trained.
+    """
     boxes = [[Box(tuple(s.box_offset), tuple(s.box_shape)) for s in mine] for mine in segments]
     shape = tuple(tensor.shape)
     missing = uncovered(shape, [box for mine in boxes for box in mine])
@@ -124,17 +128,17 @@ def _place_one(
         merge_ranges((s.box_offset[dim], s.box_offset[dim] + s.box_shape[dim]) for s in mine) if dim is not None else ()
         for mine in ordered
     ]
-    # Fused or replicated tensors may be copied in several parts and yet be whole on every rank.
-    whole = dim is None or all(mine == ((0, shape[dim]),) for mine in ranges)
+    # Fused or replicated tensors may be copied in several parts and yet be complete on every rank.
+    complete = dim is None or all(mine == ((0, shape[dim]),) for mine in ranges)
     return [
         _placement(
             Shard(
                 tensor.name,
                 shape,
-                None if whole else dim,
-                () if whole else ranges[rank],
+                None if complete else dim,
+                () if complete else ranges[rank],
                 tuple(r for r, other in enumerate(ranges) if other == ranges[rank]),
-                () if whole else tuple(replicated_parts(ranges, rank)),
+                () if complete else tuple(replicated_parts(ranges, rank)),
             ),
             dim,
             ordered[rank],
@@ -147,7 +151,10 @@ def _place_one(
 def _placement(
     shard: Shard, dim: int | None, segments: list[SegmentRecord], served: dict[str, ServedTensor]
 ) -> Placement:
-    """``dim`` is the one along which the segments lie side by side, even where they make up the whole tensor."""
+    """The placement of ``shard`` in the view that its ``segments`` make up along ``dim``, even where it is the full tensor.
+
+    Raises UnsupportedModelError if the segments are not one strided view of one served tensor.
+    """
     if not segments:
         return Placement(shard, next(iter(served.values())).dtype, "", 0, (0,) * len(shard.global_shape))
     first = segments[0]

@@ -1,7 +1,7 @@
-"""Before the first step on a GPU: rehearse short steps to plan the memory of the longest. Weights and state stay.
+"""Before the first step on a GPU: run a few short steps to plan the memory of the longest. Weights and state do not change.
 
-A rehearsed step is a whole one whose loss is reported as not finite, so that the optimizer, by its own rule, writes nothing:
-what is measured is what a step allocates, the optimizer's temporaries included.
+A profiling run is a complete step whose loss is reported as not finite, so that the optimizer, by its own rule, writes
+nothing: what is measured is what a step allocates, the optimizer's temporaries included.
 """
 
 from __future__ import annotations
@@ -18,16 +18,17 @@ from torch import nn
 from apollo_tp.config import GradientMode
 from apollo_tp.errors import DeviceMemoryError
 from apollo_tp.model.batch import PackedBatch, pack
-from apollo_tp.model.loss import CHUNK_BYTES, unit
+from apollo_tp.model.loss import unit
 from apollo_tp.training.memory_plan import (
     MARGIN,
+    MAX_FIRST_TOKENS,
     MemoryPlan,
-    Rehearsed,
+    ProfiledRun,
     first_lengths,
-    is_straight,
+    is_linear,
     longest_that_fits,
+    out_of_memory,
     predict,
-    ran_out,
 )
 from apollo_tp.training.trainer import Trainer
 from apollo_tp.wire.commands import Sample
@@ -38,24 +39,24 @@ log = logging.getLogger(__name__)
 class Meter(Protocol):
     """Bytes on this rank's device."""
 
-    def lap(self) -> int:
-        """The most that was allocated at once since the last call."""
+    def segment_peak(self) -> int:
+        """The most that was allocated at once since the last call, which begins the next segment."""
 
     def allocated(self) -> int:
         """What is allocated now."""
 
     def available(self) -> int:
-        """What could be allocated beside it."""
+        """What could be allocated besides."""
 
 
 class CudaMeter:
     """The counts of torch's allocator, which follow the host and need no synchronisation. ``available`` is what no process
-    has taken of the device, and what this process's allocator holds unused."""
+    has taken of the device, and what this process's allocator has unused."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
 
-    def lap(self) -> int:
+    def segment_peak(self) -> int:
         peak = torch.cuda.max_memory_allocated(self._device)
         torch.cuda.reset_peak_memory_stats(self._device)
         return peak
@@ -68,41 +69,47 @@ class CudaMeter:
         return torch.cuda.mem_get_info(self._device)[0] + unused
 
 
-def plan_memory(trainer: Trainer, meter: Meter, max_sequence_tokens: int) -> MemoryPlan:
-    """The plan of the rank that has the least room, the same on all ranks. Collective: steps that write nothing, one
-    all-gather, and an all-reduce for each further length.
+def plan_memory(
+    trainer: Trainer, meter: Meter, max_sequence_tokens: int, *, max_first_tokens: int = MAX_FIRST_TOKENS
+) -> MemoryPlan:
+    """The plan of the rank that has the least room, the same on all ranks. Collective: steps that write nothing, two
+    all-gathers, and an all-reduce for each further length.
 
-    Stored gradients are planned as they are from the second micro-batch of a step on: all of them beside its activations.
-    Raises DeviceMemoryError if a micro-batch of ``trainer.max_micro_batch_tokens`` does not fit on some rank: on all of them
-    from the plan, on one alone if that runs out of memory before (its peers then lose it in a collective).
+    Stored gradients are planned as they are from the second micro-batch of a step on: all of them live together with its
+    activations. ``max_first_tokens``: see first_lengths. Raises DeviceMemoryError if a micro-batch of
+    ``trainer.max_micro_batch_tokens`` does not fit on some rank: on all of them from the plan, on one alone if that runs out
+    of memory before (the other ranks then fail in a collective).
     """
-    return _Rehearsal(trainer, meter, max_sequence_tokens).plan()
+    return _MemoryProfiler(trainer, meter, max_sequence_tokens).plan(max_first_tokens)
 
 
-class _Rehearsal:
+class _MemoryProfiler:
+    """The runs of ``plan_memory`` and what they measured on this rank. All ranks take the same lengths in the same order."""
+
     def __init__(self, trainer: Trainer, meter: Meter, max_sequence_tokens: int) -> None:
         self.trainer, self.meter, self.max_sequence_tokens = trainer, meter, max_sequence_tokens
         self.model, self.optimizer, self.tp = trainer.model, trainer.optimizer, trainer.tp
-        self.fused = trainer.gradients is GradientMode.fused
+        self.in_backward = trainer.gradients is GradientMode.fused
         self.device = trainer.device
         self.vocab_size = self.model.module.config.get_text_config().vocab_size
         trained = {id(p.leaf): p.leaf for p in self.model.parameters if p.leaf.requires_grad}
         self.leaves: list[nn.Parameter] = list(trained.values())
         self.not_finite = torch.full((), torch.nan, device=self.device)
         self.length = 0
-        self.rehearsed: list[Rehearsed] = []
+        self.runs: list[ProfiledRun] = []
         self.optimizer_peak = 0
 
-    def plan(self) -> MemoryPlan:
+    def plan(self, max_first_tokens: int) -> MemoryPlan:
+        """See plan_memory."""
         kept, tokens = self._kept_gradient_bytes(), self.trainer.max_micro_batch_tokens
         self._agree(MemoryPlan(self.tp.rank, tokens, kept, 0, 0, self.meter.available(), 0))
         skipped_before = self.optimizer.skipped_in_a_row
         try:
-            self._rehearse()
+            self._profile(max_first_tokens)
         except torch.OutOfMemoryError as error:
             traceback.clear_frames(error.__traceback__)  # they hold the activations, and the group that peers wait in
             self._clean_up()
-            text = self._ran_out()
+            text = self._refusal_after_out_of_memory()
             log.error("%s", text)  # at once: peers that wait in a collective may take long to give up
             self.tp.dissolve()
             raise DeviceMemoryError(text) from None
@@ -115,7 +122,7 @@ class _Rehearsal:
                 rank=self.tp.rank,
                 tokens=tokens,
                 gradients=kept,
-                activations=max(0, predict(self.rehearsed, tokens) - base - kept),
+                activations=max(0, predict(self.runs, tokens) - base - kept),
                 optimizer=max(0, self.optimizer_peak - base - kept),
                 available=self.meter.available(),
                 largest=self._largest(tokens),
@@ -125,64 +132,65 @@ class _Rehearsal:
     def _largest(self, max_tokens: int) -> int:
         """The largest number of tokens, up to ``max_tokens``, that should fit into what is free now, MARGIN included."""
         limit = self.meter.allocated() + int(self.meter.available() / (1 + MARGIN))
-        return longest_that_fits(self.rehearsed, max_tokens, limit)
+        return longest_that_fits(self.runs, max_tokens, limit)
 
     def _kept_gradient_bytes(self) -> int:
         """Bytes of the gradients that live until the optimizer's step."""
-        freed = set(self.optimizer.fused.names) if self.fused and self.optimizer.fused else set()
+        freed = set(self.optimizer.fused.names) if self.in_backward and self.optimizer.fused else set()
         kept = {id(p.leaf): p.leaf for p in self.model.parameters if p.leaf.requires_grad and p.name not in freed}
         return sum(leaf.nbytes for leaf in kept.values())
 
-    def _rehearse(self) -> None:
-        """Micro-batches of three lengths, and longer ones until the need is a straight line or the longest is reached."""
+    def _profile(self, max_first_tokens: int) -> None:
+        """Micro-batches of three lengths, and longer ones until the need is linear or the longest is reached."""
         max_tokens = self.trainer.max_micro_batch_tokens
         rows = -(-self.vocab_size // self.tp.size)  # of an even cut: all ranks must take the same lengths
-        lengths = first_lengths(max_tokens, CHUNK_BYTES // (4 * rows))
+        lengths = first_lengths(max_tokens, self.model.vocab.chunk_bytes // (4 * rows), max_first_tokens)
         self._step(lengths[0])  # compiles, allocates workspaces, and leaves gradients to be accumulated onto
         base = self.meter.allocated()
         for tokens in lengths:
-            self._try(tokens, base)
-        while self.length < max_tokens and self._is_bent(base):
-            self._try(min(2 * self.length, max_tokens), base)
+            self._run(tokens, base)
+        while self.length < max_tokens and not self._is_linear_on_all_ranks(base):
+            self._run(min(2 * self.length, max_tokens), base)
 
-    def _try(self, tokens: int, base: int) -> None:
-        self.rehearsed.append(Rehearsed(tokens, self._step(tokens)))
-        log.debug("trial of %d tokens: %.3f GB", tokens, (max(self.rehearsed[-1].peaks) - base) / 1e9)
+    def _run(self, tokens: int, base: int) -> None:
+        self.runs.append(ProfiledRun(tokens, self._step(tokens)))
+        log.debug("trial of %d tokens: %.3f GB", tokens, (max(self.runs[-1].peaks) - base) / 1e9)
 
-    def _is_bent(self, base: int) -> bool:
-        """On some rank. One all-reduce of one number."""
+    def _is_linear_on_all_ranks(self, base: int) -> bool:
+        """One all-reduce of one number."""
         # over the compute group, which a rank that raised meanwhile has left, so that the others do not wait for it
-        bent = torch.tensor(float(not is_straight(self.rehearsed, base)), device=self.device)
-        return bool(self.tp.all_reduce_(bent, dist.ReduceOp.MAX))
+        linear = torch.tensor(float(is_linear(self.runs, base)), device=self.device)
+        return bool(self.tp.all_reduce_(linear, dist.ReduceOp.MIN))
 
     def _step(self, tokens: int) -> tuple[int, ...]:
-        """One micro-batch and an optimizer step that writes nothing; the peak of each stretch up to the optimizer's."""
+        """One micro-batch and an optimizer step that writes nothing; the peak of each segment up to the optimizer's."""
         self.length = tokens
-        if self.fused:
+        if self.in_backward:
             self.model.zero_grad()
-        laps: list[int] = []
+        peaks: list[int] = []
 
-        def lap(_: object = None) -> None:
-            laps.append(self.meter.lap())
+        def end_segment(_: object = None) -> None:
+            peaks.append(self.meter.segment_peak())
 
         batch = self._batch(tokens)
-        self.meter.lap()
-        handles = [leaf.register_post_accumulate_grad_hook(lap) for leaf in self.leaves]  # after a fused update's hook
+        self.meter.segment_peak()
+        # registered after the hook that updates in the backward pass
+        handles = [leaf.register_post_accumulate_grad_hook(end_segment) for leaf in self.leaves]
         try:
             loss = self.model.forward_loss(batch.scaled(1.0 / batch.weight_sum).to(self.device)).loss
-            lap()
-            if self.fused:
+            end_segment()
+            if self.in_backward:
                 self.optimizer.begin_fused_step(loss=self.not_finite)
             loss.backward(unit(loss.device))
         finally:
             for handle in handles:
                 handle.remove()
         self.model.finish_gradients(compare=self.optimizer.config.check_replicas_every > 0)
-        lap()
+        end_segment()
         outcome = self.optimizer.step(loss=self.not_finite)
         assert outcome.skipped, "a step with a loss that is not finite went through"
-        self.optimizer_peak = self.meter.lap()
-        return tuple(laps)
+        self.optimizer_peak = self.meter.segment_peak()
+        return tuple(peaks)
 
     def _batch(self, tokens: int) -> PackedBatch:
         """One micro-batch of ``tokens`` in sequences as long as they may be; all tokens but each one's first are learned."""
@@ -194,25 +202,25 @@ class _Rehearsal:
 
     def _agree(self, plan: MemoryPlan) -> MemoryPlan:
         """The plan of the rank that lacks most. One all-gather. Raises DeviceMemoryError on all ranks if it lacks any."""
-        # over the compute group as in _is_bent; figures rather than errors, so not Control.agree
+        # over the compute group as in _is_linear_on_all_ranks; figures rather than errors, so not Control.agree
         own = [plan.gradients, plan.activations, plan.optimizer, plan.available, plan.largest]
         rows = self.tp.all_gather(torch.tensor([own], device=self.device)).tolist()
         plans = [MemoryPlan(rank, plan.tokens, *row) for rank, row in enumerate(rows)]
         worst = max(plans, key=lambda p: p.missing)
         if worst.missing > 0:
-            raise DeviceMemoryError(worst.refusal(recomputes=self._recomputes, fused=self.fused))
+            raise DeviceMemoryError(worst.refusal(recomputes=self._recomputes, in_backward=self.in_backward))
         return worst
 
-    def _ran_out(self) -> str:
-        """The refusal; two shorter trials tell what this rank has room for."""
-        return ran_out(
+    def _refusal_after_out_of_memory(self) -> str:
+        """The message; two shorter trials show what this rank has room for."""
+        return out_of_memory(
             self.tp.rank,
             self.length,
             self.trainer.max_micro_batch_tokens,
             self.meter.available(),
-            self._largest(self.length - 1) if len(self.rehearsed) > 1 else 0,
+            self._largest(self.length - 1) if len(self.runs) > 1 else 0,
             recomputes=self._recomputes,
-            fused=self.fused,
+            in_backward=self.in_backward,
         )
 
     @property
@@ -226,4 +234,4 @@ class _Rehearsal:
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
-        self.meter.lap()
+        self.meter.segment_peak()

@@ -21,7 +21,7 @@ from apollo_tp.model import BoundModel
 from apollo_tp.model.batch import PackedBatch, empty_share, pack, pack_pairs
 from apollo_tp.model.loss import preference_loss, unit
 from apollo_tp.optim import Optimizer
-from apollo_tp.training.cuda_graphs import Replays
+from apollo_tp.training.cuda_graphs import GraphCache
 from apollo_tp.wire.commands import PreferencePair, Sample, StepFigures
 
 
@@ -69,11 +69,11 @@ class Trainer:
         if gradients is not GradientMode.stored:
             optimizer.attach_fused()
         self.gradients = gradients
-        self._replays: Replays | None = None
+        self._replays: GraphCache | None = None
         self._has_compared = False
         self._progress = optimizer.progress()
 
-    def record_passes(self, replays: Replays) -> bool:
+    def record_passes(self, replays: GraphCache) -> bool:
         """From now on, replay consecutive steps of one batch structure. Returns False, and changes nothing, if that is never
         possible: where gradients are not stored, where the trainer pauses between layers for inference, or where the
         model's work depends on more than a batch's structure."""
@@ -128,13 +128,12 @@ class Trainer:
         loss_of: Callable[[PackedBatch], tuple[Tensor, Tensor]],
         learning_rate_scale: float,
         clock: _Clock,
-        replays: Replays | None = None,
+        replays: GraphCache | None = None,
     ) -> StepFigures:
         in_backward = self._updates_in_backward(batches)
-        batches = [
-            batch.to(self.device) for batch in batches
-        ]  # before any pass: a copy waits for work launched before it
-        if replays is None or not replays.ready(batches):
+        # before any pass: a copy waits for work launched before it
+        batches = [batch.to(self.device) for batch in batches]
+        if replays is None or not replays.can_replay(batches):
             self._make_room()
             replays = None
         self._pace.begin()
@@ -254,11 +253,11 @@ class Trainer:
         if self.device.type != "cuda":
             return 0
         peak = self._replays.peak_memory_bytes() if self._replays else torch.cuda.max_memory_allocated(self.device)
-        return peak + (2 * self.tp.peers.num_bytes if self.tp.peers else 0)  # which torch's allocator does not count
+        return peak + self.tp.peers.allocated_bytes()
 
     def _make_room(self) -> None:
         if self._replays is not None:
-            self._replays.make_room()
+            self._replays.release()
 
 
 class _Clock:

@@ -15,7 +15,6 @@ import torch
 from torch import nn
 
 from apollo_tp.runtime import instance_folder, processes
-from apollo_tp.shards.dtypes import DTYPES, NAMES
 from apollo_tp.shards.instance import ENDPOINTS_VARIABLE
 from apollo_tp.shards.manifest import (
     SCHEMA_VERSION,
@@ -26,6 +25,7 @@ from apollo_tp.shards.manifest import (
     SegmentRecord,
     ServedTensor,
 )
+from apollo_tp.shards.mapping import DTYPES, NAMES
 from apollo_tp.vllm_plugin import checkpoint_index
 from apollo_tp.vllm_plugin.compat import config, release
 from apollo_tp.vllm_plugin.copies import second_copies

@@ -16,7 +16,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from apollo_tp.cli import main as cli
-from apollo_tp.model.served_config import as_served
+from apollo_tp.model.build import as_served
 from apollo_tp.shards.mapping import map_rank, verify_against_checkpoint
 from apollo_tp.shards.serving import SERVING_FILE
 from apollo_tp.wire.commands import Sample

@@ -13,7 +13,8 @@ from transformers import Qwen3Config
 
 from apollo_tp.config import OptimConfig, Precision
 from apollo_tp.distributed.tp_group import TPGroup
-from apollo_tp.model import bind_model, compiled
+from apollo_tp.model import bind_model
+from apollo_tp.model.compiled import CompileOptions
 from apollo_tp.optim import build_optimizer
 from apollo_tp.training.trainer import Trainer
 from apollo_tp.wire.commands import Sample
@@ -32,7 +33,6 @@ STEPS, TOKENS = 60, 2048
 def _train(tp: TPGroup, by_timing: bool) -> tuple[int, int]:
     """Numbers of the norms' gradients that differ between the ranks before they agree, and all of them, over all steps.
     Raises ReplicaError after a step that leaves a weight with different bits."""
-    compiled.SAME_KERNELS = not by_timing
     torch.cuda.set_device(tp.rank)
     tp = TPGroup.world("nccl", datetime.timedelta(seconds=60))
     sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
@@ -41,7 +41,9 @@ def _train(tp: TPGroup, by_timing: bool) -> tuple[int, int]:
     torch.manual_seed(0)
     config = Qwen3Config(**CONFIG)
     shards, side_by_side = served_memory(config, "cuda", tp)
-    model = bind_model(config, shards, tp, fused=side_by_side, compiled=True)
+    model = bind_model(
+        config, shards, tp, fused_tensors=side_by_side, compiled=CompileOptions(deterministic_kernels=not by_timing)
+    )
     optim = OptimConfig(lr=1e-4, max_relative_update=1.0, check_replicas_every=1)
     optimizer = build_optimizer(optim, Precision.remainder, model.parameters, tp)
     device = torch.device("cuda", torch.cuda.current_device())

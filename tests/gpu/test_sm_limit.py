@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from apollo_tp.gpu_sharing import sm_limit as sm_share
+from apollo_tp.gpu_sharing import sm_limit
 from apollo_tp.gpu_sharing.product_check import sampled_lengths, wrong_products
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(120)]
@@ -42,15 +42,15 @@ def test_kernels_and_replays_run_on_that_many_multiprocessors(device: torch.devi
     _where[(PROGRAMS,)](out)
     total = torch.cuda.get_device_properties(device).multi_processor_count
     assert len(set(out.tolist())) == total
-    count = sm_share.confine(device, percent)
-    assert count == sm_share.num_sms(percent, total)
+    count = sm_limit.limit_sms(device, percent)
+    assert count == sm_limit.num_sms(percent, total)
     _where[(PROGRAMS,)](out.fill_(-1))
     mine = set(out.tolist())
     assert len(mine) == count
     graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
-    confined = stream != torch.cuda.default_stream()
-    assert confined == (count < total)
-    with torch.cuda.graph(graph, stream=stream if confined else None):
+    is_limited = stream != torch.cuda.default_stream()
+    assert is_limited == (count < total)
+    with torch.cuda.graph(graph, stream=stream if is_limited else None):
         _where[(PROGRAMS,)](out)
     out.fill_(-1)
     graph.replay()
@@ -60,7 +60,7 @@ def test_kernels_and_replays_run_on_that_many_multiprocessors(device: torch.devi
 @pytest.mark.parametrize("percent", [25, 50, 60, 75, 90])
 def test_products_are_right_there(device: torch.device, percent: int) -> None:
     """At shares of which 60 and 75 are wrong where MPS grants them (test_products)."""
-    count = sm_share.confine(device, percent)
+    count = sm_limit.limit_sms(device, percent)
     lengths = sampled_lengths(4096)
     wrong = [line for shape in ((4096, 2048), (3072, 4096), (12288, 4096))
              for line in wrong_products(*shape, torch.bfloat16, lengths, device)]  # fmt: skip
@@ -72,10 +72,10 @@ def test_where_there_is_no_such_share_the_refusal_names_the_cure() -> None:
     code = """
 import json, torch
 from torch.cuda import green_contexts
-from apollo_tp.gpu_sharing.sm_limit import confine
+from apollo_tp.gpu_sharing.sm_limit import limit_sms
 def none(**_): raise RuntimeError("PyTorch was not built with Green Context support!")
 green_contexts.GreenContext.create = none
-try: confine(torch.device("cuda", 0), 50)
+try: limit_sms(torch.device("cuda", 0), 50)
 except Exception as error: print(json.dumps([type(error).__name__, str(error)]))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100, check=True)

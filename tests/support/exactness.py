@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from apollo_tp.distributed.tp_group import TPGroup
@@ -87,14 +87,16 @@ def check_case(tp: TPGroup, case: Case, checkpoint: Path) -> dict[str, float]:
     """Relative errors by name ("loss", "logprobs" and every checkpoint tensor) on this rank."""
     config = AutoConfig.from_pretrained(checkpoint)
     model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32, attn_implementation="eager")
+    mapped = map_case(checkpoint, tp)
+    bound = bind_model(
+        config, mapped.tensors, tp, fused_tensors=mapped.fused_tensors,
+        gradient_checkpointing=case.gradient_checkpointing,
+    )  # fmt: skip
     batch = samples(config.get_text_config().vocab_size)
+    _insert(batch, _like_padding(config, bound, tp))
     loss, gradients = reference_gradients(model, batch)
     with torch.no_grad():
         logprobs = reference_logprobs(model, batch)
-    mapped = map_case(checkpoint, tp)
-    bound = bind_model(
-        config, mapped.tensors, tp, fused=mapped.fused, gradient_checkpointing=case.gradient_checkpointing
-    )
     batches = pack(batch, case.max_tokens)
     got = train_gradients(bound, batches)
     errors = {"loss": abs(got - loss) / abs(loss), "logprobs": _logprob_error(bound, batches, batch, logprobs)}
@@ -109,6 +111,20 @@ def check_case(tp: TPGroup, case: Case, checkpoint: Path) -> dict[str, float]:
     assert all("vision" in name or "visual" in name or "projector" in name for name in bound.untouched)
     assert set(bound.untouched) | set(gradients) == set(mapped.tensors)
     return errors
+
+
+def _like_padding(config: PretrainedConfig, bound: BoundModel, tp: TPGroup) -> list[int]:
+    """The padding token, and the tokens whose row has its number on another rank: ordinary ones, which have a gradient."""
+    text = config.get_text_config()
+    if text.pad_token_id is None:
+        return []
+    starts = tp.all_gather(torch.tensor([bound.vocab.start])).tolist()
+    return [start + text.pad_token_id for start in starts if start + text.pad_token_id < text.vocab_size]
+
+
+def _insert(batch: list[Sample], tokens: list[int]) -> None:
+    """Put ``tokens`` in the middle of the first sample, where they are both read and predicted."""
+    batch[0].token_ids[10 : 10 + len(tokens)] = tokens
 
 
 def _logprob_error(bound: BoundModel, batches: list[PackedBatch], batch: list[Sample], expected: list[Tensor]) -> float:

@@ -39,7 +39,7 @@ class Run:
             AutoConfig.from_pretrained(folder / case.checkpoint),
             self.tensors,
             tp,
-            fused=mapped.fused,
+            fused_tensors=mapped.fused_tensors,
             gradient_checkpointing=case.gradient_checkpointing,
         )
         self.leaves = list({id(p.leaf): p.leaf for p in model.parameters}.values())

@@ -8,7 +8,7 @@ import tempfile
 import textwrap
 from pathlib import Path
 
-from apollo_tp.model.families import FULL_WIDTH_NORMS, FUSED, LAYER_TYPES, LOGITS
+from apollo_tp.model.families import FULL_WIDTH_NORMS, FUSED_TENSORS, LAYER_TYPES, LOGITS
 from tests.support.exactness import Results, run_cases
 from tests.support.families import CASES, FAMILIES, REFUSED, SERVED, SIZES, Family
 from tests.support.ranks import run_ranks
@@ -88,7 +88,7 @@ def _tolerances() -> str:
 def _differences() -> list[str]:
     rows = [(f"`{row.field}` in the config", row.reason) for row in LOGITS]
     rows += [(f"`{name}`", reason) for name, reason in FULL_WIDTH_NORMS.items()]
-    fused = ", ".join(f"`{name}`" for name in FUSED)
+    fused = ", ".join(f"`{name}`" for name in FUSED_TENSORS)
     rows.append((fused, "a rank must hold its share of every part of a fused tensor"))
     rows.append(("gated delta nets", "packed sequences must not share a convolution window or a recurrent state"))
     head = [

@@ -13,7 +13,7 @@ from transformers import AutoConfig
 from apollo_tp.distributed.tp_group import TPGroup
 from apollo_tp.model import bind_model
 from apollo_tp.model.batch import pack
-from apollo_tp.model.served_config import as_served
+from apollo_tp.model.build import as_served
 from apollo_tp.shards.instance import read_instance
 from apollo_tp.shards.manifest import Manifest
 from apollo_tp.shards.mapping import MappedRank, map_rank, verify_against_checkpoint
@@ -53,7 +53,7 @@ def trainer_logprobs(tp: TPGroup, manifests: list[Manifest], samples: list[Sampl
     mapped = map_rank(manifests, tp.rank)
     config = AutoConfig.from_pretrained(manifests[0].model_path)
     config = as_served(config, manifests[0].config_overrides, manifests[0].max_model_len)
-    bound = bind_model(config, mapped.tensors, tp, fused=mapped.fused)
+    bound = bind_model(config, mapped.tensors, tp, fused_tensors=mapped.fused_tensors)
     (batch,) = pack(samples, 1024)
     with torch.no_grad():
         return bound.sequence_logprobs(batch).tokens[: len(samples[0].token_ids) - 1].tolist()

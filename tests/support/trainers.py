@@ -23,7 +23,7 @@ CONFIG = OptimConfig(rank=8, lr=1e-3, max_relative_update=1.0)
 def make_trainer(tp: TPGroup, checkpoint: Path, config: OptimConfig = CONFIG) -> tuple[Trainer, dict]:
     """A trainer over memory of this process, and the mapped tensors by name."""
     mapped = map_case(checkpoint, tp)
-    model = bind_model(AutoConfig.from_pretrained(checkpoint), mapped.tensors, tp, fused=mapped.fused)
+    model = bind_model(AutoConfig.from_pretrained(checkpoint), mapped.tensors, tp, fused_tensors=mapped.fused_tensors)
     optimizer = build_optimizer(config, Precision.remainder, model.parameters, tp)
     trainer = Trainer(model, optimizer, tp, device=torch.device("cpu"), max_micro_batch_tokens=64)
     return trainer, mapped.tensors

@@ -13,9 +13,8 @@ from apollo_tp.distributed.tp_group import TPGroup
 from apollo_tp.errors import UnsupportedModelError
 from apollo_tp.model import bind, bind_model
 from apollo_tp.model.batch import pack
+from apollo_tp.model.build import build_on_meta, narrow_config, refusing
 from apollo_tp.model.names import NameMap, map_names
-from apollo_tp.model.narrow import build_on_meta, narrow_config
-from apollo_tp.model.refusal import refusing
 from apollo_tp.shards.boxes import Shard
 from apollo_tp.wire.commands import Sample
 from tests.support.exactness import reference_gradients, relative_error, samples, train_gradients

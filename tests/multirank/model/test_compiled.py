@@ -11,10 +11,10 @@ from torch import nn
 from transformers import AutoConfig, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from apollo_tp.distributed.tp_group import TPGroup
-from apollo_tp.model import BoundModel, bind_model, compiled, tp_linear
+from apollo_tp.model import BoundModel, bind_model
 from apollo_tp.model.attention import _one_padded_sequence, _one_sequence
 from apollo_tp.model.batch import pack
-from apollo_tp.model.compiled import compile_layers, decoder_layers
+from apollo_tp.model.compiled import CompileOptions, compile_layers, decoder_layers
 from apollo_tp.model.joined import JoinedLinear, JoinedPart, stack_rows
 from tests.support.exactness import relative_error, samples, train_gradients
 from tests.support.families import CASES
@@ -25,12 +25,13 @@ LENGTHS = ((37, 5, 20), (29, 11))
 """Samples of each step: other lengths and other numbers of sequences than those that were compiled first."""
 
 
-def _bound(tp: TPGroup, folder: Path, name: str, *, fast: bool) -> BoundModel:
+def _bound(tp: TPGroup, folder: Path, name: str, compiled: CompileOptions | None = None) -> BoundModel:
     case = CASES[name]
     mapped = map_case(folder / case.checkpoint, tp)
     config = AutoConfig.from_pretrained(folder / case.checkpoint)
     return bind_model(
-        config, mapped.tensors, tp, fused=mapped.fused, gradient_checkpointing=case.gradient_checkpointing, compiled=fast
+        config, mapped.tensors, tp, fused_tensors=mapped.fused_tensors,
+        gradient_checkpointing=case.gradient_checkpointing, compiled=compiled,
     )  # fmt: skip
 
 
@@ -42,9 +43,10 @@ def _summed_bytes(tp: TPGroup, run: Callable[[], float]) -> tuple[float, int]:
 
 def _check_compiled(tp: TPGroup, folder: Path, name: str, backend: str) -> float:
     """The largest relative error of a loss or a gradient over the steps."""
-    compiled.BACKEND = backend
-    tp_linear.MIN_PART_ROWS = 16  # of these small models too, the larger parts have products of their own
-    plain, fast = (_bound(tp, folder, name, fast=fast) for fast in (False, True))
+    plain, fast = _bound(tp, folder, name), _bound(tp, folder, name, CompileOptions(backend=backend))
+    for module in (*plain.module.modules(), *fast.module.modules()):
+        if isinstance(module, JoinedLinear):
+            module.min_part_rows = 16  # of these small models too, the larger parts have products of their own
     worst, residuals = 0.0, 0
     summed_products = tp.summed_products
 
@@ -91,7 +93,7 @@ def test_compiled_layers_have_the_same_gradients(name: str, size: int, backend: 
 
 
 def _modules(tp: TPGroup, folder: Path, name: str) -> tuple[int, list[tuple[str, ...]]]:
-    bound = _bound(tp, folder, name, fast=False)
+    bound = _bound(tp, folder, name)
     joined = {n for n, child in bound.module.named_modules() if isinstance(child, JoinedPart)}
     leaves: dict[int, list[str]] = {}
     for parameter in bound.parameters:
@@ -108,14 +110,11 @@ def test_what_is_served_side_by_side_is_one_product(size: int, checkpoints: Path
 
 
 @pytest.mark.parametrize("min_part_rows", [1, 1024])
-def test_parts_of_a_joined_product_asked_out_of_turn_are_right(
-    min_part_rows: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_parts_of_a_joined_product_asked_out_of_turn_are_right(min_part_rows: int) -> None:
     """Another input, another order, a part twice: slower, never another part's numbers or gradients; nothing is kept
     afterwards. With products of the parts in the backward pass, and with one."""
-    monkeypatch.setattr(tp_linear, "MIN_PART_ROWS", min_part_rows)
     weight, bias = nn.Parameter(torch.randn(7, 3)), nn.Parameter(torch.randn(7))
-    joined = JoinedLinear(weight, bias, (2, 4, 1))
+    joined = JoinedLinear(weight, bias, (2, 4, 1), min_part_rows)
     parts = [JoinedPart(joined, i) for i in range(3)]
     x, y = torch.randn(5, 3, requires_grad=True), torch.randn(5, 3, requires_grad=True)
     rows = [slice(0, 2), slice(2, 6), slice(6, 7)]
@@ -177,7 +176,7 @@ def test_padding_behind_a_sequence_changes_nothing(length: int) -> None:
 
 
 def _layers_compiled(tp: TPGroup, folder: Path) -> int:
-    return compile_layers(_bound(tp, folder, "olmo2", fast=False).module)
+    return compile_layers(_bound(tp, folder, "olmo2").module, CompileOptions())
 
 
 def test_a_model_with_routed_experts_is_not_compiled() -> None:
@@ -187,7 +186,7 @@ def test_a_model_with_routed_experts_is_not_compiled() -> None:
     with torch.device("meta"):
         model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes, mlp_only_layers=[0]))
     assert [type(layer.mlp).__name__ for layer in model.model.layers] == ["Qwen3MoeMLP", "Qwen3MoeSparseMoeBlock"]
-    assert compile_layers(model) == 0
+    assert compile_layers(model, CompileOptions()) == 0
 
 
 def test_layers_with_independent_collectives_are_not_compiled(checkpoints: Path) -> None:

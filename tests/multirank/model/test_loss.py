@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from apollo_tp.distributed.tp_group import TPGroup
-from apollo_tp.model import loss
 from apollo_tp.model.loss import LogitsTransform, VocabShard, nll_sum, target_logprobs
 from tests.support.ranks import run_ranks
 
@@ -22,17 +21,17 @@ def _compare(tp: TPGroup, bounds: list[tuple[int, int]]) -> dict[str, float | di
     weight = torch.randn(rows, WIDTH, generator=generator, requires_grad=True)
     targets = torch.randint(rows, (TOKENS,), generator=generator)
     upstream = torch.randn(TOKENS, generator=generator)
-    loss.CHUNK_BYTES = 4 * 5 * -(-rows // tp.size)  # chunks of 5 tokens, where ranks hold equally many rows
+    chunk_bytes = 4 * 5 * -(-rows // tp.size)  # chunks of 5 tokens, where ranks have equally many rows
     transform = LogitsTransform(0.7, 5.0)
     expected = transform(hidden @ weight.T).log_softmax(-1).gather(1, targets[:, None])[:, 0]
     expected_hidden, expected_weight = torch.autograd.grad(expected, (hidden, weight), upstream)
     local = weight.detach()[start:stop].clone().requires_grad_()
     before = dict(tp.traffic)
-    got, correct = target_logprobs(hidden, local, targets, VocabShard(start, tp, transform))
+    got, correct = target_logprobs(hidden, local, targets, VocabShard(start, tp, transform, chunk_bytes=chunk_bytes))
     forward = tp.traffic["all_reduce"] - before.get("all_reduce", 0)
     got_hidden, got_weight = torch.autograd.grad(got, (hidden, local), upstream)
     backward = tp.traffic["all_reduce"] - before.get("all_reduce", 0) - forward
-    vocab = VocabShard(start, tp, transform, global_rows=rows)
+    vocab = VocabShard(start, tp, transform, global_rows=rows, chunk_bytes=chunk_bytes)
     total, summed_correct = nll_sum(hidden, local, targets, upstream, vocab)
     sum_hidden, sum_weight = torch.autograd.grad(total, (hidden, local))
     summed = tp.traffic["all_reduce"] - before.get("all_reduce", 0) - forward - backward

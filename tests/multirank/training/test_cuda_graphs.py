@@ -15,11 +15,11 @@ import torch
 import torch.distributed as dist
 
 from apollo_tp.config import GradientMode
-from apollo_tp.distributed.peer_memory import PeerSums
+from apollo_tp.distributed.peer_memory import PeerBuffers
 from apollo_tp.distributed.tp_group import TPGroup
 from apollo_tp.model import BoundModel
 from apollo_tp.model.batch import PackedBatch, pack
-from apollo_tp.training.cuda_graphs import Replays, assign
+from apollo_tp.training.cuda_graphs import GraphCache, assign_gradients
 from tests.support.exactness import samples
 from tests.support.figures import without_times
 from tests.support.gradient_runs import CONFIG, Run, differing, state
@@ -49,7 +49,7 @@ class Recomputed:
 
     def replay(self, between: Callable[[], None]) -> None:
         between()
-        assign(self.model, self.gradients if self.adds else [None] * len(self.gradients))
+        assign_gradients(self.model, self.gradients if self.adds else [None] * len(self.gradients))
         self._run()
         if not self.adds:
             for leaf, gradient in zip(self.model.leaves, self.gradients, strict=True):
@@ -63,11 +63,11 @@ class Recomputed:
 class Recorder:
     """Counts recordings: "first" or "adds". The recording number ``fails_at`` fails, on the last rank."""
 
-    def __init__(self, run: Run, *, beside: bool = True, fails_at: int = 0) -> None:
+    def __init__(self, run: Run, *, keep: bool = True, fails_at: int = 0) -> None:
         self.made: list[str] = []
         self._fails_at = fails_at
         run.trainer.model.is_static = True
-        self.replays = Replays(run.trainer.model, beside=beside, record=self._record)
+        self.replays = GraphCache(run.trainer.model, keep=keep, record=self._record)
         assert run.trainer.record_passes(self.replays)
 
     def _record(self, model: BoundModel, batch: PackedBatch, before: Recomputed | None) -> Recomputed:
@@ -102,7 +102,7 @@ def _check_replay(tp: TPGroup, folder: Path) -> None:
     # another step in between: what is recorded stays, or makes room
     in_between = [SHORT] * 9 + [LONG] + [SHORT] * 2
     assert compare(tp, folder, in_between) == [[0] + [1] * 11, ["first"]]
-    assert compare(tp, folder, in_between, beside=False) == [[0] + [1] * 10 + [2], ["first"] * 2]
+    assert compare(tp, folder, in_between, keep=False) == [[0] + [1] * 10 + [2], ["first"] * 2]
     assert compare(tp, folder, [(20, 60), (20, 60)])[1] == [], "two micro-batches that are not alike"
 
 
@@ -121,11 +121,11 @@ def test_work_that_cannot_be_recorded_on_one_rank_runs_as_usual_on_all(size: int
     run_ranks(_check_failure, size, checkpoints)
 
 
-class MappedSums(PeerSums):
+class MappedBuffers(PeerBuffers):
     """Sums through memory of two processes on a CPU."""
 
     def __init__(self, rank: int, folder: Path, num_bytes: int) -> None:
-        self.num_bytes, self._turn = num_bytes, 0
+        self.num_bytes, self._turn, self._in_blocks = num_bytes, 0, False
         self._handle = SimpleNamespace(barrier=lambda channel: dist.barrier())  # type: ignore[assignment]
         mine, other = (
             torch.from_file(str(folder / f"rank-{r}"), shared=True, size=2 * num_bytes, dtype=torch.uint8)
@@ -136,23 +136,22 @@ class MappedSums(PeerSums):
 
 def _check_a_broken_recording(tp: TPGroup, folder: Path, sums_before_failure: int) -> list[bool]:
     """Whether each of four sums is right, after a recording of eight in which the last rank failed."""
-    torch.cuda.is_current_stream_capturing = lambda: False
-    tp.peers = peers = MappedSums(tp.rank, folder, 1024)
+    tp.peers.buffers = buffers = MappedBuffers(tp.rank, folder, 1024)
 
     def record(*_: object) -> None:
         for position in range(8):  # nothing runs while CUDA records: the host alone goes through the sums
             if tp.rank and position == sums_before_failure:
                 raise RuntimeError("out of memory")
-            peers._next_half(8, 16, torch.float32)
+            buffers._next_half(8, 16, torch.float32)
 
     model = SimpleNamespace(tp=tp, zero_grad=lambda: None)
-    replays = Replays(model, beside=True, record=record)  # type: ignore[arg-type]
+    replays = GraphCache(model, keep=True, record=record)  # type: ignore[arg-type]
     batches = pack(samples(lengths=SHORT), 64)
-    assert [replays.ready(batches) for _ in range(3)] == [False] * 3
+    assert [replays.can_replay(batches) for _ in range(3)] == [False] * 3
     right = []
     for _ in range(4):
         a, b = torch.randn(8, 32), torch.randn(32, 16)
-        right.append(torch.equal(peers.summed_products([(a, b)], None), tp.all_reduce_(a @ b)))
+        right.append(torch.equal(buffers.summed_products([(a, b)], None), tp.all_reduce_(a @ b)))
     return right
 
 
@@ -186,15 +185,15 @@ def test_steps_that_cannot_be_recorded_are_not(checkpoints: Path) -> None:
     for mode, is_static in ((GradientMode.stored, False), (GradientMode.auto, True)):
         run = Run(TPGroup.single(), checkpoints, "qwen3", mode, CONFIG)
         run.trainer.model.is_static = is_static
-        assert not run.trainer.record_passes(Replays(run.trainer.model, beside=True))
+        assert not run.trainer.record_passes(GraphCache(run.trainer.model, keep=True))
 
 
 def test_recordings_that_do_not_pay_become_rare(checkpoints: Path) -> None:
     """Two steps of a structure, two of another, and so on: each would be recorded for one replay."""
     by_turns = [SHORT, SHORT, LONG, LONG, TWO[:1], TWO[:1]] * 3
-    assert compare(TPGroup.single(), checkpoints, by_turns, beside=False)[1] == ["first"]
+    assert compare(TPGroup.single(), checkpoints, by_turns, keep=False)[1] == ["first"]
     long_runs = [SHORT] * 12 + [LONG] * 12 + [SHORT] * 3 + [LONG] * 12
-    made, kinds = compare(TPGroup.single(), checkpoints, long_runs, beside=False)
+    made, kinds = compare(TPGroup.single(), checkpoints, long_runs, keep=False)
     assert kinds == ["first"] * 4
     assert [made.index(n) for n in (1, 2, 3, 4)] == [1, 13, 25, 29], (
         "the last waits for two repeats: SHORT had two replays"

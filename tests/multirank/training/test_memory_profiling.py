@@ -1,4 +1,4 @@
-"""Rehearsed steps: they leave no trace, all ranks agree on the plan, and what does not fit is refused on all of them.
+"""Memory profiling runs: they leave no trace, all ranks agree on the plan, and what does not fit is refused on all of them.
 
 A counter stands in for a GPU's allocator: the gradients that live, and ``PER_TOKEN`` bytes for each token of a micro-batch.
 """
@@ -16,7 +16,6 @@ from apollo_tp.distributed.tp_group import TPGroup
 from apollo_tp.errors import DeviceMemoryError
 from apollo_tp.model import LossSums
 from apollo_tp.model.batch import PackedBatch
-from apollo_tp.training import memory_plan
 from apollo_tp.training.memory_plan import MARGIN, MemoryPlan
 from apollo_tp.training.memory_profiling import plan_memory
 from tests.support.exactness import samples
@@ -49,7 +48,7 @@ class Counter:
     def allocated(self) -> int:
         return sum(leaf.grad.nbytes for leaf in self.run.leaves if leaf.grad is not None)
 
-    def lap(self) -> int:
+    def segment_peak(self) -> int:
         peak, self.most = max(self.most, self.allocated()), 0
         return peak
 
@@ -57,39 +56,39 @@ class Counter:
         return self.room - self.allocated()
 
 
-def _check_rehearsal(tp: TPGroup, folder: Path, name: str, mode: GradientMode) -> None:
-    rehearsed, plain = Run(tp, folder, name, mode), Run(tp, folder, name, mode)
-    optimizer = rehearsed.trainer.optimizer
+def _check_profiling(tp: TPGroup, folder: Path, name: str, mode: GradientMode) -> None:
+    profiled, plain = Run(tp, folder, name, mode), Run(tp, folder, name, mode)
+    optimizer = profiled.trainer.optimizer
     for lengths in (ONE_BATCH, ONE_BATCH if mode is GradientMode.fused else SEVERAL):
-        before, skipped = state(rehearsed), optimizer.skipped_in_a_row
-        counter = Counter(rehearsed)
-        plan = plan_memory(rehearsed.trainer, counter, max_sequence_tokens=20)
-        assert differing(before, state(rehearsed)) == []
+        before, skipped = state(profiled), optimizer.skipped_in_a_row
+        counter = Counter(profiled)
+        plan = plan_memory(profiled.trainer, counter, max_sequence_tokens=20)
+        assert differing(before, state(profiled)) == []
         assert (optimizer.step_count, optimizer.skipped_in_a_row) == (plain.trainer.optimizer.step_count, skipped)
-        assert all(leaf.grad is None for leaf in rehearsed.leaves)
+        assert all(leaf.grad is None for leaf in profiled.leaves)
         assert set(counter.lengths) == {16, 32, 64}
         assert plan.tokens == plan.largest == 64
         beside = 0 if mode is GradientMode.fused else plan.gradients  # a fused step begins without gradients
         assert plan.gradients + plan.activations == beside + 64 * PER_TOKEN
-        results = [run.trainer.step(samples(vocab_size=64, lengths=lengths)) for run in (rehearsed, plain)]
+        results = [run.trainer.step(samples(vocab_size=64, lengths=lengths)) for run in (profiled, plain)]
         assert without_times(results[0]) == without_times(results[1])
-        assert differing(state(plain), state(rehearsed)) == []
-        assert differing(before, state(rehearsed)), "the step after it trains"
-    whole = sum(leaf.nbytes for leaf in rehearsed.leaves)
+        assert differing(state(plain), state(profiled)) == []
+        assert differing(before, state(profiled)), "the step after it trains"
+    whole = sum(leaf.nbytes for leaf in profiled.leaves)
     if plan.rank == tp.rank:
         assert plan.gradients < whole if mode is GradientMode.fused else plan.gradients == whole
 
 
-def _check_all_rehearsals(tp: TPGroup, folder: Path) -> None:
+def _check_all_profilings(tp: TPGroup, folder: Path) -> None:
     for name in NAMES:
         for mode in MODES:
-            _check_rehearsal(tp, folder, name, mode)
+            _check_profiling(tp, folder, name, mode)
 
 
 @pytest.mark.parametrize("size", [1, 2])
-def test_a_rehearsal_leaves_no_trace(size: int, checkpoints: Path) -> None:
-    """Weights, moments and counters keep their bits, and later steps are those of a trainer that was never rehearsed."""
-    run_ranks(_check_all_rehearsals, size, checkpoints, deadline_seconds=280)
+def test_a_profiling_run_leaves_no_trace(size: int, checkpoints: Path) -> None:
+    """Weights, moments and counters keep their bits, and later steps are those of a trainer that was never profiled."""
+    run_ranks(_check_all_profilings, size, checkpoints, deadline_seconds=280)
 
 
 def _check_lack(tp: TPGroup, folder: Path) -> tuple[str, list[int]]:
@@ -98,10 +97,8 @@ def _check_lack(tp: TPGroup, folder: Path) -> tuple[str, list[int]]:
     before = state(run)
     gradients = sum(leaf.nbytes for leaf in run.leaves)
     counter = Counter(run, gradients + 3000 * PER_TOKEN if tp.rank == tp.size - 1 else PLENTY)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(memory_plan, "LONGER", 256)
-        with pytest.raises(DeviceMemoryError) as refused:
-            plan_memory(run.trainer, counter, max_sequence_tokens=64)
+    with pytest.raises(DeviceMemoryError) as refused:
+        plan_memory(run.trainer, counter, max_sequence_tokens=64, max_first_tokens=256)
     assert differing(before, state(run)) == []
     return str(refused.value), counter.lengths
 
@@ -129,7 +126,7 @@ def _check_no_room_for_gradients(tp: TPGroup, folder: Path) -> list[int]:
 
 
 @pytest.mark.parametrize("size", [1, 2])
-def test_gradients_that_do_not_fit_are_refused_without_a_rehearsal(size: int, checkpoints: Path) -> None:
+def test_gradients_that_do_not_fit_are_refused_without_a_profiling_run(size: int, checkpoints: Path) -> None:
     assert run_ranks(_check_no_room_for_gradients, size, checkpoints) == [[]] * size
 
 
@@ -148,7 +145,9 @@ def _check_running_out(tp: TPGroup, folder: Path) -> str:
 
 
 @pytest.mark.parametrize("size", [1, 2])
-def test_a_rehearsal_that_runs_out_of_memory_is_a_refusal_and_wakes_the_others(size: int, checkpoints: Path) -> None:
+def test_a_profiling_run_that_runs_out_of_memory_is_a_refusal_and_wakes_the_others(
+    size: int, checkpoints: Path
+) -> None:
     text = run_ranks(_check_running_out, size, checkpoints, deadline_seconds=60)[-1]
     assert f"rank {size - 1}: got an out-of-memory error from a trial micro-batch of" in text
     assert "train.gradient_checkpointing=true" in text
@@ -159,11 +158,10 @@ def _slope_that_shows_late(tp: TPGroup, folder: Path) -> tuple[MemoryPlan, list[
     run = Run(tp, folder, "qwen3", GradientMode.fused)
     counter = Counter(run)
     if tp.rank == 0:
-        counter.lap = lambda: max([60, *counter.lengths[-1:]]) * PER_TOKEN  # type: ignore[method-assign]
+        counter.segment_peak = lambda: max([60, *counter.lengths[-1:]]) * PER_TOKEN  # type: ignore[method-assign]
     run.trainer.max_micro_batch_tokens = 640
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(memory_plan, "LONGER", 16)
-        return plan_memory(run.trainer, counter, max_sequence_tokens=64), counter.lengths
+    plan = plan_memory(run.trainer, counter, max_sequence_tokens=64, max_first_tokens=16)
+    return plan, counter.lengths
 
 
 @pytest.mark.parametrize("size", [1, 2])

@@ -14,7 +14,7 @@ from apollo_tp.config import Precision, SyncMode
 from apollo_tp.distributed.control import Control
 from apollo_tp.distributed.tp_group import TPGroup
 from apollo_tp.errors import ApolloTpError, DeadlineError, ReplicaError
-from apollo_tp.model import gradients
+from apollo_tp.model.gradients import BUCKET_BYTES
 from apollo_tp.optim import build_optimizer
 from apollo_tp.optim import update_group as bundle
 from apollo_tp.training.rank_loop import RankLoop
@@ -160,9 +160,9 @@ def test_matrices_of_a_large_model_come_in_groups_and_none_is_left_out() -> None
 def _norms_one_by_one(tp: TPGroup, checkpoint: Path) -> bool:
     """A step with the smallest buckets of replicated gradients equals one with the usual ones, bit for bit."""
     ends = []
-    for size in (gradients.BUCKET_BYTES, 1):
-        gradients.BUCKET_BYTES = size
+    for size in (BUCKET_BYTES, 1):
         trainer, tensors = make_trainer(tp, checkpoint)
+        trainer.model.gradient_sync.bucket_bytes = size
         trainer.step(samples())
         ends.append({name: tensor.clone() for name, (_, tensor) in tensors.items()})
     return all(torch.equal(ends[0][name], tensor) for name, tensor in ends[1].items())

@@ -9,8 +9,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from apollo_tp.distributed.tp_group import TPGroup
 from apollo_tp.gpu_sharing.pace import Pace
+from apollo_tp.model.build import build_on_meta
 from apollo_tp.model.compiled import decoder_layers
-from apollo_tp.model.narrow import build_on_meta
 from tests.support.families import FAMILIES
 
 FORWARD, BACKWARD, REST = 2.0, 5.0, 1.0
@@ -92,7 +92,7 @@ def test_nothing_is_slept_while_the_server_stands_still() -> None:
     """From ``hold`` to the next command; the wait for the pause is nobody's work."""
     machine, module, pace = paced(0.5)
     pace.begin()
-    pace.hold()
+    pace.suspend()
     machine.now += 30.0
     module(torch.ones(3, requires_grad=True)).sum().backward()
     pace.give_way()

@@ -85,10 +85,9 @@ def test_lengths_are_spread_and_wide_layers_are_cut(monkeypatch: pytest.MonkeyPa
     assert sum(n % 2 for n in sampled_lengths(4096)) >= 8
     assert sampled_lengths(1) == [1]
     assert max(sampled_lengths(1 << 20)) == 8192
-    monkeypatch.setattr("apollo_tp.gpu_sharing.product_check.MOST_BYTES", 96 * 2 * 10)
     monkeypatch.setattr(
         "apollo_tp.gpu_sharing.product_check.count_wrong_rows",
         lambda a, b, product, addend=0.0: len(product) * (not addend),
     )
-    lines = list(wrong_products(96, 64, torch.bfloat16, [5, 40, 70], CPU))
+    lines = list(wrong_products(96, 64, torch.bfloat16, [5, 40, 70], CPU, max_bytes=96 * 2 * 10))
     assert [line.rpartition(" tokens")[0].rpartition(" ")[2] for line in lines] == ["5"] * 3 + ["10"] * 3

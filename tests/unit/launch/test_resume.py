@@ -142,6 +142,6 @@ def test_before_weights_are_written_it_is_recorded_and_the_server_paused() -> No
     order: list[str] = []
     lineage = SimpleNamespace(before_write=lambda: order.append("recorded"))
     gate = SimpleNamespace(before_write=lambda: order.append("paused"), pauses=True)
-    pace = SimpleNamespace(hold=lambda: order.append("pace held"))
+    pace = SimpleNamespace(suspend=lambda: order.append("pace held"))
     stages.before_write(lineage, gate, pace)  # type: ignore[arg-type]
     assert order == ["recorded", "paused", "pace held"]

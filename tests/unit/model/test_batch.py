@@ -69,6 +69,17 @@ def test_pairs_stay_in_one_batch() -> None:
     assert sorted(i for batch in batches for i in batch.sample_index) == list(range(8))
 
 
+def test_a_pair_may_fill_a_micro_batch_and_no_more() -> None:
+    """The limit itself is allowed, as the message says; what is refused is named as the pair and the side that it is."""
+    (batch,) = pack_pairs([PreferencePair(_sample(20), _sample(MAX_TOKENS - 20), 0.0, 0.0)], MAX_TOKENS)
+    assert batch.lengths == (20, MAX_TOKENS - 20)
+    good, large = (PreferencePair(_sample(20), _sample(n), 0.0, 0.0) for n in (5, MAX_TOKENS - 19))
+    with pytest.raises(RequestError, match=r"^pairs\[1\]: got 51 tokens in both sides, expected 2 to 50$"):
+        pack_pairs([good, large], MAX_TOKENS)
+    with pytest.raises(RequestError, match=r"^pairs\[1\]\.rejected: got 0 tokens, expected 1 to 50$"):
+        pack_pairs([good, PreferencePair(_sample(20), Sample([], []), 0.0, 0.0)], MAX_TOKENS)
+
+
 @pytest.mark.parametrize(
     ("sample", "complaint"),
     [

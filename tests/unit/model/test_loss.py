@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from apollo_tp.distributed.tp_group import TPGroup
-from apollo_tp.model import loss
 from apollo_tp.model.loss import LogitsTransform, VocabShard, nll_sum, target_logprobs, unit
 
 TOKENS, ROWS, WIDTH = 13, 29, 8
@@ -26,27 +25,25 @@ def _inputs() -> tuple[Tensor, Tensor, Tensor, Tensor]:
     "transform",
     [LogitsTransform(), LogitsTransform(scale=0.25), LogitsTransform(softcap=2.0), LogitsTransform(0.5, 3.0)],
 )
-def test_values_and_gradients_equal_log_softmax(
-    chunk_tokens: int, transform: LogitsTransform, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_values_and_gradients_equal_log_softmax(chunk_tokens: int, transform: LogitsTransform) -> None:
     """fp32; chunks only change the order of sums."""
-    monkeypatch.setattr(loss, "CHUNK_BYTES", 4 * ROWS * chunk_tokens)
+    vocab = VocabShard(0, TPGroup.single(), transform, chunk_bytes=4 * ROWS * chunk_tokens)
     hidden, weight, targets, upstream = _inputs()
     expected = transform(hidden @ weight.T).log_softmax(-1).gather(1, targets[:, None])[:, 0]
     expected_grads = torch.autograd.grad(expected, (hidden, weight), upstream)
-    got, correct = target_logprobs(hidden, weight, targets, VocabShard(0, TPGroup.single(), transform))
+    got, correct = target_logprobs(hidden, weight, targets, vocab)
     grads = torch.autograd.grad(got, (hidden, weight), upstream)
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
     for mine, reference in zip(grads, expected_grads, strict=True):
         torch.testing.assert_close(mine, reference, rtol=1e-4, atol=1e-5)
     assert torch.equal(correct, (hidden @ weight.T).argmax(-1) == targets)
-    total, hits = nll_sum(hidden, weight, targets, upstream, VocabShard(0, TPGroup.single(), transform))
+    total, hits = nll_sum(hidden, weight, targets, upstream, vocab)
     grads = torch.autograd.grad(total / 3, (hidden, weight))
     torch.testing.assert_close(total, -(upstream * expected).sum(), rtol=1e-5, atol=1e-5)
     for mine, reference in zip(grads, expected_grads, strict=True):
         torch.testing.assert_close(mine, -reference / 3, rtol=1e-4, atol=1e-5)
     assert torch.equal(hits, correct)
-    total, _ = nll_sum(hidden, weight, targets, upstream, VocabShard(0, TPGroup.single(), transform))
+    total, _ = nll_sum(hidden, weight, targets, upstream, vocab)
     for mine, reference in zip(
         torch.autograd.grad(total, (hidden, weight), unit(total.device)), expected_grads, strict=True
     ):
@@ -91,12 +88,11 @@ def test_no_tokens_give_zero_gradients(summed: bool) -> None:
     assert not hidden.grad.any()
 
 
-def test_logits_of_all_tokens_never_exist(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_logits_of_all_tokens_never_exist() -> None:
     """No tensor as large as [tokens, vocabulary] is allocated, forward or backward."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
     tokens, rows = 64, 512
-    monkeypatch.setattr(loss, "CHUNK_BYTES", 4 * rows * 8)
     largest = 0
 
     class Watch(TorchDispatchMode):
@@ -109,7 +105,8 @@ def test_logits_of_all_tokens_never_exist(monkeypatch: pytest.MonkeyPatch) -> No
 
     hidden = torch.randn(tokens, 4, requires_grad=True)
     weight = torch.randn(rows, 4, requires_grad=True)
-    targets, vocab = torch.zeros(tokens, dtype=torch.int64), VocabShard(0, TPGroup.single())
+    targets = torch.zeros(tokens, dtype=torch.int64)
+    vocab = VocabShard(0, TPGroup.single(), chunk_bytes=4 * rows * 8)
     with Watch():
         target_logprobs(hidden, weight, targets, vocab)[0].sum().backward()
         nll_sum(hidden, weight, targets, torch.ones(tokens), vocab)[0].backward()

@@ -7,12 +7,12 @@ import pytest
 from apollo_tp.training.memory_plan import (
     MARGIN,
     MemoryPlan,
-    Rehearsed,
+    ProfiledRun,
     first_lengths,
-    is_straight,
+    is_linear,
     longest_that_fits,
+    out_of_memory,
     predict,
-    ran_out,
 )
 
 GB = 10**9
@@ -27,34 +27,34 @@ def test_lengths_double_and_never_exceed_the_maximum() -> None:
     assert first_lengths(2, 883) == [2]
 
 
-def recomputing(tokens: int) -> Rehearsed:
-    """Peaks of a forward pass, the head's stretch (a large constant) and a layer's (steeper): 8.19B Qwen3, made up."""
-    return Rehearsed(tokens, (300 * tokens, 2 * GB + 300_000 * tokens, 100_000_000 + 520_000 * tokens))
+def recomputing(tokens: int) -> ProfiledRun:
+    """Peaks of a forward pass, the head's segment (a large constant) and a layer's (steeper): 8.19B Qwen3, made up."""
+    return ProfiledRun(tokens, (300 * tokens, 2 * GB + 300_000 * tokens, 100_000_000 + 520_000 * tokens))
 
 
 def test_the_highest_line_at_the_asked_length_counts_even_if_another_was_highest_before() -> None:
     """One line through the peaks of 512 and 1024 tokens would miss 31 % of the need at 32768."""
     short = [recomputing(512), recomputing(1024)]
-    one_line = predict([Rehearsed(r.tokens, (max(r.peaks),)) for r in short], 32768)
+    one_line = predict([ProfiledRun(r.tokens, (max(r.peaks),)) for r in short], 32768)
     assert one_line == pytest.approx(0.69 * max(recomputing(32768).peaks), rel=0.01)
     assert [r.peaks.index(max(r.peaks)) for r in short] == [1, 1]
     assert predict(short, 32768) == max(recomputing(32768).peaks) == recomputing(32768).peaks[2]
     assert predict(short, 1024) == max(short[1].peaks), "what was measured is not extrapolated"
-    assert predict([Rehearsed(2, (7, 9))], 2) == 9
+    assert predict([ProfiledRun(2, (7, 9))], 2) == 9
 
 
 def test_a_need_that_bends_is_noticed() -> None:
     straight = [recomputing(n) for n in (256, 512, 1024)]
-    bent = [Rehearsed(n, (1000 * n * n + 50_000 * n,)) for n in (256, 512, 1024)]
-    late = [Rehearsed(n, (max(GB, 2_000_000 * n),)) for n in (256, 512, 1024)]
-    assert is_straight(straight, 0)
-    assert not is_straight(bent, 0)
-    assert not is_straight(late, 0), "a constant hid the slope of the shorter ones"
-    assert not is_straight(straight[:2], 0), "two points are always on a line"
+    curved = [ProfiledRun(n, (1000 * n * n + 50_000 * n,)) for n in (256, 512, 1024)]
+    late = [ProfiledRun(n, (max(GB, 2_000_000 * n),)) for n in (256, 512, 1024)]
+    assert is_linear(straight, 0)
+    assert not is_linear(curved, 0)
+    assert not is_linear(late, 0), "a constant hid the slope of the shorter ones"
+    assert not is_linear(straight[:2], 0), "two points are always on a line"
     # 10 GB that were there before must not hide a bend of 5 %
-    slightly = [Rehearsed(n, (10 * GB + 100_000 * n + (5_000_000 if n == 1024 else 0),)) for n in (256, 512, 1024)]
-    assert is_straight(slightly, 0)
-    assert not is_straight(slightly, 10 * GB)
+    slightly = [ProfiledRun(n, (10 * GB + 100_000 * n + (5_000_000 if n == 1024 else 0),)) for n in (256, 512, 1024)]
+    assert is_linear(slightly, 0)
+    assert not is_linear(slightly, 10 * GB)
 
 
 def test_the_longest_that_fits_is_exact() -> None:
@@ -82,7 +82,7 @@ def test_activations_and_the_optimizer_s_temporaries_do_not_add_up() -> None:
 
 
 def test_the_refusal_says_what_is_needed_what_is_there_and_what_to_do() -> None:
-    text = plan().refusal(recomputes=False, fused=False)
+    text = plan().refusal(recomputes=False, in_backward=False)
     assert text == (
         "rank 1: got 20.00 GB free on its GPU, expected 39.90 GB for a micro-batch of train.max_micro_batch_tokens=65536 "
         "(8.00 GB of weights' gradients, then 30.00 GB of activations or 1.00 GB of the optimizer's temporaries, and 5%); "
@@ -92,26 +92,26 @@ def test_the_refusal_says_what_is_needed_what_is_there_and_what_to_do() -> None:
     )
 
 
-def test_what_was_not_rehearsed_is_a_lower_bound() -> None:
-    text = plan(activations=0, optimizer=0, available=GB, largest=0).refusal(recomputes=False, fused=False)
+def test_what_was_not_profiled_is_a_lower_bound() -> None:
+    text = plan(activations=0, optimizer=0, available=GB, largest=0).refusal(recomputes=False, in_backward=False)
     assert "expected at least 8.40 GB" in text
     assert "; set train.gradient_checkpointing=true, " in text, "a smaller micro-batch would not help"
 
 
 @pytest.mark.parametrize("recomputes", [False, True])
-@pytest.mark.parametrize("fused", [False, True])
-def test_no_cure_is_offered_that_is_taken_already(recomputes: bool, fused: bool) -> None:
+@pytest.mark.parametrize("in_backward", [False, True])
+def test_no_cure_is_offered_that_is_taken_already(recomputes: bool, in_backward: bool) -> None:
     for text in (
-        plan(largest=0).refusal(recomputes=recomputes, fused=fused),
-        ran_out(1, 256, 65536, GB, 0, recomputes=recomputes, fused=fused),
+        plan(largest=0).refusal(recomputes=recomputes, in_backward=in_backward),
+        out_of_memory(1, 256, 65536, GB, 0, recomputes=recomputes, in_backward=in_backward),
     ):
         assert ("gradient_checkpointing=true" in text) is not recomputes
-        assert ("train.gradients=fused" in text) is not fused
+        assert ("train.gradients=fused" in text) is not in_backward
         assert "--kv-cache-memory-bytes" in text
         assert text.startswith("rank 1: got ")
 
 
 def test_a_trial_that_ran_out_offers_what_shorter_ones_say() -> None:
-    cures = [ran_out(1, 256, 65536, GB, largest, recomputes=False, fused=False) for largest in (0, 1, 200)]
+    cures = [out_of_memory(1, 256, 65536, GB, largest, recomputes=False, in_backward=False) for largest in (0, 1, 200)]
     assert all("lower it below 256, set" in text for text in cures[:2])
     assert "lower it to 200, which would fit, set" in cures[2]

@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from apollo_tp.shards.dtypes import NAMES
 from apollo_tp.shards.manifest import CheckpointTensor
+from apollo_tp.shards.mapping import NAMES
 from apollo_tp.vllm_plugin import copies
 from apollo_tp.vllm_plugin.copies import second_copies
 

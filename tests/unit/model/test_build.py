@@ -9,8 +9,7 @@ import torch
 from transformers import PretrainedConfig
 
 from apollo_tp.errors import UnsupportedModelError
-from apollo_tp.model.narrow import build_on_meta
-from apollo_tp.model.served_config import as_served
+from apollo_tp.model.build import as_served, build_on_meta
 from tests.support.families import FAMILIES, Family
 
 SHORT, LONG = [1.0] * 8, [float(2 + i) for i in range(8)]
