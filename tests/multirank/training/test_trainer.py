@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import datetime
 import gc
-import resource
-import shutil
-import threading
 import traceback
 import weakref
 from dataclasses import replace
@@ -15,21 +12,17 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import AutoModelForCausalLM
 
-from apollo_tp.checkpoint import CheckpointWriter, latest, optimizer_state, read_info, writer
-from apollo_tp.checkpoint import folder as folders
 from apollo_tp.config import OptimizerKind
 from apollo_tp.distributed.tp_group import TPGroup
-from apollo_tp.errors import CheckpointError, RankFailedError, ReplicaError
+from apollo_tp.errors import ReplicaError
 from apollo_tp.optim.reference import ReferenceOptimizer
 from apollo_tp.wire.commands import Sample
 from tests.support.exactness import local_part, reference_gradients, reference_logprobs, samples
-from tests.support.families import CASES, store_head
+from tests.support.families import CASES
 from tests.support.ranks import run_ranks
-from tests.support.served import map_case
 from tests.support.trainers import CASE, CONFIG, make_trainer, preference_pairs
 
 STEPS = 5
@@ -270,163 +263,3 @@ def _check_parts(tp: TPGroup) -> None:
 def test_parts_of_a_group_have_its_backend_and_deadline() -> None:
     """Not those of the default group (gloo), neither when they are made nor when they join again."""
     run_ranks(_check_parts, 3)
-
-
-def _writer(tp: TPGroup, checkpoint: Path, root: Path, tensors: dict, served: Path | None = None) -> CheckpointWriter:
-    mapped, path = replace(map_case(checkpoint, tp), tensors=tensors), str(served or checkpoint)
-    content = mapped.manifest.checkpoint
-    return CheckpointWriter(root, path, content, mapped.stored, tp, keep=2, save_config=lambda folder: None)
-
-
-def _save(tp: TPGroup, checkpoint: Path, root: Path) -> bool:
-    trainer, tensors = make_trainer(tp, checkpoint)
-    trainer.step(samples())
-    writer = _writer(tp, checkpoint, root, tensors)
-    for name in ("first", "second", "third"):
-        path, _ = writer.save(name, trainer.optimizer, trainer.weight_version)
-    state = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).state_dict()
-    error = CheckpointError if tp.rank == 0 else RankFailedError
-    with pytest.raises(error, match="taken"):
-        writer.save("third", trainer.optimizer, trainer.weight_version)
-    unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
-    # in place of a full disk, where writing to a file's map would be SIGBUS
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, unlimited[1]))
-    with pytest.raises(error, match="large"):
-        writer.save("fourth", trainer.optimizer, trainer.weight_version)
-    resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
-    return all(torch.equal(local_part(state[name], shard), local) for name, (shard, local) in tensors.items())
-
-
-@pytest.mark.parametrize("size", [1, 4])
-def test_checkpoint_holds_the_served_bits(size: int, checkpoints: Path, tmp_path: Path) -> None:
-    """Written in parts by all ranks, replicas once; private; complete, with `latest`, and old ones pruned. Of one for which
-    there is no room nothing is left."""
-    root = tmp_path / "checkpoints"
-    assert all(run_ranks(_save, size, checkpoints / CASES[CASE].checkpoint, root))
-    assert sorted(p.name for p in root.iterdir()) == ["latest", "second", "third"]
-    newest = latest(root)
-    assert newest == (root / "third").resolve()
-    info = read_info(newest)
-    assert info is not None
-    assert (info.weight_version, info.num_ranks) == (1, size)
-    assert info.origin == str(checkpoints / CASES[CASE].checkpoint)
-
-
-def _train_and_go_on(tp: TPGroup, checkpoint: Path, root: Path) -> list[list[float]]:
-    """Log-probabilities of the samples: after two steps, in transformers on the folder written then, and of a trainer over
-    that folder, with the optimizer's state; after the third step of both."""
-    trainer, tensors = make_trainer(tp, checkpoint)
-    for step in range(2):
-        assert trainer.step(samples(seed=step)).skipped == ""
-    found = [trainer.score(samples()).logprobs]
-    written, _ = _writer(tp, checkpoint, root, tensors).save("first", trainer.optimizer, trainer.weight_version)
-    model = AutoModelForCausalLM.from_pretrained(written, dtype=torch.float32, attn_implementation="eager")
-    with torch.no_grad():
-        each = reference_logprobs(model, samples())
-    found.append(
-        [float((torch.tensor(s.weights[1:]) * tokens).sum()) for s, tokens in zip(samples(), each, strict=True)]
-    )
-    if tp.rank == 0:
-        shutil.copytree(checkpoint / f"tp{tp.size}", written / f"tp{tp.size}")
-    tp.all_reduce_(torch.zeros(1))
-    again, _ = make_trainer(tp, written)
-    optimizer_state.load(again.optimizer, written / folders.OPTIMIZER_DIR)
-    found.append(again.score(samples()).logprobs)
-    for each_trainer in (trainer, again):
-        each_trainer.step(samples(seed=2))
-        found.append(each_trainer.score(samples()).logprobs)
-    return found
-
-
-@pytest.mark.parametrize("size", [1, 4])
-@pytest.mark.parametrize("head", ["equal", "other", "ignored"])
-def test_a_stored_head_follows_what_is_served(head: str, size: int, checkpoints: Path, tmp_path: Path) -> None:
-    """Of a model that its config ties: a head equal to the embedding; another one, which vLLM 0.32 serves as it is; another
-    one that earlier releases pass over, so that the folder must not have it any more. It is the model that is served."""
-    name = "tied by its config, another head stored" if head == "other" else "tied, its head stored as well"
-    checkpoint = checkpoints / CASES[name].checkpoint
-    if head == "ignored":  # what is served is that of the equal one
-        checkpoint = shutil.copytree(checkpoint, tmp_path / "ignored")
-        store_head(checkpoint, slice(None))
-    before = load_file(checkpoint / "model.safetensors")
-    assert torch.equal(before["lm_head.weight"], before["model.embed_tokens.weight"]) == (head == "equal")
-    for found in run_ranks(_train_and_go_on, size, checkpoint, tmp_path / "checkpoints"):
-        live, elsewhere, again, third, third_again = found
-        assert elsewhere == pytest.approx(live, rel=1e-4)
-        assert again == live
-        assert third_again == third != live
-    after = load_file(tmp_path / "checkpoints" / "first" / "model.safetensors")
-    assert torch.equal(after["lm_head.weight"], after["model.embed_tokens.weight"]) == (head != "other")
-    assert not any(torch.equal(after[key], before[key]) for key in ("lm_head.weight", "model.embed_tokens.weight"))
-
-
-def _save_on_a_slow_disk(tp: TPGroup, checkpoint: Path, root: Path) -> tuple[bool, bool]:
-    """Whether the checkpoint is complete, and whether this rank flushed what it wrote. To rank 0 the disk is so slow that
-    all ranks meet twice while it makes room, and twice while it flushes the whole."""
-    trainer, tensors = make_trainer(tp, checkpoint)
-    met, flushed, meet = threading.Semaphore(0), [], tp.all_reduce_
-    writer.STILL_WORKING_SECONDS = 0.05
-
-    def all_reduce_(tensor: torch.Tensor) -> torch.Tensor:
-        result = meet(tensor)
-        met.release()
-        return result
-
-    def slow(action):
-        def run(*arguments):
-            while met.acquire(blocking=False):  # those before do not count
-                pass
-            if not all(met.acquire(timeout=20) for _ in range(2)):
-                raise OSError("the other ranks wait in a single collective")
-            return action(*arguments)
-
-        return run
-
-    folders.begin, folders.fsync_tree = slow(folders.begin), slow(folders.fsync_tree)
-    fsync, folders.fsync = folders.fsync, lambda path: (flushed.append((threading.current_thread(), path)), fsync(path))
-    checkpoints = _writer(tp, checkpoint, root, tensors)
-    tp.all_reduce_ = all_reduce_
-    path, _ = checkpoints.save("first", trainer.optimizer, 1)
-    own = {path.name for thread, path in flushed if thread is threading.main_thread()}
-    return read_info(path) is not None, "model.safetensors" in own
-
-
-def test_ranks_wait_for_rank_0_in_short_collectives(checkpoints: Path, tmp_path: Path) -> None:
-    """A large model's copies and flushes take longer than one collective may: the others hear that rank 0 still works."""
-    found = run_ranks(_save_on_a_slow_disk, 2, checkpoints / CASES[CASE].checkpoint, tmp_path / "checkpoints")
-    assert found == [(True, True)] * 2
-
-
-def test_a_checkpoint_has_all_chat_templates_and_no_old_weights(checkpoints: Path, tmp_path: Path) -> None:
-    """Whatever form the source has its weights in besides."""
-    source = shutil.copytree(checkpoints / CASES[CASE].checkpoint, tmp_path / "source")
-    for name in (
-        "model.gguf",
-        "tf_model.h5",
-        "flax_model.msgpack",
-        "model.onnx",
-        "model.onnx_data",
-        "chat_template.jinja",
-    ):
-        (source / name).touch()
-    (source / "additional_chat_templates").mkdir()
-    (source / "additional_chat_templates" / "tool_use.jinja").write_text("tools")
-    tp = TPGroup.single()
-    trainer, tensors = make_trainer(tp, source)
-    path, _ = _writer(tp, source, tmp_path / "root", tensors).save("first", trainer.optimizer, 1)
-    assert (path / "additional_chat_templates" / "tool_use.jinja").read_text() == "tools"
-    assert (path / "additional_chat_templates").stat().st_mode & 0o077 == 0
-    top = {file.name for file in path.iterdir()}
-    assert {"model.safetensors", "chat_template.jinja"} <= top
-    assert not {file for file in top if Path(file).suffix in (".gguf", ".h5", ".msgpack", ".onnx", ".onnx_data")}
-
-
-def test_the_served_checkpoint_stays_where_the_server_was_told_latest(checkpoints: Path, tmp_path: Path) -> None:
-    """The link moves on with each checkpoint."""
-    tp, source = TPGroup.single(), checkpoints / CASES[CASE].checkpoint
-    trainer, tensors = make_trainer(tp, source)
-    _writer(tp, source, tmp_path, tensors).save("c1", trainer.optimizer, 1)
-    served = _writer(tp, source, tmp_path, tensors, tmp_path / "latest")
-    for name in ("c2", "c3", "c4"):
-        served.save(name, trainer.optimizer, 1)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["c1", "c3", "c4", "latest"]
