@@ -1,4 +1,4 @@
-"""Checkpoints of several ranks: the served bits, second copies of trained tensors, one rank's slow disk, what else a folder holds."""
+"""Checkpoints of several ranks: the served bits, second copies of trained tensors, a slow disk, what else a folder holds."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What happens to jobs over real HTTP: failures, skipped steps, cancel, pause and resume, a full queue, events, checkpoints."""
+"""Jobs over real HTTP: failures, skipped steps, cancel, pause and resume, a full queue, events, checkpoints."""
 
 import pytest
 
