@@ -86,3 +86,55 @@ def test_the_check_finds_what_is_broken(tmp_path, text):
     assert broken_links(document) + missing_paths(document) + missing_modules(document)
     document.write_text("# A heading\n\n[fine](#a-heading) `benchmarks/on_gpus.py`, `python -m apollo_tp.launch`\n")
     assert not broken_links(document) + missing_paths(document) + missing_modules(document)
+
+
+NAMED = re.compile(r"^[A-Za-z_][\w.]*$")
+PACKAGE = re.compile(r"package `(\w+)`")
+
+
+def undefined_names(architecture: str) -> list[str]:
+    """Names in the second column that no file or package named next after them defines: "`Store.add_job`, `FILE.py`"."""
+    missing = []
+    for line in architecture.splitlines():
+        if not line.startswith("| ") or len(cells := line.strip("|").split(" | ")) != 2:
+            continue
+        waiting: list[str] = []
+        for token in re.findall(r"package `\w+`|`[^`]+`", cells[1]):
+            package, name = PACKAGE.fullmatch(token), token.strip("`")
+            if package is None and not name.endswith(".py"):
+                waiting += [name] if NAMED.match(name) else []
+                continue
+            place = ROOT / "apollo_tp" / package[1] if package else ROOT / name
+            files = [place] if place.is_file() else list(place.rglob("*.py"))
+            source = "\n".join(file.read_text() for file in files)
+            missing += [
+                f"{part} of {token}"
+                for name in waiting
+                for part in name.split(".")
+                if not re.search(rf"^\s*(?:async )?(?:def|class) {part}\b", source, re.MULTILINE)
+            ]
+            waiting = []
+    return missing
+
+
+def test_functions_that_the_architecture_names_are_where_it_says():
+    text = (ROOT / "docs/architecture.md").read_text()
+    paths = text[text.index("## The path of a training request") :]
+    assert paths.count(".py`") > 30
+    assert not undefined_names(paths)
+
+
+@pytest.mark.parametrize(
+    "cell",
+    [
+        "`Store.no_such`, `apollo_tp/coordinator/jobs/store.py`",
+        "`Nothing.add_job`, `apollo_tp/coordinator/jobs/store.py`",
+        "`add_job`, `apollo_tp/model/bind.py`; `bind_model`, `apollo_tp/model/bind.py`",
+        "`bind_model`, package `optim`",
+    ],
+)
+def test_a_function_that_moved_away_is_found(cell):
+    assert len(undefined_names(f"| a step | {cell} |")) == 1
+    assert not undefined_names(
+        "| a step | `bind_model`, package `model`; `Store.add_job`, `apollo_tp/coordinator/jobs/store.py` |"
+    )
