@@ -189,7 +189,7 @@ class WriterConfig:
 class ServiceConfig:
     http: HttpConfig = option(HttpConfig, "the coordinator's HTTP endpoint")
     zmq: ZmqConfig = option(ZmqConfig, "the coordinator's ZMQ endpoint for other hosts")
-    state_dir: str = option("apollo_tp_state", "folder of jobs, uploaded files and logs")
+    state_dir: str = option("apollo_tp_state", "folder of jobs, their samples and uploaded files")
     max_queued_jobs: int = option(64, "further jobs are answered 429")
     max_body_bytes: int = option(64 * 2**20, "larger request bodies are answered 413")
     max_file_bytes: int = option(512 * 2**20, "larger uploaded files are answered 413")
