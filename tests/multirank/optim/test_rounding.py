@@ -90,9 +90,9 @@ def kill_a_write(tp: TPGroup, names: list[str]) -> tuple[list[str], list[str]]:
         for name in names:
             next(p for p in params if p.name == name).tensor.data.view(torch.int16)[-1, 2:] ^= 1
     before = {p.name: p.tensor.clone() for p in params}
-    found = optimizer.level_replicas()
+    found = optimizer.resync_replicas()
     changed = [p.name for p in params if not torch.equal(p.tensor, before[p.name])]
-    assert optimizer.level_replicas() == []
+    assert optimizer.resync_replicas() == []
     model.set_gradients(params, model.gradients(0))
     optimizer.step()
     return found, changed

@@ -13,7 +13,7 @@ from apollo_tp.config import EmbeddingMode, OptimConfig, OptimizerKind, Precisio
 from apollo_tp.distributed.tp_group import TPGroup
 from apollo_tp.errors import ConfigError, UnsupportedModelError
 from apollo_tp.optim import OptimParameter, build_optimizer
-from apollo_tp.optim.schedule import learning_rate
+from apollo_tp.optim.optimizer import learning_rate
 from apollo_tp.shards.boxes import Shard
 from tests.support import optim_model as model
 
@@ -66,7 +66,9 @@ def test_embeddings(mode):
     optimizer.step()
     assert torch.equal(before, embedding.tensor.detach()) == (mode is EmbeddingMode.frozen)
     assert (embedding.name in optimizer.names) == (mode is not EmbeddingMode.frozen)
-    assert (embedding.name in {m.weight.name for m in optimizer.bundle.matrices}) == (mode is EmbeddingMode.project)
+    assert (embedding.name in {m.weight.name for m in optimizer.update_group.matrices.values()}) == (
+        mode is EmbeddingMode.project
+    )
 
 
 @pytest.mark.parametrize(("precision", "rest"), [(Precision.remainder, 1), (Precision.stochastic, 0)])
