@@ -213,6 +213,46 @@ def test_a_parameter_whose_pieces_differ_in_kernel_is_summed_whole(value):
     assert ("qkv.bias on rank 0" in skipped) == math.isnan(value)
 
 
+LAYOUTS = {
+    "transposed": lambda g: g.t().contiguous().t(),
+    "columns of a wider tensor": lambda g: torch.cat([g, g], dim=1)[:, : g.shape[1]],
+    "every second column": lambda g: g.repeat_interleave(2, dim=1)[:, ::2],
+    "one number": lambda g: g[:1, :1].expand(g.shape),
+}
+
+
+@pytest.mark.skipif(not HERE, reason="run by test_in_the_interpreter")
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_gradients_and_weights_are_read_where_they_lie(layout):
+    """A gradient of any layout, and weights that are columns of a wider tensor, whose neighbours keep their bits."""
+    shapes, generator = {"left": (12, 40), "right": (40, 12), "adamw": (4, 24)}, torch.Generator().manual_seed(5)
+    values, grads = ({n: torch.randn(s, generator=generator) for n, s in shapes.items()} for _ in range(2))
+    ends = []
+    for make in ("torch", "triton"):
+        params, wholes = [], []
+        for name, shape in shapes.items():
+            whole = torch.full((shape[0], shape[1] + 16), 7.0, device=DEVICE)
+            whole[:, 3 : 3 + shape[1]] = values[name]
+            tensor = torch.nn.Parameter(whole[:, 3 : 3 + shape[1]])
+            tensor.grad = LAYOUTS[layout](grads[name].to(DEVICE))
+            assert tensor.grad.stride() != tuple(torch.empty(shape).stride())
+            params.append(OptimParameter(Shard(name, shape, None, (), (0,)), tensor, "matrix"))
+            wholes.append(whole)
+        config = model.config(check_replicas_every=0, max_relative_update=100.0, max_grad_norm=None)
+        optimizer = build_optimizer(config, Precision.nearest, params, TPGroup.single())
+        group = optimizer.update_group
+        assert (len(group.matrices), len(group.adamw)) == (2, 1)
+        group.backend = TorchBackend(group.groups, group.adamw, config)
+        if make == "triton":
+            group.backend = triton_backend(group)
+        assert optimizer.step().num_updated == 3
+        ends.append(wholes)
+    for got, expected in zip(*reversed(ends), strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-7)
+        assert bool((got[:, :3] == 7).all())
+        assert bool((got[:, -13:] == 7).all())
+
+
 BLOCK = 1024
 CANARIES = {"canary 1": (0, 1.0), "canary NaN": (3, math.nan), "canary 0": (-1, 0.0), "canary large": (-1, 1e30)}
 """A sum in which one rank took part alone, and what lies in memory: (which canary, its value)."""
