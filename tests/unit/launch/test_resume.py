@@ -74,7 +74,7 @@ def test_the_schedule_goes_on_where_the_last_trainer_ended(
     lineage = LineageFile(tmp_path, str(tmp_path / "no model"), keep=True)
     lineage.before_write()
     lineage.update(step_count=95, checkpoint=str(tmp_path) if saved else "")
-    optimizer = SimpleNamespace(step_count=0, level_replicas=list)
+    optimizer = SimpleNamespace(step_count=0, resync_replicas=list)
     monkeypatch.setattr(optimizer_state, "load", lambda optimizer, folder: setattr(optimizer, "step_count", saved))
     resume(Config(optim=OptimConfig(reset_state=reset)), optimizer, LineageFile(tmp_path, "", keep=True))  # type: ignore[arg-type]
     assert optimizer.step_count == expected
