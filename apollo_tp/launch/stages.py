@@ -197,7 +197,7 @@ def resume(config: Config, optimizer: Optimizer, lineage: LineageFile) -> None:
             "those of the last checkpoint, the schedule goes on", optimizer.step_count, lineage.record.step_count,
         )  # fmt: skip
         optimizer.step_count = lineage.record.step_count
-    if lineage.trained_here and (names := optimizer.level_replicas()):
+    if lineage.trained_here and (names := optimizer.resync_replicas()):
         log.warning("ranks held different bits of %s (a trainer was killed as it wrote): now the lowest one's", names)
 
 
