@@ -13,13 +13,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# Columns of the table of projected matrices (int64), one row per matrix: channels, contracted elements, row stride of the
-# gradient, first row of the projection, channels per block, starts of projection and energies in a block, block stride.
+# Columns (int64) of the table of projected matrices, and of that of written pieces; ``tiles`` says what is in them.
 PROJECT_COLUMNS = tl.constexpr(8)
-# Columns of the table of written pieces (int64), one row per piece of a tensor with contiguous global indices: 0 parameter,
-# 1 rows, 2 columns, 3 address and 4 row stride of the weight, 5 row stride of the gradient, 6 address and 7 row stride of
-# the remainder, 12 global row, 13 global column, 14 key of the random bits; of matrices 8 start of the scales, 9 channels
-# per block, 10 block stride, 11 first channel; of AdamW 8 and 9 addresses and 10 row stride of the moments.
 WRITE_COLUMNS = tl.constexpr(15)
 
 
@@ -125,14 +120,6 @@ def project_kernel(
 
 
 @triton.jit
-def _moments(m_at, v_at, g, inside, beta1, beta2):
-    """Both moments (fp32) after one more gradient; nothing is stored."""
-    m = tl.load(m_at, mask=inside, other=0.0) * beta1 + g * (1 - beta1)
-    v = tl.load(v_at, mask=inside, other=0.0) * beta2 + g * g * (1 - beta2)
-    return m, v
-
-
-@triton.jit
 def rows_kernel(
     projected,  # fp32 (rows, RANK)
     exp_avg,  # fp32 (rows, RANK)
@@ -157,7 +144,8 @@ def rows_kernel(
     inside = (row < num_rows)[:, None] & (r < RANK)[None, :]
     clipping = tl.load(clip)
     g = tl.load(projected + offset, mask=inside, other=0.0) * clipping
-    m, v = _moments(exp_avg + offset, exp_avg_sq + offset, g, inside, beta1, beta2)
+    m = tl.load(exp_avg + offset, mask=inside, other=0.0) * beta1 + g * (1 - beta1)
+    v = tl.load(exp_avg_sq + offset, mask=inside, other=0.0) * beta2 + g * g * (1 - beta2)
     adapted = m / (tl.sqrt(v) + eps)
     adapted_sq, projected_sq = tl.sum(adapted * adapted, axis=1), tl.sum(g * g, axis=1)
     if SCALES:
@@ -191,7 +179,8 @@ def commit_kernel(
     offset = row[:, None].to(tl.int64) * RANK + r[None, :]
     inside = flag[:, None] & (r < RANK)[None, :]
     g = tl.load(projected + offset, mask=inside, other=0.0) * tl.load(clip)
-    m, v = _moments(exp_avg + offset, exp_avg_sq + offset, g, inside, beta1, beta2)
+    m = tl.load(exp_avg + offset, mask=inside, other=0.0) * beta1 + g * (1 - beta1)
+    v = tl.load(exp_avg_sq + offset, mask=inside, other=0.0) * beta2 + g * g * (1 - beta2)
     tl.store(exp_avg + offset, m, mask=inside)
     tl.store(exp_avg_sq + offset, v, mask=inside)
 
@@ -293,7 +282,7 @@ def _locate(
 
 @triton.jit
 def _write(
-    place,  # what _locate returns
+    target,  # what _locate returns
     decay,
     change,  # fp32 (BLOCK_R, BLOCK_N)
     steps,  # int32 (parameters,): updates before this one
@@ -304,7 +293,7 @@ def _write(
     BLOCK_N: tl.constexpr,
 ):
     """W <- round(decay W - change)."""
-    entry, parameter, row, column, column0, inside, w_at, _, rest_at = place
+    entry, parameter, row, column, column0, inside, w_at, _, rest_at = target
     weight = tl.load(w_at, mask=inside, other=0.0)
     rest = tl.load(rest_at, mask=inside, other=0) if REMAINDER else weight
     value = _join(weight, rest, REMAINDER) * decay - change
@@ -338,8 +327,8 @@ def write_kernel(
 ):
     """W <- round(decay W - coefficient * scale of the channel * G)."""
     tables = (tile_piece, tile_row, tile_column, table, addresses)
-    place = _locate(tables, write, 1, EVEN, W_TYPE, G_TYPE, BLOCK_R, BLOCK_N)
-    entry, parameter, row, column, _, inside, _, g_at, _ = place
+    target = _locate(tables, write, 1, EVEN, W_TYPE, G_TYPE, BLOCK_R, BLOCK_N)
+    entry, parameter, row, column, _, inside, _, g_at, _ = target
     local = column if CHANNELS_LAST else row
     channel = local + tl.load(entry + 11).to(tl.int32)
     per_block = tl.load(entry + 9).to(tl.int32)
@@ -348,7 +337,7 @@ def write_kernel(
     factor = tl.load(scales + where, mask=valid, other=0.0) * tl.load(coefficients + parameter)
     by_channel = factor[None, :] if CHANNELS_LAST else factor[:, None]
     change = tl.load(g_at, mask=inside, other=0.0).to(tl.float32) * by_channel
-    _write(place, decay, change, steps, EVEN, REMAINDER, STOCHASTIC, BLOCK_R, BLOCK_N)
+    _write(target, decay, change, steps, EVEN, REMAINDER, STOCHASTIC, BLOCK_R, BLOCK_N)
 
 
 @triton.jit
@@ -381,8 +370,8 @@ def adamw_kernel(
     """AdamW with fp32 moments in three passes: norm of the gradient, norm of the update, the update."""
     tile = tl.program_id(0)
     tables = (tile_piece, tile_row, tile_column, table, addresses)
-    place = _locate(tables, write, 1 if STAGE == 2 else 0, EVEN, W_TYPE, G_TYPE, BLOCK_R, BLOCK_N)
-    entry, parameter, row, column, _, inside, _, g_at, _ = place
+    target = _locate(tables, write, 1 if STAGE == 2 else 0, EVEN, W_TYPE, G_TYPE, BLOCK_R, BLOCK_N)
+    entry, parameter, row, column, _, inside, _, g_at, _ = target
     gradient = tl.load(g_at, mask=inside, other=0.0).to(tl.float32)
     if STAGE == 0:
         tl.store(partial + tile, tl.sum(tl.sum(gradient * gradient, axis=1), axis=0))
@@ -394,7 +383,8 @@ def adamw_kernel(
         if EVEN:
             m_at = tl.multiple_of(m_at, (16, 16))
             v_at = tl.multiple_of(v_at, (16, 16))
-        m, v = _moments(m_at, v_at, gradient, inside, beta1, beta2)
+        m = tl.load(m_at, mask=inside, other=0.0) * beta1 + gradient * (1 - beta1)
+        v = tl.load(v_at, mask=inside, other=0.0) * beta2 + gradient * gradient * (1 - beta2)
         root = tl.sqrt(v / tl.load(corrections + num_parameters + parameter)) + eps
         update = m / tl.load(corrections + parameter) / root
         if STAGE == 1:
@@ -404,4 +394,4 @@ def adamw_kernel(
             tl.store(m_at, m, mask=inside)
             tl.store(v_at, v, mask=inside)
             decay = tl.load(decays + parameter)
-            _write(place, decay, update * learning_rate, steps, EVEN, REMAINDER, STOCHASTIC, BLOCK_R, BLOCK_N)
+            _write(target, decay, update * learning_rate, steps, EVEN, REMAINDER, STOCHASTIC, BLOCK_R, BLOCK_N)

@@ -1,7 +1,17 @@
 """Tables that tell a Triton kernel which tile of which tensor a program works on, and their launches.
 
-A table has one row (int64 ``entry``) per tensor or contiguous piece of one; its columns are listed in ``kernels``. Rows with
-equal compile-time constants share a launch, which has one program per tile. Made once; see ``triton_backend``.
+A table has one row (int64 ``entry``) per tensor or contiguous piece of one. Rows with equal compile-time constants share a
+launch, which has one program per tile. Made once; see ``triton_backend``. Columns, addresses in bytes, the rest in elements:
+
+    project_kernel                  write_kernel, adamw_kernel
+    0  channels                     0  index of the parameter
+    1  contracted elements          1  rows                       2  columns of the piece
+    2  row stride of the gradient   3  address of the weight      4  its row stride
+    3  first row of the projection  5  row stride of the gradient
+    4  channels per block           6  address of the remainder   7  its row stride
+    5  start of the projection      8  to 11: of matrices start of the scales, channels per block, block stride, first
+    6  start of the energies           channel; of AdamW addresses of both moments, their row stride, nothing
+    7  block stride                 12 global row                13  global column    14  key of the random bits
 """
 
 from __future__ import annotations

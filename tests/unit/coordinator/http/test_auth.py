@@ -200,7 +200,7 @@ def test_hostile_frames_do_nothing(guarded, tmp_path, name):
     before = (len(ranks.commands), client.get("/train/jobs", headers=headers).json())
     context = zmq.Context.instance()
     for kind, parts in ((zmq.DEALER, 1), (zmq.DEALER, 3), (zmq.REQ, 1)):
-        for frame in hostile_frames(tmp_path / "journal"):
+        for frame in hostile_frames():
             with context.socket(kind) as peer:
                 peer.setsockopt(zmq.LINGER, 200)
                 peer.setsockopt(zmq.SNDTIMEO, 2000)
