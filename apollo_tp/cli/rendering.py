@@ -65,12 +65,12 @@ def show_dry_run(answer: DryRun) -> None:
 
 
 def show_checkpoint(checkpoint: Checkpoint) -> None:
-    """Its folder, or why there is none."""
+    """The folder of a checkpoint, or why there is none."""
     out.print(checkpoint.path or f"{checkpoint.state}: {checkpoint.error}")
 
 
 def show_event(event: Event) -> None:
-    """One line."""
+    """An event as one line."""
     out.print(f"{event.id:6} {event.level:5} {event.message}")
 
 
@@ -107,5 +107,5 @@ def waiting(text: str) -> Iterator[None]:
 
 
 def show_broken_connection() -> None:
-    """While events are followed."""
-    err.print("the connection broke; going on where it was", style="dim")
+    """Report on standard error that the connection is made again."""
+    err.print("the connection broke; connecting again, and continuing after the last event", style="dim")

@@ -67,7 +67,7 @@ def command(function: Callable[..., int]) -> Callable[..., None]:
         with _errors_as_sentences(), contextlib.closing(session):
             status = function(session, **values)
             if sys.stdout is not None:
-                sys.stdout.flush()  # a full disk is noticed here, while it can still become a sentence
+                sys.stdout.flush()  # so that a full disk is noticed here, where it becomes an error message
         raise typer.Exit(status)
 
     own = list(inspect.signature(function).parameters.values())[1:]

@@ -71,7 +71,7 @@ class Metrics:
             self._memory.labels(str(rank)).set(size)
 
     def collect(self) -> Iterator[GaugeMetricFamily]:
-        """What is read at scrape time (prometheus_client's collector protocol)."""
+        """Metrics that are read at scrape time (prometheus_client's collector protocol)."""
         jobs = GaugeMetricFamily("apollo_jobs", "Jobs by state", labels=["state"])
         for state, count in self._store.count_jobs().items():
             jobs.add_metric([state.value], count)
@@ -82,7 +82,7 @@ class Metrics:
             "apollo_weight_version", "Completed updates of the served weights", value=link.weight_version or 0
         )
         speed = self._scheduler.progress.tokens_per_second() if self._scheduler.running else None
-        yield GaugeMetricFamily("apollo_tokens_per_second", "Of the running job", value=speed or 0.0)
+        yield GaugeMetricFamily("apollo_tokens_per_second", "Tokens per second of the running job", value=speed or 0.0)
 
 
 router = APIRouter(route_class=StrictRoute)

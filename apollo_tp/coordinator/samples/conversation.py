@@ -5,8 +5,8 @@ gives them to it. The template runs in jinja2's immutable sandbox with the setti
 take seconds.
 
 The assistant turns come from the template's own {% generation %} marks if it has them. Otherwise the conversation is
-rendered again with a mark after one message, and that rendering without the mark must equal the whole text, character by
-character. A template that changes earlier turns (drops their reasoning, trims them) is thereby handled or refused; nothing
+rendered again with a mark after one message, and that rendering without the mark must equal the full text, character by
+character. So a template that changes earlier turns (drops their reasoning, trims them) is handled or refused; nothing
 is guessed.
 """
 
