@@ -41,7 +41,6 @@ class Client:
             )
 
     def close(self) -> None:
-        """Close the connections."""
         self._http.close()
 
     def call(self, method: str, path: str, **options: Any) -> Any:

@@ -37,7 +37,6 @@ def show_status(status: Status) -> None:
 
 
 def show_jobs(jobs: list[Job]) -> None:
-    """A table of jobs."""
     table = Table("job", "state", "step", "loss", "tokens", box=None)
     for job in jobs:
         loss = "" if job.loss is None else f"{job.loss:.4f}"
@@ -80,7 +79,6 @@ def show_action(job: Job) -> None:
 
 
 def show_end(job: Job) -> None:
-    """How a job ended."""
     out.print(f"{job.id}: {job.state}{job.loss_text}")
 
 

@@ -46,7 +46,6 @@ class Session:
         return Client(self.url or find_url(), coordinator_headers(self.token_file), self.key)
 
     def close(self) -> None:
-        """Close the client, if there is one."""
         if "client" in self.__dict__:
             self.client.close()
 

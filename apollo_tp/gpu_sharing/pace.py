@@ -45,7 +45,7 @@ class Pace:
 
     @property
     def rests(self) -> bool:
-        """Whether it ever waits."""
+        """Whether the trainer sleeps at all."""
         return self._rest > 0
 
     def begin(self) -> None:

@@ -163,8 +163,8 @@ class BoundModel:
         return self.gradient_sync.finish(compare=compare)
 
     def zero_grad(self) -> None:
-        """Drop all gradients, and what is left of a pass that raised. The device waits for this between steps: hence no walk
-        over the module's children."""
+        """Drop all gradients, and what is left of a pass that raised. The device waits for this between steps, so it
+        does not walk over the module's children."""
         for leaf in self.leaves:
             leaf.grad = None
         for joined in self._joined:

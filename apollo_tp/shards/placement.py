@@ -128,7 +128,7 @@ def _place_one(
         merge_ranges((s.box_offset[dim], s.box_offset[dim] + s.box_shape[dim]) for s in mine) if dim is not None else ()
         for mine in ordered
     ]
-    # Fused or replicated tensors may be copied in several parts and yet be complete on every rank.
+    # Parts of fused tensors and replicas may be copied in pieces and yet be complete on every rank.
     complete = dim is None or all(mine == ((0, shape[dim]),) for mine in ranges)
     return [
         _placement(

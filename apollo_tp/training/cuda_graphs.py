@@ -130,7 +130,7 @@ def _end_failed_capture(graph: torch.cuda.CUDAGraph, stream: torch.cuda.Stream) 
 class GraphCache:
     """Which passes are captured, and when. All ranks must make the same calls, in the same order.
 
-    ``keep``: captured passes keep their memory while other passes run. ``record`` captures; a test has its own.
+    ``keep``: captured passes keep their memory while other passes run. ``record`` captures; tests pass their own.
     ``min_replays``: see MIN_REPLAYS.
     """
 

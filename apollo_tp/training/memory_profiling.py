@@ -46,12 +46,12 @@ class Meter(Protocol):
         """What is allocated now."""
 
     def available(self) -> int:
-        """What could be allocated besides."""
+        """What could be allocated in addition."""
 
 
 class CudaMeter:
-    """The counts of torch's allocator, which follow the host and need no synchronisation. ``available`` is what no process
-    has taken of the device, and what this process's allocator has unused."""
+    """The counts of torch's allocator, which follow the host and need no synchronisation. ``available`` is the device's
+    free memory, and what this process's allocator has unused."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -100,7 +100,6 @@ class _MemoryProfiler:
         self.optimizer_peak = 0
 
     def plan(self, max_first_tokens: int) -> MemoryPlan:
-        """See plan_memory."""
         kept, tokens = self._kept_gradient_bytes(), self.trainer.max_micro_batch_tokens
         self._agree(MemoryPlan(self.tp.rank, tokens, kept, 0, 0, self.meter.available(), 0))
         skipped_before = self.optimizer.skipped_in_a_row

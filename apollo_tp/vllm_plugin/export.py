@@ -35,7 +35,7 @@ def _publish_weights(model: nn.Module, vllm_config: Any, model_config: Any) -> N
     try:
         manifest = _export(model, vllm_config, header)
     except Exception:
-        publish(Manifest(**header, error=traceback.format_exc()), folder)  # so that the trainer can say why
+        publish(Manifest(**header, error=traceback.format_exc()), folder)  # so that the trainer can report the reason
         raise
     if rank == 0 and not manifest.endpoints:
         chat.publish_of_engine(model_config, folder)  # before the manifest, for which a trainer waits

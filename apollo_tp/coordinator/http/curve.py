@@ -76,5 +76,4 @@ class CurveListener:
             ) from error
 
     def close(self) -> None:
-        """Stop the authenticator."""
         self._authenticator.stop()

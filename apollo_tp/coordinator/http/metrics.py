@@ -49,7 +49,6 @@ class Metrics:
         )
 
     def on_step(self, job: Job, figures: StepFigures) -> None:
-        """Count a completed step."""
         self._steps.labels("skipped" if figures.skipped else "completed").inc()
         self._tokens.inc(figures.num_tokens)
         self._loss_tokens.inc(figures.num_loss_tokens)

@@ -34,7 +34,6 @@ class ServiceMiddleware:
         self._app, self._access, self._limits, self._weight_version = app, access, limits, weight_version
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve one request."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return

@@ -66,7 +66,6 @@ class Tunnel:
         self._tasks: dict[Key, asyncio.Task[None]] = {}
 
     async def run(self) -> None:
-        """Receive until cancelled."""
         try:
             while True:
                 frames = await self._socket.recv_multipart()

@@ -79,7 +79,6 @@ class CachedStatus:
         self._version, self._made, self._body = -1, 0.0, b""
 
     def body(self) -> bytes:
-        """JSON of status_view()."""
         now = time.monotonic()
         if self._version != self._changes.version or now - self._made > STATUS_SECONDS:
             self._body = msgspec.json.encode(status_view(self._scheduler, self._store))
