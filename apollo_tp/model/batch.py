@@ -51,7 +51,7 @@ class PackedBatch:
 
     @property
     def structure(self) -> tuple[tuple[int, ...], int]:
-        """Lengths and number of loss tokens: the shapes of all that is computed from this batch depend on these alone."""
+        """Lengths and number of loss tokens, which determine the shapes of all that is computed from this batch."""
         return self.lengths, self.num_loss_tokens
 
     def scaled(self, factor: float) -> PackedBatch:

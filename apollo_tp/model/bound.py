@@ -111,7 +111,7 @@ class BoundModel:
     vocab: VocabShard
     gradient_sync: GradientSync
     is_static: bool = False
-    """True if the work on a micro-batch depends on its structure alone (``PackedBatch.structure``): it can be captured."""
+    """True if the work on a micro-batch depends only on ``PackedBatch.structure``, so that it can be captured."""
 
     def hidden_states(self, batch: PackedBatch) -> Tensor:
         """See final_hidden_states."""

@@ -81,7 +81,7 @@ def _on_top_of_another(manifests: Sequence[Manifest]) -> dict[str, str]:
 
 
 def _tied_in_part(name: str, manifests: Sequence[Manifest]) -> str:
-    """vLLM compares a stored head with the embedding on each rank by itself, and may tie them on some ranks alone."""
+    """vLLM compares a stored head with the embedding on each rank by itself, and may tie them only on some ranks."""
     loaded = [m.tp_rank for m in manifests if name not in m.not_served]
     if len(loaded) == len(manifests):
         return ""

@@ -212,7 +212,7 @@ class GraphCache:
         self._note_peak(idle_bytes=0)  # a second capture uses what the first one left
         try:
             self._passes.append(self._record(self._model, self._batch, self._passes[0] if self._passes else None))
-        except RuntimeError as error:  # on this rank alone, perhaps: all go on without graphs
+        except RuntimeError as error:  # perhaps only on this rank: all continue without graphs
             traceback.clear_frames(error.__traceback__)
             log.warning("rank %d: steps are not recorded: %s", self._model.tp.rank, error)
             failed = True

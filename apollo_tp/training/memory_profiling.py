@@ -75,10 +75,10 @@ def plan_memory(
     """The plan of the rank that has the least room, the same on all ranks. Collective: steps that write nothing, two
     all-gathers, and an all-reduce for each further length.
 
-    Stored gradients are planned as they are from the second micro-batch of a step on: all of them live together with its
-    activations. ``max_first_tokens``: see first_lengths. Raises DeviceMemoryError if a micro-batch of
-    ``trainer.max_micro_batch_tokens`` does not fit on some rank: on all of them from the plan, on one alone if that runs out
-    of memory before (the other ranks then fail in a collective).
+    Stored gradients are planned as they are from the second micro-batch of a step on: all of them live together with
+    its activations. ``max_first_tokens``: see first_lengths. Raises DeviceMemoryError if a micro-batch of
+    ``trainer.max_micro_batch_tokens`` does not fit on some rank: on all of them from the plan, or only on a rank that
+    runs out of memory before (the others then fail in a collective).
     """
     return _MemoryProfiler(trainer, meter, max_sequence_tokens).plan(max_first_tokens)
 

@@ -18,7 +18,7 @@ def register() -> None:
         return
     try:
         _install()
-    # The server must go on serving whatever is wrong with training it.
+    # The server must continue to serve, whatever is wrong with training it.
     except Exception:
         logger.exception("apollo_tp: the plugin could not be installed; this server cannot be trained")
 

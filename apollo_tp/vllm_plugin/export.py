@@ -23,7 +23,7 @@ def on_loaded(model: nn.Module, vllm_config: Any, model_config: Any) -> None:
     """Export this worker's weights. A failure is logged and published; it never takes the server down."""
     try:
         _publish_weights(model, vllm_config, model_config)
-    # The server must go on serving whatever is wrong with training it.
+    # The server must continue to serve, whatever is wrong with training it.
     except Exception:
         logger.exception("apollo_tp: could not export the weights; this server cannot be trained")
 

@@ -149,7 +149,7 @@ def loss_of(params: list, whole: dict[str, torch.Tensor]) -> torch.Tensor:
 
 
 def snapshot(optimizer: Optimizer) -> list[torch.Tensor]:
-    """Copies of everything that a skipped step must leave alone."""
+    """Copies of everything that a skipped step must not change."""
     bundle = optimizer.bundle
     tensors = [t for g in (*bundle.groups, *bundle.adamw) for t in (g.exp_avg, g.exp_avg_sq)]
     tensors += [w.data for w in optimizer.weights] + [w.remainder for w in optimizer.weights if w.remainder is not None]

@@ -1,8 +1,8 @@
 """ZMQ over TCP for programs on other hosts, only with CurveZMQ (RFC 26).
 
-``keys_dir`` holds ``server.key_secret``, which the coordinator alone needs, and ``clients/*.key``, the public keys that may
-connect. A client needs ``server.key`` and its own ``NAME.key_secret``. Files are those of ``zmq.auth``. The requests are the
-tunnel's, so that tokens, limits and routes are those of HTTP.
+``keys_dir`` holds ``server.key_secret``, which only the coordinator needs, and ``clients/*.key``, the public keys that
+may connect. A client needs ``server.key`` and its own ``NAME.key_secret``. Files are those of ``zmq.auth``. The
+requests are the tunnel's, so that tokens, limits and routes are those of HTTP.
 """
 
 from __future__ import annotations

@@ -111,6 +111,6 @@ async def event_stream(store: Store, changes: Changes, job_id: str, after: int) 
             yield b"event: end\ndata: {}\n\n"
             return
         left = quiet_since + KEEP_ALIVE_SECONDS - time.monotonic()
-        if left <= 0 or not await changes.wait(left):  # changes of other jobs send nothing to this client
+        if left <= 0 or not await changes.wait(left):  # changes of other jobs do not concern this client
             quiet_since = time.monotonic()
             yield b": still there\n\n"
