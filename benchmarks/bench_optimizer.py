@@ -2,12 +2,13 @@
 
     python benchmarks/bench_optimizer.py                          # a GPU: the linear layers of an 8B model at TP = 2
     python benchmarks/bench_optimizer.py --model tiny --steps 2    # CPU: shows that it runs; its times mean nothing
+    python benchmarks/bench_optimizer.py --decide all              # a GPU: the step with each form of the decision
     python benchmarks/bench_optimizer.py --tune                    # a GPU: tile sizes of the two large kernels
     python benchmarks/bench_optimizer.py --state                   # state memory of whole models, no device needed
 
 Measures, in one run on the same tensors: the device's copy bandwidth; this optimizer in each precision; the same update
 in plain torch; torch's fused AdamW. One process: ranks' exchanges are replaced by local copies of the same shape, so the
-time is that of one rank without its links. Writes a Markdown table to --out, beside date, device and command.
+time is that of one rank without its links. Writes a Markdown table to --out, with date, device and command.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from torch import Tensor
 from apollo_tp.config import OptimConfig, OptimizerKind, Precision
 from apollo_tp.distributed.tp_group import TPGroup
 from apollo_tp.optim import Optimizer, OptimParameter, build_optimizer
-from apollo_tp.optim.torch_backend import TorchBackend
+from apollo_tp.optim.torch_backend import TorchBackend, compiled_decide
 from apollo_tp.shards.boxes import Shard
 
 # (name, global rows, global columns, cut dimension): the linear layers of one block
@@ -55,6 +56,8 @@ TINY = [("q_proj", 128, 128, 0), ("k_proj", 64, 128, 0), ("o_proj", 128, 128, 1)
 PROJECT_TILES = [(128, 64), (64, 128), (128, 128), (64, 64), (256, 64)]
 WRITE_TILES = [(8, 512), (4, 1024), (16, 512), (8, 256), (2, 1024), (1, 2048), (4, 512), (2, 2048)]
 """What --tune tries."""
+DECIDE_ROUNDS = 5
+"""How often --decide times each form, in turns."""
 MODELS = {"llama-8b-tp2": (LLAMA_8B, 36, 2), "qwen-27b-attention-tp4": (QWEN_27B_FULL, 16, 4), "tiny": (TINY, 2, 2)}
 
 
@@ -113,7 +116,7 @@ def traffic(optimizer: Optimizer) -> tuple[int, int]:
     """
     elements = sum(w.data.numel() for w in optimizer.weights)
     floor = elements * (8 + 2 * (optimizer.precision is Precision.remainder))
-    state = sum(g.exp_avg.numel() for g in optimizer.bundle.groups)
+    state = sum(g.exp_avg.numel() for g in optimizer.update_group.groups)
     return floor, floor + 4 * state * (3 + 2 * 2 + 2)
 
 
@@ -134,8 +137,8 @@ def measure(parameters: list[OptimParameter], args: argparse.Namespace, bandwidt
         config = OptimConfig(kind=kind, rank=args.rank, lr=1e-6, check_replicas_every=0, refresh_every=10**6)
         optimizer = build_optimizer(config, precision, parameters, LocalGroup(0, size))
         if plain:
-            bundle = optimizer.bundle
-            bundle.backend = TorchBackend(bundle.groups, bundle.adamw, config)
+            group = optimizer.update_group
+            group.backend = TorchBackend(group.groups, group.adamw, config)
         took = seconds(optimizer.step, 3 if plain else args.steps, args.device)
         outcome = optimizer.step()
         assert not outcome.skipped, outcome.skipped
@@ -153,13 +156,58 @@ def measure(parameters: list[OptimParameter], args: argparse.Namespace, bandwidt
     return rows
 
 
-def report(rows: list[tuple], args: argparse.Namespace, elements: int, bandwidth: float) -> str:
+def compare_decisions(parameters: list[OptimParameter], args: argparse.Namespace) -> list[str]:
+    """Lines of a table: the step with each form of the decision, in turns on one optimizer, so that nothing else differs.
+
+    On a CPU the backend is plain torch, which has only the eager and the compiled form.
+    """
+    forms = ["kernel", "compiled", "eager"] if args.decide == "all" else [args.decide]
+    config = OptimConfig(rank=args.rank, lr=1e-6, check_replicas_every=0, refresh_every=10**6)
+    optimizer = build_optimizer(config, Precision.remainder, parameters, LocalGroup(0, MODELS[args.model][2]))
+    group, backends = optimizer.update_group, {}
+    for form in forms:
+        if args.device == "cuda":
+            from apollo_tp.optim.triton_backend import TritonBackend
+
+            backends[form] = TritonBackend(group.groups, group.adamw, config, group.weights, decide_form=form)
+        elif form != "kernel":
+            backends[form] = TorchBackend(group.groups, group.adamw, config)
+            if form == "compiled":
+                backends[form].decide = compiled_decide(config)  # type: ignore[method-assign]
+    times: dict[str, list[float]] = {form: [] for form in backends}
+    for _ in range(DECIDE_ROUNDS):
+        for form, backend in backends.items():
+            group.backend = backend
+            times[form].append(seconds(optimizer.step, args.steps, args.device))
+    lines = ["| decision | step, ms | min to max of medians, ms | device busy, ms | kernels |", "|---|---|---|---|---|"]
+    for form, backend in backends.items():
+        group.backend = backend
+        assert not optimizer.step().skipped
+        found = kernel_times(optimizer.step) if args.device == "cuda" else {}
+        took = sorted(times[form])
+        lines.append(
+            f"| {form} | {took[len(took) // 2] * 1e3:.3f} | {took[0] * 1e3:.3f} to {took[-1] * 1e3:.3f} | "
+            f"{sum(ms for ms, _ in found.values()):.3f} | {sum(count for _, count in found.values())} |"
+        )
+    return lines
+
+
+def heading(args: argparse.Namespace, elements: int) -> list[str]:
+    """What was measured, when, on what and by which command."""
     device = torch.cuda.get_device_name() if args.device == "cuda" else platform.processor() or platform.machine()
-    lines = [
+    return [
         f"# One optimizer step: {args.model}, {elements / 1e9:.3g}e9 bf16 parameters, rank {args.rank}",
         "",
-        f"{datetime.date.today()}, {device}, torch {torch.__version__}, copy bandwidth {bandwidth / 1e12:.3g} TB/s",
+        f"{datetime.date.today()}, {device}, torch {torch.__version__}",
         f"Command: `python {' '.join(sys.argv)}`",
+    ]
+
+
+def report(rows: list[tuple], args: argparse.Namespace, elements: int, bandwidth: float) -> str:
+    """The table of ``measure`` as Markdown."""
+    lines = [
+        *heading(args, elements),
+        f"Copy bandwidth {bandwidth / 1e12:.3g} TB/s",
         "",
         "| optimizer | ms | device busy, ms | two-pass floor, ms | GB by formula | share of copy bandwidth | state, GB |",
         "|---|---|---|---|---|---|---|",
@@ -173,16 +221,23 @@ def report(rows: list[tuple], args: argparse.Namespace, elements: int, bandwidth
     return "\n".join(lines) + "\n"
 
 
-def phases(run: Callable[[], object]) -> dict[str, float]:
-    """Milliseconds on the device by kernel, of one ``run``. CUDA only."""
+def kernel_times(run: Callable[[], object]) -> dict[str, tuple[float, int]]:
+    """(milliseconds on the device, launches) by kernel, of one ``run``. CUDA only."""
     with torch.profiler.profile() as profile:
         run()
         torch.cuda.synchronize()
-    found: dict[str, float] = defaultdict(float)
+    found: dict[str, tuple[float, int]] = defaultdict(lambda: (0.0, 0))
     for event in profile.key_averages():
         if event.device_type == torch.autograd.DeviceType.CUDA:
-            found[event.key.split("(")[0][:60]] += event.self_device_time_total / 1e3
+            name = event.key.split("(")[0][:60]
+            took, count = found[name]
+            found[name] = took + event.self_device_time_total / 1e3, count + event.count
     return found
+
+
+def phases(run: Callable[[], object]) -> dict[str, float]:
+    """Milliseconds on the device by kernel, of one ``run``. CUDA only."""
+    return {name: took for name, (took, _) in kernel_times(run).items()}
 
 
 def device_seconds(run: Callable[[], object], device: str) -> float:
@@ -215,8 +270,8 @@ def tune(parameters: list[OptimParameter], args: argparse.Namespace) -> None:
                 for name, value in chosen.items():
                     if value:
                         setattr(module, name, value)
-                bundle = optimizer.bundle
-                bundle.backend = module.TritonBackend(bundle.groups, bundle.adamw, config, bundle.weights)
+                group = optimizer.update_group
+                group.backend = module.TritonBackend(group.groups, group.adamw, config, group.weights)
                 optimizer.step()
                 took = [sum(v for k, v in phases(optimizer.step).items() if k.startswith(kernel)) for _ in range(3)]
                 results.append((kernel, min(took), tile, warps, stages))
@@ -307,6 +362,11 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=64)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--decide",
+        choices=["all", "kernel", "compiled", "eager"],
+        help="time the step with this form of the decision, or with all three in turns, instead",
+    )
     parser.add_argument("--tune", action="store_true", help="try tile sizes instead (CUDA)")
     parser.add_argument(
         "--all", action="store_true", help="also this package's AdamW with fp32 state: 9 bytes per parameter"
@@ -323,6 +383,13 @@ def main() -> None:
     parameters = make_parameters(args.model, args.device)
     if args.tune:
         tune(parameters, args)
+        return
+    if args.decide:
+        lines = compare_decisions(parameters, args)
+        text = "\n".join([*heading(args, sum(p.tensor.numel() for p in parameters)), "", *lines, ""])
+        print(text)
+        if args.out:
+            args.out.write_text(text)
         return
     bandwidth = copy_bandwidth(args.device)
     rows = measure(parameters, args, bandwidth)

@@ -162,7 +162,7 @@ def state_parts(served: Served, overrides: list[str]) -> dict[str, int]:
     precision = Precision(chosen.get("train.precision", Precision.remainder.value))
     optimizer = build_optimizer(config, precision, parameters, LocalGroup(0, len(manifests)))
     moments = [sum(g.exp_avg.nbytes + g.exp_avg_sq.nbytes for g in groups)
-               for groups in (optimizer.bundle.groups, optimizer.bundle.adamw)]  # fmt: skip
+               for groups in (optimizer.update_group.groups, optimizer.update_group.adamw.values())]  # fmt: skip
     return {
         "projected moments": moments[0],
         "AdamW moments": moments[1],

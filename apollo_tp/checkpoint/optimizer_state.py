@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -44,11 +44,9 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 
 from apollo_tp.distributed.control import ComputeControl
 from apollo_tp.errors import CheckpointError
+from apollo_tp.optim import Optimizer
 from apollo_tp.optim.sharding import moment_rank
 from apollo_tp.shards.boxes import Box
-
-if TYPE_CHECKING:
-    from apollo_tp.optim.optimizer import Optimizer
 
 SCHEMA_VERSION = 1
 COUNTERS = "optimizer.json"
@@ -68,18 +66,20 @@ class _Piece:
 
 def _pieces(optimizer: Optimizer) -> Iterator[_Piece]:
     """All state tensors of this rank, cut into global boxes."""
-    for group in optimizer.bundle.groups:
-        for position, matrix in enumerate(group.matrices):
-            shape, start = (matrix.num_channels, group.rank), group.rows(position).start
-            for part, (first, last, counted) in enumerate(matrix.state_spans):
+    for group in optimizer.update_group.groups:
+        for member in group.members:
+            matrix, start = member.matrix, member.rows.start
+            shape = matrix.num_channels, group.rank
+            for part, (first, last, range_owned) in enumerate(matrix.state_ranges):
                 rows, box = slice(start, start + last - first), Box((first, 0), (last - first, group.rank))
                 for kind, state in (("exp_avg", group.exp_avg), ("exp_avg_sq", group.exp_avg_sq)):
-                    owned = matrix.exchanged or (counted and matrix.weight.represents)
+                    owned = matrix.exchanged or (range_owned and matrix.weight.is_owner)
                     yield _Piece(f"{matrix.weight.name}.{kind}", shape, box, state[rows], part, owned)
                 start = rows.stop
-    whole = [(a.weight, kind, getattr(a, kind)) for a in optimizer.bundle.adamw for kind in ("exp_avg", "exp_avg_sq")]
-    whole += [(w, "remainder", w.remainder) for w in optimizer.weights if w.remainder is not None]
-    for weight, kind, folded in whole:
+    adamw = optimizer.update_group.adamw.values()
+    elementwise = [(a.weight, kind, getattr(a, kind)) for a in adamw for kind in ("exp_avg", "exp_avg_sq")]
+    elementwise += [(w, "remainder", w.remainder) for w in optimizer.weights if w.remainder is not None]
+    for weight, kind, folded in elementwise:
         shard, local = weight.shard, folded.view(weight.shard.local_shape)
         for part, (box, start, owned) in enumerate(weight.boxes()):
             view = local if shard.dim is None else local.narrow(shard.dim, start, box.shape[shard.dim])
@@ -87,8 +87,8 @@ def _pieces(optimizer: Optimizer) -> Iterator[_Piece]:
 
 
 def _counters(optimizer: Optimizer) -> dict[str, Any]:
-    config, counters = optimizer.config, optimizer.bundle.counters
-    matrices = [m.weight.name for m in optimizer.bundle.matrices]
+    config, counters = optimizer.config, optimizer.update_group.counters
+    matrices = [m.weight.name for m in optimizer.update_group.matrices.values()]
     return {
         "schema": SCHEMA_VERSION,
         "ranks": optimizer.tp.size,
@@ -173,9 +173,9 @@ def load(optimizer: Optimizer, folder: Path) -> None:
             dcp.load({}, storage_reader=dcp.HuggingFaceStorageReader(str(part)), planner=planner, no_dist=True)
     planner.check_complete(folder)
     optimizer.step_count = saved["step_count"]
-    counters = optimizer.bundle.counters
-    counters.steps = [saved["steps"][name] for name in optimizer.names]
-    counters.limiter_norms = optimizer.bundle.vector([saved["limiter_norms"][name] for name in optimizer.names])
+    group = optimizer.update_group
+    group.counters.steps = [saved["steps"][name] for name in optimizer.names]
+    group.counters.limiter_norms.copy_(group.vector([saved["limiter_norms"][name] for name in optimizer.names]))
 
 
 def _differences(saved: dict[str, Any], own: dict[str, Any]) -> list[str]:

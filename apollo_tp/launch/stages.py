@@ -197,10 +197,8 @@ def resume(config: Config, optimizer: Optimizer, lineage: LineageFile) -> None:
             "those of the last checkpoint, the schedule goes on", optimizer.step_count, lineage.record.step_count,
         )  # fmt: skip
         optimizer.step_count = lineage.record.step_count
-    if lineage.trained_here and (names := optimizer.level_replicas()):
-        log.warning(
-            "ranks held different bits of %s (a trainer was killed as it wrote); all now hold the lowest rank's", names
-        )
+    if lineage.trained_here and (names := optimizer.resync_replicas()):
+        log.warning("got different bits of %s on ranks (a trainer was killed as it wrote): repaired, as on the lowest", names)
 
 
 def prepare(bound: Bound) -> Ready:

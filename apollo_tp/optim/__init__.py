@@ -4,7 +4,7 @@ A step is decided from numbers that were summed over all ranks, before anything 
 plain definition is ``reference``; how it works is in docs/explanation/optimizer.md.
 """
 
-from apollo_tp.optim.interface import OptimParameter, StepOutcome
-from apollo_tp.optim.optimizer import Optimizer, build_optimizer
+from apollo_tp.optim.optimizer import Optimizer, StepOutcome, build_optimizer
+from apollo_tp.optim.parameters import OptimParameter
 
 __all__ = ["OptimParameter", "Optimizer", "StepOutcome", "build_optimizer"]

@@ -1,5 +1,5 @@
 """The decision of a step as one Triton kernel. In plain torch it is many operations on a few hundred numbers each, for which
-the device would wait on a slow host. ``decide.decide`` is its twin."""
+the device would wait on a slow host. ``torch_backend.decide`` is its twin; ``TritonBackend`` chooses between the two."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from apollo_tp.config import OptimConfig, OptimizerKind
-from apollo_tp.optim.interface import Decision, Facts, Sums
+from apollo_tp.optim.sharding import Decision, DecisionInputs, GradientStats
 
 BLOCK = 1024
 """Parameters at a time. One program takes all of them, since each is written only if all are good."""
@@ -27,7 +27,7 @@ def _update(
 ):
     """(squared gradient norm, norm of the update before the limiter, what the limiter divides it by, what multiplies it,
     the part of the coefficient that is not in that), all fp64."""
-    squares, norms, projected, root_scales, places, limiter_norms, corrections, steps = tensors
+    squares, norms, projected, root_scales, indices, limiter_norms, corrections, steps = tensors
     square = tl.load(squares + i, mask=inside, other=0.0).to(tl.float64)
     norm = tl.sqrt(tl.load(norms + 2 * i, mask=inside, other=0.0).to(tl.float64))
     kind = tl.load(projected + i, mask=inside, other=0)
@@ -41,7 +41,7 @@ def _update(
     factor = tl.where(is_projected, factor, 1.0) * rate
     excess = tl.full(i.shape, 1.0, tl.float64)
     if LIMITED:
-        old = tl.load(limiter_norms + tl.load(places + i, mask=inside, other=0), mask=inside, other=0.0)
+        old = tl.load(limiter_norms + tl.load(indices + i, mask=inside, other=0), mask=inside, other=0.0)
         growth = norm / (old + 1e-8)
         later = tl.load(steps + i, mask=inside, other=0) > 0
         excess = tl.where((kind > 1) & later & (growth > gamma), growth / gamma, excess)
@@ -58,8 +58,8 @@ def decide_kernel(
     expected,  # fp32 (num_checks,): what they must be; the first is the number of ranks
     projected,  # int32 (parameters,)
     root_scales,  # fp64 (parameters,)
-    places,  # int64 (parameters,)
-    limiter_norms,  # fp64 (parameters of the model,), moved
+    indices,  # int64 (parameters,): of limiter_norms and weight_norms
+    limiter_norms,  # fp64 (parameters of the model,), updated
     weight_norms,  # fp64 (parameters of the model,)
     corrections,  # fp64 (parameters,)
     steps,  # int32 (parameters,)
@@ -78,7 +78,7 @@ def decide_kernel(
     """One program: all parameters once to see whether all are good, and once more to say what is written."""
     clip = tl.load(clip_at).to(tl.float64)
     rate, gamma, limit = tl.load(rate_at), tl.load(limits), tl.load(limits + 1)
-    tensors = (squares, norms, projected, root_scales, places, limiter_norms, corrections, steps)
+    tensors = (squares, norms, projected, root_scales, indices, limiter_norms, corrections, steps)
     num_wrong = tl.full((), 0, tl.int32)
     for start in range(0, num_checks, BLOCK):
         i = start + tl.arange(0, BLOCK)
@@ -93,8 +93,8 @@ def decide_kernel(
         i = start + tl.arange(0, BLOCK)
         inside = i < count
         square, norm, excess, factor, inner = _update(i, inside, tensors, clip, rate, gamma, MINI, LIMITED)
-        place = tl.load(places + i, mask=inside, other=0)
-        share = tl.where(square > 0, factor * norm / tl.load(weight_norms + place, mask=inside, other=1.0), 0.0)
+        index = tl.load(indices + i, mask=inside, other=0)
+        share = tl.where(square > 0, factor * norm / tl.load(weight_norms + index, mask=inside, other=1.0), 0.0)
         first = tl.load(norms + 2 * i, mask=inside, other=0.0)
         second = tl.load(norms + 2 * i + 1, mask=inside, other=0.0)
         finite = (tl.abs(square) < infinity) & (tl.abs(first) < infinity) & (tl.abs(second) < infinity)
@@ -116,12 +116,12 @@ def decide_kernel(
         tl.store(write + i, flag, mask=inside)
         tl.store(report + 3 + i, flag.to(tl.float64), mask=inside)
         tl.store(coefficients + i, (factor * inner * clip).to(tl.float32), mask=inside)
-        place = tl.load(places + i, mask=inside, other=0)
-        tl.store(limiter_norms + place, norm / excess, mask=inside & (flag != 0))
+        index = tl.load(indices + i, mask=inside, other=0)
+        tl.store(limiter_norms + index, norm / excess, mask=inside & (flag != 0))
 
 
 class DecideOnDevice:
-    """``decide.decide`` as one launch. ``limits`` of the configuration lie on the device from the start."""
+    """``torch_backend.decide`` as one launch. ``limits`` of the configuration lie on the device from the start."""
 
     def __init__(self, config: OptimConfig, device: torch.device) -> None:
         limited = config.norm_growth_limit is not None
@@ -129,37 +129,37 @@ class DecideOnDevice:
         self.limits = torch.tensor([growth, config.max_relative_update], dtype=torch.float64, device=device)
         self.options = {"MINI": config.kind is OptimizerKind.apollo_mini, "LIMITED": limited}
 
-    def __call__(self, learning_rate: float, sums: Sums, facts: Facts) -> Decision:
-        """See ``decide.decide``. Does not wait for the device."""
-        device, count = self.limits.device, facts.steps.numel()
+    def __call__(self, stats: GradientStats, inputs: DecisionInputs) -> Decision:
+        """See ``torch_backend.decide``. Does not wait for the device."""
+        device, count = self.limits.device, inputs.steps.numel()
         report = torch.empty(3 + 2 * count, dtype=torch.float64, device=device)
         flags = torch.empty(count + 1, dtype=torch.int32, device=device)
         write, good = flags[:count], flags[count]
         coefficients = torch.empty(count, device=device)
         decide_kernel[(1,)](
-            sums.squares,
-            sums.norms,
-            sums.clip,
-            sums.alive,
-            sums.checks,
-            facts.checks,
-            facts.projected,
-            facts.root_scales,
-            facts.places,
-            facts.limiter_norms,
-            facts.weight_norms,
-            facts.corrections,
-            facts.steps,
-            facts.learning_rate,
+            stats.squares,
+            stats.norms,
+            stats.clip,
+            stats.alive,
+            stats.checks,
+            inputs.expected_checks,
+            inputs.projected,
+            inputs.root_scales,
+            inputs.indices,
+            inputs.limiter_norms,
+            inputs.weight_norms,
+            inputs.corrections,
+            inputs.steps,
+            inputs.learning_rate,
             self.limits,
             write,
             coefficients,
             good,
             report,
             count,
-            facts.checks.numel(),
+            inputs.expected_checks.numel(),
             **self.options,
             BLOCK=BLOCK,
             num_warps=8,
         )
-        return Decision(learning_rate, sums.clip, write, coefficients, good, report, sums.local_squares)
+        return Decision(stats.clip, write, coefficients, good, report, stats.local_squares)

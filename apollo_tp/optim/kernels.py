@@ -1,8 +1,8 @@
 """Triton kernels of a step: each reads or writes every matrix of the model in one launch.
 
 A launch has one program per tile. Which tensor a tile belongs to, and where that lies in memory, comes from integer
-tables on the device (``triton_backend`` builds them), because small matrices alone would not fill a GPU. Whether a
-parameter is written at all is a flag on the device, so no kernel waits for the host.
+tables on the device (``tiles`` builds them), because small matrices alone would not fill a GPU. Whether a parameter is
+written at all is a flag on the device, so no kernel waits for the host.
 
 Shapes and strides are in elements. ``EVEN`` promises that rows start on 16 bytes and that extents are multiples of 16, so
 that accesses of 16 bytes lie inside or outside as a whole. No branch depends on data except through masks.
@@ -13,9 +13,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# Columns of the table of projected matrices (int64), one row per matrix.
+# Columns of the table of projected matrices (int64), one row per matrix: channels, contracted elements, row stride of the
+# gradient, first row of the projection, channels per block, starts of projection and energies in a block, block stride.
 PROJECT_COLUMNS = tl.constexpr(8)
-# Columns of the table of written pieces (int64), one row per piece of a tensor with contiguous global indices.
+# Columns of the table of written pieces (int64), one row per piece of a tensor with contiguous global indices: 0 parameter,
+# 1 rows, 2 columns, 3 address and 4 row stride of the weight, 5 row stride of the gradient, 6 address and 7 row stride of
+# the remainder, 12 global row, 13 global column, 14 key of the random bits; of matrices 8 start of the scales, 9 channels
+# per block, 10 block stride, 11 first channel; of AdamW 8 and 9 addresses and 10 row stride of the moments.
 WRITE_COLUMNS = tl.constexpr(15)
 
 
@@ -121,6 +125,14 @@ def project_kernel(
 
 
 @triton.jit
+def _moments(m_at, v_at, g, inside, beta1, beta2):
+    """Both moments (fp32) after one more gradient; nothing is stored."""
+    m = tl.load(m_at, mask=inside, other=0.0) * beta1 + g * (1 - beta1)
+    v = tl.load(v_at, mask=inside, other=0.0) * beta2 + g * g * (1 - beta2)
+    return m, v
+
+
+@triton.jit
 def rows_kernel(
     projected,  # fp32 (rows, RANK)
     exp_avg,  # fp32 (rows, RANK)
@@ -145,8 +157,7 @@ def rows_kernel(
     inside = (row < num_rows)[:, None] & (r < RANK)[None, :]
     clipping = tl.load(clip)
     g = tl.load(projected + offset, mask=inside, other=0.0) * clipping
-    m = tl.load(exp_avg + offset, mask=inside, other=0.0) * beta1 + g * (1 - beta1)
-    v = tl.load(exp_avg_sq + offset, mask=inside, other=0.0) * beta2 + g * g * (1 - beta2)
+    m, v = _moments(exp_avg + offset, exp_avg_sq + offset, g, inside, beta1, beta2)
     adapted = m / (tl.sqrt(v) + eps)
     adapted_sq, projected_sq = tl.sum(adapted * adapted, axis=1), tl.sum(g * g, axis=1)
     if SCALES:
@@ -180,8 +191,7 @@ def commit_kernel(
     offset = row[:, None].to(tl.int64) * RANK + r[None, :]
     inside = flag[:, None] & (r < RANK)[None, :]
     g = tl.load(projected + offset, mask=inside, other=0.0) * tl.load(clip)
-    m = tl.load(exp_avg + offset, mask=inside, other=0.0) * beta1 + g * (1 - beta1)
-    v = tl.load(exp_avg_sq + offset, mask=inside, other=0.0) * beta2 + g * g * (1 - beta2)
+    m, v = _moments(exp_avg + offset, exp_avg_sq + offset, g, inside, beta1, beta2)
     tl.store(exp_avg + offset, m, mask=inside)
     tl.store(exp_avg_sq + offset, v, mask=inside)
 
@@ -243,22 +253,66 @@ def _store(w_pointers, rest_pointers, value, random, inside, REMAINDER: tl.const
 
 
 @triton.jit
-def _locate(entry, address, row, column, flag, EVEN: tl.constexpr, W_TYPE: tl.constexpr, G_TYPE: tl.constexpr):
-    """(mask, weight, gradient and remainder pointers) of a tile of the piece at ``entry``."""
+def _locate(
+    tables,  # tile_piece, tile_row, tile_column, table, addresses: the pointers of write_kernel
+    write,  # int32 (parameters,): the parameter has no rows here if its number is below MIN_FLAG
+    MIN_FLAG: tl.constexpr,
+    EVEN: tl.constexpr,
+    W_TYPE: tl.constexpr,
+    G_TYPE: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """What this program works on: entry of its piece in the table, parameter, local rows, columns and first column; then,
+    (BLOCK_R, BLOCK_N), the mask of existing elements and pointers to weight, gradient and remainder."""
+    tile_piece, tile_row, tile_column, table, addresses = tables
+    tile = tl.program_id(0)
+    piece = tl.load(tile_piece + tile).to(tl.int64)
+    row = tl.load(tile_row + tile) + tl.arange(0, BLOCK_R)
+    column0 = tl.load(tile_column + tile)
+    if EVEN:
+        column0 = tl.multiple_of(column0, 16)
+    column = column0 + tl.arange(0, BLOCK_N)
+    entry = table + piece * WRITE_COLUMNS
+    parameter = tl.load(entry + 0)
+    flag = tl.load(write + parameter) >= MIN_FLAG
     columns = tl.load(entry + 2).to(tl.int32)
     if EVEN:
         columns = tl.multiple_of(columns, 16)
-    # a parameter that is not written has no rows
     inside = (row < tl.where(flag, tl.load(entry + 1), 0))[:, None] & (column < columns)[None, :]
     wide = row[:, None].to(tl.int64)
     w = tl.load(entry + 3).to(tl.pointer_type(W_TYPE)) + (wide * tl.load(entry + 4) + column[None, :])
-    g = tl.load(address).to(tl.pointer_type(G_TYPE)) + (wide * tl.load(entry + 5) + column[None, :])
+    g = tl.load(addresses + piece).to(tl.pointer_type(G_TYPE)) + (wide * tl.load(entry + 5) + column[None, :])
     rest = tl.load(entry + 6).to(tl.pointer_type(tl.int8)) + (wide * tl.load(entry + 7) + column[None, :])
     if EVEN:
         w = tl.multiple_of(w, (16, 16))
         g = tl.multiple_of(g, (16, 16))
         rest = tl.multiple_of(rest, (16, 16))
-    return inside, w, g, rest
+    return entry, parameter, row, column, column0, inside, w, g, rest
+
+
+@triton.jit
+def _write(
+    place,  # what _locate returns
+    decay,
+    change,  # fp32 (BLOCK_R, BLOCK_N)
+    steps,  # int32 (parameters,): updates before this one
+    EVEN: tl.constexpr,
+    REMAINDER: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """W <- round(decay W - change)."""
+    entry, parameter, row, column, column0, inside, w_at, _, rest_at = place
+    weight = tl.load(w_at, mask=inside, other=0.0)
+    rest = tl.load(rest_at, mask=inside, other=0) if REMAINDER else weight
+    value = _join(weight, rest, REMAINDER) * decay - change
+    random = weight
+    if STOCHASTIC:
+        step = tl.load(steps + parameter)
+        random = _random_bits(entry, row, column, column0, step, EVEN, BLOCK_R, BLOCK_N)
+    _store(w_at, rest_at, value, random, inside, REMAINDER, STOCHASTIC)
 
 
 @triton.jit
@@ -283,17 +337,9 @@ def write_kernel(
     BLOCK_N: tl.constexpr,
 ):
     """W <- round(decay W - coefficient * scale of the channel * G)."""
-    tile = tl.program_id(0)
-    piece = tl.load(tile_piece + tile).to(tl.int64)
-    row = tl.load(tile_row + tile) + tl.arange(0, BLOCK_R)
-    column0 = tl.load(tile_column + tile)
-    if EVEN:
-        column0 = tl.multiple_of(column0, 16)
-    column = column0 + tl.arange(0, BLOCK_N)
-    entry = table + piece * WRITE_COLUMNS
-    parameter = tl.load(entry + 0)
-    flag = tl.load(write + parameter) != 0
-    inside, w_at, g_at, rest_at = _locate(entry, addresses + piece, row, column, flag, EVEN, W_TYPE, G_TYPE)
+    tables = (tile_piece, tile_row, tile_column, table, addresses)
+    place = _locate(tables, write, 1, EVEN, W_TYPE, G_TYPE, BLOCK_R, BLOCK_N)
+    entry, parameter, row, column, _, inside, _, g_at, _ = place
     local = column if CHANNELS_LAST else row
     channel = local + tl.load(entry + 11).to(tl.int32)
     per_block = tl.load(entry + 9).to(tl.int32)
@@ -301,25 +347,17 @@ def write_kernel(
     valid = local < (tl.load(entry + 2) if CHANNELS_LAST else tl.load(entry + 1))
     factor = tl.load(scales + where, mask=valid, other=0.0) * tl.load(coefficients + parameter)
     by_channel = factor[None, :] if CHANNELS_LAST else factor[:, None]
-
-    weight = tl.load(w_at, mask=inside, other=0.0)
-    gradient = tl.load(g_at, mask=inside, other=0.0).to(tl.float32)
-    rest = tl.load(rest_at, mask=inside, other=0) if REMAINDER else weight
-    value = _join(weight, rest, REMAINDER) * decay - gradient * by_channel
-    random = weight
-    if STOCHASTIC:
-        step = tl.load(steps + parameter)
-        random = _random_bits(entry, row, column, column0, step, EVEN, BLOCK_R, BLOCK_N)
-    _store(w_at, rest_at, value, random, inside, REMAINDER, STOCHASTIC)
+    change = tl.load(g_at, mask=inside, other=0.0).to(tl.float32) * by_channel
+    _write(place, decay, change, steps, EVEN, REMAINDER, STOCHASTIC, BLOCK_R, BLOCK_N)
 
 
 @triton.jit
 def adamw_kernel(
-    tile_piece,  # int32 (tiles,): row of the table
-    tile_row,  # int32 (tiles,): first local row
-    tile_column,  # int32 (tiles,): first local column
-    table,  # int64 (pieces, WRITE_COLUMNS)
-    addresses,  # int64 (pieces,): of the gradients
+    tile_piece,  # these five as in write_kernel
+    tile_row,
+    tile_column,
+    table,
+    addresses,
     partial,  # fp32 (tiles,), out: squared norm of the tile's gradient (STAGE 0) or update (STAGE 1)
     write,  # int32 (parameters,): 1 where the weight is written
     steps,  # int32 (parameters,): updates before this one
@@ -342,16 +380,9 @@ def adamw_kernel(
 ):
     """AdamW with fp32 moments in three passes: norm of the gradient, norm of the update, the update."""
     tile = tl.program_id(0)
-    piece = tl.load(tile_piece + tile).to(tl.int64)
-    row = tl.load(tile_row + tile) + tl.arange(0, BLOCK_R)
-    column0 = tl.load(tile_column + tile)
-    if EVEN:
-        column0 = tl.multiple_of(column0, 16)
-    column = column0 + tl.arange(0, BLOCK_N)
-    entry = table + piece * WRITE_COLUMNS
-    parameter = tl.load(entry + 0)
-    flag = tl.load(write + parameter) >= (1 if STAGE == 2 else 0)
-    inside, w_at, g_at, rest_at = _locate(entry, addresses + piece, row, column, flag, EVEN, W_TYPE, G_TYPE)
+    tables = (tile_piece, tile_row, tile_column, table, addresses)
+    place = _locate(tables, write, 1 if STAGE == 2 else 0, EVEN, W_TYPE, G_TYPE, BLOCK_R, BLOCK_N)
+    entry, parameter, row, column, _, inside, _, g_at, _ = place
     gradient = tl.load(g_at, mask=inside, other=0.0).to(tl.float32)
     if STAGE == 0:
         tl.store(partial + tile, tl.sum(tl.sum(gradient * gradient, axis=1), axis=0))
@@ -363,8 +394,7 @@ def adamw_kernel(
         if EVEN:
             m_at = tl.multiple_of(m_at, (16, 16))
             v_at = tl.multiple_of(v_at, (16, 16))
-        m = tl.load(m_at, mask=inside, other=0.0) * beta1 + gradient * (1 - beta1)
-        v = tl.load(v_at, mask=inside, other=0.0) * beta2 + gradient * gradient * (1 - beta2)
+        m, v = _moments(m_at, v_at, gradient, inside, beta1, beta2)
         root = tl.sqrt(v / tl.load(corrections + num_parameters + parameter)) + eps
         update = m / tl.load(corrections + parameter) / root
         if STAGE == 1:
@@ -373,11 +403,5 @@ def adamw_kernel(
         else:
             tl.store(m_at, m, mask=inside)
             tl.store(v_at, v, mask=inside)
-            weight = tl.load(w_at, mask=inside, other=0.0)
-            rest = tl.load(rest_at, mask=inside, other=0) if REMAINDER else weight
-            value = _join(weight, rest, REMAINDER) * tl.load(decays + parameter) - update * learning_rate
-            random = weight
-            if STOCHASTIC:
-                step = tl.load(steps + parameter)
-                random = _random_bits(entry, row, column, column0, step, EVEN, BLOCK_R, BLOCK_N)
-            _store(w_at, rest_at, value, random, inside, REMAINDER, STOCHASTIC)
+            decay = tl.load(decays + parameter)
+            _write(place, decay, update * learning_rate, steps, EVEN, REMAINDER, STOCHASTIC, BLOCK_R, BLOCK_N)

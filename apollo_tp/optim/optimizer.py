@@ -1,8 +1,8 @@
 """APOLLO and AdamW over tensor-parallel shards: one step on every rank, agreed before anything is written.
 
 With gradients that are kept until ``step`` (the default) a step that is skipped leaves no trace at all. After
-``attach_fused`` a step may write matrices inside the backward pass and free their gradients at once; see there for what
-that gives up. The arithmetic and its collectives are in ``bundle``, the hooks in ``fused``.
+``attach_in_backward`` a step may write matrices inside the backward pass and free their gradients at once; see there for
+what that gives up. The arithmetic and its collectives are in ``update_group``, the hooks in ``in_backward``.
 """
 
 from __future__ import annotations
@@ -11,20 +11,55 @@ import math
 import zlib
 from array import array
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from apollo_tp.config import EmbeddingMode, OptimConfig, Precision
+from apollo_tp.config import EmbeddingMode, OptimConfig, Precision, Schedule
 from apollo_tp.distributed.tp_group import TPGroup
 from apollo_tp.errors import ApolloTpError, CollectiveError, ConfigError
-from apollo_tp.optim.in_backward import FusedStep, by_leaf, whole_leaves
-from apollo_tp.optim.interface import Decision, OptimParameter, StepOutcome
-from apollo_tp.optim.replicas import check_replicas, level_replicas
-from apollo_tp.optim.schedule import learning_rate
-from apollo_tp.optim.sharding import moment_rank
-from apollo_tp.optim.update_group import Bundle
-from apollo_tp.optim.weight import Weight
+from apollo_tp.optim.in_backward import InBackwardStep, by_leaf, names_of_complete_leaves
+from apollo_tp.optim.parameters import OptimParameter, Weight
+from apollo_tp.optim.replicas import check_replicas, resync_replicas
+from apollo_tp.optim.sharding import Decision, moment_rank
+from apollo_tp.optim.update_group import UpdateGroup
+
+COSINE_FLOOR = 0.1
+"""A cosine schedule ends at this share of the learning rate, as in the APOLLO paper's recipe; a linear one at 0."""
+
+
+@dataclass(frozen=True)
+class StepOutcome:
+    """What one optimizer step did; the same on every rank.
+
+    ``skipped`` says why the step was stopped, and what was written before that: nothing, but for the first matrices of a
+    step that updates in the backward pass; "" if it went through. ``grad_norm`` is the global norm before clipping, each
+    replicated element counted once. ``num_updated`` counts the parameters that were written: one whose gradient is exactly
+    zero is left alone. ``largest_update`` is the largest ‖ΔW‖ / ‖W‖ over the matrices (without weight decay).
+    ``skipped_in_a_row`` counts this and the skipped steps directly before it.
+    """
+
+    skipped: str
+    grad_norm: float
+    learning_rate: float
+    num_updated: int
+    largest_update: float
+    skipped_in_a_row: int
+
+
+def learning_rate(config: OptimConfig, step_count: int) -> float:
+    """The learning rate of the step after ``step_count`` completed ones, which are counted over all jobs (the count is part
+    of the saved state); the end value holds after ``total_steps``."""
+    warmup = min(1.0, (step_count + 1) / config.warmup_steps) if config.warmup_steps else 1.0
+    if config.schedule is Schedule.constant or step_count < config.warmup_steps:
+        return config.lr * warmup
+    assert config.total_steps is not None  # OptimConfig checks it
+    progress = (step_count - config.warmup_steps) / max(1, config.total_steps - config.warmup_steps)
+    progress = min(1.0, progress)
+    if config.schedule is Schedule.linear:
+        return config.lr * (1.0 - progress)
+    return config.lr * (COSINE_FLOOR + (1.0 - COSINE_FLOOR) * 0.5 * (1.0 + math.cos(math.pi * progress)))
 
 
 def build_optimizer(
@@ -39,7 +74,11 @@ def build_optimizer(
 
 
 class Optimizer:
-    """All trained parameters of this rank, in one bundle."""
+    """All trained parameters of this rank.
+
+    ``update_group`` holds them with their state; ``step_count`` counts completed steps over all jobs (it is saved with the
+    state); ``in_backward`` is set by ``attach_in_backward``.
+    """
 
     def __init__(
         self, config: OptimConfig, precision: Precision, parameters: Sequence[OptimParameter], tp: TPGroup
@@ -56,20 +95,21 @@ class Optimizer:
         self.weights = [Weight(p, precision, config.seed, tp) for p in trained]
         self.device = self.weights[0].data.device
         self._leaves = [t for w in self.weights if (t := w.parameter.tensor).requires_grad]
-        self.bundle = Bundle(self.weights, config, tp)
+        self.update_group = UpdateGroup(self.weights, config, tp)
         self.step_count = self.skipped_in_a_row = 0
-        self.fused: FusedStep | None = None
+        self.in_backward: InBackwardStep | None = None
         self._doubtful = False
         self._measure_weights()
 
     # --- the step --------------------------------------------------------------------------------------------------
 
     def zero_grad(self) -> None:
-        """Drop the gradients of all trained parameters that are leaves, and forget a fused step that did not end."""
+        """Drop the gradients of all trained parameters that are leaves, and forget a step in the backward pass that did not
+        end. Local."""
         for leaf in self._leaves:
             leaf.grad = None
-        if self.fused is not None:
-            self.fused.abandon()
+        if self.in_backward is not None:
+            self.in_backward.abandon()
 
     def learning_rate(self, scale: float = 1.0) -> float:
         """The learning rate of the next step."""
@@ -77,15 +117,15 @@ class Optimizer:
 
     def progress(self) -> tuple[int, int]:
         """Steps so far, and a checksum of all parameters' updates. Which collectives come when follows from them."""
-        return self.step_count, zlib.crc32(array("q", self.bundle.counters.steps))
+        return self.step_count, zlib.crc32(array("q", self.update_group.counters.steps))
 
     def step(
         self, learning_rate_scale: float = 1.0, loss: Tensor | None = None, received: Tensor | None = None
     ) -> StepOutcome:
-        """Update all weights in place from their local gradients, or none on any rank. After ``begin_fused_step``: what
-        the backward pass has left.
+        """Update all weights in place from their local gradients, or none on any rank. After ``begin_step_in_backward``:
+        what the backward pass has left.
 
-        ``loss`` (0-d) is only tested: if it is not finite on some rank, no rank writes. ``received`` (fp32, (1,)) is 1 if
+        ``loss`` (0-d) is only tested: if it is not finite on some rank, no rank writes. ``received`` (fp32 [1]) is 1 if
         this rank has what completes its gradients from other ranks (``GradientSync.finish``). Collectives: if a matrix is
         cut along its contracted dimension, a reduce-scatter per bucket and one all-gather of channel scales; one
         all-reduce of 3 floats per parameter (with clipping, one of 1 and one of 2) and some canaries; now and then one
@@ -100,11 +140,11 @@ class Optimizer:
         steps of the last two collectives.
         """
         lr = self.learning_rate(learning_rate_scale)
-        if self.fused is not None and self.fused.begun:
-            decisions = self.fused.finish(lr, loss, received)
+        if self.in_backward is not None and self.in_backward.begun:
+            decisions = self.in_backward.finish(lr, loss, received)
         else:
             self._measure_if_doubtful()
-            decisions = [(self.bundle, self.bundle.update(lr, loss, received=received))]
+            decisions = [(self.update_group, self.update_group.update(lr, loss, received=received))]
         outcome = self._conclude(decisions, lr)
         if not outcome.skipped:
             self.step_count += 1
@@ -118,22 +158,22 @@ class Optimizer:
         """On all ranks, once one has raised: only some may have measured the weights. The next step measures them."""
         self._doubtful = True
 
-    def level_replicas(self) -> list[str]:
-        """See replicas.level_replicas: before the first step of a trainer whose predecessor may have been killed."""
-        return level_replicas(self.weights, self.tp)
+    def resync_replicas(self) -> list[str]:
+        """See replicas.resync_replicas: before the first step of a trainer whose predecessor may have been killed."""
+        return resync_replicas(self.weights, self.tp)
 
-    def _conclude(self, decisions: list[tuple[Bundle, Decision]], lr: float) -> StepOutcome:
+    def _conclude(self, decisions: list[tuple[UpdateGroup, Decision]], lr: float) -> StepOutcome:
         """Count what is written, and say what stopped the rest. Waits for the decisions, not for the writes. Raises
         CollectiveError if a sum or gather did not happen."""
         square, num_updated, largest, skipped = 0.0, 0, 0.0, ""
-        for bundle, decision in decisions:
+        for group, decision in decisions:
             checked, finite, norm, *flags = decision.read_report()
-            written, relative = decision.written(), flags[len(bundle.weights) :]
-            bundle.accept(written)  # first: to say why needs a collective, which may raise
+            written, relative = decision.written(), flags[len(group.weights) :]
+            group.accept(written)  # first: to say why needs a collective, which may raise
             if not checked:
                 raise self._nothing_received(num_updated)
             square, num_updated, largest = square + norm, num_updated + sum(written), max(largest, *relative, 0.0)
-            skipped = skipped or self._why_skipped(bundle, decision, bool(finite), relative)
+            skipped = skipped or self._why_skipped(group, decision, bool(finite), relative, lr)
         if skipped:
             self.skipped_in_a_row, largest = self.skipped_in_a_row + 1, 0.0
             skipped += f"; {num_updated or 'nothing'} {'tensors were' if num_updated else 'was'} written"
@@ -148,11 +188,13 @@ class Optimizer:
             "rank raised or ended: see its log"
         )
 
-    def _why_skipped(self, bundle: Bundle, decision: Decision, finite: bool, relative: list[float]) -> str:
+    def _why_skipped(
+        self, group: UpdateGroup, decision: Decision, finite: bool, relative: list[float], lr: float
+    ) -> str:
         """The reason, or "". One all-gather of flags if a value is not finite."""
         if not finite:
-            flags = self.tp.all_gather((~torch.isfinite(decision.local_sums)).to(torch.int32)).view(self.tp.size, -1)
-            what = [*(f"gradient of {weight.name}" for weight in bundle.weights), "loss"]
+            flags = self.tp.all_gather((~torch.isfinite(decision.local_squares)).to(torch.int32)).view(self.tp.size, -1)
+            what = [*(f"gradient of {weight.name}" for weight in group.weights), "loss"]
             found = [f"{what[i]} on rank {rank}" for rank, i in flags.nonzero().tolist()]
             more = f" and {len(found) - 3} more" if len(found) > 3 else ""
             return f"not finite: {', '.join(found[:3]) or 'a sum over ranks'}{more}"
@@ -160,16 +202,17 @@ class Optimizer:
         if relative[largest] <= limit:
             return ""
         return (
-            f"{bundle.weights[largest].name}: learning rate {decision.learning_rate:g} would move it by "
+            f"{group.weights[largest].name}: learning rate {lr:g} would move it by "
             f"{relative[largest]:.3g} of its norm in one step, more than optim.max_relative_update={limit:g}; lower optim.lr"
         )
 
     def _measure_weights(self) -> None:
         """Norms of all matrices, global, replicas once; infinite where no limit applies. One all-reduce, which is waited
         for."""
-        squares = self.tp.sum_checked(self.bundle.local_square_norms(), "norms of the weights")
+        squares = self.tp.sum_checked(self.update_group.local_square_norms(), "norms of the weights")
         self._doubtful = False
-        self.bundle.counters.weight_norms = torch.where(squares > 0, squares.double().sqrt(), torch.inf)
+        norms = torch.where(squares > 0, squares.double().sqrt(), torch.inf)
+        self.update_group.counters.weight_norms.copy_(norms)
 
     def _measure_if_doubtful(self) -> None:
         if self._doubtful:
@@ -177,62 +220,70 @@ class Optimizer:
 
     # --- updates inside the backward pass --------------------------------------------------------------------------
 
-    def attach_fused(self) -> list[str]:
+    def attach_in_backward(self) -> list[str]:
         """Allow steps that update matrices in the backward pass as soon as their gradients are complete, and free them.
 
-        Returns the names that are updated so. Such a step is ``begin_fused_step(...)``, one ``backward()``, ``step(...)``;
-        without the first call a step is a stored one as before, and steps of both kinds may follow each other. Parameters
-        whose gradient must still be summed over replicas, those of AdamW, and what shares a leaf with them, keep their
-        gradients until ``step``. All ranks must compute gradients of the same leaves in the same order. Updates are
-        the same as with stored gradients, with these limits: no accumulation over several backward passes; no clipping
-        (the norm of the whole gradient is not known before the first write; the norm-growth limiter works); a value that
-        is not finite stops the bucket of matrices where it appears (fused.BUCKET_BYTES) and all later ones, while those
-        already written stay written. Collectives per bucket: one all-reduce of 3 floats per matrix and, if one is cut
-        along its contracted dimension, one reduce-scatter and one all-gather. Collective itself: one all-reduce. Raises
-        ConfigError if clipping is on.
+        Returns the names that are updated so. Such a step is ``begin_step_in_backward(...)``, one ``backward()``,
+        ``step(...)``; without the first call a step is a stored one as before, and steps of both kinds may follow each
+        other. Parameters whose gradient must still be summed over replicas, those of AdamW, and what shares a leaf with
+        them, keep their gradients until ``step``. All ranks must compute gradients of the same leaves in the same order.
+        Updates are the same as with stored gradients, with these limits: no accumulation over several backward passes; no
+        clipping (the norm of the whole gradient is not known before the first write; the norm-growth limiter works); a
+        value that is not finite stops the bucket of matrices where it appears (in_backward.BUCKET_BYTES) and all later
+        ones, while those already written stay written. Collectives per bucket: one all-reduce of 3 floats per matrix and,
+        if one is cut along its contracted dimension, one reduce-scatter and one all-gather. Collective itself: one
+        all-reduce. Raises ConfigError if clipping is on.
         """
         if self.config.max_grad_norm is not None:
             raise ConfigError(
                 f"optim.max_grad_norm: got {self.config.max_grad_norm}, expected null with train.gradients=fused, since "
                 "the norm of the whole gradient is not known before the first matrix is written"
             )
-        if self.fused is None:
-            matrices = [m.weight for m in self.bundle.matrices]
-            whole = whole_leaves(matrices)
-            free = torch.tensor([float(w.name in whole) for w in matrices], device=self.device)
-            ranks = self.tp.sum_checked(free, "what may be updated in the backward pass").tolist()
+        if self.in_backward is None:
+            matrices = [matrix.weight for matrix in self.update_group.matrices.values()]
+            names = names_of_complete_leaves(matrices)
+            here = torch.tensor([float(w.name in names) for w in matrices], device=self.device)
+            ranks = self.tp.sum_checked(here, "what may be updated in the backward pass").tolist()
             # hooks are collective: all ranks, or none
-            fused = [weight for weight, num_ranks in zip(matrices, ranks, strict=True) if num_ranks == self.tp.size]
-            whole = whole_leaves(fused)
-            if len(whole) == len(self.weights):  # ``step`` needs a parameter to tell what happened
-                whole -= {weight.name for weight in by_leaf(fused)[-1][1]}
-            self.fused = FusedStep(self.bundle, [weight for weight in fused if weight.name in whole])
-        return self.fused.names
+            everywhere = [
+                weight for weight, num_ranks in zip(matrices, ranks, strict=True) if num_ranks == self.tp.size
+            ]
+            names = names_of_complete_leaves(everywhere)
+            if len(names) == len(self.weights):  # ``step`` needs a parameter to tell what happened
+                names -= {weight.name for weight in by_leaf(everywhere)[-1][1]}
+            chosen = [weight for weight in everywhere if weight.name in names]
+            self.in_backward = InBackwardStep(self.update_group, chosen)
+        return self.in_backward.names
 
-    def begin_fused_step(self, learning_rate_scale: float = 1.0, loss: Tensor | None = None) -> None:
+    def begin_step_in_backward(self, learning_rate_scale: float = 1.0, loss: Tensor | None = None) -> None:
         """Before the backward pass of a step: its learning rate, and its loss to test. One all-reduce of two floats."""
-        if self.fused is None:
-            raise ApolloTpError("begin_fused_step: got an optimizer with stored gradients; call attach_fused first")
+        if self.in_backward is None:
+            raise ApolloTpError(
+                "begin_step_in_backward: got an optimizer with stored gradients; call attach_in_backward first"
+            )
         self._measure_if_doubtful()
-        self.fused.begin(self.learning_rate(learning_rate_scale), loss)
+        self.in_backward.begin(self.learning_rate(learning_rate_scale), loss)
 
     # --- state -----------------------------------------------------------------------------------------------------
 
     def state_bytes(self) -> int:
         """Bytes of optimizer state on this rank: moments and int8 remainders."""
-        tensors = [t for g in (*self.bundle.groups, *self.bundle.adamw) for t in (g.exp_avg, g.exp_avg_sq)]
+        group = self.update_group
+        tensors = [t for g in (*group.groups, *group.adamw.values()) for t in (g.exp_avg, g.exp_avg_sq)]
         tensors += [w.remainder for w in self.weights if w.remainder is not None]
         return sum(t.nbytes for t in tensors)
 
     def describe(self) -> str:
         """One line for status pages and logs."""
-        matrices = self.bundle.matrices
+        matrices = self.update_group.matrices.values()
         exchanged = sum(m.exchanged for m in matrices)
         rank = f", rank {moment_rank(self.config)}" if matrices else ""
-        fused = "" if self.fused is None else f", {len(self.fused.names)} may be updated in the backward pass"
+        early = (
+            "" if self.in_backward is None else f", {len(self.in_backward.names)} may be updated in the backward pass"
+        )
         return (
             f"{self.config.kind.value}{rank}, scale {self.config.scale}, {self.precision.value}: {len(matrices)} matrices "
-            f"projected ({exchanged} exchanged between {self.tp.size} ranks{fused}), "
+            f"projected ({exchanged} exchanged between {self.tp.size} ranks{early}), "
             f"{len(self.weights) - len(matrices)} tensors by AdamW, {self.state_bytes() / 1e9:.3g} GB of state on rank "
             f"{self.tp.rank}"
         )

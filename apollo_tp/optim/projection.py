@@ -60,7 +60,7 @@ def num_words(rank: int) -> int:
 
 
 def sign_words(key: tuple[Word, Word], refresh: Word, columns: Tensor, rank: int) -> Tensor:
-    """Packed signs of a Rademacher projection, int32, (columns, ceil(rank / 32)).
+    """Packed signs of a Rademacher projection, int32 [columns, ceil(r / 32)].
 
     ``columns`` holds global column numbers (int64); ``key`` and ``refresh`` may be int64 tensors of the same length, so
     that the columns of many parameters come out of one call. Bit k % 32 of word k // 32 is the sign of row k.
@@ -73,14 +73,14 @@ def sign_words(key: tuple[Word, Word], refresh: Word, columns: Tensor, rank: int
 
 
 def unpack_signs(words: Tensor, rank: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Dense (columns, rank) tensor of +1 and -1 (exact in every dtype) from packed ``words``."""
+    """Dense [columns, r] tensor of +1 and -1 (exact in every dtype) from packed ``words``."""
     shifts = torch.arange(32, device=words.device, dtype=torch.int32)
     bits = (words[:, :, None] >> shifts) & 1
     return (1 - 2 * bits.flatten(1)[:, :rank]).to(dtype)
 
 
 def gaussian(key: tuple[int, int], refresh: int, columns: Tensor, rank: int) -> Tensor:
-    """Dense (columns, rank) fp32 tensor of standard normal numbers, by Box-Muller in fp64.
+    """Dense fp32 [columns, r] of standard normal numbers, by Box-Muller in fp64.
 
     fp64 so that the last bits of log and cos, which differ between CPU and GPU, are rounded away.
     """
@@ -95,7 +95,7 @@ def gaussian(key: tuple[int, int], refresh: int, columns: Tensor, rank: int) -> 
 
 
 def projection_matrix(seed: int, name: str, refresh: int, columns: Tensor, rank: int, kind: str) -> Tensor:
-    """The projection of ``name`` as (columns, rank) fp32, entries of variance 1 / rank: Rademacher or Gaussian.
+    """The projection of ``name``, fp32 [columns, r], entries of variance 1 / r: Rademacher or Gaussian.
 
     ``columns`` are global indices along the contracted (smaller) dimension of the checkpoint tensor. The projected
     gradient is ``channels_first_gradient @ projection_matrix(...)``.

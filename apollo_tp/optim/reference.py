@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from apollo_tp.config import EmbeddingMode, OptimConfig, OptimizerKind
+from apollo_tp.optim.optimizer import learning_rate
 from apollo_tp.optim.projection import projection_matrix
-from apollo_tp.optim.schedule import learning_rate
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""Ranks that hold the same part of a weight must hold the same bits: the check, and the mending after a killed write."""
+"""Ranks that hold the same part of a weight must hold the same bits: the check, and the repair after a killed write."""
 
 from __future__ import annotations
 
@@ -10,40 +10,39 @@ from torch import Tensor
 
 from apollo_tp.distributed.tp_group import TPGroup
 from apollo_tp.errors import CollectiveError, ReplicaError
-from apollo_tp.optim.weight import Weight
+from apollo_tp.optim.parameters import Weight
 
 _CHUNK_ELEMENTS = 1 << 22
 COLUMNS = 5
 """Of a record: weight (-1 is padding), lowest rank that holds the part, its global start, and two checksums."""
 
-
 Part = tuple[int, int, int]
-"""A part that several ranks hold: the weight's place in the list, the lowest of these ranks, its global start."""
+"""A part that several ranks hold: the weight's index in the list, the lowest of these ranks, its global start."""
 
 
 def check_replicas(weights: Sequence[Weight], tp: TPGroup) -> None:
     """Compare checksums of everything that more than one rank holds, weights and remainders, whole or in part.
 
     Collectives: one all-gather of the number of replicated parts, one of COLUMNS int64 for each. Raises ReplicaError on all
-    ranks alike if bits differ, CollectiveError if a gather did not happen.
+    ranks if bits differ, CollectiveError if a gather did not happen.
     """
-    for (place, *_), sums in _differing(weights, tp):
+    for (index, *_), sums in _differing(weights, tp):
         raise ReplicaError(
-            f"{weights[place].name}: got checksums {list(sums.values())} on ranks {list(sums)}, expected one value, "
+            f"{weights[index].name}: got checksums {list(sums.values())} on ranks {list(sums)}, expected one value, "
             "since they hold the same part; a gradient was not summed over replicas, or one rank's memory was written "
             "from outside"
         )
 
 
-def level_replicas(weights: Sequence[Weight], tp: TPGroup) -> list[str]:
-    """Give every rank the lowest one's bits of what they share, where they differ: of a trainer that was killed as it wrote,
-    some ranks may have written and others not. Returns the names of these weights, the same on all ranks.
+def resync_replicas(weights: Sequence[Weight], tp: TPGroup) -> list[str]:
+    """Where replicas differ, give every rank the bits of the lowest rank that holds them: when a trainer is killed as it
+    writes, some ranks may have written and others not. Returns the names of these weights, the same on all ranks.
 
-    A weight is written with bits that have the lowest rank's checksums, and once all ranks say so of theirs. Collectives:
-    those of ``check_replicas``, and per part that differs one all-reduce over the ranks that hold it for each tensor, and
-    one all-gather over all. Raises CollectiveError if one of them did not happen.
+    A weight is written only with bits that have the lowest rank's checksums, and only when all ranks have received such.
+    Collectives: those of ``check_replicas``, and per part that differs one all-reduce over the ranks that hold it for each
+    tensor, and one all-gather over all. Raises CollectiveError if one of them did not happen.
     """
-    own = {(place, lowest, start): views for place, w in enumerate(weights) for lowest, start, views in _shared(w)}
+    own = {(index, lowest, start): views for index, w in enumerate(weights) for lowest, start, views in _shared(w)}
     differing, tensor_device = _differing(weights, tp), weights[0].data.device
     for part, sums in differing:
         holders = tp.subgroup(tuple(sorted(sums)))
@@ -59,7 +58,7 @@ def level_replicas(weights: Sequence[Weight], tp: TPGroup) -> list[str]:
             )
         for view, bits in zip(views, copies, strict=True):
             view.copy_(bits)
-    return sorted({weights[place].name for (place, *_), _ in differing})
+    return sorted({weights[index].name for (index, *_), _ in differing})
 
 
 def _bits_of_lowest(view: Tensor, holders: TPGroup) -> Tensor:
@@ -72,26 +71,29 @@ def _bits_of_lowest(view: Tensor, holders: TPGroup) -> Tensor:
 
 
 def _differing(weights: Sequence[Weight], tp: TPGroup) -> list[tuple[Part, dict[int, tuple[int, ...]]]]:
-    """Parts whose checksums are not the same on the ranks that hold them, with those of each rank; on all ranks alike."""
+    """Parts whose checksums are not the same on the ranks that hold them, with those of each rank; the same on all ranks.
+
+    Collectives: those of ``check_replicas``.
+    """
     if tp.size == 1:
         return []
     device = weights[0].data.device
-    rows = [row for place, weight in enumerate(weights) for row in _records(place, weight)]
+    rows = [row for index, weight in enumerate(weights) for row in _records(index, weight)]
     count = int(tp.gather_checked(torch.tensor(len(rows), device=device), "number of replicated parts").max())
     own = torch.full((count, COLUMNS), -1, dtype=torch.int64, device=device)
     if rows:
         own[: len(rows)] = torch.stack(rows)
     holders: dict[Part, dict[int, tuple[int, ...]]] = defaultdict(dict)
     for rank, records in enumerate(tp.gather_checked(own, "checksums of replicated parts").tolist()):
-        for place, lowest, start, plain, placed in records:
-            holders[place, lowest, start][rank] = plain, placed
+        for index, lowest, start, plain, weighted in records:
+            holders[index, lowest, start][rank] = plain, weighted
     return [(part, sums) for part, sums in sorted(holders.items()) if part[0] >= 0 and len(set(sums.values())) > 1]
 
 
-def _records(place: int, weight: Weight) -> Iterator[Tensor]:
-    """int64 (COLUMNS,) for each part of the weight at ``place`` that other ranks hold too."""
+def _records(index: int, weight: Weight) -> Iterator[Tensor]:
+    """int64 [COLUMNS] for each part of the weight at ``index`` that other ranks hold too."""
     for lowest, start, tensors in _shared(weight):
-        key = torch.tensor([place, lowest, start], device=weight.data.device)
+        key = torch.tensor([index, lowest, start], device=weight.data.device)
         yield torch.cat([key, _checksums(tensors)])
 
 
@@ -114,13 +116,13 @@ def _shared(weight: Weight) -> Iterator[tuple[int, int, list[Tensor]]]:
 
 
 def _checksums(tensors: Sequence[Tensor]) -> Tensor:
-    """int64 (sum of bits, position-weighted sum of bits)."""
-    plain, placed = torch.zeros(2, dtype=torch.int64, device=tensors[0].device)
+    """int64 [2]: sum of bits, position-weighted sum of bits. Local."""
+    plain, weighted = torch.zeros(2, dtype=torch.int64, device=tensors[0].device)
     for tensor in tensors:
         integers = {1: torch.int8, 2: torch.int16, 4: torch.int32}[tensor.element_size()]
         for chunk in tensor.contiguous().view(integers).flatten().split(_CHUNK_ELEMENTS):
             bits = chunk.long()
             plain += bits.sum()
             # weights below 2**12 keep the sum of 2**22 products of 32-bit numbers within int64
-            placed += (bits * (torch.arange(bits.numel(), device=bits.device) % 4093 + 1)).sum() % (1 << 40)
-    return torch.stack([plain, placed])
+            weighted += (bits * (torch.arange(bits.numel(), device=bits.device) % 4093 + 1)).sum() % (1 << 40)
+    return torch.stack([plain, weighted])

@@ -42,7 +42,7 @@ def split(value: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def random_bits(key: tuple[int, int], step: int, rows: Tensor, columns: Tensor) -> Tensor:
-    """Uniform 16-bit integers, int32 (rows, columns), for global ``rows`` and ``columns`` (int64) at ``step``.
+    """Uniform 16-bit integers, int32 [R, C], for global ``rows`` [R] and ``columns`` [C] (int64) at ``step``.
 
     Lane column % 8 of the Philox call with counter (column // 8, row, step, 0): lane j is the low (even j) or high (odd)
     half of word j // 2.
@@ -57,7 +57,8 @@ def random_bits(key: tuple[int, int], step: int, rows: Tensor, columns: Tensor) 
 
 
 def stochastic(value: Tensor, bits: Tensor) -> Tensor:
-    """fp32 -> bf16, up with probability equal to the fraction of an ulp above; ``bits`` are uniform in [0, 2**16)."""
+    """fp32 -> bf16 of the same shape, up with probability equal to the fraction of an ulp above; ``bits`` are uniform in
+    [0, 2**16)."""
     raised = value.contiguous().view(torch.int32) + bits
     return ((raised >> 16).to(torch.int16)).view(torch.bfloat16)
 

@@ -1,43 +1,54 @@
-"""Tables that tell a Triton kernel which tile of which tensor a program works on. See ``triton_backend``."""
+"""Tables that tell a Triton kernel which tile of which tensor a program works on, and their launches.
+
+A table has one row (int64 ``entry``) per tensor or contiguous piece of one; its columns are listed in ``kernels``. Rows with
+equal compile-time constants share a launch, which has one program per tile. Made once; see ``triton_backend``.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import triton.language as tl
 from torch import Tensor
 
-from apollo_tp.optim.weight import Weight
+from apollo_tp.config import Precision
+from apollo_tp.optim.parameters import AdamWState, Weight
+from apollo_tp.optim.sharding import MatrixGroup
+
+_TYPES = {torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 
 
 @dataclass
 class Launch:
-    """Tiles that share a compiled kernel. ``options`` are its constants; ``table`` and ``tiles`` lie on the device."""
+    """Tiles that share a compiled kernel. ``options`` are its constants. On the device: ``table``, ``tiles`` (int32 [tiles]
+    each: row of the table, then the first element along each dimension), and ``addresses`` (int64 [rows of the table]) of
+    the gradients, which are set for each step. ``owners``: index of the parameter of each row of the table; ``offsets``:
+    bytes from the start of that parameter's gradient. ``distinct`` (int64): the parameters of ``owners``, each once, and
+    ``tile_counts`` the tiles of each: neighbours in ``tiles``, since a parameter's rows follow each other.
+    """
 
     options: dict[str, Any]
     table: Tensor
     tiles: list[Tensor]
     owners: list[int]
-    """Index of the parameter behind each row of the table."""
     offsets: list[int]
-    """Bytes from the start of the parameter's gradient to each row's."""
     addresses: Tensor
     distinct: Tensor
-    """The parameters of ``owners``, each once, int64."""
     tile_counts: Tensor
-    """Tiles of each of them: neighbours in ``tiles``, since a parameter's rows follow each other."""
 
     @property
     def grid(self) -> tuple[int]:
+        """One program per tile."""
         return (self.tiles[0].numel(),)
 
 
 @dataclass
 class Row:
-    """One row of a table before it is one: its tensor's extent and the tile that a program takes of it."""
+    """One row of a table before it is one: its tensor's extent, and the tile that a program takes of it."""
 
     options: dict[str, Any]
     entry: list[int]
@@ -49,9 +60,8 @@ class Row:
 
 @dataclass
 class Piece:
-    """A part of a local (rows, columns) weight whose global rows and columns are contiguous."""
+    """A part of a local weight [R, C] whose global rows and columns are contiguous: where it begins and its size."""
 
-    weight: Weight
     row: int
     column: int
     rows: int
@@ -65,29 +75,24 @@ def pieces(weight: Weight) -> Iterator[Piece]:
     shape, shard = weight.shard.global_shape, weight.shard
     rows, columns = weight.local_2d
     if shard.dim is None:
-        yield Piece(weight, 0, 0, rows, columns, 0, 0)
+        yield Piece(0, 0, rows, columns, 0, 0)
         return
     local = 0
     for start, stop in shard.ranges:
         length = stop - start
         if shard.dim == len(shape) - 1:
-            yield Piece(weight, 0, local, rows, length, 0, start)
+            yield Piece(0, local, rows, length, 0, start)
         else:  # each index before the cut dimension has its own run of rows
             inner = math.prod(shape[shard.dim + 1 : -1])
             for outer in range(math.prod(shape[: shard.dim])):
                 row = (outer * shard.local_shape[shard.dim] + local) * inner
                 global_row = (outer * shape[shard.dim] + start) * inner
-                yield Piece(weight, row, 0, length * inner, columns, global_row, 0)
+                yield Piece(row, 0, length * inner, columns, global_row, 0)
         local += length
 
 
-def aligned(tensor: Tensor) -> bool:
-    """True if every row of a (rows, columns) tensor starts on 16 bytes."""
-    return tensor.data_ptr() % 16 == 0 and tensor.stride(0) * tensor.element_size() % 16 == 0
-
-
 def make_launches(rows: Iterator[Row], device: torch.device, dims: int) -> list[Launch]:
-    """Rows with equal constants share a launch; every row is cut into tiles."""
+    """One launch for all rows with equal constants; every row is cut into tiles. ``dims``: dimensions of the tiles."""
     grouped: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
         if math.prod(row.extent):
@@ -108,3 +113,124 @@ def make_launches(rows: Iterator[Row], device: torch.device, dims: int) -> list[
         distinct, tile_counts = (torch.tensor(list(x)).to(device) for x in (counts.keys(), counts.values()))
         launches.append(Launch(same[0].options, table, columns, owners, offsets, table[:, 0], distinct, tile_counts))
     return launches
+
+
+def project_rows(
+    groups: Sequence[MatrixGroup],
+    buffer_starts: Sequence[int],
+    gradients: Sequence[Tensor],
+    tile: int,
+    exact_in_bf16: bool,
+) -> Iterator[Row]:
+    """One row per matrix that this rank projects. ``buffer_starts``: where each group's buffer begins in the common one;
+    ``tile``: channels per program; ``exact_in_bf16``: bf16 gradients are multiplied as such."""
+    first_projection = 0
+    for group, start in zip(groups, buffer_starts, strict=False):
+        block_stride = group.buffer_shape[1] if group.exchanged else 0
+        for member in group.members:
+            matrix, gradient, projection_start = member.matrix, gradients[member.index], first_projection
+            first_projection += matrix.columns.numel()
+            if not matrix.projects_here:
+                continue
+            channels, contracted = matrix.channels_first(gradient).shape
+            first = member.rows.start
+            entry = [
+                channels,
+                contracted,
+                gradient.stride(0),
+                projection_start,
+                matrix.num_rows if group.exchanged else max(1, channels),
+                start + first * group.rank,
+                start + group.num_rows * group.rank + first,
+                block_stride,
+            ]
+            options = {
+                "CHANNELS_LAST": matrix.channel_dim == 1,
+                "EVEN": channels % 16 == 0 and contracted % 16 == 0 and _aligned(gradient),
+                "WIDE": not (gradient.dtype is torch.bfloat16 and exact_in_bf16),
+                "G_TYPE": _TYPES[gradient.dtype],
+            }
+            yield Row(options, entry, (channels,), (tile,), member.index, 0)
+
+
+def write_rows(
+    groups: Sequence[MatrixGroup], gradients: Sequence[Tensor], tiles: Mapping[bool, tuple[int, int]]
+) -> Iterator[Row]:
+    """One row per piece of a projected matrix. ``tiles``: rows by columns of a program, without and with a remainder."""
+    local_start = exchanged_start = 0
+    exchanged_rows = sum(g.num_rows for g in groups if g.exchanged)
+    local_rows = sum(g.num_rows for g in groups if not g.exchanged)
+    for group in groups:
+        for member in group.members:
+            matrix, first = member.matrix, member.rows.start
+            if group.exchanged:
+                scale = [local_rows + exchanged_start + first, matrix.per_rank, exchanged_rows + 1]  # and a canary
+            else:
+                scale = [local_start + first, max(1, matrix.num_rows), 0]
+            for piece in pieces(matrix.weight):
+                channel0 = piece.row if matrix.channel_dim == 0 else piece.column
+                options = {"CHANNELS_LAST": matrix.channel_dim == 1}
+                yield _row(member.index, matrix.weight, piece, gradients, [*scale, channel0], options, tiles)
+        if group.exchanged:
+            exchanged_start += group.num_rows
+        else:
+            local_start += group.num_rows
+
+
+def adamw_rows(
+    adamw: Mapping[int, AdamWState], gradients: Sequence[Tensor], tiles: Mapping[bool, tuple[int, int]]
+) -> Iterator[Row]:
+    """One row per piece of an AdamW parameter."""
+    for index, state in adamw.items():
+        columns = state.weight.local_2d[1]
+        for piece in pieces(state.weight):
+            skip = 4 * (piece.row * columns + piece.column)
+            moments = [state.exp_avg.data_ptr() + skip, state.exp_avg_sq.data_ptr() + skip, columns, 0]
+            yield _row(index, state.weight, piece, gradients, moments, {}, tiles)
+
+
+def _row(
+    index: int,
+    weight: Weight,
+    piece: Piece,
+    gradients: Sequence[Tensor],
+    own: list[int],
+    options: dict[str, Any],
+    tiles: Mapping[bool, tuple[int, int]],
+) -> Row:
+    """A row for ``write_kernel`` or ``adamw_kernel``, whose ``own`` four columns are 8 to 11."""
+    gradient, data, rest = gradients[index], weight.data, weight.remainder
+    skip = piece.row * data.stride(0) + piece.column
+    rest_skip = piece.row * weight.local_2d[1] + piece.column
+    key = weight.rounding_key[0] | weight.rounding_key[1] << 32
+    entry = [
+        index,
+        piece.rows,
+        piece.columns,
+        data.data_ptr() + skip * data.element_size(),
+        data.stride(0),
+        gradient.stride(0),
+        0 if rest is None else rest.data_ptr() + rest_skip,
+        weight.local_2d[1],
+        *own,
+        piece.global_row,
+        piece.global_column,
+        key - (1 << 64) if key >> 63 else key,
+    ]
+    # 16 elements: the remainder is one byte each
+    widths = (piece.column, piece.columns, piece.global_column, weight.local_2d[1])
+    bf16 = data.dtype is torch.bfloat16
+    options = options | {
+        "EVEN": _aligned(data) and _aligned(gradient) and all(width % 16 == 0 for width in widths),
+        "REMAINDER": rest is not None,
+        "STOCHASTIC": bf16 and weight.precision is Precision.stochastic,
+        "W_TYPE": _TYPES[data.dtype],
+        "G_TYPE": _TYPES[gradient.dtype],
+    }
+    offset = (piece.row * gradient.stride(0) + piece.column) * gradient.element_size()
+    return Row(options, entry, (piece.rows, piece.columns), tiles[rest is not None], index, offset)
+
+
+def _aligned(tensor: Tensor) -> bool:
+    """True if every row of a [R, C] tensor starts on 16 bytes."""
+    return tensor.data_ptr() % 16 == 0 and tensor.stride(0) * tensor.element_size() % 16 == 0

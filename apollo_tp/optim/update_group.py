@@ -1,16 +1,20 @@
 """Parameters that are decided together: from local gradients to a decision that all ranks share, and then the write.
 
-One bundle holds all parameters of a model and their state. For updates inside the backward pass, every matrix whose
-gradient is freed at once is a part of it: a bundle of its own that shares the state, so that each step may take the one or
-the other way. Order, within a bundle:
+The optimizer has one group of all parameters, which owns their state. For updates inside the backward pass, the matrices
+whose gradients are freed together are a *subset* of it: an update group of its own that shares the state, so that each step
+may take the one or the other way. The order within a group:
     1. project every matrix (one read of its gradient), which also gives the squared norm of each channel;
-    2. add what crosses ranks: one reduce-scatter per bucket of matrices cut along their contracted dimension, one all-gather
+    2. sum what crosses ranks: one reduce-scatter per bucket of matrices cut along their contracted dimension, one all-gather
        of their channel scales, and last all scalars in one all-reduce (clipping needs the global norm first: one more, of
        one float per parameter);
-    3. decide from the added scalars alone, so that every rank decides the same;
+    3. decide from the summed scalars alone, so that every rank decides the same;
     4. only then move moments and write weights.
 Each collective of step 2 carries a canary, and the last one adds up what every rank found in those before it: no rank writes
 if one of them did not happen somewhere. Between decision and write nothing more crosses ranks.
+
+A parameter has one number in a group, its *index*: its position in ``weights``, in every list of gradients and in every
+vector [N] of the group (letters of shapes as in ``sharding``). Only ``Counters`` are numbered as in the group of all
+parameters; ``indices`` leads there.
 """
 
 from __future__ import annotations
@@ -19,28 +23,70 @@ import itertools
 import math
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from apollo_tp.config import EmbeddingMode, OptimConfig, OptimizerKind
 from apollo_tp.distributed.tp_group import TPGroup
-from apollo_tp.optim.adamw import AdamWState
-from apollo_tp.optim.interface import Decision, Facts, OptimParameter, Scales, Sums
-from apollo_tp.optim.sharding import Matrix, make_groups, moment_rank, refresh_projections
+from apollo_tp.optim.parameters import AdamWState, OptimParameter, Weight, to_device
+from apollo_tp.optim.sharding import (
+    ChannelScales,
+    Decision,
+    DecisionInputs,
+    GradientStats,
+    Matrix,
+    make_groups,
+    moment_rank,
+    refresh_projections,
+)
 from apollo_tp.optim.torch_backend import TorchBackend
-from apollo_tp.optim.weight import Weight, to_device
-
-if TYPE_CHECKING:
-    from apollo_tp.optim.triton_backend import TritonBackend
 
 BUCKET_BYTES = 64 * 2**20
 """Upper bound of one reduce-scatter's buffer; a single larger matrix gets a bucket of its own."""
 
 
+class Backend(Protocol):
+    """The local arithmetic of a step, in the order of the calls. No collectives; nothing here waits for the device.
+
+    ``gradients`` are local, one [R, C] per parameter by index, in the parameter's dtype, with contiguous rows. ``clip`` is
+    fp32, 0-d. No method but ``write`` touches moments or weights.
+    """
+
+    def project(self, gradients: Sequence[Tensor]) -> None:
+        """Fill the buffers of every matrix group: ``all_projected`` [ranks, R, r] with the projected gradients of this rank
+        and ``all_energy`` [ranks, R] with squared norms of channels, fp32, the channels in blocks by the rank that keeps
+        them. Elements of ``gradients`` that another rank puts into the sum are zero."""
+
+    def begin(
+        self, gradients: Sequence[Tensor], learning_rate: float, steps: Sequence[int], steps_on_device: Tensor
+    ) -> None:
+        """What the methods below work on. ``steps`` (also int32 [N] on the device): updates of each parameter before this
+        one. Called after ``project``, so that the device is busy while the host prepares this."""
+
+    def adamw_square_sums(self, gradients: Sequence[Tensor]) -> Tensor:
+        """fp32 [AdamW parameters]: squared norm of each one's local gradient."""
+
+    def row_stats(self, clip: Tensor) -> tuple[Tensor, Tensor]:
+        """Two vectors, fp32 [rows of all groups], of the clipped gradient, after ``MatrixGroup.exchange``.
+
+        Channel scaling: the channel's scale, and the squared norm of the scaled channel. APOLLO-Mini: the squared norms of
+        the adapted and of the projected gradient.
+        """
+
+    def adamw_update_norms(self, gradients: Sequence[Tensor], clip: Tensor) -> Tensor:
+        """fp32 [AdamW parameters]: squared norm of each local update at learning rate 1."""
+
+    def decide(self, stats: GradientStats, inputs: DecisionInputs) -> Decision:
+        """See ``torch_backend.decide``."""
+
+    def write(self, gradients: Sequence[Tensor], decision: Decision, scales: ChannelScales) -> None:
+        """Move moments and write weights of those parameters for which ``decision.write`` is 1."""
+
+
 class Counters:
-    """Per parameter of a whole bundle: updates so far, and fp64 norms (parameters,) of the limiter and of the weights."""
+    """Of all parameters of a model: updates so far, and fp64 norms of the limiter and of the weights, on the device."""
 
     def __init__(self, device: torch.device, count: int) -> None:
         self.steps = [0] * count
@@ -48,43 +94,85 @@ class Counters:
         self.weight_norms = torch.full((count,), math.inf, dtype=torch.float64, device=device)
 
 
-class Bundle:
-    """State of some parameters on this rank, complete from construction on (same keys on every rank).
+class UpdateGroup:
+    """Parameters with their state on this rank, complete from construction on (same keys on every rank).
 
-    Vectors have one entry per parameter of the bundle, in the order of ``weights``. With ``whole``, ``weights`` are some of
-    that bundle's, and all state is its: ``counters``, and views of its moments.
+    ``matrices`` and ``adamw`` hold the parameters of either kind by index. With ``parent``, ``weights`` are some of that
+    group's, in any order, and all state is the parent's: ``counters``, and views of its moments. ``indices`` are theirs in
+    ``counters``.
     """
 
     def __init__(
-        self, weights: Sequence[Weight], config: OptimConfig, tp: TPGroup, whole: Bundle | None = None
+        self, weights: Sequence[Weight], config: OptimConfig, tp: TPGroup, parent: UpdateGroup | None = None
     ) -> None:
-        self.weights, self.config, self.tp = [w.at(i) for i, w in enumerate(weights)], config, tp
-        self.device, count = weights[0].data.device, len(weights)
-        self.places = [w.index for w in weights] if whole else list(range(count))
-        self.counters = whole.counters if whole else Counters(self.device, count)
-        self.place_index = torch.tensor(self.places, device=self.device)
-        self.matrices = [Matrix(w, config, tp) for w in self.weights if projects(w.parameter, config)]
-        roots = {m.index: m.root_scale for m in self.matrices}
-        others = [w for w in self.weights if w.index not in roots]
-        if whole:
-            states = {a.index: a for a in whole.adamw}
-            self.adamw = [AdamWState(w, states[self.places[w.index]]) for w in others]
-            chosen = {self.places[m.index]: m for m in self.matrices}
-            self.groups = [part for group in whole.groups for part in group.parts(chosen)]
+        self.weights, self.config, self.tp = list(weights), config, tp
+        self.device = weights[0].data.device
+        if parent is None:
+            self._allocate()
         else:
-            self.adamw = [AdamWState(w) for w in others]
-            self.groups = make_groups(self.matrices, moment_rank(config), tp, BUCKET_BYTES)
-        self.backend = _make_backend(self)
+            self._share(parent)
         self._place_rows()
-        self.scales = self.no_scales = torch.empty(0, device=self.device)
+        self.backend = self._make_backend()
         self.ones = self.vector([1.0]).float()
-        self.checks = self.vector(self._expected_checks()).float()
-        limited = {m.index for m in self.matrices if m.weight.parameter.role == "matrix"}
-        self.is_projected = self.vector([float((i in roots) + (i in limited)) for i in range(count)]).int()
-        self.root_scales = self.vector([roots.get(i, 1.0) for i in range(count)])
-        self.adamw_index = torch.tensor([a.index for a in self.adamw], dtype=torch.int64, device=self.device)
-        self.adamw_counts = self.vector([float(a.weight.represents) for a in self.adamw]).float()
-        self.adamw_in_part = [a for a in self.adamw if a.weight.counted is not None]  # few: in plain torch everywhere
+        self._constants = self._decision_constants()
+        self.adamw_index = torch.tensor(list(self.adamw), dtype=torch.int64, device=self.device)
+        self.adamw_ownership = self.vector([float(a.weight.is_owner) for a in self.adamw.values()]).float()
+        # few: in plain torch everywhere
+        self.partly_owned = {i: a for i, a in self.adamw.items() if a.weight.ownership_mask is not None}
+
+    def _allocate(self) -> None:
+        """State of its own: zero moments, and a counter for each parameter."""
+        config, tp, weights = self.config, self.tp, dict(enumerate(self.weights))
+        self.indices, self.counters = list(weights), Counters(self.device, len(weights))
+        self.matrices = {i: Matrix(w, config, tp) for i, w in weights.items() if projects(w.parameter, config)}
+        self.adamw = {i: AdamWState(w) for i, w in weights.items() if i not in self.matrices}
+        self.groups = make_groups(self.matrices, moment_rank(config), tp, BUCKET_BYTES)
+
+    def _share(self, parent: UpdateGroup) -> None:
+        """The state of ``parent``, as far as it is of these weights."""
+        index_of = {id(weight): i for i, weight in enumerate(parent.weights)}
+        theirs = [index_of[id(weight)] for weight in self.weights]
+        self.indices, self.counters = [parent.indices[j] for j in theirs], parent.counters
+        self.matrices = {i: parent.matrices[j] for i, j in enumerate(theirs) if j in parent.matrices}
+        self.adamw = {i: parent.adamw[j] for i, j in enumerate(theirs) if j in parent.adamw}
+        new_index = {j: i for i, j in enumerate(theirs)}
+        self.groups = [subset for group in parent.groups for subset in group.subsets(new_index)]
+
+    def _place_rows(self) -> None:
+        """Where the rows of moments of each group lie among those of all, and what their sums by matrix need."""
+        first_rows = list(itertools.accumulate((g.num_rows for g in self.groups), initial=0))
+        for group, first_row in zip(self.groups, first_rows[:-1], strict=True):
+            group.first_row = first_row
+        if self.groups:
+            self.matrix_index = torch.cat([g.index for g in self.groups])
+            self.row_ownership = torch.cat([g.row_ownership for g in self.groups])
+            self.row_lengths = torch.cat([g.lengths for g in self.groups])
+        self.local_rows = sum(g.num_rows for g in self.groups if not g.exchanged)  # groups without exchange come first
+        exchanged = [member for g in self.groups if g.exchanged for member in g.members]
+        starts = itertools.accumulate((member.matrix.per_rank for member in exchanged), initial=0)
+        self.gather_starts = {member.index: start for member, start in zip(exchanged, starts, strict=False)}
+
+    def _make_backend(self) -> Backend:
+        """Triton on CUDA, plain torch elsewhere. Triton is imported only here: a CPU install need not have it."""
+        if self.device.type != "cuda":
+            return TorchBackend(self.groups, self.adamw, self.config)
+        from apollo_tp.optim.triton_backend import TritonBackend
+
+        return TritonBackend(self.groups, self.adamw, self.config, self.weights)
+
+    def _decision_constants(self) -> dict[str, Tensor]:
+        """The fields of ``DecisionInputs`` that no step changes; norms are changed in place."""
+        kinds = {i: 2 if m.weight.parameter.role == "matrix" else 1 for i, m in self.matrices.items()}
+        root_scales = {i: m.root_scale for i, m in self.matrices.items()}
+        all_indices = range(len(self.weights))
+        return {
+            "projected": self.vector([kinds.get(i, 0) for i in all_indices]).int(),
+            "root_scales": self.vector([root_scales.get(i, 1.0) for i in all_indices]),
+            "indices": torch.tensor(self.indices, device=self.device),
+            "limiter_norms": self.counters.limiter_norms,
+            "weight_norms": self.counters.weight_norms,
+            "expected_checks": self.vector(self._expected_checks()).float(),
+        }
 
     def _expected_checks(self) -> list[float]:
         """What the canaries of a step are once they are summed over ranks, in the order of ``_decide``."""
@@ -97,28 +185,18 @@ class Bundle:
         """Whether ranks need channel scales of each other: APOLLO-Mini's are all 1."""
         return self.config.kind is OptimizerKind.apollo and any(group.exchanged for group in self.groups)
 
-    def _place_rows(self) -> None:
-        """Where the rows of moments of each group lie among those of all, and what their sums by matrix need."""
-        first_rows = list(itertools.accumulate((g.num_rows for g in self.groups), initial=0))
-        for group, first_row in zip(self.groups, first_rows[:-1], strict=True):
-            group.first_row = first_row
-        if self.groups:
-            self.matrix_index = torch.cat([g.index for g in self.groups])
-            self.row_counts = torch.cat([g.counts for g in self.groups])
-            self.row_lengths = torch.cat([g.segments for g in self.groups])
-        self.local_rows = sum(g.num_rows for g in self.groups if not g.exchanged)  # groups without exchange come first
-        exchanged = [m for g in self.groups if g.exchanged for m in g.matrices]
-        starts = itertools.accumulate((m.per_rank for m in exchanged), initial=0)
-        self.gather_starts = {m.index: start for m, start in zip(exchanged, starts, strict=False)}
-
     @property
     def steps(self) -> list[int]:
         """Updates of each parameter; a step with zero gradient is none."""
-        return [self.counters.steps[place] for place in self.places]
+        return [self.counters.steps[index] for index in self.indices]
 
     def vector(self, values: Sequence[float]) -> Tensor:
-        """(len(values),) fp64 on the device, without waiting for it."""
+        """fp64 [len(values)] on the device, without waiting for it."""
         return to_device(values, torch.float64, self.device)
+
+    def subset(self, weights: Sequence[Weight]) -> UpdateGroup:
+        """A group of some of the ``weights`` of this one, over the same state: either may update them. No collective."""
+        return UpdateGroup(weights, self.config, self.tp, parent=self)
 
     def update(
         self,
@@ -127,11 +205,10 @@ class Bundle:
         alive: Tensor | None = None,
         received: Tensor | None = None,
     ) -> Decision:
-        """Decide and, if so decided, write. Nothing is written on any rank unless ``alive`` and ``received`` (fp32, (1,))
-        are 1 on all: an earlier part of the step does not forbid it, and what this rank got from others before has
-        arrived.
+        """Decide and, if so decided, write. Nothing is written on any rank unless ``alive`` and ``received`` (fp32 [1]) are
+        1 on all: no earlier part of the step forbids it, and what this rank got from others before has arrived.
 
-        The counters of the bundle follow in ``accept``, once the decision has been read. Collectives: see the module.
+        The counters follow in ``accept``, once the decision has been read. Collectives: see the module.
         """
         gradients = [weight.gradient() for weight in self.weights]
         flags = [self.ones if flag is None else flag for flag in (alive, received)]
@@ -140,37 +217,28 @@ class Bundle:
         self.backend.write(gradients, decision, scales)
         for group in self.groups:
             group.release()
-        self.scales = self.no_scales
         return decision
 
     def accept(self, written: Sequence[bool]) -> None:
-        """Count the updates that a decision made."""
-        for place, moved in zip(self.places, written, strict=True):
-            self.counters.steps[place] += moved
-
-    def part(self, weights: Sequence[Weight]) -> Bundle:
-        """A bundle of some of the ``weights`` of this one, over the same state: either may update them."""
-        return Bundle(weights, self.config, self.tp, whole=self)
+        """Count the updates that a decision made; ``written`` [N]."""
+        for index, moved in zip(self.indices, written, strict=True):
+            self.counters.steps[index] += moved
 
     def local_square_norms(self) -> Tensor:
-        """(parameters,) squared norms of this rank's part of each matrix, replicas once; 0 for one dimension."""
+        """fp32 [N]: squared norm of what this rank owns of each weight; 0 for those of one dimension. No collective."""
         zero = torch.zeros((), device=self.device)
-        return torch.stack([w.square_norm(w.data) if w.is_matrix else zero for w in self.weights])
+        return torch.stack([w.owned_square_norm(w.data) if w.is_matrix else zero for w in self.weights])
 
     def _decide(
         self, gradients: list[Tensor], lr: float, loss: Tensor | None, alive: Tensor, received: Tensor
-    ) -> tuple[Decision, Scales]:
+    ) -> tuple[Decision, ChannelScales]:
         """Steps 1 to 3. Touches neither moments nor weights."""
-        config = self.config
-        steps = self.steps
-        refresh_projections(self.matrices, [steps[m.index] // config.refresh_every for m in self.matrices], config)
-        counted = self._counted_once(gradients)
-        self.backend.prepare(counted)
-        self.backend.project(counted)  # first: the device is busy while the host prepares the rest
-        if counted is not gradients:
-            self.backend.prepare(gradients)
-        facts = self._facts(lr, steps)
-        self.backend.begin(lr, steps, facts.steps)
+        config, steps = self.config, self.steps
+        due = [steps[i] // config.refresh_every for i in self.matrices]
+        refresh_projections(list(self.matrices.values()), due, config)
+        self.backend.project(self._owned_once(gradients))  # first: the device is busy while the host prepares the rest
+        inputs = self._decision_inputs(lr, steps)
+        self.backend.begin(gradients, lr, steps, inputs.steps)
         squares = local_squares = self._local_square_sums(gradients, loss)
         for group in self.groups:
             group.exchange()
@@ -180,8 +248,8 @@ class Bundle:
             squares, counted = self.tp.all_reduce_(torch.cat([squares, self.ones])).tensor_split([-1])
             checks.append(counted)
             clip = (config.max_grad_norm / (squares[:-1].sum().sqrt() + 1e-6)).clamp(max=1.0)
-        norms = self._update_norms(gradients, clip)
-        scales = self._gather_scales()
+        norms, local_scales = self._update_norms(gradients, clip)
+        scales = self._gather_scales(local_scales)
         if self._gathers:
             assert scales.gathered is not None
             checks.append(scales.gathered[:, -1])
@@ -191,92 +259,86 @@ class Bundle:
         packed = self.tp.all_reduce_(torch.cat(parts)).split([part.numel() for part in parts])
         if config.max_grad_norm is None:
             squares = packed[3]
-        sums = Sums(local_squares, squares, packed[0].view_as(norms), clip, alive=packed[1], checks=packed[2])
-        return self.backend.decide(lr, sums, facts), scales
+        stats = GradientStats(local_squares, squares, packed[0].view_as(norms), clip, alive=packed[1], checks=packed[2])
+        return self.backend.decide(stats, inputs), scales
 
-    def _facts(self, lr: float, steps: Sequence[int]) -> Facts:
-        """What the decision needs beside the sums; two small copies to the device."""
+    def _decision_inputs(self, lr: float, steps: Sequence[int]) -> DecisionInputs:
+        """Two small copies to the device."""
         numbers = self.vector([lr, *(_bias_correction(n + 1, *self.config.betas) for n in steps)])
-        return Facts(
-            projected=self.is_projected,
-            root_scales=self.root_scales,
-            places=self.place_index,
-            limiter_norms=self.counters.limiter_norms,
-            weight_norms=self.counters.weight_norms,
+        return DecisionInputs(
+            **self._constants,
             corrections=numbers[1:],
             steps=to_device(steps, torch.int32, self.device),
             learning_rate=numbers[0],
-            checks=self.checks,
         )
 
-    def _counted_once(self, gradients: list[Tensor]) -> list[Tensor]:
-        """The gradients to project: without what another rank puts into the sum, where partial projections are summed. The
-        same list if there are none such."""
-        masks = {m.index: m.weight.counted for m in self.matrices if m.exchanged and m.weight.counted is not None}
+    def _owned_once(self, gradients: list[Tensor]) -> list[Tensor]:
+        """The gradients to project: where partial projections are summed, zero in what another rank owns. The same list if
+        there is no such matrix."""
+        masks = {i: m.weight.ownership_mask for i, m in self.matrices.items() if m.exchanged}
+        masks = {i: mask for i, mask in masks.items() if mask is not None}
         if not masks:
             return gradients
-        return [g * masks[i].to(g.dtype) if i in masks else g for i, g in enumerate(gradients)]
+        return [g if (mask := masks.get(i)) is None else g * mask.to(g.dtype) for i, g in enumerate(gradients)]
 
     def _sum_rows(self, values: Tensor) -> Tensor:
-        """(rows of all groups,) summed by matrix, (matrices of all groups,), each replicated channel on one rank only."""
-        return torch.segment_reduce(values * self.row_counts, "sum", lengths=self.row_lengths, unsafe=True)
+        """fp32 [rows of all groups] summed by matrix, [matrices of all groups], each channel by the rank that owns it."""
+        return torch.segment_reduce(values * self.row_ownership, "sum", lengths=self.row_lengths, unsafe=True)
 
-    def _gather_scales(self) -> Scales:
-        """The channel scales of all matrices; one all-gather for those of exchanged ones, each rank's with a canary of 1."""
-        exchanged = self.scales[self.local_rows :]
+    def _gather_scales(self, local: Tensor) -> ChannelScales:
+        """The channel scales of all matrices from those of this rank's rows, fp32 [rows of all groups].
+
+        Collective: one all-gather if a matrix is exchanged, each rank's part with a canary of 1.
+        """
+        exchanged = local[self.local_rows :]
         if not exchanged.numel():
-            return Scales(self.scales, None, {})
+            return ChannelScales(local, None, {})
         if not self._gathers:
-            return Scales(self.scales, exchanged.new_ones(self.tp.size, exchanged.numel() + 1), self.gather_starts)
+            ones = exchanged.new_ones(self.tp.size, exchanged.numel() + 1)
+            return ChannelScales(local, ones, self.gather_starts)
         gathered = self.tp.all_gather(torch.cat([exchanged, self.ones])).view(self.tp.size, -1)
-        return Scales(self.scales, gathered, self.gather_starts)
+        return ChannelScales(local, gathered, self.gather_starts)
 
     def _local_square_sums(self, gradients: list[Tensor], loss: Tensor | None) -> Tensor:
-        """(parameters + 1,) fp32: squared gradient norms of this rank's part, replicas once; last, not-finite losses."""
+        """fp32 [N + 1]: squared norm of what this rank owns of each gradient; last, NaN if the loss is not finite, else
+        0."""
         sums = torch.zeros(len(self.weights) + 1, device=self.device)
         if self.groups:
             energies = [g.all_energy.sum(0) if g.exchanged else g.all_energy[0] for g in self.groups]
             sums[self.matrix_index] = self._sum_rows(torch.cat(energies))
         if self.adamw:
-            sums[self.adamw_index] = self.backend.adamw_square_sums(gradients) * self.adamw_counts
-            for state in self.adamw_in_part:
-                sums[state.index] = state.weight.square_norm(gradients[state.index])
+            sums[self.adamw_index] = self.backend.adamw_square_sums(gradients) * self.adamw_ownership
+            for i, state in self.partly_owned.items():
+                sums[i] = state.weight.owned_square_norm(gradients[i])
         if loss is not None:
             sums[-1] = torch.where(torch.isfinite(loss.detach()), 0.0, torch.nan).to(self.device)
         return sums
 
-    def _update_norms(self, gradients: list[Tensor], clip: Tensor) -> Tensor:
-        """(parameters, 2) fp32, this rank's part: what the limiter and the limit on the size of a step need.
+    def _update_norms(self, gradients: list[Tensor], clip: Tensor) -> tuple[Tensor, Tensor]:
+        """(norms, scales): norms, fp32 [N, 2], of what this rank owns: what the limiter and the limit on the size of a step
+        need; scales, fp32 [rows of all groups], of this rank's rows.
 
-        Channel scaling: squared norm of the scaled, clipped gradient; also sets ``scales`` (all rows,). APOLLO-Mini: the
-        squared norms of adapted and projected gradient. AdamW: squared norm of the update at learning rate 1.
+        Channel scaling: squared norm of the scaled, clipped gradient. APOLLO-Mini: the squared norms of adapted and
+        projected gradient. AdamW: squared norm of the update at learning rate 1.
         """
-        norms = torch.zeros(len(self.weights), 2, device=self.device)
-        if self.groups and self.config.kind is OptimizerKind.apollo_mini:
-            self.scales = torch.ones_like(self.row_counts)
-            for column, squares in enumerate(self.backend.row_norms(clip)):
-                norms[self.matrix_index, column] = self._sum_rows(squares)
-        elif self.groups:
-            self.scales, limited = self.backend.row_scales(clip)
-            norms[self.matrix_index, 0] = self._sum_rows(limited)
+        norms, scales = torch.zeros(len(self.weights), 2, device=self.device), torch.empty(0, device=self.device)
+        if self.groups:
+            first, second = self.backend.row_stats(clip)
+            if self.config.kind is OptimizerKind.apollo_mini:
+                scales = torch.ones_like(self.row_ownership)
+                norms[self.matrix_index, 0] = self._sum_rows(first)
+                norms[self.matrix_index, 1] = self._sum_rows(second)
+            else:
+                scales = first
+                norms[self.matrix_index, 0] = self._sum_rows(second)
         if self.adamw:
             updates = self.backend.adamw_update_norms(gradients, clip)
-            norms[self.adamw_index, 0] = updates * self.adamw_counts
-            for state in self.adamw_in_part:
-                gradient = gradients[state.index].float() * clip
-                update = state.candidate(gradient, self.counters.steps[self.places[state.index]], self.config)[2]
-                norms[state.index, 0] = state.weight.square_norm(update)
-        return norms
-
-
-def _make_backend(bundle: Bundle) -> TorchBackend | TritonBackend:
-    """Triton on CUDA, plain torch elsewhere. Triton is imported only here: a CPU install need not have it."""
-    groups, adamw, config = bundle.groups, bundle.adamw, bundle.config
-    if bundle.device.type != "cuda":
-        return TorchBackend(groups, adamw, config)
-    from apollo_tp.optim.triton_backend import TritonBackend
-
-    return TritonBackend(groups, adamw, config, bundle.weights)
+            norms[self.adamw_index, 0] = updates * self.adamw_ownership
+            for i, state in self.partly_owned.items():
+                gradient = gradients[i].float() * clip
+                update = state.candidate(gradient, self.counters.steps[self.indices[i]], self.config)[2]
+                norms[i, 0] = state.weight.owned_square_norm(update)
+        return norms, scales
 
 
 def projects(parameter: OptimParameter, config: OptimConfig) -> bool:
@@ -289,4 +351,5 @@ def projects(parameter: OptimParameter, config: OptimConfig) -> bool:
 
 @lru_cache(maxsize=1024)
 def _bias_correction(step: int, beta1: float, beta2: float) -> float:
+    """Factor of Adam's update in its ``step``-th step, counted from 1."""
     return math.sqrt(1.0 - beta2**step) / (1.0 - beta1**step)

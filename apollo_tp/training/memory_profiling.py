@@ -135,7 +135,7 @@ class _MemoryProfiler:
 
     def _kept_gradient_bytes(self) -> int:
         """Bytes of the gradients that live until the optimizer's step."""
-        freed = set(self.optimizer.fused.names) if self.in_backward and self.optimizer.fused else set()
+        freed = set(self.optimizer.in_backward.names) if self.in_backward and self.optimizer.in_backward else set()
         kept = {id(p.leaf): p.leaf for p in self.model.parameters if p.leaf.requires_grad and p.name not in freed}
         return sum(leaf.nbytes for leaf in kept.values())
 
@@ -179,7 +179,7 @@ class _MemoryProfiler:
             loss = self.model.forward_loss(batch.scaled(1.0 / batch.weight_sum).to(self.device)).loss
             end_segment()
             if self.in_backward:
-                self.optimizer.begin_fused_step(loss=self.not_finite)
+                self.optimizer.begin_step_in_backward(loss=self.not_finite)
             loss.backward(unit(loss.device))
         finally:
             for handle in handles:

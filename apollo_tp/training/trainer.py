@@ -67,7 +67,7 @@ class Trainer:
         if gradients is GradientMode.auto and optimizer.config.max_grad_norm is not None:
             gradients = GradientMode.stored  # clipping needs the norm of the whole gradient
         if gradients is not GradientMode.stored:
-            optimizer.attach_fused()
+            optimizer.attach_in_backward()
         self.gradients = gradients
         self._replays: GraphCache | None = None
         self._has_compared = False
@@ -194,7 +194,7 @@ class Trainer:
         """The backward pass of a micro-batch. If a scale is given, weights are updated within it."""
         if learning_rate_scale is not None:
             self._before_write()
-            self.optimizer.begin_fused_step(learning_rate_scale, loss)
+            self.optimizer.begin_step_in_backward(learning_rate_scale, loss)
         loss.backward(unit(loss.device))
         self._pace.give_way()
 

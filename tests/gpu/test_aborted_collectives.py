@@ -58,16 +58,16 @@ def _abort(group: dist.ProcessGroup) -> None:
 
 def _calls_before_a_write(optimizer: Optimizer, tp: Dying, step: Callable[[], None]) -> int:
     """How many collectives there were when ``step`` first wrote."""
-    bundle = optimizer.bundle if optimizer.fused is None else optimizer.fused._buckets[0].bundle
-    write, counts = bundle.backend.write, []
+    group = optimizer.update_group if optimizer.in_backward is None else optimizer.in_backward.groups[0]
+    write, counts = group.backend.write, []
 
     def noting(*args: object) -> None:
         counts.append(tp.count)
         write(*args)
 
-    bundle.backend.write = noting  # type: ignore[method-assign]
+    group.backend.write = noting  # type: ignore[method-assign]
     step()
-    bundle.backend.write = write  # type: ignore[method-assign]
+    group.backend.write = write  # type: ignore[method-assign]
     return counts[0]
 
 
@@ -84,13 +84,13 @@ def _steps(tp: TPGroup, is_fused: bool, clip: float | None) -> list[str]:
         model.config(max_grad_norm=clip, check_replicas_every=0), Precision.remainder, params, tp
     )
     if is_fused:
-        optimizer.attach_fused()
+        optimizer.attach_in_backward()
 
     def step(number: int) -> None:
         optimizer.zero_grad()
         whole, loss = {n: g.cuda() for n, g in model.gradients(number).items()}, torch.tensor(1.0, device="cuda")
         if is_fused:
-            optimizer.begin_fused_step(loss=loss)
+            optimizer.begin_step_in_backward(loss=loss)
         loss_of(params, whole).backward()
         assert optimizer.step(loss=loss).skipped == ""
 

@@ -15,11 +15,11 @@ import torch.distributed as dist
 from apollo_tp.launch.__main__ import main
 from apollo_tp.model import BoundModel, LossSums
 from apollo_tp.model.batch import PackedBatch
-from apollo_tp.optim.update_group import Bundle
+from apollo_tp.optim.update_group import UpdateGroup
 
 FAULTY_TOKEN, ALL_OUT_OF_MEMORY, ONE_OUT_OF_MEMORY, KILLED_IN_BACKWARD, KILLED_IN_WRITE = 13, 14, 15, 16, 17
 TOO_MANY_BYTES = 1 << 50
-_forward_loss, _update = BoundModel.forward_loss, Bundle.update
+_forward_loss, _update = BoundModel.forward_loss, UpdateGroup.update
 _token = 0
 
 
@@ -36,7 +36,7 @@ def _faulty(self: BoundModel, batch: PackedBatch) -> LossSums:
     return sums
 
 
-def _killed(self: Bundle, *args: Any, **kwargs: Any) -> Any:
+def _killed(self: UpdateGroup, *args: Any, **kwargs: Any) -> Any:
     decision = _update(self, *args, **kwargs)
     if _token == KILLED_IN_WRITE and dist.get_rank() == dist.get_world_size() - 1:
         os.kill(os.getpid(), signal.SIGKILL)  # on a GPU the kernels that write are queued or running by now
@@ -45,5 +45,5 @@ def _killed(self: Bundle, *args: Any, **kwargs: Any) -> Any:
 
 if __name__ == "__main__":  # not in the tests' own process, which imports names from here
     BoundModel.forward_loss = _faulty  # type: ignore[method-assign]
-    Bundle.update = _killed  # type: ignore[method-assign]
+    UpdateGroup.update = _killed  # type: ignore[method-assign]
     sys.exit(main(sys.argv[1:]))

@@ -72,9 +72,9 @@ def differing(one: dict[str, Tensor], other: dict[str, Tensor]) -> list[str]:
 
 def state(run: Run) -> dict[str, Tensor]:
     """Everything that a step changes: served values, moments, remainders, counters."""
-    bundle = run.trainer.optimizer.bundle
-    moments = {f"moment {i}": t.clone() for i, g in enumerate(bundle.groups) for t in (g.exp_avg, g.exp_avg_sq)}
-    moments |= {f"adamw {i}": t.clone() for i, a in enumerate(bundle.adamw) for t in (a.exp_avg, a.exp_avg_sq)}
-    rests = {f"rest of {w.name}": w.remainder.clone() for w in bundle.weights if w.remainder is not None}
-    counted = {"steps": torch.tensor(bundle.steps), "norms": bundle.counters.limiter_norms.clone()}
+    group = run.trainer.optimizer.update_group
+    moments = {f"moment {i}": t.clone() for i, g in enumerate(group.groups) for t in (g.exp_avg, g.exp_avg_sq)}
+    moments |= {f"adamw {i}": t.clone() for i, a in enumerate(group.adamw.values()) for t in (a.exp_avg, a.exp_avg_sq)}
+    rests = {f"rest of {w.name}": w.remainder.clone() for w in group.weights if w.remainder is not None}
+    counted = {"steps": torch.tensor(group.steps), "norms": group.counters.limiter_norms.clone()}
     return run.values() | moments | rests | counted

@@ -150,10 +150,10 @@ def loss_of(params: list, whole: dict[str, torch.Tensor]) -> torch.Tensor:
 
 def snapshot(optimizer: Optimizer) -> list[torch.Tensor]:
     """Copies of everything that a skipped step must not change."""
-    bundle = optimizer.bundle
-    tensors = [t for g in (*bundle.groups, *bundle.adamw) for t in (g.exp_avg, g.exp_avg_sq)]
+    group = optimizer.update_group
+    tensors = [t for g in (*group.groups, *group.adamw.values()) for t in (g.exp_avg, g.exp_avg_sq)]
     tensors += [w.data for w in optimizer.weights] + [w.remainder for w in optimizer.weights if w.remainder is not None]
-    counters = [bundle.counters.limiter_norms.clone(), torch.tensor(bundle.steps)]
+    counters = [group.counters.limiter_norms.clone(), torch.tensor(group.steps)]
     return [t.clone() for t in (*tensors, *counters)]
 
 

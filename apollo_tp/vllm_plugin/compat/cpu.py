@@ -88,6 +88,9 @@ def import_image_processors() -> None:
     """
     if importlib.util.find_spec("torchvision") is not None:
         return
+    importlib.import_module(
+        "transformers"
+    )  # its first import asks for the spec of torchvision, which an empty one lacks
     with _empty_torchvision():
         for name in _IMAGE_PROCESSORS:
             importlib.import_module(name)

@@ -14,8 +14,7 @@ from torch import Tensor
 from apollo_tp.config import GradientMode, OptimConfig, OptimizerKind, Precision, SyncMode
 from apollo_tp.distributed.tp_group import TPGroup
 from apollo_tp.errors import CollectiveError
-from apollo_tp.optim import build_optimizer
-from apollo_tp.optim import in_backward as fused
+from apollo_tp.optim import build_optimizer, in_backward
 from apollo_tp.training.update_gate import UpdateGate
 from tests.support import optim_model as model
 from tests.support.exactness import samples
@@ -94,22 +93,22 @@ class Second:
     ``written``: after how many collectives of it each parameter is written, and ``num_calls``: how many it has.
     """
 
-    def __init__(self, tp: TPGroup, config: OptimConfig, is_fused: bool) -> None:
-        self.collectives, self.is_fused = Collectives(), is_fused
+    def __init__(self, tp: TPGroup, config: OptimConfig, updates_in_backward: bool) -> None:
+        self.collectives, self.updates_in_backward = Collectives(), updates_in_backward
         self.params = model.parameters(tp, torch.bfloat16)
         self.optimizer = build_optimizer(config, Precision.remainder, self.params, tp)
-        bundles = [self.optimizer.bundle]
-        if is_fused:
-            self.optimizer.attach_fused()
-            assert self.optimizer.fused is not None
-            bundles = [*(b.bundle for b in self.optimizer.fused._buckets), self.optimizer.fused.rest]
+        groups = [self.optimizer.update_group]
+        if updates_in_backward:
+            self.optimizer.attach_in_backward()
+            assert self.optimizer.in_backward is not None
+            groups = self.optimizer.in_backward.groups
         self.written: dict[str, int] = {}
         self.first = 0
-        for bundle in bundles:
-            self._note_writes(bundle.backend, [weight.name for weight in bundle.weights])
+        for group in groups:
+            self._note_writes(group.backend, [weight.name for weight in group.weights])
         self.step(0)
         self.state = [t.clone() for t in self.live()]
-        self.steps, self.before = list(self.optimizer.bundle.steps), self.values()
+        self.steps, self.before = list(self.optimizer.update_group.steps), self.values()
         self.first = self.collectives.count
         self.step(1)
         self.num_calls = self.collectives.count - self.first
@@ -128,28 +127,28 @@ class Second:
     def step(self, number: int) -> str:
         self.optimizer.zero_grad()
         whole, loss = model.gradients(number), torch.tensor(1.0)
-        if self.is_fused:
-            self.optimizer.begin_fused_step(loss=loss)
+        if self.updates_in_backward:
+            self.optimizer.begin_step_in_backward(loss=loss)
         loss_of(self.params, whole).backward()
         return self.optimizer.step(loss=loss).skipped
 
     def live(self) -> list[Tensor]:
         """All tensors that a step moves."""
-        bundle, weights = self.optimizer.bundle, self.optimizer.weights
-        moments = [t for g in (*bundle.groups, *bundle.adamw) for t in (g.exp_avg, g.exp_avg_sq)]
+        group, weights = self.optimizer.update_group, self.optimizer.weights
+        moments = [t for g in (*group.groups, *group.adamw.values()) for t in (g.exp_avg, g.exp_avg_sq)]
         remainders = [w.remainder for w in weights if w.remainder is not None]
-        counters = [bundle.counters.limiter_norms, bundle.counters.weight_norms]
+        counters = [group.counters.limiter_norms, group.counters.weight_norms]
         return [*moments, *remainders, *(w.data for w in weights), *counters]
 
     def restore(self) -> None:
         for tensor, kept in zip(self.live(), self.state, strict=True):
             tensor.copy_(kept)
-        self.optimizer.bundle.counters.steps[:] = self.steps
+        self.optimizer.update_group.counters.steps[:] = self.steps
         self.optimizer.step_count = 1
 
     def values(self) -> dict[str, Tensor]:
         """Weights, each with its remainder and, as one, its count of updates."""
-        counts = self.optimizer.bundle.steps
+        counts = self.optimizer.update_group.steps
         return {
             w.name: torch.cat([w.data.flatten().float(), w.remainder.flatten().float(), torch.tensor([float(count)])])
             if w.remainder is not None
@@ -179,10 +178,10 @@ class Second:
         return found
 
 
-def on_all_ranks(tp: TPGroup, config: OptimConfig, is_fused: bool) -> tuple[list[str], int]:
+def on_all_ranks(tp: TPGroup, config: OptimConfig, updates_in_backward: bool) -> tuple[list[str], int]:
     """(what is wrong, how many collectives a step has)"""
-    fused.BUCKET_BYTES = 10_000
-    second = Second(tp, config, is_fused)
+    in_backward.BUCKET_BYTES = 10_000
+    second = Second(tp, config, updates_in_backward)
     leaves = list(LEAVES) if tp.size == 2 else ["what was there", "noise"]  # four processes are slow
     found = [w for at in range(second.num_calls) for leave in leaves for w in second.wrong(at, leave, here=True)]
     second.restore()
@@ -193,11 +192,11 @@ def on_all_ranks(tp: TPGroup, config: OptimConfig, is_fused: bool) -> tuple[list
     return found, second.num_calls
 
 
-def on_one_rank(tp: TPGroup, config: OptimConfig, is_fused: bool) -> tuple[list[str], int]:
+def on_one_rank(tp: TPGroup, config: OptimConfig, updates_in_backward: bool) -> tuple[list[str], int]:
     """As above; the last rank alone has the fault. All others must be stopped by it too, unless it is in the last collective
     before a write."""
-    fused.BUCKET_BYTES = 10_000
-    second, found = Second(tp, config, is_fused), []
+    in_backward.BUCKET_BYTES = 10_000
+    second, found = Second(tp, config, updates_in_backward), []
     here, last_before_write = tp.rank == tp.size - 1, {n - 1 for n in second.order.values()}
     for at in range(second.num_calls):
         for leave in LEAVES:
@@ -210,12 +209,12 @@ def on_one_rank(tp: TPGroup, config: OptimConfig, is_fused: bool) -> tuple[list[
 
 
 CLIPPED = {"max_grad_norm": 1.0}
-PATHS = {  # (fused, options)
+PATHS = {  # (updates in the backward pass, options)
     "stored": (False, {"max_grad_norm": None}),
     "clipped": (False, CLIPPED),
     "mini": (False, {"kind": OptimizerKind.apollo_mini} | CLIPPED),
     "adamw": (False, {"kind": OptimizerKind.adamw, "max_grad_norm": None}),
-    "fused": (True, {"max_grad_norm": None}),
+    "in backward": (True, {"max_grad_norm": None}),
 }
 
 
@@ -224,9 +223,11 @@ PATHS = {  # (fused, options)
 def test_nothing_is_written_from_a_collective_that_never_happened(path: str, size: int) -> None:
     """Whichever of a step it is, and whatever it leaves: parameters that would be written later keep their bits, and the
     step raises. Those behind the last write (norms of the weights, checksums of replicas) raise too."""
-    is_fused, options = PATHS[path]
+    updates_in_backward, options = PATHS[path]
     config = model.config(refresh_every=1, check_replicas_every=1, **options)
-    for rank, (wrong, num_calls) in enumerate(run_ranks(on_all_ranks, size, config, is_fused, deadline_seconds=250)):
+    for rank, (wrong, num_calls) in enumerate(
+        run_ranks(on_all_ranks, size, config, updates_in_backward, deadline_seconds=250)
+    ):
         assert not wrong, f"rank {rank}: {len(wrong)}, such as {wrong[:3]}"
         assert num_calls >= {"adamw": 4, "mini": 6, "fused": 12}.get(path, 6)
 
@@ -235,9 +236,9 @@ def test_nothing_is_written_from_a_collective_that_never_happened(path: str, siz
 def test_what_one_rank_lacks_stops_all(path: str) -> None:
     """All ranks but one have what they should: that one writes nothing, nor do they, unless they lack nothing to the
     last."""
-    is_fused, options = PATHS[path]
+    updates_in_backward, options = PATHS[path]
     config = model.config(check_replicas_every=0, **options)
-    for rank, (wrong, _) in enumerate(run_ranks(on_one_rank, 2, config, is_fused, deadline_seconds=250)):
+    for rank, (wrong, _) in enumerate(run_ranks(on_one_rank, 2, config, updates_in_backward, deadline_seconds=250)):
         assert not wrong, f"rank {rank}: {len(wrong)}, such as {wrong[:3]}"
 
 
@@ -310,7 +311,7 @@ def repair(tp: TPGroup) -> list[str]:
 
     damage()
     first = collectives.count
-    assert set(optimizer.level_replicas()) == set(names)
+    assert set(optimizer.resync_replicas()) == set(names)
     calls = collectives.log[first:]
     assert all(is_as(good, name) for name in live)
     for at, call in enumerate(calls):
@@ -319,14 +320,14 @@ def repair(tp: TPGroup) -> list[str]:
                 damaged, case = damage(), f"{call} number {at} leaves {leave} on {ranks}"
                 try:
                     with collectives.fault(at, leave, ranks == "all" or tp.rank == tp.size - 1):
-                        optimizer.level_replicas()
+                        optimizer.resync_replicas()
                     found.append(f"{case}: no error")
                 except CollectiveError:
                     pass
                 bad = [name for name in live if not is_as(damaged, name) and not is_as(good, name)]
                 found += [f"{case}: {name} is neither what it was nor what it should be" for name in bad]
     damage()
-    optimizer.level_replicas()
+    optimizer.resync_replicas()
     assert all(is_as(good, name) for name in live)
     return found
 
@@ -343,7 +344,7 @@ def agreements(tp: TPGroup) -> list[str]:
     collectives, found = Collectives(), []
     gate = UpdateGate(SyncMode.drain, tp, torch.device("cpu"), None)
     optimizer = build_optimizer(model.config(max_grad_norm=None), Precision.remainder, model.parameters(tp), tp)
-    for what, count in ((gate.before_write, 2), (optimizer.attach_fused, 1)):
+    for what, count in ((gate.before_write, 2), (optimizer.attach_in_backward, 1)):
         for at in range(count):
             for leave in LEAVES:
                 try:

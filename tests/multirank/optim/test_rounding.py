@@ -1,4 +1,4 @@
-"""bf16 writes across ranks: the same bits at 1, 2 and 4 ranks, and replicas that stay alike."""
+"""bf16 writes across ranks: the same bits at 1, 2 and 4 ranks, and replicas that stay identical."""
 
 from __future__ import annotations
 
@@ -71,35 +71,40 @@ def diverge(tp: TPGroup, name: str, row: int) -> str:
     return str(caught.value)
 
 
-@pytest.mark.parametrize(("name", "row"), [("k_proj.weight", 1), ("qkv_wide.weight", -1)], ids=["whole", "in part"])
-def test_replicas_that_differ_are_found_on_every_rank(name, row):
-    """One flipped bit on rank 3 raises on all ranks, naming the tensor and the two ranks that should agree: also in the key
-    and value rows of a fused tensor whose query rows are this rank's alone."""
+@pytest.mark.parametrize(
+    ("name", "row", "ranks"),
+    [("k_proj.weight", 1, [2, 3]), ("qkv_wide.weight", -1, [2, 3]), ("qkv_tall.weight", -1, [0, 1, 2, 3])],
+    ids=["whole", "in part", "in part of a range"],
+)
+def test_replicas_that_differ_are_found_on_every_rank(name, row, ranks):
+    """One flipped bit on rank 3 raises on all ranks, naming the tensor and the ranks that should agree: also in the key and
+    value rows of a fused tensor whose query rows are this rank's alone, and where these form one range with the query rows,
+    as on the last rank alone."""
     messages = run_ranks(diverge, 4, name, row)
     assert len(set(messages)) == 1
     assert messages[0].startswith(f"{name}: got checksums")
-    assert "ranks [2, 3]" in messages[0]
+    assert f"ranks {ranks}" in messages[0]
 
 
 def kill_a_write(tp: TPGroup, names: list[str]) -> tuple[list[str], list[str]]:
-    """Rank 3 alone has changed some weights; level, and train on with a check in every step. Returns what was found to
-    differ, and what the levelling changed on this rank."""
+    """Rank 3 alone has changed some weights; resync, and train on with a check in every step. Returns what was found to
+    differ, and what was changed on this rank."""
     params = model.parameters(tp, torch.bfloat16)
     optimizer = build_optimizer(model.config(check_replicas_every=1), Precision.remainder, params, tp)
     if tp.rank == 3:
         for name in names:
             next(p for p in params if p.name == name).tensor.data.view(torch.int16)[-1, 2:] ^= 1
     before = {p.name: p.tensor.clone() for p in params}
-    found = optimizer.level_replicas()
+    found = optimizer.resync_replicas()
     changed = [p.name for p in params if not torch.equal(p.tensor, before[p.name])]
-    assert optimizer.level_replicas() == []
+    assert optimizer.resync_replicas() == []
     model.set_gradients(params, model.gradients(0))
     optimizer.step()
     return found, changed
 
 
-def test_replicas_that_a_killed_write_left_different_are_levelled():
+def test_replicas_that_a_killed_write_left_different_are_resynced():
     """A whole replica, and the key and value rows of a fused tensor, take the bits of the lower rank, which keeps its own;
     nothing else changes, this rank's own rows included. A later step's check passes."""
-    names = ["k_proj.weight", "qkv_wide.weight"]
+    names = ["k_proj.weight", "qkv_tall.weight", "qkv_wide.weight"]
     assert run_ranks(kill_a_write, 4, names) == [(names, [])] * 3 + [(names, names)]

@@ -116,6 +116,26 @@ def test_a_step_that_is_too_long_is_refused_with_the_figures():
     assert optimizer.step(learning_rate_scale=1e-3).skipped == ""
 
 
+def test_weight_norms_are_measured_again_at_every_refresh():
+    """What the limit on the size of a step divides by is the norm at the last refresh, not at the first one: over two
+    refreshes of weights that grow."""
+    params = model.parameters(TPGroup.single())
+    config = model.config(weight_decay=0.0, refresh_every=2, lr=0.02, max_relative_update=100.0, check_replicas_every=0)
+    optimizer = build_optimizer(config, Precision.nearest, params, TPGroup.single())
+    matrices = [p for p in params if p.tensor.ndim > 1]
+    measured: list[dict[str, float]] = []
+    for step in range(5):
+        before = {p.name: p.tensor.detach().clone() for p in matrices}
+        if step % 2 == 0:
+            measured.append({name: float(value.norm()) for name, value in before.items()})
+        model.set_gradients(params, model.gradients(step))
+        outcome = optimizer.step()
+        assert outcome.skipped == ""
+        moved = [float((p.tensor.detach() - before[p.name]).norm()) / measured[-1][p.name] for p in matrices]
+        assert outcome.largest_update == pytest.approx(max(moved), rel=1e-4), step
+    assert all(last > 1.1 * second for last, second in zip(measured[2].values(), measured[1].values(), strict=True))
+
+
 def test_largest_update_is_what_the_weights_did():
     """The reported share of the norm is measured from the weights themselves, in fp32 and without decay."""
     params = model.parameters(TPGroup.single())

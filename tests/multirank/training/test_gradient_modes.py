@@ -153,7 +153,7 @@ def _check_raise_half_way(tp: TPGroup, folder: Path, mode: GradientMode) -> tupl
     run.trainer.abandon_step()
     optimizer, written = run.trainer.optimizer, differing(start, run.values())
     version, changed = run.trainer.weight_version, len(written)
-    counted = [name for name, count in zip(optimizer.names, optimizer.bundle.steps, strict=True) if count]
+    counted = [name for name, count in zip(optimizer.names, optimizer.update_group.steps, strict=True) if count]
     assert sorted(counted) == sorted(written), "their moments have moved: the next update is their second"
     assert all(leaf.grad is None for leaf in run.leaves)
     following = run.trainer.step(samples(lengths=ONE_BATCH))

@@ -57,7 +57,7 @@ def behind_comparison(trainer: Trainer) -> None:
 
 
 def in_write(trainer: Trainer) -> None:
-    once(trainer.optimizer.bundle.backend, "write", out_of_memory)
+    once(trainer.optimizer.update_group.backend, "write", out_of_memory)
 
 
 def _fail(tp: TPGroup, checkpoint: Path, fault: Callable[[Trainer], None], at_step: int) -> list[str]:

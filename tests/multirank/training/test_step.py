@@ -147,7 +147,7 @@ def _in_buckets(tp: TPGroup) -> tuple[float, int]:
             assert optimizer.step().skipped == ""
         ends.append(optim_model.local_values(parameters))
     gaps = [abs(ends[0][name] - values).max() for name, values in ends[1].items() if values.size]
-    return float(max(gaps)), len(optimizer.bundle.groups)
+    return float(max(gaps)), len(optimizer.update_group.groups)
 
 
 def test_matrices_of_a_large_model_come_in_groups_and_none_is_left_out() -> None:
@@ -182,7 +182,7 @@ def _unequal(tp: TPGroup, how: str) -> list[str]:
         weight.remainder[0, 0] += 1
     elif tp.rank == 1:
         weight.data[0, :2] = weight.data[0, :2].flip(0)
-    return optimizer.level_replicas()
+    return optimizer.resync_replicas()
 
 
 @pytest.mark.parametrize("how", ["remainder", "swapped"])

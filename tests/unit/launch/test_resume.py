@@ -74,7 +74,7 @@ def test_the_schedule_goes_on_where_the_last_trainer_ended(
     lineage = LineageFile(tmp_path, str(tmp_path / "no model"), keep=True)
     lineage.before_write()
     lineage.update(step_count=95, checkpoint=str(tmp_path) if saved else "")
-    optimizer = SimpleNamespace(step_count=0, level_replicas=list)
+    optimizer = SimpleNamespace(step_count=0, resync_replicas=list)
     monkeypatch.setattr(optimizer_state, "load", lambda optimizer, folder: setattr(optimizer, "step_count", saved))
     resume(Config(optim=OptimConfig(reset_state=reset)), optimizer, LineageFile(tmp_path, "", keep=True))  # type: ignore[arg-type]
     assert optimizer.step_count == expected
@@ -126,9 +126,9 @@ def test_weights_that_nobody_has_trained_must_be_those_of_the_folder(
         raise MappingError("other bits")
 
     if trained:
-        LineageFile(tmp_path, "no/such/model", keep=True).before_write()
+        LineageFile(tmp_path, str(tmp_path / "no model"), keep=True).before_write()
     monkeypatch.setattr(stages, "_find_server", lambda joined: tmp_path)
-    monkeypatch.setattr(stages, "_read_manifests", lambda *_: [manifest(0, 1, model_path="no/such/model")])
+    monkeypatch.setattr(stages, "_read_manifests", lambda *_: [manifest(0, 1, model_path=str(tmp_path / "no model"))])
     monkeypatch.setattr(stages, "map_rank", lambda *_: SimpleNamespace(device=torch.device("cpu")))
     monkeypatch.setattr(stages, "verify_against_checkpoint", differ)
     with contextlib.ExitStack() as stack:

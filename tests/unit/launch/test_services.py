@@ -41,7 +41,7 @@ def ready(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
         world=World(0, 1),
         manifests=[manifest(0, 1)],
         mapped=SimpleNamespace(manifest=manifest(0, 1), stored={}, device=torch.device("cpu")),
-        lineage=LineageFile(tmp_path, "no/such/model", keep=True),
+        lineage=LineageFile(tmp_path, str(tmp_path / "no model"), keep=True),
         tp=None,
         hf_config=SimpleNamespace(save_pretrained=None),
         model=SimpleNamespace(
@@ -76,7 +76,7 @@ def test_steps_and_checkpoints_are_remembered(ready: SimpleNamespace, tmp_path: 
     assert (hello.id, hello.last_job_id, hello.last_job_step) == ("identify/1", "j", 3)
     assert loop_services.save_checkpoint("first") == (str(tmp_path / "checkpoints" / "first"), 7)
     loop_services.record_failure(10)
-    record = LineageFile(tmp_path, "no/such/model", keep=False).record
+    record = LineageFile(tmp_path, str(tmp_path / "no model"), keep=False).record
     assert record.checkpoint == str(tmp_path / "checkpoints" / "first")
     assert (record.weight_version, record.step_count, record.last_job_id, record.last_job_step) == (10, 4, "j", 3)
     assert loop_services.finish_command(10) == 0.5

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import math
 import os
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from functools import partial
 
 import pytest
@@ -15,10 +18,9 @@ import torch
 from apollo_tp.config import OptimizerKind, Precision, Projection
 from apollo_tp.distributed.tp_group import TPGroup
 from apollo_tp.optim import OptimParameter, build_optimizer
-from apollo_tp.optim.decide import decide
-from apollo_tp.optim.interface import Facts, Sums
 from apollo_tp.optim.rounding import join
-from apollo_tp.optim.torch_backend import TorchBackend
+from apollo_tp.optim.sharding import Decision, DecisionInputs, GradientStats
+from apollo_tp.optim.torch_backend import TorchBackend, compiled_decide, decide
 from apollo_tp.shards.boxes import Shard
 from tests.support import optim_model as model
 
@@ -38,13 +40,13 @@ def test_in_the_interpreter():
     assert " passed" in done.stdout
 
 
-def triton_backend(bundle):
+def triton_backend(group):
     """The kernels, on whatever device the optimizer is."""
     from apollo_tp.optim import triton_backend as module
 
     for name, tile in TILES.items():
         setattr(module, name, tile)
-    return module.TritonBackend(bundle.groups, bundle.adamw, bundle.config, bundle.weights)
+    return module.TritonBackend(group.groups, group.adamw, group.config, group.weights)
 
 
 # Small tiles, so that some of optim_model's shapes divide by them (the even path) and some do not (the masked path), and
@@ -91,10 +93,10 @@ def run(backend: str, size: int, precision: Precision, dtype: torch.dtype, **cha
         params.append(OptimParameter(shard, tensor, spec.role))
     config = model.config(check_replicas_every=0, max_relative_update=100.0, **changes)
     optimizer = build_optimizer(config, precision, params, tp)
-    bundle = optimizer.bundle
-    bundle.backend = TorchBackend(bundle.groups, bundle.adamw, config)
+    group = optimizer.update_group
+    group.backend = TorchBackend(group.groups, group.adamw, config)
     if backend == "triton":
-        bundle.backend = triton_backend(bundle)
+        group.backend = triton_backend(group)
     outcomes, magnitudes = [], {p.name: torch.zeros(p.shard.local_shape) for p in params}
     for step in range(2):
         grads = model.gradients(step)
@@ -114,9 +116,9 @@ def run(backend: str, size: int, precision: Precision, dtype: torch.dtype, **cha
     for w in optimizer.weights:
         if w.remainder is not None:
             weights[w.name] = join(w.data, w.remainder).view(w.shard.local_shape).cpu()
-    state = {f"m{i}": g.exp_avg.cpu() for i, g in enumerate(bundle.groups)}
-    state |= {f"v{i}": g.exp_avg_sq.cpu() for i, g in enumerate(bundle.groups)}
-    state |= {a.weight.name: a.exp_avg_sq.cpu() for a in bundle.adamw}
+    state = {f"m{i}": g.exp_avg.cpu() for i, g in enumerate(group.groups)}
+    state |= {f"v{i}": g.exp_avg_sq.cpu() for i, g in enumerate(group.groups)}
+    state |= {a.weight.name: a.exp_avg_sq.cpu() for a in group.adamw.values()}
     return outcomes, weights, state, magnitudes
 
 
@@ -173,10 +175,10 @@ def test_the_random_bits_of_the_kernel_are_those_of_the_twin():
         optimizer = build_optimizer(
             config, Precision.stochastic, [OptimParameter(shard, weight, "matrix")], TPGroup.single()
         )
-        bundle = optimizer.bundle
-        bundle.backend = TorchBackend(bundle.groups, bundle.adamw, config)
+        group = optimizer.update_group
+        group.backend = TorchBackend(group.groups, group.adamw, config)
         if make == "triton":
-            bundle.backend = triton_backend(bundle)
+            group.backend = triton_backend(group)
         for _ in range(2):
             weight.grad = torch.ones_like(weight)
             assert optimizer.step().num_updated == 1
@@ -196,10 +198,10 @@ def test_a_parameter_whose_pieces_differ_in_kernel_is_summed_whole(value):
         bias = torch.nn.Parameter(torch.ones(48, device=DEVICE))
         config = model.config(check_replicas_every=0, max_relative_update=100.0, max_grad_norm=None)
         optimizer = build_optimizer(config, Precision.nearest, [OptimParameter(shard, bias, "other")], TPGroup.single())
-        bundle = optimizer.bundle
-        bundle.backend = TorchBackend(bundle.groups, bundle.adamw, config)
+        group = optimizer.update_group
+        group.backend = TorchBackend(group.groups, group.adamw, config)
         if make == "triton":
-            bundle.backend = triton_backend(bundle)
+            group.backend = triton_backend(group)
         bias.grad = torch.full_like(bias, 0.5)
         bias.grad[3] = value
         outcome = optimizer.step()
@@ -211,37 +213,77 @@ def test_a_parameter_whose_pieces_differ_in_kernel_is_summed_whole(value):
     assert ("qkv.bias on rank 0" in skipped) == math.isnan(value)
 
 
+LAYOUTS = {
+    "transposed": lambda g: g.t().contiguous().t(),
+    "columns of a wider tensor": lambda g: torch.cat([g, g], dim=1)[:, : g.shape[1]],
+    "every second column": lambda g: g.repeat_interleave(2, dim=1)[:, ::2],
+    "one number": lambda g: g[:1, :1].expand(g.shape),
+}
+
+
+@pytest.mark.skipif(not HERE, reason="run by test_in_the_interpreter")
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_gradients_and_weights_are_read_where_they_lie(layout):
+    """A gradient of any layout, and weights that are columns of a wider tensor, whose neighbours keep their bits."""
+    shapes, generator = {"left": (12, 40), "right": (40, 12), "adamw": (4, 24)}, torch.Generator().manual_seed(5)
+    values, grads = ({n: torch.randn(s, generator=generator) for n, s in shapes.items()} for _ in range(2))
+    ends = []
+    for make in ("torch", "triton"):
+        params, wholes = [], []
+        for name, shape in shapes.items():
+            whole = torch.full((shape[0], shape[1] + 16), 7.0, device=DEVICE)
+            whole[:, 3 : 3 + shape[1]] = values[name]
+            tensor = torch.nn.Parameter(whole[:, 3 : 3 + shape[1]])
+            tensor.grad = LAYOUTS[layout](grads[name].to(DEVICE))
+            assert tensor.grad.stride() != tuple(torch.empty(shape).stride())
+            params.append(OptimParameter(Shard(name, shape, None, (), (0,)), tensor, "matrix"))
+            wholes.append(whole)
+        config = model.config(check_replicas_every=0, max_relative_update=100.0, max_grad_norm=None)
+        optimizer = build_optimizer(config, Precision.nearest, params, TPGroup.single())
+        group = optimizer.update_group
+        assert (len(group.matrices), len(group.adamw)) == (2, 1)
+        group.backend = TorchBackend(group.groups, group.adamw, config)
+        if make == "triton":
+            group.backend = triton_backend(group)
+        assert optimizer.step().num_updated == 3
+        ends.append(wholes)
+    for got, expected in zip(*reversed(ends), strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-7)
+        assert bool((got[:, :3] == 7).all())
+        assert bool((got[:, -13:] == 7).all())
+
+
 BLOCK = 1024
 CANARIES = {"canary 1": (0, 1.0), "canary NaN": (3, math.nan), "canary 0": (-1, 0.0), "canary large": (-1, 1e30)}
 """A sum in which one rank took part alone, and what lies in memory: (which canary, its value)."""
 
 
-def facts_and_sums(count: int, kind: OptimizerKind, spoil: str) -> tuple[Sums, Facts]:
+def decision_inputs(count: int, kind: OptimizerKind, spoil: str) -> tuple[GradientStats, DecisionInputs]:
     """Plausible numbers of ``count`` parameters out of 2 ``count``, with one thing wrong."""
     generator = torch.Generator().manual_seed(count)
-    places = torch.randperm(2 * count, generator=generator)[:count]
+    indices = torch.randperm(2 * count, generator=generator)[:count]
 
     def positive(*shape: int) -> torch.Tensor:
         return torch.rand(shape, generator=generator, dtype=torch.float64) + 0.1
 
-    facts = Facts(
+    inputs = DecisionInputs(
         projected=torch.randint(0, 3, (count,), generator=generator, dtype=torch.int32),
         root_scales=positive(count),
-        places=places,
+        indices=indices,
         limiter_norms=positive(2 * count),
         weight_norms=positive(2 * count) * 100,
         corrections=positive(count),
         steps=torch.randint(0, 3, (count,), generator=generator, dtype=torch.int32),
         learning_rate=torch.tensor(0.01, dtype=torch.float64),
-        checks=torch.tensor([2.0, 2.0, *[4.0] * BLOCK]),  # of two ranks; more than the kernel takes at a time
+        expected_checks=torch.tensor([2.0, 2.0, *[4.0] * BLOCK]),  # of two ranks; more than the kernel takes at a time
     )
     squares, norms = positive(count + 1).float(), positive(count, 2).float()
     squares[count], squares[count // 3] = 0, 0  # no loss is bad; one parameter without a gradient
     alive = torch.tensor([1.0 if spoil == "not alive" else 2.0])
-    checks = facts.checks.clone()
+    checks = inputs.expected_checks.clone()
     if spoil in CANARIES:
-        place, value = CANARIES[spoil]
-        checks[place] = value
+        position, value = CANARIES[spoil]
+        checks[position] = value
     if spoil == "loss":
         squares[count] = torch.nan
     elif spoil == "gradient":
@@ -249,12 +291,22 @@ def facts_and_sums(count: int, kind: OptimizerKind, spoil: str) -> tuple[Sums, F
     elif spoil == "norm":
         norms[count - 1, int(kind is OptimizerKind.apollo_mini)] = torch.nan
     elif spoil == "too long":
-        facts.weight_norms[places[count - 1]] = 1e-3
-    return Sums(squares, squares, norms, torch.tensor(0.7), alive, checks), facts
+        inputs.weight_norms[indices[count - 1]] = 1e-3
+    return GradientStats(squares, squares, norms, torch.tensor(0.7), alive, checks), inputs
+
+
+SPOILED = ["nothing", "not alive", "loss", "gradient", "norm", "too long", *CANARIES]
+
+
+def decided(form: Callable, count: int, kind: OptimizerKind, spoil: str) -> tuple[Decision, torch.Tensor]:
+    """A decision, and the limiter's norms after it."""
+    stats, inputs = decision_inputs(count, kind, spoil)
+    stats, inputs = (type(x)(*(t.to(DEVICE) for t in vars(x).values())) for x in (stats, inputs))
+    return form(stats, inputs), inputs.limiter_norms
 
 
 @pytest.mark.skipif(not HERE, reason="run by test_in_the_interpreter")
-@pytest.mark.parametrize("spoil", ["nothing", "not alive", "loss", "gradient", "norm", "too long", *CANARIES])
+@pytest.mark.parametrize("spoil", SPOILED)
 @pytest.mark.parametrize("kind", [OptimizerKind.apollo, OptimizerKind.apollo_mini])
 def test_the_decision_on_the_device_equals_its_twin(kind, spoil):
     """What is written, reported and remembered, for more parameters than the kernel takes at a time; fp64 throughout."""
@@ -263,14 +315,9 @@ def test_the_decision_on_the_device_equals_its_twin(kind, spoil):
     assert decide_kernel.BLOCK == BLOCK
     for growth in (1.01, None):
         config = model.config(kind=kind, norm_growth_limit=growth, max_relative_update=0.1)
-        both = []
-        for on_device in (False, True):
-            sums, facts = facts_and_sums(BLOCK + 300, kind, spoil)
-            sums, facts = (type(x)(*(t.to(DEVICE) for t in vars(x).values())) for x in (sums, facts))
-            on_it = decide_kernel.DecideOnDevice(config, torch.device(DEVICE))
-            make = on_it if on_device else partial(decide, config=config)
-            both.append((make(0.01, sums, facts), facts.limiter_norms))
-        (expected, limiter), (got, moved) = both
+        on_device = decide_kernel.DecideOnDevice(config, torch.device(DEVICE))
+        expected, limiter = decided(partial(decide, config=config), BLOCK + 300, kind, spoil)
+        got, moved = decided(on_device, BLOCK + 300, kind, spoil)
         assert torch.equal(got.write, expected.write), growth
         assert torch.equal(got.good, expected.good), growth
         assert int(got.good) == (spoil in {"nothing", "not alive"})
@@ -280,6 +327,34 @@ def test_the_decision_on_the_device_equals_its_twin(kind, spoil):
         torch.testing.assert_close(moved, limiter, rtol=1e-12, atol=0.0)
         if spoil == "nothing":
             torch.testing.assert_close(got.coefficients, expected.coefficients, rtol=2e-7, atol=0.0)
+
+
+@pytest.mark.skipif(DEVICE == "cpu" and shutil.which("g++") is None, reason="torch.compile needs g++ on a CPU")
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="run by the process that starts the interpreter")
+@pytest.mark.parametrize(
+    ("kind", "growth", "counts"),
+    [
+        (OptimizerKind.apollo, 1.01, (1, 300)),
+        (OptimizerKind.apollo, None, (300,)),
+        (OptimizerKind.apollo_mini, 1.01, (300,)),
+    ],
+)
+def test_the_compiled_decision_equals_the_eager_one(kind, growth, counts):
+    """One graph (fullgraph=True) for any number of parameters. Flags and, on a CPU, coefficients have the same bits; fp64
+    norms agree to some units in the last place, since the compiler divides by a constant as it multiplies by its
+    inverse."""
+    config = model.config(kind=kind, norm_growth_limit=growth, max_relative_update=0.1)
+    compiled = compiled_decide(config)
+    fp32, fp64 = (0.0, 1e-15) if DEVICE == "cpu" else (2e-7, 1e-12)
+    for count, spoil in itertools.product(counts, SPOILED):
+        expected, limiter = decided(partial(decide, config=config), count, kind, spoil)
+        got, moved = decided(compiled, count, kind, spoil)
+        assert torch.equal(got.write, expected.write), (count, spoil)
+        assert torch.equal(got.good, expected.good), (count, spoil)
+        assert int(got.write.sum()) == (count - 1) * (spoil == "nothing")
+        torch.testing.assert_close(got.coefficients, expected.coefficients, rtol=fp32, atol=0.0, equal_nan=True)
+        torch.testing.assert_close(got.report, expected.report, rtol=1e-12, atol=0.0, equal_nan=True)
+        torch.testing.assert_close(moved, limiter, rtol=fp64, atol=0.0)
 
 
 @pytest.mark.skipif(not HERE, reason="run by test_in_the_interpreter")

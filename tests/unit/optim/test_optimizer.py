@@ -13,7 +13,7 @@ from apollo_tp.config import EmbeddingMode, OptimConfig, OptimizerKind, Precisio
 from apollo_tp.distributed.tp_group import TPGroup
 from apollo_tp.errors import ConfigError, UnsupportedModelError
 from apollo_tp.optim import OptimParameter, build_optimizer
-from apollo_tp.optim.schedule import learning_rate
+from apollo_tp.optim.optimizer import learning_rate
 from apollo_tp.shards.boxes import Shard
 from tests.support import optim_model as model
 
@@ -66,7 +66,9 @@ def test_embeddings(mode):
     optimizer.step()
     assert torch.equal(before, embedding.tensor.detach()) == (mode is EmbeddingMode.frozen)
     assert (embedding.name in optimizer.names) == (mode is not EmbeddingMode.frozen)
-    assert (embedding.name in {m.weight.name for m in optimizer.bundle.matrices}) == (mode is EmbeddingMode.project)
+    assert (embedding.name in {m.weight.name for m in optimizer.update_group.matrices.values()}) == (
+        mode is EmbeddingMode.project
+    )
 
 
 @pytest.mark.parametrize(("precision", "rest"), [(Precision.remainder, 1), (Precision.stochastic, 0)])
@@ -121,6 +123,51 @@ def test_a_schedule_needs_steps_after_its_warm_up(schedule, total):
         OptimConfig(schedule=schedule, warmup_steps=10, total_steps=total)
     OptimConfig(schedule=schedule, warmup_steps=10, total_steps=11)
     OptimConfig(warmup_steps=10)
+
+
+LAYOUTS = {  # how a server might hold a (96, 64) weight, and whether it can be written in place
+    "contiguous": (lambda: torch.zeros(96, 64), True),
+    "columns of a wider tensor": (lambda: torch.zeros(96, 100)[:, 20:84], True),
+    "rows of a taller tensor": (lambda: torch.zeros(200, 64)[7:103], True),
+    "every second row": (lambda: torch.zeros(192, 64)[::2], True),
+    "transposed": (lambda: torch.zeros(64, 96).t(), False),
+    "every second column": (lambda: torch.zeros(96, 128)[:, ::2], False),
+    "one row for all": (lambda: torch.zeros(1, 64).expand(96, 64), False),
+    "overlapping rows": (lambda: torch.zeros(8000).as_strided((96, 64), (32, 1)), False),
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_weights_whose_rows_are_not_contiguous_are_refused(name):
+    """The kernels take neighbours in a row for neighbours in memory, and each row for its own memory."""
+    make, fits = LAYOUTS[name]
+    parameter = OptimParameter(Shard("w", (96, 64), None, (), (0,)), torch.nn.Parameter(make()), "matrix")
+    if fits:
+        build_optimizer(model.config(), Precision.remainder, [parameter], TPGroup.single())
+        return
+    with pytest.raises(UnsupportedModelError, match=r"w: got weights of shape \(96, 64\) with strides .*last stride 1"):
+        build_optimizer(model.config(), Precision.remainder, [parameter], TPGroup.single())
+
+
+def test_weights_of_more_dimensions_fold_to_evenly_spaced_rows():
+    """A (channels, 1, kernel) convolution folds; one whose two outer dimensions are swapped in memory does not. What has no
+    more than one column, or nothing at all on this rank, has no order of columns."""
+    for tensor, shape, fits in (
+        (torch.zeros(6, 1, 4), (6, 1, 4), True),
+        (torch.zeros(6, 2, 4), (6, 2, 4), True),
+        (torch.zeros(2, 6, 4).transpose(0, 1), (6, 2, 4), False),
+        (torch.zeros(1, 6).t(), (6, 1), True),
+        (torch.zeros(4, 0).t(), (0, 4), True),
+    ):
+        dim, ranges = (0, ((0, 0),)) if not tensor.numel() else (None, ())
+        shard = Shard("w", (8, 4) if not tensor.numel() else shape, dim, ranges, (0,))
+        parameter = OptimParameter(shard, torch.nn.Parameter(tensor), "other")
+        if fits:
+            weight = build_optimizer(model.config(), Precision.nearest, [parameter], TPGroup.single()).weights[0]
+            assert weight.data.shape == (torch.Size(shape[:-1]).numel(), shape[-1])
+            continue
+        with pytest.raises(UnsupportedModelError, match="at even distances"):
+            build_optimizer(model.config(), Precision.nearest, [parameter], TPGroup.single())
 
 
 def test_what_cannot_be_trained_is_refused():
