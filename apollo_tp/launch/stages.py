@@ -198,7 +198,9 @@ def resume(config: Config, optimizer: Optimizer, lineage: LineageFile) -> None:
         )  # fmt: skip
         optimizer.step_count = lineage.record.step_count
     if lineage.trained_here and (names := optimizer.resync_replicas()):
-        log.warning("got different bits of %s on ranks (a trainer was killed as it wrote): repaired, as on the lowest", names)
+        log.warning(
+            "ranks held different bits of %s (a trainer was killed in a write); all now have the lowest's", names
+        )
 
 
 def prepare(bound: Bound) -> Ready:
