@@ -1,7 +1,7 @@
 """The tensor-parallel (TP) group as a value: rank, size, and the collectives over its process group.
 
 Code that needs ranks is given a ``TPGroup``. At size 1 every collective returns its input, so that one process runs the
-same code. The only process-wide state is the table of the groups by their numbers (``group_of``): operators of compiled
+same code. The only process-wide state here is the table of the groups by their numbers (``group_of``): operators of compiled
 code take numbers and tensors, not Python objects.
 
 A collective may never happen: when NCCL's communicators are aborted, work that waits for one runs on with whatever lies in
