@@ -264,9 +264,9 @@ class Config:
     command_timeout_seconds: float = option(600.0, "deadline of one collective between trainer ranks")
 
     def __post_init__(self) -> None:
-        fused, clip = self.train.gradients is GradientMode.fused, self.optim.max_grad_norm
+        in_backward, clip = self.train.gradients is GradientMode.fused, self.optim.max_grad_norm
         # clipping needs the norm of the whole gradient before the first matrix is written
-        check(not fused or clip is None, "optim.max_grad_norm", clip, "null with train.gradients=fused")
+        check(not in_backward or clip is None, "optim.max_grad_norm", clip, "null with train.gradients=fused")
         seconds, limit = self.sync.timeout_seconds, self.command_timeout_seconds
         check(0 < limit < math.inf, "command_timeout_seconds", limit, "a number > 0 and finite")
         # the other ranks wait in a collective while rank 0 waits for the server

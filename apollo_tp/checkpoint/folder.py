@@ -32,7 +32,7 @@ INFO_FILE = "apollo_tp.json"
 OPTIMIZER_DIR = "optimizer"
 LATEST = "latest"
 PARTIAL = "partial"
-"""Kind of our folders that are no checkpoints yet, or no more."""
+"""The kind of our folders that are not yet, or no longer, checkpoints."""
 
 
 class CheckpointInfo(msgspec.Struct, frozen=True, kw_only=True):
@@ -100,8 +100,8 @@ def partial_path(root: Path, name: str) -> Path:
 
 
 def begin(root: Path, name: str) -> Path:
-    """An empty folder to write to, alone on rank 0; what a crash or a failure left of others goes. Raises CheckpointError if
-    the name is taken, or ``latest``, by what is not ours."""
+    """Make an empty folder to write to, and remove what crashes and failures left of others. On rank 0 only. Raises
+    CheckpointError if the name is taken, or if ``latest`` is not ours."""
     partial = partial_path(root, name)
     root.mkdir(mode=0o700, parents=True, exist_ok=True)
     if (root / name).exists():

@@ -127,7 +127,7 @@ def _save_own_part(optimizer: Optimizer, folder: Path) -> None:
         for part in sorted({p.part for p in pieces}):
             writer = dcp.HuggingFaceStorageWriter(str(_part_folder(folder, rank, part)), save_distributed=True)
             planner = _SavePlanner([p for p in pieces if p.part == part])
-            with _alone():
+            with _no_coordination():
                 dcp.save({}, storage_writer=writer, planner=planner, no_dist=True)
         if rank == 0:
             (folder / COUNTERS).write_text(json.dumps(_counters(optimizer), indent=1))
@@ -169,7 +169,7 @@ def load(optimizer: Optimizer, folder: Path) -> None:
         )
     planner = _LoadPlanner(p for p in _pieces(optimizer) if p.tensor.numel())
     for part in sorted(folder.glob("rank-*.part-*")):
-        with _alone():
+        with _no_coordination():
             dcp.load({}, storage_reader=dcp.HuggingFaceStorageReader(str(part)), planner=planner, no_dist=True)
     planner.check_complete(folder)
     optimizer.step_count = saved["step_count"]
@@ -179,7 +179,7 @@ def load(optimizer: Optimizer, folder: Path) -> None:
 
 
 def _differences(saved: dict[str, Any], own: dict[str, Any]) -> list[str]:
-    """What forbids to resume: "option: got saved value, expected configured value"."""
+    """Reasons not to resume, each as "option: got saved value, expected configured value"."""
     if saved.get("schema") != SCHEMA_VERSION:
         return [f"schema: got {saved.get('schema')}, expected {SCHEMA_VERSION}"]
     result = []
@@ -196,8 +196,8 @@ def _differences(saved: dict[str, Any], own: dict[str, Any]) -> list[str]:
 
 
 @contextmanager
-def _alone() -> Iterator[None]:
-    """Every rank writes and reads by itself (the library's own coordination pickles over the wire): no warning needed."""
+def _no_coordination() -> Iterator[None]:
+    """No warning that every rank writes and reads by itself: the library's own coordination would send pickles."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         yield
@@ -240,7 +240,7 @@ class _SavePlanner(SavePlanner):
 
 
 class _LoadPlanner(LoadPlanner):
-    """Reads from each folder what intersects the wanted boxes, and counts what came."""
+    """Reads from each folder what intersects the wanted boxes, and counts the elements read."""
 
     def __init__(self, pieces: Iterable[_Piece]) -> None:
         self.wanted: dict[str, list[_Piece]] = {}
@@ -285,7 +285,7 @@ class _LoadPlanner(LoadPlanner):
         return tensor
 
     def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
-        """The reader copied into the view; nothing is left to do."""
+        """Nothing to do: the reader has copied into the view."""
 
     def check_complete(self, folder: Path) -> None:
         """Raise CheckpointError unless every wanted element was read exactly once, but for remainders that nobody saved."""

@@ -1,7 +1,7 @@
 """Safetensors files that many processes fill in place: the header is planned first, then every rank writes its boxes.
 
-The safetensors library writes whole tensors only; the format itself (8 bytes of header length, JSON, then the data) makes
-writing boxes a matter of offsets. What is written here is read back with the library.
+The safetensors library writes only full tensors; the format itself (8 bytes of header length, JSON, then the data)
+makes writing boxes a matter of offsets. What is written here is read back with the library.
 """
 
 from __future__ import annotations
@@ -53,8 +53,8 @@ def plan(tensors: Iterable[tuple[str, tuple[int, ...], torch.dtype]]) -> tuple[b
 
 
 def create(path: Path, header: bytes, entries: dict[str, Entry]) -> None:
-    """Create a 0600 file with its header and room for all tensors. Raises OSError if the disk has too little space left:
-    later, when the file is mapped into memory, a full disk would be a SIGBUS."""
+    """Create a 0600 file with its header and room for all tensors. Raises OSError if the disk is too full: later, when
+    the file is mapped into memory, that would be a SIGBUS."""
     with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
         file.write(header)
         file.flush()

@@ -34,7 +34,7 @@ MAX_FILE_BYTES = 5 * 10**9
 """File split of a checkpoint that never was on disk (a server started with dummy weights)."""
 
 OLD_WEIGHTS = {".safetensors", ".bin", ".pth", ".pt", ".gguf", ".h5", ".msgpack", ".onnx", ".onnx_data"}
-"""Files of the source that hold its weights, in whatever form: a checkpoint has its own."""
+"""Weight files of the source, in all formats; they are not copied, since a checkpoint has its own."""
 CHAT_TEMPLATES = "additional_chat_templates/*.jinja"
 STILL_WORKING_SECONDS = 1.0
 """Seconds between two all-reduces while the other ranks wait for rank 0."""
@@ -97,7 +97,7 @@ class CheckpointWriter:
         with self._agree():
             self._write_own_boxes(partial)
         from apollo_tp.checkpoint import (
-            optimizer_state,  # takes a second to import, which a run that never saves need not pay
+            optimizer_state,  # takes a second to import, which a run that never saves avoids
         )
 
         optimizer_state.save(optimizer, partial / folders.OPTIMIZER_DIR)

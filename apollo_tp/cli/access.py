@@ -51,7 +51,7 @@ def check_scheme(option: str, url: str, *schemes: str) -> None:
 def coordinator_headers(token_file: Path | None) -> dict[str, str]:
     """The header with the token of ``token_file``, else of $APOLLO_TP_TOKEN; empty without one. Raises ConfigError.
 
-    The same file serves the coordinator: the token is the last one in it, without its scope.
+    The coordinator reads the same file. The token is the last one in it, without its scope.
     """
     if token_file is None:
         source, text = f"${TOKEN_VARIABLE}", os.environ.get(TOKEN_VARIABLE, "")

@@ -18,7 +18,7 @@ class RefusedError(Exception):
 
 
 class UnreachableError(Exception):
-    """No coordinator answers: nobody does, or a program that is none."""
+    """Nothing answers at the address, or another program than a coordinator does."""
 
 
 class Job(Struct):
@@ -52,7 +52,7 @@ class Trainer(Struct):
 
 
 class ConnectedTrainer(Struct):
-    """The same part, as far as samples are made for it."""
+    """The fields of that part from which samples for the trainer are made."""
 
     served_model_names: Annotated[list[str], Meta(min_length=1)]
     vocab_size: Annotated[int, Meta(ge=2)]
@@ -125,7 +125,7 @@ class Scores(Struct):
 
 
 def parse(content: bytes | str, source: str) -> Any:
-    """JSON as builtins. Raises UnreachableError, naming ``source``, if it is none."""
+    """JSON as builtins. Raises UnreachableError, naming ``source``, for anything else."""
     try:
         return json.decode(content)
     except (DecodeError, UnicodeDecodeError, RecursionError) as error:
@@ -133,7 +133,7 @@ def parse(content: bytes | str, source: str) -> Any:
 
 
 def read(answer: object, kind: type[T], source: str = "the answer") -> T:
-    """``answer``, which ``parse`` gave, as a ``kind``. Raises UnreachableError, naming ``source``, if it is none."""
+    """``answer``, a result of ``parse``, as a ``kind``. Raises UnreachableError, naming ``source``, if it does not fit."""
     try:
         return convert(answer, kind)
     except ValidationError as error:

@@ -41,7 +41,6 @@ class Client:
             )
 
     def close(self) -> None:
-        """Close the connections."""
         self._http.close()
 
     def call(self, method: str, path: str, **options: Any) -> Any:
@@ -91,7 +90,7 @@ class Client:
 
     @contextmanager
     def _errors(self, *passed: type[Exception]) -> Iterator[None]:
-        """httpx's errors as this package's, but for those ``passed`` on."""
+        """Turn httpx's errors into this package's, except for the types in ``passed``."""
         try:
             yield
         except passed:
@@ -100,19 +99,19 @@ class Client:
             httpx.InvalidURL,
             UnicodeError,
             OverflowError,
-        ) as error:  # the latter two: of looking up a host and a port
+        ) as error:  # the last two come from looking up a host and a port
             raise ConfigError(f"--url: got {self._url!r} ({error}), expected http://HOST:PORT") from error
         except httpx.HTTPError as error:
             raise _unreachable(error) from error
 
 
 def job_path(job_id: str) -> str:
-    """The route of a job, whatever characters a user typed as its id."""
+    """The route of a job; its id is quoted, since a user typed it."""
     return f"/train/jobs/{quote(os.fsencode(job_id), safe='')}"
 
 
 def check(answer: httpx.Response) -> None:
-    """Raise RefusedError, with the server's message and the field that it names, for an error's answer."""
+    """Raise RefusedError, with the server's message and the field that it names, if the answer is an error."""
     if not answer.is_error:
         return
     try:

@@ -1,6 +1,6 @@
 """Does the trainer compute the function that is served? Log-probabilities of the same tokens by both, over the same weights.
 
-They differ by rounding (bf16, other kernels). More means that the gradients are of another function than is served.
+They differ by rounding (bf16, other kernels). A larger gap means that the gradients are those of another function.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Gap:
 
 
 def random_tokens(count: int, vocab_size: int) -> list[int]:
-    """Always the same ``count`` token ids, of the half of the vocabulary that mostly has no special tokens."""
+    """``count`` token ids, always the same, from the half of the vocabulary that rarely has special tokens."""
     return random.Random(0).choices(range(vocab_size // 2), k=count)
 
 
@@ -45,13 +45,13 @@ def score_request(tokens: Sequence[int]) -> dict[str, Any]:
 
 
 class Logprob(msgspec.Struct):
-    """vLLM's entry of one token."""
+    """vLLM's record of one token."""
 
     logprob: float
 
 
 class Choice(msgspec.Struct):
-    """Entries by token id, of each token of the prompt; of the first there is none."""
+    """For each token of the prompt but the first, records by token id."""
 
     prompt_logprobs: list[dict[str, Logprob] | None]
 
@@ -67,7 +67,7 @@ def ask_server(url: str, model: str, tokens: Sequence[int]) -> httpx.Response:
     headers = bearer(f"${SERVER_KEY_VARIABLE}", os.environ.get(SERVER_KEY_VARIABLE, ""))
     body = {
         "model": model, "prompt": tokens, "max_tokens": 1, "temperature": 0, "prompt_logprobs": 0,
-        "cache_salt": uuid.uuid4().hex,  # away from entries of older weights
+        "cache_salt": uuid.uuid4().hex,  # no cache entries of older weights are used
     }  # fmt: skip
     try:
         answer = httpx.post(
@@ -95,7 +95,7 @@ def served_logprobs(answer: httpx.Response, tokens: Sequence[int]) -> list[float
 
 
 def gap(scored: dict[str, Any], served: Sequence[float]) -> Gap:
-    """Between the answer of ``POST /train/score`` and what ``served_logprobs`` gave. Raises RefusedError."""
+    """The gap between the answer of ``POST /train/score`` and the result of ``served_logprobs``. Raises RefusedError."""
     rows = read(scored, Scores, "POST /train/score").data
     if len(rows) != len(served):
         raise RefusedError(f"POST /train/score: got {len(rows)} scores, expected {len(served)}")

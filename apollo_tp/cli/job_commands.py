@@ -56,7 +56,7 @@ def train(
 
 
 def jobs(session: Session, limit: int = 20) -> int:
-    """The latest jobs."""
+    """List the latest jobs."""
     answer = session.client.call("GET", "/train/jobs", params={"limit": limit})
     session.show(read(answer, Page[Any]).data, list[Job], rendering.show_jobs)
     return OK
@@ -67,7 +67,7 @@ def events(
     job_id: JobId,
     follow: Annotated[bool, typer.Option("--follow", help="Wait for further ones until the job is over.")] = False,
 ) -> int:
-    """The events of a job."""
+    """List the events of a job."""
     from apollo_tp.cli.client import job_path
 
     if follow:

@@ -1,4 +1,4 @@
-"""``apollo-tp``: the coordinator from a shell. Thin over HTTP; nothing here that another HTTP client could not do."""
+"""``apollo-tp``: the coordinator from a shell, through HTTP calls that any other client could make."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ Exit status: 0 done; 1 the request was refused or the job failed; 2 wrong usage;
 
 
 class Commands(TyperGroup):
-    """Names the commands that there are when asked for another."""
+    """A command group whose error for an unknown command lists the known ones."""
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
-        """As typer's."""
+        """Resolve a command as typer does."""
         names = self.list_commands(ctx)
         if not ctx.resilient_parsing and args[0] not in names and not args[0].startswith("-"):
             ctx.fail(f"invalid choice: {args[0]!r} (choose from {', '.join(names)})")
@@ -45,7 +45,7 @@ def main(argv: list[str] | None = None) -> int:
     """Entry point of ``apollo-tp``; returns the exit status."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # a terminal that has no such character shows its number
+            stream.reconfigure(errors="backslashreplace")  # a character that the terminal lacks is shown as its number
     try:
         typer.main.get_command(app).main(args=argv, prog_name="apollo-tp")
     except SystemExit as ended:

@@ -37,7 +37,6 @@ def show_status(status: Status) -> None:
 
 
 def show_jobs(jobs: list[Job]) -> None:
-    """A table of jobs."""
     table = Table("job", "state", "step", "loss", "tokens", box=None)
     for job in jobs:
         loss = "" if job.loss is None else f"{job.loss:.4f}"
@@ -65,12 +64,12 @@ def show_dry_run(answer: DryRun) -> None:
 
 
 def show_checkpoint(checkpoint: Checkpoint) -> None:
-    """Its folder, or why there is none."""
+    """The folder of a checkpoint, or why there is none."""
     out.print(checkpoint.path or f"{checkpoint.state}: {checkpoint.error}")
 
 
 def show_event(event: Event) -> None:
-    """One line."""
+    """An event as one line."""
     out.print(f"{event.id:6} {event.level:5} {event.message}")
 
 
@@ -80,7 +79,6 @@ def show_action(job: Job) -> None:
 
 
 def show_end(job: Job) -> None:
-    """How a job ended."""
     out.print(f"{job.id}: {job.state}{job.loss_text}")
 
 
@@ -107,5 +105,5 @@ def waiting(text: str) -> Iterator[None]:
 
 
 def show_broken_connection() -> None:
-    """While events are followed."""
-    err.print("the connection broke; going on where it was", style="dim")
+    """Report on standard error that the connection is made again."""
+    err.print("the connection broke; connecting again, and continuing after the last event", style="dim")

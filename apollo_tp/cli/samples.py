@@ -14,9 +14,9 @@ from apollo_tp.cli.answers import RefusedError
 
 
 class SampleFile:
-    """The samples of a file, as JSON of an object each. ``-`` is standard input.
+    """The samples of a file, each one JSON object. ``-`` is standard input.
 
-    Raises RefusedError, with the line, for what is no JSON object in UTF-8, and OSError.
+    Raises RefusedError, naming the line, unless each is an object in UTF-8, and OSError.
     """
 
     def __init__(self, path: Path) -> None:
@@ -49,7 +49,7 @@ class SampleFile:
 
     @contextmanager
     def located(self) -> Iterator[None]:
-        """Add the file, and the line of a sample that the coordinator names, to what it refuses."""
+        """Add the file, and the line of the sample that the coordinator names, to its refusals."""
         try:
             yield
         except RefusedError as error:

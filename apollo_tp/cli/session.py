@@ -46,7 +46,6 @@ class Session:
         return Client(self.url or find_url(), coordinator_headers(self.token_file), self.key)
 
     def close(self) -> None:
-        """Close the client, if there is one."""
         if "client" in self.__dict__:
             self.client.close()
 
@@ -67,7 +66,7 @@ def command(function: Callable[..., int]) -> Callable[..., None]:
         with _errors_as_sentences(), contextlib.closing(session):
             status = function(session, **values)
             if sys.stdout is not None:
-                sys.stdout.flush()  # a full disk is noticed here, while it can still become a sentence
+                sys.stdout.flush()  # so that a full disk is noticed here, where it becomes an error message
         raise typer.Exit(status)
 
     own = list(inspect.signature(function).parameters.values())[1:]

@@ -18,7 +18,7 @@ POLL_SECONDS = 0.5
 
 
 def status(session: Session) -> int:
-    """What runs, waits and is done."""
+    """Show the trainer, the running job and the queue."""
     session.show(session.client.call("GET", "/train/status"), Status, rendering.show_status)
     return OK
 
@@ -27,7 +27,7 @@ def checkpoint(session: Session) -> int:
     """Write the served weights and the optimizer state to disk, and wait for it."""
     with rendering.waiting("writing"):
         answer = session.client.call("POST", "/checkpoint", json={})
-        while (made := read(answer, Checkpoint)).state == "queued":  # the server itself would wait for a time only
+        while (made := read(answer, Checkpoint)).state == "queued":  # the coordinator itself waits for a limited time
             time.sleep(POLL_SECONDS)
             answer = session.client.call("GET", f"/checkpoint/{made.id}")
     session.show(answer, Checkpoint, rendering.show_checkpoint)
@@ -35,7 +35,7 @@ def checkpoint(session: Session) -> int:
 
 
 def inspect(session: Session) -> int:
-    """Which part of which checkpoint tensor lies on which rank."""
+    """Show which part of each checkpoint tensor lies on which rank."""
     rows = read(session.client.call("GET", "/train/layout"), Page[dict[str, Any]]).data
     if not rows and not session.json:
         print("the trainer has not said; without a trainer: python -m apollo_tp.inspect")

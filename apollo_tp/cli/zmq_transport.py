@@ -30,7 +30,8 @@ def _load(path: Path) -> tuple[bytes, bytes | None]:
 
 
 class ZmqTransport(httpx.BaseTransport):
-    """One DEALER; a request at a time. Raises httpx.ConnectTimeout if nobody answers, httpx.ReadTimeout after silence."""
+    """A transport over one DEALER socket, for one request at a time. Raises httpx.ConnectTimeout if nobody answers,
+    httpx.ReadTimeout after silence."""
 
     def __init__(self, address: str, key: Path) -> None:
         public, secret = _load(key)
@@ -88,7 +89,7 @@ class ZmqTransport(httpx.BaseTransport):
                 message = codec.decode(self._socket.recv(), tunnel_messages.TunnelDown)
             except FrameError as error:
                 raise httpx.RemoteProtocolError(f"{self._address}: {error}") from error
-            if message.id == identity:  # the rest is of requests that were given up
+            if message.id == identity:  # other frames belong to requests that were given up
                 return message  # type: ignore[no-any-return]
 
 

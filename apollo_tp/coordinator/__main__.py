@@ -57,7 +57,7 @@ def main() -> int:
     except sqlite3.OperationalError as error:
         log.error("got %s, expected to write to service.state_dir; free space there", error, exc_info=error)
         return EXIT_STORAGE
-    except sqlite3.DatabaseError as error:  # no room would mend that
+    except sqlite3.DatabaseError as error:  # free space would not help
         log.error("got %s, expected a sound database in service.state_dir; put back a copy", error, exc_info=error)
         return 1
     return 0

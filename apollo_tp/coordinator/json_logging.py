@@ -10,7 +10,6 @@ class JsonFormatter(logging.Formatter):
     """Formats a record as one line of JSON: time (Unix seconds), level, logger, message and, if there is one, exception."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """One line."""
         line = {
             "time": record.created,
             "level": record.levelname.lower(),

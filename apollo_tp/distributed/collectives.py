@@ -18,10 +18,10 @@ _library = torch.library.Library("apollo_tp", "DEF")
 
 
 def operator(schema: str) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:
-    """Make a function the operator ``apollo_tp::name`` of this ``schema``, which compiled code does not look into.
+    """Make a function the operator ``apollo_tp::name`` of this ``schema``, which the compiler does not trace into.
 
     The decorated name becomes the operator. Its results must not share memory with its arguments.
-    ``torch.library.custom_op`` would check that in every call, which costs time of the host that feeds the device.
+    ``torch.library.custom_op`` would check that in every call, which would cost the host time.
     """
 
     def define(function: Callable[_P, _R]) -> Callable[_P, _R]:

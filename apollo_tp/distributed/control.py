@@ -52,7 +52,7 @@ class Control:
 
     @contextlib.contextmanager
     def agree(self) -> Iterator[None]:
-        """A block of code that succeeds on all ranks, or raises on all ranks: no rank goes on to wait for one that raised.
+        """A block of code that succeeds on all ranks, or raises on all ranks: no rank then waits for one that raised.
 
         Collective: every rank must enter it; one all-gather of the errors' messages at the end of the block. On the ranks
         whose block raised, that error is raised; on all others RankFailedError, naming the first rank that failed.

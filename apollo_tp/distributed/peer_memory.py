@@ -28,15 +28,15 @@ FIRST_ROWS = 256
 
 @dataclass(eq=False)
 class PeerSums:
-    """Whether a group sums products through peer memory, and the buffers of that, which are made when first needed.
+    """Whether a group sums products through peer memory, and its buffers, which are made when first needed.
 
-    ``in_blocks``: recorded sums are split in two blocks of rows, see ``PeerBuffers``. Both switches are for all ranks alike.
+    ``in_blocks``: captured sums are split in two blocks of rows, see ``PeerBuffers``. Both switches are equal on all ranks.
     """
 
     enabled: bool = True
     in_blocks: bool = True
     buffers: PeerBuffers | None = None
-    """Work that was recorded goes on using these."""
+    """Captured work keeps using these."""
     _is_reachable: bool | None = None
 
     def buffers_for(
@@ -61,20 +61,20 @@ class PeerSums:
         return 0 if self.buffers is None else 2 * self.buffers.num_bytes
 
     def barrier(self) -> None:
-        """Before and after recorded work: what runs next may begin with either half of the buffers. Collective."""
+        """Call it before and after captured work: what runs next may begin with either half of the buffers. Collective."""
         if self.buffers is not None:
             self.buffers.barrier()
 
     def reset_buffers(self) -> None:
-        """After a recording that failed on some ranks: begin with the same half on all of them again. Collective.
+        """After a capture that failed on some ranks, let all of them begin with the same half again. Collective.
 
-        Each rank has counted the sums that it came to. One that then took the other half would read what nobody wrote.
+        Ranks may have counted different numbers of sums. One that then took the other half would read what nobody wrote.
         """
         if self.buffers is not None:
             self.buffers.reset()
 
     def release(self) -> None:
-        """Let the buffers go, with the process group that they were made over."""
+        """Drop the buffers, with the process group that they were made over."""
         self.buffers = None
 
 
@@ -106,8 +106,8 @@ def add_products(pairs: Sequence[tuple[Tensor, Tensor]], out: Tensor) -> Tensor:
 def first_rows(rows: int, contracted: int, columns: int) -> int:
     """How many rows of a product [rows, contracted] @ [contracted, columns] to copy while the others are multiplied.
 
-    As many as the other rows' product leaves time for; none of a small product, or of one that the adding kernel cannot
-    divide.
+    As many as can be copied during the other rows' product; none if the product is small, or if the adding kernel
+    cannot divide it.
     """
     quarters = 3 if contracted >= columns else 2
     return 0 if columns % 16 else rows * quarters // (4 * FIRST_ROWS) * FIRST_ROWS
@@ -170,8 +170,8 @@ class PeerBuffers:
     ) -> Tensor:
         """The sum over ``pairs`` and both ranks, where ``mine`` and ``other`` [m, n] are the ranks' buffers.
 
-        In work that is recorded the first rows are copied from the other rank while the other rows are multiplied. Launched
-        one by one it would not pay: the host has about five calls more to make.
+        In captured work the first rows are copied from the other rank while the other rows are multiplied. Otherwise
+        the host's five further calls would cost more than that saves.
         """
         rows, columns = mine.shape
         divided = self._in_blocks and torch.cuda.is_current_stream_capturing()
@@ -196,11 +196,11 @@ class PeerBuffers:
             copy.copy_(other, non_blocking=True)
 
     def barrier(self) -> None:
-        """Nobody goes on until both ranks are here: then neither reads the other's memory any more. Collective."""
+        """Wait until both ranks are here, after which neither reads the other's memory any more. Collective."""
         self._handle.barrier(channel=2)
 
     def reset(self) -> None:
-        """After work that either rank may have broken off: both begin with the same half again. Collective."""
+        """After work that may be incomplete on either rank, let both begin with the same half again. Collective."""
         self.barrier()
         self._turn = 0
 

@@ -1,8 +1,8 @@
 """The tensor-parallel (TP) group as a value: rank, size, and the collectives over its process group.
 
-Whoever needs ranks is given a ``TPGroup``. At size 1 every collective returns its input, so that one process runs the same
-code. The only process-wide state is the table of the groups by their numbers (``group_of``): operators of compiled code
-take numbers and tensors, not Python objects.
+Code that needs ranks is given a ``TPGroup``. At size 1 every collective returns its input, so that one process runs the
+same code. The only process-wide state here is the table of the groups by their numbers (``group_of``): operators of compiled
+code take numbers and tensors, not Python objects.
 
 A collective may never happen: when NCCL's communicators are aborted, work that waits for one runs on with whatever lies in
 its memory. So receive buffers are first filled with what no rank sends (NaN, or the least integer), and a collective whose
@@ -34,8 +34,8 @@ _groups: weakref.WeakValueDictionary[int, TPGroup] = weakref.WeakValueDictionary
 class TPGroup:
     """Rank and size within a group of trainer ranks, and the process group that joins them (None at size 1).
 
-    A rank that fails leaves the others waiting in a collective. ``dissolve`` wakes them, because it closes the connections;
-    ``form`` joins all ranks again. Whoever has this object goes on with the new process group.
+    A rank that fails leaves the others waiting in a collective. ``dissolve`` wakes them, because it closes the
+    connections; ``form`` joins all ranks again. Everything that uses this object then uses the new process group.
     """
 
     rank: int
@@ -103,7 +103,7 @@ class TPGroup:
     def call_before_dissolve(self, method: Callable[[], None]) -> None:
         """Have ``dissolve`` call the bound ``method`` first, as long as its object lives.
 
-        For what has recorded collectives of this group: NCCL waits for the end of such recordings before it leaves a group.
+        For owners of captured collectives of this group: NCCL waits until their graphs are gone before it leaves a group.
         """
         self._before_dissolve.append(weakref.WeakMethod(method))
 

@@ -1,7 +1,8 @@
 """Give inference its share of a GPU's time: the trainer works in bursts, and sleeps between them.
 
-Two processes without MPS are time-sliced, and a decode step competes with whatever the trainer has queued. A burst is one
-decoder layer's forward or backward work, the head's, or the optimizer's; its length decides how long the GPU is left alone.
+Two processes without MPS are time-sliced, and a decode step competes with whatever the trainer has queued. A burst is
+one decoder layer's forward or backward work, the head's, or the optimizer's; its length decides how long the GPU is
+left to the server.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ class Pace:
 
     @property
     def rests(self) -> bool:
-        """Whether it ever waits."""
+        """Whether the trainer sleeps at all."""
         return self._rest > 0
 
     def begin(self) -> None:
@@ -60,9 +61,9 @@ class Pace:
     def give_way(self) -> None:
         """End a burst: wait for the device, then sleep. Collective over the ranks: one all-reduce of one float.
 
-        All sleep in proportion to the shortest burst of all: the rank that woke last has waited for nobody inside the
-        layer's sums, so that its burst is work alone. If each slept for its own, a lag between two ranks would grow by a
-        factor of 1 / share - 1 with every burst.
+        All sleep in proportion to the shortest burst of all: the rank that woke last has not waited inside the layer's
+        sums, so its burst is only work. If each slept for its own, a lag between two ranks would grow by a factor of 1
+        / share - 1 with every burst.
         """
         if not self._rest or self._suspended:
             return

@@ -1,7 +1,7 @@
 """Are this GPU's matrix products right? Those of the model's own shapes against sums that use no matrix product.
 
-Where CUDA MPS lets a process use a part of a GPU's multiprocessors (CUDA_MPS_ACTIVE_THREAD_PERCENTAGE), cuBLAS 13 was seen
-to leave whole tiles of results unwritten, without an error, on H100s and H200s (docs/decisions/sharing-gpus.md).
+Where CUDA MPS lets a process use a part of a GPU's multiprocessors (CUDA_MPS_ACTIVE_THREAD_PERCENTAGE), cuBLAS 13 was
+seen to leave tiles of results unwritten, without an error, on H100s and H200s (docs/decisions/sharing-gpus.md).
 Training on such products would write garbage into served weights. So the trainer checks before its first step.
 """
 

@@ -1,7 +1,7 @@
 """A limit on a GPU's multiprocessors (SMs) for this process, by a CUDA green context: a set of SMs on which everything runs
 that is launched into its stream.
 
-With a server under CUDA MPS on the same GPU, the other SMs are the server's alone. MPS itself can limit a client too, by
+With a server under CUDA MPS on the same GPU, only the server uses the other SMs. MPS itself can limit a client too, by
 CUDA_MPS_ACTIVE_THREAD_PERCENTAGE, but cuBLAS then multiplies wrong at most shares (``product_check``, and
 docs/decisions/sharing-gpus.md).
 """

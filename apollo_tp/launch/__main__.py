@@ -45,7 +45,7 @@ def main(arguments: list[str]) -> int:
         print(f"apollo_tp.launch: {error}", file=sys.stderr)
         return EXIT_OPTIONS
     end_without_abort()
-    # A recorded step keeps its own memory pool, in which fragments between fixed blocks would be lost. CUDA only.
+    # A captured step keeps its own memory pool, in which fragments between fixed blocks would be lost. CUDA only.
     if "PYTORCH_ALLOC_CONF" not in os.environ:
         os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     gc.disable()  # the objects of the import below stay for good: collecting garbage meanwhile would be wasted time

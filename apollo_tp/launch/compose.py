@@ -65,7 +65,7 @@ def _check_keys(overrides: list[str]) -> None:
 
 
 def _parsed(argument: str) -> Override:
-    """One argument, parsed alone so that the message can name it."""
+    """One argument, parsed separately so that the message can name it."""
     key, equals, value = argument.partition("=")
     if not equals or not key:
         raise ConfigError(f"{argument}: got no value, expected key=value, for example optim.lr=1e-5")

@@ -23,7 +23,7 @@ STOP_SECONDS = 10.0
 MIN_LIFE_SECONDS = 10.0
 """A coordinator that ends by itself sooner is not started again: it would fail again, for example on a port in use."""
 PAUSE_SECONDS = 5.0
-"""Before a coordinator that ended on a full disk is started again; jobs wait meanwhile, and go on where they were."""
+"""The wait before a coordinator that ended on a full disk is started again. Jobs wait meanwhile, and continue then."""
 
 log = logging.getLogger("apollo_tp")
 

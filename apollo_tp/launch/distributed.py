@@ -1,4 +1,4 @@
-"""Join the trainer ranks, however they were started: torchrun, mpirun (rank, size and rendezvous through mpi4py), alone."""
+"""Join the trainer ranks of torchrun or of mpirun (rank, size and rendezvous through mpi4py), or be the only one."""
 
 from __future__ import annotations
 

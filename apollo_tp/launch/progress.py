@@ -49,7 +49,6 @@ class StepProgress:
             self.close()
 
     def close(self) -> None:
-        """Remove the bar."""
         if self._bar is not None:
             self._bar.stop()
             self._bar = None

@@ -1,4 +1,4 @@
-"""Notice that the server has ended, also while this rank is busy."""
+"""Notice the end of the server, also while this rank is busy."""
 
 from __future__ import annotations
 
@@ -23,7 +23,6 @@ class ServerWatch:
         self._thread.start()
 
     def stop(self) -> None:
-        """End the thread."""
         self._stop.set()
         self._thread.join(5)
 

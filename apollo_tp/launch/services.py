@@ -63,7 +63,7 @@ class Services:
             self._progress(command, figures)
 
     def record_failure(self, weight_version: int) -> None:
-        """Remember what a failed step wrote."""
+        """Record the weight version after a failed step, which may have written weights."""
         self._lineage.count_to(weight_version)
 
     def hello(self, command_id: str = "") -> commands.Hello:
@@ -94,7 +94,6 @@ class Services:
         )
 
     def close(self) -> None:
-        """Remove the progress bar."""
         if self._progress:
             self._progress.close()
 

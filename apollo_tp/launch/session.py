@@ -1,4 +1,4 @@
-"""One rank's life: the stages of the start-up, then commands until told to stop, then everything undone in reverse order."""
+"""One rank's life: start-up in stages, then commands until it is stopped, then everything undone in reverse order."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ log = logging.getLogger("apollo_tp")
 
 
 def run(config: Config, on_server_gone: Callable[[ServerGoneError], None]) -> None:
-    """Train one server until told to stop. Every rank calls it.
+    """Train one server until stopped. Every rank calls it.
 
     ``on_server_gone`` is called in a thread when the server has ended. Raises ApolloTpError with what is wrong and what to
     do.
@@ -33,7 +33,7 @@ def run(config: Config, on_server_gone: Callable[[ServerGoneError], None]) -> No
 
 
 def serve(ready: Ready) -> None:
-    """Execute the coordinator's commands until told to stop; rank 0 starts the coordinator. Collective."""
+    """Execute the coordinator's commands until stopped; rank 0 starts the coordinator. Collective."""
     services = Services(ready)
     link = _start_coordinator(ready) if ready.world.rank == 0 else None
     loop = RankLoop(ready.trainer, services, ready.control, link)

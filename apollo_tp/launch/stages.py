@@ -64,7 +64,7 @@ class Served(Joined):
     folder: Path
     """The server's instance folder."""
     manifests: list[Manifest]
-    """Of all ranks of the server."""
+    """The manifests of all ranks of the server."""
     mapped: MappedRank
     lineage: LineageFile
 
@@ -75,7 +75,7 @@ class Bound(Served):
 
     tp: TPGroup
     hf_config: PretrainedConfig
-    """As the model's folder has it."""
+    """The config in the model's folder."""
     model: BoundModel
     optimizer: Optimizer
 
@@ -87,7 +87,7 @@ class Ready(Bound):
     gate: UpdateGate
     trainer: Trainer
     memory: str
-    """What was planned, in one line."""
+    """The memory plan, in one line."""
 
 
 def join_ranks(config: Config, stack: contextlib.ExitStack) -> Joined:
@@ -100,8 +100,8 @@ def join_ranks(config: Config, stack: contextlib.ExitStack) -> Joined:
 
 
 def map_server(joined: Joined, on_server_gone: Callable[[ServerGoneError], None]) -> Served:
-    """Wait for the server, watch it from then on, and map its memory, which must be what the model's folder says unless it
-    was trained since. Collective. Raises what ``map_rank`` and ``verify_against_checkpoint`` raise, on all ranks."""
+    """Wait for the server, watch it from then on, and map its memory, which must equal the model's folder unless it has
+    been trained since. Collective. Raises what ``map_rank`` and ``verify_against_checkpoint`` raise, on all ranks."""
     config, rank = joined.config, joined.world.rank
     folder = _find_server(joined)
     with joined.control.agree():
@@ -198,7 +198,9 @@ def resume(config: Config, optimizer: Optimizer, lineage: LineageFile) -> None:
         )  # fmt: skip
         optimizer.step_count = lineage.record.step_count
     if lineage.trained_here and (names := optimizer.resync_replicas()):
-        log.warning("ranks held different bits of %s (a trainer was killed as it wrote): now the lowest one's", names)
+        log.warning(
+            "ranks held different bits of %s (a trainer was killed in a write); all now have the lowest's", names
+        )
 
 
 def prepare(bound: Bound) -> Ready:
@@ -250,7 +252,7 @@ def _update_gate(bound: Bound) -> UpdateGate:
 
 
 def _plan_memory(bound: Bound, trainer: Trainer) -> str:
-    """What the longest micro-batch will need, in one line; and whether steps are recorded. Collective."""
+    """One line that says what the longest micro-batch will need, and whether steps are captured. Collective."""
     train = bound.config.train
     if trainer.device.type != "cuda":
         return "not planned on a CPU, where attention keeps its scores: their need depends on the lengths in each batch"

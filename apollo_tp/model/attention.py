@@ -18,7 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface
 
-# torch 2.13 wants grouped-query attention named; 2.11 has no such argument and takes fewer key heads as they are.
+# torch 2.13 has an argument for grouped-query attention; 2.11 has none and accepts fewer key heads without it.
 _VARLEN_NAMES_GQA = "enable_gqa" in inspect.signature(varlen_attn).parameters
 
 NAME = "apollo_packed"

@@ -51,7 +51,7 @@ class PackedBatch:
 
     @property
     def structure(self) -> tuple[tuple[int, ...], int]:
-        """Lengths and number of loss tokens: the shapes of all that is computed from this batch depend on these alone."""
+        """Lengths and number of loss tokens, which determine the shapes of all that is computed from this batch."""
         return self.lengths, self.num_loss_tokens
 
     def scaled(self, factor: float) -> PackedBatch:
@@ -71,8 +71,8 @@ class PackedBatch:
 def pack(samples: Sequence[Sample], max_tokens: int) -> list[PackedBatch]:
     """Micro-batches of at most ``max_tokens`` tokens that hold every sample once: first-fit decreasing, ties by index.
 
-    Depends on the samples alone, so every rank packs alike. Raises RequestError for a sample that is empty, longer than
-    ``max_tokens``, or whose weights do not fit its tokens.
+    Depends only on the samples, so all ranks pack them identically. Raises RequestError for a sample that is empty,
+    longer than ``max_tokens``, or whose weights do not fit its tokens.
     """
     for index, sample in enumerate(samples):
         _check(f"samples[{index}]", sample, max_tokens)
@@ -150,7 +150,7 @@ def _packed(samples: Sequence[Sample], members: list[int]) -> PackedBatch:
         array("d", itertools.chain.from_iterable(s.weights for s in chosen)), dtype=torch.float64
     )
     last = cu_seqlens[1:].long() - 1
-    targets, weights = token_ids.roll(-1), weights.roll(-1)  # the first of a sequence belongs to nobody before it
+    targets, weights = token_ids.roll(-1), weights.roll(-1)  # nothing predicts the first token of a sequence
     targets[last], weights[last] = 0, 0.0
     return PackedBatch(
         token_ids=token_ids,

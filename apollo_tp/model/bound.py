@@ -111,7 +111,7 @@ class BoundModel:
     vocab: VocabShard
     gradient_sync: GradientSync
     is_static: bool = False
-    """True if the work on a micro-batch depends on its structure alone (``PackedBatch.structure``): it can be captured."""
+    """True if the work on a micro-batch depends only on ``PackedBatch.structure``, so that it can be captured."""
 
     def hidden_states(self, batch: PackedBatch) -> Tensor:
         """See final_hidden_states."""
@@ -163,8 +163,8 @@ class BoundModel:
         return self.gradient_sync.finish(compare=compare)
 
     def zero_grad(self) -> None:
-        """Drop all gradients, and what is left of a pass that raised. The device waits for this between steps: hence no walk
-        over the module's children."""
+        """Drop all gradients, and what is left of a pass that raised. The device waits for this between steps, so it
+        does not walk over the module's children."""
         for leaf in self.leaves:
             leaf.grad = None
         for joined in self._joined:

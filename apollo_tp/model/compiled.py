@@ -1,4 +1,4 @@
-"""torch.compile, one decoder layer at a time: norms, rotary embeddings, activations and residual sums fuse into few kernels.
+"""torch.compile, one decoder layer at a time: norms, rotary embeddings, activations and residual sums become few kernels.
 
 Layers of one kind share their compiled code; the first batch of another length makes torch compile it once more, for any
 length. Collectives and attention stay calls of their own within it. Layers whose code depends on where sequences end (gated
@@ -24,12 +24,12 @@ MAX_VARIANTS = 32
 class CompileOptions:
     """How layers are compiled. Some are settings of the whole process: the last call of ``compile_layers`` decides.
 
-    ``recompute_cheap_work``: compute norms, activation functions and the like again in the backward pass where that saves
-    memory. Matrix products, attention and sums over ranks are never repeated: torch's budget of activation memory
+    ``recompute_cheap_work``: compute norms, activation functions and the like again in the backward pass where that
+    saves memory. Matrix products, attention and sums over ranks are never repeated: torch's budget of activation memory
     (``activation_memory_budget``) would repeat operators that it does not know first, and our sums are such.
     ``deterministic_kernels``: choose kernels by rule, not by timing them on each GPU: two ranks then sum in the same order.
     ``join_residuals``: add residuals where products are summed over ranks, see ``residuals.JoinResiduals``.
-    ``backend``: of torch.compile.
+    ``backend``: see torch.compile.
     """
 
     recompute_cheap_work: bool = True
@@ -41,10 +41,10 @@ class CompileOptions:
 def compile_layers(module: PreTrainedModel, options: CompileOptions) -> int:
     """Compile the decoder layers of ``module`` in place, each at its first call; returns how many.
 
-    None where ranks must not differ in what the compiler does, which it decides on each alone: it may order two collectives
-    that do not depend on each other (FullWidthRMSNorm) one way or another; and if two ranks rounded differently, their
-    routers could send a token to different experts. ``deterministic_kernels`` prevents what was seen of it
-    (``tests/gpu/test_replicas.py``); for routers that has not been tried.
+    The compiler decides on each rank by itself. Where such differences would be wrong, no layer is compiled: two
+    independent collectives (FullWidthRMSNorm) could run in different orders, and routers could send a token to
+    different experts if two ranks rounded differently. ``deterministic_kernels`` prevents the differences that were
+    observed (``tests/gpu/test_replicas.py``); for routers that has not been tried.
     """
     if any(isinstance(child, FullWidthRMSNorm) or _has_experts(child) for child in module.modules()):
         return 0
@@ -64,7 +64,7 @@ def compile_layers(module: PreTrainedModel, options: CompileOptions) -> int:
         setattr(torch._functorch.config, f"ban_recompute_{reason}", not options.recompute_cheap_work)
     torch._inductor.config.deterministic = options.deterministic_kernels
     torch._inductor.config.joint_custom_pre_pass = JoinResiduals() if options.join_residuals else None
-    # the gradient of a norm's weight together with that of its input, for any number of tokens
+    # computes the gradients of a norm's weight and of its input together, for any number of tokens
     torch._inductor.config.triton.mix_order_reduction_non_strict_mode = True
     layers = [layer for layer in decoder_layers(module) if _is_traceable(layer)]
     for layer in layers:  # not the call: hooks around it stay as they are

@@ -16,11 +16,11 @@ from apollo_tp.errors import ReplicaError
 from apollo_tp.shards.boxes import Shard, replicated_parts
 
 BUCKET_BYTES = 64 * 2**20
-"""Gradients are joined into flat buffers of at most this size (a larger one stays alone), one collective each."""
+"""Gradients are joined into flat buffers of at most this size (a larger one has its own), one collective each."""
 MAX_DIFFERENCE, NEGLIGIBLE = 0.25, 0.01
 """By how much ranks may differ in a gradient that each computes in full: by the first share of its norm, far above what
 rounding does and far below what a missing sum over ranks does; or by the second share of the largest norm among such
-gradients, since a gradient whose exact value is zero consists of rounding errors alone."""
+gradients, since a gradient whose exact value is zero consists of rounding errors only."""
 
 
 @dataclass(frozen=True)
@@ -49,10 +49,10 @@ class GradientSync:
     """Sums over replicas the gradients of tensors inside parallel regions that more than one rank has, and gives all ranks
     rank 0's gradients of tensors outside, such as norms.
 
-    Outside, every rank computes the full gradient from the same numbers, which does not make it the same to the last bit: on
-    two GPUs replicas diverged within 100 steps, most likely by compiled code that added in another order
-    (docs/decisions/replicas-and-determinism.md). A gradient that differs by more than rounding lacks a sum over ranks, and
-    would train rank 0's share alone: ``compare`` finds it.
+    Outside, every rank computes the full gradient from the same numbers, but not always the same bits: on two GPUs
+    replicas diverged within 100 steps, most likely because compiled code added in another order
+    (docs/decisions/replicas-and-determinism.md). A gradient that differs by more than rounding lacks a sum over ranks,
+    and would train only rank 0's share: ``compare`` finds it.
 
     ``inside`` and ``outside`` list gradients in the same order on all ranks; ``bucket_bytes`` is the same on all ranks.
     Construction is collective over ``tp``: one all-gather of a number, one of the index ranges, and one process group for
@@ -126,7 +126,7 @@ class GradientSync:
         norms = torch.stack([norm.float() for norm in torch._foreach_norm(given)])
         apart = torch._foreach_norm(torch._foreach_sub(own, given))
         distances = torch.stack([norm.float() for norm in apart]).nan_to_num(0.0)
-        self._tp.all_reduce_(distances, dist.ReduceOp.MAX)  # of no NaN: backends take them one way or another
+        self._tp.all_reduce_(distances, dist.ReduceOp.MAX)  # without NaN, which backends treat differently
         wrong = (distances > MAX_DIFFERENCE * norms) & (distances > NEGLIGIBLE * norms.max())
         if (indices := wrong.nonzero().flatten().tolist()) == []:
             return

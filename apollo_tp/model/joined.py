@@ -16,11 +16,12 @@ from apollo_tp.model.tp_linear import ALONE, MIN_PART_ROWS, column_parallel_line
 
 
 class JoinedLinear(nn.Module):
-    """``x @ weight.T + bias`` over the rows of all parts; ``weight`` local [sum of ``rows``, C], ``bias`` likewise.
+    """``x @ weight.T + bias`` over the rows of all parts; ``weight`` [sum of ``rows``, C] and ``bias`` are local.
 
-    Each part asks for its rows with the same ``x``: the first one computes, the last one releases what was computed. A part
-    that asks out of turn, or with another ``x``, gets a product of its own: slower, and right. With the input of a parallel
-    region this module sums that input's gradient itself, while the weight's is computed (see ``enter``).
+    Each part asks for its rows with the same ``x``: the first one computes, the last one releases what was computed. A
+    part that asks out of turn, or with another ``x``, gets a product of its own, which is slower but correct. With the
+    input of a parallel region this module sums that input's gradient itself, while the weight's is computed (see
+    ``enter``).
     """
 
     def __init__(
@@ -71,7 +72,7 @@ class JoinedPart(nn.Module):
         self.position = position
         if position == 0:
             self.joined = joined
-        else:  # its parameters belong to the first part
+        else:  # the first part has the parameters
             object.__setattr__(self, "joined", joined)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -94,7 +94,7 @@ class VocabShard:
         return top
 
     def _local(self, targets: Tensor, rows: int) -> tuple[Tensor, Tensor]:
-        """Of each target: its row on this rank (0 where another rank has it), and whether this rank has it. Both [n]."""
+        """The row of each target on this rank (0 where another rank has it), and whether this rank has it; both [n]."""
         local = targets - self.start
         owned = (local >= 0) & (local < rows)
         return local.where(owned, 0), owned
@@ -213,7 +213,7 @@ class _NllSum(torch.autograd.Function):
 def _statistics(
     logits: Tensor, local: Tensor, owned: Tensor, transform: LogitsTransform
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Of a chunk of n tokens: largest local logit, sum of exp(logit - largest), target's logit (0 on another rank).
+    """Statistics of n tokens: largest local logit, sum of exp(logit - largest), target's logit (0 on another rank).
 
     ``logits`` raw, local [n, V_local]; ``local`` int64 [n] and ``owned`` bool [n]: see VocabShard._local. Returns fp32 [n]
     each, local.
@@ -242,7 +242,7 @@ def _logits_gradient(
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """``function`` compiled for any length from the start: the last chunk of a batch is shorter than the others.
 
-    When it is first needed, since the compiler alone takes seconds to import.
+    It is compiled when first needed, since importing the compiler takes seconds.
     """
     return torch.compile(function, dynamic=True)  # type: ignore[no-any-return]
 

@@ -14,14 +14,14 @@ from apollo_tp.model import tp_linear
 
 
 class JoinResiduals(CustomGraphPass):
-    """Turn ``residual + row_parallel(x, weight)`` into ``row_parallel_add(x, weight, residual)``, which rounds likewise.
+    """Turn ``residual + row_parallel(x, weight)`` into ``row_parallel_add(x, weight, residual)``, with the same rounding.
 
-    Not changed: a product that has another use too, and a residual of another shape or dtype.
+    Products that have another use, and residuals of another shape or dtype, are not changed.
     """
 
     def __call__(self, graph: fx.Graph) -> None:
         for add in graph.find_nodes(op="call_function", target=torch.ops.aten.add.Tensor):
-            if add.kwargs:  # a factor
+            if add.kwargs:  # alpha, a factor
                 continue
             for product, residual in (add.args, add.args[::-1]):
                 if _has_one_use(product) and _match(product, residual):
@@ -35,7 +35,7 @@ class JoinResiduals(CustomGraphPass):
                     break
 
     def uuid(self) -> bytes:
-        """For caches of compiled code: to be changed with what this pass does."""
+        """The key of this pass in caches of compiled code: change it whenever the pass changes."""
         return b"apollo_tp.model.residuals 1"
 
 

@@ -19,8 +19,8 @@ from apollo_tp.errors import UnsupportedModelError
 from apollo_tp.model.loss import VocabShard
 
 MIN_PART_ROWS = 1024
-"""Output rows from which on a part of a joined product is worth products of its own in the backward pass: its gradient need
-not be copied together with those of the other parts first."""
+"""Output rows from which a part of a joined product has products of its own in the backward pass, which saves copying
+its gradient together with those of the other parts."""
 
 ALONE = TPGroup.single()
 """The group of products outside of any parallel region."""
@@ -69,7 +69,7 @@ def _(x: Tensor, weight: Tensor, _number: int) -> Tensor:
 
 @operator("row_parallel_add(Tensor x, Tensor weight, Tensor residual, int number) -> Tensor")
 def row_parallel_add(x: Tensor, weight: Tensor, residual: Tensor, number: int) -> Tensor:
-    """``residual`` [..., R], the same on all ranks, plus what ``row_parallel`` returns. Used in compiled code alone."""
+    """``residual`` [..., R], the same on all ranks, plus what ``row_parallel`` returns. Used only in compiled code."""
     pairs = [(x.flatten(0, -2), weight.T)]
     return group_of(number).summed_products(pairs, residual=residual.flatten(0, -2)).view(residual.shape)
 
@@ -158,7 +158,7 @@ class VocabParallelEmbedding(nn.Module):
         self.register_buffer("scale", None if scale is None else torch.as_tensor(scale), persistent=False)
 
     def forward(self, token_ids: Tensor) -> Tensor:
-        """``token_ids`` int64 [...], global and the same on all ranks, to [..., D] in the weight's dtype, likewise."""
+        """``token_ids`` int64 [...], global ids, to [..., D] in the weight's dtype; both are the same on all ranks."""
         rows = self.weight.shape[0]
         local = token_ids - self.vocab.start
         owned = (local >= 0) & (local < rows)

@@ -95,7 +95,6 @@ def marker(folder: Path, kind: str) -> Path:
 
 
 def mark(folder: Path, kind: str) -> None:
-    """Mark ``folder`` as ours."""
     with contextlib.suppress(FileExistsError):
         os.close(os.open(marker(folder, kind), os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600))
 

@@ -25,7 +25,6 @@ class Box:
 
     @property
     def numel(self) -> int:
-        """Number of elements."""
         return math.prod(self.shape)
 
     def intersects(self, other: Box) -> bool:

@@ -22,8 +22,7 @@ ENDPOINTS_VARIABLE = "APOLLO_TP_ENDPOINTS"
 SERVER_LOCK = private_files.SERVER_LOCK
 CLAIM_SECONDS = 10.0
 PROBE_SECONDS = 0.2
-"""How long a claim waits for a server's lock. Whoever only tests the lock has it for a shorter time; a live server keeps
-it."""
+"""How long a claim waits for a server's lock. A process that only tests the lock has it for less; a live server keeps it."""
 
 _claim = contextlib.ExitStack()
 """Keeps the server's lock until its first process ends."""

@@ -105,8 +105,8 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     not_served: list[str] = []
     """Checkpoint tensors that the server's loader skips (vision towers, MTP heads). They are copied into new checkpoints."""
     copies: dict[str, str] = {}
-    """For each tensor of ``not_served`` that is a second copy of a served tensor, the name of the latter, whose values are
-    written for both into checkpoints. Published by rank 0 alone, since finding them takes reading the files."""
+    """For each tensor of ``not_served`` that is a second copy of a served tensor, the name of the latter, whose values
+    are written for both into checkpoints. Only rank 0 publishes them, since it has to read the files to find them."""
     refusals: list[Refusal] = []
     error: str = ""
 

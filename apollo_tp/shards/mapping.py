@@ -29,7 +29,7 @@ DTYPES = {
 }  # fmt: skip
 """torch's dtypes by the names that safetensors files, and so the checkpoint records of a manifest, use."""
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
-"""The other way round."""
+"""The inverse of DTYPES."""
 
 
 @dataclass
@@ -37,9 +37,9 @@ class MappedRank:
     """The served memory of one rank.
 
     ``tensors``: by checkpoint name, the shard and a local view of served memory of ``shard.local_shape``, in the served
-    dtype. ``served``: the local served tensors by their names in vLLM. ``fused_tensors`` lists the checkpoint names that
-    share a served tensor (query, key and value rows), where there are several. ``copies``: the further checkpoint tensors
-    that have the values of one of ``tensors``, each name with that of the one.
+    dtype. ``served``: the local served tensors by their names in vLLM. ``fused_tensors`` lists the checkpoint names
+    that share a served tensor (query, key and value rows), where there are several. ``copies``: the names of further
+    checkpoint tensors, each with the name of the tensor whose values it has.
     """
 
     manifest: Manifest
@@ -52,7 +52,7 @@ class MappedRank:
 
     @property
     def stored(self) -> dict[str, tuple[Shard, Tensor]]:
-        """What a checkpoint has the values of: ``tensors``, and their second copies under the names of these."""
+        """The tensors of a checkpoint: ``tensors``, and their second copies under their own names."""
         return self.tensors | {copy: self.tensors[original] for copy, original in self.copies.items()}
 
     def close(self) -> None:

@@ -81,7 +81,7 @@ def _on_top_of_another(manifests: Sequence[Manifest]) -> dict[str, str]:
 
 
 def _tied_in_part(name: str, manifests: Sequence[Manifest]) -> str:
-    """vLLM compares a stored head with the embedding on each rank by itself, and may tie them on some ranks alone."""
+    """vLLM compares a stored head with the embedding on each rank by itself, and may tie them only on some ranks."""
     loaded = [m.tp_rank for m in manifests if name not in m.not_served]
     if len(loaded) == len(manifests):
         return ""
@@ -128,7 +128,7 @@ def _place_one(
         merge_ranges((s.box_offset[dim], s.box_offset[dim] + s.box_shape[dim]) for s in mine) if dim is not None else ()
         for mine in ordered
     ]
-    # Fused or replicated tensors may be copied in several parts and yet be complete on every rank.
+    # Parts of fused tensors and replicas may be copied in pieces and yet be complete on every rank.
     complete = dim is None or all(mine == ((0, shape[dim]),) for mine in ranges)
     return [
         _placement(

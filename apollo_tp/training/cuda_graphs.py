@@ -130,7 +130,7 @@ def _end_failed_capture(graph: torch.cuda.CUDAGraph, stream: torch.cuda.Stream) 
 class GraphCache:
     """Which passes are captured, and when. All ranks must make the same calls, in the same order.
 
-    ``keep``: captured passes keep their memory while other passes run. ``record`` captures; a test has its own.
+    ``keep``: captured passes keep their memory while other passes run. ``record`` captures; tests pass their own.
     ``min_replays``: see MIN_REPLAYS.
     """
 
@@ -212,7 +212,7 @@ class GraphCache:
         self._note_peak(idle_bytes=0)  # a second capture uses what the first one left
         try:
             self._passes.append(self._record(self._model, self._batch, self._passes[0] if self._passes else None))
-        except RuntimeError as error:  # on this rank alone, perhaps: all go on without graphs
+        except RuntimeError as error:  # perhaps only on this rank: all continue without graphs
             traceback.clear_frames(error.__traceback__)
             log.warning("rank %d: steps are not recorded: %s", self._model.tp.rank, error)
             failed = True

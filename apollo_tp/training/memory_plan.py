@@ -1,10 +1,10 @@
 """Will the largest micro-batch fit? From the memory that short micro-batches took to what the longest one will take.
 
-Arithmetic alone, no torch: ``memory_profiling`` measures. Within one segment of a step (the forward pass, or the backward
-pass from one gradient to the next) memory is linear in the number of tokens, since attention keeps no scores and the loss
-works in chunks; the step needs the highest of these lines. Which segment that is may change with the length, so that one
-line for the whole step would not do: with recomputation the head's gradient is the peak of a short micro-batch, a layer that
-of a long one.
+Only arithmetic, no torch: ``memory_profiling`` measures. Within one segment of a step (the forward pass, or the
+backward pass from one gradient to the next) memory is linear in the number of tokens, since attention keeps no scores
+and the loss works in chunks; the step needs the highest of these lines. Which segment that is may change with the
+length, so that one line for the whole step would not do: with recomputation the head's gradient is the peak of a short
+micro-batch, a layer that of a long one.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 MARGIN = 0.05
-"""Share of the need that is asked for on top: fragmentation of the allocator, and what a line does not see."""
+"""Share of the need that is asked for on top: fragmentation of the allocator, and needs that are not linear."""
 LINEARITY_TOLERANCE = 0.03
 """The two shorter lengths must predict the longest one up to this share of it, or a longer one is measured."""
 MIN_TOKENS, MAX_FIRST_TOKENS = 256, 4096
@@ -32,8 +32,9 @@ class ProfiledRun:
 def first_lengths(max_tokens: int, chunk_tokens: int, max_first_tokens: int = MAX_FIRST_TOKENS) -> list[int]:
     """Tokens of the micro-batches to measure, ascending: up to three, each about twice the one before.
 
-    None is above ``max_tokens``. The logits' part grows until the loss fills a chunk and stays from there on: hence all are
-    at least ``chunk_tokens`` long where ``max_first_tokens`` and the maximum leave room (elsewhere the plan is too high).
+    None is above ``max_tokens``. The logits' part grows until the loss fills a chunk and stays from there on: so all
+    have at least ``chunk_tokens`` where ``max_first_tokens`` and the maximum allow that (elsewhere the plan is too
+    high).
     """
     longest = min(max_tokens, 4 * min(max(MIN_TOKENS, chunk_tokens), max_first_tokens))
     return sorted({max(2, longest // 4), max(2, longest // 2), longest})
@@ -66,7 +67,7 @@ class MemoryPlan:
     """What the longest micro-batch needs on one rank beyond all that is allocated already, in bytes.
 
     ``gradients`` are those that live until the optimizer's step; ``activations`` are the most that forward and backward
-    pass need besides, ``optimizer`` the most that the optimizer's step needs besides. ``available`` is what the device and
+    pass need in addition, ``optimizer`` the most that the optimizer's step does. ``available`` is what the device and
     this process's allocator have free. ``largest`` is the number of tokens that would fit.
     """
 

@@ -46,12 +46,12 @@ class Meter(Protocol):
         """What is allocated now."""
 
     def available(self) -> int:
-        """What could be allocated besides."""
+        """What could be allocated in addition."""
 
 
 class CudaMeter:
-    """The counts of torch's allocator, which follow the host and need no synchronisation. ``available`` is what no process
-    has taken of the device, and what this process's allocator has unused."""
+    """The counts of torch's allocator, which follow the host and need no synchronisation. ``available`` is the device's
+    free memory, and what this process's allocator has unused."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -75,10 +75,10 @@ def plan_memory(
     """The plan of the rank that has the least room, the same on all ranks. Collective: steps that write nothing, two
     all-gathers, and an all-reduce for each further length.
 
-    Stored gradients are planned as they are from the second micro-batch of a step on: all of them live together with its
-    activations. ``max_first_tokens``: see first_lengths. Raises DeviceMemoryError if a micro-batch of
-    ``trainer.max_micro_batch_tokens`` does not fit on some rank: on all of them from the plan, on one alone if that runs out
-    of memory before (the other ranks then fail in a collective).
+    Stored gradients are planned as they are from the second micro-batch of a step on: all of them live together with
+    its activations. ``max_first_tokens``: see first_lengths. Raises DeviceMemoryError if a micro-batch of
+    ``trainer.max_micro_batch_tokens`` does not fit on some rank: on all of them from the plan, or only on a rank that
+    runs out of memory before (the others then fail in a collective).
     """
     return _MemoryProfiler(trainer, meter, max_sequence_tokens).plan(max_first_tokens)
 
@@ -100,7 +100,6 @@ class _MemoryProfiler:
         self.optimizer_peak = 0
 
     def plan(self, max_first_tokens: int) -> MemoryPlan:
-        """See plan_memory."""
         kept, tokens = self._kept_gradient_bytes(), self.trainer.max_micro_batch_tokens
         self._agree(MemoryPlan(self.tp.rank, tokens, kept, 0, 0, self.meter.available(), 0))
         skipped_before = self.optimizer.skipped_in_a_row

@@ -58,7 +58,7 @@ class Services(Protocol):
         """Form the trainer's compute group again after all ranks have left it. Collective."""
 
     def hello(self, command_id: str = "") -> commands.Hello:
-        """Who these ranks are and how far they came; the answer to ``command_id``. Local."""
+        """Who these ranks are and which step they completed last; the answer to ``command_id``. Local."""
 
     def save_checkpoint(self, name: str) -> tuple[str, int]:
         """Write checkpoint ``name``; returns its folder and its size in bytes. Collective."""

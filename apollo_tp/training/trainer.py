@@ -38,9 +38,9 @@ class ScoreResult:
 class Trainer:
     """Steps a bound model. ``weight_version`` counts completed updates over the life of the server.
 
-    ``before_write`` is called on every rank before the first weight is written: between the backward pass and the update, or
-    before the backward pass of a step that updates in it. ``pace`` gives inference its share of the GPU's time. Raises
-    ConfigError if ``gradients`` is fused and the optimizer clips.
+    ``before_write`` is called on every rank before the first weight is written: between the backward pass and the
+    update, or before the backward pass of a step that updates in it. ``pace`` gives inference its share of the GPU's
+    time. Raises ConfigError if ``gradients`` is GradientMode.fused and the optimizer clips.
     """
 
     def __init__(
@@ -293,7 +293,6 @@ class _Clock:
 
 
 def _elapsed(start: torch.cuda.Event | float, stop: torch.cuda.Event | float) -> float:
-    """Seconds."""
     if isinstance(start, float):
         assert isinstance(stop, float)
         return stop - start

@@ -1,8 +1,8 @@
 """What runs inside vLLM. ``register`` is the ``vllm.general_plugins`` entry point.
 
 Each worker shares the memory of its weights, traces vLLM's own loader to learn where each checkpoint tensor went, and
-publishes a manifest. The API process forwards the trainer's routes, and pauses the engine for updates. vLLM is imported in
-the package ``compat`` alone. A failure in here is logged and published, and never ends the server.
+publishes a manifest. The API process forwards the trainer's routes, and pauses the engine for updates. vLLM is imported
+only in the package ``compat``. A failure in here is logged and published, and never ends the server.
 """
 
 import logging
@@ -11,17 +11,14 @@ logger = logging.getLogger("vllm.apollo_tp")  # vLLM configures the "vllm" logge
 
 
 def register() -> None:
-    """Install the plugin. vLLM calls this in every process that it starts, in some of them more than once.
-
-    A failure is logged; it never takes the server down.
-    """
+    """Install the plugin. vLLM calls this in every process that it starts, in some of them more than once."""
     from apollo_tp.vllm_plugin.compat.release import plugin_requested
 
     if not plugin_requested():
         return
     try:
         _install()
-    # The server must go on serving whatever is wrong with training it.
+    # The server must continue to serve, whatever is wrong with training it.
     except Exception:
         logger.exception("apollo_tp: the plugin could not be installed; this server cannot be trained")
 

@@ -62,7 +62,7 @@ def _ask(call: Callable[[], Answer], subject: str, failure: str) -> tuple[Answer
         return call(), ""
     except served_tokenizer.TextRefusedError as error:
         return None, str(error)
-    # Code of others may raise anything; the server must go on serving.
+    # Other people's code may raise anything; the server must continue to serve.
     except Exception as error:
         logger.exception("apollo_tp: %s cannot be trained on", subject)
         return None, f"{failure} ({type(error).__name__}: {error})"

@@ -112,7 +112,7 @@ def _equal_matrices(
 
 
 class StoredTensors:
-    """Reads parts of a folder's safetensors; each file is opened once, and none is read whole."""
+    """Reads parts of a folder's safetensors; each file is opened once, and none is read in full."""
 
     def __init__(self, folder: Path) -> None:
         self._folder, self._files = folder, dict[str, Any]()

@@ -192,7 +192,7 @@ class ApolloEndpoints:
 
     async def _upload(self, tunnel: Tunnel, identity: int, request: Request) -> None:
         path, query, headers = _route_path(request), request.scope["query_string"], request.headers.raw
-        # of --uds uvicorn knows no address; None would say that the client is let in without a token
+        # with --uds uvicorn knows no address, and None would mean that no token is needed
         client = request.client.host if request.client else "a unix socket"
         await tunnel.send(tunnel_messages.TunnelRequest(identity, request.method, path, query, list(headers), client))
         async for part in request.stream():

@@ -23,7 +23,7 @@ def on_loaded(model: nn.Module, vllm_config: Any, model_config: Any) -> None:
     """Export this worker's weights. A failure is logged and published; it never takes the server down."""
     try:
         _publish_weights(model, vllm_config, model_config)
-    # The server must go on serving whatever is wrong with training it.
+    # The server must continue to serve, whatever is wrong with training it.
     except Exception:
         logger.exception("apollo_tp: could not export the weights; this server cannot be trained")
 
@@ -35,7 +35,7 @@ def _publish_weights(model: nn.Module, vllm_config: Any, model_config: Any) -> N
     try:
         manifest = _export(model, vllm_config, header)
     except Exception:
-        publish(Manifest(**header, error=traceback.format_exc()), folder)  # so that the trainer can say why
+        publish(Manifest(**header, error=traceback.format_exc()), folder)  # so that the trainer can report the reason
         raise
     if rank == 0 and not manifest.endpoints:
         chat.publish_of_engine(model_config, folder)  # before the manifest, for which a trainer waits

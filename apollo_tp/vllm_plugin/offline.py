@@ -29,8 +29,8 @@ from apollo_tp.vllm_plugin.manifest_builder import (
 def offline_manifests(model: str, tp_size: int, dtype: str = "auto") -> list[Manifest]:
     """What the ranks of a server of the Hugging Face folder ``model`` at ``tp_size`` would publish, by rank.
 
-    Allocations have no memory that could be mapped; a folder with a config alone is enough. Raises whatever vLLM raises for
-    a model that it cannot build.
+    Allocations have no memory that could be mapped; a folder with only a config is enough. Raises whatever vLLM raises
+    for a model that it cannot build.
     """
     release.check_version()
     import_image_processors()
@@ -47,7 +47,7 @@ def _manifest(vllm_config: Any, rank: int, size: int) -> Manifest:
 
 
 def _unshared(parameters: Sequence[nn.Parameter]) -> list[tuple[int, Allocation]]:
-    """One allocation for each parameter, by address, that nobody can map."""
+    """One allocation for each parameter, by address, which cannot be mapped."""
     return [
         (p.data_ptr(), Allocation(kind="memfd", handle="", num_bytes=p.nbytes))
         for p in sorted(parameters, key=lambda p: p.data_ptr())

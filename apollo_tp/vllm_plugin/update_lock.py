@@ -1,8 +1,9 @@
 """The server's end of the update lock: pauses vLLM while trainer rank 0 writes, and refreshes the prefix cache afterwards.
 
-One trainer connection at a time, over a 0600 unix socket in the instance's private folder. The lock is a lease: when the
-connection ends, or no message comes for ``lease_seconds``, the server is resumed from here, whatever became of the trainer.
-A pause that somebody else asked for (vLLM's /pause) stays; what others ask for during ours comes after it.
+One trainer connection at a time, over a 0600 unix socket in the instance's private folder. The lock is a lease: when
+the connection ends, or no message comes for ``lease_seconds``, the server is resumed from here, whatever became of the
+trainer. A pause that another client asked for (vLLM's /pause) stays; requests of others during ours are handled after
+it.
 """
 
 from __future__ import annotations
@@ -182,7 +183,7 @@ class UpdateLock:
     async def _resume(self) -> str | None:
         if self._pausing is None:
             return None
-        # The task is not cancelled: vLLM's engine answers the call when it is idle, and somebody must take that answer.
+        # The task is not cancelled: vLLM's engine answers the call when it is idle, and the task must receive that answer.
         self._pausing = None
         return await self._resume_engine()
 

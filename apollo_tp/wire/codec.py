@@ -13,7 +13,6 @@ _encoder = msgspec.msgpack.Encoder()
 
 
 def encode(message: msgspec.Struct) -> bytes:
-    """Msgpack bytes of ``message``."""
     return _encoder.encode(message)
 
 

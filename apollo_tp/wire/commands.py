@@ -140,11 +140,11 @@ class StepFigures(
     kw_only=True,
     rename={"loss": "train_loss", "token_accuracy": "train_mean_token_accuracy"},  # as clients see them, OpenAI's names
 ):
-    """What one optimizer step did. The trainer fills it, and everybody else reads this very record: it travels in
-    ``StepDone``, and its encoded form is the data of a job's event. No field has a default, so that none gets lost unseen.
+    """What one optimizer step did. The trainer fills it, and everything else reads this record: it travels in
+    ``StepDone``, and its encoded form is the data of a job's event. No field has a default: none can be forgotten.
 
-    All fields are the same on every rank but for the times: those are rank 0's, of its host for the whole step and of its
-    device (on CUDA) for the parts.
+    All fields are the same on every rank but for the times: those are measured on rank 0, by its host for the full step
+    and by its device (on CUDA) for the parts.
     """
 
     loss: float
@@ -157,7 +157,7 @@ class StepFigures(
     """Share of the micro-batches' token budget that no sample filled."""
     num_micro_batches: int
     gradients: str
-    """How they were kept: "fused" (each matrix is updated in the backward pass) or "stored"."""
+    """How gradients were kept: "fused" (each matrix was updated in the backward pass) or "stored"."""
     grad_norm: float
     """Global norm before clipping."""
     learning_rate: float
@@ -166,18 +166,17 @@ class StepFigures(
     num_updated: int
     """Parameters that were written."""
     skipped: str
-    """Why the step was stopped, and what was written before that: nothing, but for the first tensors of a fused step. Empty
-    when the step went through."""
+    """Why the step was stopped, or "". Only an update in the backward pass may have written tensors by then."""
     weight_version: int
-    """After the step."""
+    """The weight version after the step."""
     step_seconds: float
     forward_seconds: float
     backward_seconds: float
     optimizer_seconds: float
     paused_seconds: float
-    """For how long the server stood still for the update."""
+    """For how long the server was paused for the update."""
     peak_memory_bytes: list[int]
-    """Of each rank, beyond the served weights."""
+    """Peak memory of each rank beyond the served weights."""
     metrics: dict[str, float]
     """Further figures by name, for example DPO's reward margin."""
 

@@ -51,7 +51,7 @@ def main() -> int:
     except ConfigError as error:
         parser.error(str(error))
     started = time.monotonic()
-    # Whoever stops the demo stops what it started: the exception runs the finally clauses.
+    # A signal that stops the demo stops what it started: the exception runs the finally clauses.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(f"got {signal.Signals(number).name}"))
     # Unix socket paths are short: the runtime folder cannot lie deep in a checkout.
     with tempfile.TemporaryDirectory(prefix="apollo_tp-") as runtime_dir:
@@ -74,7 +74,7 @@ def prepare(out: Path) -> None:
 
 
 def run(out: Path, runtime_dir: Path, num_steps: int, server_args: list[str]) -> dict[str, Any]:
-    """Everything between an empty folder and the figures."""
+    """Run the demo in an empty folder; returns the figures."""
     train_texts, heldout = _texts()
     # fp32: a CPU without bf16 arithmetic is several times faster in it, and the server's log-probabilities are then exact
     # enough to compare with transformers token by token. The end-to-end tests serve bf16.
@@ -165,7 +165,7 @@ def _figures(
 
 
 def _bit_identical(folder: Path, instance: Path) -> bool:
-    """Every part of the folder, as transformers loads it, against the memory that each rank serves from."""
+    """Compare every tensor of the folder, as transformers loads it, with the memory that each rank serves from."""
     state = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").state_dict()
     manifests = read_instance(instance)
     for rank in range(len(manifests)):

@@ -70,7 +70,7 @@ def train_gradients(bound: BoundModel, batches: list[PackedBatch]) -> float:
 
 
 def local_part(tensor: Tensor, shard: Shard) -> Tensor:
-    """What ``shard`` holds of a global tensor."""
+    """The local part of a global tensor that ``shard`` describes."""
     if shard.dim is None:
         return tensor
     return torch.cat([tensor.narrow(shard.dim, a, b - a) for a, b in shard.ranges] or [tensor[:0]], shard.dim)

@@ -161,7 +161,7 @@ class Case:
     max_tokens: int = 256
     gradient_checkpointing: bool = False
     stored_head: str = ""
-    """That of a tied model which the checkpoint has as well: "equal" to the embedding or "other"."""
+    """The head that the checkpoint of a tied model has in addition: "equal" to the embedding or "other"."""
 
     def config(self) -> PretrainedConfig:
         return FAMILIES[self.family].config(**self.changes)
@@ -205,7 +205,7 @@ def build(config: PretrainedConfig, seed: int = 0) -> PreTrainedModel:
 
 
 def store_head(folder: Path, rows: slice | None = None) -> None:
-    """Add a copy of the embedding to the checkpoint of a tied model as its head; of other values in ``rows``."""
+    """Add a copy of the embedding to the checkpoint of a tied model as its head, with other values in ``rows``."""
     path = folder / "model.safetensors"
     tensors = load_file(path)
     head = tensors["model.embed_tokens.weight"].clone()
@@ -224,7 +224,7 @@ SERVED: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 
-# Model types that bind_model refuses, and in which words.
+# Model types that bind_model refuses, and its messages.
 REFUSED = {
     "cohere": r"CohereForCausalLM: its forward pass changes the logits",
     "gpt_oss": r"self_attn \(GptOssAttention\): attention sinks are not implemented",

@@ -1,4 +1,4 @@
-"""What the suites for CPU and for GPUs both do to a trainer beside a real server, and what must hold afterwards."""
+"""Faults of a trainer of a real server, for the CPU suite and the GPU suite, and what must hold afterwards."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def environment(server: Server) -> dict[str, str]:
 
 
 def start_faulty(server: Server, folder: Path, overrides: Sequence[str] = ()) -> Trainer:
-    """A trainer that does what ``faulty_launch`` says."""
+    """A trainer with the faults of ``faulty_launch``."""
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(len(server.manifests)),
         "-m", "tests.support.faulty_launch", *settings(server, folder), *overrides,
@@ -84,7 +84,7 @@ def assert_the_next_trainer_trains(server: Server, folder: Path, interrupted: st
 
 
 def leave_replicas_different(server: Server) -> None:
-    """As a kill may: the last rank has written what the others hold too, and they have not. One bit, the least there is."""
+    """Change one bit of a replica on the last rank only, as a kill in the middle of a write may."""
     mapped = map_rank(server.manifests, len(server.manifests) - 1)
     shared = next(local for shard, local in mapped.tensors.values() if len(shard.replica_ranks) > 1)
     shared.view({2: torch.int16, 4: torch.int32}[shared.element_size()])[0] ^= 1
@@ -94,8 +94,8 @@ def leave_replicas_different(server: Server) -> None:
 
 
 def check_kill_in_mid_step(server: Server, folder: Path, fault: int) -> None:
-    """The last rank is killed in its second step: its trainer ends, and nothing else does. The next one mends what the kill
-    may have left."""
+    """The last rank is killed in its second step: its trainer ends, and nothing else does. The next one repairs what
+    the kill may have left."""
     trainer = start_faulty(server, folder)
     try:
         assert trainer.post("/train", step(wait=True))["state"] == "succeeded"
@@ -110,7 +110,7 @@ def check_kill_in_mid_step(server: Server, folder: Path, fault: int) -> None:
 
 
 def check_out_of_memory_on_all_ranks(server: Server, trainer: Trainer) -> None:
-    """The job fails with the allocator's words; the trainer goes on with the next."""
+    """The job fails with the allocator's message; the trainer continues with the next job."""
     assert trainer.post("/train", step(wait=True))["state"] == "succeeded"
     job = trainer.post("/train", step(ALL_OUT_OF_MEMORY, wait=True))
     assert job["state"] == "failed"
@@ -120,7 +120,7 @@ def check_out_of_memory_on_all_ranks(server: Server, trainer: Trainer) -> None:
 
 
 def wait_for_the_end(trainer: Trainer, job_id: str, seconds: float) -> None:
-    """Until the job has failed or the trainer's processes have ended."""
+    """Wait until the job has failed or the trainer's processes have ended."""
     deadline = time.monotonic() + seconds
     while trainer.process.process.poll() is None:
         with contextlib.suppress(httpx.TransportError):  # the coordinator goes with rank 0

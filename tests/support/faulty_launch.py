@@ -1,8 +1,6 @@
-"""The launcher with faults, chosen by the first token id of a step; all but the second strike the last rank alone.
+"""The launcher with faults, chosen by the first token id of a step; all but the second are on the last rank only.
 
-They strike between its forward and its backward pass, so that other ranks are inside a collective by then, or as it
-writes.
-"""
+They occur between its forward and its backward pass, when other ranks are inside a collective, or while it writes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A step's figures as a trainer would report them, for tests of those who read them."""
+"""A step's figures as a trainer would report them, for tests of their readers."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def step_figures(**changes: Any) -> StepFigures:
 
 
 def without_times(figures: StepFigures) -> StepFigures:
-    """What two runs of the same step must agree on."""
+    """The figures that are equal in two runs of the same step."""
     return msgspec.structs.replace(
         figures, step_seconds=0.0, forward_seconds=0.0, backward_seconds=0.0, optimizer_seconds=0.0, paused_seconds=0.0
     )

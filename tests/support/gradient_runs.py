@@ -71,7 +71,7 @@ def differing(one: dict[str, Tensor], other: dict[str, Tensor]) -> list[str]:
 
 
 def state(run: Run) -> dict[str, Tensor]:
-    """All that a step changes: served values, moments, remainders, counters."""
+    """Everything that a step changes: served values, moments, remainders, counters."""
     group = run.trainer.optimizer.update_group
     moments = {f"moment {i}": t.clone() for i, g in enumerate(group.groups) for t in (g.exp_avg, g.exp_avg_sq)}
     moments |= {f"adamw {i}": t.clone() for i, a in enumerate(group.adamw.values()) for t in (a.exp_avg, a.exp_avg_sq)}

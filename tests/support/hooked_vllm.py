@@ -37,7 +37,7 @@ def gpt_oss() -> Any:
 
 
 def serve(config: Any) -> tuple[Tensor, bool, list[str]]:
-    """What one layer of experts makes of some tokens, whether its weights are as loaded, and why it cannot be trained."""
+    """The output of one layer of experts, whether its weights are as loaded, and why it cannot be trained."""
     from vllm.model_executor.model_loader.utils import initialize_model, process_weights_after_loading
     from vllm.utils.torch_utils import set_default_torch_dtype
 
@@ -149,7 +149,7 @@ async def sent_requests(config: Any) -> dict[str, list[str | None]]:
 
 
 def followed_loaders() -> dict[str, list[str]]:
-    """For loaders of vLLM's and of somebody else's: what the plugin says of each model that is loaded."""
+    """What the plugin reports of each model that is loaded, by loaders of vLLM's and by others."""
     from vllm.model_executor.model_loader import TensorizerLoader
     from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 
@@ -165,16 +165,16 @@ def followed_loaders() -> dict[str, list[str]]:
             return super().load_model(vllm_config, model_config)
 
     BaseModelLoader.load_model = lambda self, vllm_config, model_config: nn.Linear(1, 1)
-    told: list[str] = []
-    install_hooks(lambda model, *_: told.append("; ".join(layer_refusals(model))))
-    install_hooks(lambda *_: told.append("installed twice"))
+    reported: list[str] = []
+    install_hooks(lambda model, *_: reported.append("; ".join(layer_refusals(model))))
+    install_hooks(lambda *_: reported.append("installed twice"))
     model_config = object()
     config = SimpleNamespace(model_config=model_config, load_config=SimpleNamespace(load_format="mine"))
     found = {"tensorizer": [str(hasattr(TensorizerLoader.load_model, "apollo_tp"))]}
     for loader in (Usual, Own, Calls):
-        told.clear()
+        reported.clear()
         loader.__new__(loader).load_model(vllm_config=config, model_config=model_config)
-        found[loader.__name__] = list(told)
+        found[loader.__name__] = list(reported)
     return found
 
 

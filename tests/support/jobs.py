@@ -18,7 +18,7 @@ def tune(client, *, method=None, **contents):
 
 
 def saving(client, job):
-    """A checkpoint of the job is being written."""
+    """Whether a checkpoint of the job is being written."""
     return [c for c in client.get("/checkpoints").json()["data"] if c["job_id"] == job and c["state"] == "queued"]
 
 

@@ -20,7 +20,8 @@ LEASE_SECONDS = 1.5
 
 
 class FakeVllm:
-    """vLLM's engine client: one pause, whoever asked for it. While ``busy``, one that waits does not come to its end."""
+    """vLLM's engine client: one pause, whoever asked for it. While ``busy``, a pause that waits for requests does not
+    end."""
 
     def __init__(self) -> None:
         self.calls: list[str] = []
@@ -74,11 +75,11 @@ class Plugin:
         begun = threading.Event()
         future = asyncio.run_coroutine_threadsafe(call(), self.loop)
         assert begun.wait(5)
-        self.settle()
+        self.run_ready()
         return future
 
-    def settle(self) -> None:
-        """Until what could run in the loop has run."""
+    def run_ready(self) -> None:
+        """Wait until the loop has run what is ready to run."""
         for _ in range(5):
             asyncio.run_coroutine_threadsafe(asyncio.sleep(0), self.loop).result(5)
 

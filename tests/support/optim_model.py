@@ -73,13 +73,13 @@ SPECS = (
 
 
 def weights() -> dict[str, torch.Tensor]:
-    """Whole fp32 tensors, the same on every call."""
+    """Full fp32 tensors, the same on every call."""
     generator = torch.Generator().manual_seed(1)
     return {s.name: torch.randn(s.shape, generator=generator) * 0.02 for s in SPECS}
 
 
 def gradients(step: int) -> dict[str, torch.Tensor]:
-    """Whole fp32 gradients of ``step``: a lasting direction plus noise, of a different size for each row."""
+    """Full fp32 gradients of ``step``: a lasting direction plus noise, of a different size for each row."""
     steady, noise = torch.Generator().manual_seed(2), torch.Generator().manual_seed(100 + step)
     result = {}
     for spec in SPECS:
@@ -109,7 +109,7 @@ def parameters(tp: TPGroup, dtype: torch.dtype = torch.float32) -> list[OptimPar
 
 
 def set_gradients(params: list[OptimParameter], whole: dict[str, torch.Tensor]) -> None:
-    """Give each parameter its part of the whole gradients, in its own dtype."""
+    """Give each parameter its part of the full gradients, in its own dtype."""
     for p in params:
         p.tensor.grad = part(whole[p.name], p.shard).to(p.tensor.dtype)
 
@@ -120,7 +120,7 @@ def local_values(params: list[OptimParameter]) -> dict[str, np.ndarray]:
 
 
 def assemble(per_rank: list[dict[str, np.ndarray]]) -> dict[str, torch.Tensor]:
-    """Whole tensors from the ranks' parts; asserts that replicas are bit-identical and that nothing is left out."""
+    """Full tensors from the ranks' parts; asserts that replicas are bit-identical and that no part is missing."""
     result = {}
     for spec in SPECS:
         whole = torch.full(spec.shape, math.nan)
@@ -149,7 +149,7 @@ def loss_of(params: list, whole: dict[str, torch.Tensor]) -> torch.Tensor:
 
 
 def snapshot(optimizer: Optimizer) -> list[torch.Tensor]:
-    """Copies of everything that a skipped step must leave alone."""
+    """Copies of everything that a skipped step must not change."""
     group = optimizer.update_group
     tensors = [t for g in (*group.groups, *group.adamw.values()) for t in (g.exp_avg, g.exp_avg_sq)]
     tensors += [w.data for w in optimizer.weights] + [w.remainder for w in optimizer.weights if w.remainder is not None]

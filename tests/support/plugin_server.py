@@ -13,8 +13,6 @@ from apollo_tp.vllm_plugin.endpoints import ApolloEndpoints
 
 
 class PluginServer:
-    """What vLLM does with the plugin: build an app, attach, serve."""
-
     def __init__(self, root_path="", uds=None):
         app = FastAPI()
         app.root_path = root_path

@@ -26,8 +26,8 @@ LOWEST_PORT = 20_000
 
 
 def free_port() -> int:
-    """A TCP port of 127.0.0.1 that nobody listens on; if it can be, below those that the kernel gives to connections, of
-    which one may be given away before a server binds it. Raises ConfigError if there is none."""
+    """A TCP port of 127.0.0.1 that nobody listens on; if possible below the ephemeral ports, of which the kernel may
+    give one to a connection before a server binds it. Raises ConfigError if there is none."""
     ports = range(LOWEST_PORT, int(EPHEMERAL_PORTS.read_text().split()[0])) or range(LOWEST_PORT, 65_536)
     for port in random.SystemRandom().sample(ports, min(100, len(ports))):
         with socket.socket() as probe, contextlib.suppress(OSError):
@@ -60,7 +60,8 @@ class ManagedProcess:
         return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
 
     def wait_for(self, url: str, seconds: float) -> None:
-        """Until ``url`` answers 200. Raises ServerGoneError if the process ends first, DeadlineError after ``seconds``."""
+        """Wait until ``url`` answers 200. Raises ServerGoneError if the process ends first, DeadlineError after
+        ``seconds``."""
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
             self.check()
@@ -81,7 +82,7 @@ class ManagedProcess:
                     self.process.wait(STOP_SECONDS)
         finally:  # also if the wait is interrupted
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(self.process.pid, signal.SIGKILL)  # whatever it left behind
+                os.killpg(self.process.pid, signal.SIGKILL)  # whatever it left running
         return self.process.wait(STOP_SECONDS)
 
 
@@ -136,7 +137,7 @@ def start_trainer(
     overrides: Sequence[str] = (),
     environment: dict[str, str] | None = None,
 ) -> ManagedProcess:
-    """``torchrun -m apollo_tp.launch`` with a free HTTP port; ``coordinator_url`` tells which."""
+    """``torchrun -m apollo_tp.launch`` with a free HTTP port; ``coordinator_url`` returns its address."""
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_ranks),
         "-m", "apollo_tp.launch",

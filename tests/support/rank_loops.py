@@ -23,7 +23,7 @@ DEADLINE = datetime.timedelta(seconds=15)
 
 
 class Loop(RankLoop):
-    """A rank's loop over a real trainer. ``sent`` is what rank 0 told the coordinator out of turn, ``noted`` are the weight
+    """A rank's loop over a real trainer. ``sent`` are rank 0's replies that no command asked for, ``noted`` the weight
     versions after failures."""
 
     def __init__(self, rank: int, size: int, checkpoint: Path) -> None:
@@ -51,7 +51,7 @@ def once(owner: object, name: str, change: Callable[..., object]) -> None:
 
 
 def out_of_memory(*_: object, **__: object) -> None:
-    """Of any signature."""
+    """Raise an out-of-memory error, whatever the arguments."""
     raise torch.OutOfMemoryError("injected")
 
 

@@ -1,4 +1,4 @@
-"""The rank loop's services without a server: what the loop calls is kept."""
+"""The rank loop's services without a server, which record the loop's calls."""
 
 from __future__ import annotations
 

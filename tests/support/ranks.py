@@ -31,13 +31,13 @@ import torch.distributed as dist
 from apollo_tp.distributed.tp_group import TPGroup
 
 _IMPORTED = ("pytest", "apollo_tp.training.trainer", "apollo_tp.checkpoint", "tests.support.exactness")
-"""What ranks find imported. A module that is missing here costs time alone."""
+"""Modules that origins import. A missing one only costs time."""
 _ENDED = "ended"
 
 
 class _Origin:
-    """The process that a rank's processes are forked from. One for each rank, as the ranks of a trainer start apart: two
-    that order collectives by a set of strings, say, must not agree by chance of a common hash seed."""
+    """The process that a rank's processes are forked from. Each rank has its own, with its own hash seed, as in a
+    trainer: ranks that order collectives by a set of strings, for example, must not agree by chance."""
 
     def __init__(self) -> None:
         context = multiprocessing.get_context("spawn")
@@ -59,18 +59,18 @@ _origins: list[_Origin] = []
 
 
 def start_origins(number: int) -> None:
-    """Those of the first ranks, unless they run. ``run_ranks`` does it too; called before, they import meanwhile."""
+    """Start the origins of the first ranks unless they run, as ``run_ranks`` does, so that they import meanwhile."""
     _origins.extend(_Origin() for _ in range(number - len(_origins)))
 
 
 def _fork_for_each_call(connection: Any) -> None:
-    """The life of an origin: behind the result of each rank, if it had one, it sends the exit status of its process."""
+    """The life of an origin: after the result of each rank, if there is one, it sends the exit status of its process."""
     os.setpgid(0, 0)
     for name in _IMPORTED:
         importlib.import_module(name)
     threads = os.listdir("/proc/self/task")
     assert len(threads) == 1 or torch.version.cuda, (
-        f"got {len(threads)} threads, expected one: every call would import anew"
+        f"got {len(threads)} threads, expected one: every call would import again"
     )
     gc.freeze()
     while True:
@@ -114,8 +114,8 @@ def _rank_main(connection: Any, call: bytes) -> None:
 
 
 def _await_the_others(store: dist.Store, world_size: int) -> None:
-    """Until all have a result, for some seconds: a peer may still join a group that this rank has joined. Not a collective,
-    since a peer may wait in one until this rank ends."""
+    """Wait some seconds until all ranks have a result: a peer may still join a group that this rank has joined. Not a
+    collective, since a peer may wait in one until this rank ends."""
     deadline = time.monotonic() + 3
     store.add("done", 1)
     while store.add("done", 0) < world_size and time.monotonic() < deadline:
@@ -168,8 +168,8 @@ def _collect(connections: list[Any], deadline: float) -> list[Any]:
 
 
 def _await_ends(connections: list[Any]) -> bool:
-    """Ranks end with their results sent, each at once: that wakes those that still wait for it in a collective. Returns
-    whether all origins can have another call."""
+    """Wait for the end of all ranks. Each ends as soon as its result is sent, which wakes ranks that wait for it in a
+    collective. Returns whether all origins can run another call."""
     statuses = []
     for rank, connection in enumerate(connections):
         assert connection.poll(10), f"rank {rank} did not end after its result"

@@ -22,7 +22,7 @@ SEEN = (
     "{{ tools | tojson }}{{ brief }}{{ documents | tojson }}{{ eos_token }}"
     "{% for m in messages %}{{ '<|im_start|>' + m | tojson }}{{ '<|im_end|>' }}{% endfor %}"
 )
-"""All that a template is given, in its order."""
+"""Renders everything that a template is given, in order."""
 PARTS = (
     "{{ brief }}{% for m in messages %}{{ '<|im_start|>' + m.role }}{% if m.content is string %}{{ m.content }}{% else %}"
     "{% for part in m['content'] %}{{ part | tojson }}{% endfor %}{% endif %}{{ '<|im_end|>' }}{% endfor %}"
@@ -137,7 +137,7 @@ def rendered(folder: Path, model_config: Any) -> dict[str, dict[str, list[str]]]
 
 
 def refusals(folder: Path, model_config: Any) -> dict[str, str]:
-    """Why servers without such a template have no conversations trained."""
+    """Why conversations cannot be trained for servers that do not render them by a template."""
     from transformers import AutoTokenizer
     from vllm.renderers.hf import HfRenderer
 
@@ -149,7 +149,7 @@ def refusals(folder: Path, model_config: Any) -> dict[str, str]:
         special_tokens_map: ClassVar[dict[str, str]] = {}
 
         def apply_chat_template(self) -> None:
-            """Of a model's own code, say."""
+            """A method of a model's own code."""
 
     harmony = SimpleNamespace(hf_config=SimpleNamespace(model_type="gpt_oss"))
     clients = {

@@ -48,7 +48,7 @@ def server(folder: Path, model_config: Any, **options: Any) -> Any:
 
 
 def served_ids(client: Any, text: str) -> list[int]:
-    """Of a request to /v1/completions."""
+    """Token ids of a request to /v1/completions."""
     from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 
     params = CompletionRequest(model="m", prompt=text).build_tok_params(client.model_config)
@@ -56,7 +56,7 @@ def served_ids(client: Any, text: str) -> list[int]:
 
 
 def served_chat(client: Any, messages: list[dict[str, Any]]) -> list[int]:
-    """Of a request to /v1/chat/completions, without a generation prompt."""
+    """Token ids of a request to /v1/chat/completions, without a generation prompt."""
     from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 
     body = json.loads(json.dumps(messages))
@@ -68,7 +68,7 @@ def served_chat(client: Any, messages: list[dict[str, Any]]) -> list[int]:
 
 
 def compared(kind: Kind, folder: Path, model_config: Any) -> dict[str, Any]:
-    """Ids of both, and what is learned."""
+    """The ids of both, and the tokens that are learned."""
     client = server(kind.write(folder), model_config)
     served = [served_ids(client, text) for text in TEXTS]
     conversation = served_chat(client, MESSAGES)
@@ -124,7 +124,7 @@ def _runs(ids: list[int], weights: list[float]) -> list[list[int]]:
 
 
 def refused(folder: Path, model_config: Any) -> dict[str, str]:
-    """Why tokenizers without a backend that does all have no texts trained."""
+    """Why texts cannot be trained for tokenizers that do more than their backend."""
     from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
     from vllm.renderers.hf import HfRenderer
 

@@ -1,5 +1,5 @@
-"""The launcher with a slow update: $APOLLO_TP_TEST_SLOW names a file; while it is there, rank 0 waits as many seconds as it
-says between the pause of the server and the write, and creates FILE.paused when it begins to."""
+"""The launcher with a slow update: $APOLLO_TP_TEST_SLOW names a file. While it exists, rank 0 waits for the number of
+seconds in it between the pause of the server and the write, and creates FILE.paused when it begins to wait."""
 
 from __future__ import annotations
 

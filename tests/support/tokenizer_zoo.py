@@ -26,7 +26,7 @@ GEMMA = (
 @dataclass(frozen=True)
 class Kind:
     """A form of folder. ``tokens``: special tokens of tokenizer.json; ``config``: of tokenizer_config.json; ``files``:
-    further ones by name; ``appended``: how many tokens the tokenizer puts behind a text by itself; ``end``: what ends a
+    further ones by name; ``appended``: how many tokens the tokenizer itself adds after a text; ``end``: what ends a
     turn."""
 
     build: Any
@@ -40,13 +40,13 @@ class Kind:
     appended: int = 0
 
     def write(self, folder: Path) -> Path:
-        """The folder, written."""
+        """Write the folder, and return it."""
         folder.mkdir(parents=True)
         tokenizer = self.build(self.tokens)
         tokenizer.save(str(folder / "tokenizer.json"))
         size = tokenizer.get_vocab_size()
         config = {"chat_template": self.template} | self.config
-        if "added_tokens_decoder" in config:  # ids behind the vocabulary
+        if "added_tokens_decoder" in config:  # ids after the vocabulary
             config["added_tokens_decoder"] = {
                 str(size + n): token for n, token in enumerate(config["added_tokens_decoder"])
             }
@@ -68,7 +68,7 @@ def _train(tokenizer: Tokenizer, trainer: Any) -> Tokenizer:
 
 
 def byte_level(tokens: tuple[str, ...], **options: Any) -> Tokenizer:
-    """As GPT-2 and those after it: ``options`` are the pre-tokenizer's."""
+    """As in GPT-2 and later models; ``options`` are the pre-tokenizer's."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(**({"add_prefix_space": False} | options))
     tokenizer.decoder = decoders.ByteLevel()
@@ -84,7 +84,7 @@ def byte_level(tokens: tuple[str, ...], **options: Any) -> Tokenizer:
 
 
 def with_bos(tokens: tuple[str, ...]) -> Tokenizer:
-    """As Llama 3: the post-processor puts the first token before a text."""
+    """As in Llama 3: the post-processor puts the first token before a text."""
     tokenizer = byte_level(tokens)
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{tokens[0]} $A", special_tokens=[(tokens[0], tokenizer.token_to_id(tokens[0]))]
@@ -93,10 +93,10 @@ def with_bos(tokens: tuple[str, ...]) -> Tokenizer:
 
 
 def sentence_piece(tokens: tuple[str, ...]) -> Tokenizer:
-    """As Llama 2: the normalizer puts a space before each stretch of text, and unknown characters become bytes."""
+    """As in Llama 2: the normalizer puts a space before each piece of text, and unknown characters become bytes."""
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    tokenizer.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")  # for the training alone
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")  # only for the training
     tokenizer.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
@@ -114,7 +114,7 @@ def sentence_piece(tokens: tuple[str, ...]) -> Tokenizer:
 
 
 def with_eos(tokens: tuple[str, ...]) -> Tokenizer:
-    """As some fine-tuned ones of Llama 2: the post-processor ends a text as well."""
+    """As in some fine-tuned models of Llama 2: the post-processor also adds a token after a text."""
     tokenizer = sentence_piece(tokens)
     begin, end = ((token, tokenizer.token_to_id(token)) for token in tokens)
     tokenizer.post_processor = processors.TemplateProcessing(
@@ -124,7 +124,7 @@ def with_eos(tokens: tuple[str, ...]) -> Tokenizer:
 
 
 def unigram(tokens: tuple[str, ...]) -> Tokenizer:
-    """As T5: white space is split at, and the post-processor ends a text."""
+    """As in T5: texts are split at white space, and the post-processor adds a token after a text."""
     tokenizer = Tokenizer(models.Unigram())
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
     tokenizer.decoder = decoders.Metaspace()
@@ -137,7 +137,7 @@ def unigram(tokens: tuple[str, ...]) -> Tokenizer:
 
 
 def word_piece(tokens: tuple[str, ...]) -> Tokenizer:
-    """As BERT: lower case, and tokens around a text."""
+    """As in BERT: texts are lower-cased, and have tokens before and after them."""
     tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()

@@ -33,7 +33,7 @@ def trace_cases(folder: Path) -> None:
 
 
 def _restore_published_names(path: Path) -> None:
-    """Published Gemma 3 checkpoints, and vLLM, call the vision tower's tensors otherwise than transformers 5 saves them."""
+    """Published Gemma 3 checkpoints, and vLLM, name the vision tower's tensors differently from transformers 5."""
     tensors = load_file(path)
     published = {name.replace("vision_tower.", "vision_tower.vision_model."): t for name, t in tensors.items()}
     if published.keys() != tensors.keys():

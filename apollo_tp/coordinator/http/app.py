@@ -27,7 +27,7 @@ def build_app(service: Service, access: Access, figures: metrics.Metrics, valida
         description="Train the model that a server is serving.",
         redoc_url=None,
         static_url="/docs/assets",
-        swagger_ui_parameters={"validatorUrl": None},  # else Swagger UI sends the document to a public validator
+        swagger_ui_parameters={"validatorUrl": None},  # otherwise Swagger UI sends the document to a public validator
         responses={"2XX": {"description": "Done"}, "4XX": {"model": ErrorBody}, "5XX": {"model": ErrorBody}},
         exception_handlers=dict.fromkeys(STATUS, handle_error),
     )

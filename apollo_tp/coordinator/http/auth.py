@@ -108,7 +108,7 @@ def _presented(headers: Mapping[str, str]) -> str | None:
 
 def load_access(service: ServiceConfig) -> Access:
     """Tokens of ``service.token_file``, else of $APOLLO_TP_TOKEN: one per line, ``read:TOKEN`` or ``train:TOKEN`` (or
-    TOKEN alone, which trains).
+    only TOKEN, which trains).
 
     Raises ConfigError if others can read the file, a line is not a token, or a non-loopback address has none.
     """

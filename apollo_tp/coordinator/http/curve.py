@@ -1,8 +1,8 @@
-"""ZMQ over TCP for programs on other hosts: CurveZMQ (RFC 26) and nothing less.
+"""ZMQ over TCP for programs on other hosts, only with CurveZMQ (RFC 26).
 
-``keys_dir`` holds ``server.key_secret``, which the coordinator alone needs, and ``clients/*.key``, the public keys that may
-connect. A client needs ``server.key`` and its own ``NAME.key_secret``. Files are those of ``zmq.auth``. The requests are the
-tunnel's, so that tokens, limits and routes are those of HTTP.
+``keys_dir`` holds ``server.key_secret``, which only the coordinator needs, and ``clients/*.key``, the public keys that
+may connect. A client needs ``server.key`` and its own ``NAME.key_secret``. Files are those of ``zmq.auth``. The
+requests are the tunnel's, so that tokens, limits and routes are those of HTTP.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class CurveListener:
         self._authenticator.configure_curve(domain="*", location=clients)
 
     def bind(self, socket: zmq.Socket[Any]) -> None:
-        """Bind a ROUTER that speaks CURVE alone. Raises ConfigError if the address cannot be bound."""
+        """Bind a ROUTER socket that accepts only CURVE connections. Raises ConfigError if the address cannot be bound."""
         assert self._secret is not None
         socket.curve_secretkey, socket.curve_publickey, socket.curve_server = self._secret, self._public, True
         try:
@@ -76,5 +76,4 @@ class CurveListener:
             ) from error
 
     def close(self) -> None:
-        """Stop the authenticator."""
         self._authenticator.stop()

@@ -1,4 +1,4 @@
-"""The routes of one job, which the /train and the OpenAI face have in common: read it, and cancel, pause or resume it."""
+"""The routes of one job that the /train and the OpenAI API have in common: read it, and cancel, pause or resume it."""
 
 from __future__ import annotations
 

@@ -49,7 +49,6 @@ class Metrics:
         )
 
     def on_step(self, job: Job, figures: StepFigures) -> None:
-        """Count a completed step."""
         self._steps.labels("skipped" if figures.skipped else "completed").inc()
         self._tokens.inc(figures.num_tokens)
         self._loss_tokens.inc(figures.num_loss_tokens)
@@ -71,7 +70,7 @@ class Metrics:
             self._memory.labels(str(rank)).set(size)
 
     def collect(self) -> Iterator[GaugeMetricFamily]:
-        """What is read at scrape time (prometheus_client's collector protocol)."""
+        """Metrics that are read at scrape time (prometheus_client's collector protocol)."""
         jobs = GaugeMetricFamily("apollo_jobs", "Jobs by state", labels=["state"])
         for state, count in self._store.count_jobs().items():
             jobs.add_metric([state.value], count)
@@ -82,7 +81,7 @@ class Metrics:
             "apollo_weight_version", "Completed updates of the served weights", value=link.weight_version or 0
         )
         speed = self._scheduler.progress.tokens_per_second() if self._scheduler.running else None
-        yield GaugeMetricFamily("apollo_tokens_per_second", "Of the running job", value=speed or 0.0)
+        yield GaugeMetricFamily("apollo_tokens_per_second", "Tokens per second of the running job", value=speed or 0.0)
 
 
 router = APIRouter(route_class=StrictRoute)

@@ -26,7 +26,7 @@ BROWSER_PAGES = ("/", "/docs")
 
 
 class ServiceMiddleware:
-    """Every answer names the ``weight_version`` of its moment, once there is one."""
+    """Also adds the current weight version to every response, once it is known."""
 
     def __init__(
         self, app: ASGIApp, access: Access, limits: ServiceConfig, weight_version: Callable[[], int | None]
@@ -34,7 +34,6 @@ class ServiceMiddleware:
         self._app, self._access, self._limits, self._weight_version = app, access, limits, weight_version
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """One request."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return

@@ -38,7 +38,7 @@ router = APIRouter(prefix="/v1/files", route_class=StrictRoute)
 
 
 def file_view(file: StoredFile) -> dict[str, Any]:
-    """A FileObject."""
+    """The file as OpenAI's FileObject."""
     view: dict[str, Any] = msgspec.to_builtins(file)
     return view | {"object": "file", "created_at": int(file.created_at), "status_details": None, "expires_at": None}
 
@@ -117,7 +117,7 @@ def _find(service: Service, file_id: str) -> StoredFile:
 
 
 def _write(source: IO[bytes], path: Path) -> None:
-    """Copy an upload, with fsync of the file and of its name. On a failure nothing of it stays."""
+    """Copy an upload, with fsync of the file and of its name. An incomplete copy is removed."""
     source.seek(0)
     with open(os.open(path, os.O_CREAT | os.O_WRONLY | os.O_EXCL, 0o600), "wb") as target:
         try:

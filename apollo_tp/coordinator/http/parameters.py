@@ -108,7 +108,7 @@ METADATA_SCHEMA = {
 
 
 def _refusal(error: ValidationError, known: list[str]) -> RequestError:
-    """The first problem that pydantic found in a query, of which ``known`` are the parameters."""
+    """The first problem that pydantic found in a query whose parameters are ``known``."""
     first = error.errors(include_url=False)[0]
     name = str(first["loc"][0])[:80]
     if first["type"] == "extra_forbidden":

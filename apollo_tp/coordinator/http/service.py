@@ -1,4 +1,4 @@
-"""What every group of routes shares: the parts of the service, and one way each to find, to list and to act on a job."""
+"""What all routes share: the parts of the service, and how to find, list and act on jobs."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ Listed = TypeVar("Listed", Checkpoint, StoredFile)
 @dataclass
 class Service:
     """The parts that every route needs. ``model_vocab_size`` is the model folder's, until rank 0 has reported its own.
-    ``renderer`` is the reason why there is none, where texts are refused."""
+    Where texts are refused, ``renderer`` is the reason, a string."""
 
     settings: Settings
     store: Store
@@ -44,7 +44,7 @@ class Service:
         self.status = CachedStatus(self.scheduler, self.store, self.changes)
 
     def intake(self, truncate: Truncate) -> Intake:
-        """Checks and renders samples under the limits of this moment."""
+        """An Intake with the current limits."""
         hello = self.scheduler.link.hello
         if hello is not None:
             return Intake(self.renderer, Limits(hello.vocab_size, hello.max_sequence_tokens), truncate)
@@ -116,14 +116,14 @@ def found(record: Record | None, kind: str, record_id: str) -> Record:
 
 
 def page_of(records: Sequence[Listed], page: PageQuery) -> tuple[Sequence[Listed], bool]:
-    """Those that follow the one with id ``page.after``, ``page.limit`` at most; and whether there are more."""
+    """At most ``page.limit`` records after the one with id ``page.after``; and whether there are more."""
     ids = [record.id for record in records]
     start = ids.index(page.after) + 1 if page.after in ids else 0
     return records[start : start + page.limit], len(records) > start + page.limit
 
 
 def listing(data: Sequence[dict[str, Any]], has_more: bool = False) -> dict[str, Any]:
-    """The JSON of a page of anything."""
+    """The JSON of one page of a list."""
     return {"object": "list", "data": data, "has_more": has_more}
 
 
@@ -135,8 +135,8 @@ def model_vocab_size(model_path: Path) -> int | None:
 
 
 def model_digest(model_path: Path, serving: Serving) -> str:
-    """What decides the meaning of token ids, and which model they are for: a checkpoint of a model has its digest.
-    ``serving`` is how the server turns texts into token ids; it has the tokenizer's own digest."""
+    """A digest of the model's config and of how its server turns texts into token ids (``serving``, which has the
+    tokenizer's digest): all that gives token ids their meaning. Checkpoints of a model have its digest."""
     digest = hashlib.sha256()
     same = {
         name: value
@@ -144,9 +144,9 @@ def model_digest(model_path: Path, serving: Serving) -> str:
         if name not in ("_name_or_path", "transformers_version")
     }
     digest.update(msgspec.json.encode(same, order="sorted"))
-    # not why it refuses texts or conversations, which may be another error each time
-    told = msgspec.structs.replace(serving, chat_refusal="", text_refusal="")
-    digest.update(msgspec.json.encode(told, order="sorted"))
+    # without the reasons of refusals, which may differ from start to start
+    compared = msgspec.structs.replace(serving, chat_refusal="", text_refusal="")
+    digest.update(msgspec.json.encode(compared, order="sorted"))
     return digest.hexdigest()
 
 

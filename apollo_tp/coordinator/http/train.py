@@ -1,4 +1,4 @@
-"""The routes of the trainer's own face: /train, its jobs and events, /checkpoint, /health."""
+"""The routes of the trainer's own API: /train, its jobs and events, /checkpoint, /health."""
 
 from __future__ import annotations
 
@@ -133,7 +133,7 @@ async def layout(service: ServiceParts) -> Response:
 
 @router.get("/train/jobs")
 async def jobs(query: Annotated[PageQuery, Query()], service: ServiceParts) -> Response:
-    """Jobs of both faces, newest first."""
+    """Jobs of both APIs, newest first."""
     return JSONResponse(service.list_jobs(query, job_view))
 
 

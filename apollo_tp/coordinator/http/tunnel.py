@@ -28,7 +28,7 @@ MAX_REQUESTS = 512
 SEND_SECONDS = 10.0
 FULL_SECONDS = 0.01
 UNTAKEN_SECONDS = 300.0
-"""A client that takes nothing of its answer for so long is gone."""
+"""A client that reads nothing of its answer for so long counts as gone."""
 Key = tuple[bytes, int]
 
 
@@ -57,7 +57,7 @@ class Tunnel:
     def __init__(self, context: zmq.asyncio.Context, bind: Callable[[zmq.Socket[Any]], None], app: ASGIApp) -> None:
         self._socket = context.socket(zmq.ROUTER)
         self._socket.setsockopt(zmq.LINGER, 0)
-        self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)  # else what a full queue does not take is dropped in silence
+        self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)  # otherwise ZMQ silently drops what a full queue cannot take
         self._socket.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME_BYTES)
         bind(self._socket)
         self._app = app
@@ -66,7 +66,6 @@ class Tunnel:
         self._tasks: dict[Key, asyncio.Task[None]] = {}
 
     async def run(self) -> None:
-        """Receive until cancelled."""
         try:
             while True:
                 frames = await self._socket.recv_multipart()
@@ -123,7 +122,7 @@ class Tunnel:
             await asyncio.sleep(tunnel_messages.TUNNEL_ALIVE_SECONDS)
 
     async def _send(self, key: Key, message: tunnel_messages.TunnelDown) -> None:
-        """Send once the peer's queue has room. A peer that makes none, or is gone, has cancelled its request."""
+        """Send once the peer's queue has room. If it has none in time, or is gone, its request is cancelled."""
         frames = [key[0], codec.encode(message)]
         try:
             async with asyncio.timeout(SEND_SECONDS):
@@ -141,7 +140,7 @@ class Tunnel:
             try:
                 await self._socket.send_multipart(frames, zmq.NOBLOCK)
                 return
-            except zmq.Again:  # a send that waits would be woken by any peer's room, and hold up the others
+            except zmq.Again:  # a blocking send would wake for any peer's queue, and delay the others
                 await asyncio.sleep(FULL_SECONDS)
 
     def _receiver(self, key: Key) -> Any:

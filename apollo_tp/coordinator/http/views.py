@@ -79,7 +79,6 @@ class CachedStatus:
         self._version, self._made, self._body = -1, 0.0, b""
 
     def body(self) -> bytes:
-        """JSON of status_view()."""
         now = time.monotonic()
         if self._version != self._changes.version or now - self._made > STATUS_SECONDS:
             self._body = msgspec.json.encode(status_view(self._scheduler, self._store))
@@ -112,6 +111,6 @@ async def event_stream(store: Store, changes: Changes, job_id: str, after: int) 
             yield b"event: end\ndata: {}\n\n"
             return
         left = quiet_since + KEEP_ALIVE_SECONDS - time.monotonic()
-        if left <= 0 or not await changes.wait(left):  # changes of other jobs are none to this client
+        if left <= 0 or not await changes.wait(left):  # changes of other jobs do not concern this client
             quiet_since = time.monotonic()
             yield b": still there\n\n"

@@ -32,7 +32,7 @@ Ask = Callable[[commands.AnyCommand], Awaitable[commands.AnyReply]]
 
 
 class RanksGoneError(DeadlineError):
-    """Trainer rank 0 ended, or sent no heartbeat in time. How far it came is unknown until its next Hello."""
+    """Trainer rank 0 ended, or sent no heartbeat in time. Which commands it completed is unknown until its next Hello."""
 
 
 def bind_private(socket: zmq.Socket[Any], path: Path) -> None:
@@ -89,10 +89,10 @@ class RankLink:
     ) -> None:
         """Register the callbacks.
 
-        ``on_hello`` runs when rank 0 has introduced itself, before ``ready`` returns. ``on_orphan_reply`` gets replies that
-        nobody awaits: to commands of an earlier coordinator process, or later than their deadline. While
-        ``require_identify()`` is true, a Hello is accepted only as the answer to an Identify command: that one comes after
-        everything that rank 0 had still to do, so it says how far rank 0 came.
+        ``on_hello`` runs when rank 0 has introduced itself, before ``ready`` returns. ``on_orphan_reply`` gets replies
+        that nobody awaits: to commands of an earlier coordinator process, or later than their deadline. While
+        ``require_identify()`` is true, a Hello is accepted only as the answer to an Identify command: rank 0 executes
+        that after all earlier commands, so its answer names the last step.
         """
         self._on_hello, self._on_orphan_reply, self._require_identify = on_hello, on_orphan_reply, require_identify
 
@@ -158,7 +158,7 @@ class RankLink:
         if isinstance(reply, commands.Hello):
             await self._hello(peer, reply)
         elif peer != self._peer or not self.connected:
-            # rank 0 from before our restart, or one that was counted as lost: what it finished counts; then identify it
+            # a rank 0 from before our restart, or one that was counted as lost: count what it finished, then identify it
             if peer == self._peer or self._peer is None:
                 self._on_orphan_reply(reply)
             await self._identify(peer)

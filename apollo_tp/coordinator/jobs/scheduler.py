@@ -120,7 +120,7 @@ class Scheduler:
     def reconcile(self, hello: commands.Hello) -> None:
         """Compare the interrupted jobs with rank 0's Hello: count completed steps whose replies were lost.
 
-        Else such a step would be run twice. Steps of another life of the server do not count: their weights are gone.
+        Otherwise such a step would run twice. Steps of an earlier server process do not count: their weights are gone.
         """
         if self.store.get_meta("server_life") != hello.server_life:
             self.store.set_meta("server_life", hello.server_life)
@@ -143,8 +143,8 @@ class Scheduler:
     def orphan_reply(self, reply: commands.AnyReply) -> None:
         """Record a step whose reply nobody awaits: sent to an earlier coordinator process, or after its deadline.
 
-        The step is in the weights. It is counted if it is the next one of its job; a later one means that replies before it
-        were lost, of which rank 0's Hello says more.
+        The step is in the weights. It is counted if it is the next one of its job; a later one means that earlier
+        replies were lost, and rank 0's Hello tells which step was the last.
         """
         if not isinstance(reply, commands.StepDone):
             return
@@ -321,7 +321,7 @@ class Scheduler:
         job.step = int(done.id.rpartition("/")[2])
         job.tokens += figures.num_tokens
         job.loss_tokens += figures.num_loss_tokens
-        if figures.weight_version != job.weight_version:  # a fused step may be skipped with its first matrices written
+        if figures.weight_version != job.weight_version:  # an update in the backward pass may stop after some matrices
             self.store.set_meta("unsaved", "1")
         job.weight_version, job.padding_share = figures.weight_version, figures.padding_share
         job.training_seconds += figures.step_seconds

@@ -31,7 +31,6 @@ class Writer:
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
 
     def __enter__(self) -> Writer:
-        """Start the thread."""
         self._thread.start()
         return self
 

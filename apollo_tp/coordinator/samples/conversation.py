@@ -5,8 +5,8 @@ gives them to it. The template runs in jinja2's immutable sandbox with the setti
 take seconds.
 
 The assistant turns come from the template's own {% generation %} marks if it has them. Otherwise the conversation is
-rendered again with a mark after one message, and that rendering without the mark must equal the whole text, character by
-character. A template that changes earlier turns (drops their reasoning, trims them) is thereby handled or refused; nothing
+rendered again with a mark after one message, and that rendering without the mark must equal the full text, character by
+character. So a template that changes earlier turns (drops their reasoning, trims them) is handled or refused; nothing
 is guessed.
 """
 
@@ -100,18 +100,18 @@ class Conversation:
                 f"message {index}: its generation prompt is not how the whole conversation begins; send the conversation up "
                 "to each assistant message as a sample of its own, with weight 0 for the assistant messages before it"
             )
-        alone = self._render(self._messages[: index + 1])
-        return len(head), len(alone) if self.text.startswith(alone) else self._marked_end(index)
+        prefix = self._render(self._messages[: index + 1])
+        return len(head), len(prefix) if self.text.startswith(prefix) else self._marked_end(index)
 
     def _marked_end(self, index: int) -> int:
         """End of an assistant turn that later messages change: its content is marked in both renderings, and compared."""
         marked = [*self._messages]
         marked[index] = _with_mark(marked[index], index)
-        whole = self._render(marked).split(MARK)
-        alone = self._render(marked[: index + 1]).split(MARK)
-        if len(whole) != 2 or len(alone) != 2 or "".join(whole) != self.text or not whole[1].startswith(alone[1]):
+        full = self._render(marked).split(MARK)
+        prefix = self._render(marked[: index + 1]).split(MARK)
+        if len(full) != 2 or len(prefix) != 2 or "".join(full) != self.text or not full[1].startswith(prefix[1]):
             raise _unsupported(f"message {index}: later messages change how it is rendered")
-        return len(whole[0]) + len(alone[1])
+        return len(full[0]) + len(prefix[1])
 
 
 class _GenerationTag(jinja2.ext.Extension):

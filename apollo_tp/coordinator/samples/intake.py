@@ -1,4 +1,4 @@
-"""Validates and tokenises the samples of a request: forms, limits, truncation. Of a refused request nothing is stored."""
+"""Validates and tokenises the samples of a request: forms, limits, truncation. Nothing of a refused request is stored."""
 
 from __future__ import annotations
 

@@ -8,7 +8,6 @@ from torch import nn
 
 
 def load_format(vllm_config: Any) -> str:
-    """The value of ``--load-format``."""
     value = vllm_config.load_config.load_format
     return str(getattr(value, "value", value))
 

@@ -61,8 +61,8 @@ class Engine:
         return await self._resume(*args, **kwargs)
 
     async def acquire(self) -> None:
-        """Let nobody else pause or resume until ``resume``. A pause of others that waits for running requests is waited
-        for: vLLM reports itself as paused from its beginning."""
+        """Keep other callers from pausing or resuming until ``resume``. First wait for a pause of theirs that still
+        waits for running requests: vLLM reports itself as paused from its beginning."""
         while not self._complete.is_set():
             await self._complete.wait()
         self._free.clear()

@@ -35,7 +35,7 @@ class Front:
 
 
 def rendering_refusal(front: Front) -> str:
-    """Why conversations do not become text by a template alone; empty if they do."""
+    """Why conversations do not become text only by a template; empty if they do."""
     from vllm.renderers.hf import HfRenderer
 
     if front.tokenizer is None:

@@ -159,7 +159,7 @@ def test_a_pause_that_is_given_up_before_its_turn_leaves_vllm_to_others(plugin: 
     eventually(lambda: plugin.lock._pausing is None)
     plugin.vllm.busy = False
     theirs.result(5)
-    plugin.settle()
+    plugin.run_ready()
     plugin.others("resume_generation").result(5)
     plugin.others("pause_generation", mode="abort", clear_cache=True).result(5)
     assert plugin.vllm.calls == ["wait", "no salt", "resume", "abort"]
@@ -237,7 +237,7 @@ def test_a_drain_of_somebody_else_is_waited_for(plugin: Plugin, stays: bool) -> 
     theirs = plugin.others("pause_generation", mode="wait", clear_cache=True)
     if not stays:
         theirs.cancel()
-        plugin.settle()
+        plugin.run_ready()
     lock = attach(plugin, options(SyncMode.step_lock, timeout_seconds=0.3))
     with pytest.raises(DeadlineError):
         lock.pause()
