@@ -3,12 +3,10 @@
     python benchmarks/bench_optimizer.py                          # a GPU: the linear layers of an 8B model at TP = 2
     python benchmarks/bench_optimizer.py --model tiny --steps 2    # CPU: shows that it runs; its times mean nothing
     python benchmarks/bench_optimizer.py --decide all              # a GPU: the step with each form of the decision
-    python benchmarks/bench_optimizer.py --tune                    # a GPU: tile sizes of the two large kernels
+    python benchmarks/bench_optimizer.py --tune                    # a GPU: tile sizes
     python benchmarks/bench_optimizer.py --state                   # state memory of whole models, no device needed
 
-Measures, in one run on the same tensors: the device's copy bandwidth; this optimizer in each precision; the same update
-in plain torch; torch's fused AdamW. One process: ranks' exchanges are replaced by local copies of the same shape, so the
-time is that of one rank without its links. Writes a Markdown table to --out, with date, device and command.
+Compares it with the device's copy bandwidth, the same update in plain torch, and torch's fused AdamW. One process.
 """
 
 from __future__ import annotations

@@ -145,6 +145,8 @@ def replicated_parts(ranges_by_rank: Sequence[Sequence[tuple[int, int]]], rank: 
     parts: list[ReplicatedPart] = []
     local = 0
     for start, stop in ranges_by_rank[rank]:
+        if start == stop:  # a rank that has nothing shares nothing: its neighbour would not join a collective over it
+            continue
         inner = [start, *(b for b in bounds if start < b < stop), stop]
         for low, high in itertools.pairwise(inner):
             holders = tuple(

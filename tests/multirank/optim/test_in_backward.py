@@ -19,8 +19,7 @@ STEPS = 7
 STORED = {  # matrices that ranks hold replicas of, in whole or in part: their gradients may still have to be summed
     1: set(),
     2: {"router.weight", "qkv_tall.weight"},
-    # the last of four ranks has nothing of the padded embedding, and shares that with its neighbour
-    4: {"router.weight", "qkv_tall.weight", "qkv_wide.weight", "k_proj.weight", "k_tall.weight", "embed_tokens.weight"},
+    4: {"router.weight", "qkv_tall.weight", "qkv_wide.weight", "k_proj.weight", "k_tall.weight"},
 }
 
 
