@@ -24,8 +24,10 @@ $(VENV)/.ready: requirements-cpu.lock pyproject.toml
 demo: setup
 	$(BIN)/python -m examples.demo
 
+# Tests of one process and of several ranks use both cores; a real server takes them by itself.
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile tests/unit tests/multirank
+	$(BIN)/python -m pytest tests/e2e tests/gpu
 
 # Without the tests marked `slow`; every package is covered.
 test-fast: setup

@@ -3,7 +3,6 @@
     python benchmarks/bench_optimizer.py                          # a GPU: the linear layers of an 8B model at TP = 2
     python benchmarks/bench_optimizer.py --model tiny --steps 2    # CPU: shows that it runs; its times mean nothing
     python benchmarks/bench_optimizer.py --decide all              # a GPU: the step with each form of the decision
-    python benchmarks/bench_optimizer.py --tune                    # a GPU: tile sizes
     python benchmarks/bench_optimizer.py --state                   # state memory of whole models, no device needed
 
 Compares it with the device's copy bandwidth, the same update in plain torch, and torch's fused AdamW. One process.
