@@ -83,7 +83,7 @@ STEPS = {
     "map": Step(bench("map", "--out", "{out}"), 300),
     "compare": Step(bench("compare", "--out", "{out}"), 300),
     "latency-mps": Step(bench("latency", "--cases", MPS, "--seconds", "4", "--out", "{out}/mps"), 500),
-    "ipc": Step(pytest("tests/gpu/test_cuda_ipc.py"), 330, server=False, rehearsal=None),
+    "ipc": Step(pytest("tests/gpu/test_cuda_ipc.py"), 600, server=False, rehearsal=None),
     "refusals": Step(pytest("tests/gpu/test_faults.py", "-k", "refused"), 600, server=False, rehearsal=None),
     "faults": Step(pytest("tests/gpu/test_faults.py", "-k", "not refused and TP1"), 450, server=False, rehearsal=None),
     "faults-tp2": Step(pytest("tests/gpu/test_faults.py", "-k", "not refused and TP2"), 700, server=False, rehearsal=None),

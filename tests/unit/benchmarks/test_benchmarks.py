@@ -125,7 +125,7 @@ def test_what_a_benchmark_started_ends_with_it(tmp_path: Path) -> None:
     script = f"""
 import pathlib, signal, sys, time
 import server_stack as stack
-from examples.demo.processes import ManagedProcess
+from tests.support.processes import ManagedProcess
 signal.signal(signal.SIGTERM, stack._leave)
 slow = "import signal, time; signal.signal(signal.SIGTERM, lambda *_: time.sleep(1) or exit(0)); time.sleep(100)"
 process = ManagedProcess([sys.executable, "-c", slow], {{}}, pathlib.Path({str(tmp_path / "log")!r}))
@@ -146,7 +146,7 @@ finally:
 
 def test_benchmarks_in_one_process_share_a_server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The same one as long as it lives; another one after it has ended, and never two at once."""
-    stack = _benchmark("stack")
+    stack = _benchmark("server_stack")
     started: list[SimpleNamespace] = []
 
     @contextlib.contextmanager
