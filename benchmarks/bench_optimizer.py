@@ -2,10 +2,10 @@
 
     python benchmarks/bench_optimizer.py                          # a GPU: the linear layers of an 8B model at TP = 2
     python benchmarks/bench_optimizer.py --model tiny --steps 2    # CPU: shows that it runs; its times mean nothing
-    python benchmarks/bench_optimizer.py --decide all              # a GPU: the step with each form of the decision
     python benchmarks/bench_optimizer.py --state                   # state memory of whole models, no device needed
 
-Compares it with the device's copy bandwidth, the same update in plain torch, and torch's fused AdamW. One process.
+Measures on the same tensors: the device's copy bandwidth; this optimizer in each precision; the same update in plain
+torch; torch's fused AdamW. One process: exchanges between ranks are local copies of the same shape.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from torch import Tensor
 from apollo_tp.config import OptimConfig, OptimizerKind, Precision
 from apollo_tp.distributed.tp_group import TPGroup
 from apollo_tp.optim import Optimizer, OptimParameter, build_optimizer
-from apollo_tp.optim.torch_backend import TorchBackend, compiled_decide
+from apollo_tp.optim.torch_backend import TorchBackend
 from apollo_tp.shards.boxes import Shard
 
 # (name, global rows, global columns, cut dimension): the linear layers of one block
@@ -53,8 +53,6 @@ TINY = [("q_proj", 128, 128, 0), ("k_proj", 64, 128, 0), ("o_proj", 128, 128, 1)
 PROJECT_TILES = [(128, 64), (64, 128), (128, 128), (64, 64), (256, 64)]
 WRITE_TILES = [(8, 512), (4, 1024), (16, 512), (8, 256), (2, 1024), (1, 2048), (4, 512), (2, 2048)]
 """What --tune tries."""
-DECIDE_ROUNDS = 5
-"""How often --decide times each form, in turns."""
 MODELS = {"llama-8b-tp2": (LLAMA_8B, 36, 2), "qwen-27b-attention-tp4": (QWEN_27B_FULL, 16, 4), "tiny": (TINY, 2, 2)}
 
 
@@ -63,6 +61,9 @@ class LocalGroup(TPGroup):
 
     def all_reduce_(self, tensor: Tensor, op: object = None) -> Tensor:
         return tensor.mul_(self.size)
+
+    def sum_checked(self, tensor: Tensor, what: str) -> Tensor:  # tensors without memory have no canary to read
+        return tensor * self.size
 
     def reduce_scatter(self, tensor: Tensor) -> Tensor:
         return tensor[:1] * self.size
@@ -151,42 +152,6 @@ def measure(parameters: list[OptimParameter], args: argparse.Namespace, bandwidt
     label = "torch fused AdamW, bf16 state"
     rows.append((label, took, busy, moved / bandwidth, moved, moved / took / bandwidth, elements * 4))
     return rows
-
-
-def compare_decisions(parameters: list[OptimParameter], args: argparse.Namespace) -> list[str]:
-    """Lines of a table: the step with each form of the decision, in turns on one optimizer, so that nothing else differs.
-
-    On a CPU the backend is plain torch, which has only the eager and the compiled form.
-    """
-    forms = ["kernel", "compiled", "eager"] if args.decide == "all" else [args.decide]
-    config = OptimConfig(rank=args.rank, lr=1e-6, check_replicas_every=0, refresh_every=10**6)
-    optimizer = build_optimizer(config, Precision.remainder, parameters, LocalGroup(0, MODELS[args.model][2]))
-    group, backends = optimizer.update_group, {}
-    for form in forms:
-        if args.device == "cuda":
-            from apollo_tp.optim.triton_backend import TritonBackend
-
-            backends[form] = TritonBackend(group.groups, group.adamw, config, group.weights, decide_form=form)
-        elif form != "kernel":
-            backends[form] = TorchBackend(group.groups, group.adamw, config)
-            if form == "compiled":
-                backends[form].decide = compiled_decide(config)  # type: ignore[method-assign]
-    times: dict[str, list[float]] = {form: [] for form in backends}
-    for _ in range(DECIDE_ROUNDS):
-        for form, backend in backends.items():
-            group.backend = backend
-            times[form].append(seconds(optimizer.step, args.steps, args.device))
-    lines = ["| decision | step, ms | min to max of medians, ms | device busy, ms | kernels |", "|---|---|---|---|---|"]
-    for form, backend in backends.items():
-        group.backend = backend
-        assert not optimizer.step().skipped
-        found = kernel_times(optimizer.step) if args.device == "cuda" else {}
-        took = sorted(times[form])
-        lines.append(
-            f"| {form} | {took[len(took) // 2] * 1e3:.3f} | {took[0] * 1e3:.3f} to {took[-1] * 1e3:.3f} | "
-            f"{sum(ms for ms, _ in found.values()):.3f} | {sum(count for _, count in found.values())} |"
-        )
-    return lines
 
 
 def heading(args: argparse.Namespace, elements: int) -> list[str]:
@@ -359,11 +324,6 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=64)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument(
-        "--decide",
-        choices=["all", "kernel", "compiled", "eager"],
-        help="time the step with this form of the decision, or with all three in turns, instead",
-    )
     parser.add_argument("--tune", action="store_true", help="try tile sizes instead (CUDA)")
     parser.add_argument(
         "--all", action="store_true", help="also this package's AdamW with fp32 state: 9 bytes per parameter"
@@ -380,13 +340,6 @@ def main() -> None:
     parameters = make_parameters(args.model, args.device)
     if args.tune:
         tune(parameters, args)
-        return
-    if args.decide:
-        lines = compare_decisions(parameters, args)
-        text = "\n".join([*heading(args, sum(p.tensor.numel() for p in parameters)), "", *lines, ""])
-        print(text)
-        if args.out:
-            args.out.write_text(text)
         return
     bandwidth = copy_bandwidth(args.device)
     rows = measure(parameters, args, bandwidth)

@@ -7,7 +7,7 @@ each must do. Letters of shapes as in ``sharding``.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -65,15 +65,6 @@ def decide(stats: GradientStats, inputs: DecisionInputs, config: OptimConfig) ->
         report=torch.cat([part.double() for part in report]),
         local_squares=stats.local_squares,
     )
-
-
-def compiled_decide(config: OptimConfig) -> Callable[[GradientStats, DecisionInputs], Decision]:
-    """``decide`` compiled as one graph that takes any number of parameters. The first call waits for the compiler."""
-
-    def decide_with_config(stats: GradientStats, inputs: DecisionInputs) -> Decision:
-        return decide(stats, inputs, config)
-
-    return torch.compile(decide_with_config, fullgraph=True, dynamic=True)
 
 
 class TorchBackend:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import triton
@@ -21,7 +21,6 @@ from apollo_tp.optim.parameters import AdamWState, Weight, to_device
 from apollo_tp.optim.projection import num_words
 from apollo_tp.optim.sharding import ChannelScales, Decision, DecisionInputs, GradientStats, MatrixGroup
 from apollo_tp.optim.tiles import adamw_rows, make_launches, project_rows, write_rows
-from apollo_tp.optim.torch_backend import compiled_decide, decide
 
 PROJECT_TILE = (128, 64)
 """Channels by contracted elements that a program of the projection holds at a time."""
@@ -30,14 +29,12 @@ PROJECT_WARPS, PROJECT_STAGES = 4, 4
 WRITE_TILE = {False: (4, 1024), True: (2, 2048)}
 """Rows by columns that a program of an elementwise kernel writes, without and with an int8 remainder."""
 WRITE_WARPS = 4
-DecideForm = Literal["kernel", "compiled", "eager"]
 
 
 class TritonBackend:
     """See ``update_group.Backend``. Works on matrix groups and AdamW states (by index) that the update group owns.
 
-    ``weights`` are all parameters of the update group. ``decide_form``: how the decision is computed on the device: by a
-    kernel of its own, by ``torch_backend.decide`` compiled, or by that operation for operation.
+    ``weights`` are all parameters of the update group.
     """
 
     def __init__(
@@ -46,7 +43,6 @@ class TritonBackend:
         adamw: Mapping[int, AdamWState],
         config: OptimConfig,
         weights: Sequence[Weight],
-        decide_form: DecideForm = "kernel",
     ) -> None:
         self.groups, self.adamw, self.config, self.weights = groups, adamw, config, weights
         self.device = weights[0].data.device
@@ -56,12 +52,7 @@ class TritonBackend:
         self.starts: list[int] = []
         self.word_parts: list[Tensor | None] = []
         self.adamw_index = torch.tensor(list(adamw), dtype=torch.int64, device=self.device)
-        if decide_form == "kernel":
-            self._decide = DecideOnDevice(config, self.device)
-        elif decide_form == "compiled":
-            self._decide = compiled_decide(config)
-        else:
-            self._decide = lambda stats, inputs: decide(stats, inputs, config)
+        self._decide = DecideOnDevice(config, self.device)
         self.row_parameters = [
             g.index.repeat_interleave(g.lengths, output_size=g.num_rows).to(torch.int32) for g in groups
         ]

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
-import itertools
 import math
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -20,7 +18,7 @@ from apollo_tp.distributed.tp_group import TPGroup
 from apollo_tp.optim import OptimParameter, build_optimizer
 from apollo_tp.optim.rounding import join
 from apollo_tp.optim.sharding import Decision, DecisionInputs, GradientStats
-from apollo_tp.optim.torch_backend import TorchBackend, compiled_decide, decide
+from apollo_tp.optim.torch_backend import TorchBackend, decide
 from apollo_tp.shards.boxes import Shard
 from tests.support import optim_model as model
 
@@ -327,34 +325,6 @@ def test_the_decision_on_the_device_equals_its_twin(kind, spoil):
         torch.testing.assert_close(moved, limiter, rtol=1e-12, atol=0.0)
         if spoil == "nothing":
             torch.testing.assert_close(got.coefficients, expected.coefficients, rtol=2e-7, atol=0.0)
-
-
-@pytest.mark.skipif(DEVICE == "cpu" and shutil.which("g++") is None, reason="torch.compile needs g++ on a CPU")
-@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="run by the process that starts the interpreter")
-@pytest.mark.parametrize(
-    ("kind", "growth", "counts"),
-    [
-        (OptimizerKind.apollo, 1.01, (1, 300)),
-        (OptimizerKind.apollo, None, (300,)),
-        (OptimizerKind.apollo_mini, 1.01, (300,)),
-    ],
-)
-def test_the_compiled_decision_equals_the_eager_one(kind, growth, counts):
-    """One graph (fullgraph=True) for any number of parameters. Flags and, on a CPU, coefficients have the same bits; fp64
-    norms agree to some units in the last place, since the compiler divides by a constant as it multiplies by its
-    inverse."""
-    config = model.config(kind=kind, norm_growth_limit=growth, max_relative_update=0.1)
-    compiled = compiled_decide(config)
-    fp32, fp64 = (0.0, 1e-15) if DEVICE == "cpu" else (2e-7, 1e-12)
-    for count, spoil in itertools.product(counts, SPOILED):
-        expected, limiter = decided(partial(decide, config=config), count, kind, spoil)
-        got, moved = decided(compiled, count, kind, spoil)
-        assert torch.equal(got.write, expected.write), (count, spoil)
-        assert torch.equal(got.good, expected.good), (count, spoil)
-        assert int(got.write.sum()) == (count - 1) * (spoil == "nothing")
-        torch.testing.assert_close(got.coefficients, expected.coefficients, rtol=fp32, atol=0.0, equal_nan=True)
-        torch.testing.assert_close(got.report, expected.report, rtol=1e-12, atol=0.0, equal_nan=True)
-        torch.testing.assert_close(moved, limiter, rtol=fp64, atol=0.0)
 
 
 @pytest.mark.skipif(not HERE, reason="run by test_in_the_interpreter")
