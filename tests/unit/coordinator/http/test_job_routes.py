@@ -1,22 +1,8 @@
 """Jobs over real HTTP: failures, skipped steps, cancel, pause and resume, a full queue, events, checkpoints."""
 
-import pytest
-
-from tests.support.fakes import CoordinatorProcess, FakeRanks, wait_for
+from tests.support.fakes import wait_for
 
 ONE = {"context_ids": [1, 2], "continuation_ids": [3, 4]}
-
-
-@pytest.fixture(scope="module")
-def stack(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("c")
-    with (
-        CoordinatorProcess(folder, max_body_bytes=200_000, max_queued_jobs=3) as coordinator,
-        FakeRanks(coordinator.ranks_socket, folder / "journal", step_seconds=0.02) as ranks,
-        coordinator.client() as client,
-    ):
-        wait_for(lambda: client.get("/health").json()["trainer"])
-        yield client, ranks
 
 
 def test_a_failing_rank_fails_its_job_alone(stack):

@@ -18,21 +18,9 @@ from apollo_tp.coordinator.http.service import Service
 from apollo_tp.coordinator.http.validation import FileValidation
 from apollo_tp.coordinator.jobs.store import Changes, Store
 from apollo_tp.coordinator.settings import Settings
-from tests.support.fakes import VOCAB_SIZE, CoordinatorProcess, FakeRanks, wait_for
+from tests.support.fakes import VOCAB_SIZE
 
 ONE = {"context_ids": [1, 2], "continuation_ids": [3, 4]}
-
-
-@pytest.fixture(scope="module")
-def stack(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("c")
-    with (
-        CoordinatorProcess(folder, max_body_bytes=200_000, max_queued_jobs=3) as coordinator,
-        FakeRanks(coordinator.ranks_socket, folder / "journal", step_seconds=0.02) as ranks,
-        coordinator.client() as client,
-    ):
-        wait_for(lambda: client.get("/health").json()["trainer"])
-        yield client, ranks
 
 
 def test_a_job_runs_to_its_end(stack):
