@@ -44,9 +44,18 @@ THINKING_CALLS = THINKING.replace(
     1,
 )
 # as Qwen3.5: the generation prompt begins the reasoning, of which earlier turns keep nothing
-PROMPTED = THINKING.replace(
-    "'<|im_start|>assistant\\n' }}{%- endif %}", "'<|im_start|>assistant\\n<think>\\n' }}{%- endif %}"
+PROMPTED, PROMPTED_CALLS = (
+    template.replace("'<|im_start|>assistant\\n' }}{%- endif %}", "'<|im_start|>assistant\\n<think>\\n' }}{%- endif %}")
+    for template in (THINKING, THINKING_CALLS)
 )
+# as DeepSeek-R1: no message keeps its reasoning, and the generation prompt begins one, or not (as in its first version)
+DROPPING_ALWAYS = (
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}{{ '<|user|>' + m.content }}"
+    "{% elif m.role == 'assistant' %}{% set content = m.content %}{% if '</think>' in content %}"
+    "{% set content = content.split('</think>')[-1] %}{% endif %}{{ '<|assistant|>' + content + '<|im_end|>' }}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|><think>\\n' }}{% endif %}"
+)
+DROPPING_ALWAYS_PLAIN = DROPPING_ALWAYS.replace("<think>\\n' }}{% endif %}", "' }}{% endif %}")
 MARKED = (
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}"
     "{% if m.role == 'assistant' %}{% generation %}{{ m.content + '<|im_end|>' }}{% endgeneration %}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+from collections.abc import Iterator
 from typing import Annotated, Any
 
 import msgspec
@@ -26,11 +27,20 @@ from apollo_tp.coordinator.http.views import event_stream, event_view, job_view
 from apollo_tp.coordinator.jobs.evaluation import score as score_samples
 from apollo_tp.coordinator.jobs.job import Job, State, new_job, plan_total_steps
 from apollo_tp.coordinator.jobs.store import Checkpoint
+from apollo_tp.coordinator.samples.body import read_body
 from apollo_tp.coordinator.samples.intake import spec_of
 from apollo_tp.coordinator.samples.render import Renderer
 from apollo_tp.coordinator.samples.sample_file import write_records
-from apollo_tp.coordinator.samples.schema import CheckpointBody, ScoreBody, TrainBody, decode
-from apollo_tp.errors import RequestError
+from apollo_tp.coordinator.samples.schema import (
+    MAX_SAMPLES,
+    MAX_SCORED,
+    CheckpointBody,
+    ScoreBody,
+    ScoreOptions,
+    TrainBody,
+    decode,
+)
+from apollo_tp.errors import RequestError, refuse
 from apollo_tp.wire.commands import Sample
 
 router = APIRouter(route_class=StrictRoute)
@@ -43,10 +53,12 @@ async def train(request: Request, query: Annotated[TrainQuery, Query()], service
     key = idempotency(request, "/train", data)
     if not query.dry_run:
         if key and (known := service.store.repeated(*key)):
-            return await _answer(service, query, decode(data, TrainBody), known, {"Idempotent-Replay": "true"})
+            body, _ = await asyncio.to_thread(read_body, data, TrainBody, MAX_SAMPLES)
+            return await _answer(service, query, body, known, {"Idempotent-Replay": "true"})
         service.store.check_room(service.settings.service.max_queued_jobs)
         service.check_disk(len(data))
-    body, samples = await asyncio.to_thread(_read, service, data)
+    body, given = await asyncio.to_thread(read_body, data, TrainBody, MAX_SAMPLES)
+    samples = service.intake(body.truncate).train_samples(body, given)
     if query.dry_run:
         shown = await asyncio.to_thread(_dry_run, service.renderer, body, samples)
         return Response(shown, media_type="application/json")
@@ -65,16 +77,11 @@ async def _answer(
     return JSONResponse(job_view(job, service.scheduler), status_code=200 if job.terminal else 202, headers=headers)
 
 
-def _read(service: Service, data: bytes) -> tuple[TrainBody, list[Sample]]:
-    body = decode(data, TrainBody)
-    return body, service.intake(body.truncate).train_samples(body)
-
-
-async def _store(service: Service, body: TrainBody, samples: list[Sample], key: tuple[str, str, str] | None) -> Job:
+async def _store(service: Service, body: TrainBody, samples: Iterator[Sample], key: tuple[str, str, str] | None) -> Job:
     job = new_job("train", spec_of(body), State.queued, service.scheduler.model)
-    job.num_samples, job.total_steps = len(samples), plan_total_steps(job.spec, len(samples))
     path = service.store.samples_dir / f"{job.id}.train"
-    await asyncio.to_thread(write_records, path, samples)
+    job.num_samples = await asyncio.to_thread(write_records, path, samples)
+    job.total_steps = plan_total_steps(job.spec, job.num_samples)
     try:
         if key and (known := service.store.repeated(*key)):  # the same request may have come twice at once
             path.unlink()
@@ -87,7 +94,8 @@ async def _store(service: Service, body: TrainBody, samples: list[Sample], key: 
     return job
 
 
-def _dry_run(renderer: Renderer | str, body: TrainBody, samples: list[Sample]) -> bytes:
+def _dry_run(renderer: Renderer | str, body: TrainBody, samples_read: Iterator[Sample]) -> bytes:
+    samples = list(samples_read)
     shown = [
         {"token_ids": sample.token_ids, "weights": sample.weights,
          "tokens": None if isinstance(renderer, str) else renderer.decode(sample.token_ids)} for sample in samples
@@ -105,8 +113,10 @@ def _dry_run(renderer: Renderer | str, body: TrainBody, samples: list[Sample]) -
 @router.post("/train/score", openapi_extra=json_body(ScoreBody))
 async def score(request: Request, service: ServiceParts) -> Response:
     """Log-probabilities of samples under the trainer's weights of this moment, for `apollo-tp compare`. Trains nothing."""
-    body = decode(await request.body(), ScoreBody)
-    samples = await asyncio.to_thread(service.intake(body.truncate).samples, body.samples)
+    body, given = await asyncio.to_thread(read_body, await request.body(), ScoreOptions, MAX_SCORED)
+    if given is None:
+        raise refuse("samples", "nothing", f"a list of 1 to {MAX_SCORED} samples")
+    samples = await asyncio.to_thread(service.intake(body.truncate).samples, given)
     scores = await score_samples(samples, service.scheduler.ask)
     data = [
         {"logprob": logprob if math.isfinite(logprob) else None, "weight": weight, "correct": correct,

@@ -13,9 +13,11 @@ from apollo_tp.coordinator.jobs.evaluation import Pair
 from apollo_tp.coordinator.jobs.job import Job, JobError, State, plan_total_steps
 from apollo_tp.coordinator.jobs.scheduler import model_changed
 from apollo_tp.coordinator.jobs.store import StoredFile
+from apollo_tp.coordinator.samples.forms import read_line
 from apollo_tp.coordinator.samples.intake import Intake
+from apollo_tp.coordinator.samples.lines import numbered_lines
 from apollo_tp.coordinator.samples.sample_file import write_records
-from apollo_tp.coordinator.samples.schema import PreferenceLine, SupervisedLine, decode
+from apollo_tp.coordinator.samples.schema import PreferenceLine, SampleBody
 from apollo_tp.errors import ApolloTpError, RequestError
 from apollo_tp.wire.commands import Sample
 
@@ -110,9 +112,7 @@ def _convert(intake: Intake, method: str, param: str, file: StoredFile, source: 
     def records() -> Iterator[Sample | Pair]:
         nonlocal bad
         with open(source, "rb") as lines:
-            for number, line in enumerate(lines, 1):
-                if not line.strip():
-                    continue
+            for number, line in numbered_lines(lines):
                 try:
                     yield from _records(intake, method, line)
                 except RequestError as error:
@@ -121,7 +121,10 @@ def _convert(intake: Intake, method: str, param: str, file: StoredFile, source: 
                         where = f"{error.field}: " if error.field and not str(error).startswith(error.field) else ""
                         problems.append(f"line {number}: {where}{error}")
 
-    count = write_records(target, records())
+    try:
+        count = write_records(target, records())
+    except RequestError as error:  # the file is of another kind, or has a line that is too long
+        raise BadFileError(param, file, [*problems, str(error)], bad - len(problems)) from error
     if bad or not count:
         target.unlink()
         raise BadFileError(param, file, problems or ["the file has no lines"], bad - len(problems))
@@ -130,5 +133,5 @@ def _convert(intake: Intake, method: str, param: str, file: StoredFile, source: 
 
 def _records(intake: Intake, method: str, line: bytes) -> Sequence[Sample | Pair]:
     if method == "dpo":
-        return [intake.pair(decode(line, PreferenceLine))]
-    return intake.sequences(decode(line, SupervisedLine), "")
+        return [intake.pair(read_line(line, PreferenceLine))]
+    return intake.sequences(read_line(line, SampleBody), "")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import msgspec
@@ -15,7 +16,12 @@ from apollo_tp.errors import RequestError, refuse
 from apollo_tp.wire.commands import Sample
 
 MAX_CUT_FACTOR = 16
-"""Conversations longer than this many sequences are refused, not truncated: locating their turns takes quadratic time."""
+"""Texts and conversations longer than this many sequences are refused, not truncated."""
+FORMS = {
+    "context_ids + continuation_ids": ("context_ids", "continuation_ids"), "messages": ("messages",),
+    "prompt + completion": ("prompt", "completion"), "text": ("text",),
+}  # fmt: skip
+"""The forms of a sample, and the fields of each."""
 
 
 @dataclass(frozen=True)
@@ -32,21 +38,25 @@ class Intake:
     def __init__(self, renderer: Renderer | str, limits: Limits, truncate: Truncate) -> None:
         self._renderer, self._limits, self._truncate = renderer, limits, truncate
 
-    def train_samples(self, body: TrainBody) -> list[Sample]:
-        """Validate and tokenise all samples of a POST /train body. Raises RequestError."""
-        if body.samples is None:
-            return self.sequences(body, "")
+    def train_samples(self, body: TrainBody, samples: Iterable[SampleBody] | None) -> Iterator[Sample]:
+        """Validate and tokenise all samples of a POST /train body: its ``samples``, one after the other, or its own fields.
+        Raises RequestError."""
+        if samples is None:
+            yield from self.sequences(body, "")
+            return
         own = [name for name in SampleBody.__struct_fields__ if getattr(body, name) not in (None, True, 1.0)]
         if own:
             raise refuse(own[0], "it together with 'samples'", "either 'samples' or the fields of one sample")
-        return [s for index, sample in enumerate(body.samples) for s in self.sequences(sample, f"samples[{index}].")]
+        for index, sample in enumerate(samples):
+            yield from self.sequences(sample, f"samples[{index}].")
 
-    def samples(self, bodies: list[SampleBody]) -> list[Sample]:
+    def samples(self, bodies: Iterable[SampleBody]) -> list[Sample]:
         """Validate and tokenise each element of a request's ``samples`` list, one sequence each. Raises RequestError."""
         return [self.sample(sample, f"samples[{index}].") for index, sample in enumerate(bodies)]
 
     def sequences(self, body: SampleBody, where: str) -> list[Sample]:
-        """The sample as one sequence or, if its assistant turns cannot be located, as one sequence per assistant turn.
+        """The sample as one sequence or, if its assistant turns cannot be located or are not shown completely, as one
+        sequence per assistant turn.
 
         Each of these ends with its turn. They are needed where the whole conversation does not show its turns as they were
         generated, for example with a template that drops the reasoning of earlier turns. Raises RequestError.
@@ -56,42 +66,46 @@ class Intake:
             return [self.sample(body, where)]
         except RequestError as error:
             turns = [i for i, m in enumerate(messages) if m.role == "assistant" and m.weight != 0]
-            if error.code != UNSUPPORTED_TEMPLATE or len(turns) < 2:
+            if error.code != UNSUPPORTED_TEMPLATE or turns in ([], [len(messages) - 1]):
                 raise
         return [self.sample(msgspec.structs.replace(body, messages=_up_to(messages, i)), where) for i in turns]
 
     def sample(self, body: SampleBody, where: str) -> Sample:
         """Validate and tokenise one sample; ``where`` prefixes the field in errors. Raises RequestError."""
-        given = {
-            "context_ids + continuation_ids": body.context_ids is not None or body.continuation_ids is not None,
-            "messages": body.messages is not None,
-            "prompt + completion": body.prompt is not None or body.completion is not None,
-            "text": body.text is not None,
-        }
-        forms = [name for name, present in given.items() if present]
+        forms = [form for form, names in FORMS.items() if any(getattr(body, name) for name in names)]
+        if not forms:  # an empty field is none, unless there is no other
+            forms = [form for form, names in FORMS.items() if any(getattr(body, name) is not None for name in names)]
         if len(forms) != 1:
             field = where.rstrip(".") or "body"
-            raise refuse(field, " and ".join(forms) or "no data", "exactly one of " + ", ".join(given))
+            raise refuse(field, " and ".join(forms) or "no data", "exactly one of " + ", ".join(FORMS))
         for name in ("tools", "chat_template_kwargs"):
-            if getattr(body, name) is not None and body.messages is None:
+            if getattr(body, name) and not body.messages:
                 raise refuse(f"{where}{name}", f"{name} without messages", f"{name} only with messages")
         try:
-            ids, weights = self._tokens(body)
+            ids, weights = self._tokens(body, forms[0])
         except RequestError as error:
             error.field = f"{where}{error.field}" if error.field else where.rstrip(".")
             raise
         return self.checked(ids, [weight * body.weight for weight in weights], where + forms[0].rpartition(" ")[2])
 
-    def _tokens(self, body: SampleBody) -> tuple[list[int], list[float]]:
-        if body.messages is not None:
-            return self._chat(Chat(body.messages, body.tools, body.chat_template_kwargs))
-        if body.text is not None:
-            return self._text_renderer("text").text(body.text, append_eos=body.append_eos)
-        if body.prompt is not None or body.completion is not None:
+    @property
+    def _max_text_tokens(self) -> int:
+        """Longer texts are refused, also those that would be truncated."""
+        return self._limits.max_sequence_tokens * (1 if self._truncate is Truncate.refuse else MAX_CUT_FACTOR)
+
+    def _tokens(self, body: SampleBody, form: str) -> tuple[list[int], list[float]]:
+        if form == "messages":
+            return self._chat(Chat(body.messages or [], body.tools, body.chat_template_kwargs))
+        if form == "text":
+            renderer = self._text_renderer("text")
+            return renderer.text(body.text or "", append_eos=body.append_eos, max_tokens=self._max_text_tokens)
+        if form == "prompt + completion":
             if not body.completion:
                 raise refuse("completion", "an empty completion" if body.completion == "" else "nothing", "some text")
             renderer = self._text_renderer("prompt")
-            return renderer.prompt_completion(body.prompt or "", body.completion, append_eos=body.append_eos)
+            return renderer.prompt_completion(
+                body.prompt or "", body.completion, append_eos=body.append_eos, max_tokens=self._max_text_tokens
+            )
         if not body.continuation_ids:
             raise refuse("continuation_ids", "no token", "at least one token id")
         context, target = body.context_ids or [], body.continuation_ids
@@ -131,8 +145,7 @@ class Intake:
         if not any(weights):
             raise refuse("messages", "no assistant message with a weight above 0", "at least one to learn from")
         try:
-            limit = self._limits.max_sequence_tokens
-            return renderer.chat(chat, weights, limit if self._truncate is Truncate.refuse else limit * MAX_CUT_FACTOR)
+            return renderer.chat(chat, weights, self._max_text_tokens)
         except RecursionError:
             raise refuse("messages", "values nested too deep to be rendered", "a few levels") from None
 
@@ -141,7 +154,7 @@ class Intake:
         limit = self._limits.max_sequence_tokens
         if len(ids) > limit:
             if self._truncate is Truncate.refuse:
-                raise too_long(field, len(ids), limit)
+                raise too_long(field, f"{len(ids)} tokens", limit)
             part = slice(-limit, None) if self._truncate is Truncate.left else slice(0, limit)
             ids, weights = ids[part], weights[part]
         # the first token of a sequence has no predictor
@@ -164,6 +177,8 @@ class Intake:
             chat = Chat([*line.input.messages, *output], line.input.tools, line.input.chat_template_kwargs)
             ids, weights = self._chat(chat, only_last=True)
             sides.append(self.checked(ids, weights, name))
+        if sides[0] == sides[1]:
+            raise refuse("non_preferred_output", "the same tokens as for preferred_output", "another answer")
         return Pair(*sides)
 
 

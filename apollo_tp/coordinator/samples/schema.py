@@ -13,6 +13,11 @@ from apollo_tp.errors import RequestError
 
 T = TypeVar("T")
 
+MAX_SAMPLES = 1_000_000
+"""Samples in a POST /train body."""
+MAX_SCORED = 1024
+"""Samples in a POST /train/score body."""
+
 TokenIds = Annotated[list[Annotated[int, Meta(ge=0)]], Meta(max_length=1_000_000)]
 Metadata = Annotated[
     dict[Annotated[str, Meta(max_length=64)], Annotated[str, Meta(max_length=512)]], Meta(max_length=16)
@@ -48,12 +53,14 @@ class SampleBody(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, omit_
     text: str | None = None
     append_eos: bool = True
     weight: Annotated[float, Meta(gt=0, le=100)] = 1.0
+    parallel_tool_calls: bool | None = None
+    """Part of OpenAI's lines; no template is given it."""
 
 
 class TrainBody(SampleBody, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
     """Body of POST /train: ``samples``, or the fields of one sample, and how to train on them."""
 
-    samples: Annotated[list[SampleBody], Meta(min_length=1, max_length=1_000_000)] | None = None
+    samples: Annotated[list[SampleBody], Meta(min_length=1, max_length=MAX_SAMPLES)] | None = None
     epochs: Annotated[int, Meta(ge=1, le=10_000)] = 1
     batch_size: Annotated[int, Meta(ge=1, le=4096)] = 8
     learning_rate_scale: Annotated[float, Meta(gt=0, le=1000)] = 1.0
@@ -72,11 +79,17 @@ class CheckpointBody(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     wait_seconds: Annotated[float, Meta(gt=0, le=86_400)] = 600.0
 
 
-class ScoreBody(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+class ScoreOptions(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """Body of POST /train/score without its samples, which are decoded apart."""
+
+    samples: Any = None
+    truncate: Truncate = Truncate.refuse
+
+
+class ScoreBody(ScoreOptions, kw_only=True, forbid_unknown_fields=True):
     """Body of POST /train/score."""
 
-    samples: Annotated[list[SampleBody], Meta(min_length=1, max_length=1024)]
-    truncate: Truncate = Truncate.refuse
+    samples: Annotated[list[SampleBody], Meta(min_length=1, max_length=MAX_SCORED)]
 
 
 class Preference(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
@@ -85,12 +98,6 @@ class Preference(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     messages: Annotated[list[Message], Meta(min_length=1)]
     tools: list[dict[str, Any]] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
-    parallel_tool_calls: bool | None = None
-
-
-class SupervisedLine(SampleBody, kw_only=True, forbid_unknown_fields=True):
-    """A line of a supervised JSONL file: a chat, or any other form of a sample."""
-
     parallel_tool_calls: bool | None = None
 
 
@@ -144,21 +151,20 @@ _GOT = re.compile(r"^Expected `(?P<expected>[^`]*)`, got `(?P<got>[^`]*)`$")
 _EXPECTED = re.compile(r"^Expected (?P<expected>.*)$", re.DOTALL)
 
 
-def decode(data: bytes, type: type[T]) -> T:
-    """The body as ``type``. Raises RequestError naming field, got and expected."""
+def decode(data: bytes, type: type[T], where: str = "") -> T:
+    """The JSON as ``type``. ``where`` prefixes the field in errors. Raises RequestError naming field, got and expected."""
     try:
         return msgspec.json.decode(data, type=type)
     except (msgspec.ValidationError, msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise schema_error(error, data) from error
+        raise schema_error(error, data, where) from error
 
 
-def schema_error(error: Exception, data: bytes) -> RequestError:
+def schema_error(error: Exception, data: bytes, where: str = "") -> RequestError:
     """msgspec's error as a RequestError, with field, got and expected taken from its message."""
     if not isinstance(error, msgspec.ValidationError):
-        text = f"body: got malformed JSON ({error}), expected a JSON object"
-        return RequestError(
-            text, field="body", got=repr(data[:40])[1:], expected="a JSON object", code="malformed_json"
-        )
+        field = where.rstrip(".") or "body"
+        text = f"{field}: got malformed JSON ({error}), expected a JSON object"
+        return RequestError(text, field=field, got=repr(data[:40])[1:], expected="a JSON object", code="malformed_json")
     match = _PATH.match(str(error))
     assert match is not None
     what, field = match["what"], (match["path"] or "$").removeprefix("$").removeprefix(".") or "body"
@@ -175,4 +181,5 @@ def schema_error(error: Exception, data: bytes) -> RequestError:
         got, expected = "nothing", "this field"
     elif some := _EXPECTED.match(what):
         got, expected = "another value", some["expected"]
+    field = f"{where}{field}" if field != "body" else where.rstrip(".") or "body"
     return RequestError(f"{field}: {what}", field=field, got=got, expected=expected, code="invalid_value")

@@ -6,9 +6,9 @@ from transformers import AutoTokenizer
 from apollo_tp.coordinator.jobs.job import Truncate
 from apollo_tp.coordinator.samples.conversation import Template
 from apollo_tp.coordinator.samples.intake import Intake, Limits
-from apollo_tp.coordinator.samples.schema import Message, SampleBody, SupervisedLine, TrainBody, decode
+from apollo_tp.coordinator.samples.schema import Message, SampleBody, TrainBody, decode
 from apollo_tp.errors import RequestError
-from tests.support.chat_model import CALLING, PROMPTED, THINKING_CALLS, TURNS, tool_round, write_model
+from tests.support.chat_model import CALLING, PROMPTED_CALLS, THINKING_CALLS, TURNS, tool_round, write_model
 from tests.support.served_model import renderer_of
 
 ANSWER = Message(role="assistant", content="x")
@@ -85,7 +85,7 @@ def test_arguments_that_are_no_object_are_refused(tmp_path, arguments):
         (SampleBody(text="x" * 500), "text"),
         (SampleBody(text="", append_eos=False), "text"),
         (SampleBody(text="x", tools=[{}]), "tools"),
-        (SampleBody(text="x", chat_template_kwargs={}), "chat_template_kwargs"),
+        (SampleBody(text="x", chat_template_kwargs={"a": 1}), "chat_template_kwargs"),
         (SampleBody(messages=[Message(role="assistant", content="x")], tools=[{}]), "tools[0]"),
         (
             SampleBody(messages=[Message(role="assistant", content="x")], tools=[{"function": {"name": 1}}]),
@@ -96,7 +96,7 @@ def test_arguments_that_are_no_object_are_refused(tmp_path, arguments):
             SampleBody(messages=[Message(role="assistant", content=[{"type": "thinking", "text": "x"}])]),
             "messages[0].content[0]",
         ),
-        (SampleBody(messages=[Message(role="assistant", refusal="no")]), "messages[0].content"),
+        (SampleBody(messages=[Message(role="assistant", refusal="no")]), "messages[0].refusal"),
         (
             SampleBody(messages=[Message(role="system", content="x-anthropic-billing-header: 1\nx"), ANSWER]),
             "messages[0].content",
@@ -129,7 +129,7 @@ def test_bad_samples_name_their_field(tmp_path, body, field):
 def test_no_depth_of_nesting_is_an_error_of_ours(tmp_path):
     """Each is taken or refused: an exception nobody foresaw would leave an OpenAI job in validation for ever."""
     limits = Limits(1000, 100_000)
-    intake = Intake(renderer_of(write_model(tmp_path / "model")), limits, Truncate.refuse)
+    intake = Intake(renderer_of(write_model(tmp_path / "model", CALLING)), limits, Truncate.refuse)
     line = (
         '{"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y", "tool_calls": '
         '[{"type": "function", "id": "a", "function": {"name": "f", "arguments": {"a": %s%s}}}]}]}'
@@ -137,13 +137,13 @@ def test_no_depth_of_nesting_is_an_error_of_ours(tmp_path):
     refused = 0
     for depth in range(900, 1100):
         try:
-            intake.sample(decode((line % ("[" * depth, "]" * depth)).encode(), SupervisedLine), "")
+            intake.sample(decode((line % ("[" * depth, "]" * depth)).encode(), SampleBody), "")
         except RequestError:
             refused += 1
     assert 0 < refused < 200
 
 
-@pytest.mark.parametrize("template", [THINKING_CALLS, PROMPTED], ids=["thinking", "prompted"])
+@pytest.mark.parametrize("template", [THINKING_CALLS, PROMPTED_CALLS], ids=["thinking", "prompted"])
 def test_a_conversation_that_does_not_show_its_turns_is_learned_turn_by_turn(tmp_path, template):
     """Each after the prompt that the server would have got, as transformers renders it, and up to its end."""
     folder = write_model(tmp_path, template)
@@ -167,13 +167,13 @@ def test_a_conversation_that_does_not_show_its_turns_is_learned_turn_by_turn(tmp
         intake.samples([body])  # a score is of one sequence
     simple = SampleBody(messages=[Message(**message) for message in TURNS[:2]])
     assert intake.sequences(simple, "") == [intake.sample(simple, "")]
-    assert intake.train_samples(TrainBody(samples=[simple, body])) == [
+    assert list(intake.train_samples(TrainBody(), [simple, body])) == [
         intake.sample(simple, ""),
         *intake.sequences(body, ""),
     ]
     both = SampleBody(messages=[body.messages[0], ANSWER, ANSWER])
     with pytest.raises(RequestError) as error:
-        intake.train_samples(TrainBody(samples=[simple, both, SampleBody(text="x", tools=[])]))
+        list(intake.train_samples(TrainBody(), [simple, both, SampleBody(text="x", tools=[{}])]))
     assert error.value.field == "samples[2].tools"
 
 

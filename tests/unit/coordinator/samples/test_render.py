@@ -84,13 +84,29 @@ def test_marks_agree_with_transformers_mask(tmp_path):
     assert [int(weight > 0) for weight in weights] == answer["assistant_masks"]
 
 
-def test_reasoning_that_the_template_drops_is_not_learned(tmp_path):
-    """Earlier turns lose their reasoning in the rendering; what is left of them is located exactly."""
-    renderer = renderer_of(write_model(tmp_path, THINKING))
+@pytest.mark.parametrize("field", ["content", "reasoning", "reasoning_content"])
+def test_turns_whose_reasoning_the_template_drops_later_are_learned_one_by_one(tmp_path, field):
+    """Earlier turns lose their reasoning in the rendering. Learned like that, they would teach to answer without it."""
+    template = THINKING.replace("{%- set reasoning = '' %}", "{%- set reasoning = m.reasoning_content or '' %}")
+    renderer = renderer_of(write_model(tmp_path, template))
     turns = [dict(turn) for turn in TURNS]
-    turns[1]["content"] = "<think>\nbecause\n</think>\n\nI am fine"
-    turns[3]["content"] = "<think>\nreason\n</think>\n\n42"
-    assert learned(renderer, turns)[0] == ["I am fine<|im_end|>", "<think>\nreason\n</think>\n\n42<|im_end|>"]
+    for turn, reasoning in ((turns[1], "because"), (turns[3], "reason")):
+        if field == "content":
+            turn["content"] = f"<think>\n{reasoning}\n</think>\n\n{turn['content'].strip()}"
+        else:
+            turn |= {field: reasoning, "content": turn["content"].strip()}
+    with pytest.raises(RequestError, match="message 1: the chat template does not show its reasoning"):
+        learned(renderer, turns)
+    body = SampleBody(messages=[Message(**turn) for turn in turns])
+    sequences = Intake(renderer, Limits(400, 400), Truncate.refuse).sequences(body, "")
+    texts = [
+        "".join(renderer.decode([token for token, weight in zip(s.token_ids, s.weights, strict=True) if weight]))
+        for s in sequences
+    ]
+    assert texts == [
+        "<think>\nbecause\n</think>\n\nI am fine, thanks.<|im_end|>",
+        "<think>\nreason\n</think>\n\nthe answer\nis 42.<|im_end|>",
+    ]
 
 
 def test_weights_per_message(tmp_path):
@@ -172,10 +188,10 @@ def test_a_turn_over_parts_that_later_messages_change_is_located(tmp_path):
     template = THINKING.replace("m.content", "(m.content | map(attribute='text') | join)")
     model = write_model(tmp_path / "m", THINKING)
     strings, parts = renderer_of(model), renderer_of(model, chat=ChatTemplate(text=template, parts=True))
-    turns = [TURNS[0], {"role": "assistant", "content": "<think>\nso\n</think>\n\nI am fine"}, *TURNS[2:]]
+    turns = [TURNS[0], {"role": "assistant", "content": "<think>\n</think>\n\nI am fine"}, *TURNS[2:]]
     assert learned(parts, turns) == learned(strings, turns)
     empty = [TURNS[0], {"role": "assistant", "content": []}, *TURNS[2:]]
-    with pytest.raises(RequestError, match="no text content"):
+    with pytest.raises(RequestError, match="an empty assistant message to learn"):
         learned(parts, empty)
 
 

@@ -1,0 +1,108 @@
+"""The ``samples`` of a request's body, decoded one after the other.
+
+Decoding a body at once takes up to forty times its size in memory and holds the GIL for seconds, during which no request is
+answered. So only the brackets and strings of the body are looked at first, and each sample is decoded when it is needed.
+"""
+
+from __future__ import annotations
+
+import re
+from array import array
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TypeVar
+
+from apollo_tp.coordinator.samples.forms import read_sample
+from apollo_tp.coordinator.samples.lines import MAX_SAMPLE_BYTES
+from apollo_tp.coordinator.samples.schema import SampleBody, ScoreOptions, TrainBody
+from apollo_tp.errors import refuse
+
+B = TypeVar("B", TrainBody, ScoreOptions)
+
+MAX_BRACKETS = 10_000_000
+"""In a body; a million samples with ten values each."""
+_STRUCTURE = re.compile(rb'"(?:[^"\\]++|\\.)*+"|[\[\]{}]', re.DOTALL)
+_COMMA = re.compile(rb"\s*+,\s*+")
+_SPACE = re.compile(rb"\s*+")
+_KEY_END = re.compile(rb"\s*+:\s*+")
+
+
+@dataclass(frozen=True)
+class Samples:
+    """The elements of the array ``samples`` in ``data``: ``bounds`` has where each begins and ends."""
+
+    data: bytes
+    bounds: array[int]
+
+    def __len__(self) -> int:
+        return len(self.bounds) // 2
+
+    def __iter__(self) -> Iterator[SampleBody]:
+        """Decode each sample. Raises RequestError naming it."""
+        for index in range(len(self)):
+            begin, end = self.bounds[2 * index], self.bounds[2 * index + 1]
+            yield read_sample(self.data[begin:end], SampleBody, f"samples[{index}].")
+
+
+def read_body(data: bytes, kind: type[B], max_samples: int) -> tuple[B, Samples | None]:
+    """The body without its ``samples``, and these; None if it has none. Raises RequestError."""
+    found = _find_samples(data, max_samples)
+    if found is None:
+        body = read_sample(data, kind)
+        if body.samples is not None:
+            raise refuse("samples", 'an array that cannot be found as the text "samples"', "this name without escapes")
+        return body, None
+    begin, end, bounds = found
+    if not bounds:
+        raise refuse("samples", "an empty array", "at least one sample")
+    return read_sample(data[:begin] + b"null" + data[end:], kind), Samples(data, bounds)
+
+
+def _find_samples(data: bytes, max_samples: int) -> tuple[int, int, array[int]] | None:
+    """Where the array begins and ends, and its elements; None if the body has none that is well-formed."""
+    depth, begin, element, bounds = 0, -1, 0, array("Q")
+    key_end, end = -1, -1
+    for count, match in enumerate(_STRUCTURE.finditer(data)):
+        if count > MAX_BRACKETS:
+            raise refuse("body", f"more than {MAX_BRACKETS} values", "fewer; send files or several requests")
+        token = data[match.start()]
+        if token == ord('"'):
+            if depth == 1 and match[0] == b'"samples"' and (colon := _KEY_END.match(data, match.end())):
+                key_end = colon.end()
+        elif token in b"[{":
+            depth += 1
+            if depth == 2 and match.start() == key_end:
+                if begin >= 0:
+                    raise refuse("samples", "it twice", "it once")
+                begin = match.start()
+            elif depth == 3 and begin >= 0 and end < 0:
+                element = match.start()
+                _check_gap(data, bounds, begin, element)
+        else:
+            depth -= 1
+            if depth == 2 and begin >= 0 and end < 0:
+                bounds.extend((element, match.end()))
+                _check_element(bounds, max_samples)
+            elif depth == 1 and begin >= 0 and end < 0:
+                end = match.end()
+                _check_gap(data, bounds, begin, end - 1)
+    return (begin, end, bounds) if end >= 0 and data[begin] == ord("[") else None
+
+
+def _check_gap(data: bytes, bounds: array[int], begin: int, here: int) -> None:
+    """Raise RequestError unless nothing but a comma is between the last element of the array and ``here``."""
+    last = bounds[-1] if bounds else begin + 1
+    closing = data[here] in b"]}"
+    pattern = _SPACE if closing or not bounds else _COMMA
+    if not pattern.fullmatch(data, last, here):
+        got = repr(data[last:here][:80])[1:]
+        raise refuse(f"samples[{len(bounds) // 2}]", got, "objects with commas between them", code="malformed_json")
+
+
+def _check_element(bounds: array[int], max_samples: int) -> None:
+    index, size = len(bounds) // 2 - 1, bounds[-1] - bounds[-2]
+    if size > MAX_SAMPLE_BYTES:
+        got, expected = f"more than {MAX_SAMPLE_BYTES} bytes", f"at most {MAX_SAMPLE_BYTES} bytes in one sample"
+        raise refuse(f"samples[{index}]", got, expected, status=413, code="sample_too_large")
+    if index >= max_samples:
+        raise refuse("samples", f"more than {max_samples} samples", f"at most {max_samples}; send several requests")

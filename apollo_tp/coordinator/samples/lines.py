@@ -1,0 +1,87 @@
+"""The lines of a file of samples: one JSON object each, in UTF-8. Files of another kind are named for what they are."""
+
+from __future__ import annotations
+
+import codecs
+import json
+from collections.abc import Iterator
+from typing import IO
+
+from apollo_tp.errors import refuse
+
+MAX_SAMPLE_BYTES = 4 * 2**20
+EXPECTED = "JSON Lines: one JSON object per line, in UTF-8"
+_BEGINNINGS = {
+    b"\x1f\x8b": "a gzip archive", b"PK\x03\x04": "a zip archive", b"\x28\xb5\x2f\xfd": "a zstd archive",
+    b"BZh": "a bzip2 archive", b"\xfd7zXZ": "an xz archive", b"PAR1": "a Parquet file", b"ARROW1": "an Arrow file",
+    b"SQLite format 3": "an SQLite database", b"%PDF": "a PDF file", b"\xff\xfe\0\0": "UTF-32 text",
+    b"\0\0\xfe\xff": "UTF-32 text", b"\xff\xfe": "UTF-16 text", b"\xfe\xff": "UTF-16 text", b"{\0": "UTF-16 text",
+    b"\0{": "UTF-16 text",
+}  # fmt: skip
+
+
+def numbered_lines(file: IO[bytes]) -> Iterator[tuple[int, bytes]]:
+    """The lines that are not blank with their numbers, from 1 on, without a byte order mark.
+
+    Raises RequestError, naming the kind of the file, if it is no file of lines of JSON, and for a line of more than
+    MAX_SAMPLE_BYTES.
+    """
+    number, first = 0, True
+    while line := file.readline(MAX_SAMPLE_BYTES + 1):
+        number += 1
+        if number == 1:
+            _check_beginning(line)
+            line = line.removeprefix(codecs.BOM_UTF8)
+        if len(line) > MAX_SAMPLE_BYTES:
+            got = f"a line of more than {MAX_SAMPLE_BYTES} bytes"
+            raise refuse(f"line {number}", got, f"{EXPECTED}, each of at most {MAX_SAMPLE_BYTES} bytes")
+        if not line.strip(b" \t\r\n\x1a"):  # Ctrl-Z ended files of old systems
+            continue
+        if first:
+            _check_first(line, number)
+            first = False
+        yield number, line
+
+
+def _check_beginning(line: bytes) -> None:
+    kind = next((kind for begin, kind in _BEGINNINGS.items() if line.startswith(begin)), None)
+    if kind:
+        raise refuse("line 1", kind, EXPECTED + (", unpacked" if "archive" in kind else ""))
+
+
+def _check_first(line: bytes, number: int) -> None:
+    """Refuse a first line that shows a text of another format."""
+    text = line.strip()
+    where = f"line {number}"
+    if text.startswith(b"["):
+        raise refuse(where, "a JSON array", f"{EXPECTED}, without the brackets and the commas between the objects")
+    if text == b"{" or (text.startswith(b"{") and _is_incomplete(text)):
+        raise refuse(where, "an object over several lines (pretty-printed JSON)", EXPECTED)
+    if not text.startswith(b"{") and (b"," in text or b"\t" in text) and not text.startswith(b'"{'):
+        raise refuse(where, f"what may be a CSV file ({text[:40]!r})"[:120], EXPECTED)
+
+
+def _is_incomplete(text: bytes) -> bool:
+    """Whether the text is valid JSON up to its end, where more should follow."""
+    try:
+        json.loads(text)
+    except json.JSONDecodeError as error:
+        return error.pos >= len(error.doc.rstrip()) and text.endswith((b",", b"{", b"["))
+    except (ValueError, RecursionError):
+        pass
+    return False
+
+
+def malformed(line: bytes) -> str:
+    """What is wrong with a line that is not JSON, where it is a known mistake; else an empty string."""
+    try:
+        text = line.decode().strip()
+    except UnicodeDecodeError as error:
+        return f"a byte that is not UTF-8 ({line[error.start]:#04x}, byte {error.start + 1} of the line)"
+    if text.endswith("},"):
+        return "a comma after the object"
+    if text.startswith("{'"):
+        return "an object of Python with single quotes"
+    if "}\r{" in text or "} {" in text or "}{" in text:
+        return "more than one object in a line"
+    return ""
