@@ -17,6 +17,8 @@ from apollo_tp.wire.commands import Sample
 
 MAX_CUT_FACTOR = 16
 """Texts and conversations longer than this many sequences are refused, not truncated."""
+MAX_SPLIT_TOKENS = 2**20
+"""Tokens of all sequences that one conversation may become."""
 FORMS = {
     "context_ids + continuation_ids": ("context_ids", "continuation_ids"), "messages": ("messages",),
     "prompt + completion": ("prompt", "completion"), "text": ("text",),
@@ -68,7 +70,15 @@ class Intake:
             turns = [i for i, m in enumerate(messages) if m.role == "assistant" and m.weight != 0]
             if error.code != UNSUPPORTED_TEMPLATE or turns in ([], [len(messages) - 1]):
                 raise
-        return [self.sample(msgspec.structs.replace(body, messages=_up_to(messages, i)), where) for i in turns]
+        found: list[Sample] = []
+        for index in turns:
+            found.append(self.sample(msgspec.structs.replace(body, messages=_up_to(messages, index)), where))
+            if sum(len(sample.token_ids) for sample in found) > MAX_SPLIT_TOKENS:
+                raise refuse(
+                    f"{where}messages", f"{len(turns)} turns, each of which needs a sequence of its own with all before it",
+                    f"at most {MAX_SPLIT_TOKENS} tokens in all of these: send the conversation in parts",
+                )  # fmt: skip
+        return found
 
     def sample(self, body: SampleBody, where: str) -> Sample:
         """Validate and tokenise one sample; ``where`` prefixes the field in errors. Raises RequestError."""

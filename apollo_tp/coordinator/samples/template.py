@@ -104,9 +104,9 @@ def with_mark(message: dict[str, Any]) -> dict[str, Any] | None:
     either."""
     content = message["content"]
     if content and isinstance(content, str):
-        return message | {"content": content.rstrip() + MARK}
+        return message | {"content": _with_mark_at_end(content)}
     if content:
-        return message | {"content": [*content[:-1], content[-1] | {"text": content[-1]["text"].rstrip() + MARK}]}
+        return message | {"content": [*content[:-1], content[-1] | {"text": _with_mark_at_end(content[-1]["text"])}]}
     if not message.get("tool_calls"):
         return None
     *calls, last = message["tool_calls"]
@@ -114,8 +114,14 @@ def with_mark(message: dict[str, Any]) -> dict[str, Any] | None:
     return message | {"tool_calls": [*calls, last | {"function": function}]}
 
 
+def _with_mark_at_end(text: str) -> str:
+    """White space stays behind the mark, since templates remove it at the end."""
+    end = len(text.rstrip())
+    return text[:end] + MARK + text[end:]
+
+
 def between_marks(message: dict[str, Any]) -> dict[str, Any]:
-    """The message with a mark before and after its content; white space stays outside, since templates remove it there."""
+    """The message with a mark before and after its content; white space stays outside."""
     content = message["content"]
     if isinstance(content, str):
         text = content.strip()

@@ -157,7 +157,7 @@ def test_a_turn_ends_before_a_generation_prompt_that_nobody_asked_for(tmp_path, 
     intake = intake_of(tmp_path, template)
     assert [text.strip() for text in learned(intake, body(*TURNS[:2]))] == [f"I am fine, thanks.{end}"]
     last = [text.strip() for text in learned(intake, body(*TURNS))][-1]
-    assert last.endswith(f"the answer\nis 42.{end}") or last.endswith(f"the answer\nis 42. {end}")
+    assert last.endswith((f"the answer\nis 42.{end}", f"the answer\nis 42. {end}"))
     echo = [QUESTION | {"content": "[/INST]"}, {"role": "assistant", "content": "[/INST]"}]
     assert [text.strip() for text in learned(intake, body(*echo))] == [f"[/INST]{end}"]
 
@@ -199,7 +199,7 @@ def test_reasoning_that_the_template_always_drops_is_learned_as_it_is_generated(
     if begun:
         with pytest.raises(RequestError, match=r"beginning with '<think>\\n'"):
             intake.sequences(body(turns[0], {"role": "assistant", "content": "b"}), "")
-    with pytest.raises(RequestError, match="generation prompt|does not show its reasoning"):
+    with pytest.raises(RequestError, match=r"generation prompt|does not show its reasoning"):
         intake.sequences(body(turns[0], {"role": "assistant", "content": "b", "reasoning": "so"}), "")
 
 
@@ -237,7 +237,7 @@ def test_fields_of_content_parts(tmp_path):
 
 LONG = {
     "chatml": (CHATML, TURNS[:2]),
-    "thinking": (THINKING, TURNS[:2]),
+    "thinking": (THINKING, [TURNS[0], TURNS[1] | {"content": "x "}]),
     "marked": (MARKED, TURNS[:2]),
     "inst": (INST, TURNS),
     "calls": (CALLING.replace("'\n' + m.content", "'\n' + (m.content or '')"), tool_round(*TURNS[2:])),
@@ -255,7 +255,7 @@ def test_long_conversations_take_linear_time(tmp_path, name, monkeypatch):
     def learn(rounds):
         count.clear()
         start = time.monotonic()
-        many = [m | {"content": f"{m['content'] or ''} {n}"} for n in range(rounds) for m in messages]
+        many = [m | {"content": f"{n} {m['content'] or ''}"} for n in range(rounds) for m in messages]
         sequences = intake.sequences(body(*many), "")
         return sequences, sum(count) / len(many), time.monotonic() - start
 
@@ -268,3 +268,13 @@ def test_long_conversations_take_linear_time(tmp_path, name, monkeypatch):
     (_,), many, seconds = learn(800)
     assert many < 1.5 * few + 5
     assert seconds < 30  # 800 turns or more
+
+
+def test_a_long_conversation_that_needs_a_sequence_for_each_turn_is_refused(tmp_path):
+    """All of them together have a number of tokens that is quadratic in its length."""
+    intake = intake_of(tmp_path, DROPPING_ALWAYS, tokens=10**6)
+    answer = {"role": "assistant", "content": "<think>\n" + "so " * 400 + "</think>" + "b " * 2000}
+    start = time.monotonic()
+    with pytest.raises(RequestError, match="50 turns, each of which needs a sequence of its own"):
+        intake.sequences(body(*[TURNS[0], answer] * 50), "")
+    assert time.monotonic() - start < 60
