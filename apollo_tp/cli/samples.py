@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import codecs
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +10,8 @@ from pathlib import Path
 import msgspec
 
 from apollo_tp.cli.answers import RefusedError
+from apollo_tp.coordinator.samples.lines import EXPECTED, malformed, numbered_lines
+from apollo_tp.errors import RequestError
 
 
 class SampleFile:
@@ -25,12 +26,13 @@ class SampleFile:
         self._line_numbers: list[int] = []
         # standard input by its number: sys.stdin is None if the shell closed it
         with open(0 if str(path) == "-" else path, "rb", closefd=str(path) != "-") as lines:
-            for number, line in enumerate(lines, 1):
-                content = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
-                if content.strip():
-                    self._check(content, number)
-                    self.samples.append(msgspec.Raw(content))
+            try:
+                for number, line in numbered_lines(lines):
+                    self._check(line, number)
+                    self.samples.append(msgspec.Raw(line))
                     self._line_numbers.append(number)
+            except RequestError as error:
+                raise RefusedError(f"{self._name}, {error}") from error
         if not self.samples:
             raise RefusedError(f"{self._name}, line 1: got no samples, expected one JSON object per line")
 
@@ -42,10 +44,11 @@ class SampleFile:
         except msgspec.ValidationError as error:
             got = f"a wrong value ({error})"
         except ValueError as error:
-            got = f"malformed JSON ({str(error).removeprefix('JSON is malformed: ')})"
+            known = malformed(content)
+            got = f"malformed JSON ({str(error).removeprefix('JSON is malformed: ')}{'; ' * bool(known)}{known})"
         except RecursionError:
             got = "too deeply nested JSON"
-        raise RefusedError(f"{self._name}, line {number}: got {got}, expected one object in UTF-8")
+        raise RefusedError(f"{self._name}, line {number}: got {got}, expected {EXPECTED}")
 
     @contextmanager
     def located(self) -> Iterator[None]:

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from apollo_tp.coordinator.samples.lines import EXPECTED, malformed
-from apollo_tp.coordinator.samples.schema import Message, Preference, PreferenceLine, SampleBody, decode, schema_error
+from apollo_tp.coordinator.samples.schema import Message, Preference, PreferenceLine, SampleBody, schema_error
 from apollo_tp.errors import RequestError, refuse
 
 T = TypeVar("T", bound=msgspec.Struct)
@@ -58,9 +58,12 @@ def read_line(line: bytes, kind: type[T]) -> T:
 
 
 def _read_other(data: bytes, kind: type[T], where: str, first: Exception) -> T:
-    value = decode(data, object, where)
+    try:
+        value = msgspec.json.decode(data)
+    except (msgspec.MsgspecError, RecursionError):  # a number that is too large, or too many brackets
+        raise schema_error(first, data, where) from first
     if not isinstance(value, dict):
-        raise schema_error(first, data, where)
+        raise schema_error(first, data, where) from first
     value = _without_absent(value, kind)
     try:
         if issubclass(kind, SampleBody):

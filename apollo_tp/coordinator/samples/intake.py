@@ -146,7 +146,7 @@ class Intake:
         for index, message in enumerate(chat.messages):
             if message.role == "assistant":
                 weights.append(1.0 if message.weight is None else message.weight)
-            elif message.weight is not None:
+            elif message.weight:
                 raise refuse(
                     f"messages[{index}].weight", f"a weight on role {message.role!r}", "a weight only on assistant"
                 )

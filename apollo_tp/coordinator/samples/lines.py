@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import codecs
 import json
+import re
 from collections.abc import Iterator
 from typing import IO
 
 from apollo_tp.errors import refuse
 
 MAX_SAMPLE_BYTES = 4 * 2**20
-EXPECTED = "JSON Lines: one JSON object per line, in UTF-8"
+EXPECTED = "one object in UTF-8 per line (JSON Lines)"
 _BEGINNINGS = {
     b"\x1f\x8b": "a gzip archive", b"PK\x03\x04": "a zip archive", b"\x28\xb5\x2f\xfd": "a zstd archive",
     b"BZh": "a bzip2 archive", b"\xfd7zXZ": "an xz archive", b"PAR1": "a Parquet file", b"ARROW1": "an Arrow file",
@@ -35,7 +36,7 @@ def numbered_lines(file: IO[bytes]) -> Iterator[tuple[int, bytes]]:
         if len(line) > MAX_SAMPLE_BYTES:
             got = f"a line of more than {MAX_SAMPLE_BYTES} bytes"
             raise refuse(f"line {number}", got, f"{EXPECTED}, each of at most {MAX_SAMPLE_BYTES} bytes")
-        if not line.strip(b" \t\r\n\x1a"):  # Ctrl-Z ended files of old systems
+        if not line.strip():
             continue
         if first:
             _check_first(line, number)
@@ -78,6 +79,10 @@ def malformed(line: bytes) -> str:
         text = line.decode().strip()
     except UnicodeDecodeError as error:
         return f"a byte that is not UTF-8 ({line[error.start]:#04x}, byte {error.start + 1} of the line)"
+    if text == "\x1a":
+        return "the end-of-file character of DOS (Ctrl-Z)"
+    if re.search(r"[:,\[]\s*-?(NaN|Infinity)\b", text):
+        return "NaN or Infinity, which JSON does not have"
     if text.endswith("},"):
         return "a comma after the object"
     if text.startswith("{'"):
