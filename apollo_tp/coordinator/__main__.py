@@ -48,7 +48,7 @@ def main() -> int:
     parser.add_argument("--config", type=Path, required=True, help="settings file written by apollo_tp.launch")
     set_up_logging()
     # 50 clients are answered between two slices of a thread that renders samples
-    sys.setswitchinterval(0.001)
+    sys.setswitchinterval(0.0002)
     try:
         asyncio.run(serve(load(parser.parse_args().config)))
     except ApolloTpError as error:

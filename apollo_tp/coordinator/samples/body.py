@@ -15,13 +15,13 @@ from typing import TypeVar
 from apollo_tp.coordinator.samples.forms import read_sample
 from apollo_tp.coordinator.samples.lines import MAX_SAMPLE_BYTES
 from apollo_tp.coordinator.samples.schema import SampleBody, ScoreOptions, TrainBody
-from apollo_tp.errors import refuse
+from apollo_tp.errors import RequestError, refuse
 
 B = TypeVar("B", TrainBody, ScoreOptions)
 
-MAX_BRACKETS = 10_000_000
-"""In a body; a million samples with ten values each."""
-_STRUCTURE = re.compile(rb'"(?:[^"\\]++|\\.)*+"|[\[\]{}]', re.DOTALL)
+MAX_VALUES = 10_000_000
+"""Strings, arrays and objects in a body."""
+_STRUCTURE = re.compile(rb'["\[\]{}]')
 _COMMA = re.compile(rb"\s*+,\s*+")
 _SPACE = re.compile(rb"\s*+")
 _KEY_END = re.compile(rb"\s*+:\s*+")
@@ -47,6 +47,9 @@ class Samples:
 def read_body(data: bytes, kind: type[B], max_samples: int) -> tuple[B, Samples | None]:
     """The body without its ``samples``, and these; None if it has none. Raises RequestError."""
     found = _find_samples(data, max_samples)
+    rest = len(data) if found is None else len(data) - (found[1] - found[0])
+    if rest > MAX_SAMPLE_BYTES:
+        raise _too_large("body")
     if found is None:
         body = read_sample(data, kind)
         if body.samples is not None:
@@ -62,31 +65,54 @@ def _find_samples(data: bytes, max_samples: int) -> tuple[int, int, array[int]] 
     """Where the array begins and ends, and its elements; None if the body has none that is well-formed."""
     depth, begin, element, bounds = 0, -1, 0, array("Q")
     key_end, end = -1, -1
-    for count, match in enumerate(_STRUCTURE.finditer(data)):
-        if count > MAX_BRACKETS:
-            raise refuse("body", f"more than {MAX_BRACKETS} values", "fewer; send files or several requests")
-        token = data[match.start()]
+    for token, at, after in _structure(data):
         if token == ord('"'):
-            if depth == 1 and match[0] == b'"samples"' and (colon := _KEY_END.match(data, match.end())):
+            if depth == 1 and data[at:after] == b'"samples"' and (colon := _KEY_END.match(data, after)):
                 key_end = colon.end()
         elif token in b"[{":
             depth += 1
-            if depth == 2 and match.start() == key_end:
+            if depth == 2 and at == key_end and token == ord("["):
                 if begin >= 0:
                     raise refuse("samples", "it twice", "it once")
-                begin = match.start()
+                begin = at
             elif depth == 3 and begin >= 0 and end < 0:
-                element = match.start()
+                element = at
                 _check_gap(data, bounds, begin, element)
         else:
             depth -= 1
             if depth == 2 and begin >= 0 and end < 0:
-                bounds.extend((element, match.end()))
+                bounds.extend((element, after))
                 _check_element(bounds, max_samples)
             elif depth == 1 and begin >= 0 and end < 0:
-                end = match.end()
-                _check_gap(data, bounds, begin, end - 1)
-    return (begin, end, bounds) if end >= 0 and data[begin] == ord("[") else None
+                end = after
+                _check_gap(data, bounds, begin, at)
+    return (begin, end, bounds) if end >= 0 else None
+
+
+def _structure(data: bytes) -> Iterator[tuple[int, int, int]]:
+    """Each bracket and string: its first byte, where it begins, and where it ends. A string without end is the last."""
+    after, count = 0, 0
+    while match := _STRUCTURE.search(data, after):
+        at, after = match.span()
+        if data[at] == ord('"'):
+            # not by a regular expression, which would hold the GIL for the whole string
+            after = data.find(b'"', after) + 1
+            while after and _is_escaped(data, after - 1):
+                if after - at > MAX_SAMPLE_BYTES:
+                    raise _too_large("body")
+                after = data.find(b'"', after) + 1
+            if not after:
+                return
+        yield data[at], at, after
+        if (count := count + 1) > MAX_VALUES:
+            raise refuse("body", f"more than {MAX_VALUES} values", "fewer; send files or several requests")
+
+
+def _is_escaped(data: bytes, at: int) -> bool:
+    before = at
+    while data[before - 1] == ord("\\"):
+        before -= 1
+    return (at - before) % 2 == 1
 
 
 def _check_gap(data: bytes, bounds: array[int], begin: int, here: int) -> None:
@@ -102,7 +128,11 @@ def _check_gap(data: bytes, bounds: array[int], begin: int, here: int) -> None:
 def _check_element(bounds: array[int], max_samples: int) -> None:
     index, size = len(bounds) // 2 - 1, bounds[-1] - bounds[-2]
     if size > MAX_SAMPLE_BYTES:
-        got, expected = f"more than {MAX_SAMPLE_BYTES} bytes", f"at most {MAX_SAMPLE_BYTES} bytes in one sample"
-        raise refuse(f"samples[{index}]", got, expected, status=413, code="sample_too_large")
+        raise _too_large(f"samples[{index}]")
     if index >= max_samples:
         raise refuse("samples", f"more than {max_samples} samples", f"at most {max_samples}; send several requests")
+
+
+def _too_large(field: str) -> RequestError:
+    expected = f"at most {MAX_SAMPLE_BYTES} bytes in one sample"
+    return refuse(field, f"more than {MAX_SAMPLE_BYTES} bytes", expected, status=413, code="sample_too_large")

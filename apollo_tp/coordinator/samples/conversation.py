@@ -66,7 +66,7 @@ class Conversation:
         if MARK in json.dumps([self._messages, self._variables], ensure_ascii=False):
             raise refuse("messages", "apollo_tp's own mark in them", "messages without it")
         self.text = self._render(self._messages)
-        marked = template.render(self._messages, self._variables, marks=True)
+        marked = template.render(self._messages, self._variables, marks=True) if template.has_marks else ""
         self.marked = MARK in marked
         """Whether the template itself marks what the model generates."""
         self._marked_turns = self._spans_between_marks(marked) if self.marked else []
@@ -133,13 +133,14 @@ class Conversation:
         return self._render(self._messages[:-1], prompt=True)
 
     def _turn(self, index: int) -> Span:
-        head = self._render(self._messages[:index], prompt=True)
+        last = index == len(self._messages) - 1
+        head = self._prompt_of_last if last else self._render(self._messages[:index], prompt=True)
         if not self.text.startswith(head):
             raise unsupported(
                 f"message {index}: its generation prompt is not how the whole conversation begins; send the conversation up "
                 "to each assistant message as a sample of its own, with weight 0 for the assistant messages before it"
             )
-        prefix = self._render(self._messages[: index + 1])
+        prefix = self.text if last else self._render(self._messages[: index + 1])
         return len(head), len(prefix) if self.text.startswith(prefix) else self._marked_end(index)
 
     def _marked_end(self, index: int) -> int:

@@ -26,6 +26,17 @@ ACCEPTED = (
     "messages; prompt + completion; text; context_ids + continuation_ids; ShareGPT's conversations; Alpaca's instruction + "
     "output; or TRL's prompt + completion of messages"
 )
+OTHER_FORMS = (
+    "context_ids",
+    "continuation_ids",
+    "prompt",
+    "completion",
+    "text",
+    "conversations",
+    "conversation",
+    "instruction",
+)
+"""Fields of a sample that is no ``messages``."""
 INSTEAD = {
     "functions": "tools, each {'type': 'function', 'function': {...}}",
     "input": "it only in files for method 'dpo'", "preferred_output": "it only in files for method 'dpo'",
@@ -86,7 +97,7 @@ def _without_absent(value: Json, kind: type[msgspec.Struct]) -> Json:
         for name, field in value.items()
         if field is not None and (name in known or field not in ("", [], {}))
     }
-    if present.get("messages") == [] and len(present.keys() & known) > 1:
+    if present.get("messages") == [] and any(present.get(name) for name in OTHER_FORMS):
         del present["messages"]
     for name in ("messages", "preferred_output", "non_preferred_output"):
         if isinstance(present.get(name), list):

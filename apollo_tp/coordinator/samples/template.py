@@ -77,6 +77,8 @@ class Template:
     def __init__(self, template: ChatTemplate) -> None:
         self.parts = template.parts
         self._text = template.text
+        self.has_marks = "generation" in template.text.replace("add_generation_prompt", "")
+        """Whether it may have {% generation %} blocks."""
         self._plain = _compile(template.text, _GenerationTag)
         self._marking = _compile(template.text, _MarkingTag)
 

@@ -188,6 +188,6 @@ def test_the_length_of_a_conversation_is_checked_first(tmp_path, monkeypatch):
         with pytest.raises(RequestError) as error:
             intake.sample(body, "")
         assert error.value.code == "sequence_too_long"
-    assert len(renderings) == 4
+    assert len(renderings) == 2
     body = SampleBody(messages=[Message(**turn) for turn in TURNS * 10])
     assert len(intake.sample(body, "").token_ids) == 64
