@@ -1,4 +1,4 @@
-# The verbs. `make setup` is part of all of them; it makes .venv and touches nothing else on the machine.
+# `make setup` is part of all targets but test-gpu and clean; it makes .venv and touches nothing else on the machine.
 VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
