@@ -50,7 +50,7 @@ from apollo_tp.config import OptimConfig, Precision
 from apollo_tp.optim import OptimParameter, build_optimizer
 from apollo_tp.shards.placement import place
 
-LOW_MEMORY = ("train.gradients=fused", "optim.max_grad_norm=null", "train.gradient_checkpointing=true")
+LOW_MEMORY = ("train.gradients=in_backward", "optim.max_grad_norm=null", "train.gradient_checkpointing=true")
 """Gradients are freed in the backward pass (which rules out clipping), activations computed again: what lets 27B fit."""
 NO_REMAINDER = "train.precision=stochastic"
 """The remainders of 27B take another 13 GB on each of two GPUs, which may be too much of 80."""

@@ -152,7 +152,7 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, help="tokens of a step, in one sequence (default 4096; tiny 64)")
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--precision", type=Precision, choices=list(Precision), default=Precision.remainder)
-    parser.add_argument("--gradients", choices=["stored", "fused"], default="stored", help="fused also stops clipping")
+    parser.add_argument("--gradients", choices=["stored", "in_backward"], default="stored", help="in_backward also stops clipping")
     parser.add_argument("--recompute", action="store_true")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument(
@@ -205,9 +205,9 @@ def run(config: PretrainedConfig, tokens: int, device: str, tp: TPGroup, options
     shards, fused_tensors = served_memory(config, device, tp)
     weights = torch.cuda.memory_allocated() if device == "cuda" else 0
     train = TrainConfig(max_micro_batch_tokens=tokens, max_sequence_tokens=tokens, precision=options.precision)
-    fused = options.gradients == "fused"
+    in_backward = options.gradients == "in_backward"
     optim = OptimConfig(
-        lr=1e-6, max_grad_norm=None if fused else 1.0, max_relative_update=1e9, check_replicas_every=0,
+        lr=1e-6, max_grad_norm=None if in_backward else 1.0, max_relative_update=1e9, check_replicas_every=0,
     )  # fmt: skip
     compiled = CompileOptions(not options.keep_activations, options.same_kernels, options.join_residuals)
     model = bind_model(

@@ -236,7 +236,7 @@ class Optimizer:
         """
         if self.config.max_grad_norm is not None:
             raise ConfigError(
-                f"optim.max_grad_norm: got {self.config.max_grad_norm}, expected null with train.gradients=fused, since "
+                f"optim.max_grad_norm: got {self.config.max_grad_norm}, expected null with train.gradients=in_backward, since "
                 "the norm of the whole gradient is not known before the first matrix is written"
             )
         if self.in_backward is None:

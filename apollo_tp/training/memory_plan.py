@@ -138,7 +138,7 @@ def _cures(lower: str, *, recomputes: bool, in_backward: bool) -> str:
     cures = [
         lower,
         "" if recomputes else "set train.gradient_checkpointing=true",
-        "" if in_backward else "set train.gradients=fused optim.max_grad_norm=null",
+        "" if in_backward else "set train.gradients=in_backward optim.max_grad_norm=null",
         "start vLLM with a smaller --gpu-memory-utilization or --kv-cache-memory-bytes",
     ]
     return ", ".join(filter(None, cures)) + ", or end what else uses the GPU"

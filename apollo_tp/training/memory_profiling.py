@@ -89,7 +89,7 @@ class _MemoryProfiler:
     def __init__(self, trainer: Trainer, meter: Meter, max_sequence_tokens: int) -> None:
         self.trainer, self.meter, self.max_sequence_tokens = trainer, meter, max_sequence_tokens
         self.model, self.optimizer, self.tp = trainer.model, trainer.optimizer, trainer.tp
-        self.in_backward = trainer.gradients is GradientMode.fused
+        self.in_backward = trainer.gradients is GradientMode.in_backward
         self.device = trainer.device
         self.vocab_size = self.model.module.config.get_text_config().vocab_size
         trained = {id(p.leaf): p.leaf for p in self.model.parameters if p.leaf.requires_grad}

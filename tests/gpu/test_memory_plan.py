@@ -64,7 +64,7 @@ def make_trainer(mode: GradientMode, *, recompute: bool, max_tokens: int) -> Tra
             tensor.normal_(0, 0.02) if len(shape) > 1 else tensor.fill_(1),
         )
     model = bind_model(CONFIG, shards, tp, gradient_checkpointing=recompute)
-    clip = None if mode is GradientMode.fused else 1.0
+    clip = None if mode is GradientMode.in_backward else 1.0
     optim = OptimConfig(lr=1e-6, max_grad_norm=clip, max_relative_update=1e9)
     optimizer = build_optimizer(optim, Precision.remainder, model.parameters, tp)
     return Trainer(model, optimizer, tp, device=device, max_micro_batch_tokens=max_tokens, gradients=mode)
@@ -81,7 +81,7 @@ def values(trainer: Trainer) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
-@pytest.mark.parametrize("mode", [GradientMode.stored, GradientMode.fused], ids=["stored", "fused"])
+@pytest.mark.parametrize("mode", [GradientMode.stored, GradientMode.in_backward], ids=["stored", "in_backward"])
 @pytest.mark.parametrize("max_tokens", [1024, 8192, 32768])
 def test_the_planned_peak_is_that_of_a_real_step(max_tokens: int, mode: GradientMode, recompute: bool) -> None:
     """Within MARGIN below (what is asked for on top) and twice that above. The plan runs at most 2048 tokens unless it finds
@@ -93,7 +93,7 @@ def test_the_planned_peak_is_that_of_a_real_step(max_tokens: int, mode: Gradient
     del before
     base = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    micro_batches = 1 if mode is GradientMode.fused else 2
+    micro_batches = 1 if mode is GradientMode.in_backward else 2
     result = trainer.step(samples(micro_batches * max_tokens // SEQUENCE, SEQUENCE))
     assert (result.num_micro_batches, result.gradients) == (micro_batches, mode.value)
     assert result.skipped == ""

@@ -229,7 +229,7 @@ def test_nothing_is_written_from_a_collective_that_never_happened(path: str, siz
         run_ranks(on_all_ranks, size, config, updates_in_backward, deadline_seconds=250)
     ):
         assert not wrong, f"rank {rank}: {len(wrong)}, such as {wrong[:3]}"
-        assert num_calls >= {"adamw": 4, "mini": 6, "fused": 12}.get(path, 6)
+        assert num_calls >= {"adamw": 4, "mini": 6, "in_backward": 12}.get(path, 6)
 
 
 @pytest.mark.parametrize("path", PATHS)
