@@ -57,7 +57,7 @@ class GradientMode(Enum):
     auto = "auto"
     stored = "stored"
     in_backward = "in_backward"
-    fused = "in_backward"  # the name of earlier releases
+    fused = "in_backward"  # noqa: PIE796 - an alias: the name of earlier releases
 
 
 class Projection(Enum):
@@ -134,7 +134,9 @@ class TrainConfig:
     max_micro_batch_tokens: int = option(2048, "tokens packed into one micro-batch")
     max_sequence_tokens: int = option(2048, "longest accepted sequence")
     gradient_checkpointing: bool = option(False, "recompute activations in the backward pass")
-    gradients: GradientMode = option(GradientMode.auto, "in_backward (update in the backward pass) | stored | auto (by step)")
+    gradients: GradientMode = option(
+        GradientMode.auto, "in_backward (update in the backward pass) | stored | auto (by step)"
+    )
     compile: bool | None = option(None, "compile decoder layers with torch.compile; null: on GPUs only")
     peer_memory: bool = option(True, "two GPUs with access to each other sum through their memory; false: NCCL")
     cuda_graphs: bool = option(True, "record steps of one batch structure and replay them, where GPU memory allows")

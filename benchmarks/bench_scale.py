@@ -47,7 +47,7 @@ from server_stack import (
 from transformers import Qwen3_5Config, Qwen3Config
 
 from apollo_tp.config import OptimConfig, Precision
-from apollo_tp.optim import OptimParameter, build_optimizer
+from apollo_tp.optim import Optimizer, OptimParameter
 from apollo_tp.shards.placement import place
 
 LOW_MEMORY = ("train.gradients=in_backward", "optim.max_grad_norm=null", "train.gradient_checkpointing=true")
@@ -160,7 +160,7 @@ def state_parts(served: Served, overrides: list[str]) -> dict[str, int]:
         role = "embedding" if embedding else "matrix" if len(shard.global_shape) == 2 else "other"
         parameters.append(OptimParameter(shard, tensor, role))
     precision = Precision(chosen.get("train.precision", Precision.remainder.value))
-    optimizer = build_optimizer(config, precision, parameters, LocalGroup(0, len(manifests)))
+    optimizer = Optimizer(config, precision, parameters, LocalGroup(0, len(manifests)))
     moments = [sum(g.exp_avg.nbytes + g.exp_avg_sq.nbytes for g in groups)
                for groups in (optimizer.update_group.groups, optimizer.update_group.adamw.values())]  # fmt: skip
     return {

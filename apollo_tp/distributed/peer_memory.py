@@ -28,13 +28,10 @@ FIRST_ROWS = 256
 
 @dataclass(eq=False)
 class PeerSums:
-    """Whether a group sums products through peer memory, and its buffers, which are made when first needed.
-
-    ``in_blocks``: captured sums are split in two blocks of rows, see ``PeerBuffers``. Both switches are equal on all ranks.
-    """
+    """Whether a group sums products through peer memory, and its buffers, which are made when first needed."""
 
     enabled: bool = True
-    in_blocks: bool = True
+    """Equal on all ranks."""
     buffers: PeerBuffers | None = None
     """Captured work keeps using these."""
     _is_reachable: bool | None = None
@@ -53,7 +50,7 @@ class PeerSums:
         if self._is_reachable and (self.buffers is None or self.buffers.num_bytes < num_bytes):
             torch.cuda.synchronize(device)  # work in flight may use the buffers that are replaced
             self.buffers = None
-            self.buffers = PeerBuffers(rank, group, 1 << (num_bytes - 1).bit_length(), in_blocks=self.in_blocks)
+            self.buffers = PeerBuffers(rank, group, 1 << (num_bytes - 1).bit_length())
         return self.buffers
 
     def allocated_bytes(self) -> int:
@@ -126,7 +123,7 @@ class PeerBuffers:
     step has.
     """
 
-    def __init__(self, rank: int, group: dist.ProcessGroup, num_bytes: int, *, in_blocks: bool = True) -> None:
+    def __init__(self, rank: int, group: dist.ProcessGroup, num_bytes: int) -> None:
         """Collective: maps 2 x ``num_bytes`` of each rank into the other. Raises RuntimeError where that is impossible."""
         import torch.distributed._symmetric_memory as symmetric_memory
 
@@ -134,7 +131,6 @@ class PeerBuffers:
 
         self._add = add
         self.num_bytes = num_bytes
-        self._in_blocks = in_blocks
         device = torch.device("cuda", torch.cuda.current_device())
         memory = symmetric_memory.empty(2 * num_bytes, dtype=torch.uint8, device=device)
         self._handle: _SymmetricMemory = symmetric_memory.rendezvous(memory, group)
@@ -174,8 +170,8 @@ class PeerBuffers:
         the host's five further calls would cost more than that saves.
         """
         rows, columns = mine.shape
-        divided = self._in_blocks and torch.cuda.is_current_stream_capturing()
-        first = first_rows(rows, pairs[0][0].shape[1], columns) if divided else 0
+        captured = torch.cuda.is_current_stream_capturing()
+        first = first_rows(rows, pairs[0][0].shape[1], columns) if captured else 0
         copy = torch.empty_like(mine[:first])
         if first:
             add_products([(a[:first], b) for a, b in pairs], mine[:first])

@@ -34,7 +34,7 @@ from apollo_tp.launch.server_watch import ServerWatch
 from apollo_tp.model import BoundModel, bind_model
 from apollo_tp.model.build import as_served
 from apollo_tp.model.compiled import CompileOptions
-from apollo_tp.optim import Optimizer, build_optimizer
+from apollo_tp.optim import Optimizer
 from apollo_tp.runtime import instance_folder, processes
 from apollo_tp.shards.instance import check_agreement, read_instance, wait_for_server
 from apollo_tp.shards.manifest import Manifest
@@ -165,7 +165,7 @@ def bind(served: Served) -> Bound:
             gradient_checkpointing=config.train.gradient_checkpointing,
             compiled=CompileOptions() if compiled else None,
         )
-        optimizer = build_optimizer(config.optim, config.train.precision, model.parameters, tp)
+        optimizer = Optimizer(config.optim, config.train.precision, model.parameters, tp)
     with served.control.agree():
         resume(config, optimizer, served.lineage)
     return Bound(**vars(served), tp=tp, hf_config=hf_config, model=model, optimizer=optimizer)

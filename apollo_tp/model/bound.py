@@ -113,14 +113,10 @@ class BoundModel:
     is_static: bool = False
     """True if the work on a micro-batch depends only on ``PackedBatch.structure``, so that it can be captured."""
 
-    def hidden_states(self, batch: PackedBatch) -> Tensor:
-        """See final_hidden_states."""
-        return final_hidden_states(self.module, batch)
-
     def _loss_tokens(self, batch: PackedBatch) -> tuple[Tensor, Tensor, Tensor]:
         """Hidden states [N, D], head [V_local, D] and targets int64 [N] of the N loss tokens: the head never sees others."""
         # index_select, since hidden[positions] would sort them in the backward pass
-        hidden = self.hidden_states(batch).index_select(0, batch.loss_positions)
+        hidden = final_hidden_states(self.module, batch).index_select(0, batch.loss_positions)
         return hidden, self.head_weight, batch.targets[batch.loss_positions]
 
     def forward_loss(self, batch: PackedBatch) -> LossSums:

@@ -62,22 +62,12 @@ def learning_rate(config: OptimConfig, step_count: int) -> float:
     return config.lr * (COSINE_FLOOR + (1.0 - COSINE_FLOOR) * 0.5 * (1.0 + math.cos(math.pi * progress)))
 
 
-def build_optimizer(
-    config: OptimConfig, precision: Precision, parameters: Sequence[OptimParameter], tp: TPGroup
-) -> Optimizer:
-    """The optimizer of this rank. All ranks pass the same names in the same order. One all-reduce.
-
-    Raises ConfigError if there is nothing to train or a name occurs twice, UnsupportedModelError for a dtype or shape
-    that cannot be written in place.
-    """
-    return Optimizer(config, precision, parameters, tp)
-
-
 class Optimizer:
-    """All trained parameters of this rank.
+    """All trained parameters of this rank. All ranks pass the same names in the same order. One all-reduce.
 
     ``update_group`` holds them with their state; ``step_count`` counts completed steps over all jobs (it is saved with the
-    state); ``in_backward`` is set by ``attach_in_backward``.
+    state); ``in_backward`` is set by ``attach_in_backward``. Raises ConfigError if there is nothing to train or a name
+    occurs twice, UnsupportedModelError for a dtype, shape or layout that cannot be written in place.
     """
 
     def __init__(
@@ -236,8 +226,8 @@ class Optimizer:
         """
         if self.config.max_grad_norm is not None:
             raise ConfigError(
-                f"optim.max_grad_norm: got {self.config.max_grad_norm}, expected null with train.gradients=in_backward, since "
-                "the norm of the whole gradient is not known before the first matrix is written"
+                f"optim.max_grad_norm: got {self.config.max_grad_norm}, expected null with train.gradients=in_backward, "
+                "since the norm of the whole gradient is not known before the first matrix is written"
             )
         if self.in_backward is None:
             matrices = [matrix.weight for matrix in self.update_group.matrices.values()]

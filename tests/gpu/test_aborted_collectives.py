@@ -13,7 +13,7 @@ import torch.distributed as dist
 from apollo_tp.config import Precision
 from apollo_tp.distributed.tp_group import TPGroup
 from apollo_tp.errors import CollectiveError
-from apollo_tp.optim import Optimizer, OptimParameter, build_optimizer
+from apollo_tp.optim import Optimizer, OptimParameter
 from tests.support import optim_model as model
 from tests.support.optim_model import loss_of, same, snapshot
 from tests.support.ranks import run_ranks
@@ -80,9 +80,7 @@ def _steps(tp: TPGroup, in_backward: bool, clip: float | None) -> list[str]:
         OptimParameter(p.shard, torch.nn.Parameter(p.tensor.detach().cuda()), p.role)
         for p in model.parameters(tp, torch.bfloat16)
     ]
-    optimizer = build_optimizer(
-        model.config(max_grad_norm=clip, check_replicas_every=0), Precision.remainder, params, tp
-    )
+    optimizer = Optimizer(model.config(max_grad_norm=clip, check_replicas_every=0), Precision.remainder, params, tp)
     if in_backward:
         optimizer.attach_in_backward()
 

@@ -17,7 +17,7 @@ from apollo_tp.config import GradientMode, OptimConfig, Precision
 from apollo_tp.distributed.tp_group import TPGroup
 from apollo_tp.errors import DeviceMemoryError
 from apollo_tp.model import bind_model
-from apollo_tp.optim import build_optimizer
+from apollo_tp.optim import Optimizer
 from apollo_tp.shards.boxes import Shard
 from apollo_tp.training.memory_plan import MARGIN
 from apollo_tp.training.memory_profiling import CudaMeter, plan_memory
@@ -66,7 +66,7 @@ def make_trainer(mode: GradientMode, *, recompute: bool, max_tokens: int) -> Tra
     model = bind_model(CONFIG, shards, tp, gradient_checkpointing=recompute)
     clip = None if mode is GradientMode.in_backward else 1.0
     optim = OptimConfig(lr=1e-6, max_grad_norm=clip, max_relative_update=1e9)
-    optimizer = build_optimizer(optim, Precision.remainder, model.parameters, tp)
+    optimizer = Optimizer(optim, Precision.remainder, model.parameters, tp)
     return Trainer(model, optimizer, tp, device=device, max_micro_batch_tokens=max_tokens, gradients=mode)
 
 

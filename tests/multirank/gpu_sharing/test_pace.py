@@ -14,7 +14,7 @@ from apollo_tp.config import GradientMode, OptimConfig, Precision
 from apollo_tp.distributed.tp_group import TPGroup
 from apollo_tp.gpu_sharing.pace import Pace
 from apollo_tp.model import bind_model
-from apollo_tp.optim import build_optimizer
+from apollo_tp.optim import Optimizer
 from apollo_tp.training.trainer import Trainer
 from tests.support.exactness import samples
 from tests.support.families import CASES
@@ -36,7 +36,7 @@ def _two_steps(tp: TPGroup, folder: Path, name: str, mode: GradientMode, share: 
     cpu = torch.device("cpu")
     trainer = Trainer(
         model,
-        build_optimizer(CONFIG, Precision.remainder, model.parameters, tp),
+        Optimizer(CONFIG, Precision.remainder, model.parameters, tp),
         tp,
         device=cpu,
         max_micro_batch_tokens=64,

@@ -125,7 +125,7 @@ class MappedBuffers(PeerBuffers):
     """Sums through memory of two processes on a CPU."""
 
     def __init__(self, rank: int, folder: Path, num_bytes: int) -> None:
-        self.num_bytes, self._turn, self._in_blocks = num_bytes, 0, False
+        self.num_bytes, self._turn = num_bytes, 0
         self._handle = SimpleNamespace(barrier=lambda channel: dist.barrier())  # type: ignore[assignment]
         mine, other = (
             torch.from_file(str(folder / f"rank-{r}"), shared=True, size=2 * num_bytes, dtype=torch.uint8)

@@ -163,7 +163,7 @@ def _check_raise_half_way(tp: TPGroup, folder: Path, mode: GradientMode) -> tupl
 
 @pytest.mark.parametrize("size", [1, 2])
 def test_a_step_that_raises_counts_if_it_has_written(size: int, checkpoints: Path) -> None:
-    """A step in backward has written the layers above the one that raised: caches of the old weights must not outlive that."""
+    """It has written the layers above the one that raised: caches of the old weights must not outlive that."""
     for version, changed in run_ranks(_check_raise_half_way, size, checkpoints, GradientMode.in_backward):
         assert version == 1
         assert changed

@@ -68,7 +68,9 @@ def _check_profiling(tp: TPGroup, folder: Path, name: str, mode: GradientMode) -
         assert all(leaf.grad is None for leaf in profiled.leaves)
         assert set(counter.lengths) == {16, 32, 64}
         assert plan.tokens == plan.largest == 64
-        beside = 0 if mode is GradientMode.in_backward else plan.gradients  # an in-backward step begins without gradients
+        beside = (
+            0 if mode is GradientMode.in_backward else plan.gradients
+        )  # an in-backward step begins without gradients
         assert plan.gradients + plan.activations == beside + 64 * PER_TOKEN
         results = [run.trainer.step(samples(vocab_size=64, lengths=lengths)) for run in (profiled, plain)]
         assert without_times(results[0]) == without_times(results[1])

@@ -56,7 +56,10 @@ def test_defaults_are_those_promised() -> None:
         ("optim.lr=-1", r"optim\.lr: got -1.0, expected a number > 0"),
         ("optim.kind=sgd", r"optim\.kind: .*apollo \| apollo_mini \| adamw"),
         ("train.max_sequence_tokens=9999", r"train\.max_sequence_tokens: got 9999"),
-        ("train.gradients=in_backward", r"optim\.max_grad_norm: got 1\.0, expected null with train\.gradients=in_backward"),
+        (
+            "train.gradients=in_backward",
+            r"optim\.max_grad_norm: got 1\.0, expected null with train\.gradients=in_backward",
+        ),
         ("sync=lock", r"sync: got 'lock', expected one of \['drain', 'hogwild', 'step_lock'\]"),
         ("optim.lr", "optim.lr: got no value, expected key=value"),
         ("--multirun", "--multirun: got no value, expected key=value"),
