@@ -227,9 +227,11 @@ class SyncConfig:
     mode: SyncMode = option(SyncMode.hogwild, "running requests at an update: hogwild | step_lock | drain")
     cache: CacheMode = option(CacheMode.none, "the prefix cache after an update: none | reset | salt")
     timeout_seconds: float = option(60.0, "a step fails when the server has not paused (or drained) after this long")
+    max_pause_seconds: float = option(120.0, "a step that keeps the server paused for longer is given up")
 
     def __post_init__(self) -> None:
         check(self.timeout_seconds > 0, "sync.timeout_seconds", self.timeout_seconds, "a number > 0")
+        check(self.max_pause_seconds > 0, "sync.max_pause_seconds", self.max_pause_seconds, "a number > 0")
 
 
 @dataclass(kw_only=True)

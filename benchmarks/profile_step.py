@@ -221,7 +221,7 @@ def run(config: PretrainedConfig, tokens: int, device: str, tp: TPGroup, options
     if device == "cuda":  # as at a trainer's start: shorter steps come first, and layers are compiled for any length
         plan = plan_memory(trainer, CudaMeter(trainer.device), tokens)
         if options.graphs:
-            trainer.record_passes(GraphCache(model, keep=plan.fits_graphs(keep=True)))
+            trainer.record_passes(GraphCache(model, keep=plan.needed_with_graphs(keep=True) <= plan.available))
         print(plan.describe())
         planned = (plan.activations + plan.gradients + torch.cuda.memory_allocated() - weights) / 1e9
     ids = torch.randint(0, config.vocab_size, (tokens,)).tolist()

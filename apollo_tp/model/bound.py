@@ -15,6 +15,7 @@ from apollo_tp.model.batch import PackedBatch
 from apollo_tp.model.gradients import GradientSync
 from apollo_tp.model.joined import JoinedLinear
 from apollo_tp.model.loss import VocabShard, nll_sum, target_logprobs
+from apollo_tp.model.regions import RowParallelLinear
 from apollo_tp.shards.boxes import Shard
 
 Role = Literal["matrix", "embedding", "other"]
@@ -165,6 +166,13 @@ class BoundModel:
             leaf.grad = None
         for joined in self._joined:
             joined.release()
+
+    def widest_sum_bytes(self) -> int:
+        """Bytes of one token in the largest sum over ranks within a layer: of a row-parallel product, or of the gradient of
+        a column-parallel product's input."""
+        rows = [m.weight for m in self.module.modules() if isinstance(m, RowParallelLinear)]
+        sums = [(w.shape[0], w) for w in rows] + [(joined.weight.shape[1], joined.weight) for joined in self._joined]
+        return max((width * weight.element_size() for width, weight in sums), default=0)
 
     @cached_property
     def leaves(self) -> list[nn.Parameter]:

@@ -46,7 +46,7 @@ def compile_layers(module: PreTrainedModel, options: CompileOptions) -> int:
     import torch._functorch.config
     import torch._inductor.config
 
-    from apollo_tp.model.residuals import JoinResiduals
+    from apollo_tp.model.sum_passes import JoinResiduals, OrderSums
 
     torch.compiler.assume_constant_result(cudnn_is_faster)  # marks the function
     torch._dynamo.config.recompile_limit = MAX_VARIANTS
@@ -56,6 +56,7 @@ def compile_layers(module: PreTrainedModel, options: CompileOptions) -> int:
         setattr(torch._functorch.config, f"ban_recompute_{reason}", False)
     torch._inductor.config.deterministic = options.deterministic_kernels
     torch._inductor.config.joint_custom_pre_pass = JoinResiduals()
+    torch._inductor.config.post_grad_custom_post_pass = OrderSums()
     # computes the gradients of a norm's weight and of its input together, for any number of tokens
     torch._inductor.config.triton.mix_order_reduction_non_strict_mode = True
     layers = [layer for layer in decoder_layers(module) if _is_traceable(layer)]

@@ -17,6 +17,7 @@ from apollo_tp.config import GradientMode, OptimConfig, Precision
 from apollo_tp.distributed.tp_group import TPGroup
 from apollo_tp.errors import DeviceMemoryError
 from apollo_tp.model import bind_model
+from apollo_tp.model.loss import VocabShard, nll_sum, unit
 from apollo_tp.optim import Optimizer
 from apollo_tp.shards.boxes import Shard
 from apollo_tp.training.memory_plan import MARGIN
@@ -142,6 +143,22 @@ def test_the_number_of_tokens_that_it_offers_fits_and_more_does_not(
     with pytest.raises(DeviceMemoryError):
         plan_memory(trainer, meter, SEQUENCE)
     del ballast
+
+
+def test_the_heads_gradient_over_many_chunks_is_added_up_in_fp32() -> None:
+    """On the device, against the products of all chunks added up in fp32; its error is that of one rounding."""
+    torch.manual_seed(0)
+    tokens, rows, width = 4096, 512, 256
+    hidden = torch.randn(tokens, width, device="cuda").bfloat16() + 1
+    weight = torch.zeros(rows, width, device="cuda").bfloat16().requires_grad_()
+    targets = torch.zeros(tokens, dtype=torch.int64, device="cuda")
+    vocab = VocabShard(0, TPGroup.single(), chunk_bytes=4 * rows * 16)
+    nll_sum(hidden, weight, targets, torch.ones(tokens, device="cuda"), vocab)[0].backward(unit(hidden.device))
+    share = torch.full((tokens, rows), 1 / rows, device="cuda")
+    share[:, 0] -= 1
+    expected = share.bfloat16().double().T @ hidden.double()
+    assert weight.grad is not None
+    assert ((weight.grad.double() - expected).norm() / expected.norm()).item() < 2**-8
 
 
 def test_no_room_for_gradients_is_refused_without_running_out() -> None:
