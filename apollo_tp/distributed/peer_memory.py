@@ -86,8 +86,8 @@ class PeerSums:
         else:
             self.enabled = False
             log.warning(
-                "sums over ranks go through NCCL: got too little free memory on a GPU for %.2f GB of buffers, expected twice "
-                "as much; lower train.max_micro_batch_tokens", 2 * num_bytes / 1e9,
+                "sums over ranks go through NCCL: got too little free memory on a GPU for %.2f GB of buffers, expected "
+                "twice as much; lower train.max_micro_batch_tokens", 2 * num_bytes / 1e9,
             )  # fmt: skip
 
     @property
