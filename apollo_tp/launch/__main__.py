@@ -10,7 +10,7 @@ import signal
 import sys
 import time
 
-from apollo_tp.errors import ApolloTpError, ConfigError, ServerGoneError
+from apollo_tp.errors import ApolloTpError, ConfigError, DeadlineError, ServerGoneError
 from apollo_tp.gpu_sharing.mps import share_gpu
 from apollo_tp.launch.compose import help_text, read_config
 from apollo_tp.launch.nccl import end_without_abort
@@ -57,6 +57,9 @@ def main(arguments: list[str]) -> int:
         run(config, on_server_gone=_leave)
     except ApolloTpError as error:
         logging.error("%s: %s", type(error).__name__, error)
+        if isinstance(error, DeadlineError):  # the device may be busy for good, and an exit in order waits for it
+            logging.shutdown()
+            os._exit(EXIT_FAILED)
         return EXIT_SERVER_GONE if isinstance(error, ServerGoneError) else EXIT_FAILED
     return 0
 

@@ -38,6 +38,7 @@ class Services:
     def form_group(self) -> None:
         """Form the compute group of all ranks again. Collective."""
         ready = self._ready
+        ready.alarm.next_epoch()
         compute_group(ready.tp, ready.mapped.device, ready.config.command_timeout_seconds)
 
     def save_checkpoint(self, name: str) -> tuple[str, int]:

@@ -133,11 +133,14 @@ def build_manifest(
 
 
 def _unique_parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[list[str]]]:
-    """Distinct parameters in order, and all names of each (tied weights have several)."""
+    """Distinct parameters in order, and all names of each (tied weights have several). Empty ones are left out: they have no
+    memory that could be shared."""
     index: dict[int, int] = {}
     unique: list[nn.Parameter] = []
     names: list[list[str]] = []
     for name, parameter in model.named_parameters(remove_duplicate=False):
+        if not parameter.numel():
+            continue
         if id(parameter) not in index:
             index[id(parameter)] = len(unique)
             unique.append(parameter)

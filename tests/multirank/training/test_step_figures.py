@@ -122,7 +122,7 @@ def _side(margins: dict[int, float], index: int) -> float:
 
 DISTINCT = step_figures(
     loss=0.125, token_accuracy=0.25, num_tokens=1001, num_loss_tokens=503, padding_share=0.0625, num_micro_batches=3,
-    gradients="fused", grad_norm=17.5, learning_rate=3e-4, largest_update=0.0078125, num_updated=41, weight_version=9,
+    gradients="in_backward", grad_norm=17.5, learning_rate=3e-4, largest_update=0.0078125, num_updated=41, weight_version=9,
     step_seconds=8.0, forward_seconds=1.0, backward_seconds=2.5, optimizer_seconds=0.5, paused_seconds=0.375,
     peak_memory_bytes=[11, 12, 13], metrics={"reward_margin": 0.75, "reward_accuracy": 0.875},
 )  # fmt: skip

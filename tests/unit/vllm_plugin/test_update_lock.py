@@ -6,6 +6,7 @@ import contextlib
 import os
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,10 +15,12 @@ import pytest
 import torch
 
 from apollo_tp.config import CacheMode, SyncMode
+from apollo_tp.distributed.alarm import Alarm
 from apollo_tp.distributed.control import Control
 from apollo_tp.distributed.tp_group import TPGroup
 from apollo_tp.errors import ConfigError, DeadlineError, ServerGoneError
 from apollo_tp.runtime import instance_folder, processes
+from apollo_tp.training import update_gate
 from apollo_tp.training.rank_loop import RankLoop
 from apollo_tp.training.update_gate import Lock, UpdateGate, needs_lock
 from apollo_tp.wire import commands
@@ -83,6 +86,42 @@ def test_any_dead_rank_loses_the_lease(plugin: Plugin, dead: int, caplog: pytest
     assert eventually(lambda: not plugin.vllm.paused) < 2 * LEASE_SECONDS
     lock.release(8)
     assert "the lease ran out" in caplog.text
+    lock.close()
+
+
+def test_a_rank_that_failed_loses_the_lease_while_all_run(
+    plugin: Plugin, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Rank 0 waits for a rank that raised, in a collective that may take minutes to give up. Until all ranks have stopped to
+    write the pause is kept, and no longer. A later step pauses the server as before."""
+    monkeypatch.setattr(update_gate, "FAILURE_SECONDS", 1.5 * LEASE_SECONDS)
+    alarm = Alarm(1, [processes.ProcessId.of(os.getpid())] * 2, bytearray(8))
+    lock = Lock(plugin.folder, options(SyncMode.step_lock), 7, alarm)
+    lock.pause()
+    alarm.ring()
+    time.sleep(LEASE_SECONDS)
+    assert plugin.vllm.paused, "its writes may not be over"
+    assert eventually(lambda: not plugin.vllm.paused) < 2.5 * LEASE_SECONDS
+    lock.release(8)
+    assert "the lease ran out" in caplog.text
+    alarm.next_epoch()
+    lock.pause()
+    time.sleep(1.5 * LEASE_SECONDS)
+    assert plugin.vllm.paused
+    lock.release(9)
+    lock.close()
+
+
+def test_a_pause_that_lasts_too_long_is_given_up(plugin: Plugin, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All ranks run and none has failed, but the step does not end: all are told to give it up, and the server resumes."""
+    monkeypatch.setattr(update_gate, "FAILURE_SECONDS", 0.2)
+    alarm = Alarm(0, [processes.ProcessId.of(os.getpid())], bytearray(4))
+    lock = Lock(plugin.folder, replace(options(SyncMode.step_lock), max_pause_seconds=LEASE_SECONDS), 7, alarm)
+    lock.pause()
+    time.sleep(LEASE_SECONDS / 2)
+    assert not alarm.is_ringing()
+    assert eventually(alarm.is_ringing) < LEASE_SECONDS
+    assert eventually(lambda: not plugin.vllm.paused) < 2 * LEASE_SECONDS
     lock.close()
 
 
@@ -323,7 +362,7 @@ def test_servers_that_cannot_be_paused_are_refused(tmp_path: Path, case: str) ->
     plugin = Plugin(tmp_path, "API server processes: got 2") if case != "no plugin" else None
     try:
         with pytest.raises(ConfigError, match="VLLM_PLUGINS=apollo" if plugin is None else "got 2") as caught:
-            Lock(tmp_path, options(SyncMode.step_lock), 0, [])
+            Lock(tmp_path, options(SyncMode.step_lock), 0, Alarm(0, [], bytearray(4)))
         assert "sync=hogwild cache=none" in str(caught.value)
     finally:
         if plugin:

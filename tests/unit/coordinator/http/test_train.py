@@ -39,7 +39,7 @@ def test_a_job_runs_to_its_end(stack):
     assert sent[0].learning_rate_scale == 0.5
     events = client.get(f"/train/jobs/{job['id']}/events").json()["data"]
     assert [event["data"]["step"] for event in events if event["type"] == "metrics"] == [1, 2, 3, 4, 5, 6]
-    assert {event["data"]["gradients"] for event in events if event["type"] == "metrics"} == {"fused"}
+    assert {event["data"]["gradients"] for event in events if event["type"] == "metrics"} == {"in_backward"}
     assert [event["data"].get("state") for event in events if event["type"] == "state"] == [
         "queued",
         "running",
