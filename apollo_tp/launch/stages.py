@@ -29,6 +29,7 @@ from apollo_tp.errors import ConfigError, ServerGoneError
 from apollo_tp.gpu_sharing import mps, sm_limit
 from apollo_tp.gpu_sharing.pace import Pace
 from apollo_tp.gpu_sharing.product_check import check_products
+from apollo_tp.launch.coordinator_process import CoordinatorProcess
 from apollo_tp.launch.distributed import World, join
 from apollo_tp.launch.server_watch import ServerWatch
 from apollo_tp.model import BoundModel, bind_model
@@ -55,6 +56,13 @@ class Joined:
     stack: contextlib.ExitStack
     world: World
     control: Control
+    coordinator: CoordinatorProcess | None = None
+    """On rank 0: its child process, which says to clients what is waited for until the last stage is done."""
+
+    def report(self, reason: str) -> None:
+        """Say what this trainer waits for. Has an effect on rank 0 only. Raises ConfigError if the coordinator cannot run."""
+        if self.coordinator is not None:
+            self.coordinator.waiting(reason)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +104,12 @@ def join_ranks(config: Config, stack: contextlib.ExitStack) -> Joined:
         torch.set_num_threads(config.train.threads)
     world = join(2 * config.command_timeout_seconds)
     stack.callback(dist.destroy_process_group)
-    return Joined(config=config, stack=stack, world=world, control=Control(world.rank, world.size))
+    control, coordinator = Control(world.rank, world.size), None
+    with control.agree():
+        if world.rank == 0:
+            coordinator = CoordinatorProcess(config, instance_folder.base_dir(config.server.runtime_dir))
+            stack.callback(coordinator.stop)
+    return Joined(config=config, stack=stack, world=world, control=control, coordinator=coordinator)
 
 
 def map_server(joined: Joined, on_server_gone: Callable[[ServerGoneError], None]) -> Served:
@@ -108,6 +121,7 @@ def map_server(joined: Joined, on_server_gone: Callable[[ServerGoneError], None]
         manifests = _read_manifests(joined, folder)
     joined.stack.callback(ServerWatch(manifests, on_server_gone).stop)
     with joined.control.agree():
+        joined.report(f"server {folder.name} is ready; the trainer maps its weights and builds the model")
         mapped = map_rank(manifests, rank)
         lineage = LineageFile(folder, manifests[0].model_path, keep=rank == 0)
         if not lineage.trained_here:
@@ -128,7 +142,7 @@ def _find_server(joined: Joined) -> Path:
         if is_first:
             log.info("looking for a vLLM server with VLLM_PLUGINS=apollo in %s, for up to %.0f s", base, seconds)
         # on every rank: one that waited for rank 0 in a collective would give up at that collective's deadline
-        name = wait_for_server(base, config.server.instance, seconds)[0].instance_id
+        name = wait_for_server(base, config.server.instance, seconds, report=joined.report)[0].instance_id
         if is_first:
             joined.stack.enter_context(instance_folder.trainer_lock(instance_folder.instance_dir(name, base)))
             joined.stack.enter_context(writer_lock(Path(config.checkpoint.dir).resolve()))
