@@ -16,10 +16,10 @@ from pathlib import Path
 import msgspec
 import torch
 import torch.distributed as dist
-from transformers import AutoConfig, PretrainedConfig
+from transformers import PretrainedConfig
 
 from apollo_tp.checkpoint import read_info
-from apollo_tp.checkpoint.folder import OPTIMIZER_DIR, writer_lock
+from apollo_tp.checkpoint.folder import OPTIMIZER_DIR, optimizer_folder, writer_lock
 from apollo_tp.checkpoint.lineage import LineageFile
 from apollo_tp.config import Config
 from apollo_tp.distributed.control import Control
@@ -33,7 +33,7 @@ from apollo_tp.launch.coordinator_process import CoordinatorProcess
 from apollo_tp.launch.distributed import World, join
 from apollo_tp.launch.server_watch import ServerWatch
 from apollo_tp.model import BoundModel, bind_model
-from apollo_tp.model.build import as_served
+from apollo_tp.model.build import as_served, read_model_config
 from apollo_tp.model.compiled import CompileOptions
 from apollo_tp.optim import Optimizer, build_optimizer
 from apollo_tp.runtime import instance_folder, processes
@@ -170,7 +170,8 @@ def bind(served: Served) -> Bound:
     served.stack.callback(tp.dissolve)
     compiled = mapped.device.type == "cuda" if config.train.compile is None else config.train.compile
     with served.control.agree():
-        hf_config = AutoConfig.from_pretrained(first.model_path)
+        trust = config.model.trust_remote_code
+        hf_config = read_model_config(first.model_path, trust_remote_code=trust)
         model = bind_model(
             as_served(hf_config, first.config_overrides, first.max_model_len),
             mapped.tensors,
@@ -178,6 +179,7 @@ def bind(served: Served) -> Bound:
             fused_tensors=mapped.fused_tensors,
             gradient_checkpointing=config.train.gradient_checkpointing,
             compiled=CompileOptions() if compiled else None,
+            trust_remote_code=trust,
         )
         optimizer = build_optimizer(config.optim, config.train.precision, model.parameters, tp)
     with served.control.agree():
@@ -194,15 +196,15 @@ def resume(config: Config, optimizer: Optimizer, lineage: LineageFile) -> None:
         log.warning(
             "optim.reset_state=true: fresh optimizer state, as at every start while it is set, not that of %s", source
         )
-    elif wanted and not (source / OPTIMIZER_DIR).is_dir():
+    elif wanted and not optimizer_folder(source).is_dir():
         log.warning(
-            "%s: got no such folder, expected the optimizer state of the served weights, which starts afresh; to keep it, "
-            "put the folder back and start the trainer again", source / OPTIMIZER_DIR,
+            "%s: got no such folder, expected the optimizer state of the served weights there or in %s; it starts afresh; to "
+            "keep it, put the folder back and start the trainer again", source / OPTIMIZER_DIR, optimizer_folder(source),
         )  # fmt: skip
     elif wanted:
         from apollo_tp.checkpoint import optimizer_state
 
-        optimizer_state.load(optimizer, source / OPTIMIZER_DIR)
+        optimizer_state.load(optimizer, optimizer_folder(source))
         info = read_info(source)
         log.info("optimizer state of %s (weight version %s) loaded", source, info.weight_version if info else "?")
     if not config.optim.reset_state and lineage.record.step_count > optimizer.step_count:

@@ -91,7 +91,9 @@ def checkpoint_tensors(vllm_config: Any, header: dict[str, Any]) -> list[Checkpo
             f"{model_config.model}: got no *.safetensors, expected a safetensors checkpoint; convert it with "
             "model.save_pretrained(folder)"
         )
-    return checkpoint_index.index_from_config(model_config.hf_config, NAMES[model_config.dtype])
+    return checkpoint_index.index_from_config(
+        model_config.hf_config, NAMES[model_config.dtype], trust_remote_code=bool(model_config.trust_remote_code)
+    )
 
 
 def trace_checkpoint(model: nn.Module, checkpoint: list[CheckpointTensor]) -> list[Trace]:
