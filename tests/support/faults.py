@@ -13,6 +13,7 @@ import httpx
 import torch
 
 from apollo_tp.shards.mapping import map_rank
+from apollo_tp.launch.compose import quoted
 from tests.support.faulty_launch import ALL_OUT_OF_MEMORY
 from tests.support.processes import ManagedProcess, coordinator_url, start_trainer
 from tests.support.servers import Server, Trainer
@@ -28,8 +29,8 @@ def step(first_token: int = 5, **fields: object) -> dict:
 
 def settings(server: Server, folder: Path) -> list[str]:
     return [
-        f"server.instance={server.instance}", "service.http.port=0", f"service.state_dir={folder}/service",
-        f"checkpoint.dir={folder}/checkpoints", "train.threads=1", *OVERRIDES,
+        f"server.instance={server.instance}", "service.http.port=0", quoted("service.state_dir", f"{folder}/service"),
+        quoted("checkpoint.dir", f"{folder}/checkpoints"), "train.threads=1", *OVERRIDES,
     ]  # fmt: skip
 
 
