@@ -110,8 +110,17 @@ def _with_neighbours(arguments: list[str]) -> Iterator[tuple[str, str, str]]:
 
 
 def print_answer(text: str) -> None:
-    """Print to standard output; a reader that ends first, as ``head`` does, is no error."""
+    """Print to standard output; a reader that ends first, as ``head`` does, is no error. Raises ConfigError if it cannot be
+    written to."""
     try:
         print(text.rstrip("\n"), flush=True)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes it once more at its end
+        _discard_rest()
+    except OSError as error:
+        _discard_rest()
+        raise ConfigError(f"standard output: got {error.strerror}, expected a file that can be written to") from error
+
+
+def _discard_rest() -> None:
+    """What is buffered still goes nowhere: the interpreter flushes it at its end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
