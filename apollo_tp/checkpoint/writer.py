@@ -159,13 +159,15 @@ class CheckpointWriter:
         """``error``; of a full disk with what is needed and free, and what helps."""
         if error.errno not in FULL_DISK:
             return str(error)
-        weights = sum(len(file.header) + sum(e.num_bytes for e in file.entries.values()) for file in self._files if file.trained)
+        weights = sum(
+            len(file.header) + sum(e.num_bytes for e in file.entries.values()) for file in self._files if file.trained
+        )
         state = self._optimizer.state_bytes() * self._tp.size if self._optimizer else 0
         free = shutil.disk_usage(self._root).free
         return (
-            f"checkpoint.dir {self._root}: got {free:,} bytes free ({error.strerror}), expected about {weights + state:,} for "
-            f"a checkpoint (weights {weights:,}, optimizer state {state:,}); free space there, lower checkpoint.keep, or set "
-            "checkpoint.dir to a folder on a larger disk"
+            f"checkpoint.dir {self._root}: got {free:,} bytes free ({error.strerror}), expected about {weights + state:,} "
+            f"for a checkpoint (weights {weights:,}, optimizer state {state:,}); free space there, lower checkpoint.keep, or "
+            "set checkpoint.dir to a folder on a larger disk"
         )
 
     def _any_rank(self, flag: bool) -> bool:

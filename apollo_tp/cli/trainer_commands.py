@@ -111,7 +111,9 @@ def end_orphans(
         "ended": {name: [p.pid for p in found[name] if p not in left[name]] for name in found},
         "alive": {name: [p.pid for p in processes] for name, processes in left.items() if processes},
     }
-    lines = [f"server {name}: {', '.join(map(str, processes))} did not end" for name, processes in left.items() if processes]
+    lines = [
+        f"server {name}: {', '.join(map(str, processes))} did not end" for name, processes in left.items() if processes
+    ]
     done = "ended" if found else f"no orphaned processes of servers in {base}"
     session.show(answer, dict[str, Any], lambda _: print("\n".join(lines) or done))
     return REFUSED if lines else OK

@@ -47,7 +47,9 @@ def main() -> int:
     """Run until a signal, or until the parent process has ended. Returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m apollo_tp.coordinator", description=__doc__)
     parser.add_argument(
-        "--config", type=Path, help="settings file written by apollo_tp.launch; without it, orders come by standard input"
+        "--config",
+        type=Path,
+        help="settings file written by apollo_tp.launch; without it, orders come by standard input",
     )
     parser.add_argument("--reason-fd", type=int, help="file descriptor to which the reason of a failure is written")
     arguments = parser.parse_args()

@@ -33,8 +33,8 @@ class JsonFormatter(logging.Formatter):
 
 
 def set_up_logging(rank: int | None = None) -> None:
-    """Log this process's records of level INFO and above, and those of ``QUIET`` of level WARNING and above. ``rank`` is that
-    of a trainer rank; None for the coordinator."""
+    """Log this process's records of level INFO and above, and those of ``QUIET`` of level WARNING and above. ``rank`` is
+    that of a trainer rank; None for the coordinator."""
     handler = logging.StreamHandler()
     name = "coordinator" if rank is None else f"rank {rank}"
     text = logging.Formatter(f"%(asctime)s {name} %(levelname)s %(message)s")

@@ -78,12 +78,16 @@ async def _orders(reader: asyncio.StreamReader) -> AsyncIterator[Order]:
         yield msgspec.json.decode(line, type=Order)
 
 
-async def serve_until_ready(service: ServiceConfig, base: Path, listener: socket.socket, orders: AsyncIterator[Order]) -> Path | None:
+async def serve_until_ready(
+    service: ServiceConfig, base: Path, listener: socket.socket, orders: AsyncIterator[Order]
+) -> Path | None:
     """Answer on ``listener`` until the order to begin; returns the path of the settings, or None if the trainer has ended.
     ``listener`` stays open: clients that connect meanwhile are answered by what follows."""
     waiting = Waiting()
     server = uvicorn.Server(
-        uvicorn.Config(_app(waiting, service), log_config=None, access_log=False, lifespan="off", timeout_graceful_shutdown=1)
+        uvicorn.Config(
+            _app(waiting, service), log_config=None, access_log=False, lifespan="off", timeout_graceful_shutdown=1
+        )
     )
     server.install_signal_handlers = lambda: None  # type: ignore[attr-defined]
     answering = asyncio.create_task(server.serve(sockets=[listener.dup()]))

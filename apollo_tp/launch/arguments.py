@@ -1,6 +1,6 @@
 """The arguments of a trainer: Hydra's own flags, by Hydra's own parser, and overrides of options.
 
-    python -m apollo_tp.launch --config-dir ~/apollo --config-name mine optim.lr=1e-5
+python -m apollo_tp.launch --config-dir ~/apollo --config-name mine optim.lr=1e-5
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import os
 import re
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import NoReturn
 
 import hydra

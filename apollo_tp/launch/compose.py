@@ -11,7 +11,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any, get_type_hints
 
-import yaml
+import yaml  # type: ignore[import-untyped]
 from hydra._internal.hydra import Hydra  # hydra.compose cannot search a second folder for the primary config
 from hydra._internal.utils import create_config_search_path
 from hydra.core.config_search_path import SearchPathQuery
@@ -142,7 +142,14 @@ OTHER_NAMES = {
     "host": "service.http.host", "port": "service.http.port", "token": "service.token_file",
 }  # fmt: skip
 """What other trainers call an option."""
-OPTIONS_OF_JOBS = {"epochs", "num_train_epochs", "batch_size", "per_device_train_batch_size", "learning_rate_scale", "truncate"}
+OPTIONS_OF_JOBS = {
+    "epochs",
+    "num_train_epochs",
+    "batch_size",
+    "per_device_train_batch_size",
+    "learning_rate_scale",
+    "truncate",
+}
 
 
 def _nearest(key: str) -> str:
@@ -216,8 +223,13 @@ def help_text() -> str:
     lines = [
         "Train the weights that a tensor-parallel vLLM server is serving, in place.",
         "",
-        "  torchrun --nproc-per-node 2 -m apollo_tp.launch [key=value ...]",
+        "  python -m apollo_tp.launch.torchrun --nproc-per-node 2 [key=value ...]",
+        "  torchrun --local-addr 127.0.0.1 --nproc-per-node 2 -m apollo_tp.launch [key=value ...]",
         "  mpirun -n 2 python -m apollo_tp.launch [key=value ...]",
+        "",
+        "Options of your own in a file: --config-dir DIR --config-name NAME (DIR/NAME.yaml). What would be used: --cfg job.",
+        'Completion in the shell: eval "$(python -m apollo_tp.launch --shell-completion install=bash)".',
+        "A text with commas, parentheses and the like is quoted twice: 'checkpoint.dir=\"/data/a, b\"'.",
         "",
         "Start vLLM first, with VLLM_PLUGINS=apollo; one trainer rank per tensor-parallel rank of the server.",
         "",

@@ -33,7 +33,11 @@ def launched() -> Launched:
     for rank, size in (("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"), ("PMI_RANK", "PMI_SIZE")):
         if int(environment.get(size, 1)) > 1:
             return Launched("mpi", int(environment.get(rank, 0)), int(environment[size]))
-    return by_torchrun if {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= environment.keys() else Launched("nobody")
+    return (
+        by_torchrun
+        if {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= environment.keys()
+        else Launched("nobody")
+    )
 
 
 def record_failure(message: str, traceback: str = "") -> None:

@@ -12,7 +12,6 @@ from apollo_tp.errors import ServerGoneError
 from apollo_tp.shards.instance import end_survivors_advice, processes_of, survivors
 from apollo_tp.shards.manifest import Manifest
 
-
 POLL_SECONDS = 0.5
 
 

@@ -119,9 +119,7 @@ class Services:
         ]
 
 
-def _added(
-    record: Lineage, command: commands.Step | commands.PreferenceStep, figures: commands.StepFigures
-) -> Trained:
+def _added(record: Lineage, command: commands.Step | commands.PreferenceStep, figures: commands.StepFigures) -> Trained:
     """What the weights were trained on, with this step; one that was skipped counts as nothing."""
     before = record.trained
     if figures.skipped:

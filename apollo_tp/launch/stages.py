@@ -60,7 +60,7 @@ class Joined:
     """On rank 0: its child process, which says to clients what is waited for until the last stage is done."""
 
     def report(self, reason: str) -> None:
-        """Say what this trainer waits for. Has an effect on rank 0 only. Raises ConfigError if the coordinator cannot run."""
+        """Say what this trainer waits for. On rank 0 only. Raises ConfigError if the coordinator cannot run."""
         if self.coordinator is not None:
             self.coordinator.waiting(reason)
 
@@ -198,8 +198,8 @@ def resume(config: Config, optimizer: Optimizer, lineage: LineageFile) -> None:
         )
     elif wanted and not optimizer_folder(source).is_dir():
         log.warning(
-            "%s: got no such folder, expected the optimizer state of the served weights there or in %s; it starts afresh; to "
-            "keep it, put the folder back and start the trainer again", source / OPTIMIZER_DIR, optimizer_folder(source),
+            "%s: got no such folder, expected the optimizer state of the served weights there or in %s; it starts afresh; "
+            "to keep it, put the folder back and start the trainer again", source / OPTIMIZER_DIR, optimizer_folder(source),
         )  # fmt: skip
     elif wanted:
         from apollo_tp.checkpoint import optimizer_state

@@ -2,8 +2,8 @@
 
     python -m apollo_tp.launch.torchrun --nproc-per-node 2 [--max-restarts N] [overrides]
 
-The same as ``torchrun --standalone --local-addr 127.0.0.1 -m apollo_tp.launch``: no name of the host needs to resolve. When it
-is stopped by a signal and all ranks ended well, its exit status is 0; otherwise it is that of the rank that failed first.
+The same as ``torchrun --standalone --local-addr 127.0.0.1 -m apollo_tp.launch``: no name of the host needs to resolve. When
+it is stopped by a signal and all ranks ended well, its exit status is 0; otherwise it is that of the rank that failed first.
 """
 
 from __future__ import annotations

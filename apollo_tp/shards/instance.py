@@ -253,7 +253,9 @@ def _awaited(base: Path, name: str | None, manifests: list[Manifest], stale: lis
     ended = [found for found, _ in loading if found not in stale]
     if ended:
         return f"server {', '.join(ended)} has ended while it loaded its model; waiting for it to start again"
-    return f"no vLLM server with VLLM_PLUGINS=apollo in {base}; waiting for {f'server {name}' if name else 'one'} to start"
+    return (
+        f"no vLLM server with VLLM_PLUGINS=apollo in {base}; waiting for {f'server {name}' if name else 'one'} to start"
+    )
 
 
 def _holder(folder: Path) -> str:

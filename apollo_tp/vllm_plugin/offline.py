@@ -36,7 +36,9 @@ def offline_manifests(
     """
     release.check_version()
     import_image_processors()
-    configs = (one_rank.engine_config(model, tp_size, dtype, trust_remote_code=trust_remote_code) for _ in range(tp_size))
+    configs = (
+        one_rank.engine_config(model, tp_size, dtype, trust_remote_code=trust_remote_code) for _ in range(tp_size)
+    )
     return [_manifest(config, rank, tp_size) for rank, config in enumerate(configs)]
 
 

@@ -1,5 +1,5 @@
-"""The start before a server's, the end by SIGTERM, and a server whose API server is killed: one story on the real stack, in a
-folder whose name needs quoting."""
+"""The start before a server's, the end by SIGTERM, and a server whose API server is killed: one story on the real stack, in
+a folder whose name needs quoting."""
 
 from __future__ import annotations
 
@@ -116,7 +116,9 @@ def test_a_trainers_life(folder: Path, runtime_dir: Path, started: list[ManagedP
     # a new server does not take the name; a command ends what is left
     command = [sys.executable, "-m", "apollo_tp.cli.main", "end-orphans"]
     environment = os.environ | {"APOLLO_TP_RUNTIME_DIR": str(runtime_dir)}
-    refused = subprocess.run(command, env=environment, input="n\n", capture_output=True, text=True, timeout=60, check=False)
+    refused = subprocess.run(
+        command, env=environment, input="n\n", capture_output=True, text=True, timeout=60, check=False
+    )
     assert refused.returncode == 1
     assert all(process.identity.alive() for process in named[:-1])
     done = subprocess.run([*command, "--yes"], env=environment, capture_output=True, text=True, timeout=90, check=False)

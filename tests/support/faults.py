@@ -12,8 +12,8 @@ from pathlib import Path
 import httpx
 import torch
 
-from apollo_tp.shards.mapping import map_rank
 from apollo_tp.launch.compose import quoted
+from apollo_tp.shards.mapping import map_rank
 from tests.support.faulty_launch import ALL_OUT_OF_MEMORY
 from tests.support.processes import ManagedProcess, coordinator_url, start_trainer
 from tests.support.servers import Server, Trainer

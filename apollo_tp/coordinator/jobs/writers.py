@@ -96,7 +96,7 @@ def _tensorboard(folder: Path) -> Writer:
         events = event_file_writer.EventFileWriter(str(folder))
     except OSError as error:
         raise ConfigError(
-            f"service.writers.tensorboard_dir: got {folder} ({error.strerror or error}), expected a folder that can be written"
+            f"service.writers.tensorboard_dir: got {folder} ({error.strerror or error}), expected a writable folder"
         ) from error
 
     def write(figures: Figures) -> None:
@@ -118,8 +118,8 @@ def _wandb(service: ServiceConfig) -> Writer:
         run = wandb.init(dir=service.state_dir, **settings)
     except (OSError, wandb.Error) as error:
         raise ConfigError(
-            f"service.writers.wandb_project: got {service.writers.wandb_project!r}, which wandb refuses ({error}), expected a "
-            "project that it can open; see service.writers.wandb_mode"
+            f"service.writers.wandb_project: got {service.writers.wandb_project!r}, which wandb refuses ({error}), expected "
+            "a project that it can open; see service.writers.wandb_mode"
         ) from error
 
     def write(figures: Figures) -> None:

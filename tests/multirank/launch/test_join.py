@@ -115,4 +115,7 @@ def test_ranks_join_again_after_each_restart(tmp_path: Path) -> None:
     status, output, joined = launch(tmp_path, "--max-restarts", "4", after=after)
     assert (status, joined) == (0, [(0, 2, 2)] * 4 + [(1, 2, 2)] * 4), output
     for attempt in range(4):
-        assert len(re.findall(rf"joining 2 ranks through 127\.0\.0\.1:\d+, attempt {attempt}, for up to 60 s", output)) == 2
+        assert (
+            len(re.findall(rf"joining 2 ranks through 127\.0\.0\.1:\d+, attempt {attempt}, for up to 60 s", output))
+            == 2
+        )

@@ -52,9 +52,7 @@ OPTIMIZER = SimpleNamespace(describe=lambda: "apollo, rank 64: 5 matrices", stat
 
 
 @pytest.mark.parametrize("card", [SOURCE_CARD, "", "---\n: [\n---\n", "no front matter"])
-def test_the_card_has_origin_data_counts_and_figures(
-    source: Path, monkeypatch: pytest.MonkeyPatch, card: str
-) -> None:
+def test_the_card_has_origin_data_counts_and_figures(source: Path, monkeypatch: pytest.MonkeyPatch, card: str) -> None:
     """License and language stay those of the base model; a card that cannot be read stops no checkpoint."""
     monkeypatch.setattr(optimizer_state, "save", _state)
     (source / "README.md").write_text(card)
@@ -63,7 +61,9 @@ def test_the_card_has_origin_data_counts_and_figures(
     written = ModelCard.load(path / "README.md")
     data = written.data.to_dict()
     assert (data["library_name"], "apollo_tp" in data["tags"]) == ("transformers", True)
-    assert (data.get("license"), data.get("language")) == (("apache-2.0", ["de"]) if card is SOURCE_CARD else (None, None))
+    assert (data.get("license"), data.get("language")) == (
+        ("apache-2.0", ["de"]) if card is SOURCE_CARD else (None, None)
+    )
     assert "base_model" not in data  # a folder of this machine is nothing that the hub could link to
     for line in ("base model | `my base` |", "jobs | 2 |", "steps | 12 |", "epoch | 345 |", "tokens | 67,890 |",
                  "learned from | 1,234 |", "step | 0.5000 |", "optimizer | apollo, rank 64 |"):  # fmt: skip
@@ -151,7 +151,9 @@ def test_a_full_disk_is_told_with_the_folder_what_is_needed_and_free_and_the_cur
     if where == "weights":
         monkeypatch.setattr(os, "posix_fallocate", full)
     needed = r"expected about 1,\d\d\d for a checkpoint \(weights \d+, optimizer state 1,000\)"
-    with pytest.raises(CheckpointError, match=rf"checkpoint\.dir .*/out: got [\d,]+ bytes free .*{needed}; .*keep") as found:
+    with pytest.raises(
+        CheckpointError, match=rf"checkpoint\.dir .*/out: got [\d,]+ bytes free .*{needed}; .*keep"
+    ) as found:
         _writer(source).save("x", OPTIMIZER, 1)  # type: ignore[arg-type]
     assert os.strerror(number) in str(found.value)
     assert not any(path.name.endswith(".partial") for path in (source.parent / "out").iterdir())

@@ -120,7 +120,22 @@ def test_a_text_stays_as_it_is_written(value: str) -> None:
 
 @pytest.mark.parametrize(
     "value",
-    ["/tmp/ü, (x) [y]", 'a"b', "a\\", 'a\\"b', "a\\\\", "$HOME/${x}", "~/x", "a=b", " lead ", "{a:1}", "'q'", "#x", "%", "1e5"],
+    [
+        "/tmp/ü, (x) [y]",
+        'a"b',
+        "a\\",
+        'a\\"b',
+        "a\\\\",
+        "$HOME/${x}",
+        "~/x",
+        "a=b",
+        " lead ",
+        "{a:1}",
+        "'q'",
+        "#x",
+        "%",
+        "1e5",
+    ],
 )
 def test_a_quoted_path_is_read_as_it_is(value: str) -> None:
     assert options(quoted("checkpoint.dir", value)).checkpoint.dir == value
@@ -133,7 +148,11 @@ def test_a_reader_that_ends_first_is_no_error(flag: str) -> None:
     os.close(read)
     with os.fdopen(write, "wb") as closed:
         done = subprocess.run(
-            [sys.executable, "-m", "apollo_tp.launch", flag], stdout=closed, stderr=subprocess.PIPE, timeout=60, check=False
+            [sys.executable, "-m", "apollo_tp.launch", flag],
+            stdout=closed,
+            stderr=subprocess.PIPE,
+            timeout=60,
+            check=False,
         )
     assert (done.returncode, done.stderr) == (0, b"")
 
@@ -141,7 +160,11 @@ def test_a_reader_that_ends_first_is_no_error(flag: str) -> None:
 def test_a_full_disk_is_told() -> None:
     with open("/dev/full", "wb") as full:
         done = subprocess.run(
-            [sys.executable, "-m", "apollo_tp.launch", "--help"], stdout=full, stderr=subprocess.PIPE, timeout=60, check=False
+            [sys.executable, "-m", "apollo_tp.launch", "--help"],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            timeout=60,
+            check=False,
         )
     assert done.returncode == 2
     assert done.stderr.decode().startswith("apollo_tp.launch: standard output: got No space left on device")

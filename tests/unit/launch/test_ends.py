@@ -41,7 +41,16 @@ def start(command: list[str], **environment: str) -> subprocess.CompletedProcess
     )  # fmt: skip
 
 
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1", "--nproc-per-node", "2"]
+TORCHRUN = [
+    sys.executable,
+    "-m",
+    "torch.distributed.run",
+    "--standalone",
+    "--local-addr",
+    "127.0.0.1",
+    "--nproc-per-node",
+    "2",
+]
 
 
 @pytest.mark.parametrize("guilty", [0, 1])

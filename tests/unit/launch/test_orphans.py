@@ -26,20 +26,28 @@ from tests.support.manifests import manifest
 STUBBORN = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(flush=True); input()"
 
 
+def _start(code: str) -> subprocess.Popen[bytes]:
+    return subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+
+
 class Server:
     """Processes in the roles of a server at TP = 2, whose manifests are in ``base``."""
 
     def __init__(self, base: Path, name: str = "test") -> None:
         roles = ("API server", "EngineCore", "rank 0", "rank 1")
-        self.processes = {role: subprocess.Popen([sys.executable, "-c", STUBBORN if role == "rank 1" else "input()"],
-                                                 stdin=subprocess.PIPE, stdout=subprocess.PIPE) for role in roles}  # fmt: skip
+        self.processes = {role: _start(STUBBORN if role == "rank 1" else "input()") for role in roles}
         assert self.processes["rank 1"].stdout is not None
         self.processes["rank 1"].stdout.readline()  # SIGTERM is ignored from here on
         parents = [self._named(role) for role in ("EngineCore", "API server")]
         self.folder = instance_folder.instance_dir(name, base)
         for rank in (0, 1):
             worker = self._named(f"rank {rank}")
-            changes = {"pid": worker.pid, "pid_start_ticks": worker.start_ticks, "parents": parents, "instance_id": name}
+            changes = {
+                "pid": worker.pid,
+                "pid_start_ticks": worker.start_ticks,
+                "parents": parents,
+                "instance_id": name,
+            }
             publish(manifest(rank, 2, **changes), self.folder)
 
     def _named(self, role: str) -> ServerProcess:
@@ -105,7 +113,9 @@ def test_a_server_without_its_engine_is_not_live(server: Server, base: Path, mon
         wait_for_server(base, "test", 0.2, report=reasons.append)
     assert reasons[0].startswith("server test has ended; ")
     assert "rank 1" in reasons[0]
-    with pytest.raises(ManifestError, match=r"rank 1 \(process \d+\).* live on without their server.*apollo-tp end-orphans"):
+    with pytest.raises(
+        ManifestError, match=r"rank 1 \(process \d+\).* live on without their server.*apollo-tp end-orphans"
+    ):
         instance._claim_first("test", base)
     instance._claim_first("another", base)
     assert server.manifests
@@ -159,7 +169,11 @@ def test_what_is_waited_for_is_named(base: Path, monkeypatch: pytest.MonkeyPatch
 def test_ancestors_go_up_to_the_one_that_is_asked_for() -> None:
     code = f"import sys; sys.path.insert(0, {os.getcwd()!r}); from apollo_tp.runtime.processes import ancestors; import os; "
     code += "print([p.pid for p in ancestors(os.getpid(), int(sys.argv[1]))])"
-    command = [sys.executable, "-c", f"import subprocess, sys; subprocess.run([sys.executable, '-c', {code!r}, sys.argv[1]])"]
+    command = [
+        sys.executable,
+        "-c",
+        f"import subprocess, sys; subprocess.run([sys.executable, '-c', {code!r}, sys.argv[1]])",
+    ]
     middle = subprocess.Popen([*command, str(os.getpid())], stdout=subprocess.PIPE, text=True)
     assert json.loads(middle.communicate(timeout=60)[0]) == [middle.pid, os.getpid()]
     assert ancestors(os.getpid(), 2**22 + 1) == []

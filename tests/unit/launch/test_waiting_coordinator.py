@@ -63,7 +63,9 @@ def _reason(url: str) -> str:
     return str(httpx.get(f"{url}/train/status").json()["trainer"].get("reason"))
 
 
-def test_its_port_says_what_is_waited_for(coordinator: tuple[CoordinatorProcess, str], base: Path, tmp_path: Path) -> None:
+def test_its_port_says_what_is_waited_for(
+    coordinator: tuple[CoordinatorProcess, str], base: Path, tmp_path: Path
+) -> None:
     """The status and the page at once; other routes 503 with the reason; the command line finds it; on the same port the
     full service follows, and no connection is refused between them."""
     process, url = coordinator
