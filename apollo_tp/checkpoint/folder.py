@@ -129,8 +129,9 @@ def begin(root: Path, name: str) -> Path:
         )
     for left in root.glob(".*.partial"):  # as large as a model each, and no name comes twice
         why, optimizer = "not complete, or no longer a checkpoint", beside_of(root / left.name[1 : -len(".partial")])
-        if owned_folder.is_marked(left, PARTIAL) and owned_folder.remove_tree(optimizer, why, OPTIMIZER_DIR):
-            owned_folder.remove_tree(left, why, PARTIAL)
+        if owned_folder.is_marked(left, PARTIAL) and not owned_folder.remove_tree(optimizer, why, OPTIMIZER_DIR):
+            continue  # by what is left it is known as ours the next time
+        owned_folder.remove_tree(left, why, PARTIAL)
     if os.path.lexists(beside_of(root / name)):
         raise CheckpointError(f"{beside_of(root / name)}: got a name that is taken, expected a new one; move it away")
     partial.mkdir(mode=0o700)

@@ -166,8 +166,8 @@ class CheckpointWriter:
         free = shutil.disk_usage(self._root).free
         return (
             f"checkpoint.dir {self._root}: got {free:,} bytes free ({error.strerror}), expected about {weights + state:,} "
-            f"for a checkpoint (weights {weights:,}, optimizer state {state:,}); free space there, lower checkpoint.keep, or "
-            "set checkpoint.dir to a folder on a larger disk"
+            f"for a checkpoint (weights {weights:,}, optimizer state {state:,}); free space there, lower "
+            "checkpoint.keep, or set checkpoint.dir to a folder on a larger disk"
         )
 
     def _any_rank(self, flag: bool) -> bool:
