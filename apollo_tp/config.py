@@ -130,6 +130,11 @@ class ServerConfig:
 
 
 @dataclass(kw_only=True)
+class ModelConfig:
+    trust_remote_code: bool = option(False, "run Python code that is in the model's folder (auto_map in config.json)")
+
+
+@dataclass(kw_only=True)
 class TrainConfig:
     max_micro_batch_tokens: int = option(2048, "tokens packed into one micro-batch")
     max_sequence_tokens: int = option(2048, "longest accepted sequence")
@@ -260,6 +265,7 @@ class CheckpointConfig:
 @dataclass(kw_only=True)
 class Config:
     server: ServerConfig = option(ServerConfig, "which vLLM server to train")
+    model: ModelConfig = option(ModelConfig, "how the served model's folder is read")
     optim: OptimConfig = option(OptimConfig, "APOLLO and its relatives")
     train: TrainConfig = option(TrainConfig, "batches, memory, precision")
     sync: SyncConfig = option(SyncConfig, "consistency with running inference")

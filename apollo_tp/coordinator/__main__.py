@@ -1,4 +1,4 @@
-"""``python -m apollo_tp.coordinator --config FILE.json``: composition root of the coordinator process."""
+"""``python -m apollo_tp.coordinator [--config FILE.json]``: composition root of the coordinator process."""
 
 from __future__ import annotations
 
@@ -33,6 +33,7 @@ from apollo_tp.coordinator.jobs.writers import open_writers
 from apollo_tp.coordinator.json_logging import set_up_logging
 from apollo_tp.coordinator.samples.render import Renderer
 from apollo_tp.coordinator.settings import EXIT_STORAGE, Settings, load
+from apollo_tp.coordinator.waiting import first_order, serve_until_ready
 from apollo_tp.errors import ApolloTpError, ConfigError
 from apollo_tp.runtime import instance_folder, private_files
 
@@ -45,14 +46,22 @@ LOCK_SECONDS = STOP_SECONDS + 1
 def main() -> int:
     """Run until a signal, or until the parent process has ended. Returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m apollo_tp.coordinator", description=__doc__)
-    parser.add_argument("--config", type=Path, required=True, help="settings file written by apollo_tp.launch")
+    parser.add_argument(
+        "--config",
+        type=Path,
+        help="settings file written by apollo_tp.launch; without it, orders come by standard input",
+    )
+    parser.add_argument("--reason-fd", type=int, help="file descriptor to which the reason of a failure is written")
+    arguments = parser.parse_args()
     set_up_logging()
     # 50 clients are answered between two slices of a thread that renders samples
     sys.setswitchinterval(0.001)
     try:
-        asyncio.run(serve(load(parser.parse_args().config)))
+        asyncio.run(wait_and_serve(arguments.config))
     except ApolloTpError as error:
         log.error("%s", error)
+        if arguments.reason_fd is not None:
+            os.write(arguments.reason_fd, str(error).encode(errors="backslashreplace"))
         return 1
     except sqlite3.OperationalError as error:
         log.error("got %s, expected to write to service.state_dir; free space there", error, exc_info=error)
@@ -63,13 +72,25 @@ def main() -> int:
     return 0
 
 
-async def serve(settings: Settings) -> None:
-    """Bind all sockets, then run the parts until one ends or a signal arrives."""
+async def wait_and_serve(config: Path | None) -> None:
+    """Serve with the settings in ``config``. Without one, say on the same address what is waited for, until rank 0 names
+    it."""
+    listener = None
+    if config is None:
+        first, orders = await first_order()
+        listener = bind_http(first.service.http.host, first.service.http.port)
+        config = await serve_until_ready(first.service, Path(first.base), listener, orders)
+    if config is not None:
+        await serve(load(config), listener)
+
+
+async def serve(settings: Settings, listener: socket.socket | None = None) -> None:
+    """Bind all sockets (HTTP's is ``listener``, if there is one), then run the parts until one ends or a signal arrives."""
     access = load_access(settings.service)
     changes = Changes()
     store = Store(Path(settings.service.state_dir), changes.notify, lock_seconds=LOCK_SECONDS)
     context = zmq.asyncio.Context()
-    listener = bind_http(settings.service.http.host, settings.service.http.port)
+    listener = listener or bind_http(settings.service.http.host, settings.service.http.port)
     scheduler = _build_scheduler(settings, store, context, changes)
     service = Service(
         settings, store, scheduler, changes, _renderer(settings), model_vocab_size(Path(settings.model_path))

@@ -12,6 +12,7 @@ from pathlib import Path
 import httpx
 import torch
 
+from apollo_tp.launch.compose import quoted
 from apollo_tp.shards.mapping import map_rank
 from tests.support.faulty_launch import ALL_OUT_OF_MEMORY, RAISES_IN_OPTIMIZER
 from tests.support.processes import ManagedProcess, coordinator_url, start_trainer
@@ -28,8 +29,8 @@ def step(first_token: int = 5, **fields: object) -> dict:
 
 def settings(server: Server, folder: Path) -> list[str]:
     return [
-        f"server.instance={server.instance}", "service.http.port=0", f"service.state_dir={folder}/service",
-        f"checkpoint.dir={folder}/checkpoints", "train.threads=1", *OVERRIDES,
+        f"server.instance={server.instance}", "service.http.port=0", quoted("service.state_dir", f"{folder}/service"),
+        quoted("checkpoint.dir", f"{folder}/checkpoints"), "train.threads=1", *OVERRIDES,
     ]  # fmt: skip
 
 

@@ -1,5 +1,6 @@
 """When the launcher starts its coordinator again, and when it gives up."""
 
+import os
 import signal
 
 import pytest
@@ -32,6 +33,7 @@ def test_when_a_coordinator_is_started_again(monkeypatch, status, earlier_life, 
     monkeypatch.setattr(coordinator_process.time, "monotonic", lambda: clock[0])
     process = object.__new__(coordinator_process.CoordinatorProcess)
     process._has_lived, process._started_at, process._process = False, clock[0], Ended(None)
+    process._reason_fd = os.memfd_create("reason")
     monkeypatch.setattr(process, "_start", lambda: starts.append(clock[0]))
     clock[0] += earlier_life
     process.check()
