@@ -21,10 +21,10 @@ from apollo_tp.coordinator.http.parameters import (
 )
 from apollo_tp.coordinator.http.service import ServiceParts, listing, page_of
 from apollo_tp.coordinator.http.validation import FileValidation
-from apollo_tp.coordinator.jobs.job import Event, Job, JobSpec, State, Truncate, new_job
+from apollo_tp.coordinator.jobs.job import Event, Job, JobSpec, State, new_job
 from apollo_tp.coordinator.jobs.scheduler import Scheduler
 from apollo_tp.coordinator.jobs.store import Checkpoint
-from apollo_tp.coordinator.samples.schema import FineTuningBody, Hyperparameters, decode
+from apollo_tp.coordinator.samples.schema import FineTuningBody, Hyperparameters, Truncate, decode
 from apollo_tp.errors import refuse
 
 DEFAULT_EPOCHS = 3

@@ -15,11 +15,12 @@ from starlette.requests import Request
 
 from apollo_tp.coordinator.http.parameters import PageQuery
 from apollo_tp.coordinator.http.views import CachedStatus
-from apollo_tp.coordinator.jobs.job import Job, State, Truncate, check_action
+from apollo_tp.coordinator.jobs.job import Job, State, check_action
 from apollo_tp.coordinator.jobs.scheduler import Scheduler
 from apollo_tp.coordinator.jobs.store import Changes, Checkpoint, Store, StoredFile
 from apollo_tp.coordinator.samples.intake import Intake, Limits
 from apollo_tp.coordinator.samples.render import Renderer
+from apollo_tp.coordinator.samples.schema import Truncate
 from apollo_tp.coordinator.settings import Settings
 from apollo_tp.errors import refuse
 from apollo_tp.shards.serving import Serving

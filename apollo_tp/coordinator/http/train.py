@@ -24,9 +24,8 @@ from apollo_tp.coordinator.http.parameters import (
 from apollo_tp.coordinator.http.service import Service, ServiceParts, found, listing, page_of
 from apollo_tp.coordinator.http.views import event_stream, event_view, job_view
 from apollo_tp.coordinator.jobs.evaluation import score as score_samples
-from apollo_tp.coordinator.jobs.job import Job, State, new_job, plan_total_steps
+from apollo_tp.coordinator.jobs.job import Job, State, new_job, plan_total_steps, spec_of
 from apollo_tp.coordinator.jobs.store import Checkpoint
-from apollo_tp.coordinator.samples.intake import spec_of
 from apollo_tp.coordinator.samples.render import Renderer
 from apollo_tp.coordinator.samples.sample_file import write_records
 from apollo_tp.coordinator.samples.schema import CheckpointBody, ScoreBody, TrainBody, decode

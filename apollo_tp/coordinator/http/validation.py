@@ -9,12 +9,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from apollo_tp.coordinator.http.service import Service
-from apollo_tp.coordinator.jobs.evaluation import Pair
 from apollo_tp.coordinator.jobs.job import Job, JobError, State, plan_total_steps
 from apollo_tp.coordinator.jobs.scheduler import model_changed
 from apollo_tp.coordinator.jobs.store import StoredFile
 from apollo_tp.coordinator.samples.intake import Intake
-from apollo_tp.coordinator.samples.sample_file import write_records
+from apollo_tp.coordinator.samples.sample_file import Pair, write_records
 from apollo_tp.coordinator.samples.schema import PreferenceLine, SupervisedLine, decode
 from apollo_tp.errors import ApolloTpError, RequestError
 from apollo_tp.wire.commands import Sample

@@ -13,20 +13,13 @@ import msgspec
 from apollo_tp.coordinator.jobs.job import Job
 from apollo_tp.coordinator.jobs.rank_link import Ask
 from apollo_tp.coordinator.jobs.store import Store
-from apollo_tp.coordinator.samples.sample_file import read_records, write_records
+from apollo_tp.coordinator.samples.sample_file import Pair, read_records, write_records
 from apollo_tp.wire import commands
 
 T = TypeVar("T")
 SCORE_BATCH = 32
 """Samples per Score command."""
 EVALUATIONS_PER_JOB = 10
-
-
-class Pair(msgspec.Struct, frozen=True):
-    """A preference pair before its reference log-probabilities are known."""
-
-    preferred: commands.Sample
-    rejected: commands.Sample
 
 
 class Reference(msgspec.Struct, frozen=True):

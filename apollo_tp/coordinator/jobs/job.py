@@ -11,6 +11,7 @@ from enum import Enum
 
 import msgspec
 
+from apollo_tp.coordinator.samples.schema import TrainBody, Truncate
 from apollo_tp.errors import RequestError
 
 
@@ -27,14 +28,6 @@ class State(Enum):
 
 
 TERMINAL = frozenset({State.succeeded, State.failed, State.cancelled})
-
-
-class Truncate(Enum):
-    """What to do with a sample that is too long: refuse it, or cut tokens off its left or right end."""
-
-    refuse = "refuse"
-    left = "left"
-    right = "right"
 
 
 class JobSpec(msgspec.Struct, kw_only=True):
@@ -130,6 +123,19 @@ def new_job(source: str, spec: JobSpec, state: State, model_digest: str = "") ->
     """A new job with an id of its own. It is not stored."""
     identity = f"{'ftjob' if source == 'openai' else 'job'}-{secrets.token_hex(12)}"
     return Job(id=identity, source=source, spec=spec, state=state, model_digest=model_digest, created_at=time.time())
+
+
+def spec_of(body: TrainBody) -> JobSpec:
+    """The job specification of a POST /train body."""
+    return JobSpec(
+        epochs=body.epochs,
+        batch_size=body.batch_size,
+        learning_rate_scale=body.learning_rate_scale,
+        seed=body.seed,
+        max_steps=body.max_steps,
+        truncate=body.truncate,
+        metadata=body.metadata,
+    )
 
 
 def plan_total_steps(spec: JobSpec, num_samples: int) -> int:

@@ -6,11 +6,10 @@ from dataclasses import dataclass
 
 import msgspec
 
-from apollo_tp.coordinator.jobs.evaluation import Pair
-from apollo_tp.coordinator.jobs.job import JobSpec, Truncate
 from apollo_tp.coordinator.samples.conversation import UNSUPPORTED_TEMPLATE, Chat
 from apollo_tp.coordinator.samples.render import Renderer, too_long
-from apollo_tp.coordinator.samples.schema import Message, PreferenceLine, SampleBody, TrainBody
+from apollo_tp.coordinator.samples.sample_file import Pair
+from apollo_tp.coordinator.samples.schema import Message, PreferenceLine, SampleBody, TrainBody, Truncate
 from apollo_tp.errors import RequestError, refuse
 from apollo_tp.wire.commands import Sample
 
@@ -171,16 +170,3 @@ def _up_to(messages: list[Message], index: int) -> list[Message]:
     """The conversation up to its assistant message ``index``, the only one that is learned."""
     before = [msgspec.structs.replace(m, weight=0.0) if m.role == "assistant" else m for m in messages[:index]]
     return [*before, messages[index]]
-
-
-def spec_of(body: TrainBody) -> JobSpec:
-    """The job specification of a POST /train body."""
-    return JobSpec(
-        epochs=body.epochs,
-        batch_size=body.batch_size,
-        learning_rate_scale=body.learning_rate_scale,
-        seed=body.seed,
-        max_steps=body.max_steps,
-        truncate=body.truncate,
-        metadata=body.metadata,
-    )
