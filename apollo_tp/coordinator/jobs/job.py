@@ -107,7 +107,7 @@ class Job(msgspec.Struct, kw_only=True):
         return self.state in TERMINAL
 
 
-class Event(msgspec.Struct, kw_only=True):
+class Event(msgspec.Struct, kw_only=True, dict=True):
     """Something that happened to a job. ``id`` increases over all jobs. ``type``: state, metrics, message or checkpoint."""
 
     id: int
@@ -117,6 +117,41 @@ class Event(msgspec.Struct, kw_only=True):
     type: str
     message: str
     data: dict[str, object]
+
+    @functools.cached_property
+    def encoded(self) -> bytes:
+        """The event as JSON, made once for all who follow the job."""
+        return msgspec.json.encode(self)
+
+
+class Checkpoint(msgspec.Struct, kw_only=True):
+    """A requested or written checkpoint. ``state`` is queued, succeeded or failed; ``reason`` is request, job or idle."""
+
+    id: str
+    name: str
+    state: str
+    reason: str
+    created_at: float
+    job_id: str = ""
+    step: int = 0
+    finished_at: float | None = None
+    path: str = ""
+    num_bytes: int = 0
+    seconds: float = 0.0
+    weight_version: int | None = None
+    metrics: dict[str, float | None] = {}
+    error: str = ""
+
+
+class StoredFile(msgspec.Struct, kw_only=True):
+    """An uploaded file. ``filename`` is the client's name for it: it is displayed, and never used as a path."""
+
+    id: str
+    filename: str
+    bytes: int
+    created_at: float
+    purpose: str = "fine-tune"
+    status: str = "processed"
 
 
 def new_job(source: str, spec: JobSpec, state: State, model_digest: str = "") -> Job:
