@@ -23,16 +23,20 @@ RESERVE_BYTES = 2**20
 
 
 class Reserve:
-    """The file ``reserve`` in the state folder."""
+    """The file ``reserve`` in the state folder. ``low``: it is missing, since there was no room for twice its size."""
 
     def __init__(self, folder: Path) -> None:
         self._folder, self._path = folder, folder / RESERVE
+        self.low = False
 
     def keep(self) -> bool:
-        """Make the file if it is missing and there is room for four times its size. Returns whether it is there."""
-        if self._path.exists():
-            return True
-        if self.free() < 4 * RESERVE_BYTES:
+        """Make the file if it is missing and there is room. Returns whether it is there."""
+        if not self._path.exists():
+            self.low = not self._make()
+        return not self.low
+
+    def _make(self) -> bool:
+        if self.free() < 2 * RESERVE_BYTES:
             return False
         fd = owned_folder.open_own(self._path)
         try:
@@ -47,11 +51,10 @@ class Reserve:
 
     def release(self) -> bool:
         """Remove the file. Returns False if it was not there."""
+        self.low = True
         with contextlib.suppress(FileNotFoundError):
             self._path.unlink()
-            log.warning(
-                "the disk of %s is full: the space that was kept aside is used now; free space there", self._folder
-            )
+            log.warning("the disk of %s is full: the space kept aside is used now; free space there", self._folder)
             return True
         return False
 
@@ -62,7 +65,7 @@ class Reserve:
     def check(self, needed: int) -> None:
         """Raise StorageError (507) unless ``needed`` bytes are free, and what is to be kept aside."""
         free = self.free()
-        spare = 0 if self._path.exists() else RESERVE_BYTES
+        spare = 2 * RESERVE_BYTES if self.low else 0
         if free < needed + spare:
             raise StorageError(
                 Trouble.full,

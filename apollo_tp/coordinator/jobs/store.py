@@ -28,7 +28,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from apollo_tp.coordinator.jobs.active import ActiveJobs
-from apollo_tp.coordinator.jobs.commits import Commit, CommitQueue
+from apollo_tp.coordinator.jobs.commits import LOCKED_SECONDS, Commit, CommitQueue
 from apollo_tp.coordinator.jobs.folder import PARTS, StateFolder
 from apollo_tp.coordinator.jobs.job import Checkpoint, Event, Job, State, StoredFile
 from apollo_tp.coordinator.jobs.reader import Reader
@@ -155,10 +155,12 @@ class Store(Reader):
 
     async def room(self) -> None:
         """Wait while the disk is full, or more than MAX_BACKLOG writes wait. Raises StorageError."""
-        while self._commits.waits_for_room or self._commits.backlog > MAX_BACKLOG:
+        while self._commits.waits_for_room or self._commits.backlog > MAX_BACKLOG or self.disk.reserve.low:
             if self._commits.failure.done():
                 await self._commits.failure
-            await asyncio.sleep(0.05)
+            await asyncio.sleep(0.1)
+            if self.disk.reserve.low:
+                await self.in_thread(lambda _: self.disk.reserve.keep())
 
     async def failed(self) -> None:
         """Wait until a write that must not be lost is lost. Raises that StorageError."""
@@ -352,6 +354,7 @@ class Store(Reader):
         Links, files of other users, files with names that we do not give, and what belongs to a row that was set aside
         are left alone.
         """
+        self._commits.submit(lambda db: None, durable=True).result(LOCKED_SECONDS)  # rows that are being set aside
         kept = {job.id for job in self.active.in_states(*State)} | self.aside("jobs")
         files = {self.file_path(file_id).name for file_id in self.known_ids("files")}
         self.disk.remove_orphans({f"{job_id}.{part}" for job_id in kept for part in PARTS}, files)
