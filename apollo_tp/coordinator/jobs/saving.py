@@ -128,6 +128,7 @@ class Saver:
             self._current = None
         await self._store.save_checkpoint(checkpoint)
         if checkpoint.state == "queued":
+            self._wake()  # to send it to the next trainer
             return failure
         job = self._live(checkpoint.job_id) if checkpoint.job_id else None
         if job is not None:
