@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import AsyncIterator
 from typing import Any
@@ -99,6 +100,10 @@ def events_page(reader: Reader, job_id: str, after: int, limit: int) -> bytes:
     return b'{"object":"list","data":[' + data + b'],"has_more":' + msgspec.json.encode(more) + b"}"
 
 
+def _frame(event: Event) -> bytes:
+    return b"id: %d\nevent: %s\ndata: %s\n\n" % (event.id, event.type.encode(), event_view(event))
+
+
 async def event_stream(store: Store, changes: Changes, job_id: str, after: int) -> AsyncIterator[bytes]:
     """Server-sent events of a job: those after event ``after``, then new ones as they happen, until the job is over.
 
@@ -106,18 +111,19 @@ async def event_stream(store: Store, changes: Changes, job_id: str, after: int) 
     """
     quiet_since = time.monotonic()
     while True:
+        change = changes.upcoming(job_id)
         over = job_id not in store.active  # looked at before the events: the last one is among them if the job is over
-        events = store.news(job_id, after)
-        for event in events:
-            after = event.id
-            yield b"id: %d\nevent: %s\ndata: %s\n\n" % (event.id, event.type.encode(), event_view(event))
-        if events:
+        events = await store.news(job_id, after)
+        if events:  # in one part: hundreds of followers that begin at once would hold up all others by single ones
+            after = events[-1].id
+            yield b"".join(map(_frame, events))
+            await asyncio.sleep(0)
             quiet_since = time.monotonic()
             continue
         if over:
             yield b"event: end\ndata: {}\n\n"
             return
         left = quiet_since + KEEP_ALIVE_SECONDS - time.monotonic()
-        if left <= 0 or not await changes.wait(left, job_id):
+        if left <= 0 or not await changes.wait(left, change):
             quiet_since = time.monotonic()
             yield b": still there\n\n"

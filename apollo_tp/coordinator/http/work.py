@@ -22,7 +22,7 @@ class ClientGoneError(ApolloTpError):
 
 
 class Workers:
-    """``num_threads`` threads for ``what``. More than ``limit`` requests at once, waiting ones included, are answered 429."""
+    """``num_threads`` threads for ``what``. More than ``limit`` requests at once, waiting ones too, are answered 429."""
 
     def __init__(self, what: str, num_threads: int, limit: int) -> None:
         self._what, self._limit, self._admitted = what, limit, 0

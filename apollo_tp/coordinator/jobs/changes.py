@@ -19,9 +19,13 @@ class Changes:
             if event := self._events.pop(key, None):
                 event.set()
 
-    async def wait(self, seconds: float, job_id: str = "") -> bool:
-        """Wait for the next change, of this job if one is named. Returns False if there was none within ``seconds``."""
-        event = self._events.setdefault(job_id, asyncio.Event())
+    def upcoming(self, job_id: str = "") -> asyncio.Event:
+        """Set by the next change, of this job if one is named. Take it before looking: no change is missed then."""
+        return self._events.setdefault(job_id, asyncio.Event())
+
+    async def wait(self, seconds: float, event: asyncio.Event | None = None) -> bool:
+        """Wait for ``event``, or any change. Returns False if there was none within ``seconds``."""
+        event = event or self.upcoming()
         try:
             async with asyncio.timeout(seconds):
                 await event.wait()

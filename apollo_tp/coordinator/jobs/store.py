@@ -79,7 +79,7 @@ class Store(Reader):
         self, folder: Path, on_change: Callable[[str], None] = lambda job_id: None, *, lock_seconds: float = 0.0
     ) -> None:
         self.on_change = on_change
-        self._loop = _running_loop()
+        self._loop = asyncio._get_running_loop()  # None in tests that have none
         self._recent: collections.OrderedDict[str, Recent] = collections.OrderedDict()
         self._adding = 0
         with contextlib.ExitStack() as stack:
@@ -136,12 +136,12 @@ class Store(Reader):
         """Number of jobs by state."""
         return dict(self.active.counts)
 
-    def news(self, job_id: str, after: int) -> list[Event]:
+    async def news(self, job_id: str, after: int) -> list[Event]:
         """Events of a job with ids above ``after``, oldest first; mostly from memory. There may be more."""
         recent = self._recent.get(job_id)
         if recent is not None and after >= recent.after:
             return recent.above(after)
-        return self.events(job_id, after=after)
+        return await self.in_thread(lambda reader: _encoded(reader.events(job_id, after=after, limit=RECENT_EVENTS)))
 
     def get_meta(self, name: str) -> str:
         """The value stored under ``name``, or "" if there is none."""
@@ -360,15 +360,15 @@ class Store(Reader):
         self.disk.remove_orphans({f"{job_id}.{part}" for job_id in kept for part in PARTS}, files)
 
 
-def _running_loop() -> asyncio.AbstractEventLoop | None:
-    try:
-        return asyncio.get_running_loop()
-    except RuntimeError:
-        return None
-
-
 def _event(job: Job, level: str, type: str, message: str, data: dict[str, Any]) -> Event:
     return Event(id=0, job_id=job.id, time=time.time(), level=level, type=type, message=message, data=data)
+
+
+def _encoded(events: list[Event]) -> list[Event]:
+    """The events, encoded here and not on the event loop."""
+    for event in events:
+        event.encoded  # noqa: B018 - a cached property
+    return events
 
 
 def _insert(db: sqlite3.Connection, event: Event) -> None:
