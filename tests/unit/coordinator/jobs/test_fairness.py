@@ -63,7 +63,12 @@ def test_scores_beyond_the_limit_are_answered_429(stack):
         for _ in range(MAX_REQUESTS + 8):
             connections.enter_context(abandoned(client, "/train/score", SCORE))
         time.sleep(0.5)
-        wait_for(lambda: client.post("/train/score", json=SCORE, timeout=30).status_code == 429)
+
+        def refused():
+            with contextlib.suppress(httpx.ReadTimeout):  # it was admitted
+                return client.post("/train/score", json=SCORE, timeout=1).status_code == 429
+
+        wait_for(refused)
         assert len(ranks.scored) < MAX_REQUESTS
     ranks.score_seconds = 0.0
     assert wait_for(lambda: client.post("/train/score", json=SCORE).status_code == 200)
