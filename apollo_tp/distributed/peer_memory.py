@@ -233,7 +233,7 @@ class PeerBuffers:
         the host's five further calls would cost more than that saves.
         """
         rows, columns = mine.shape
-        captured = torch.cuda.is_current_stream_capturing()
+        captured = mine.is_cuda and torch.cuda.is_current_stream_capturing()
         first = first_rows(rows, pairs[0][0].shape[1], columns) if captured else 0
         copy = torch.empty_like(mine[:first])
         if first:

@@ -112,7 +112,8 @@ class CoordinatorProcess:
         full = status == EXIT_STORAGE and self._has_lived
         if full and age < PAUSE_SECONDS:
             return
-        killed = status == -signal.SIGKILL  # by an operator or for lack of memory, so its settings are not at fault
+        # by an operator or for lack of memory, so its settings are not at fault; 0: it was asked to end and did
+        killed = status in (0, -signal.SIGKILL, -signal.SIGTERM, -signal.SIGINT)
         if not (killed or full) and age < MIN_LIFE_SECONDS:
             reason = os.pread(self._reason_fd, MAX_REASON_BYTES, 0).decode() or "see its log lines"
             raise ConfigError(f"coordinator: got exit status {status} at its start, expected it to run: {reason}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import math
 from typing import Annotated, Any
 
@@ -21,16 +22,13 @@ from apollo_tp.coordinator.http.parameters import (
     idempotency,
     json_body,
 )
-from apollo_tp.coordinator.http.service import Service, ServiceParts, found, listing, page_of
-from apollo_tp.coordinator.http.views import event_stream, event_view, job_view
-from apollo_tp.coordinator.jobs.evaluation import score as score_samples
-from apollo_tp.coordinator.jobs.job import Job, State, new_job, plan_total_steps
-from apollo_tp.coordinator.jobs.store import Checkpoint
-from apollo_tp.coordinator.samples.intake import spec_of
-from apollo_tp.coordinator.samples.render import Renderer
+from apollo_tp.coordinator.http.service import Service, ServiceParts, found, listing
+from apollo_tp.coordinator.http.views import event_stream, events_page, job_view
+from apollo_tp.coordinator.http.work import IsAbandoned, uninterrupted, while_connected
+from apollo_tp.coordinator.jobs.job import Checkpoint, State, new_job, plan_total_steps, spec_of
+from apollo_tp.coordinator.jobs.storage_error import named
 from apollo_tp.coordinator.samples.sample_file import write_records
 from apollo_tp.coordinator.samples.schema import CheckpointBody, ScoreBody, TrainBody, decode
-from apollo_tp.errors import RequestError
 from apollo_tp.wire.commands import Sample
 
 router = APIRouter(route_class=StrictRoute)
@@ -46,12 +44,12 @@ async def train(request: Request, query: Annotated[TrainQuery, Query()], service
             return await _answer(service, query, decode(data, TrainBody), known, {"Idempotent-Replay": "true"})
         service.store.check_room(service.settings.service.max_queued_jobs)
         service.check_disk(len(data))
-    body, samples = await asyncio.to_thread(_read, service, data)
     if query.dry_run:
-        shown = await asyncio.to_thread(_dry_run, service.renderer, body, samples)
+        shown = await service.dry_runs.run(request, functools.partial(_dry_run, service, data))
         return Response(shown, media_type="application/json")
-    job = await _store(service, body, samples, key)
-    return await _answer(service, query, body, job.id)
+    body, samples = await service.samples.run(request, functools.partial(_read, service, data))
+    job_id = await uninterrupted(_store(service, body, samples, key))
+    return await _answer(service, query, body, job_id)
 
 
 async def _answer(
@@ -65,29 +63,34 @@ async def _answer(
     return JSONResponse(job_view(job, service.scheduler), status_code=200 if job.terminal else 202, headers=headers)
 
 
-def _read(service: Service, data: bytes) -> tuple[TrainBody, list[Sample]]:
+def _read(service: Service, data: bytes, is_abandoned: IsAbandoned) -> tuple[TrainBody, list[Sample]]:
     body = decode(data, TrainBody)
-    return body, service.intake(body.truncate).train_samples(body)
+    return body, service.intake(body.truncate, is_abandoned).train_samples(body)
 
 
-async def _store(service: Service, body: TrainBody, samples: list[Sample], key: tuple[str, str, str] | None) -> Job:
+async def _store(service: Service, body: TrainBody, samples: list[Sample], key: tuple[str, str, str] | None) -> str:
+    """Store the samples, then the job. Returns its id, or that of the job that the same request made earlier."""
+    store, limit = service.store, service.settings.service.max_queued_jobs
     job = new_job("train", spec_of(body), State.queued, service.scheduler.model)
     job.num_samples, job.total_steps = len(samples), plan_total_steps(job.spec, len(samples))
-    path = service.store.samples_dir / f"{job.id}.train"
-    await asyncio.to_thread(write_records, path, samples)
+    path = store.samples_dir / f"{job.id}.train"
+    known = ""
     try:
-        if key and (known := service.store.repeated(*key)):  # the same request may have come twice at once
-            path.unlink()
-            return service.find_job(known)
-        service.store.add_job(job, max_queued=service.settings.service.max_queued_jobs, idempotency=key)
-    except RequestError:
-        path.unlink()
-        raise
+        await asyncio.to_thread(write_records, path, samples)
+        store.disk.count(path)
+        known = await store.add_job(job, max_queued=limit, idempotency=key)
+    except OSError as error:
+        raise named(error, store.samples_dir) from error
+    finally:
+        if known != job.id:
+            await asyncio.to_thread(store.disk.remove_samples, job.id)
     service.scheduler.wake()
-    return job
+    return known
 
 
-def _dry_run(renderer: Renderer | str, body: TrainBody, samples: list[Sample]) -> bytes:
+def _dry_run(service: Service, data: bytes, is_abandoned: IsAbandoned) -> bytes:
+    body, samples = _read(service, data, is_abandoned)
+    renderer = service.renderer
     shown = [
         {"token_ids": sample.token_ids, "weights": sample.weights,
          "tokens": None if isinstance(renderer, str) else renderer.decode(sample.token_ids)} for sample in samples
@@ -105,9 +108,8 @@ def _dry_run(renderer: Renderer | str, body: TrainBody, samples: list[Sample]) -
 @router.post("/train/score", openapi_extra=json_body(ScoreBody))
 async def score(request: Request, service: ServiceParts) -> Response:
     """Log-probabilities of samples under the trainer's weights of this moment, for `apollo-tp compare`. Trains nothing."""
-    body = decode(await request.body(), ScoreBody)
-    samples = await asyncio.to_thread(service.intake(body.truncate).samples, body.samples)
-    scores = await score_samples(samples, service.scheduler.ask)
+    samples = await service.samples.run(request, functools.partial(_read_scored, service, await request.body()))
+    scores = await while_connected(request, service.scheduler.score(samples))
     data = [
         {"logprob": logprob if math.isfinite(logprob) else None, "weight": weight, "correct": correct,
          "num_tokens": len(sample.token_ids)}
@@ -116,6 +118,11 @@ async def score(request: Request, service: ServiceParts) -> Response:
     return JSONResponse(
         {"object": "train.score", "weight_version": service.scheduler.link.weight_version, "data": data}
     )
+
+
+def _read_scored(service: Service, data: bytes, is_abandoned: IsAbandoned) -> list[Sample]:
+    body = decode(data, ScoreBody)
+    return service.intake(body.truncate, is_abandoned).samples(body.samples)
 
 
 @router.get("/train/status")
@@ -134,7 +141,7 @@ async def layout(service: ServiceParts) -> Response:
 @router.get("/train/jobs")
 async def jobs(query: Annotated[PageQuery, Query()], service: ServiceParts) -> Response:
     """Jobs of both APIs, newest first."""
-    return JSONResponse(service.list_jobs(query, job_view))
+    return JSONResponse(await service.list_jobs(query, job_view))
 
 
 add_job_routes(router, "/train/jobs", job_view)
@@ -151,9 +158,10 @@ async def events(
     if query.stream or "text/event-stream" in request.headers.get("accept", ""):
         stream = event_stream(service.store, service.changes, job.id, query.after)
         return StreamingResponse(stream, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
-    events = service.store.events(job.id, after=query.after, limit=query.limit + 1)
-    data = [event_view(event) for event in events[: query.limit]]
-    return JSONResponse(listing(data, len(events) > query.limit))
+    body = await service.store.in_thread(
+        functools.partial(events_page, job_id=job.id, after=query.after, limit=query.limit)
+    )
+    return Response(body, media_type="application/json")
 
 
 @router.post("/checkpoint", status_code=202, openapi_extra=json_body(CheckpointBody, required=False))
@@ -163,7 +171,7 @@ async def checkpoint(request: Request, query: Annotated[WaitQuery, Query()], ser
     body = decode(data or b"{}", CheckpointBody)
     key = idempotency(request, "/checkpoint", data)
     known = service.store.repeated(*key) if key else None
-    checkpoint_id = known or service.scheduler.saver.request("request", idempotency=key).id
+    checkpoint_id = known or (await uninterrupted(service.scheduler.saver.request("request", idempotency=key))).id
     if body.wait or query.wait:
         await service.wait(lambda: _find(service, checkpoint_id).state != "queued", body.wait_seconds)
     record = _find(service, checkpoint_id)
@@ -179,7 +187,7 @@ async def checkpoint_state(checkpoint_id: str, service: ServiceParts) -> Respons
 @router.get("/checkpoints")
 async def checkpoints(query: Annotated[PageQuery, Query()], service: ServiceParts) -> Response:
     """Checkpoints, newest first."""
-    records, more = page_of(service.store.checkpoints(), query)
+    records, more = service.store.page_of_checkpoints(after=query.after or None, limit=query.limit)
     return JSONResponse(listing(msgspec.to_builtins(records), more))
 
 

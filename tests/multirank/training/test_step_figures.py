@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import math
 from pathlib import Path
@@ -139,9 +140,10 @@ def _recorded(folder: Path, figures: commands.StepFigures) -> tuple[dict[str, An
         scheduler.on_step.append(writer)
         job = new_job("train", JobSpec(), State.running)
         job.total_steps = 10
-        store.add_job(job, max_queued=5)
+        asyncio.run(store.add_job(job, max_queued=5))
         reply = codec.decode(codec.encode(commands.StepDone(id=f"{job.id}/1", figures=figures)), commands.AnyReply)
         scheduler._record_step(job, reply)
+    asyncio.run(store.stored())
     (event,) = (event for event in store.events(job.id) if event.type == "metrics")
     measured: list[Measured] = [sample for family in metrics.registry.collect() for sample in family.samples]
     store.close()

@@ -24,6 +24,8 @@ class Ended:
         (EXIT_STORAGE, 60.0, 6.0, "starts"),
         (EXIT_STORAGE, 0.0, 6.0, "raises"),  # it never could store anything
         (-signal.SIGKILL, 0.0, 0.5, "starts"),
+        (-signal.SIGTERM, 0.0, 0.5, "starts"),  # before it handles signals
+        (0, 0.0, 0.5, "starts"),  # it handled one
         (1, 60.0, 0.5, "raises"),
     ],
 )

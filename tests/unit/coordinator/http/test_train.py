@@ -16,7 +16,8 @@ from apollo_tp.coordinator.http.metrics import Metrics
 from apollo_tp.coordinator.http.page import parse_server_metrics
 from apollo_tp.coordinator.http.service import Service
 from apollo_tp.coordinator.http.validation import FileValidation
-from apollo_tp.coordinator.jobs.store import Changes, Store
+from apollo_tp.coordinator.jobs.changes import Changes
+from apollo_tp.coordinator.jobs.store import Store
 from apollo_tp.coordinator.settings import Settings
 from tests.support.fakes import VOCAB_SIZE
 

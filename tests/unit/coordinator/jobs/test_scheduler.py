@@ -1,5 +1,6 @@
 """Which command rank 0 gets next, and what a job becomes of its replies."""
 
+import asyncio
 import json
 from types import SimpleNamespace
 
@@ -144,7 +145,7 @@ def interrupted(scheduler, *, step):
     job = new_job("train", JobSpec(epochs=9), State.queued)
     job.num_samples = job.total_steps = 9
     job.step, job.resumable, job.server_life = step, True, "fake@1"
-    scheduler.store.add_job(job, max_queued=9)
+    asyncio.run(scheduler.store.add_job(job, max_queued=9))
     return job
 
 
