@@ -9,7 +9,7 @@ import msgspec
 import pytest
 import zmq
 
-from apollo_tp.config import HttpConfig, ServiceConfig
+from apollo_tp.config import HttpConfig, ServiceConfig, ZmqConfig
 from apollo_tp.coordinator.http.auth import Access, load_access
 from apollo_tp.errors import ConfigError, RequestError
 from apollo_tp.wire import codec, commands
@@ -192,13 +192,18 @@ def test_bad_token_files_are_refused(tmp_path, content, mode, words):
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.1", "example.org"])
 def test_other_addresses_need_a_token(host, monkeypatch):
-    """A non-loopback address without a token is refused; with one it is fine."""
-    monkeypatch.delenv("APOLLO_TP_TOKEN", raising=False)
-    service = ServiceConfig(http=HttpConfig(host=host))
-    with pytest.raises(ConfigError, match="without a token"):
+    """A non-loopback address without a token is refused; with one it is fine. So is one of ZMQ that is not used."""
+    for option, service in (
+        ("service.http.host", ServiceConfig(http=HttpConfig(host=host))),
+        ("service.zmq.host", ServiceConfig(zmq=ZmqConfig(host=host, port=8301))),
+    ):
+        monkeypatch.delenv("APOLLO_TP_TOKEN", raising=False)
+        with pytest.raises(ConfigError, match=f"{option}: got .* without a token"):
+            load_access(service)
+        monkeypatch.setenv("APOLLO_TP_TOKEN", TRAIN)
         load_access(service)
-    monkeypatch.setenv("APOLLO_TP_TOKEN", TRAIN)
-    load_access(service)
+    monkeypatch.delenv("APOLLO_TP_TOKEN", raising=False)
+    load_access(ServiceConfig(zmq=ZmqConfig(host=host)))
 
 
 def test_a_taken_port_is_a_sentence(tmp_path):
@@ -265,7 +270,9 @@ def test_hostile_frames_do_nothing(guarded, tmp_path, name):
     assert (len(ranks.commands), client.get("/train/jobs", headers=headers).json()) == before
     assert client.post("/train", json=ONE | {"wait": True}, headers=headers).json()["state"] == "succeeded"
     assert coordinator.process.poll() is None
-    assert '"exception"' not in coordinator.log_path.read_text()
+    log = coordinator.log_path.read_text()
+    assert {"ranks.sock": "bytes on the ranks' socket", "coordinator.sock": "bytes on the tunnel"}[name] in log
+    assert '"exception"' not in log
 
 
 def test_metrics(guarded):

@@ -1,14 +1,17 @@
 """What is stored and for how long: samples, events, the queue's length, the disk quota, a full disk."""
 
 import contextlib
+import functools
 import os
 import resource
+import sqlite3
+import time
 from types import SimpleNamespace
 
 import pytest
 
 from apollo_tp.coordinator.jobs.job import JobSpec, State, new_job
-from apollo_tp.coordinator.jobs.store import Store
+from apollo_tp.coordinator.jobs.store import Checkpoint, Store, StoredFile
 from apollo_tp.coordinator.settings import EXIT_STORAGE
 from apollo_tp.errors import RequestError
 from tests.support.fakes import CoordinatorProcess, wait_for
@@ -75,6 +78,35 @@ def test_disk_use_is_told_while_others_write(tmp_path, monkeypatch):
         lambda folder: [gone, *found] if folder == store.samples_dir else [],
     )
     assert store.used_bytes() == 3
+
+
+def traced(statements, connect, *arguments, **options):
+    """A connection that notes its statements."""
+    connection = connect(*arguments, **options)
+    connection.set_trace_callback(statements.append)
+    return connection
+
+
+def test_what_is_acknowledged_is_flushed_to_disk(tmp_path, monkeypatch):
+    """Jobs, what clients asked of them, checkpoints and files; not the figures of each step, which are too many for it."""
+    statements = []
+    monkeypatch.setattr(sqlite3, "connect", functools.partial(traced, statements, sqlite3.connect))
+    with contextlib.closing(Store(tmp_path / "state")) as store:
+        job, now = new_job("train", JobSpec(), State.queued), time.time()
+        actions = {
+            "job": lambda: store.add_job(job, max_queued=9),
+            "state": lambda: store.save_job(job, "Will pause"),
+            "checkpoint": lambda: store.save_checkpoint(
+                Checkpoint(id="c", name="c", state="queued", reason="request", created_at=now)
+            ),
+            "file": lambda: store.add_file(StoredFile(id="f", filename="f", bytes=1, created_at=now)),
+            "step": lambda: store.save_job(job, "Step 1", type="metrics"),
+        }
+        for name, action in actions.items():
+            statements.clear()
+            action()
+            before_commit = [s for s in statements if s.startswith("PRAGMA synchronous") or s == "COMMIT"]
+            assert before_commit == [f"PRAGMA synchronous={'NORMAL' if name == 'step' else 'FULL'}", "COMMIT"], name
 
 
 @pytest.mark.parametrize("state", State)
