@@ -208,7 +208,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--limit", type=int, metavar="N", help="at most N mutations")
     parser.add_argument("--jobs", type=int, default=1, help="how many at a time (default: 1)")
     parser.add_argument("--seconds", type=float, default=300.0, help="limit for each mutation (default: 300)")
-    parser.add_argument("--total", type=float, default=3600.0, help="limit for all together (default: 3600)")
+    parser.add_argument(
+        "--total",
+        type=float,
+        default=3600.0,
+        help="limit for all together (default: 3600), and for the run without mutations at the end",
+    )
     options = parser.parse_args(arguments)
     mutations = read_list(ROOT / LIST)
     chosen = [m for m in mutations if m.area in (options.area or [m.area]) and m.id in (options.only or [m.id])][
