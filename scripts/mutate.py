@@ -124,8 +124,8 @@ def run_tests(copy: Path, seconds: float, *tests: str) -> tuple[int | None, str]
         return status, output.read()
 
 
-def judge(mutation: Mutation, copy: Path, seconds: float) -> Outcome:
-    """Run the tests of one mutation."""
+def judge(mutation: Mutation, copy: Path, seconds: float, left: float) -> Outcome:
+    """Run the tests of one mutation, for at most ``seconds``; with less ``left`` they may be cut short."""
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
     started, date = time.monotonic(), time.strftime("%Y-%m-%d")
 
@@ -133,14 +133,14 @@ def judge(mutation: Mutation, copy: Path, seconds: float) -> Outcome:
         elapsed = round(time.monotonic() - started)
         return Outcome(mutation.id, mutation.area, kind, test, elapsed, commit.stdout.strip(), date)
 
-    if seconds <= 0:
+    if left <= 0:
         return outcome(NOT_RUN, "the time was over")
     with applied(mutation, copy) as fits:
         if not fits:
             return outcome(DOES_NOT_APPLY, f"its text does not occur exactly once in {mutation.file}")
-        status, output = run_tests(copy, seconds, "-x", *mutation.tests)
+        status, output = run_tests(copy, min(seconds, left), "-x", *mutation.tests)
     if status is None:
-        return outcome(TIMED_OUT)
+        return outcome(TIMED_OUT) if seconds <= left else outcome(NOT_RUN, "the time was over")
     if status == PASSED:
         return outcome(SURVIVED)
     failed = FAILURE.search(output)
@@ -157,7 +157,7 @@ def judge_all(mutations: Sequence[Mutation], jobs: int, seconds: float, total: f
 
     def one(mutation: Mutation) -> Outcome:
         copy = copies.get()
-        found = judge(mutation, copy, min(seconds, deadline - time.monotonic()))
+        found = judge(mutation, copy, seconds, deadline - time.monotonic())
         copies.put(copy)
         print(f"{found.id}: {found.outcome} in {found.seconds} s {found.test}", flush=True)
         return found
