@@ -7,7 +7,7 @@ TORCH := torch==2.13.0+cpu
 TORCH_INDEX := https://download.pytorch.org/whl/cpu
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: setup demo test test-fast check format test-gpu clean
+.PHONY: setup demo test test-fast mutate check format test-gpu clean
 
 setup: $(VENV)/.ready
 
@@ -32,6 +32,10 @@ test: setup
 # Without the tests marked `slow`; every package is covered.
 test-fast: setup
 	$(BIN)/python -m pytest -n 2 -m "not slow"
+
+# Which one-line faults do the tests notice? ARGS="--area optim" or "--only ID" runs some of tests/mutations.toml.
+mutate: setup
+	$(BIN)/python scripts/mutate.py --jobs 2 $(ARGS)
 
 check: setup
 	$(BIN)/python scripts/check_sizes.py

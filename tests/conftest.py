@@ -20,6 +20,7 @@ SLOW_FILES = {
     "unit/coordinator/samples/test_served_tokens.py",
     "unit/launch/test_nccl.py",
     "unit/optim/test_kernels.py",
+    "unit/scripts/test_mutate.py",
     "unit/vllm_plugin/compat/test_hooked_vllm.py",
     "unit/vllm_plugin/test_trace.py",
 }

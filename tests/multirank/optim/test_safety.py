@@ -30,7 +30,8 @@ def inject(tp: TPGroup, clip: float | None) -> tuple[list[str], dict[str, np.nda
     messages = []
     for step in range(4):
         model.set_gradients(params, model.gradients(step))
-        assert optimizer.step(loss=torch.tensor(1.0)).skipped == ""
+        outcome = optimizer.step(loss=torch.tensor(1.0))
+        assert (outcome.skipped, outcome.skipped_in_a_row) == ("", 0)
         before = snapshot(optimizer)
         for count, (name, rank, value, _) in enumerate(FAULTS if step == 1 else []):
             model.set_gradients(params, model.gradients(step))

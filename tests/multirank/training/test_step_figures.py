@@ -46,7 +46,8 @@ def _replies(tp: TPGroup, checkpoint: Path) -> list[tuple[bytes, bytes]]:
         method = getattr(trainer, name)
 
         def call(*arguments: Any, method: Any = method) -> commands.StepFigures:
-            returned.append(method(*arguments))
+            # of random samples the model predicts none, and 0 could be the value of a figure that was lost
+            returned.append(msgspec.structs.replace(method(*arguments), token_accuracy=0.25))
             return returned[-1]
 
         setattr(trainer, name, call)

@@ -66,6 +66,45 @@ def test_what_the_engine_is_asked_around_an_update(
     lock.close()
 
 
+class _SlowToPause:
+    """A lock whose server takes five seconds of ``clock`` to pause, or fails to."""
+
+    def __init__(self, clock: list[float], error: Exception | None = None) -> None:
+        self.clock, self.error, self.released = clock, error, []  # type: ignore[var-annotated]
+
+    def pause(self) -> None:
+        self.clock[0] += 5.0
+        if self.error:
+            raise self.error
+
+    def release(self, weight_version: int) -> None:
+        self.released.append(weight_version)
+
+
+@pytest.mark.parametrize(
+    ("mode", "seconds"), [(SyncMode.hogwild, 0.0), (SyncMode.step_lock, 2.0), (SyncMode.drain, 2.0)]
+)
+def test_the_pause_is_measured_without_the_wait_for_it(
+    mode: SyncMode, seconds: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Requests run on until then."""
+    clock = [100.0]
+    monkeypatch.setattr(update_gate, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    lock = _SlowToPause(clock)
+    gate = UpdateGate(mode, TPGroup.single(), torch.device("cpu"), lock)  # type: ignore[arg-type]
+    for version in (8, 9):
+        gate.before_write()
+        clock[0] += 2.0
+        assert gate.after_step(version) == seconds
+        assert gate.after_step(version) == 0.0
+    assert lock.released == [8, 9]
+    lock.error = DeadlineError("injected")
+    with pytest.raises(DeadlineError) if gate.pauses else contextlib.nullcontext():
+        gate.before_write()
+    assert gate.after_step(9) == 0.0
+    assert lock.released == [8, 9, 9], "whoever asked for a pause gives it back"
+
+
 def test_a_trainer_that_renews_keeps_the_pause_and_one_that_leaves_ends_it(plugin: Plugin) -> None:
     """The pause outlives the lease while rank 0 lives, and ends at once with its connection."""
     lock = attach(plugin, options(SyncMode.step_lock), [processes.ProcessId.of(os.getpid())])

@@ -17,8 +17,10 @@ from apollo_tp.coordinator.http.page import parse_server_metrics
 from apollo_tp.coordinator.http.service import Service
 from apollo_tp.coordinator.http.validation import FileValidation
 from apollo_tp.coordinator.jobs.changes import Changes
+from apollo_tp.coordinator.jobs.rank_link import RanksGoneError
 from apollo_tp.coordinator.jobs.store import Store
 from apollo_tp.coordinator.settings import Settings
+from apollo_tp.errors import DeadlineError, RankFailedError, RequestError
 from tests.support.fakes import VOCAB_SIZE
 
 ONE = {"context_ids": [1, 2], "continuation_ids": [3, 4]}
@@ -278,6 +280,22 @@ def test_an_unforeseen_error_has_an_id_that_the_log_has(tmp_path, caplog):
         assert (answer.status_code, answer.json()["error"]["code"]) == (status, "http")
     assert answer.headers["allow"] == "POST"
     store.close()
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "again"),
+    [
+        (RequestError("the queue is full", status=429), 429, True),
+        (RanksGoneError("no trainer"), 503, True),
+        (DeadlineError("late"), 504, False),
+        (RankFailedError("a rank raised", rank=1, traceback=""), 500, False),
+        (RequestError("wrong"), 400, False),
+    ],
+)
+def test_what_may_be_tried_again_says_when(error, status, again):
+    """Clients such as the `openai` package wait for as long as Retry-After says."""
+    answer = error_response(error)
+    assert (answer.status_code, "retry-after" in answer.headers) == (status, again)
 
 
 def test_what_fastapi_refuses_has_the_form_of_all_errors():

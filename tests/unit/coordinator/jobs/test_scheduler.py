@@ -161,6 +161,16 @@ def test_lost_steps_are_counted_in_the_life_of_their_server_alone(scheduler, tmp
     assert bool(scheduler.store.get_meta("unsaved")) == (counted == 5)
 
 
+@pytest.mark.parametrize(("server_life", "unsaved"), [("fake@1", "1"), ("fake@2", "")])
+def test_weights_of_a_server_that_is_gone_need_no_checkpoint(scheduler, tmp_path, server_life, unsaved):
+    """The idle checkpoint would be one of weights that nobody has trained; those of the same server still need it."""
+    hello = FakeRanks("unused", tmp_path / "journal").hello()
+    scheduler.reconcile(msgspec.structs.replace(hello, server_life="fake@1"))
+    scheduler.store.set_meta("unsaved", "1")
+    scheduler.reconcile(msgspec.structs.replace(hello, server_life=server_life))
+    assert scheduler.store.get_meta("unsaved") == unsaved
+
+
 @pytest.mark.parametrize(("step", "counted"), [(3, 3), (4, 4), (5, 3), (9, 3)])
 def test_an_orphan_reply_counts_only_if_it_is_of_the_next_step(scheduler, tmp_path, step, counted):
     """The steps before a later one were never recorded, and may not have run; rank 0's next Hello says how far it came."""
