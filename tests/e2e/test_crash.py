@@ -102,18 +102,22 @@ class Stack:
                 time.sleep(0.1)
 
 
-@pytest.fixture(params=MODES)
+@pytest.fixture
 def stack(server: Server, tmp_path: Path, request: pytest.FixtureRequest) -> Any:
-    if request.param != "hogwild" and not request.config.getoption("--hostile-long"):
-        pytest.skip("the other modes are killed in `make hostile`")
     tmp_path.chmod(0o700)
     stack = Stack(server, tmp_path, request.param)
     yield stack
     stack.trainer.stop()
 
 
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "stack" in metafunc.fixturenames:
+        modes = list(MODES) if metafunc.config.getoption("--hostile-long") else ["hogwild"]
+        metafunc.parametrize("stack", modes, indirect=True)
+
+
 def test_kill_nine_at_random_points(server: Server, stack: Stack) -> None:
-    """See the top of the file. The points are random in time; the order of the victims is fixed, each has the same number."""
+    """See the top of the file. The points are random in time; the victims take turns."""
     chance = random.Random(0)
     start_version = stack.weight_version()
     jobs = [stack.post(JOB, f"{stack.mode} job {i}")["id"] for i in range(2)]
