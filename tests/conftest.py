@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-SLOW_FOLDERS = {"e2e", "gpu"}
+SLOW_FOLDERS = {"e2e", "gpu", "hostile"}
 SLOW_FIXTURES = {"checkpoints"}
 """Checkpoints of every family, traced by real vLLM's loader: a minute in each process that needs them."""
 SLOW_FILES = {
@@ -25,6 +25,10 @@ SLOW_FILES = {
     "unit/vllm_plugin/test_trace.py",
 }
 """Each takes more than ten seconds on two cores."""
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--hostile-long", action="store_true", help="tests/hostile at full length, for an hour")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, Response
 
 from apollo_tp.coordinator.http.work import ClientGoneError
@@ -27,6 +28,7 @@ STATUS: dict[type[Exception], tuple[int | None, str | None]] = {
     RankFailedError: (500, "rank_failed"),
     RequestValidationError: (400, "invalid_request"),
     HTTPException: (None, "http"),
+    ClientDisconnect: (400, "client_disconnected"),  # nobody reads the answer; without this line each one is a traceback
 }
 """Exception class -> (status, code); None: the error carries its own. The first class that fits counts."""
 
