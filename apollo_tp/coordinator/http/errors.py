@@ -28,7 +28,10 @@ STATUS: dict[type[Exception], tuple[int | None, str | None]] = {
     RankFailedError: (500, "rank_failed"),
     RequestValidationError: (400, "invalid_request"),
     HTTPException: (None, "http"),
-    ClientDisconnect: (400, "client_disconnected"),  # nobody reads the answer; without this line each one is a traceback
+    ClientDisconnect: (
+        400,
+        "client_disconnected",
+    ),  # nobody reads the answer; without this line each one is a traceback
 }
 """Exception class -> (status, code); None: the error carries its own. The first class that fits counts."""
 
