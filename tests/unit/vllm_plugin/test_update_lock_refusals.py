@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from apollo_tp.config import CacheMode, SyncMode
+from apollo_tp.distributed.alarm import Alarm
 from apollo_tp.errors import ConfigError
 from apollo_tp.training.update_gate import Lock, needs_lock
 from tests.support.locked_server import Plugin, attach, eventually, options
