@@ -1,4 +1,4 @@
-# The verbs. `make setup` is part of all of them; it makes .venv and touches nothing else on the machine.
+# `make setup` is part of all targets but test-gpu and clean; it makes .venv and touches nothing else on the machine.
 VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
@@ -7,7 +7,7 @@ TORCH := torch==2.13.0+cpu
 TORCH_INDEX := https://download.pytorch.org/whl/cpu
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: setup demo test test-fast check format test-gpu clean
+.PHONY: setup demo test test-fast mutate hostile check format test-gpu clean
 
 setup: $(VENV)/.ready
 
@@ -26,12 +26,20 @@ demo: setup
 
 # Tests of one process and of several ranks use both cores; a real server takes them by itself.
 test: setup
-	$(BIN)/python -m pytest -n 2 --dist loadfile tests/unit tests/multirank
+	$(BIN)/python -m pytest -n 2 --dist loadfile tests/unit tests/multirank tests/hostile
 	$(BIN)/python -m pytest tests/e2e tests/gpu
 
 # Without the tests marked `slow`; every package is covered.
 test-fast: setup
 	$(BIN)/python -m pytest -n 2 -m "not slow"
+
+# Which one-line faults do the tests notice? ARGS="--area optim" or "--only ID" runs some of tests/mutations.toml.
+mutate: setup
+	$(BIN)/python scripts/mutate.py --jobs 2 $(ARGS)
+
+# An hour of damaged requests and frames, kills and small disks.
+hostile: setup
+	$(BIN)/python -m pytest tests/hostile tests/e2e/test_crash.py --hostile-long
 
 check: setup
 	$(BIN)/python scripts/check_sizes.py

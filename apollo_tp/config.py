@@ -56,7 +56,8 @@ class Precision(Enum):
 class GradientMode(Enum):
     auto = "auto"
     stored = "stored"
-    fused = "fused"
+    in_backward = "in_backward"
+    fused = "in_backward"  # noqa: PIE796 - an alias: the name of earlier releases
 
 
 class Projection(Enum):
@@ -129,11 +130,18 @@ class ServerConfig:
 
 
 @dataclass(kw_only=True)
+class ModelConfig:
+    trust_remote_code: bool = option(False, "run Python code that is in the model's folder (auto_map in config.json)")
+
+
+@dataclass(kw_only=True)
 class TrainConfig:
     max_micro_batch_tokens: int = option(2048, "tokens packed into one micro-batch")
     max_sequence_tokens: int = option(2048, "longest accepted sequence")
     gradient_checkpointing: bool = option(False, "recompute activations in the backward pass")
-    gradients: GradientMode = option(GradientMode.auto, "fused (update in the backward pass) | stored | auto (by step)")
+    gradients: GradientMode = option(
+        GradientMode.auto, "in_backward (update in the backward pass) | stored | auto (by step)"
+    )
     compile: bool | None = option(None, "compile decoder layers with torch.compile; null: on GPUs only")
     peer_memory: bool = option(True, "two GPUs with access to each other sum through their memory; false: NCCL")
     cuda_graphs: bool = option(True, "record steps of one batch structure and replay them, where GPU memory allows")
@@ -224,9 +232,11 @@ class SyncConfig:
     mode: SyncMode = option(SyncMode.hogwild, "running requests at an update: hogwild | step_lock | drain")
     cache: CacheMode = option(CacheMode.none, "the prefix cache after an update: none | reset | salt")
     timeout_seconds: float = option(60.0, "a step fails when the server has not paused (or drained) after this long")
+    max_pause_seconds: float = option(120.0, "a step that keeps the server paused for longer is given up")
 
     def __post_init__(self) -> None:
         check(self.timeout_seconds > 0, "sync.timeout_seconds", self.timeout_seconds, "a number > 0")
+        check(self.max_pause_seconds > 0, "sync.max_pause_seconds", self.max_pause_seconds, "a number > 0")
 
 
 @dataclass(kw_only=True)
@@ -255,6 +265,7 @@ class CheckpointConfig:
 @dataclass(kw_only=True)
 class Config:
     server: ServerConfig = option(ServerConfig, "which vLLM server to train")
+    model: ModelConfig = option(ModelConfig, "how the served model's folder is read")
     optim: OptimConfig = option(OptimConfig, "APOLLO and its relatives")
     train: TrainConfig = option(TrainConfig, "batches, memory, precision")
     sync: SyncConfig = option(SyncConfig, "consistency with running inference")
@@ -264,9 +275,9 @@ class Config:
     command_timeout_seconds: float = option(600.0, "deadline of one collective between trainer ranks")
 
     def __post_init__(self) -> None:
-        in_backward, clip = self.train.gradients is GradientMode.fused, self.optim.max_grad_norm
+        in_backward, clip = self.train.gradients is GradientMode.in_backward, self.optim.max_grad_norm
         # clipping needs the norm of the whole gradient before the first matrix is written
-        check(not in_backward or clip is None, "optim.max_grad_norm", clip, "null with train.gradients=fused")
+        check(not in_backward or clip is None, "optim.max_grad_norm", clip, "null with train.gradients=in_backward")
         seconds, limit = self.sync.timeout_seconds, self.command_timeout_seconds
         check(0 < limit < math.inf, "command_timeout_seconds", limit, "a number > 0 and finite")
         # the other ranks wait in a collective while rank 0 waits for the server

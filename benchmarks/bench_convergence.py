@@ -28,7 +28,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from apollo_tp.config import EmbeddingMode, OptimConfig, OptimizerKind, Precision, Schedule
 from apollo_tp.distributed.tp_group import TPGroup
-from apollo_tp.optim import OptimParameter, build_optimizer
+from apollo_tp.optim import Optimizer, OptimParameter
 from apollo_tp.shards.boxes import Shard
 
 RESULTS = Path(__file__).parent / "results"
@@ -97,7 +97,7 @@ class Run:
             role = "embedding" if "embed" in name or "lm_head" in name else "matrix" if whole.ndim == 2 else "other"
             parameters.append(OptimParameter(shard, torch.nn.Parameter(view), role))
             self.parts.append((shard, whole, parameters[-1].tensor))
-        self.optimizer = build_optimizer(config, precision or Precision.remainder, parameters, tp)
+        self.optimizer = Optimizer(config, precision or Precision.remainder, parameters, tp)
 
     def step(self, tokens: torch.Tensor) -> float:
         self.model.zero_grad()

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from apollo_tp.config import OptimConfig, OptimizerKind, Precision
 from apollo_tp.distributed.tp_group import TPGroup
-from apollo_tp.optim import Optimizer, OptimParameter, build_optimizer
+from apollo_tp.optim import Optimizer, OptimParameter
 from apollo_tp.optim.torch_backend import TorchBackend
 from apollo_tp.shards.boxes import Shard
 
@@ -133,7 +133,7 @@ def measure(parameters: list[OptimParameter], args: argparse.Namespace, bandwidt
         if kind is OptimizerKind.adamw and elements > 1e9 and args.device == "cuda" and not args.all:
             continue
         config = OptimConfig(kind=kind, rank=args.rank, lr=1e-6, check_replicas_every=0, refresh_every=10**6)
-        optimizer = build_optimizer(config, precision, parameters, LocalGroup(0, size))
+        optimizer = Optimizer(config, precision, parameters, LocalGroup(0, size))
         if plain:
             group = optimizer.update_group
             group.backend = TorchBackend(group.groups, group.adamw, config)
@@ -217,7 +217,7 @@ def tune(parameters: list[OptimParameter], args: argparse.Namespace) -> None:
     projections = [(tile, w, s) for tile in PROJECT_TILES for w in (4, 8) for s in (2, 3, 4)]
     writes = [(tile, w, 0) for tile in WRITE_TILES for w in (4, 8)]
     for precision in (Precision.stochastic, Precision.remainder):
-        optimizer = build_optimizer(config, precision, parameters, LocalGroup(0, MODELS[args.model][2]))
+        optimizer = Optimizer(config, precision, parameters, LocalGroup(0, MODELS[args.model][2]))
         optimizer.step()
         print(precision.value, {k: round(v, 3) for k, v in phases(optimizer.step).items() if v > 0.02})
         candidates = [("write", *w) for w in writes]
@@ -290,7 +290,7 @@ def state_rows(size: int, rank: int) -> list[str]:
             (OptimizerKind.apollo_mini, Precision.stochastic),
         ):
             options = OptimConfig(kind=kind, rank=rank)
-            optimizer = build_optimizer(options, precision, meta_parameters(named, size), LocalGroup(0, size))
+            optimizer = Optimizer(options, precision, meta_parameters(named, size), LocalGroup(0, size))
             elements = sum(w.data.numel() for w in optimizer.weights)
             state = optimizer.state_bytes()
             rows.append(

@@ -47,10 +47,10 @@ from server_stack import (
 from transformers import Qwen3_5Config, Qwen3Config
 
 from apollo_tp.config import OptimConfig, Precision
-from apollo_tp.optim import OptimParameter, build_optimizer
+from apollo_tp.optim import Optimizer, OptimParameter
 from apollo_tp.shards.placement import place
 
-LOW_MEMORY = ("train.gradients=fused", "optim.max_grad_norm=null", "train.gradient_checkpointing=true")
+LOW_MEMORY = ("train.gradients=in_backward", "optim.max_grad_norm=null", "train.gradient_checkpointing=true")
 """Gradients are freed in the backward pass (which rules out clipping), activations computed again: what lets 27B fit."""
 NO_REMAINDER = "train.precision=stochastic"
 """The remainders of 27B take another 13 GB on each of two GPUs, which may be too much of 80."""
@@ -160,7 +160,7 @@ def state_parts(served: Served, overrides: list[str]) -> dict[str, int]:
         role = "embedding" if embedding else "matrix" if len(shard.global_shape) == 2 else "other"
         parameters.append(OptimParameter(shard, tensor, role))
     precision = Precision(chosen.get("train.precision", Precision.remainder.value))
-    optimizer = build_optimizer(config, precision, parameters, LocalGroup(0, len(manifests)))
+    optimizer = Optimizer(config, precision, parameters, LocalGroup(0, len(manifests)))
     moments = [sum(g.exp_avg.nbytes + g.exp_avg_sq.nbytes for g in groups)
                for groups in (optimizer.update_group.groups, optimizer.update_group.adamw.values())]  # fmt: skip
     return {

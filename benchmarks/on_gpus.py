@@ -85,8 +85,9 @@ STEPS = {
     "latency-mps": Step(bench("latency", "--cases", MPS, "--seconds", "4", "--out", "{out}/mps"), 500),
     "ipc": Step(pytest("tests/gpu/test_cuda_ipc.py"), 600, server=False, rehearsal=None),
     "refusals": Step(pytest("tests/gpu/test_faults.py", "-k", "refused"), 600, server=False, rehearsal=None),
-    "faults": Step(pytest("tests/gpu/test_faults.py", "-k", "not refused and TP1"), 450, server=False, rehearsal=None),
-    "faults-tp2": Step(pytest("tests/gpu/test_faults.py", "-k", "not refused and TP2"), 700, server=False, rehearsal=None),
+    "faults": Step(pytest("tests/gpu/test_faults.py", "-k", "not refused and TP1"), 600, server=False, rehearsal=None),
+    "faults-tp2": Step(pytest("tests/gpu/test_faults.py", "-k", "not refused and TP2"), 900, server=False, rehearsal=None),
+    "failures": Step(pytest("tests/gpu/test_rank_failures.py"), 600, server=False, rehearsal=None),
     "demo": Step(pytest("tests/gpu/test_demo.py"), 400, server=False, rehearsal=None),
 }  # fmt: skip
 

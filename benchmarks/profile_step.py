@@ -38,7 +38,7 @@ from apollo_tp.distributed.tp_group import TPGroup
 from apollo_tp.gpu_sharing.sm_limit import limit_sms
 from apollo_tp.model import bind_model, joined
 from apollo_tp.model.compiled import CompileOptions
-from apollo_tp.optim import build_optimizer
+from apollo_tp.optim import Optimizer
 from apollo_tp.shards.boxes import Shard
 from apollo_tp.training.cuda_graphs import GraphCache
 from apollo_tp.training.memory_profiling import CudaMeter, plan_memory
@@ -152,16 +152,15 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, help="tokens of a step, in one sequence (default 4096; tiny 64)")
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--precision", type=Precision, choices=list(Precision), default=Precision.remainder)
-    parser.add_argument("--gradients", choices=["stored", "fused"], default="stored", help="fused also stops clipping")
+    parser.add_argument(
+        "--gradients", choices=["stored", "in_backward"], default="stored", help="in_backward also stops clipping"
+    )
     parser.add_argument("--recompute", action="store_true")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument(
         "--inductor", nargs="+", default=[], help="settings to switch on: coordinate_descent_tuning, ..."
     )
-    parser.add_argument("--keep-activations", action="store_true", help="compiled code repeats nothing")
     parser.add_argument("--peer-memory", action=argparse.BooleanOptionalAction, default=True, help="of two GPUs")
-    parser.add_argument("--join-residuals", action=argparse.BooleanOptionalAction, default=True, help="and sums")
-    parser.add_argument("--blocks", action=argparse.BooleanOptionalAction, default=True, help="of recorded sums")
     parser.add_argument("--overlap", action=argparse.BooleanOptionalAction, default=True, help="of sums and products")
     parser.add_argument("--same-kernels", action=argparse.BooleanOptionalAction, default=True, help="on every GPU")
     parser.add_argument("--graphs", action=argparse.BooleanOptionalAction, default=True, help="replay recorded passes")
@@ -176,7 +175,7 @@ def main() -> int:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     tokens = options.tokens or (64 if options.tiny else 4096)
     with ranks() as tp:
-        tp.peers.enabled, tp.peers.in_blocks = options.peer_memory, options.blocks
+        tp.peers.enabled = options.peer_memory
         whole = TINY if options.tiny else QWEN3_8B
         config = Qwen3Config(**(whole if options.tiny or tp.size > 1 else whole | RANK_OF_TWO))
         if options.sm_percent:
@@ -205,16 +204,16 @@ def run(config: PretrainedConfig, tokens: int, device: str, tp: TPGroup, options
     shards, fused_tensors = served_memory(config, device, tp)
     weights = torch.cuda.memory_allocated() if device == "cuda" else 0
     train = TrainConfig(max_micro_batch_tokens=tokens, max_sequence_tokens=tokens, precision=options.precision)
-    fused = options.gradients == "fused"
+    in_backward = options.gradients == "in_backward"
     optim = OptimConfig(
-        lr=1e-6, max_grad_norm=None if fused else 1.0, max_relative_update=1e9, check_replicas_every=0,
+        lr=1e-6, max_grad_norm=None if in_backward else 1.0, max_relative_update=1e9, check_replicas_every=0,
     )  # fmt: skip
-    compiled = CompileOptions(not options.keep_activations, options.same_kernels, options.join_residuals)
+    compiled = CompileOptions(deterministic_kernels=options.same_kernels)
     model = bind_model(
         config, shards, tp, fused_tensors=fused_tensors, gradient_checkpointing=options.recompute,
         compiled=compiled if options.compile else None,
     )  # fmt: skip
-    optimizer = build_optimizer(optim, train.precision, model.parameters, tp)
+    optimizer = Optimizer(optim, train.precision, model.parameters, tp)
     trainer = Trainer(
         model, optimizer, tp, device=torch.device(device), max_micro_batch_tokens=tokens,
         gradients=GradientMode(options.gradients),
@@ -222,7 +221,7 @@ def run(config: PretrainedConfig, tokens: int, device: str, tp: TPGroup, options
     if device == "cuda":  # as at a trainer's start: shorter steps come first, and layers are compiled for any length
         plan = plan_memory(trainer, CudaMeter(trainer.device), tokens)
         if options.graphs:
-            trainer.record_passes(GraphCache(model, keep=plan.fits_graphs(keep=True)))
+            trainer.record_passes(GraphCache(model, keep=plan.needed_with_graphs(keep=True) <= plan.available))
         print(plan.describe())
         planned = (plan.activations + plan.gradients + torch.cuda.memory_allocated() - weights) / 1e9
     ids = torch.randint(0, config.vocab_size, (tokens,)).tolist()

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-SLOW_FOLDERS = {"e2e", "gpu"}
+SLOW_FOLDERS = {"e2e", "gpu", "hostile"}
 SLOW_FIXTURES = {"checkpoints"}
 """Checkpoints of every family, traced by real vLLM's loader: a minute in each process that needs them."""
 SLOW_FILES = {
@@ -20,10 +20,15 @@ SLOW_FILES = {
     "unit/coordinator/samples/test_served_tokens.py",
     "unit/launch/test_nccl.py",
     "unit/optim/test_kernels.py",
+    "unit/scripts/test_mutate.py",
     "unit/vllm_plugin/compat/test_hooked_vllm.py",
     "unit/vllm_plugin/test_trace.py",
 }
 """Each takes more than ten seconds on two cores."""
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--hostile-long", action="store_true", help="tests/hostile at full length, for an hour")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

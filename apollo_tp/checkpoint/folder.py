@@ -1,10 +1,11 @@
 """The layout of the checkpoints' folder. A checkpoint appears in it complete or not at all.
 
 <checkpoint.dir>/
-  <name>/                  0700; appears by one rename
+  <name>/                  0700; appears by one rename; what one uploads
     *.safetensors, config.json, tokenizer files ...   a Hugging Face folder, with the original names and file split
-    optimizer/             optimizer state in global coordinates
+    README.md              the model card
     apollo_tp.json         CheckpointInfo
+  <name>.optimizer/        optimizer state in global coordinates (earlier versions: <name>/optimizer); appears before <name>/
   latest -> <name>
   .writer.lock             held (flock) by the one trainer that writes here
   .<name>.partial/         being written or removed, or left by a crash (.apollo_tp_partial in it says so); gone when the
@@ -22,6 +23,7 @@ from pathlib import Path
 
 import msgspec
 
+from apollo_tp.checkpoint.card import Trained, public_name
 from apollo_tp.errors import ApolloTpError, CheckpointError, ConfigError
 from apollo_tp.runtime import owned_folder, private_files
 from apollo_tp.runtime.owned_folder import fsync as fsync
@@ -36,7 +38,8 @@ PARTIAL = "partial"
 
 
 class CheckpointInfo(msgspec.Struct, frozen=True, kw_only=True):
-    """What was saved. ``weight_version`` counts updates since the model was first served."""
+    """What was saved. ``weight_version`` counts updates since the model was first served. Models are named by
+    ``card.public_name``: the file is uploaded with the model. Records of older versions have paths."""
 
     weight_version: int
     model_path: str
@@ -47,6 +50,8 @@ class CheckpointInfo(msgspec.Struct, frozen=True, kw_only=True):
     """The model that training began from, however many checkpoints ago. Empty in records of older versions."""
     name: str = ""
     """The folder's own: a copy under another name is not ours to remove. Empty in records of older versions."""
+    trained: Trained = Trained()
+    """What the weights were trained on since ``origin``. Zeros in records of older versions."""
 
 
 def read_info(folder: Path) -> CheckpointInfo | None:
@@ -66,6 +71,17 @@ def origin_of(model_path: str) -> str:
     project. Raises CheckpointError for a record that cannot be read."""
     info = read_info(Path(model_path))
     return (info.origin or info.model_path) if info else model_path
+
+
+def optimizer_folder(checkpoint: Path) -> Path:
+    """Where the optimizer state of ``checkpoint`` is: beside it, or within it, where earlier versions wrote it."""
+    beside, within = beside_of(checkpoint), checkpoint / OPTIMIZER_DIR
+    return beside if beside.is_dir() or not within.is_dir() else within
+
+
+def beside_of(checkpoint: Path) -> Path:
+    """The folder beside ``checkpoint`` for its optimizer state."""
+    return checkpoint.with_name(f"{checkpoint.name}.optimizer")
 
 
 def latest(root: Path) -> Path | None:
@@ -112,7 +128,12 @@ def begin(root: Path, name: str) -> Path:
             f"{link}: got what apollo_tp did not make, expected nothing or its own link; move it away"
         )
     for left in root.glob(".*.partial"):  # as large as a model each, and no name comes twice
-        owned_folder.remove_tree(left, "not complete, or no longer a checkpoint", PARTIAL)
+        why, optimizer = "not complete, or no longer a checkpoint", beside_of(root / left.name[1 : -len(".partial")])
+        if owned_folder.is_marked(left, PARTIAL) and not owned_folder.remove_tree(optimizer, why, OPTIMIZER_DIR):
+            continue  # by what is left it is known as ours the next time
+        owned_folder.remove_tree(left, why, PARTIAL)
+    if os.path.lexists(beside_of(root / name)):
+        raise CheckpointError(f"{beside_of(root / name)}: got a name that is taken, expected a new one; move it away")
     partial.mkdir(mode=0o700)
     owned_folder.mark(partial, PARTIAL)
     return partial
@@ -120,7 +141,9 @@ def begin(root: Path, name: str) -> Path:
 
 def discard(root: Path, name: str) -> None:
     """Remove what ``begin`` made, if it did and it was not completed. Raises nothing."""
-    owned_folder.remove_tree(partial_path(root, name), "it was not completed", PARTIAL)
+    partial, why = partial_path(root, name), "it was not completed"
+    if partial.exists() and owned_folder.remove_tree(beside_of(root / name), why, OPTIMIZER_DIR):
+        owned_folder.remove_tree(partial, why, PARTIAL)
 
 
 def complete(
@@ -135,10 +158,20 @@ def complete(
     partial, final = partial_path(root, name), root / name
     others = _complete_ones(root)
     newest = max((other.created_at for other in others.values()), default=0.0)
-    info = msgspec.structs.replace(info, created_at=max(info.created_at, newest + 0.001), name=name)
+    info = msgspec.structs.replace(
+        info,
+        created_at=max(info.created_at, newest + 0.001),
+        name=name,
+        origin=public_name(info.origin),
+        model_path=public_name(info.model_path),
+    )
     with os.fdopen(os.open(partial / INFO_FILE, os.O_WRONLY | os.O_CREAT, 0o600), "wb") as file:
         file.write(msgspec.json.format(msgspec.json.encode(info), indent=2))
     fsync_tree(partial)
+    if (state := partial / OPTIMIZER_DIR).is_dir():
+        owned_folder.mark(state, OPTIMIZER_DIR)
+        fsync(state)
+        os.rename(state, beside_of(final))
     os.rename(partial, final)
     owned_folder.marker(final, PARTIAL).unlink(missing_ok=True)
     fsync(final)
@@ -182,7 +215,9 @@ def _complete_ones(root: Path) -> dict[Path, CheckpointInfo]:
 
 def _same_model(other: CheckpointInfo, new: CheckpointInfo) -> bool:
     """Whether a checkpoint is of the same model. Others may not be removed, nor those whose model is unknown."""
-    return other.origin == new.origin if other.origin else other.model_path == new.model_path
+    if other.origin:
+        return public_name(other.origin) == new.origin
+    return public_name(other.model_path) == new.model_path
 
 
 def _remove(folder: Path, why: str) -> None:
@@ -195,7 +230,8 @@ def _remove(folder: Path, why: str) -> None:
     except OSError as error:
         log.warning("%s could not be removed (%s): %s", folder, why, error)
         return
-    owned_folder.remove_tree(partial, why, PARTIAL, shown=folder)
+    if owned_folder.remove_tree(beside_of(folder), why, OPTIMIZER_DIR):
+        owned_folder.remove_tree(partial, why, PARTIAL, shown=folder)
 
 
 def fsync_tree(folder: Path) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import msgspec
 
 from apollo_tp.checkpoint import read_info
+from apollo_tp.checkpoint.card import Trained
 from apollo_tp.errors import ManifestError
 from apollo_tp.runtime import private_files
 
@@ -24,13 +25,14 @@ after that."""
 
 class Lineage(msgspec.Struct, frozen=True):
     """``checkpoint`` is the last one written of these weights, or the one that the server was started from; ``step_count``
-    is the optimizer's, from which the learning rate follows."""
+    is the optimizer's, from which the learning rate follows; ``trained`` counts from the first model of them all."""
 
     weight_version: int = 0
     step_count: int = 0
     checkpoint: str = ""
     last_job_id: str = ""
     last_job_step: int = 0
+    trained: Trained = Trained()
 
 
 class LineageFile:
@@ -44,7 +46,9 @@ class LineageFile:
         if not self.trained_here:
             source = Path(model_path).resolve()  # `latest` moves on
             info = read_info(source)
-            self.record = Lineage(info.weight_version, checkpoint=str(source)) if info else Lineage()
+            self.record = Lineage()
+            if info:
+                self.record = Lineage(info.weight_version, checkpoint=str(source), trained=info.trained)
             return
         try:
             self.record = msgspec.json.decode(self._path.read_bytes(), type=Lineage)

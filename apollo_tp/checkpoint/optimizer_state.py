@@ -103,6 +103,7 @@ def _counters(optimizer: Optimizer) -> dict[str, Any]:
             "adamw": sorted(set(optimizer.names) - set(matrices)),
         },
         "step_count": optimizer.step_count,
+        "rounding_stream": optimizer.rounding_stream,
         "steps": dict(zip(optimizer.names, counters.steps, strict=True)),
         "limiter_norms": dict(zip(optimizer.names, counters.limiter_norms.tolist(), strict=True)),
     }
@@ -173,6 +174,7 @@ def load(optimizer: Optimizer, folder: Path) -> None:
             dcp.load({}, storage_reader=dcp.HuggingFaceStorageReader(str(part)), planner=planner, no_dist=True)
     planner.check_complete(folder)
     optimizer.step_count = saved["step_count"]
+    optimizer.use_rounding_stream(saved.get("rounding_stream", 0))
     group = optimizer.update_group
     group.counters.steps = [saved["steps"][name] for name in optimizer.names]
     group.counters.limiter_norms.copy_(group.vector([saved["limiter_norms"][name] for name in optimizer.names]))

@@ -18,11 +18,13 @@ from safetensors import safe_open
 from torch import Tensor
 
 from apollo_tp.checkpoint import folder as folders
+from apollo_tp.checkpoint.card import CARD_FILE, Trained, model_card, public_name
 from apollo_tp.checkpoint.folder import CheckpointInfo
 from apollo_tp.checkpoint.safetensors_file import Entry, create, plan, write_box
 from apollo_tp.distributed.control import ComputeControl
 from apollo_tp.distributed.tp_group import TPGroup
 from apollo_tp.errors import CheckpointError
+from apollo_tp.runtime.owned_folder import FULL_DISK
 from apollo_tp.shards.boxes import Box, Shard
 from apollo_tp.shards.manifest import CheckpointTensor
 from apollo_tp.shards.mapping import DTYPES
@@ -51,7 +53,7 @@ class _File:
 
 class CheckpointWriter:
     """Writes checkpoints of one served model. ``tensors``: checkpoint name -> (shard, local served view), second
-    copies of a tensor with its view (``MappedRank.stored``).
+    copies of a tensor with its view (``MappedRank.stored``). ``trained`` returns what they were trained on, for the card.
 
     ``save_config`` writes the model's configuration where the model has no folder on disk. ``served`` returns the folders
     that live servers were started from, and is called each time: they are not removed, nor is this model's own. All methods
@@ -69,9 +71,11 @@ class CheckpointWriter:
         keep: int,
         save_config: Callable[[Path], None],
         served: Callable[[], Collection[Path]] = tuple,
+        trained: Callable[[], Trained] = Trained,
     ) -> None:
         self._root, self._source, self._tensors, self._tp, self._keep = root, Path(model_path), tensors, tp, keep
-        self._save_config = save_config
+        self._save_config, self._trained = save_config, trained
+        self._optimizer: Optimizer | None = None
         self._device = next(iter(tensors.values()))[1].device
         own = self._source.resolve()  # `latest` moves on
         self._served, self._origin = lambda: [own, *served()], folders.origin_of(model_path)
@@ -89,10 +93,12 @@ class CheckpointWriter:
                 stack.callback(folders.discard, self._root, name)
             self._write(name, optimizer, weight_version)
         final = self._root / name
-        return final, sum(path.stat().st_size for path in final.rglob("*") if path.is_file())
+        folders_of_it = (final, folders.beside_of(final))
+        return final, sum(path.stat().st_size for each in folders_of_it for path in each.rglob("*") if path.is_file())
 
     def _write(self, name: str, optimizer: Optimizer, weight_version: int) -> None:
         partial = folders.partial_path(self._root, name)
+        self._optimizer = optimizer
         self._on_rank_0(lambda: self._prepare(name))
         with self._agree():
             self._write_own_boxes(partial)
@@ -100,7 +106,13 @@ class CheckpointWriter:
             optimizer_state,  # takes a second to import, which a run that never saves avoids
         )
 
-        optimizer_state.save(optimizer, partial / folders.OPTIMIZER_DIR)
+        try:
+            optimizer_state.save(optimizer, partial / folders.OPTIMIZER_DIR)
+        except CheckpointError as error:  # the library's error has the system's in its text only
+            full = next((number for number in FULL_DISK if os.strerror(number) in str(error)), None)
+            if full is None:
+                raise
+            raise CheckpointError(f"rank {self._tp.rank}: {self._explain(OSError(full, os.strerror(full)))}") from error
         info = CheckpointInfo(
             weight_version=weight_version,
             model_path=str(self._source),
@@ -108,8 +120,16 @@ class CheckpointWriter:
             num_ranks=self._tp.size,
             created_at=time.time(),
             origin=self._origin,
+            trained=self._trained(),
         )
-        self._on_rank_0(lambda: folders.complete(self._root, name, info, self._keep, self._served))
+        self._on_rank_0(lambda: self._complete(name, info))
+
+    def _complete(self, name: str, info: CheckpointInfo) -> None:
+        text = model_card(
+            name, public_name(info.origin), info.weight_version, info.optimizer, info.trained, self._source / CARD_FILE
+        )
+        _write_private(folders.partial_path(self._root, name) / CARD_FILE, text)
+        folders.complete(self._root, name, info, self._keep, self._served)
 
     def _on_rank_0(self, action: Callable[[], object]) -> None:
         """Run ``action`` on rank 0, in a thread, and agree on success. Collective.
@@ -133,7 +153,22 @@ class CheckpointWriter:
             try:
                 yield
             except OSError as error:
-                raise CheckpointError(f"rank {self._tp.rank}: {error}") from error
+                raise CheckpointError(f"rank {self._tp.rank}: {self._explain(error)}") from error
+
+    def _explain(self, error: OSError) -> str:
+        """``error``; of a full disk with what is needed and free, and what helps."""
+        if error.errno not in FULL_DISK:
+            return str(error)
+        weights = sum(
+            len(file.header) + sum(e.num_bytes for e in file.entries.values()) for file in self._files if file.trained
+        )
+        state = self._optimizer.state_bytes() * self._tp.size if self._optimizer else 0
+        free = shutil.disk_usage(self._root).free
+        return (
+            f"checkpoint.dir {self._root}: got {free:,} bytes free ({error.strerror}), expected about {weights + state:,} "
+            f"for a checkpoint (weights {weights:,}, optimizer state {state:,}); free space there, lower "
+            "checkpoint.keep, or set checkpoint.dir to a folder on a larger disk"
+        )
 
     def _any_rank(self, flag: bool) -> bool:
         """Whether ``flag`` is set on any rank. One all-reduce."""
@@ -223,9 +258,12 @@ def _write_index(partial: Path, files: list[_File]) -> None:
     weight_map = {name: file.name for file in files for name in file.entries}
     total = sum(entry.num_bytes for file in files for entry in file.entries.values())
     content = json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2)
-    path = partial / "model.safetensors.index.json"
+    _write_private(partial / "model.safetensors.index.json", content)
+
+
+def _write_private(path: Path, content: str) -> None:
     path.unlink(missing_ok=True)
-    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT, 0o600), "w") as file:
+    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:
         file.write(content)
 
 

@@ -18,7 +18,8 @@ HTTP = ("http://", "https://")
 
 
 class CoordinatorFile(msgspec.Struct):
-    """``coordinator.json`` in a server's runtime folder: where a coordinator listens, and which process it is."""
+    """``coordinator.json`` in a server's runtime folder, or ``coordinator_waiting.json`` while there is no server: where a
+    coordinator listens, and which process it is."""
 
     url: str
     pid: int
@@ -32,7 +33,8 @@ def find_url() -> str:
     if url := os.environ.get(URL_VARIABLE):
         return url
     try:
-        files = sorted(instance_folder.base_dir().glob("*/coordinator.json"))
+        base = instance_folder.base_dir()
+        files = [*sorted(base.glob("*/coordinator.json")), *base.glob("coordinator_waiting.json")]
         found = [msgspec.json.decode(file.read_bytes(), type=CoordinatorFile) for file in files]
     except (ConfigError, OSError, ValueError):
         return DEFAULT_URL

@@ -36,9 +36,9 @@ app = typer.Typer(
 for function in (
     trainer_commands.status, job_commands.train, job_commands.jobs, job_commands.events, job_commands.action("cancel"),
     job_commands.action("pause"), job_commands.action("resume"), trainer_commands.checkpoint, trainer_commands.inspect,
-    trainer_commands.compare, trainer_commands.keys,
+    trainer_commands.compare, trainer_commands.keys, trainer_commands.end_orphans,
 ):  # fmt: skip
-    app.command(function.__name__)(command(function))
+    app.command(function.__name__.replace("_", "-"))(command(function))
 
 
 def main(argv: list[str] | None = None) -> int:

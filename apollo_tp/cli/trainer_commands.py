@@ -86,3 +86,34 @@ def keys(
     lines = "\n".join(written) or f"nothing to make: {folder} has keys for {client}"
     session.show({"written": written}, dict[str, Any], lambda _: print(lines))
     return OK
+
+
+def end_orphans(
+    session: Session,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    runtime_dir: Annotated[
+        Path | None, typer.Option(help="The servers' runtime folder; default $APOLLO_TP_RUNTIME_DIR, or the usual one.")
+    ] = None,
+) -> int:
+    """End processes of this machine's servers that live on although their API server or engine was killed."""
+    from apollo_tp.cli import orphans
+    from apollo_tp.runtime import instance_folder
+
+    base = instance_folder.base_dir(str(runtime_dir) if runtime_dir else None)
+    found = orphans.find(base)
+    if not session.json:
+        for name, processes in found.items():
+            print(f"server {name} has ended, but {', '.join(map(str, processes))} live on")
+    if found and not yes and not typer.confirm("End these processes?", err=True):
+        return REFUSED
+    left = {name: orphans.end(base, name, processes) for name, processes in found.items()}
+    answer = {
+        "ended": {name: [p.pid for p in found[name] if p not in left[name]] for name in found},
+        "alive": {name: [p.pid for p in processes] for name, processes in left.items() if processes},
+    }
+    lines = [
+        f"server {name}: {', '.join(map(str, processes))} did not end" for name, processes in left.items() if processes
+    ]
+    done = "ended" if found else f"no orphaned processes of servers in {base}"
+    session.show(answer, dict[str, Any], lambda _: print("\n".join(lines) or done))
+    return REFUSED if lines else OK

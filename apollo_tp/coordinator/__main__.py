@@ -1,4 +1,4 @@
-"""``python -m apollo_tp.coordinator --config FILE.json``: composition root of the coordinator process."""
+"""``python -m apollo_tp.coordinator [--config FILE.json]``: composition root of the coordinator process."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import logging
 import os
 import signal
 import socket
-import sqlite3
 import sys
 import time
 from pathlib import Path
@@ -26,13 +25,16 @@ from apollo_tp.coordinator.http.metrics import Metrics
 from apollo_tp.coordinator.http.service import Service, model_digest, model_vocab_size
 from apollo_tp.coordinator.http.tunnel import Tunnel
 from apollo_tp.coordinator.http.validation import FileValidation
+from apollo_tp.coordinator.jobs.changes import Changes
 from apollo_tp.coordinator.jobs.rank_link import RankLink, bind_private
 from apollo_tp.coordinator.jobs.scheduler import Scheduler
-from apollo_tp.coordinator.jobs.store import Changes, Store
+from apollo_tp.coordinator.jobs.storage_error import StorageError, Trouble
+from apollo_tp.coordinator.jobs.store import Store
 from apollo_tp.coordinator.jobs.writers import open_writers
 from apollo_tp.coordinator.json_logging import set_up_logging
 from apollo_tp.coordinator.samples.render import Renderer
 from apollo_tp.coordinator.settings import EXIT_STORAGE, Settings, load
+from apollo_tp.coordinator.waiting import first_order, serve_until_ready
 from apollo_tp.errors import ApolloTpError, ConfigError
 from apollo_tp.runtime import instance_folder, private_files
 
@@ -45,31 +47,55 @@ LOCK_SECONDS = STOP_SECONDS + 1
 def main() -> int:
     """Run until a signal, or until the parent process has ended. Returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m apollo_tp.coordinator", description=__doc__)
-    parser.add_argument("--config", type=Path, required=True, help="settings file written by apollo_tp.launch")
+    parser.add_argument(
+        "--config",
+        type=Path,
+        help="settings file written by apollo_tp.launch; without it, orders come by standard input",
+    )
+    parser.add_argument("--reason-fd", type=int, help="file descriptor to which the reason of a failure is written")
+    arguments = parser.parse_args()
     set_up_logging()
     # 50 clients are answered between two slices of a thread that renders samples
     sys.setswitchinterval(0.0002)
+    loop = asyncio.new_event_loop()
+    asyncio.set_event_loop(loop)
     try:
-        asyncio.run(serve(load(parser.parse_args().config)))
+        loop.run_until_complete(wait_and_serve(arguments.config))
+    except StorageError as error:
+        log.error("%s", error, exc_info=error)
+        _tell_reason(arguments.reason_fd, error)
+        return 1 if error.trouble is Trouble.corrupt else EXIT_STORAGE  # a new start mends no damage
     except ApolloTpError as error:
         log.error("%s", error)
-        return 1
-    except sqlite3.OperationalError as error:
-        log.error("got %s, expected to write to service.state_dir; free space there", error, exc_info=error)
-        return EXIT_STORAGE
-    except sqlite3.DatabaseError as error:  # free space would not help
-        log.error("got %s, expected a sound database in service.state_dir; put back a copy", error, exc_info=error)
+        _tell_reason(arguments.reason_fd, error)
         return 1
     return 0
 
 
-async def serve(settings: Settings) -> None:
-    """Bind all sockets, then run the parts until one ends or a signal arrives."""
+def _tell_reason(reason_fd: int | None, error: Exception) -> None:
+    if reason_fd is not None:
+        os.write(reason_fd, str(error).encode(errors="backslashreplace"))
+
+
+async def wait_and_serve(config: Path | None) -> None:
+    """Serve with the settings in ``config``. Without one, say on the same address what is waited for, until rank 0 names
+    it."""
+    listener = None
+    if config is None:
+        first, orders = await first_order()
+        listener = bind_http(first.service.http.host, first.service.http.port)
+        config = await serve_until_ready(first.service, Path(first.base), listener, orders)
+    if config is not None:
+        await serve(load(config), listener)
+
+
+async def serve(settings: Settings, listener: socket.socket | None = None) -> None:
+    """Bind all sockets (HTTP's is ``listener``, if there is one), then run the parts until one ends or a signal arrives."""
     access = load_access(settings.service)
     changes = Changes()
     store = Store(Path(settings.service.state_dir), changes.notify, lock_seconds=LOCK_SECONDS)
     context = zmq.asyncio.Context()
-    listener = bind_http(settings.service.http.host, settings.service.http.port)
+    listener = listener or bind_http(settings.service.http.host, settings.service.http.port)
     scheduler = _build_scheduler(settings, store, context, changes)
     service = Service(
         settings, store, scheduler, changes, _renderer(settings), model_vocab_size(Path(settings.model_path))
@@ -104,7 +130,8 @@ async def serve(settings: Settings) -> None:
             **{f"tunnel {number}": tunnel.run() for number, tunnel in enumerate(tunnels)},
             "ranks": scheduler.link.run(),
             "scheduler": scheduler.run(),
-            "wal": _fold_wal(store),
+            "storage": store.failed(),
+            "upkeep": _keep_up(store),
             "parent": _watch_parent(settings.parent_pid),
             "stop": stop.wait(),
         }.items()
@@ -119,8 +146,9 @@ async def serve(settings: Settings) -> None:
         for task in parts[1:]:
             task.cancel()
         await asyncio.wait(parts, timeout=STOP_SECONDS)
+        validation.stop()
         stack.close()
-        store.close()
+        await asyncio.to_thread(store.close)
         context.destroy(linger=0)
 
 
@@ -139,6 +167,7 @@ def _build_scheduler(settings: Settings, store: Store, context: zmq.asyncio.Cont
         require_identify=scheduler.has_unrecorded_steps,
     )
     store.remove_orphans()
+    store.disk.reserve.keep()
     scheduler.recover()
     return scheduler
 
@@ -180,11 +209,11 @@ def _publish_address(settings: Settings, listener: socket.socket) -> None:
     log.info("coordinator at %s, state in %s", url, settings.service.state_dir)
 
 
-async def _fold_wal(store: Store) -> None:
+async def _keep_up(store: Store) -> None:
     while True:
         await asyncio.sleep(10)
-        await asyncio.to_thread(store.forget_old_steps)
-        await asyncio.to_thread(store.checkpoint_wal)
+        await store.forget_old_steps()
+        await store.in_thread(lambda _: store.disk.reserve.keep())
 
 
 async def _watch_parent(parent_pid: int | None) -> None:
@@ -194,4 +223,8 @@ async def _watch_parent(parent_pid: int | None) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    # everything is stored and closed; a thread that renders a long conversation would delay the end for as long as it takes
+    exit_status = main()
+    logging.shutdown()
+    sys.stderr.flush()
+    os._exit(exit_status)

@@ -13,6 +13,31 @@ from apollo_tp.shards.serving import Serving
 EXIT_STORAGE = 4
 """Exit status when nothing can be stored, for example on a full disk: the launcher starts this process again."""
 
+WAITING_FILE = "coordinator_waiting.json"
+"""In the base of the runtime folder: the address of a coordinator whose server is not ready."""
+
+
+class WaitHere(msgspec.Struct, tag="wait_here", forbid_unknown_fields=True, frozen=True):
+    """The first order of trainer rank 0: answer on this address; ``base`` is the base of the runtime folder."""
+
+    service: ServiceConfig
+    base: str
+
+
+class WaitingFor(msgspec.Struct, tag="waiting_for", forbid_unknown_fields=True, frozen=True):
+    """What the trainer waits for from now on."""
+
+    reason: str
+
+
+class Begin(msgspec.Struct, tag="begin", forbid_unknown_fields=True, frozen=True):
+    """The server is ready: ``config`` is the path of the settings."""
+
+    config: str
+
+
+Order = WaitHere | WaitingFor | Begin
+
 
 class Settings(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     """All settings of the coordinator process. ``instance_dir`` is the server's private folder (see runtime/).

@@ -1,6 +1,7 @@
 """Collectives inside a model: operators that compiled code runs as they are, and what autograd does with them.
 
-An operator names its group by number (``TPGroup.number``), since its arguments cannot be Python objects.
+An operator names its group by number (``TPGroup.number``), since its arguments cannot be Python objects. Its argument
+``after`` is not used: compiled code puts the result of the sum there that must come before (``sum_passes.OrderSums``).
 """
 
 from __future__ import annotations
@@ -33,14 +34,14 @@ def operator(schema: str) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:
     return define
 
 
-@operator("all_reduce(Tensor tensor, int number) -> Tensor")
-def _all_reduce(tensor: Tensor, number: int) -> Tensor:
+@operator("all_reduce(Tensor tensor, int number, Tensor? after=None) -> Tensor")
+def all_reduce(tensor: Tensor, number: int, after: Tensor | None = None) -> Tensor:
     """The sum of ``tensor`` (any shape) over the group with this number, as a new contiguous tensor. One all-reduce."""
     return group_of(number).all_reduce_(tensor.clone(memory_format=torch.contiguous_format))
 
 
 @torch.library.register_fake("apollo_tp::all_reduce")
-def _(tensor: Tensor, _number: int) -> Tensor:
+def _(tensor: Tensor, _number: int, after: Tensor | None = None) -> Tensor:
     return torch.empty_like(tensor, memory_format=torch.contiguous_format)
 
 
@@ -54,7 +55,7 @@ class _CopyToRegion(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _all_reduce(grad, ctx.number), None
+        return all_reduce(grad, ctx.number), None
 
 
 class _ReduceFromRegion(torch.autograd.Function):
@@ -62,7 +63,7 @@ class _ReduceFromRegion(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, tensor: Tensor, number: int) -> Tensor:
-        return _all_reduce(tensor, number)
+        return all_reduce(tensor, number)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:

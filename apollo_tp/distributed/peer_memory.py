@@ -22,22 +22,36 @@ log = logging.getLogger(__name__)
 
 MIN_BYTES = 2**20
 """Smaller sums are left to NCCL."""
+MAX_SHARE = 0.5
+"""Of the free memory that the buffers of both halves may take."""
+ALIGNMENT_BYTES = 16
+CHANNELS = 3
+"""Of barriers: of sums, of copies alongside other work (in another stream), and around captured work."""
+PADS_BYTES = ALIGNMENT_BYTES * CHANNELS
+"""Behind the two halves: the number that the other rank sets in a barrier, for each of CHANNELS."""
 FIRST_ROWS = 256
 """Where a product is summed in two blocks of rows, the first block has a multiple of these."""
 
 
 @dataclass(eq=False)
 class PeerSums:
-    """Whether a group sums products through peer memory, and its buffers, which are made when first needed.
-
-    ``in_blocks``: captured sums are split in two blocks of rows, see ``PeerBuffers``. Both switches are equal on all ranks.
-    """
+    """Whether a group sums products through peer memory, and its buffers, which are made when first needed."""
 
     enabled: bool = True
-    in_blocks: bool = True
+    """Equal on all ranks."""
+    min_buffer_bytes: int = 0
+    """Buffers are made for sums of this size at least: set by ``reserve``. Equal on all ranks."""
     buffers: PeerBuffers | None = None
     """Captured work keeps using these."""
     _is_reachable: bool | None = None
+
+    def reserve(
+        self, rank: int, size: int, group: dist.ProcessGroup | None, device: torch.device, num_bytes: int
+    ) -> None:
+        """Make the buffers now, for sums of up to ``num_bytes``, so that they need not grow later, when nothing may be free.
+        Collective, as ``buffers_for``."""
+        self.min_buffer_bytes = num_bytes
+        self.buffers_for(rank, size, group, device, num_bytes)
 
     def buffers_for(
         self, rank: int, size: int, group: dist.ProcessGroup | None, device: torch.device, num_bytes: int
@@ -53,8 +67,38 @@ class PeerSums:
         if self._is_reachable and (self.buffers is None or self.buffers.num_bytes < num_bytes):
             torch.cuda.synchronize(device)  # work in flight may use the buffers that are replaced
             self.buffers = None
-            self.buffers = PeerBuffers(rank, group, 1 << (num_bytes - 1).bit_length(), in_blocks=self.in_blocks)
+            self._make_buffers(rank, group, device, max(num_bytes, self.min_buffer_bytes))
         return self.buffers
+
+    def _make_buffers(self, rank: int, group: dist.ProcessGroup, device: torch.device, num_bytes: int) -> None:
+        """Sets ``buffers``; where one rank has no room for them, sums go through NCCL from now on. Collective."""
+        import torch.distributed._symmetric_memory as symmetric_memory
+
+        torch.cuda.empty_cache()  # this memory does not come from torch's allocator, which keeps what it has freed
+        num_bytes = -(-num_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+        memory = None
+        if 2 * num_bytes <= MAX_SHARE * torch.cuda.mem_get_info(device)[0]:
+            memory = symmetric_memory.empty(2 * num_bytes + PADS_BYTES, dtype=torch.uint8, device=device)
+        has_room = torch.tensor(float(memory is not None), device=device)
+        dist.all_reduce(has_room, op=dist.ReduceOp.MIN, group=group)
+        if has_room.item() and memory is not None:
+            self.buffers = PeerBuffers(rank, group, memory)
+        else:
+            self.enabled = False
+            log.warning(
+                "sums over ranks go through NCCL: got too little free memory on a GPU for %.2f GB of buffers, expected "
+                "twice as much; lower train.max_micro_batch_tokens", 2 * num_bytes / 1e9,
+            )  # fmt: skip
+
+    @property
+    def intact(self) -> Tensor | None:
+        """1 (fp32 [1], on the device) as long as no barrier was aborted, then 0; None where there are no buffers."""
+        return None if self.buffers is None else self.buffers.intact
+
+    def abort(self) -> None:
+        """Let barriers return that wait for the other rank, now and later. From any thread."""
+        if (buffers := self.buffers) is not None:
+            buffers.abort()
 
     def allocated_bytes(self) -> int:
         """Device memory of the buffers on this rank, which torch's allocator does not count."""
@@ -121,27 +165,42 @@ class PeerBuffers:
     """Memory of two ranks that both can read, in two halves that take turns.
 
     While the other rank may still read one half, the next sum uses the other half, so that one barrier for each sum is
-    enough. The barriers are kernels that wait without a deadline, since one that gave up would end the CUDA context, and
-    under MPS perhaps the server's too. A rank whose peer is gone is left to NCCL's timeout of the collective that every
-    step has.
+    enough. The barriers are kernels of our own: torch's wait without end, or end the CUDA context, and under MPS perhaps the
+    server's too. After ``abort`` they return, and ``intact`` (fp32 [1], on the device) is 0: what is computed from then on
+    is wrong, and the optimizer does not write it.
     """
 
-    def __init__(self, rank: int, group: dist.ProcessGroup, num_bytes: int, *, in_blocks: bool = True) -> None:
-        """Collective: maps 2 x ``num_bytes`` of each rank into the other. Raises RuntimeError where that is impossible."""
+    def __init__(self, rank: int, group: dist.ProcessGroup, memory: Tensor) -> None:
+        """Maps ``memory`` (symmetric, uint8 [2 x the bytes of a sum + PADS_BYTES]) of each rank into the other. Collective.
+        Raises RuntimeError where that is impossible."""
         import torch.distributed._symmetric_memory as symmetric_memory
 
-        from apollo_tp.distributed.peer_kernels import add  # here: a CPU build of torch has no Triton
+        from apollo_tp.distributed.peer_kernels import add, barrier  # here: a CPU build of torch has no Triton
 
-        self._add = add
-        self.num_bytes = num_bytes
-        self._in_blocks = in_blocks
-        device = torch.device("cuda", torch.cuda.current_device())
-        memory = symmetric_memory.empty(2 * num_bytes, dtype=torch.uint8, device=device)
+        self._add, self._barrier = add, barrier
+        self.num_bytes = num_bytes = (memory.numel() - PADS_BYTES) // 2
         self._handle: _SymmetricMemory = symmetric_memory.rendezvous(memory, group)
-        other = self._handle.get_buffer(1 - rank, (2 * num_bytes,), torch.uint8)
-        self._halves = [(memory[:num_bytes], other[:num_bytes]), (memory[num_bytes:], other[num_bytes:])]
-        self._copies = torch.cuda.Stream(device, priority=-1)  # its barriers need not wait for a product's last blocks
+        other = self._handle.get_buffer(1 - rank, (memory.numel(),), torch.uint8)
+        self._halves = [tuple(m[i * num_bytes : (i + 1) * num_bytes] for m in (memory, other)) for i in (0, 1)]
+        pads = [m[2 * num_bytes :].view(torch.int32).view(CHANNELS, -1) for m in (memory, other)]
+        self._pads = list(zip(*(pad[:, 0] for pad in pads), strict=True))
+        pads[0].zero_()
+        self.intact = torch.ones(1, device=memory.device)
+        self._aborted = torch.zeros(1, dtype=torch.int32, pin_memory=True)
+        torch.cuda.synchronize(memory.device)
+        dist.barrier(group, device_ids=[memory.device.index])  # the other rank's pads are zero too
+        self._copies = torch.cuda.Stream(memory.device, priority=-1)  # need not wait for a product's last blocks
         self._turn = 0
+        self.barrier()  # compiles the kernel, which is not possible while work is captured
+
+    def abort(self) -> None:
+        """See ``PeerSums.abort``."""
+        self._aborted.fill_(1)
+
+    def _meet(self, channel: int) -> None:
+        """A barrier of both ranks in the current stream, unless aborted."""
+        mine, theirs = self._pads[channel]
+        self._barrier(mine, theirs, self._aborted, self.intact)
 
     def summed_products(
         self,
@@ -174,14 +233,14 @@ class PeerBuffers:
         the host's five further calls would cost more than that saves.
         """
         rows, columns = mine.shape
-        divided = self._in_blocks and torch.cuda.is_current_stream_capturing()
-        first = first_rows(rows, pairs[0][0].shape[1], columns) if divided else 0
+        captured = mine.is_cuda and torch.cuda.is_current_stream_capturing()
+        first = first_rows(rows, pairs[0][0].shape[1], columns) if captured else 0
         copy = torch.empty_like(mine[:first])
         if first:
             add_products([(a[:first], b) for a, b in pairs], mine[:first])
             self._start_copy(other[:first], copy)
         add_products([(a[first:], b) for a, b in pairs], mine[first:])
-        self._handle.barrier(channel=0)
+        self._meet(0)
         if first:
             torch.cuda.current_stream().wait_stream(self._copies)
         elif residual is None:
@@ -192,12 +251,12 @@ class PeerBuffers:
         """Copy ``other`` to ``copy`` once both ranks have come here, concurrently with what is launched next."""
         self._copies.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._copies):
-            self._handle.barrier(channel=1)
+            self._meet(1)
             copy.copy_(other, non_blocking=True)
 
     def barrier(self) -> None:
         """Wait until both ranks are here, after which neither reads the other's memory any more. Collective."""
-        self._handle.barrier(channel=2)
+        self._meet(2)
 
     def reset(self) -> None:
         """After work that may be incomplete on either rank, let both begin with the same half again. Collective."""

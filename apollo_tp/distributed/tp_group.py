@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import datetime
 import itertools
+import threading
 import weakref
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -24,10 +25,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from apollo_tp.distributed.peer_memory import PeerSums, add_products
-from apollo_tp.errors import CollectiveError
+from apollo_tp.errors import CollectiveError, DeadlineError
 
 _groups: weakref.WeakValueDictionary[int, TPGroup] = weakref.WeakValueDictionary()
 """Every group of this process by its number."""
+DEVICE_SECONDS = 20.0
+"""How long the device may take to finish what it runs when a group is left. Nothing that waits for another rank is left by
+then."""
 
 
 @dataclass(eq=False)
@@ -43,6 +47,8 @@ class TPGroup:
     group: dist.ProcessGroup | None = None
     peers: PeerSums = field(default_factory=PeerSums, repr=False)
     """How ``summed_products`` may sum through the memory of a second GPU."""
+    on_leave: Callable[[], None] = field(default=lambda: None, repr=False)
+    """Called first when this rank leaves the group: ``Alarm.ring``."""
     traffic: Counter[str] = field(default_factory=Counter, repr=False)
     """Payload bytes by kind of collective, those of subgroups included, for tests and benchmarks."""
     number: int = field(default_factory=itertools.count().__next__, init=False, repr=False)
@@ -90,7 +96,15 @@ class TPGroup:
             subgroup.group = dist.new_group(list(ranks), **self._options)
 
     def dissolve(self) -> None:
-        """Leave this group and its subgroups at once; ranks that wait in a collective of theirs fail. Not collective."""
+        """Leave this group and its subgroups at once. Not collective: ranks that wait in a collective of theirs fail if it
+        is gloo's, and are woken by their ``Alarm`` if it is NCCL's.
+
+        When this returns, the device has finished all that was launched before. Raises DeadlineError if it has not within
+        DEVICE_SECONDS: this process must end then, since it may still write.
+        """
+        self.on_leave()
+        self.abort()
+        _await_device(DEVICE_SECONDS)
         for reference in self._before_dissolve:
             if (method := reference()) is not None:
                 method()
@@ -99,6 +113,16 @@ class TPGroup:
             tp.peers.release()
             if group is not None and group is not dist.group.WORLD and tp.rank >= 0:
                 dist.destroy_process_group(group)
+
+    def abort(self) -> None:
+        """Let everything that waits on the device for another rank of this group or its subgroups run on, with whatever is
+        in its memory: NCCL's collectives and sums through peer memory. gloo's wait on the host, until a rank leaves. From
+        any thread. The group can only be left afterwards."""
+        for tp in (self, *self._subgroups.values()):
+            tp.peers.abort()
+            group = tp.group
+            if group is not None and tp.rank >= 0 and dist.get_backend(group) == "nccl":
+                group.abort()
 
     def call_before_dissolve(self, method: Callable[[], None]) -> None:
         """Have ``dissolve`` call the bound ``method`` first, as long as its object lives.
@@ -206,6 +230,21 @@ def _poisoned(like: Tensor, rows: int) -> Tensor:
     result of the step before."""
     poison = torch.nan if like.is_floating_point() else torch.iinfo(like.dtype).min
     return like.new_empty((rows, *like.shape[1:])).fill_(poison)
+
+
+def _await_device(seconds: float) -> None:
+    """Wait until the current device has done all that was launched on it. Raises DeadlineError after ``seconds``."""
+    if not torch.cuda.is_initialized():
+        return
+    device = torch.cuda.current_device()
+    waiting = threading.Thread(target=torch.cuda.synchronize, args=(device,), name="device-wait", daemon=True)
+    waiting.start()  # of a device, there is no wait with a deadline
+    waiting.join(seconds)
+    if waiting.is_alive():
+        raise DeadlineError(
+            f"got GPU {device} still busy {seconds:.0f} s after its collectives were aborted, expected it to finish what it "
+            "runs; this process ends, since it might write later"
+        )
 
 
 def group_of(number: int) -> TPGroup:

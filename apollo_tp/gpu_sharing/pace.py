@@ -72,7 +72,8 @@ class Pace:
         busy = self._clock() - self._start
         if self._tp.size > 1:
             shortest = torch.tensor(busy, dtype=torch.float32, device=self._device)
-            busy = self._tp.all_reduce_(shortest, dist.ReduceOp.MIN).item()
+            found = self._tp.all_reduce_(shortest, dist.ReduceOp.MIN).item()
+            busy = found if 0 <= found <= busy else busy  # it may be anything if the sum was aborted
         self._sleep(busy * self._rest)
         self._start = self._clock()
 

@@ -35,6 +35,9 @@ def inspect(
     runtime_dir: Annotated[
         Path | None, typer.Option(help="Folder of manifests; default: as the trainer finds it.")
     ] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run Python code that is in the folder MODEL.")
+    ] = False,
     wait: Annotated[float, typer.Option(help="Seconds to wait for a server.")] = 0.0,
 ) -> None:
     """Print the layout; exits with status 1 if something cannot be trained."""
@@ -45,7 +48,7 @@ def inspect(
             base = instance_folder.base_dir(str(runtime_dir) if runtime_dir else None)
             manifests = wait_for_server(base, instance, wait, ready=False)
         else:
-            manifests = _manifests_of_folder(model, tp)
+            manifests = _manifests_of_folder(model, tp, trust_remote_code)
         console = Console(width=None if sys.stdout and sys.stdout.isatty() else 200, markup=False, emoji=False)
         console.print(_summary(manifests))
         console.print(layout_table(manifests))
@@ -69,7 +72,7 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def _manifests_of_folder(model: str, tp_size: int) -> list[Manifest]:
+def _manifests_of_folder(model: str, tp_size: int, trust_remote_code: bool) -> list[Manifest]:
     if tp_size < 1:
         raise ConfigError(f"--tp: got {tp_size}, expected an integer >= 1")
     folder = Path(model)
@@ -78,8 +81,13 @@ def _manifests_of_folder(model: str, tp_size: int) -> list[Manifest]:
     from apollo_tp.vllm_plugin.offline import offline_manifests  # vLLM, which a live server's layout does not need
 
     try:
-        manifests = offline_manifests(model, tp_size)
+        manifests = offline_manifests(model, tp_size, trust_remote_code=trust_remote_code)
     except Exception as error:  # whatever vLLM and transformers raise over a config that neither foresaw
+        if not trust_remote_code and "trust_remote_code" in str(error):
+            raise ConfigError(
+                f"--trust-remote-code: got no such option and {model}, whose config.json names Python code of its own "
+                "(auto_map), expected it for such a model; that code is then run, so read it first"
+            ) from error
         # pydantic's message has its own words around vLLM's
         reason = " ".join(str(error).split()).partition(" [type=")[0].rpartition("Value error, ")[2]
         if not isinstance(error, OSError | ValueError):

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import select
 import threading
 from collections.abc import Callable
 
 from apollo_tp.errors import ServerGoneError
+from apollo_tp.shards.instance import end_survivors_advice, processes_of, survivors
 from apollo_tp.shards.manifest import Manifest
+
+POLL_SECONDS = 0.5
 
 
 class ServerWatch:
-    """A thread per rank that notices within about a second that a vLLM worker has ended.
+    """A thread per rank that notices at once that a process of the server has ended: a worker, whose memory is
+    trained, or one above it, without which the worker serves nobody.
 
     ``on_gone`` runs in that thread: the main thread may be inside a collective or a kernel for long.
     """
@@ -27,14 +34,23 @@ class ServerWatch:
         self._thread.join(5)
 
     def _watch(self) -> None:
-        while not self._stop.wait(1.0):
-            ended = [m for m in self._manifests if not m.process.alive()]
-            if ended:
-                ranks = ", ".join(f"rank {m.tp_rank} (process {m.pid})" for m in ended)
-                self._on_gone(
-                    ServerGoneError(
-                        f"server {ended[0].instance_id}: got the end of {ranks}, expected a running vLLM; the trained "
-                        "weights are lost but for the last checkpoint. Start the server, then the trainer"
-                    )
-                )
-                return
+        named = processes_of(self._manifests)
+        with contextlib.ExitStack() as stack:
+            ends = select.poll()
+            for process in named:
+                with contextlib.suppress(ProcessLookupError):  # ended already, as the first look finds
+                    descriptor = os.pidfd_open(process.pid)
+                    stack.callback(os.close, descriptor)
+                    ends.register(descriptor, select.POLLIN)
+            while not (ended := [process for process in named if not process.identity.alive()]):
+                ends.poll(POLL_SECONDS * 1000)  # returns at once when one ends
+                if self._stop.is_set():
+                    return
+        left = end_survivors_advice(survivors(self._manifests))
+        self._on_gone(
+            ServerGoneError(
+                f"server {self._manifests[0].instance_id}: got the end of {', '.join(map(str, ended))}, expected a running "
+                "vLLM; the trained weights are lost but for the last checkpoint. Start the server, then the trainer"
+                f"{left}"
+            )
+        )

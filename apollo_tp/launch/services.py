@@ -7,6 +7,8 @@ from pathlib import Path
 import torch
 
 from apollo_tp.checkpoint import CheckpointWriter
+from apollo_tp.checkpoint.card import Trained
+from apollo_tp.checkpoint.lineage import Lineage
 from apollo_tp.distributed.tp_group import compute_group
 from apollo_tp.gpu_sharing import mps
 from apollo_tp.launch.progress import StepProgress
@@ -32,12 +34,14 @@ class Services:
             ready.tp,
             keep=config.checkpoint.keep,
             save_config=ready.hf_config.save_pretrained,
+            trained=lambda: self._lineage.record.trained,
             served=lambda: served_models(instance_folder.base_dir(config.server.runtime_dir)),
         )
 
     def form_group(self) -> None:
         """Form the compute group of all ranks again. Collective."""
         ready = self._ready
+        ready.alarm.next_epoch()
         compute_group(ready.tp, ready.mapped.device, ready.config.command_timeout_seconds)
 
     def save_checkpoint(self, name: str) -> tuple[str, int]:
@@ -54,6 +58,7 @@ class Services:
     def record_step(self, command: commands.Step | commands.PreferenceStep, figures: commands.StepFigures) -> None:
         """Remember a completed step as the last one."""
         self._lineage.update(
+            trained=_added(self._lineage.record, command, figures),
             weight_version=figures.weight_version,
             step_count=self._trainer.optimizer.step_count,
             last_job_id=command.job_id,
@@ -113,3 +118,19 @@ class Services:
             for manifest in self._ready.manifests
             for segment in manifest.segments
         ]
+
+
+def _added(record: Lineage, command: commands.Step | commands.PreferenceStep, figures: commands.StepFigures) -> Trained:
+    """What the weights were trained on, with this step; one that was skipped counts as nothing."""
+    before = record.trained
+    if figures.skipped:
+        return before
+    samples = command.samples if isinstance(command, commands.Step) else command.pairs
+    return Trained(
+        jobs=before.jobs + (command.job_id != record.last_job_id),
+        steps=before.steps + 1,
+        samples=before.samples + len(samples),
+        tokens=before.tokens + figures.num_tokens,
+        loss_tokens=before.loss_tokens + figures.num_loss_tokens,
+        loss=figures.loss,
+    )

@@ -33,9 +33,9 @@ def run(config: Config, on_server_gone: Callable[[ServerGoneError], None]) -> No
 
 
 def serve(ready: Ready) -> None:
-    """Execute the coordinator's commands until stopped; rank 0 starts the coordinator. Collective."""
+    """Execute the coordinator's commands until stopped. Collective."""
     services = Services(ready)
-    link = _start_coordinator(ready) if ready.world.rank == 0 else None
+    link = _begin(ready, ready.coordinator) if ready.coordinator else None
     loop = RankLoop(ready.trainer, services, ready.control, link)
     loop.stop_on_signals()
     goodbye = commands.Goodbye(reason="the trainer raised", failed=True)
@@ -48,10 +48,9 @@ def serve(ready: Ready) -> None:
             link.close(goodbye)
 
 
-def _start_coordinator(ready: Ready) -> Link:
-    """The coordinator's process, and the connection to it."""
-    coordinator = CoordinatorProcess(ready.config, ready.folder, ready.manifests[0])
-    ready.stack.callback(coordinator.stop)
+def _begin(ready: Ready, coordinator: CoordinatorProcess) -> Link:
+    """Let the coordinator take requests; returns the connection to it."""
+    coordinator.begin(ready.folder, ready.manifests[0])
     return Link(
         f"ipc://{instance_folder.socket_path(ready.folder, instance_folder.RANKS_SOCKET)}", alive=coordinator.check
     )

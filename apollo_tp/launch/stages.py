@@ -8,20 +8,19 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import msgspec
 import torch
 import torch.distributed as dist
-from transformers import AutoConfig, PretrainedConfig
+from transformers import PretrainedConfig
 
 from apollo_tp.checkpoint import read_info
-from apollo_tp.checkpoint.folder import OPTIMIZER_DIR, writer_lock
+from apollo_tp.checkpoint.folder import OPTIMIZER_DIR, optimizer_folder, writer_lock
 from apollo_tp.checkpoint.lineage import LineageFile
 from apollo_tp.config import Config
+from apollo_tp.distributed.alarm import Alarm
 from apollo_tp.distributed.control import Control
 from apollo_tp.distributed.peer_memory import PeerSums
 from apollo_tp.distributed.tp_group import TPGroup, compute_group
@@ -29,18 +28,19 @@ from apollo_tp.errors import ConfigError, ServerGoneError
 from apollo_tp.gpu_sharing import mps, sm_limit
 from apollo_tp.gpu_sharing.pace import Pace
 from apollo_tp.gpu_sharing.product_check import check_products
+from apollo_tp.launch.coordinator_process import CoordinatorProcess
 from apollo_tp.launch.distributed import World, join
 from apollo_tp.launch.server_watch import ServerWatch
 from apollo_tp.model import BoundModel, bind_model
-from apollo_tp.model.build import as_served
+from apollo_tp.model.build import as_served, read_model_config
 from apollo_tp.model.compiled import CompileOptions
-from apollo_tp.optim import Optimizer, build_optimizer
-from apollo_tp.runtime import instance_folder, processes
+from apollo_tp.optim import Optimizer
+from apollo_tp.runtime import instance_folder
 from apollo_tp.shards.instance import check_agreement, read_instance, wait_for_server
 from apollo_tp.shards.manifest import Manifest
 from apollo_tp.shards.mapping import MappedRank, map_rank, verify_against_checkpoint
 from apollo_tp.training.cuda_graphs import GraphCache
-from apollo_tp.training.memory_profiling import CudaMeter, plan_memory
+from apollo_tp.training.memory_profiling import CudaMeter, plan_memory, reserve_peer_memory
 from apollo_tp.training.trainer import Trainer
 from apollo_tp.training.update_gate import Lock, UpdateGate, needs_lock
 
@@ -55,6 +55,13 @@ class Joined:
     stack: contextlib.ExitStack
     world: World
     control: Control
+    coordinator: CoordinatorProcess | None = None
+    """On rank 0: its child process, which says to clients what is waited for until the last stage is done."""
+
+    def report(self, reason: str) -> None:
+        """Say what this trainer waits for. On rank 0 only. Raises ConfigError if the coordinator cannot run."""
+        if self.coordinator is not None:
+            self.coordinator.waiting(reason)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +81,7 @@ class Bound(Served):
     """The model computes with the mapped weights, and its optimizer has the state that belongs to them."""
 
     tp: TPGroup
+    alarm: Alarm
     hf_config: PretrainedConfig
     """The config in the model's folder."""
     model: BoundModel
@@ -96,7 +104,12 @@ def join_ranks(config: Config, stack: contextlib.ExitStack) -> Joined:
         torch.set_num_threads(config.train.threads)
     world = join(2 * config.command_timeout_seconds)
     stack.callback(dist.destroy_process_group)
-    return Joined(config=config, stack=stack, world=world, control=Control(world.rank, world.size))
+    control, coordinator = Control(world.rank, world.size), None
+    with control.agree():
+        if world.rank == 0:
+            coordinator = CoordinatorProcess(config, instance_folder.base_dir(config.server.runtime_dir))
+            stack.callback(coordinator.stop)
+    return Joined(config=config, stack=stack, world=world, control=control, coordinator=coordinator)
 
 
 def map_server(joined: Joined, on_server_gone: Callable[[ServerGoneError], None]) -> Served:
@@ -108,6 +121,7 @@ def map_server(joined: Joined, on_server_gone: Callable[[ServerGoneError], None]
         manifests = _read_manifests(joined, folder)
     joined.stack.callback(ServerWatch(manifests, on_server_gone).stop)
     with joined.control.agree():
+        joined.report(f"server {folder.name} is ready; the trainer maps its weights and builds the model")
         mapped = map_rank(manifests, rank)
         lineage = LineageFile(folder, manifests[0].model_path, keep=rank == 0)
         if not lineage.trained_here:
@@ -128,7 +142,7 @@ def _find_server(joined: Joined) -> Path:
         if is_first:
             log.info("looking for a vLLM server with VLLM_PLUGINS=apollo in %s, for up to %.0f s", base, seconds)
         # on every rank: one that waited for rank 0 in a collective would give up at that collective's deadline
-        name = wait_for_server(base, config.server.instance, seconds)[0].instance_id
+        name = wait_for_server(base, config.server.instance, seconds, report=joined.report)[0].instance_id
         if is_first:
             joined.stack.enter_context(instance_folder.trainer_lock(instance_folder.instance_dir(name, base)))
             joined.stack.enter_context(writer_lock(Path(config.checkpoint.dir).resolve()))
@@ -152,11 +166,16 @@ def bind(served: Served) -> Bound:
     """Form the compute group, bind the model and build its optimizer; load the state. Collective."""
     config, mapped, first = served.config, served.mapped, served.manifests[0]
     tp = TPGroup(served.world.rank, served.world.size, peers=PeerSums(config.train.peer_memory))
+    alarm = Alarm.join(served.control)
+    tp.on_leave = alarm.ring
     compute_group(tp, mapped.device, config.command_timeout_seconds)
     served.stack.callback(tp.dissolve)
+    served.stack.callback(alarm.stop)
+    alarm.watch(tp)
     compiled = mapped.device.type == "cuda" if config.train.compile is None else config.train.compile
     with served.control.agree():
-        hf_config = AutoConfig.from_pretrained(first.model_path)
+        trust = config.model.trust_remote_code
+        hf_config = read_model_config(first.model_path, trust_remote_code=trust)
         model = bind_model(
             as_served(hf_config, first.config_overrides, first.max_model_len),
             mapped.tensors,
@@ -164,11 +183,12 @@ def bind(served: Served) -> Bound:
             fused_tensors=mapped.fused_tensors,
             gradient_checkpointing=config.train.gradient_checkpointing,
             compiled=CompileOptions() if compiled else None,
+            trust_remote_code=trust,
         )
-        optimizer = build_optimizer(config.optim, config.train.precision, model.parameters, tp)
+        optimizer = Optimizer(config.optim, config.train.precision, model.parameters, tp)
     with served.control.agree():
         resume(config, optimizer, served.lineage)
-    return Bound(**vars(served), tp=tp, hf_config=hf_config, model=model, optimizer=optimizer)
+    return Bound(**vars(served), tp=tp, alarm=alarm, hf_config=hf_config, model=model, optimizer=optimizer)
 
 
 def resume(config: Config, optimizer: Optimizer, lineage: LineageFile) -> None:
@@ -180,17 +200,19 @@ def resume(config: Config, optimizer: Optimizer, lineage: LineageFile) -> None:
         log.warning(
             "optim.reset_state=true: fresh optimizer state, as at every start while it is set, not that of %s", source
         )
-    elif wanted and not (source / OPTIMIZER_DIR).is_dir():
+    elif wanted and not optimizer_folder(source).is_dir():
         log.warning(
-            "%s: got no such folder, expected the optimizer state of the served weights, which starts afresh; to keep it, "
-            "put the folder back and start the trainer again", source / OPTIMIZER_DIR,
+            "%s: got no such folder, expected the optimizer state of the served weights there or in %s; it starts afresh; "
+            "to keep it, put the folder back and start the trainer again", source / OPTIMIZER_DIR, optimizer_folder(source),
         )  # fmt: skip
     elif wanted:
         from apollo_tp.checkpoint import optimizer_state
 
-        optimizer_state.load(optimizer, source / OPTIMIZER_DIR)
+        optimizer_state.load(optimizer, optimizer_folder(source))
         info = read_info(source)
         log.info("optimizer state of %s (weight version %s) loaded", source, info.weight_version if info else "?")
+    if lineage.record.step_count > optimizer.step_count or (config.optim.reset_state and lineage.trained_here):
+        optimizer.use_rounding_stream(lineage.record.weight_version)  # updates are counted from an earlier one again
     if not config.optim.reset_state and lineage.record.step_count > optimizer.step_count:
         log.warning(
             "optimizer: got the state of its step %d, expected that of %d, after which the last trainer ended: moments are "
@@ -239,14 +261,10 @@ def before_write(lineage: LineageFile, gate: UpdateGate, pace: Pace) -> None:
 
 def _update_gate(bound: Bound) -> UpdateGate:
     """The pause of running requests around updates; rank 0 attaches to the server. Collective."""
-    me = processes.ProcessId.of(os.getpid())
-    assert me is not None
-    answers = bound.control.gather(msgspec.json.encode((me.pid, me.start_ticks)))
     sync, lock = bound.config.sync, None
     with bound.control.agree():
         if bound.world.rank == 0 and needs_lock(sync):
-            ranks = [processes.ProcessId(*msgspec.json.decode(answer)) for answer in answers]
-            lock = Lock(bound.folder, sync, bound.lineage.record.weight_version, ranks)
+            lock = Lock(bound.folder, sync, bound.lineage.record.weight_version, bound.alarm)
             bound.stack.callback(lock.close)
     return UpdateGate(sync.mode, bound.tp, bound.mapped.device, lock)
 
@@ -256,12 +274,15 @@ def _plan_memory(bound: Bound, trainer: Trainer) -> str:
     train = bound.config.train
     if trainer.device.type != "cuda":
         return "not planned on a CPU, where attention keeps its scores: their need depends on the lengths in each batch"
+    reserve_peer_memory(trainer)
     with bound.control.agree():
         plan = plan_memory(trainer, CudaMeter(trainer.device), train.max_sequence_tokens)
-    replays = train.cuda_graphs and plan.fits_graphs(keep=False)
+    keep = plan.needed_with_graphs(keep=True) <= plan.available
+    with_graphs = plan.needed_with_graphs(keep=keep)
+    replays = train.cuda_graphs and with_graphs <= plan.available
     if replays:
-        replays = trainer.record_passes(GraphCache(trainer.model, keep=plan.fits_graphs(keep=True)))
-    return f"{plan.describe()}; steps of one structure are {'' if replays else 'not '}recorded"
+        replays = trainer.record_passes(GraphCache(trainer.model, keep=keep))
+    return plan.describe(with_graphs if replays else 0)
 
 
 def _check_products(bound: Bound, trainer: Trainer) -> None:

@@ -46,6 +46,7 @@ def bind_model(
     fused_tensors: Iterable[Sequence[str]] = (),
     gradient_checkpointing: bool = False,
     compiled: CompileOptions | None = None,
+    trust_remote_code: bool = False,
 ) -> BoundModel:
     """Put this rank's ``shards`` in as the parameters of the model of ``config``, without a copy.
 
@@ -55,7 +56,7 @@ def bind_model(
     at all if None. Collective over ``tp``: the sums of a forward pass, and those of GradientSync. Raises
     UnsupportedModelError that lists every tensor and parameter that does not fit.
     """
-    module = build_on_meta(config, tp.size, _dtype(shards))
+    module = build_on_meta(config, tp.size, _dtype(shards), trust_remote_code=trust_remote_code)
     refuse_unknown_layers(module)
     names = map_names(module, config, shards)
     vocabulary = _VocabularyNames.of(module, names)

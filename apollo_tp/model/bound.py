@@ -15,6 +15,7 @@ from apollo_tp.model.batch import PackedBatch
 from apollo_tp.model.gradients import GradientSync
 from apollo_tp.model.joined import JoinedLinear
 from apollo_tp.model.loss import VocabShard, nll_sum, target_logprobs
+from apollo_tp.model.regions import RowParallelLinear
 from apollo_tp.shards.boxes import Shard
 
 Role = Literal["matrix", "embedding", "other"]
@@ -113,14 +114,10 @@ class BoundModel:
     is_static: bool = False
     """True if the work on a micro-batch depends only on ``PackedBatch.structure``, so that it can be captured."""
 
-    def hidden_states(self, batch: PackedBatch) -> Tensor:
-        """See final_hidden_states."""
-        return final_hidden_states(self.module, batch)
-
     def _loss_tokens(self, batch: PackedBatch) -> tuple[Tensor, Tensor, Tensor]:
         """Hidden states [N, D], head [V_local, D] and targets int64 [N] of the N loss tokens: the head never sees others."""
         # index_select, since hidden[positions] would sort them in the backward pass
-        hidden = self.hidden_states(batch).index_select(0, batch.loss_positions)
+        hidden = final_hidden_states(self.module, batch).index_select(0, batch.loss_positions)
         return hidden, self.head_weight, batch.targets[batch.loss_positions]
 
     def forward_loss(self, batch: PackedBatch) -> LossSums:
@@ -169,6 +166,13 @@ class BoundModel:
             leaf.grad = None
         for joined in self._joined:
             joined.release()
+
+    def widest_sum_bytes(self) -> int:
+        """Bytes of one token in the largest sum over ranks within a layer: of a row-parallel product, or of the gradient of
+        a column-parallel product's input."""
+        rows = [m.weight for m in self.module.modules() if isinstance(m, RowParallelLinear)]
+        sums = [(w.shape[0], w) for w in rows] + [(joined.weight.shape[1], joined.weight) for joined in self._joined]
+        return max((width * weight.element_size() for width, weight in sums), default=0)
 
     @cached_property
     def leaves(self) -> list[nn.Parameter]:

@@ -10,10 +10,10 @@ from typing import Any
 import accelerate
 import torch
 import torch.distributed as dist
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
-from apollo_tp.errors import ApolloTpError, UnsupportedModelError
+from apollo_tp.errors import ApolloTpError, ConfigError, UnsupportedModelError
 from apollo_tp.model import attention
 
 _DIVIDED_FIELDS = (
@@ -42,6 +42,21 @@ def refusing(subject: str) -> Iterator[None]:
             f"{subject}: got {type(error).__name__}: {error}; expected a decoder-only model that transformers builds and "
             "runs with exchangeable attention; use one of the families in docs/models.md"
         ) from error
+
+
+def read_model_config(model_path: str, *, trust_remote_code: bool) -> PretrainedConfig:
+    """The config in the model's folder. Raises ConfigError if it needs code of its own, which ``trust_remote_code`` does not
+    allow, and UnsupportedModelError if it cannot be read."""
+    with refusing(model_path):
+        try:
+            return AutoConfig.from_pretrained(model_path, trust_remote_code=trust_remote_code)
+        except ValueError as error:
+            if trust_remote_code or "trust_remote_code" not in str(error):
+                raise
+            raise ConfigError(
+                f"model.trust_remote_code: got false and {model_path}, whose config.json names Python code of its own "
+                "(auto_map), expected true for such a model; each rank then runs that code, so read it first"
+            ) from error
 
 
 def as_served(config: PretrainedConfig, overrides: dict[str, Any], max_model_len: int) -> PretrainedConfig:
@@ -107,7 +122,9 @@ def narrow_config(config: PretrainedConfig, tp_size: int) -> PretrainedConfig:
     return narrow
 
 
-def build_on_meta(config: PretrainedConfig, tp_size: int, dtype: torch.dtype) -> PreTrainedModel:
+def build_on_meta(
+    config: PretrainedConfig, tp_size: int, dtype: torch.dtype, *, trust_remote_code: bool = False
+) -> PreTrainedModel:
     """The causal language model of ``config`` at this width: parameters on meta, buffers real and on the CPU, in
     evaluation mode: dropout and noise in routers would be random, and the server computes without them. The head has a
     weight of its own, tied or not. Raises UnsupportedModelError for a config of another kind of model.
@@ -122,5 +139,8 @@ def build_on_meta(config: PretrainedConfig, tp_size: int, dtype: torch.dtype) ->
     ):
         narrow = narrow_config(config, tp_size)
         narrow.tie_word_embeddings = False
-        module = AutoModelForCausalLM.from_config(narrow, dtype=dtype, attn_implementation=attention.NAME)
+        # given, never None: transformers would ask on standard input
+        module = AutoModelForCausalLM.from_config(
+            narrow, dtype=dtype, attn_implementation=attention.NAME, trust_remote_code=trust_remote_code
+        )
     return module.eval()

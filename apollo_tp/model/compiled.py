@@ -24,17 +24,11 @@ MAX_VARIANTS = 32
 class CompileOptions:
     """How layers are compiled. Some are settings of the whole process: the last call of ``compile_layers`` decides.
 
-    ``recompute_cheap_work``: compute norms, activation functions and the like again in the backward pass where that
-    saves memory. Matrix products, attention and sums over ranks are never repeated: torch's budget of activation memory
-    (``activation_memory_budget``) would repeat operators that it does not know first, and our sums are such.
     ``deterministic_kernels``: choose kernels by rule, not by timing them on each GPU: two ranks then sum in the same order.
-    ``join_residuals``: add residuals where products are summed over ranks, see ``residuals.JoinResiduals``.
     ``backend``: see torch.compile.
     """
 
-    recompute_cheap_work: bool = True
     deterministic_kernels: bool = True
-    join_residuals: bool = True
     backend: str = "inductor"
 
 
@@ -52,18 +46,17 @@ def compile_layers(module: PreTrainedModel, options: CompileOptions) -> int:
     import torch._functorch.config
     import torch._inductor.config
 
-    from apollo_tp.model.residuals import JoinResiduals
+    from apollo_tp.model.sum_passes import JoinResiduals, OrderSums
 
     torch.compiler.assume_constant_result(cudnn_is_faster)  # marks the function
     torch._dynamo.config.recompile_limit = MAX_VARIANTS
-    for reason in (
-        "used_far_apart",
-        "long_fusible_chains",
-        "materialized_backward",
-    ):  # to keep what could be recomputed
-        setattr(torch._functorch.config, f"ban_recompute_{reason}", not options.recompute_cheap_work)
+    # Norms, activation functions and the like are computed again in the backward pass where that saves memory; products,
+    # attention and sums over ranks never are: torch's budget of activation memory would repeat unknown operators first.
+    for reason in ("used_far_apart", "long_fusible_chains", "materialized_backward"):
+        setattr(torch._functorch.config, f"ban_recompute_{reason}", False)
     torch._inductor.config.deterministic = options.deterministic_kernels
-    torch._inductor.config.joint_custom_pre_pass = JoinResiduals() if options.join_residuals else None
+    torch._inductor.config.joint_custom_pre_pass = JoinResiduals()
+    torch._inductor.config.post_grad_custom_post_pass = OrderSums()
     # computes the gradients of a norm's weight and of its input together, for any number of tokens
     torch._inductor.config.triton.mix_order_reduction_non_strict_mode = True
     layers = [layer for layer in decoder_layers(module) if _is_traceable(layer)]

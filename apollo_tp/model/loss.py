@@ -26,6 +26,9 @@ from apollo_tp.distributed.tp_group import TPGroup
 
 CHUNK_BYTES = 512 * 2**20
 """Upper bound of one chunk of fp32 logits; a chunk has at least one token."""
+MAX_ROUNDED_SUMS = 4
+"""Chunks whose gradients of the head are added up in its own dtype. Each addition rounds: in bf16, the error of 256 is 2 %.
+Those of more chunks are added up in fp32, which takes twice the memory of the head."""
 
 
 @dataclass(frozen=True)
@@ -156,14 +159,16 @@ class _TargetLogprobs(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, Tensor, None, None]:
         hidden, weight, targets, normalizer = ctx.saved_tensors
-        grad_hidden, grad_weight = torch.zeros_like(hidden), torch.zeros_like(weight)
-        for part in ctx.vocab.chunks(hidden.shape[0], weight.shape[0]):
+        chunks = ctx.vocab.chunks(hidden.shape[0], weight.shape[0])
+        grad_hidden = torch.zeros_like(hidden)
+        grad_weight = _empty_sum(weight, len(chunks)).zero_()
+        for part in chunks:
             logits = hidden[part] @ weight.T
             grad_logits = ctx.vocab.logits_gradient(logits, targets[part], grad[part], normalizer[part])
             torch.mm(grad_logits, weight, out=grad_hidden[part])
             if ctx.needs_input_grad[1]:  # a frozen head has none
-                grad_weight.addmm_(grad_logits.T, hidden[part])
-        return grad_hidden, grad_weight, None, None
+                _add_product(grad_weight, grad_logits.T, hidden[part])
+        return grad_hidden, grad_weight.to(weight.dtype), None, None
 
 
 class _NllSum(torch.autograd.Function):
@@ -177,11 +182,13 @@ class _NllSum(torch.autograd.Function):
         logprobs = hidden.new_zeros(tokens, dtype=torch.float32)
         correct = torch.zeros(tokens, dtype=torch.bool, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if rows else torch.zeros_like(hidden)
-        grad_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None  # a frozen head has none
-        if grad_weight is not None and not tokens:
-            grad_weight.zero_()
         # The same chunks on all ranks, whatever rows each has: every chunk has its collectives.
-        for part in vocab.chunks(tokens, -(-vocab.global_rows // vocab.tp.size) or rows):
+        chunks = vocab.chunks(tokens, -(-vocab.global_rows // vocab.tp.size) or rows)
+        # a frozen head has no gradient
+        grad_weight = _empty_sum(weight, len(chunks)) if ctx.needs_input_grad[1] else None
+        if grad_weight is not None and (not chunks or grad_weight.dtype != weight.dtype):
+            grad_weight.zero_()
+        for part in chunks:
             logits = hidden[part] @ weight.T
             largest, *local_sums = vocab.statistics(logits, targets[part])
             sums = torch.stack(local_sums)
@@ -191,11 +198,11 @@ class _NllSum(torch.autograd.Function):
             if rows:
                 grad_logits = vocab.logits_gradient(logits, targets[part], -weights[part], normalizer)
                 torch.mm(grad_logits, weight, out=grad_hidden[part])
-                if grad_weight is not None and part.start == 0:
+                if grad_weight is not None and part.start == 0 and grad_weight.dtype == weight.dtype:
                     torch.mm(grad_logits.T, hidden[part], out=grad_weight)
                 elif grad_weight is not None:
-                    grad_weight.addmm_(grad_logits.T, hidden[part])
-        ctx.gradients = grad_hidden, grad_weight
+                    _add_product(grad_weight, grad_logits.T, hidden[part])
+        ctx.gradients = grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype)
         ctx.mark_non_differentiable(correct)
         return -(weights * logprobs).sum(), correct
 
@@ -208,6 +215,21 @@ class _NllSum(torch.autograd.Function):
             if grad_weight is not None:
                 grad_weight.mul_(grad)
         return grad_hidden, grad_weight, None, None, None
+
+
+def _empty_sum(weight: Tensor, num_chunks: int) -> Tensor:
+    """Memory for the head's gradient, like ``weight`` [V_local, D], or fp32 if it is the sum over many chunks."""
+    return torch.empty_like(weight, dtype=weight.dtype if num_chunks <= MAX_ROUNDED_SUMS else torch.float32)
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """Add ``a`` [m, k] @ ``b`` [k, n] to ``total`` [m, n], which has their dtype or is fp32. Local."""
+    if total.dtype == b.dtype:
+        total.addmm_(a, b)
+    elif total.is_cuda:
+        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
+    else:
+        total.addmm_(a.float(), b.float())
 
 
 def _statistics(

@@ -26,8 +26,12 @@ ALONE = TPGroup.single()
 """The group of products outside of any parallel region."""
 
 
-@operator("column_backward(Tensor[] grads, Tensor x, Tensor weight, int number) -> (Tensor, Tensor)")
-def _column_backward(grads: list[Tensor], x: Tensor, weight: Tensor, number: int) -> tuple[Tensor, Tensor]:
+@operator(
+    "column_backward(Tensor[] grads, Tensor x, Tensor weight, int number, Tensor? after=None) -> (Tensor, Tensor)"
+)
+def column_backward(
+    grads: list[Tensor], x: Tensor, weight: Tensor, number: int, after: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Gradients of ``x @ weight.T`` from those of its parts: that of ``x``, summed over the group, and that of ``weight``.
 
     ``grads``: local [..., rows of a part] each, in order; they make up the rows of ``weight``, local [R, C]. ``x`` [..., C]
@@ -48,12 +52,14 @@ def _column_backward(grads: list[Tensor], x: Tensor, weight: Tensor, number: int
 
 
 @torch.library.register_fake("apollo_tp::column_backward")
-def _(_grads: list[Tensor], x: Tensor, weight: Tensor, _number: int) -> tuple[Tensor, Tensor]:
+def _(
+    _grads: list[Tensor], x: Tensor, weight: Tensor, _number: int, after: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     return torch.empty_like(x, memory_format=torch.contiguous_format), torch.empty_like(weight)
 
 
-@operator("row_parallel(Tensor x, Tensor weight, int number) -> Tensor")
-def row_parallel(x: Tensor, weight: Tensor, number: int) -> Tensor:
+@operator("row_parallel(Tensor x, Tensor weight, int number, Tensor? after=None) -> Tensor")
+def row_parallel(x: Tensor, weight: Tensor, number: int, after: Tensor | None = None) -> Tensor:
     """``x @ weight.T`` summed over the group with this number: local [..., C_local] and [R, C_local] give [..., R].
 
     One all-reduce of [..., R]; the result is the same on all ranks.
@@ -63,20 +69,24 @@ def row_parallel(x: Tensor, weight: Tensor, number: int) -> Tensor:
 
 
 @torch.library.register_fake("apollo_tp::row_parallel")
-def _(x: Tensor, weight: Tensor, _number: int) -> Tensor:
+def _(x: Tensor, weight: Tensor, _number: int, after: Tensor | None = None) -> Tensor:
     return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
-@operator("row_parallel_add(Tensor x, Tensor weight, Tensor residual, int number) -> Tensor")
-def row_parallel_add(x: Tensor, weight: Tensor, residual: Tensor, number: int) -> Tensor:
+@operator("row_parallel_add(Tensor x, Tensor weight, Tensor residual, int number, Tensor? after=None) -> Tensor")
+def row_parallel_add(x: Tensor, weight: Tensor, residual: Tensor, number: int, after: Tensor | None = None) -> Tensor:
     """``residual`` [..., R], the same on all ranks, plus what ``row_parallel`` returns. Used only in compiled code."""
     pairs = [(x.flatten(0, -2), weight.T)]
     return group_of(number).summed_products(pairs, residual=residual.flatten(0, -2)).view(residual.shape)
 
 
 @torch.library.register_fake("apollo_tp::row_parallel_add")
-def _(_x: Tensor, _weight: Tensor, residual: Tensor, _number: int) -> Tensor:
+def _(_x: Tensor, _weight: Tensor, residual: Tensor, _number: int, after: Tensor | None = None) -> Tensor:
     return torch.empty_like(residual, memory_format=torch.contiguous_format)
+
+
+SUMS = (column_backward, row_parallel, row_parallel_add)
+"""The operators of this module, which sum over ranks, each once."""
 
 
 class _ColumnParallel(torch.autograd.Function):
@@ -94,7 +104,7 @@ class _ColumnParallel(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         x, weight = ctx.saved_tensors
         parts = [grad.contiguous() for grad in grads] if ctx.is_divided else [torch.cat(grads, dim=-1)]
-        return *_column_backward(parts, x, weight, ctx.number), None, None, None
+        return *column_backward(parts, x, weight, ctx.number), None, None, None
 
 
 class _RowParallel(torch.autograd.Function):

@@ -62,22 +62,13 @@ def learning_rate(config: OptimConfig, step_count: int) -> float:
     return config.lr * (COSINE_FLOOR + (1.0 - COSINE_FLOOR) * 0.5 * (1.0 + math.cos(math.pi * progress)))
 
 
-def build_optimizer(
-    config: OptimConfig, precision: Precision, parameters: Sequence[OptimParameter], tp: TPGroup
-) -> Optimizer:
-    """The optimizer of this rank. All ranks pass the same names in the same order. One all-reduce.
-
-    Raises ConfigError if there is nothing to train or a name occurs twice, UnsupportedModelError for a dtype or shape
-    that cannot be written in place.
-    """
-    return Optimizer(config, precision, parameters, tp)
-
-
 class Optimizer:
-    """All trained parameters of this rank.
+    """All trained parameters of this rank. All ranks pass the same names in the same order. One all-reduce.
 
-    ``update_group`` holds them with their state; ``step_count`` counts completed steps over all jobs (it is saved with the
-    state); ``in_backward`` is set by ``attach_in_backward``.
+    ``update_group`` holds them with their state; ``step_count`` counts completed steps over all jobs; ``rounding_stream`` is
+    set by ``use_rounding_stream``. Both are saved with the state. ``in_backward`` is set by ``attach_in_backward``. Raises
+    ConfigError if there is nothing to train or a name occurs twice, UnsupportedModelError for a dtype, shape or layout that
+    cannot be written in place.
     """
 
     def __init__(
@@ -96,7 +87,7 @@ class Optimizer:
         self.device = self.weights[0].data.device
         self._leaves = [t for w in self.weights if (t := w.parameter.tensor).requires_grad]
         self.update_group = UpdateGroup(self.weights, config, tp)
-        self.step_count = self.skipped_in_a_row = 0
+        self.step_count = self.skipped_in_a_row = self.rounding_stream = 0
         self.in_backward: InBackwardStep | None = None
         self._doubtful = False
         self._measure_weights()
@@ -236,8 +227,8 @@ class Optimizer:
         """
         if self.config.max_grad_norm is not None:
             raise ConfigError(
-                f"optim.max_grad_norm: got {self.config.max_grad_norm}, expected null with train.gradients=fused, since "
-                "the norm of the whole gradient is not known before the first matrix is written"
+                f"optim.max_grad_norm: got {self.config.max_grad_norm}, expected null with train.gradients=in_backward, "
+                "since the norm of the whole gradient is not known before the first matrix is written"
             )
         if self.in_backward is None:
             matrices = [matrix.weight for matrix in self.update_group.matrices.values()]
@@ -265,6 +256,13 @@ class Optimizer:
         self.in_backward.begin(self.learning_rate(learning_rate_scale), loss)
 
     # --- state -----------------------------------------------------------------------------------------------------
+
+    def use_rounding_stream(self, number: int) -> None:
+        """Take random bits for stochastic rounding from this stream from the next step on: a number that is the same on all
+        ranks and, where updates are counted from an earlier one again, has not been used for these weights. Local."""
+        self.rounding_stream = number
+        for weight in self.weights:
+            weight.set_rounding_stream(number)
 
     def state_bytes(self) -> int:
         """Bytes of optimizer state on this rank: moments and int8 remainders."""

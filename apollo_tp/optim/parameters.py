@@ -88,7 +88,12 @@ class Weight:
         self.ownership_mask: Tensor | None = None
         if self.is_owner and not all(owned for _, _, owned in self.owned_ranges):
             self.ownership_mask = _ownership_mask(self.shard, self.owned_ranges).to(data.device)
-        self.rounding_key = stream_key(seed, self.name, "rounding")
+        self._seed = seed
+        self.set_rounding_stream(0)
+
+    def set_rounding_stream(self, number: int) -> None:
+        """Take random bits for stochastic rounding from this stream, which ``apply`` addresses by the weight's updates."""
+        self.rounding_key = stream_key(self._seed, self.name, f"rounding {number}" if number else "rounding")
 
     @property
     def leaf_in_backward(self) -> torch.nn.Parameter | None:

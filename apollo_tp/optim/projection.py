@@ -92,15 +92,3 @@ def gaussian(key: tuple[int, int], refresh: int, columns: Tensor, rank: int) -> 
         radius = torch.sqrt(-2.0 * torch.log(radius_uniform))
         parts += [radius * torch.cos(2.0 * math.pi * angle_uniform), radius * torch.sin(2.0 * math.pi * angle_uniform)]
     return torch.stack(parts, dim=2).flatten(1)[:, :rank].float()
-
-
-def projection_matrix(seed: int, name: str, refresh: int, columns: Tensor, rank: int, kind: str) -> Tensor:
-    """The projection of ``name``, fp32 [columns, r], entries of variance 1 / r: Rademacher or Gaussian.
-
-    ``columns`` are global indices along the contracted (smaller) dimension of the checkpoint tensor. The projected
-    gradient is ``channels_first_gradient @ projection_matrix(...)``.
-    """
-    key = stream_key(seed, name, "projection")
-    if kind == "gaussian":
-        return gaussian(key, refresh, columns, rank) / math.sqrt(rank)
-    return unpack_signs(sign_words(key, refresh, columns, rank), rank) / math.sqrt(rank)

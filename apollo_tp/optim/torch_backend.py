@@ -1,7 +1,6 @@
 """The local arithmetic of a step in plain torch: for CPU, and as the oracle of the Triton kernels.
 
-No collectives here. ``triton_backend.TritonBackend`` offers the same methods for CUDA; ``update_group.Backend`` says what
-each must do. Letters of shapes as in ``sharding``.
+``triton_backend.TritonBackend`` offers the same methods for CUDA. Letters of shapes as in ``sharding``.
 """
 
 from __future__ import annotations
@@ -68,13 +67,20 @@ def decide(stats: GradientStats, inputs: DecisionInputs, config: OptimConfig) ->
 
 
 class TorchBackend:
-    """See ``update_group.Backend``. Works on matrix groups and AdamW states (by index) that the update group owns."""
+    """The local arithmetic of a step, in the order of the methods. No collectives.
+
+    Works on matrix groups and AdamW states (by index) that the update group owns. ``gradients`` are local, one [R, C] per
+    parameter by index, in the parameter's dtype, with contiguous rows. ``clip`` is fp32, 0-d. No method but ``write``
+    touches moments or weights.
+    """
 
     def __init__(self, groups: Sequence[MatrixGroup], adamw: Mapping[int, AdamWState], config: OptimConfig) -> None:
         self.groups, self.adamw, self.config = groups, adamw, config
 
     def project(self, gradients: Sequence[Tensor]) -> None:
-        """Fill ``all_projected`` and ``all_energy`` of every group."""
+        """Fill the buffers of every matrix group: ``all_projected`` [ranks, R, r] with the projected gradients of this rank
+        and ``all_energy`` [ranks, R] with squared norms of channels, fp32, the channels in blocks by the rank that keeps
+        them. Elements of ``gradients`` that another rank puts into the sum are zero."""
         for group in self.groups:
             group.use(torch.zeros(group.buffer_shape, device=group.device))
             for member in group.members:
@@ -89,7 +95,8 @@ class TorchBackend:
     def begin(
         self, gradients: Sequence[Tensor], learning_rate: float, steps: Sequence[int], steps_on_device: Tensor
     ) -> None:
-        """Numbers of this step, for ``adamw_update_norms`` and ``write``."""
+        """What the methods below work on. ``steps`` (also int32 [N] on the device): updates of each parameter before this
+        one. Called after ``project``, so that a device is busy while the host prepares this."""
         self.learning_rate, self.steps = learning_rate, steps
 
     def adamw_square_sums(self, gradients: Sequence[Tensor]) -> Tensor:
@@ -97,7 +104,11 @@ class TorchBackend:
         return torch.stack([gradients[i].float().square().sum() for i in self.adamw])
 
     def row_stats(self, clip: Tensor) -> tuple[Tensor, Tensor]:
-        """Two vectors, fp32 [rows of all groups]; see ``Backend.row_stats``."""
+        """Two vectors, fp32 [rows of all groups], of the clipped gradient, after ``MatrixGroup.exchange``.
+
+        Channel scaling: the channel's scale, and the squared norm of the scaled channel. APOLLO-Mini: the squared norms of
+        the adapted and of the projected gradient.
+        """
         norms = [self._row_norms(group, clip) for group in self.groups]
         adapted_sq, projected_sq = (torch.cat(column) for column in zip(*norms, strict=True))
         if self.config.kind is OptimizerKind.apollo_mini:

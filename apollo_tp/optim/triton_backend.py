@@ -32,10 +32,7 @@ WRITE_WARPS = 4
 
 
 class TritonBackend:
-    """See ``update_group.Backend``. Works on matrix groups and AdamW states (by index) that the update group owns.
-
-    ``weights`` are all parameters of the update group.
-    """
+    """As ``TorchBackend``. ``weights`` are all parameters of the update group."""
 
     def __init__(
         self,
@@ -152,7 +149,7 @@ class TritonBackend:
             self.decays, self.corrections = small[: len(decays)], small[len(decays) :]
 
     def row_stats(self, clip: Tensor) -> tuple[Tensor, Tensor]:
-        """Two vectors, fp32 [rows of all groups]; see ``Backend.row_stats``."""
+        """Two vectors, fp32 [rows of all groups]; see ``TorchBackend.row_stats``."""
         both = torch.empty(2, sum(g.num_rows for g in self.groups), device=self.device)
         scales = self.config.kind is not OptimizerKind.apollo_mini
         for group in self.groups:

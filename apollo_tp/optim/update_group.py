@@ -23,7 +23,7 @@ import itertools
 import math
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -43,46 +43,11 @@ from apollo_tp.optim.sharding import (
 )
 from apollo_tp.optim.torch_backend import TorchBackend
 
+if TYPE_CHECKING:
+    from apollo_tp.optim.triton_backend import TritonBackend
+
 BUCKET_BYTES = 64 * 2**20
 """Upper bound of one reduce-scatter's buffer; a single larger matrix gets a bucket of its own."""
-
-
-class Backend(Protocol):
-    """The local arithmetic of a step, in the order of the calls. No collectives; nothing here waits for the device.
-
-    ``gradients`` are local, one [R, C] per parameter by index, in the parameter's dtype, with contiguous rows. ``clip`` is
-    fp32, 0-d. No method but ``write`` touches moments or weights.
-    """
-
-    def project(self, gradients: Sequence[Tensor]) -> None:
-        """Fill the buffers of every matrix group: ``all_projected`` [ranks, R, r] with the projected gradients of this rank
-        and ``all_energy`` [ranks, R] with squared norms of channels, fp32, the channels in blocks by the rank that keeps
-        them. Elements of ``gradients`` that another rank puts into the sum are zero."""
-
-    def begin(
-        self, gradients: Sequence[Tensor], learning_rate: float, steps: Sequence[int], steps_on_device: Tensor
-    ) -> None:
-        """What the methods below work on. ``steps`` (also int32 [N] on the device): updates of each parameter before this
-        one. Called after ``project``, so that the device is busy while the host prepares this."""
-
-    def adamw_square_sums(self, gradients: Sequence[Tensor]) -> Tensor:
-        """fp32 [AdamW parameters]: squared norm of each one's local gradient."""
-
-    def row_stats(self, clip: Tensor) -> tuple[Tensor, Tensor]:
-        """Two vectors, fp32 [rows of all groups], of the clipped gradient, after ``MatrixGroup.exchange``.
-
-        Channel scaling: the channel's scale, and the squared norm of the scaled channel. APOLLO-Mini: the squared norms of
-        the adapted and of the projected gradient.
-        """
-
-    def adamw_update_norms(self, gradients: Sequence[Tensor], clip: Tensor) -> Tensor:
-        """fp32 [AdamW parameters]: squared norm of each local update at learning rate 1."""
-
-    def decide(self, stats: GradientStats, inputs: DecisionInputs) -> Decision:
-        """See ``torch_backend.decide``."""
-
-    def write(self, gradients: Sequence[Tensor], decision: Decision, scales: ChannelScales) -> None:
-        """Move moments and write weights of those parameters for which ``decision.write`` is 1."""
 
 
 class Counters:
@@ -152,7 +117,7 @@ class UpdateGroup:
         starts = itertools.accumulate((member.matrix.per_rank for member in exchanged), initial=0)
         self.gather_starts = {member.index: start for member, start in zip(exchanged, starts, strict=False)}
 
-    def _make_backend(self) -> Backend:
+    def _make_backend(self) -> TorchBackend | TritonBackend:
         """Triton on CUDA, plain torch elsewhere. Triton is imported only here: a CPU install need not have it."""
         if self.device.type != "cuda":
             return TorchBackend(self.groups, self.adamw, self.config)
@@ -242,6 +207,8 @@ class UpdateGroup:
         squares = local_squares = self._local_square_sums(gradients, loss)
         for group in self.groups:
             group.exchange()
+        if (intact := self.tp.peers.intact) is not None:
+            received = received * intact  # no sum of the forward or backward pass was given up
         checks = [self.ones, received, *(group.canary for group in self.groups if group.exchanged)]
         clip = self.ones[0]
         if config.max_grad_norm is not None:

@@ -17,15 +17,30 @@ class ProcessId:
     @classmethod
     def of(cls, pid: int) -> ProcessId | None:
         """The identity of the running process ``pid``; None if there is none. Zombies count as ended."""
-        try:
-            fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
-        except (FileNotFoundError, ProcessLookupError):
-            return None
-        return None if fields[0] in "ZX" else cls(pid, int(fields[19]))
+        fields = _stat(pid)
+        return None if not fields or fields[0] in "ZX" else cls(pid, int(fields[19]))
 
     def alive(self) -> bool:
         """Whether this process still runs (in this PID namespace)."""
         return ProcessId.of(self.pid) == self
+
+
+def ancestors(pid: int, last: int) -> list[ProcessId]:
+    """The processes above ``pid``, from its parent up to ``last``; empty if ``last`` is not one of them."""
+    found: list[ProcessId] = []
+    while (fields := _stat(pid)) and (pid := int(fields[1])) > 0 and (above := ProcessId.of(pid)):
+        found.append(above)
+        if pid == last:
+            return found
+    return []
+
+
+def _stat(pid: int) -> list[str]:
+    """The fields of /proc/PID/stat from the third one on: state, parent, ...; empty if there is no such process."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text(errors="replace").rsplit(")", 1)[1].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return []
 
 
 def pid_namespace() -> str:

@@ -36,15 +36,6 @@ class Box:
 
 
 @dataclass(frozen=True, slots=True)
-class View:
-    """A strided view into a served allocation, in elements of the served dtype."""
-
-    offset: int
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True)
 class ReplicatedPart:
     """``length`` local indices from ``start`` along the cut dimension, held by all of ``ranks`` (ascending)."""
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import os
 import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from apollo_tp.errors import ApolloTpError, ManifestError, NoServerError
 from apollo_tp.runtime import instance_folder, private_files, processes
-from apollo_tp.shards.manifest import Manifest, read
+from apollo_tp.shards.manifest import Manifest, ServerProcess, read
 from apollo_tp.shards.serving import read_serving
 
 CLAIMED_VARIABLE = "APOLLO_TP_CLAIMED"
@@ -37,7 +38,8 @@ def read_instance(folder: Path) -> list[Manifest]:
 
 
 def live_instances(base: Path) -> tuple[list[str], list[str]]:
-    """(live, stale) instance ids below ``base``. An instance is stale if a process that published a manifest has ended."""
+    """(live, stale) instance ids below ``base``. An instance is stale if a process has ended that published a manifest, or
+    that is named in one."""
     live: list[str] = []
     stale: list[str] = []
     for folder in sorted(p for p in base.iterdir() if p.is_dir()):
@@ -59,7 +61,7 @@ def _ended(folder: Path, manifests: list[Manifest]) -> bool:
     once they have ended. For a live one, ``check_agreement`` says what to do.
     """
     if _is_ours(manifests):
-        return not all(m.process.alive() for m in manifests)
+        return not all(process.identity.alive() for process in processes_of(manifests))
     lock = folder / SERVER_LOCK
     if not lock.exists():  # then it is taken for live, unless the folder is just being removed
         return not read_instance(folder)
@@ -70,6 +72,27 @@ def _ended(folder: Path, manifests: list[Manifest]) -> bool:
         return False
     except FileNotFoundError:
         return True  # removed meanwhile, which happens only after its end
+
+
+def processes_of(manifests: Iterable[Manifest]) -> list[ServerProcess]:
+    """All processes of a server that its manifests name, each once: workers, then those above them."""
+    named = [process for manifest in manifests for process in manifest.server_processes]
+    return sorted(dict.fromkeys(named), key=lambda process: not process.role.startswith("rank "))
+
+
+def survivors(manifests: list[Manifest]) -> list[ServerProcess]:
+    """The processes that live on although another one of their server has ended: they serve nobody, and keep their memory.
+    Empty for a live server, for one that has ended wholly, and for one in another PID namespace."""
+    named = processes_of(manifests) if manifests and _is_ours(manifests) else []
+    alive = [process for process in named if process.identity.alive()]
+    return alive if len(alive) < len(named) else []
+
+
+def end_survivors_advice(alive: list[ServerProcess]) -> str:
+    """A clause about ``alive``, for a message; empty if there are none."""
+    if not alive:
+        return ""
+    return f"; {', '.join(map(str, alive))} live on without it: if they do not end, run `apollo-tp end-orphans`"
 
 
 def _is_ours(manifests: list[Manifest]) -> bool:
@@ -112,8 +135,15 @@ def _claim_first(instance_id: str, base: Path) -> None:
         live, stale = live_instances(base)
         if instance_id in live:
             raise taken(str(read_instance(base / instance_id)[0].pid))
+        orphaned = {name for name in stale if survivors(read_instance(base / name))}
+        if instance_id in orphaned:
+            left = ", ".join(map(str, survivors(read_instance(base / instance_id))))
+            raise ManifestError(
+                f"instance {instance_id}: got a name of which {left} live on without their server, expected a free one; end "
+                f"them with `apollo-tp end-orphans`, or set ${instance_folder.INSTANCE_VARIABLE} to another"
+            )
         # A server that ended while it loaded has left only its lock.
-        for name in {*stale, *(lock.parent.name for lock in base.glob(f"*/{SERVER_LOCK}"))}.difference(live):
+        for name in {*stale, *(lock.parent.name for lock in base.glob(f"*/{SERVER_LOCK}"))}.difference(live, orphaned):
             with (
                 contextlib.suppress(ManifestError),
                 private_files.locked(base / name / SERVER_LOCK, taken, PROBE_SECONDS),
@@ -148,22 +178,32 @@ def check_agreement(manifests: list[Manifest]) -> None:
         )
     else:
         problems += [
-            f"rank {m.tp_rank}: stale, its process {m.pid} has ended; start the server again"
-            for m in manifests
-            if not m.process.alive()
+            f"{process.role}: stale, its process {process.pid} has ended; start the server again"
+            for process in processes_of(manifests)
+            if not process.identity.alive()
         ]
+        if left := survivors(manifests):
+            problems.append(end_survivors_advice(left).removeprefix("; "))
     if problems:
         raise ManifestError(f"server {first.instance_id}: " + "; ".join(problems))
 
 
-def wait_for_server(base: Path, instance: str | None, wait_seconds: float, *, ready: bool = True) -> list[Manifest]:
+def wait_for_server(
+    base: Path,
+    instance: str | None,
+    wait_seconds: float,
+    *,
+    ready: bool = True,
+    report: Callable[[str], None] = lambda state: None,
+) -> list[Manifest]:
     """Wait until all ranks of the server ``instance`` (None: of the only live one) have published, and return their
     manifests.
 
     If ``ready``, wait for its engine as well: until that is up, vLLM measures how much memory is free, and memory that
     another process allocates would be missing in its KV cache. A server that ended may be restarting under the same id, so
-    it is waited for too. Raises NoServerError when the time is over, and ManifestError if several servers are live and
-    ``instance`` is None, or if the manifests do not agree.
+    it is waited for too. ``report`` is called with each look's state, in words, and may raise. Raises NoServerError when
+    the time is over, and ManifestError if several servers are live and ``instance`` is None, or if the manifests do not
+    agree.
     """
     deadline = time.monotonic() + wait_seconds
     while True:
@@ -191,4 +231,38 @@ def wait_for_server(base: Path, instance: str | None, wait_seconds: float, *, re
                 f"live servers {live}, stale ones {stale}, expected one complete live server. Start vLLM with "
                 "VLLM_PLUGINS=apollo and look for 'apollo_tp' in its log"
             )
+        report(_awaited(base, name, manifests, stale))
         time.sleep(1.0 if loaded else 0.1)  # each look reads all manifests, while vLLM needs the cores
+
+
+def _awaited(base: Path, name: str | None, manifests: list[Manifest], stale: list[str]) -> str:
+    """What a trainer that waits for server ``name`` (None: any) waits for."""
+    if name in stale:
+        left = end_survivors_advice(survivors(manifests))
+        return f"server {name} has ended{left}; waiting for it to start again"
+    if manifests:
+        ranks = f"{len(manifests)} of {manifests[0].tp_size} ranks"
+        if len(manifests) < manifests[0].tp_size:
+            return f"server {name}: {ranks} have loaded the model; waiting for the others"
+        return f"server {name}: {ranks} have loaded the model; waiting for its engine, which allocates memory"
+    folders = [base / name] if name else sorted(path for path in base.iterdir() if path.is_dir())
+    loading = [(folder.name, _holder(folder)) for folder in folders if (folder / SERVER_LOCK).exists()]
+    running = [f"server {found} (process {holder}) loads its model" for found, holder in loading if holder]
+    if running:
+        return f"{', '.join(running)}; waiting for it"
+    ended = [found for found, _ in loading if found not in stale]
+    if ended:
+        return f"server {', '.join(ended)} has ended while it loaded its model; waiting for it to start again"
+    return (
+        f"no vLLM server with VLLM_PLUGINS=apollo in {base}; waiting for {f'server {name}' if name else 'one'} to start"
+    )
+
+
+def _holder(folder: Path) -> str:
+    """The process that claimed a server's folder, as its lock names it; empty if it has ended. The lock itself is not
+    tried, for that could keep a server that starts now from taking it."""
+    try:
+        pid = (folder / SERVER_LOCK).read_text()
+    except FileNotFoundError:
+        return ""
+    return pid if pid.isdecimal() and processes.ProcessId.of(int(pid)) else ""

@@ -73,6 +73,21 @@ class Refusal(msgspec.Struct, frozen=True, kw_only=True):
     reason: str
 
 
+class ServerProcess(msgspec.Struct, frozen=True, kw_only=True):
+    """A process without which the server answers nobody: its API server, or the engine between that and the workers."""
+
+    role: str
+    pid: int
+    start_ticks: int
+
+    @property
+    def identity(self) -> processes.ProcessId:
+        return processes.ProcessId(self.pid, self.start_ticks)
+
+    def __str__(self) -> str:
+        return f"{self.role} (process {self.pid})"
+
+
 class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     """Everything that a trainer needs to know about one rank of a server."""
 
@@ -91,6 +106,8 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     pid: int
     pid_start_ticks: int
     pid_namespace: str
+    parents: list[ServerProcess] = []
+    """The processes above this one, up to the server's first."""
     device: Literal["cpu", "cuda"]
     device_uuid: str = ""
     max_model_len: int = 0
@@ -113,6 +130,12 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def process(self) -> processes.ProcessId:
         return processes.ProcessId(self.pid, self.pid_start_ticks)
+
+    @property
+    def server_processes(self) -> list[ServerProcess]:
+        """The worker that published this, and the processes above it."""
+        worker = ServerProcess(role=f"rank {self.tp_rank}", pid=self.pid, start_ticks=self.pid_start_ticks)
+        return [worker, *self.parents]
 
 
 _encoder = msgspec.json.Encoder()

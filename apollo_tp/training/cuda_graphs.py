@@ -64,6 +64,7 @@ class CudaForwardBackward:
         self._pool = torch.cuda.graph_pool_handle() if before is None else before._pool
         assign_gradients(model, [None] * len(model.leaves) if before is None else before.gradients)
         gc.collect()  # now, rather than while CUDA's calls are captured
+        torch.cuda.empty_cache()  # a capture takes new memory, and can have none that the allocator keeps
         with capture(self._pool) as self._forward:
             tp.peers.barrier()  # what ran before may have left off at either half of the peers' memory
             sums = model.forward_loss(batch)

@@ -89,19 +89,18 @@ class MemoryPlan:
         """Bytes needed beyond those available; negative if there are more than enough."""
         return self.needed - self.available
 
-    def fits_graphs(self, *, keep: bool) -> bool:
-        """Whether captured passes, which keep their memory, fit together with the optimizer's temporaries.
-
-        With ``keep``, also together with passes that are not captured.
-        """
+    def needed_with_graphs(self, *, keep: bool) -> int:
+        """Bytes needed by captured passes, which keep their memory, together with the optimizer's temporaries; with
+        ``keep``, also together with passes that are not captured. MARGIN included."""
         passes = self.gradients + self.activations
-        return round((passes * (2 if keep else 1) + self.optimizer) * (1 + MARGIN)) <= self.available
+        return round((passes * (2 if keep else 1) + self.optimizer) * (1 + MARGIN))
 
-    def describe(self) -> str:
-        """One line for status pages and logs."""
+    def describe(self, with_graphs: int = 0) -> str:
+        """One line for status pages and logs; ``with_graphs``: bytes needed if steps are recorded, else 0."""
         return (
             f"{_gb(self.needed)} planned for a micro-batch of {self.tokens} tokens on rank {self.rank} ({self._parts()}), "
-            f"{_gb(self.available)} free"
+            f"{_gb(self.available)} free; steps of one structure are "
+            f"{f'recorded, which takes {_gb(with_graphs)}' if with_graphs else 'not recorded'}"
         )
 
     def refusal(self, *, recomputes: bool, in_backward: bool) -> str:
@@ -138,7 +137,7 @@ def _cures(lower: str, *, recomputes: bool, in_backward: bool) -> str:
     cures = [
         lower,
         "" if recomputes else "set train.gradient_checkpointing=true",
-        "" if in_backward else "set train.gradients=fused optim.max_grad_norm=null",
+        "" if in_backward else "set train.gradients=in_backward optim.max_grad_norm=null",
         "start vLLM with a smaller --gpu-memory-utilization or --kv-cache-memory-bytes",
     ]
     return ", ".join(filter(None, cures)) + ", or end what else uses the GPU"

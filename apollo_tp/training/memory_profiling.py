@@ -18,7 +18,7 @@ from torch import nn
 from apollo_tp.config import GradientMode
 from apollo_tp.errors import DeviceMemoryError
 from apollo_tp.model.batch import PackedBatch, pack
-from apollo_tp.model.loss import unit
+from apollo_tp.model.loss import MAX_ROUNDED_SUMS, unit
 from apollo_tp.training.memory_plan import (
     MARGIN,
     MAX_FIRST_TOKENS,
@@ -69,6 +69,14 @@ class CudaMeter:
         return torch.cuda.mem_get_info(self._device)[0] + unused
 
 
+def reserve_peer_memory(trainer: Trainer) -> None:
+    """Make the buffers for sums through peer memory, as large as the longest micro-batch needs them, before its memory is
+    planned. Collective, as PeerSums.reserve."""
+    tp, model = trainer.tp, trainer.model
+    num_bytes = trainer.max_micro_batch_tokens * model.widest_sum_bytes()
+    tp.peers.reserve(tp.rank, tp.size, tp.group, trainer.device, num_bytes)
+
+
 def plan_memory(
     trainer: Trainer, meter: Meter, max_sequence_tokens: int, *, max_first_tokens: int = MAX_FIRST_TOKENS
 ) -> MemoryPlan:
@@ -89,7 +97,7 @@ class _MemoryProfiler:
     def __init__(self, trainer: Trainer, meter: Meter, max_sequence_tokens: int) -> None:
         self.trainer, self.meter, self.max_sequence_tokens = trainer, meter, max_sequence_tokens
         self.model, self.optimizer, self.tp = trainer.model, trainer.optimizer, trainer.tp
-        self.in_backward = trainer.gradients is GradientMode.fused
+        self.in_backward = trainer.gradients is GradientMode.in_backward
         self.device = trainer.device
         self.vocab_size = self.model.module.config.get_text_config().vocab_size
         trained = {id(p.leaf): p.leaf for p in self.model.parameters if p.leaf.requires_grad}
@@ -121,7 +129,7 @@ class _MemoryProfiler:
                 rank=self.tp.rank,
                 tokens=tokens,
                 gradients=kept,
-                activations=max(0, predict(self.runs, tokens) - base - kept),
+                activations=max(0, predict(self.runs, tokens) - base - kept) + self._unseen_bytes(tokens),
                 optimizer=max(0, self.optimizer_peak - base - kept),
                 available=self.meter.available(),
                 largest=self._largest(tokens),
@@ -130,8 +138,18 @@ class _MemoryProfiler:
 
     def _largest(self, max_tokens: int) -> int:
         """The largest number of tokens, up to ``max_tokens``, that should fit into what is free now, MARGIN included."""
-        limit = self.meter.allocated() + int(self.meter.available() / (1 + MARGIN))
+        limit = self.meter.allocated() + int(self.meter.available() / (1 + MARGIN)) - self._unseen_bytes(max_tokens)
         return longest_that_fits(self.runs, max_tokens, limit)
+
+    @property
+    def _chunk_tokens(self) -> int:
+        """Tokens in a chunk of the loss, by an even cut of the vocabulary: all ranks must take the same lengths."""
+        return self.model.vocab.chunk_bytes // (4 * -(-self.vocab_size // self.tp.size))
+
+    def _unseen_bytes(self, tokens: int) -> int:
+        """What ``tokens`` need, but no run has: fp32 memory in which the head's gradients of many chunks are added up."""
+        few = MAX_ROUNDED_SUMS * self._chunk_tokens
+        return 4 * self.model.head_weight.numel() if self.length <= few < tokens else 0
 
     def _kept_gradient_bytes(self) -> int:
         """Bytes of the gradients that live until the optimizer's step."""
@@ -142,8 +160,7 @@ class _MemoryProfiler:
     def _profile(self, max_first_tokens: int) -> None:
         """Micro-batches of three lengths, and longer ones until the need is linear or the longest is reached."""
         max_tokens = self.trainer.max_micro_batch_tokens
-        rows = -(-self.vocab_size // self.tp.size)  # of an even cut: all ranks must take the same lengths
-        lengths = first_lengths(max_tokens, self.model.vocab.chunk_bytes // (4 * rows), max_first_tokens)
+        lengths = first_lengths(max_tokens, self._chunk_tokens, max_first_tokens)
         self._step(lengths[0])  # compiles, allocates workspaces, and leaves gradients to be accumulated onto
         base = self.meter.allocated()
         for tokens in lengths:

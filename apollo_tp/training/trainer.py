@@ -40,7 +40,7 @@ class Trainer:
 
     ``before_write`` is called on every rank before the first weight is written: between the backward pass and the
     update, or before the backward pass of a step that updates in it. ``pace`` gives inference its share of the GPU's
-    time. Raises ConfigError if ``gradients`` is GradientMode.fused and the optimizer clips.
+    time. Raises ConfigError if ``gradients`` is GradientMode.in_backward and the optimizer clips.
     """
 
     def __init__(
@@ -173,7 +173,7 @@ class Trainer:
             num_loss_tokens=num_loss_tokens,
             padding_share=empty_share(batches, self.max_micro_batch_tokens),
             num_micro_batches=len(batches),
-            gradients="fused" if in_backward else "stored",
+            gradients="in_backward" if in_backward else "stored",
             token_accuracy=float(correct) / max(num_loss_tokens, 1),
             grad_norm=outcome.grad_norm,
             learning_rate=outcome.learning_rate,
@@ -222,10 +222,10 @@ class Trainer:
     def _updates_in_backward(self, batches: Sequence[PackedBatch]) -> bool:
         """Whether this step updates in its backward pass. Raises ConfigError if it must and cannot; nothing is written
         then."""
-        if self.gradients is GradientMode.fused and len(batches) != 1:
+        if self.gradients is GradientMode.in_backward and len(batches) != 1:
             tokens = sum(batch.num_tokens for batch in batches)
             raise ConfigError(
-                f"train.gradients=fused: got a step of {tokens} tokens in {len(batches)} micro-batches, expected one "
+                f"train.gradients=in_backward: got a step of {tokens} tokens in {len(batches)} micro-batches, expected one "
                 f"micro-batch of at most train.max_micro_batch_tokens ({self.max_micro_batch_tokens}), since gradients that "
                 "are freed in the backward pass cannot be accumulated; send fewer samples a step, raise "
                 "train.max_micro_batch_tokens, or set train.gradients=auto"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import socket
 import threading
 import time
@@ -16,10 +17,11 @@ from pathlib import Path
 import torch
 
 from apollo_tp.config import CacheMode, SyncConfig, SyncMode
+from apollo_tp.distributed.alarm import Alarm
 from apollo_tp.distributed.control import ComputeControl
 from apollo_tp.distributed.tp_group import TPGroup
 from apollo_tp.errors import ConfigError, DeadlineError, FrameError, ServerGoneError
-from apollo_tp.runtime import instance_folder, processes
+from apollo_tp.runtime import instance_folder
 from apollo_tp.wire import codec
 from apollo_tp.wire import update_lock as lock_messages
 
@@ -27,17 +29,20 @@ log = logging.getLogger("apollo_tp")
 
 ANSWER_SECONDS = 30.0
 """Deadline of answers that do not depend on running requests: attaching, and refreshing the prefix cache."""
+FAILURE_SECONDS = 30.0
+"""How long the pause is kept after a rank has failed: until then all ranks have stopped to write, or end."""
 
 
 class Lock:
-    """Rank 0's connection to the plugin. While the server is paused, a thread renews the lease, as long as all
-    ``ranks`` run.
+    """Rank 0's connection to the plugin. While the server is paused, a thread renews the lease: as long as all ranks run,
+    for FAILURE_SECONDS after ``alarm`` rang, and not for longer than ``sync.max_pause_seconds``, after which it rings.
 
     Raises ConfigError if the server does not answer or refuses.
     """
 
-    def __init__(self, folder: Path, config: SyncConfig, weight_version: int, ranks: list[processes.ProcessId]) -> None:
-        self._timeout, self._ranks = config.timeout_seconds, ranks
+    def __init__(self, folder: Path, config: SyncConfig, weight_version: int, alarm: Alarm) -> None:
+        self._timeout, self._max_pause, self._alarm = config.timeout_seconds, config.max_pause_seconds, alarm
+        self._paused_at = 0.0
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._socket.settimeout(ANSWER_SECONDS)
         self._sending = threading.Lock()
@@ -61,9 +66,11 @@ class Lock:
         """Pause the server; returns when nothing runs on it any more. Raises ServerGoneError or DeadlineError."""
         if self._broken:
             raise ServerGoneError(f"the update lock is lost ({self._broken}); restart server and trainer")
+        self._paused_at = math.inf
         self._holding.set()
         self._send(lock_messages.SyncPause())
         error = self._answer("SyncPause", self._timeout)
+        self._paused_at = time.monotonic()
         if error:
             raise ServerGoneError(f"got {error}, expected a paused server; look at the server's log")
 
@@ -85,11 +92,20 @@ class Lock:
         self._socket.close()
 
     def _renew(self) -> None:
+        rings_since = math.inf
         while self._holding.wait():
-            if self._socket.fileno() < 0 or not all(rank.alive() for rank in self._ranks):
+            if self._socket.fileno() < 0 or not self._alarm.all_run():
                 return  # so that the lease runs out: a rank that waits for a dead one may wait long
-            with contextlib.suppress(OSError):  # the reader of the next answer reports it
-                self._send(lock_messages.SyncRenew())
+            now = time.monotonic()
+            if now - self._paused_at > self._max_pause and not self._alarm.is_ringing():
+                log.error(
+                    "the server is paused for %.0f s (sync.max_pause_seconds): the step is given up", self._max_pause
+                )
+                self._alarm.ring()
+            rings_since = min(rings_since, now) if self._alarm.is_ringing() else math.inf
+            if now - rings_since <= FAILURE_SECONDS:
+                with contextlib.suppress(OSError):  # the reader of the next answer reports it
+                    self._send(lock_messages.SyncRenew())
             time.sleep(lock_messages.SYNC_RENEW_SECONDS)
 
     def _send(self, message: lock_messages.SyncRequest) -> None:

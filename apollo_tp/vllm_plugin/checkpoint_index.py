@@ -57,7 +57,7 @@ def read_index(folder: Path, load_format: str = "auto") -> list[CheckpointTensor
     return [found[name] for name in sorted(found)]
 
 
-def index_from_config(hf_config: Any, dtype: str) -> list[CheckpointTensor]:
+def index_from_config(hf_config: Any, dtype: str, *, trust_remote_code: bool = False) -> list[CheckpointTensor]:
     """The tensors (global shapes) that a checkpoint of this config would contain, for ``--load-format dummy``.
 
     The model class is built on the meta device; transformers itself converts names back to those of a checkpoint, where
@@ -70,7 +70,7 @@ def index_from_config(hf_config: Any, dtype: str) -> list[CheckpointTensor]:
     hf_config = _transformers_config(hf_config)
     kind = AutoModelForCausalLM if hf_config.get_text_config() is hf_config else AutoModelForImageTextToText
     with torch.device("meta"):
-        model = kind.from_config(hf_config)
+        model = kind.from_config(hf_config, trust_remote_code=trust_remote_code)
         tied = set(getattr(model, "all_tied_weights_keys", None) or {}) if hf_config.tie_word_embeddings else set()
         state = {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
         state = revert_weight_conversion(model, state)

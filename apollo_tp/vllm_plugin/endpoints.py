@@ -21,7 +21,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response, StreamingResponse
 
 from apollo_tp.errors import ConfigError, FrameError
-from apollo_tp.runtime import instance_folder
+from apollo_tp.runtime import instance_folder, processes
 from apollo_tp.shards.instance import unclaimed
 from apollo_tp.vllm_plugin.update_lock import UpdateLock
 from apollo_tp.wire import codec
@@ -48,6 +48,12 @@ PATHS = {
     "/v1/fine_tuning/{rest:path}": ["GET", "POST"],
 }
 Frame = tunnel_messages.TunnelDown
+
+
+NO_TRAINER = (
+    "no trainer is running for this server; start one: torchrun --local-addr 127.0.0.1 --nproc-per-node P -m "
+    "apollo_tp.launch (its coordinator answers these routes)"
+)
 
 
 class UnavailableError(Exception):
@@ -87,8 +93,9 @@ class Tunnel:
 
     def begin(self) -> int:
         """A new request id with a queue for its answer."""
-        if not self._path.exists():
-            raise UnavailableError("no trainer is running for this server; start one: torchrun -m apollo_tp.launch")
+        folder = self._path.parent
+        if not (self._path.exists() and _answers_soon(folder)):
+            raise _absent(folder)
         identity = next(self._ids)
         self._open[identity] = asyncio.Queue()
         return identity
@@ -99,7 +106,7 @@ class Tunnel:
             async with asyncio.timeout(CONNECT_SECONDS):
                 await self._connected().send(codec.encode(message))
         except (TimeoutError, zmq.ZMQError) as error:
-            raise UnavailableError(f"the trainer's coordinator does not answer at {self._path}") from error
+            raise _absent(self._path.parent) from error
 
     async def next(self, identity: int, seconds: float) -> Frame:
         """The next frame of an answer. Raises UnavailableError if none comes in time."""
@@ -115,6 +122,25 @@ class Tunnel:
         if not finished:
             with contextlib.suppress(zmq.ZMQError):  # nobody there: nothing to cancel
                 await self._connected().send(codec.encode(tunnel_messages.TunnelCancel(identity)), zmq.NOBLOCK)
+
+
+def _absent(folder: Path) -> UnavailableError:
+    """Why the coordinator of this server does not answer."""
+    if _answers_soon(folder):
+        return UnavailableError("the trainer's coordinator does not answer yet: try again, and see the trainer's log")
+    return UnavailableError(NO_TRAINER)
+
+
+def _answers_soon(folder: Path) -> bool:
+    """Whether the process lives that locked this server last as its trainer, or the coordinator that wrote down its address
+    last."""
+    with contextlib.suppress(OSError, ValueError):
+        if processes.ProcessId.of(int((folder / instance_folder.TRAINER_LOCK).read_text())):
+            return True
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        address = json.loads((folder / instance_folder.ADDRESS_FILE).read_text())
+        return processes.ProcessId.of(address["pid"]) is not None
+    return False
 
 
 class ApolloEndpoints:

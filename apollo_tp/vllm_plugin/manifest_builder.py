@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from apollo_tp.runtime import instance_folder, processes
-from apollo_tp.shards.instance import ENDPOINTS_VARIABLE
+from apollo_tp.shards.instance import CLAIMED_VARIABLE, ENDPOINTS_VARIABLE
 from apollo_tp.shards.manifest import (
     SCHEMA_VERSION,
     Allocation,
@@ -24,6 +24,7 @@ from apollo_tp.shards.manifest import (
     Refusal,
     SegmentRecord,
     ServedTensor,
+    ServerProcess,
 )
 from apollo_tp.shards.mapping import DTYPES, NAMES
 from apollo_tp.vllm_plugin import checkpoint_index
@@ -59,11 +60,22 @@ def manifest_header(vllm_config: Any, rank: int, size: int) -> dict[str, Any]:
         "pid": process.pid,
         "pid_start_ticks": process.start_ticks,
         "pid_namespace": processes.pid_namespace(),
+        "parents": _parents(bool(os.environ.get(ENDPOINTS_VARIABLE))),
         "device": "cuda" if is_cuda else "cpu",
         "device_uuid": str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid) if is_cuda else "",
         "max_model_len": model_config.max_model_len,
         "config_overrides": config.config_overrides(model_config),
     }
+
+
+def _parents(endpoints: bool) -> list[ServerProcess]:
+    """The processes above this worker, up to the one that claimed the server's instance id, which vLLM started first."""
+    above = processes.ancestors(os.getpid(), int(os.environ.get(CLAIMED_VARIABLE) or 0))
+    roles = ["EngineCore"] * (len(above) - 1) + ["API server" if endpoints else "main process"]
+    return [
+        ServerProcess(role=role, pid=process.pid, start_ticks=process.start_ticks)
+        for role, process in zip(roles, above, strict=False)
+    ]
 
 
 def checkpoint_tensors(vllm_config: Any, header: dict[str, Any]) -> list[CheckpointTensor]:
@@ -79,7 +91,9 @@ def checkpoint_tensors(vllm_config: Any, header: dict[str, Any]) -> list[Checkpo
             f"{model_config.model}: got no *.safetensors, expected a safetensors checkpoint; convert it with "
             "model.save_pretrained(folder)"
         )
-    return checkpoint_index.index_from_config(model_config.hf_config, NAMES[model_config.dtype])
+    return checkpoint_index.index_from_config(
+        model_config.hf_config, NAMES[model_config.dtype], trust_remote_code=bool(model_config.trust_remote_code)
+    )
 
 
 def trace_checkpoint(model: nn.Module, checkpoint: list[CheckpointTensor]) -> list[Trace]:
@@ -133,11 +147,14 @@ def build_manifest(
 
 
 def _unique_parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[list[str]]]:
-    """Distinct parameters in order, and all names of each (tied weights have several)."""
+    """Distinct parameters in order, and all names of each (tied weights have several). Empty ones are left out: they have no
+    memory that could be shared."""
     index: dict[int, int] = {}
     unique: list[nn.Parameter] = []
     names: list[list[str]] = []
     for name, parameter in model.named_parameters(remove_duplicate=False):
+        if not parameter.numel():
+            continue
         if id(parameter) not in index:
             index[id(parameter)] = len(unique)
             unique.append(parameter)

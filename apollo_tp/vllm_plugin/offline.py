@@ -26,7 +26,9 @@ from apollo_tp.vllm_plugin.manifest_builder import (
 )
 
 
-def offline_manifests(model: str, tp_size: int, dtype: str = "auto") -> list[Manifest]:
+def offline_manifests(
+    model: str, tp_size: int, dtype: str = "auto", *, trust_remote_code: bool = False
+) -> list[Manifest]:
     """What the ranks of a server of the Hugging Face folder ``model`` at ``tp_size`` would publish, by rank.
 
     Allocations have no memory that could be mapped; a folder with only a config is enough. Raises whatever vLLM raises
@@ -34,7 +36,10 @@ def offline_manifests(model: str, tp_size: int, dtype: str = "auto") -> list[Man
     """
     release.check_version()
     import_image_processors()
-    return [_manifest(one_rank.engine_config(model, tp_size, dtype), rank, tp_size) for rank in range(tp_size)]
+    configs = (
+        one_rank.engine_config(model, tp_size, dtype, trust_remote_code=trust_remote_code) for _ in range(tp_size)
+    )
+    return [_manifest(config, rank, tp_size) for rank, config in enumerate(configs)]
 
 
 def _manifest(vllm_config: Any, rank: int, size: int) -> Manifest:

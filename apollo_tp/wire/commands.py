@@ -157,7 +157,7 @@ class StepFigures(
     """Share of the micro-batches' token budget that no sample filled."""
     num_micro_batches: int
     gradients: str
-    """How gradients were kept: "fused" (each matrix was updated in the backward pass) or "stored"."""
+    """How gradients were kept: "in_backward" (each matrix was updated in the backward pass) or "stored"."""
     grad_norm: float
     """Global norm before clipping."""
     learning_rate: float

@@ -1,4 +1,4 @@
-"""kill -9 at 20 random points of jobs on a real stack: vLLM at TP = 2, two ranks, the coordinator.
+"""kill -9 at random points of jobs on a real stack: vLLM at TP = 2, two ranks, the coordinator.
 
 Whoever is killed, the promises hold: every job ends, each of its steps is reported once and in order, no event that was
 seen is gone, the weights were updated once per step, and the server serves all the while.
@@ -23,8 +23,9 @@ from tests.support.servers import Server
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]
 
-NUM_KILLS = 20
 STEPS = 150
+MODES = {"hogwild": 20, "step_lock": 16, "drain": 16}
+"""Kills for each consistency mode."""
 VICTIMS = ("coordinator", "rank 0", "rank 1", "coordinator and rank 0")
 OVERRIDES = [
     "server.instance=main",
@@ -39,15 +40,17 @@ JOB = {"samples": [{"context_ids": [5, 6], "continuation_ids": [7, 8, 9]}], "epo
 class Stack:
     """The trainer beside ``server``, started again whenever it is gone, and who is who in it."""
 
-    def __init__(self, server: Server, folder: Path) -> None:
-        self.server, self.folder, self.lives = server, folder, 0
+    def __init__(self, server: Server, folder: Path, mode: str) -> None:
+        self.server, self.folder, self.mode, self.lives = server, folder, mode, 0
         self.address = server.runtime_dir / "main" / "coordinator.json"
         self.trainer = self._start()
 
     def _start(self) -> ManagedProcess:
         self.lives += 1
         log = self.folder / f"trainer{self.lives}.log"
-        return start_trainer(self.server.runtime_dir, self.folder, log, overrides=OVERRIDES)
+        return start_trainer(
+            self.server.runtime_dir, self.folder, log, overrides=[*OVERRIDES, f"sync.mode={self.mode}"]
+        )
 
     def ensure(self) -> None:
         """A trainer that has ended is started again, as a supervisor would."""
@@ -100,22 +103,28 @@ class Stack:
 
 
 @pytest.fixture
-def stack(server: Server, tmp_path: Path) -> Any:
+def stack(server: Server, tmp_path: Path, request: pytest.FixtureRequest) -> Any:
     tmp_path.chmod(0o700)
-    stack = Stack(server, tmp_path)
+    stack = Stack(server, tmp_path, request.param)
     yield stack
     stack.trainer.stop()
 
 
-def test_kill_nine_at_twenty_random_points(server: Server, stack: Stack) -> None:
-    """See the top of the file. The points are random in time; the order of the victims is fixed, each has five."""
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "stack" in metafunc.fixturenames:
+        modes = list(MODES) if metafunc.config.getoption("--hostile-long") else ["hogwild"]
+        metafunc.parametrize("stack", modes, indirect=True)
+
+
+def test_kill_nine_at_random_points(server: Server, stack: Stack) -> None:
+    """See the top of the file. The points are random in time; the victims take turns."""
     chance = random.Random(0)
     start_version = stack.weight_version()
-    jobs = [stack.post(JOB, f"job {i}")["id"] for i in range(2)]
+    jobs = [stack.post(JOB, f"{stack.mode} job {i}")["id"] for i in range(2)]
     seen: dict[str, dict[int, Any]] = {job: {} for job in jobs}
     killed = dict.fromkeys(VICTIMS, 0)
     steps_at_kill = []
-    while sum(killed.values()) < NUM_KILLS:
+    while sum(killed.values()) < MODES[stack.mode]:
         before = sum(stack.get(f"/train/jobs/{job}")["step"] for job in jobs)
         steps_at_kill.append(before)
         time.sleep(chance.uniform(0.0, 1.0))
@@ -135,7 +144,7 @@ def test_kill_nine_at_twenty_random_points(server: Server, stack: Stack) -> None
     # A step that was interrupted is run again and counted then; one that was counted is never run again.
     assert stack.weight_version() - start_version == 2 * STEPS
     assert all(value > -1e4 for value in server.logprobs([5, 6, 7, 8]))
-    again = [stack.post(JOB, f"job {i}")["id"] for i in range(2)]
+    again = [stack.post(JOB, f"{stack.mode} job {i}")["id"] for i in range(2)]
     assert again == jobs, "a repeated POST made a job of its own"
 
 

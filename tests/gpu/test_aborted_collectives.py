@@ -13,7 +13,7 @@ import torch.distributed as dist
 from apollo_tp.config import Precision
 from apollo_tp.distributed.tp_group import TPGroup
 from apollo_tp.errors import CollectiveError
-from apollo_tp.optim import Optimizer, OptimParameter, build_optimizer
+from apollo_tp.optim import Optimizer, OptimParameter
 from tests.support import optim_model as model
 from tests.support.optim_model import loss_of, same, snapshot
 from tests.support.ranks import run_ranks
@@ -71,7 +71,7 @@ def _calls_before_a_write(optimizer: Optimizer, tp: Dying, step: Callable[[], No
     return counts[0]
 
 
-def _steps(tp: TPGroup, is_fused: bool, clip: float | None) -> list[str]:
+def _steps(tp: TPGroup, in_backward: bool, clip: float | None) -> list[str]:
     """What is wrong once rank 1 has raised in place of each collective before a step's first write, in turn."""
     torch.cuda.set_device(tp.rank)
     tp = Dying(tp.rank, tp.size)
@@ -80,16 +80,14 @@ def _steps(tp: TPGroup, is_fused: bool, clip: float | None) -> list[str]:
         OptimParameter(p.shard, torch.nn.Parameter(p.tensor.detach().cuda()), p.role)
         for p in model.parameters(tp, torch.bfloat16)
     ]
-    optimizer = build_optimizer(
-        model.config(max_grad_norm=clip, check_replicas_every=0), Precision.remainder, params, tp
-    )
-    if is_fused:
+    optimizer = Optimizer(model.config(max_grad_norm=clip, check_replicas_every=0), Precision.remainder, params, tp)
+    if in_backward:
         optimizer.attach_in_backward()
 
     def step(number: int) -> None:
         optimizer.zero_grad()
         whole, loss = {n: g.cuda() for n, g in model.gradients(number).items()}, torch.tensor(1.0, device="cuda")
-        if is_fused:
+        if in_backward:
             optimizer.begin_step_in_backward(loss=loss)
         loss_of(params, whole).backward()
         assert optimizer.step(loss=loss).skipped == ""
@@ -123,8 +121,8 @@ def _steps(tp: TPGroup, is_fused: bool, clip: float | None) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("is_fused", "clip"), [(False, None), (False, 1.0), (True, None)], ids=["stored", "clip", "fused"]
+    ("in_backward", "clip"), [(False, None), (False, 1.0), (True, None)], ids=["stored", "clip", "in_backward"]
 )
-def test_what_is_queued_behind_an_aborted_collective_writes_nothing(is_fused: bool, clip: float | None) -> None:
-    for rank, wrong in enumerate(run_ranks(_steps, 2, is_fused, clip, deadline_seconds=400)):
+def test_what_is_queued_behind_an_aborted_collective_writes_nothing(in_backward: bool, clip: float | None) -> None:
+    for rank, wrong in enumerate(run_ranks(_steps, 2, in_backward, clip, deadline_seconds=400)):
         assert not wrong, f"rank {rank}: {wrong[:3]}"

@@ -16,7 +16,7 @@ from apollo_tp.config import OptimConfig, Precision
 from apollo_tp.distributed.tp_group import TPGroup
 from apollo_tp.model import bind_model
 from apollo_tp.model.compiled import CompileOptions
-from apollo_tp.optim import build_optimizer
+from apollo_tp.optim import Optimizer
 from apollo_tp.training.cuda_graphs import GraphCache, capture
 from apollo_tp.training.trainer import Trainer
 from apollo_tp.wire.commands import Sample
@@ -44,7 +44,7 @@ def _trainer(tp: TPGroup) -> Trainer:
     shards, side_by_side = served_memory(config, "cuda", tp)
     model = bind_model(config, shards, tp, fused_tensors=side_by_side, compiled=CompileOptions())
     optim = OptimConfig(lr=1e-3, max_relative_update=1.0)
-    optimizer = build_optimizer(optim, Precision.stochastic, model.parameters, tp)
+    optimizer = Optimizer(optim, Precision.stochastic, model.parameters, tp)
     device = torch.device("cuda", torch.cuda.current_device())
     return Trainer(model, optimizer, tp, device=device, max_micro_batch_tokens=1024)
 

@@ -15,6 +15,9 @@ from tests.support.faults import (
     assert_usable,
     check_kill_in_mid_step,
     check_out_of_memory_on_all_ranks,
+    check_raise_in_the_optimizer,
+    large_step,
+    served_weights,
     start_faulty,
     start_sound,
     step,
@@ -101,14 +104,26 @@ def test_running_out_of_memory_fails_the_job_alone(server: Server, faulty: Train
     check_out_of_memory_on_all_ranks(server, faulty)
 
 
-def test_one_rank_that_runs_out_of_memory_takes_at_most_its_trainer_along(server: Server, tmp_path: Path) -> None:
-    """The others wait for it in NCCL, until ``command_timeout_seconds``: then the job has failed or the trainer ended."""
+@pytest.mark.parametrize("overrides", [(), ("qos.pace=0.5",)], ids=["", "pace"])
+def test_a_rank_that_raises_in_its_optimizer_freezes_nothing(
+    server: Server, tmp_path: Path, overrides: tuple[str, ...]
+) -> None:
+    check_raise_in_the_optimizer(server, tmp_path, overrides)
+
+
+def test_one_rank_that_runs_out_of_memory_is_not_waited_for(server: Server, tmp_path: Path) -> None:
+    """The others wait for it on their GPUs, in NCCL or in sums through peer memory: they are woken within seconds, long
+    before ``command_timeout_seconds``, and have written nothing."""
     if len(server.manifests) == 1:
         pytest.skip("one rank is all ranks")
-    trainer = start_faulty(server, tmp_path, ["command_timeout_seconds=20"])
+    trainer = start_faulty(server, tmp_path, ["train.max_micro_batch_tokens=2304"])
     try:
-        job = trainer.post("/train", step(ONE_OUT_OF_MEMORY))
-        wait_for_the_end(trainer, job["id"], 120)
+        assert trainer.post("/train", large_step(wait=True))["state"] == "succeeded"
+        before = served_weights(server)
+        job = trainer.post("/train", large_step(ONE_OUT_OF_MEMORY))
+        wait_for_the_end(trainer, job["id"], 30)
+        for old, new in zip(before, served_weights(server), strict=True):
+            assert all(torch.equal(value, new[name]) for name, value in old.items())
         assert_usable(server)
     finally:
         trainer.process.stop()

@@ -15,7 +15,7 @@ from apollo_tp.config import OptimConfig, Precision
 from apollo_tp.distributed.tp_group import TPGroup
 from apollo_tp.model import bind_model
 from apollo_tp.model.compiled import CompileOptions
-from apollo_tp.optim import build_optimizer
+from apollo_tp.optim import Optimizer
 from apollo_tp.training.trainer import Trainer
 from apollo_tp.wire.commands import Sample
 from tests.support.ranks import run_ranks
@@ -45,7 +45,7 @@ def _train(tp: TPGroup, by_timing: bool) -> tuple[int, int]:
         config, shards, tp, fused_tensors=side_by_side, compiled=CompileOptions(deterministic_kernels=not by_timing)
     )
     optim = OptimConfig(lr=1e-4, max_relative_update=1.0, check_replicas_every=1)
-    optimizer = build_optimizer(optim, Precision.remainder, model.parameters, tp)
+    optimizer = Optimizer(optim, Precision.remainder, model.parameters, tp)
     device = torch.device("cuda", torch.cuda.current_device())
     trainer = Trainer(model, optimizer, tp, device=device, max_micro_batch_tokens=TOKENS)
     norms = [p for p in model.parameters if p.name.endswith(("layernorm.weight", "model.norm.weight"))]

@@ -159,7 +159,7 @@ class FakeRanks:
         loss = self.loss_of_skipped if skipped else 5.0 / (1 + version)
         figures = step_figures(
             loss=loss, num_tokens=tokens, num_loss_tokens=tokens // 2, weight_version=version,
-            step_seconds=self.step_seconds, gradients="fused", skipped=skipped,
+            step_seconds=self.step_seconds, gradients="in_backward", skipped=skipped,
         )  # fmt: skip
         return commands.StepDone(id=command.id, figures=figures)
 

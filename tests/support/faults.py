@@ -12,8 +12,9 @@ from pathlib import Path
 import httpx
 import torch
 
+from apollo_tp.launch.compose import quoted
 from apollo_tp.shards.mapping import map_rank
-from tests.support.faulty_launch import ALL_OUT_OF_MEMORY
+from tests.support.faulty_launch import ALL_OUT_OF_MEMORY, RAISES_IN_OPTIMIZER
 from tests.support.processes import ManagedProcess, coordinator_url, start_trainer
 from tests.support.servers import Server, Trainer
 
@@ -28,8 +29,8 @@ def step(first_token: int = 5, **fields: object) -> dict:
 
 def settings(server: Server, folder: Path) -> list[str]:
     return [
-        f"server.instance={server.instance}", "service.http.port=0", f"service.state_dir={folder}/service",
-        f"checkpoint.dir={folder}/checkpoints", "train.threads=1", *OVERRIDES,
+        f"server.instance={server.instance}", "service.http.port=0", quoted("service.state_dir", f"{folder}/service"),
+        quoted("checkpoint.dir", f"{folder}/checkpoints"), "train.threads=1", *OVERRIDES,
     ]  # fmt: skip
 
 
@@ -107,6 +108,42 @@ def check_kill_in_mid_step(server: Server, folder: Path, fault: int) -> None:
     if len(server.manifests) > 1:
         leave_replicas_different(server)
     assert_the_next_trainer_trains(server, folder, job["id"])
+
+
+def large_step(first_token: int = 5, **fields: object) -> dict:
+    """As ``step``, with 2,250 tokens: sums over ranks are 1.1 MiB, as large as those that go through peer memory."""
+    samples = [{"context_ids": [first_token] * 50, "continuation_ids": [6, 7, 8, 9] * 50} for _ in range(9)]
+    return {"samples": samples, **fields}
+
+
+def served_weights(server: Server) -> list[dict[str, torch.Tensor]]:
+    """By rank, copies of all served tensors."""
+    copies = []
+    for rank in range(len(server.manifests)):
+        mapped = map_rank(server.manifests, rank)
+        copies.append({name: local.cpu().clone() for name, (_, local) in mapped.tensors.items()})
+        mapped.close()
+    return copies
+
+
+def check_raise_in_the_optimizer(server: Server, folder: Path, overrides: Sequence[str] = ()) -> None:
+    """The last rank raises between two sums of its optimizer, while the server is paused: no rank writes, the server answers
+    again within seconds, and the trainer goes on, twice."""
+    trainer = start_faulty(server, folder, ["sync=step_lock", "train.max_micro_batch_tokens=2304", *overrides])
+    try:
+        assert trainer.post("/train", large_step(wait=True))["state"] == "succeeded"
+        for _ in range(2):
+            before, started = served_weights(server), time.monotonic()
+            job = trainer.post("/train", large_step(RAISES_IN_OPTIMIZER, wait=True))
+            assert (job["state"], "injected on rank" in str(job)) == ("failed", True), job
+            assert all(math.isfinite(value) for value in server.logprobs(PROMPT))
+            assert time.monotonic() - started < 30
+            for rank, (old, new) in enumerate(zip(before, served_weights(server), strict=True)):
+                changed = [name for name, value in old.items() if not torch.equal(value, new[name])]
+                assert not changed, f"rank {rank} has written {changed}"
+        assert trainer.post("/train", large_step(wait=True))["state"] == "succeeded"
+    finally:
+        trainer.process.stop()
 
 
 def check_out_of_memory_on_all_ranks(server: Server, trainer: Trainer) -> None:

@@ -18,8 +18,9 @@ from apollo_tp.model.batch import PackedBatch
 from apollo_tp.optim.update_group import UpdateGroup
 
 FAULTY_TOKEN, ALL_OUT_OF_MEMORY, ONE_OUT_OF_MEMORY, KILLED_IN_BACKWARD, KILLED_IN_WRITE = 13, 14, 15, 16, 17
+RAISES_IN_OPTIMIZER = 18
 TOO_MANY_BYTES = 1 << 50
-_forward_loss, _update = BoundModel.forward_loss, UpdateGroup.update
+_forward_loss, _update, _gather = BoundModel.forward_loss, UpdateGroup.update, UpdateGroup._gather_scales
 _token = 0
 
 
@@ -43,7 +44,15 @@ def _killed(self: UpdateGroup, *args: Any, **kwargs: Any) -> Any:
     return decision
 
 
+def _raises(self: UpdateGroup, local: torch.Tensor) -> Any:
+    """Between two sums over ranks: others wait in the one that follows."""
+    if _token == RAISES_IN_OPTIMIZER and dist.get_rank() == dist.get_world_size() - 1:
+        raise ValueError(f"injected on rank {dist.get_rank()}")
+    return _gather(self, local)
+
+
 if __name__ == "__main__":  # not in the tests' own process, which imports names from here
     BoundModel.forward_loss = _faulty  # type: ignore[method-assign]
     UpdateGroup.update = _killed  # type: ignore[method-assign]
+    UpdateGroup._gather_scales = _raises  # type: ignore[method-assign]
     sys.exit(main(sys.argv[1:]))

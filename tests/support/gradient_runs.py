@@ -11,8 +11,8 @@ from transformers import AutoConfig
 from apollo_tp.config import GradientMode, OptimConfig, Precision
 from apollo_tp.distributed.tp_group import TPGroup
 from apollo_tp.model import bind_model
-from apollo_tp.optim import build_optimizer
-from apollo_tp.optim import in_backward as fused
+from apollo_tp.optim import Optimizer
+from apollo_tp.optim import in_backward as updates_in_backward
 from apollo_tp.training.trainer import Trainer
 from tests.support.families import CASES
 from tests.support.served import map_case
@@ -31,7 +31,9 @@ class Run:
     def __init__(
         self, tp: TPGroup, folder: Path, name: str, mode: GradientMode, config: OptimConfig = CONFIG, **options: object
     ) -> None:
-        fused.BUCKET_BYTES = 1  # these models would fit in one bucket: a leaf each, so that memory and order show
+        updates_in_backward.BUCKET_BYTES = (
+            1  # these models would fit in one bucket: a leaf each, so that memory and order show
+        )
         case = CASES[name]
         mapped = map_case(folder / case.checkpoint, tp)
         self.tensors = mapped.tensors
@@ -45,7 +47,7 @@ class Run:
         self.leaves = list({id(p.leaf): p.leaf for p in model.parameters}.values())
         self.trainer = Trainer(
             model,
-            build_optimizer(config, Precision.remainder, model.parameters, tp),
+            Optimizer(config, Precision.remainder, model.parameters, tp),
             tp,
             device=torch.device("cpu"),
             max_micro_batch_tokens=MICRO_BATCH,

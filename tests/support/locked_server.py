@@ -11,6 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from apollo_tp.config import CacheMode, SyncConfig, SyncMode
+from apollo_tp.distributed.alarm import Alarm
 from apollo_tp.runtime import instance_folder, processes
 from apollo_tp.training.update_gate import Lock
 from apollo_tp.vllm_plugin.compat.engine import Engine
@@ -102,7 +103,7 @@ def options(mode: SyncMode, cache: CacheMode = CacheMode.none, timeout_seconds: 
 
 
 def attach(plugin: Plugin, config: SyncConfig, ranks: list[processes.ProcessId] | None = None) -> Lock:
-    return Lock(plugin.folder, config, 7, ranks or [])
+    return Lock(plugin.folder, config, 7, Alarm(0, ranks or [], bytearray(4 * max(1, len(ranks or [])))))
 
 
 def eventually(condition) -> float:

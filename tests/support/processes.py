@@ -19,6 +19,7 @@ import httpx
 import torch
 
 from apollo_tp.errors import ConfigError, DeadlineError, ServerGoneError
+from apollo_tp.launch.compose import quoted
 
 STOP_SECONDS = 20.0
 EPHEMERAL_PORTS = Path("/proc/sys/net/ipv4/ip_local_port_range")
@@ -141,7 +142,8 @@ def start_trainer(
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_ranks),
         "-m", "apollo_tp.launch",
-        "service.http.port=0", f"service.state_dir={state_dir}/service", f"checkpoint.dir={state_dir}/checkpoints",
+        "service.http.port=0", quoted("service.state_dir", f"{state_dir}/service"),
+        quoted("checkpoint.dir", f"{state_dir}/checkpoints"),
         "train.threads=1", *overrides,
     ]  # fmt: skip
     settings = {"APOLLO_TP_RUNTIME_DIR": str(runtime_dir), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from apollo_tp.coordinator.jobs.store import Store, StoredFile
+from apollo_tp.coordinator.jobs.job import StoredFile
+from apollo_tp.coordinator.jobs.store import Store
 
 JOB = "job-" + "0" * 24
 

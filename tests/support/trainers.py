@@ -10,7 +10,7 @@ from transformers import AutoConfig
 from apollo_tp.config import OptimConfig, Precision
 from apollo_tp.distributed.tp_group import TPGroup
 from apollo_tp.model import bind_model
-from apollo_tp.optim import build_optimizer
+from apollo_tp.optim import Optimizer
 from apollo_tp.training.trainer import Trainer
 from apollo_tp.wire.commands import PreferencePair
 from tests.support.exactness import samples
@@ -24,7 +24,7 @@ def make_trainer(tp: TPGroup, checkpoint: Path, config: OptimConfig = CONFIG) ->
     """A trainer over memory of this process, and the mapped tensors by name."""
     mapped = map_case(checkpoint, tp)
     model = bind_model(AutoConfig.from_pretrained(checkpoint), mapped.tensors, tp, fused_tensors=mapped.fused_tensors)
-    optimizer = build_optimizer(config, Precision.remainder, model.parameters, tp)
+    optimizer = Optimizer(config, Precision.remainder, model.parameters, tp)
     trainer = Trainer(model, optimizer, tp, device=torch.device("cpu"), max_micro_batch_tokens=64)
     return trainer, mapped.tensors
 

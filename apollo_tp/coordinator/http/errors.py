@@ -9,20 +9,29 @@ from typing import Any
 from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, Response
 
+from apollo_tp.coordinator.http.work import ClientGoneError
 from apollo_tp.coordinator.jobs.rank_link import RanksGoneError
+from apollo_tp.coordinator.jobs.storage_error import StorageError
 from apollo_tp.errors import DeadlineError, RankFailedError, RequestError
 
 log = logging.getLogger(__name__)
 
 STATUS: dict[type[Exception], tuple[int | None, str | None]] = {
     RequestError: (None, None),
+    StorageError: (None, None),
+    ClientGoneError: (499, "client_gone"),
     RanksGoneError: (503, "no_trainer"),
     DeadlineError: (504, "deadline"),
     RankFailedError: (500, "rank_failed"),
     RequestValidationError: (400, "invalid_request"),
     HTTPException: (None, "http"),
+    ClientDisconnect: (
+        400,
+        "client_disconnected",
+    ),  # nobody reads the answer; without this line each one is a traceback
 }
 """Exception class -> (status, code); None: the error carries its own. The first class that fits counts."""
 
@@ -61,7 +70,7 @@ def error_response(error: Exception) -> Response:
         "message": str(getattr(error, "detail", None) or error),
         "type": "server_error" if status >= 500 else "invalid_request_error",
         "param": None,
-        "code": known[1],
+        "code": known[1] or getattr(error, "code", None),
     }
     if isinstance(error, RequestError):
         details |= {"param": error.field, "code": error.code, "field": error.field}

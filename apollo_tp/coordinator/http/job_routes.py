@@ -9,6 +9,7 @@ from fastapi import APIRouter
 from starlette.responses import JSONResponse, Response
 
 from apollo_tp.coordinator.http.service import ServiceParts
+from apollo_tp.coordinator.http.work import uninterrupted
 from apollo_tp.coordinator.jobs.job import Job
 from apollo_tp.coordinator.jobs.scheduler import Scheduler
 
@@ -29,7 +30,7 @@ def add_job_routes(router: APIRouter, path: str, view: Callable[[Job, Scheduler]
 
 def _handler(action: str, view: Callable[[Job, Scheduler], dict[str, Any]]) -> Callable[..., Any]:
     async def act(job_id: str, service: ServiceParts) -> Response:
-        job = service.act(service.find_job(job_id), action)
+        job = await uninterrupted(service.act(job_id, action))
         return JSONResponse(view(job, service.scheduler))
 
     return act

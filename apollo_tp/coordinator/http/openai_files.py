@@ -20,7 +20,10 @@ from starlette.responses import FileResponse, JSONResponse, Response
 
 from apollo_tp.coordinator.http.parameters import FilesQuery, StrictRoute
 from apollo_tp.coordinator.http.service import Service, ServiceParts, found, listing, page_of
-from apollo_tp.coordinator.jobs.store import StoredFile
+from apollo_tp.coordinator.http.work import uninterrupted
+from apollo_tp.coordinator.jobs.job import StoredFile
+from apollo_tp.coordinator.jobs.storage_error import StorageError, named
+from apollo_tp.coordinator.jobs.store import Store
 from apollo_tp.errors import refuse
 from apollo_tp.runtime.owned_folder import fsync
 
@@ -72,13 +75,20 @@ async def create(request: Request, service: ServiceParts) -> Response:
             created_at=time.time(),
         )
         path = store.file_path(file.id)
-        await asyncio.to_thread(_write, upload.file, path)
-    try:
-        store.add_file(file)
-    except BaseException:
-        path.unlink()
-        raise
+        try:
+            await asyncio.to_thread(_write, upload.file, path)
+        except OSError as error:
+            raise named(error, path.parent) from error
+    await uninterrupted(_add(store, file, path))
     return JSONResponse(file_view(file))
+
+
+async def _add(store: Store, file: StoredFile, path: Path) -> None:
+    try:
+        await store.add_file(file)
+    except StorageError:
+        await asyncio.to_thread(path.unlink)
+        raise
 
 
 @router.get("")
@@ -101,7 +111,7 @@ async def retrieve(file_id: str, service: ServiceParts) -> Response:
 async def delete(file_id: str, service: ServiceParts) -> Response:
     """Delete a file. Jobs that were validated have their own copy of the samples."""
     file = _find(service, file_id)
-    service.store.delete_file(file.id)
+    await uninterrupted(service.store.delete_file(file.id))
     return JSONResponse({"id": file.id, "object": "file", "deleted": True})
 
 

@@ -19,12 +19,12 @@ from apollo_tp.coordinator.http.parameters import (
     idempotency,
     json_body,
 )
-from apollo_tp.coordinator.http.service import ServiceParts, listing, page_of
+from apollo_tp.coordinator.http.service import Service, ServiceParts, listing
 from apollo_tp.coordinator.http.validation import FileValidation
-from apollo_tp.coordinator.jobs.job import Event, Job, JobSpec, State, Truncate, new_job
+from apollo_tp.coordinator.http.work import uninterrupted
+from apollo_tp.coordinator.jobs.job import Checkpoint, Event, Job, JobSpec, State, new_job
 from apollo_tp.coordinator.jobs.scheduler import Scheduler
-from apollo_tp.coordinator.jobs.store import Checkpoint
-from apollo_tp.coordinator.samples.schema import FineTuningBody, Hyperparameters, decode
+from apollo_tp.coordinator.samples.schema import FineTuningBody, Hyperparameters, Truncate, decode
 from apollo_tp.errors import refuse
 
 DEFAULT_EPOCHS = 3
@@ -61,15 +61,22 @@ async def create(
         if file_id is not None and service.store.file(file_id) is None:
             raise refuse(name, repr(file_id[:80]), "the id of an uploaded file")
     job = new_job("openai", _spec(body), State.validating_files, service.scheduler.model)
-    service.store.add_job(job, max_queued=service.settings.service.max_queued_jobs, idempotency=key)
-    validation.start(job)
-    return JSONResponse(job_view(job, service.scheduler))
+    known = await uninterrupted(_store(service, validation, job, key))
+    return JSONResponse(job_view(service.find_job(known), service.scheduler))
+
+
+async def _store(service: Service, validation: FileValidation, job: Job, key: tuple[str, str, str] | None) -> str:
+    """Store the job and begin its validation. Returns its id, or that of the job that the same request made earlier."""
+    known = await service.store.add_job(job, max_queued=service.settings.service.max_queued_jobs, idempotency=key)
+    if known == job.id:
+        validation.start(job)
+    return known
 
 
 @router.get(JOBS, openapi_extra={"parameters": [METADATA_SCHEMA]})
 async def list_jobs(query: Annotated[FineTuningJobsQuery, Query()], service: ServiceParts) -> Response:
     """Fine-tuning jobs, newest first; those that have all of `metadata`."""
-    return JSONResponse(service.list_jobs(query, job_view, source="openai", metadata=query.metadata))
+    return JSONResponse(await service.list_jobs(query, job_view, source="openai", metadata=query.metadata))
 
 
 @router.get(f"{JOBS}/{{job_id}}/events")
@@ -86,7 +93,8 @@ async def events(job_id: str, query: Annotated[PageQuery, Query()], service: Ser
 async def checkpoints(job_id: str, query: Annotated[PageQuery, Query()], service: ServiceParts) -> Response:
     """Checkpoints of a job, newest first."""
     job = service.find_job(job_id)
-    records, more = page_of(service.store.checkpoints(job_id=job.id, state="succeeded"), query)
+    after = query.after or None
+    records, more = service.store.page_of_checkpoints(after=after, limit=query.limit, job_id=job.id, state="succeeded")
     data = [_checkpoint_view(record) for record in records]
     ends = {"first_id": data[0]["id"] if data else None, "last_id": data[-1]["id"] if data else None}
     return JSONResponse(listing(data, more) | ends)

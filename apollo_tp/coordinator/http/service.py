@@ -15,15 +15,21 @@ from starlette.requests import Request
 
 from apollo_tp.coordinator.http.parameters import PageQuery
 from apollo_tp.coordinator.http.views import CachedStatus
-from apollo_tp.coordinator.jobs.job import Job, State, Truncate, check_action
+from apollo_tp.coordinator.http.work import IsAbandoned, Workers
+from apollo_tp.coordinator.jobs.changes import Changes
+from apollo_tp.coordinator.jobs.job import Checkpoint, Job, State, StoredFile, check_action
 from apollo_tp.coordinator.jobs.scheduler import Scheduler
-from apollo_tp.coordinator.jobs.store import Changes, Checkpoint, Store, StoredFile
+from apollo_tp.coordinator.jobs.store import Store
 from apollo_tp.coordinator.samples.intake import Intake, Limits
 from apollo_tp.coordinator.samples.render import Renderer
+from apollo_tp.coordinator.samples.schema import Truncate
 from apollo_tp.coordinator.settings import Settings
 from apollo_tp.errors import refuse
 from apollo_tp.shards.serving import Serving
 
+MAX_SAMPLES = 64
+MAX_DRY_RUNS = 4
+"""So many requests at once are rendered or wait for that; further ones are answered 429."""
 Record = TypeVar("Record", Job, Checkpoint, StoredFile)
 Listed = TypeVar("Listed", Checkpoint, StoredFile)
 
@@ -42,49 +48,52 @@ class Service:
 
     def __post_init__(self) -> None:
         self.status = CachedStatus(self.scheduler, self.store, self.changes)
+        self.samples, self.dry_runs = Workers("samples", 2, MAX_SAMPLES), Workers("dry runs", 1, MAX_DRY_RUNS)
 
-    def intake(self, truncate: Truncate) -> Intake:
+    def intake(self, truncate: Truncate, is_abandoned: IsAbandoned = lambda: False) -> Intake:
         """An Intake with the current limits."""
         hello = self.scheduler.link.hello
+        limits = Limits(self.model_vocab_size, self.settings.max_sequence_tokens)
         if hello is not None:
-            return Intake(self.renderer, Limits(hello.vocab_size, hello.max_sequence_tokens), truncate)
-        return Intake(self.renderer, Limits(self.model_vocab_size, self.settings.max_sequence_tokens), truncate)
+            limits = Limits(hello.vocab_size, hello.max_sequence_tokens)
+        return Intake(self.renderer, limits, truncate, is_abandoned)
 
     def find_job(self, job_id: str) -> Job:
         """The job of this id, as it is now. Raises RequestError 404."""
-        return found(self.scheduler.live(job_id), "job", job_id)
+        return found(self.store.shown_job(job_id), "job", job_id)
 
-    def list_jobs(
+    async def list_jobs(
         self, page: PageQuery, view: Callable[[Job, Scheduler], dict[str, Any]], **filters: Any
     ) -> dict[str, Any]:
         """A page of jobs, newest first. ``filters`` are those of Store.page_of_jobs."""
-        jobs, more = self.store.page_of_jobs(after=page.after or None, limit=page.limit, **filters)
+        after = page.after or None
+        jobs, more = await self.store.in_thread(lambda db: db.page_of_jobs(after=after, limit=page.limit, **filters))
         return listing([view(self.find_job(job.id), self.scheduler) for job in jobs], more)
 
     def check_disk(self, more: int) -> None:
-        """Raise RequestError 413 if ``more`` bytes would exceed the quota."""
+        """Raise RequestError 413 if ``more`` bytes would exceed the quota, and StorageError 507 if they do not fit."""
         limit = self.settings.service.max_state_bytes
-        if (used := self.store.used_bytes()) + more > limit:
+        if (used := self.store.disk.used_bytes) + more > limit:
             got, expected = f"{more} bytes in addition to {used} in use", f"at most {limit} together; delete files"
             raise refuse("body", got, expected, status=413, code="disk_quota")
+        self.store.disk.reserve.check(more)
 
-    def act(self, job: Job, action: str) -> Job:
-        """Cancel, pause or resume. A running job does so at its next step. Raises RequestError 409."""
+    async def act(self, job_id: str, action: str) -> Job:
+        """Cancel, pause or resume, and store that. A running job does so at its next step. Raises RequestError 404, 409."""
+        job = found(self.scheduler.live(job_id), "job", job_id)
         if job.state is State.cancelled and action == "cancel":
             return job
         check_action(job, action)
         if job.state is State.running:
             job.wanted = "" if action == "resume" else action
             message = "The pause is withdrawn" if action == "resume" else f"Will {action} after the steps in flight"
-            self.store.save_job(job, message)
+            await self.store.save_job(job, message)
             return job
         if action == "cancel":
             job.state, job.finished_at = State.cancelled, time.time()
         else:
             job.state = State.paused if action == "pause" else State.queued
-        self.store.save_job(job, f"Job {job.state.value}")
-        if job.terminal:
-            self.store.remove_samples(job.id)
+        await self.store.save_job(job, f"Job {job.state.value}")
         self.scheduler.wake()
         return job
 

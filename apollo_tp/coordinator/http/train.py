@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import math
-from collections.abc import Iterator
 from typing import Annotated, Any
 
 import msgspec
@@ -22,14 +22,12 @@ from apollo_tp.coordinator.http.parameters import (
     idempotency,
     json_body,
 )
-from apollo_tp.coordinator.http.service import Service, ServiceParts, found, listing, page_of
-from apollo_tp.coordinator.http.views import event_stream, event_view, job_view
-from apollo_tp.coordinator.jobs.evaluation import score as score_samples
-from apollo_tp.coordinator.jobs.job import Job, State, new_job, plan_total_steps
-from apollo_tp.coordinator.jobs.store import Checkpoint
+from apollo_tp.coordinator.http.service import Service, ServiceParts, found, listing
+from apollo_tp.coordinator.http.views import event_stream, events_page, job_view
+from apollo_tp.coordinator.http.work import IsAbandoned, uninterrupted, while_connected
+from apollo_tp.coordinator.jobs.job import Checkpoint, Job, State, new_job, plan_total_steps, spec_of
+from apollo_tp.coordinator.jobs.storage_error import named
 from apollo_tp.coordinator.samples.body import read_body
-from apollo_tp.coordinator.samples.intake import spec_of
-from apollo_tp.coordinator.samples.render import Renderer
 from apollo_tp.coordinator.samples.sample_file import write_records
 from apollo_tp.coordinator.samples.schema import (
     MAX_SAMPLES,
@@ -40,7 +38,7 @@ from apollo_tp.coordinator.samples.schema import (
     TrainBody,
     decode,
 )
-from apollo_tp.errors import RequestError, refuse
+from apollo_tp.errors import refuse
 from apollo_tp.wire.commands import Sample
 
 router = APIRouter(route_class=StrictRoute)
@@ -57,13 +55,12 @@ async def train(request: Request, query: Annotated[TrainQuery, Query()], service
             return await _answer(service, query, body, known, {"Idempotent-Replay": "true"})
         service.store.check_room(service.settings.service.max_queued_jobs)
         service.check_disk(len(data))
-    body, given = await asyncio.to_thread(read_body, data, TrainBody, MAX_SAMPLES)
-    samples = service.intake(body.truncate).train_samples(body, given)
     if query.dry_run:
-        shown = await asyncio.to_thread(_dry_run, service.renderer, body, samples)
+        shown = await service.dry_runs.run(request, functools.partial(_dry_run, service, data))
         return Response(shown, media_type="application/json")
-    job = await _store(service, body, samples, key)
-    return await _answer(service, query, body, job.id)
+    body, job = await service.samples.run(request, functools.partial(_write, service, data))
+    job_id = await uninterrupted(_store(service, job, key))
+    return await _answer(service, query, body, job_id)
 
 
 async def _answer(
@@ -77,25 +74,41 @@ async def _answer(
     return JSONResponse(job_view(job, service.scheduler), status_code=200 if job.terminal else 202, headers=headers)
 
 
-async def _store(service: Service, body: TrainBody, samples: Iterator[Sample], key: tuple[str, str, str] | None) -> Job:
+def _write(service: Service, data: bytes, is_abandoned: IsAbandoned) -> tuple[TrainBody, Job]:
+    """Write the samples of a request, one after the other, and make their job. Runs on a thread."""
+    store = service.store
+    body, given = read_body(data, TrainBody, MAX_SAMPLES)
     job = new_job("train", spec_of(body), State.queued, service.scheduler.model)
-    path = service.store.samples_dir / f"{job.id}.train"
-    job.num_samples = await asyncio.to_thread(write_records, path, samples)
-    job.total_steps = plan_total_steps(job.spec, job.num_samples)
+    path = store.samples_dir / f"{job.id}.train"
+    samples = service.intake(body.truncate, is_abandoned).train_samples(body, given)
     try:
-        if key and (known := service.store.repeated(*key)):  # the same request may have come twice at once
-            path.unlink()
-            return service.find_job(known)
-        service.store.add_job(job, max_queued=service.settings.service.max_queued_jobs, idempotency=key)
-    except RequestError:
+        job.num_samples = write_records(path, samples)
+    except OSError as error:
+        raise named(error, store.samples_dir) from error
+    if is_abandoned():  # nobody takes the job
         path.unlink()
-        raise
+    job.total_steps = plan_total_steps(job.spec, job.num_samples)
+    return body, job
+
+
+async def _store(service: Service, job: Job, key: tuple[str, str, str] | None) -> str:
+    """Store the job, whose samples are written. Returns its id, or that of the job that the same request made earlier."""
+    store, limit = service.store, service.settings.service.max_queued_jobs
+    known = ""
+    try:
+        store.disk.count(store.samples_dir / f"{job.id}.train")
+        known = await store.add_job(job, max_queued=limit, idempotency=key)
+    finally:
+        if known != job.id:
+            await asyncio.to_thread(store.disk.remove_samples, job.id)
     service.scheduler.wake()
-    return job
+    return known
 
 
-def _dry_run(renderer: Renderer | str, body: TrainBody, samples_read: Iterator[Sample]) -> bytes:
-    samples = list(samples_read)
+def _dry_run(service: Service, data: bytes, is_abandoned: IsAbandoned) -> bytes:
+    renderer = service.renderer
+    body, given = read_body(data, TrainBody, MAX_SAMPLES)
+    samples = list(service.intake(body.truncate, is_abandoned).train_samples(body, given))
     shown = [
         {"token_ids": sample.token_ids, "weights": sample.weights,
          "tokens": None if isinstance(renderer, str) else renderer.decode(sample.token_ids)} for sample in samples
@@ -113,11 +126,8 @@ def _dry_run(renderer: Renderer | str, body: TrainBody, samples_read: Iterator[S
 @router.post("/train/score", openapi_extra=json_body(ScoreBody))
 async def score(request: Request, service: ServiceParts) -> Response:
     """Log-probabilities of samples under the trainer's weights of this moment, for `apollo-tp compare`. Trains nothing."""
-    body, given = await asyncio.to_thread(read_body, await request.body(), ScoreOptions, MAX_SCORED)
-    if given is None:
-        raise refuse("samples", "nothing", f"a list of 1 to {MAX_SCORED} samples")
-    samples = await asyncio.to_thread(service.intake(body.truncate).samples, given)
-    scores = await score_samples(samples, service.scheduler.ask)
+    samples = await service.samples.run(request, functools.partial(_read_scored, service, await request.body()))
+    scores = await while_connected(request, service.scheduler.score(samples))
     data = [
         {"logprob": logprob if math.isfinite(logprob) else None, "weight": weight, "correct": correct,
          "num_tokens": len(sample.token_ids)}
@@ -126,6 +136,13 @@ async def score(request: Request, service: ServiceParts) -> Response:
     return JSONResponse(
         {"object": "train.score", "weight_version": service.scheduler.link.weight_version, "data": data}
     )
+
+
+def _read_scored(service: Service, data: bytes, is_abandoned: IsAbandoned) -> list[Sample]:
+    body, given = read_body(data, ScoreOptions, MAX_SCORED)
+    if given is None:
+        raise refuse("samples", "nothing", f"a list of 1 to {MAX_SCORED} samples")
+    return service.intake(body.truncate, is_abandoned).samples(given)
 
 
 @router.get("/train/status")
@@ -144,7 +161,7 @@ async def layout(service: ServiceParts) -> Response:
 @router.get("/train/jobs")
 async def jobs(query: Annotated[PageQuery, Query()], service: ServiceParts) -> Response:
     """Jobs of both APIs, newest first."""
-    return JSONResponse(service.list_jobs(query, job_view))
+    return JSONResponse(await service.list_jobs(query, job_view))
 
 
 add_job_routes(router, "/train/jobs", job_view)
@@ -161,9 +178,10 @@ async def events(
     if query.stream or "text/event-stream" in request.headers.get("accept", ""):
         stream = event_stream(service.store, service.changes, job.id, query.after)
         return StreamingResponse(stream, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
-    events = service.store.events(job.id, after=query.after, limit=query.limit + 1)
-    data = [event_view(event) for event in events[: query.limit]]
-    return JSONResponse(listing(data, len(events) > query.limit))
+    body = await service.store.in_thread(
+        functools.partial(events_page, job_id=job.id, after=query.after, limit=query.limit)
+    )
+    return Response(body, media_type="application/json")
 
 
 @router.post("/checkpoint", status_code=202, openapi_extra=json_body(CheckpointBody, required=False))
@@ -173,7 +191,7 @@ async def checkpoint(request: Request, query: Annotated[WaitQuery, Query()], ser
     body = decode(data or b"{}", CheckpointBody)
     key = idempotency(request, "/checkpoint", data)
     known = service.store.repeated(*key) if key else None
-    checkpoint_id = known or service.scheduler.saver.request("request", idempotency=key).id
+    checkpoint_id = known or (await uninterrupted(service.scheduler.saver.request("request", idempotency=key))).id
     if body.wait or query.wait:
         await service.wait(lambda: _find(service, checkpoint_id).state != "queued", body.wait_seconds)
     record = _find(service, checkpoint_id)
@@ -189,7 +207,7 @@ async def checkpoint_state(checkpoint_id: str, service: ServiceParts) -> Respons
 @router.get("/checkpoints")
 async def checkpoints(query: Annotated[PageQuery, Query()], service: ServiceParts) -> Response:
     """Checkpoints, newest first."""
-    records, more = page_of(service.store.checkpoints(), query)
+    records, more = service.store.page_of_checkpoints(after=query.after or None, limit=query.limit)
     return JSONResponse(listing(msgspec.to_builtins(records), more))
 
 

@@ -17,8 +17,12 @@ log = logging.getLogger(__name__)
 
 APPLICATION_ID = 0x61706F31
 """In the file's header since version 2; `file` and we recognise our databases by it."""
+WAL_BYTES = 2**20
+"""The write-ahead log is folded into the database, and truncated, when it is larger."""
 TABLES = {"jobs", "events", "idempotency", "files", "checkpoints", "meta"}
 """A database of version 1, which has no application id, is recognised by these tables."""
+START_SECONDS = 10.0
+"""At start, for so long a lock of another process is waited for. CommitQueue waits longer."""
 STEPS = (
     """
 CREATE TABLE jobs (seq INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT UNIQUE NOT NULL, state TEXT NOT NULL,
@@ -36,6 +40,10 @@ CREATE TABLE meta (name TEXT PRIMARY KEY, value TEXT NOT NULL);
 """,
     # releases that wrote version 1 also made this index, sooner or later
     "CREATE INDEX IF NOT EXISTS jobs_by_source ON jobs(source, seq);",
+    """
+CREATE TABLE set_aside (source TEXT NOT NULL, id TEXT, data BLOB, reason TEXT NOT NULL, time REAL NOT NULL);
+CREATE INDEX checkpoints_by_job ON checkpoints(job_id, seq);
+""",
 )
 """Step i migrates version i to version i + 1; a new file takes all steps. Released steps never change: add one."""
 
@@ -43,7 +51,7 @@ CREATE TABLE meta (name TEXT PRIMARY KEY, value TEXT NOT NULL);
 def is_ours(path: Path) -> bool:
     """Whether ``path`` is a database that some version of apollo_tp wrote. Changes nothing."""
     try:
-        with contextlib.closing(_connect(path)) as db:
+        with contextlib.closing(connect(path)) as db:
             return _version(db, path) > 0
     except (ConfigError, FileNotFoundError):
         return False
@@ -59,7 +67,7 @@ def open_database(path: Path, *, may_be_new: bool, steps: Sequence[str] = STEPS)
         os.close(owned_folder.open_own(path))
         owned_folder.fsync(path.parent)
     try:
-        db = _connect(path)
+        db = connect(path)
     except FileNotFoundError:
         raise _lost(path, "no database") from None
     try:
@@ -72,8 +80,8 @@ def open_database(path: Path, *, may_be_new: bool, steps: Sequence[str] = STEPS)
                 "version of apollo_tp wrote it: install that version, or set service.state_dir to a new folder"
             )
         db.execute("PRAGMA journal_mode=WAL")
-        # the loop must not wait for fsync of the main file: checkpoint_wal() does that from a worker thread
-        db.execute("PRAGMA wal_autocheckpoint=0")
+        db.execute("PRAGMA wal_autocheckpoint=0")  # CommitQueue folds the log
+        db.execute(f"PRAGMA journal_size_limit={WAL_BYTES}")
         if version < len(steps):
             _migrate(db, path, version, steps)
     except BaseException:
@@ -89,7 +97,7 @@ def _lost(path: Path, got: str) -> ConfigError:
     )
 
 
-def _connect(path: Path) -> sqlite3.Connection:
+def connect(path: Path) -> sqlite3.Connection:
     """Connect to an existing file. Raises FileNotFoundError, or ConfigError unless it is a regular file of this user."""
     info = path.lstat()
     if not stat.S_ISREG(info.st_mode) or info.st_uid != os.geteuid():
@@ -97,9 +105,8 @@ def _connect(path: Path) -> sqlite3.Connection:
             f"{path.absolute()}: got {stat.filemode(info.st_mode)} of user {info.st_uid}, expected a file of user "
             f"{os.geteuid()}; move it away, or set service.state_dir to a new folder"
         )
-    # one thread at a time: writes come from the loop, reads also from tests and worker threads
-    uri = f"{path.absolute().as_uri()}?mode=rw"
-    return sqlite3.connect(uri, uri=True, isolation_level=None, check_same_thread=False, timeout=10)
+    uri = f"{path.absolute().as_uri()}?mode=rw"  # a connection may be opened by one thread and used by another
+    return sqlite3.connect(uri, uri=True, isolation_level=None, check_same_thread=False, timeout=START_SECONDS)
 
 
 def _version(db: sqlite3.Connection, path: Path) -> int:

@@ -2,31 +2,26 @@
 
 from __future__ import annotations
 
-import asyncio
+import functools
 import math
 import secrets
-from collections.abc import Sequence
-from typing import TypeVar
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, TypeVar
 
 import msgspec
 
 from apollo_tp.coordinator.jobs.job import Job
 from apollo_tp.coordinator.jobs.rank_link import Ask
 from apollo_tp.coordinator.jobs.store import Store
-from apollo_tp.coordinator.samples.sample_file import read_records, write_records
+from apollo_tp.coordinator.samples.sample_file import Pair, read_records, write_records
 from apollo_tp.wire import commands
 
 T = TypeVar("T")
+InThread = Callable[[Callable[[], T]], Awaitable[T]]
+"""Runs a function that reads samples on a thread, and returns its value."""
 SCORE_BATCH = 32
 """Samples per Score command."""
 EVALUATIONS_PER_JOB = 10
-
-
-class Pair(msgspec.Struct, frozen=True):
-    """A preference pair before its reference log-probabilities are known."""
-
-    preferred: commands.Sample
-    rejected: commands.Sample
 
 
 class Reference(msgspec.Struct, frozen=True):
@@ -42,7 +37,7 @@ def _mean(total: float, weight: float) -> float | None:
 
 
 async def score(samples: Sequence[commands.Sample], ask: Ask) -> list[tuple[float, float, float]]:
-    """Score samples with the current weights; between two steps if a job runs.
+    """Score samples with the current weights.
 
     Returns per sample: its weighted log-probability (nats, summed over its tokens), the sum of its weights, and the weighted
     number of tokens that are the arg max.
@@ -61,10 +56,11 @@ async def _score(samples: list[commands.Sample], ask: Ask) -> commands.ScoreDone
 
 
 class Evaluator:
-    """Scores the preference pairs and the validation samples of ``job``. ``ask`` sends a command and awaits its reply."""
+    """Scores the preference pairs and the validation samples of ``job``. ``ask`` sends a command and awaits its reply;
+    ``in_thread`` runs what reads samples."""
 
-    def __init__(self, job: Job, store: Store, ask: Ask) -> None:
-        self.job, self.store, self._ask = job, store, ask
+    def __init__(self, job: Job, store: Store, ask: Ask, in_thread: InThread[Any]) -> None:
+        self.job, self.store, self._ask, self._in_thread = job, store, ask, in_thread
         self._interval = max(1, job.total_steps // EVALUATIONS_PER_JOB)
         self._counted_from = job.step  # after a restart, the next interval is early enough
         self._evaluated_at: int | None = None
@@ -92,14 +88,16 @@ class Evaluator:
             for start in range(0, count, SCORE_BATCH // 2):
                 if self.job.wanted:
                     return
-                pairs = self._read(part, range(start, min(start + SCORE_BATCH // 2, count)), Pair)
+                indices = range(start, min(start + SCORE_BATCH // 2, count))
+                pairs = await self._in_thread(functools.partial(self._read, part, indices, Pair))
                 scores = await self._score([side for pair in pairs for side in (pair.preferred, pair.rejected)])
                 values = scores.logprobs
                 references += [Reference(values[i], values[i + 1]) for i in range(0, len(values), 2)]
-        await asyncio.to_thread(write_records, path, references)
+        await self._in_thread(functools.partial(write_records, path, references))
+        self.store.disk.count(path)
 
     def pairs(self, part: str, indices: Sequence[int]) -> list[commands.PreferencePair]:
-        """Pairs of ``part`` ("train" or "valid") with their reference log-probabilities."""
+        """Pairs of ``part`` ("train" or "valid") with their reference log-probabilities. Call it on a thread."""
         offset = self.job.num_samples if part == "valid" else 0
         references = read_records(
             self.store.samples_dir / f"{self.job.id}.ref", [offset + index for index in indices], Reference
@@ -124,11 +122,13 @@ class Evaluator:
                 return False
             indices = range(start, min(start + SCORE_BATCH, job.num_validation))
             if job.spec.method == "dpo":
-                losses = await self._pair_losses(self.pairs("valid", indices))
+                pairs = await self._in_thread(functools.partial(self.pairs, "valid", indices))
+                losses = await self._pair_losses(pairs)
                 total, weight = total + sum(losses), weight + len(losses)
                 correct += sum(loss < math.log(2.0) for loss in losses)
             else:
-                done = await self._score(self._read("valid", indices, commands.Sample))
+                samples = await self._in_thread(functools.partial(self._read, "valid", indices, commands.Sample))
+                done = await self._score(samples)
                 total, weight = total - sum(done.logprobs), weight + sum(done.weights)
                 correct += sum(done.num_correct)
         self._counted_from = self._evaluated_at = job.step

@@ -11,6 +11,7 @@ from enum import Enum
 
 import msgspec
 
+from apollo_tp.coordinator.samples.schema import TrainBody, Truncate
 from apollo_tp.errors import RequestError
 
 
@@ -27,14 +28,6 @@ class State(Enum):
 
 
 TERMINAL = frozenset({State.succeeded, State.failed, State.cancelled})
-
-
-class Truncate(Enum):
-    """What to do with a sample that is too long: refuse it, or cut tokens off its left or right end."""
-
-    refuse = "refuse"
-    left = "left"
-    right = "right"
 
 
 class JobSpec(msgspec.Struct, kw_only=True):
@@ -114,7 +107,7 @@ class Job(msgspec.Struct, kw_only=True):
         return self.state in TERMINAL
 
 
-class Event(msgspec.Struct, kw_only=True):
+class Event(msgspec.Struct, kw_only=True, dict=True):
     """Something that happened to a job. ``id`` increases over all jobs. ``type``: state, metrics, message or checkpoint."""
 
     id: int
@@ -125,11 +118,59 @@ class Event(msgspec.Struct, kw_only=True):
     message: str
     data: dict[str, object]
 
+    @functools.cached_property
+    def encoded(self) -> bytes:
+        """The event as JSON, made once for all who follow the job."""
+        return msgspec.json.encode(self)
+
+
+class Checkpoint(msgspec.Struct, kw_only=True):
+    """A requested or written checkpoint. ``state`` is queued, succeeded or failed; ``reason`` is request, job or idle."""
+
+    id: str
+    name: str
+    state: str
+    reason: str
+    created_at: float
+    job_id: str = ""
+    step: int = 0
+    finished_at: float | None = None
+    path: str = ""
+    num_bytes: int = 0
+    seconds: float = 0.0
+    weight_version: int | None = None
+    metrics: dict[str, float | None] = {}
+    error: str = ""
+
+
+class StoredFile(msgspec.Struct, kw_only=True):
+    """An uploaded file. ``filename`` is the client's name for it: it is displayed, and never used as a path."""
+
+    id: str
+    filename: str
+    bytes: int
+    created_at: float
+    purpose: str = "fine-tune"
+    status: str = "processed"
+
 
 def new_job(source: str, spec: JobSpec, state: State, model_digest: str = "") -> Job:
     """A new job with an id of its own. It is not stored."""
     identity = f"{'ftjob' if source == 'openai' else 'job'}-{secrets.token_hex(12)}"
     return Job(id=identity, source=source, spec=spec, state=state, model_digest=model_digest, created_at=time.time())
+
+
+def spec_of(body: TrainBody) -> JobSpec:
+    """The job specification of a POST /train body."""
+    return JobSpec(
+        epochs=body.epochs,
+        batch_size=body.batch_size,
+        learning_rate_scale=body.learning_rate_scale,
+        seed=body.seed,
+        max_steps=body.max_steps,
+        truncate=body.truncate,
+        metadata=body.metadata,
+    )
 
 
 def plan_total_steps(spec: JobSpec, num_samples: int) -> int:

@@ -13,16 +13,20 @@ import contextlib
 import functools
 import logging
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 
 import msgspec
 
 from apollo_tp.config import OnCrash
-from apollo_tp.coordinator.jobs.evaluation import Evaluator
+from apollo_tp.coordinator.jobs.client_requests import ClientRequests
+from apollo_tp.coordinator.jobs.evaluation import Evaluator, score
 from apollo_tp.coordinator.jobs.job import Job, JobError, State, batch_indices
+from apollo_tp.coordinator.jobs.progress import Progress
 from apollo_tp.coordinator.jobs.rank_link import RankLink, RanksGoneError
 from apollo_tp.coordinator.jobs.saving import Saver
+from apollo_tp.coordinator.jobs.storage_error import StorageError
 from apollo_tp.coordinator.jobs.store import Store
 from apollo_tp.coordinator.samples.sample_file import read_records
 from apollo_tp.coordinator.settings import Settings
@@ -30,6 +34,7 @@ from apollo_tp.errors import ApolloTpError, DeadlineError, RankFailedError
 from apollo_tp.wire import commands
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 STEPS_IN_FLIGHT = 2
 CHECKPOINT_FACTOR = 10
@@ -38,27 +43,6 @@ JOB_FAILURES = (ApolloTpError, OSError, msgspec.MsgspecError)
 """Errors that fail one job and leave the coordinator running. The last two: its samples cannot be read."""
 OnStep = Callable[[Job, commands.StepFigures], None]
 Pending = tuple[int, asyncio.Future[commands.AnyReply]]
-
-
-@dataclass
-class Progress:
-    """Speed of the running job. ``recent`` has, for its last steps, the time each ended (monotonic) and its tokens."""
-
-    job_id: str = ""
-    recent: collections.deque[tuple[float, int]] = field(default_factory=lambda: collections.deque(maxlen=32))
-
-    def tokens_per_second(self) -> float | None:
-        """Mean over the recent steps but the first, whose start is unknown; None until two have ended."""
-        if len(self.recent) < 2:
-            return None
-        seconds = self.recent[-1][0] - self.recent[0][0]
-        return sum(tokens for _, tokens in list(self.recent)[1:]) / max(seconds, 1e-9)
-
-    def seconds_left(self, steps: int) -> float | None:
-        """Estimated seconds for ``steps`` further steps; None until two have ended."""
-        if len(self.recent) < 2:
-            return None
-        return steps * (self.recent[-1][0] - self.recent[0][0]) / (len(self.recent) - 1)
 
 
 class Scheduler:
@@ -79,6 +63,9 @@ class Scheduler:
         self._wake = asyncio.Event()
         self._idle_since = time.monotonic()
         self.saver = Saver(store, link, self.ask, self.live, self.wake)
+        self._requests = ClientRequests(self.ask, lambda: self.running is not None, settings.command_timeout_seconds)
+        # its own: requests that are rendered keep the threads that all share busy
+        self._thread = ThreadPoolExecutor(1, "scheduler")
 
     # --- what HTTP handlers call -------------------------------------------------------------------------------------
 
@@ -87,16 +74,20 @@ class Scheduler:
         self._wake.set()
 
     def live(self, job_id: str) -> Job | None:
-        """The job of this id: the record in memory if it is running, else the stored one; None if there is none."""
-        if self.running is not None and self.running.id == job_id:
-            return self.running
+        """The newest state of the job of this id; None if there is none."""
         return self.store.job(job_id)
+
+    async def score(self, samples: Sequence[commands.Sample]) -> list[tuple[float, float, float]]:
+        """Score a client's samples (see ``evaluation.score``); between two steps if a job runs. Raises RequestError 429 if
+        too many requests wait, RanksGoneError, RankFailedError, DeadlineError."""
+        with self._requests.admitted():
+            return await score(samples, self._requests.ask)
 
     # --- start, crash, reconnection -----------------------------------------------------------------------------------
 
     def has_unrecorded_steps(self) -> bool:
         """True if a step of some job may have been completed without its reply having been recorded."""
-        return any(job.resumable for job in self.store.jobs(State.queued, State.paused))
+        return any(job.resumable for job in self.store.active.in_states(State.queued, State.paused))
 
     def recover(self) -> None:
         """At start: resume or fail the jobs that were running when the last coordinator ended (service.on_crash)."""
@@ -170,8 +161,7 @@ class Scheduler:
 
     async def _work(self) -> None:
         self.saver.send()
-        queued = self.store.jobs(State.queued)
-        if queued:
+        if queued := self.store.active.first(1, State.queued):
             await self._run_job(queued[0])
             self._idle_since = time.monotonic()
             return
@@ -180,7 +170,7 @@ class Scheduler:
         if after is not None and self.store.get_meta("unsaved") and not self.saver.busy:
             timeout = max(self._idle_since, self.saver.last_failure) + after - time.monotonic()
             if timeout <= 0:
-                self.saver.request("idle")
+                await self.saver.request("idle")
                 return
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout):
@@ -208,6 +198,9 @@ class Scheduler:
         job.started_at = job.started_at or time.time()
         self.store.save_job(job, f"Job running from step {job.step + 1}" if resumed else "Job running")
         try:
+            # stored before the first step is sent: otherwise, after a crash, the job before it would be taken for the one
+            # whose steps rank 0 reports, and steps would be run twice
+            await self.store.stored()
             await self._train(job)
         except RanksGoneError as error:
             self._interrupt(job, str(error))
@@ -215,19 +208,23 @@ class Scheduler:
         except RankFailedError as error:
             failure = JobError(code="rank_failed", message=str(error), rank=error.rank, traceback=error.traceback)
             self._fail(job, failure)
+        except StorageError:  # ends the coordinator: no state of a job can be stored
+            raise
         except JOB_FAILURES as error:
             self._fail(job, JobError(code=type(error).__name__, message=str(error)))
         finally:
             self.running = None
-            self.store.on_change()
+            self._requests.job_advanced()
+            self.store.on_change(job.id)
 
     async def _train(self, job: Job) -> None:
-        evaluator = Evaluator(job, self.store, self.ask)
+        evaluator = Evaluator(job, self.store, self._ask_for_job, self._in_thread)
         await evaluator.prepare()
         pending: collections.deque[Pending] = collections.deque()
         try:
             while True:
                 self.saver.send()
+                await self.store.room()
                 limit = min(job.total_steps, evaluator.next_evaluation())
                 while len(pending) < STEPS_IN_FLIGHT and not job.wanted and job.step + len(pending) < limit:
                     step = job.step + len(pending) + 1
@@ -240,6 +237,7 @@ class Scheduler:
                 done = await self._reply(pending.popleft()[1])
                 assert isinstance(done, commands.StepDone)
                 self._record_step(job, done)
+                self._requests.job_advanced()
                 self._check_skips(job, done.figures)
         except JOB_FAILURES:
             await self._drain(job, pending)
@@ -258,7 +256,7 @@ class Scheduler:
             metrics = {"step": float(job.step), "train_loss": job.loss, "train_mean_token_accuracy": job.token_accuracy,
                        "valid_loss": job.valid_loss, "valid_mean_token_accuracy": job.valid_token_accuracy}  # fmt: skip
             known: dict[str, float | None] = {name: value for name, value in metrics.items() if value is not None}
-            error = await self.saver.written(self.saver.request("job", job, known))
+            error = await self.saver.written(await self.saver.request("job", job, known))
             if isinstance(error, RanksGoneError):
                 raise error
         if job.wanted == "cancel":
@@ -270,6 +268,10 @@ class Scheduler:
             self._finish(job, State.succeeded, "The job has successfully completed")
 
     async def _send_step(self, job: Job, step: int, evaluator: Evaluator) -> asyncio.Future[commands.AnyReply]:
+        return await self.link.send(await self._in_thread(functools.partial(self._step_command, job, step, evaluator)))
+
+    def _step_command(self, job: Job, step: int, evaluator: Evaluator) -> commands.AnyCommand:
+        """The command of a step. Shuffling an epoch and decoding samples take time: call it on a thread."""
         indices = batch_indices(job.spec, job.num_samples, step)
         make: Callable[..., commands.AnyCommand]
         if job.spec.method == "dpo":
@@ -277,21 +279,28 @@ class Scheduler:
             make = functools.partial(commands.PreferenceStep, pairs=pairs, beta=job.spec.beta)
         else:
             path = self.store.samples_dir / f"{job.id}.train"
-            make = functools.partial(
-                commands.Step, samples=await asyncio.to_thread(read_records, path, indices, commands.Sample)
-            )
-        command = make(
+            make = functools.partial(commands.Step, samples=read_records(path, indices, commands.Sample))
+        return make(
             id=f"{job.id}/{step}",
             job_id=job.id,
             job_step=step,
             num_job_steps=job.total_steps,
             learning_rate_scale=job.spec.learning_rate_scale,
         )
-        return await self.link.send(command)
+
+    async def _in_thread(self, function: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._thread, function)
 
     async def ask(self, command: commands.AnyCommand) -> commands.AnyReply:
         """Send a command and await its reply. Raises RanksGoneError, RankFailedError, DeadlineError."""
         return await self._reply(await self.link.send(command))
+
+    async def _ask_for_job(self, command: commands.AnyCommand) -> commands.AnyReply:
+        """``ask`` for the running job; clients have their turn after it."""
+        try:
+            return await self.ask(command)
+        finally:
+            self._requests.job_advanced()
 
     async def _reply(self, future: asyncio.Future[commands.AnyReply]) -> commands.AnyReply:
         # The ranks have a deadline for each collective; this one is for a rank 0 that sends heartbeats but never replies.
@@ -357,7 +366,6 @@ class Scheduler:
     ) -> None:
         job.state, job.finished_at, job.wanted, job.resumable = state, time.time(), "", False
         self.store.save_job(job, message, level=level, data={"state": state.value} | (data or {}))
-        self.store.remove_samples(job.id)
 
     def _fail(self, job: Job, error: JobError) -> None:
         log.error("job %s failed: %s", job.id, error.message)

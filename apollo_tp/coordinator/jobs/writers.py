@@ -27,6 +27,8 @@ class Writer:
 
     def __init__(self, name: str, write: Callable[[Figures], None], close: Callable[[], None]) -> None:
         self._name, self._write, self._close = name, write, close
+        self._tokens = 0
+        """Of all jobs since this process started: the axis, the weight version, goes on over jobs too."""
         self._queue: queue.Queue[Figures | None] = queue.Queue(maxsize=10_000)
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
 
@@ -42,8 +44,9 @@ class Writer:
 
     def __call__(self, job: Job, figures: StepFigures) -> None:
         """Queue the figures of a completed step; drop them if the tool is 10,000 steps behind."""
+        self._tokens += figures.num_tokens
         values = {
-            "tokens": float(job.tokens),
+            "tokens": float(self._tokens),
             "learning_rate": figures.learning_rate,
             "step_seconds": figures.step_seconds,
             "padding_share": figures.padding_share,
@@ -89,7 +92,12 @@ def _tensorboard(folder: Path) -> Writer:
         raise ConfigError(
             f"service.writers.tensorboard_dir: got a folder, but {error}; pip install tensorboard"
         ) from error
-    events = event_file_writer.EventFileWriter(str(folder))
+    try:
+        events = event_file_writer.EventFileWriter(str(folder))
+    except OSError as error:
+        raise ConfigError(
+            f"service.writers.tensorboard_dir: got {folder} ({error.strerror or error}), expected a writable folder"
+        ) from error
 
     def write(figures: Figures) -> None:
         _, version, now, values = figures
@@ -106,7 +114,13 @@ def _wandb(service: ServiceConfig) -> Writer:
     except ImportError as error:
         raise ConfigError(f"service.writers.wandb_project: got a project, but {error}; pip install wandb") from error
     settings: dict[str, Any] = {"project": service.writers.wandb_project, "mode": service.writers.wandb_mode}
-    run = wandb.init(dir=service.state_dir, **settings)
+    try:
+        run = wandb.init(dir=service.state_dir, **settings)
+    except (OSError, wandb.Error) as error:
+        raise ConfigError(
+            f"service.writers.wandb_project: got {service.writers.wandb_project!r}, which wandb refuses ({error}), expected "
+            "a project that it can open; see service.writers.wandb_mode"
+        ) from error
 
     def write(figures: Figures) -> None:
         job_id, version, _, values = figures

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import msgspec
 
-from apollo_tp.coordinator.jobs.evaluation import Pair
-from apollo_tp.coordinator.jobs.job import JobSpec, Truncate
 from apollo_tp.coordinator.samples.conversation import UNSUPPORTED_TEMPLATE, Chat
 from apollo_tp.coordinator.samples.render import Renderer, too_long
-from apollo_tp.coordinator.samples.schema import Message, PreferenceLine, SampleBody, TrainBody
-from apollo_tp.errors import RequestError, refuse
+from apollo_tp.coordinator.samples.sample_file import Pair
+from apollo_tp.coordinator.samples.schema import Message, PreferenceLine, SampleBody, TrainBody, Truncate
+from apollo_tp.errors import ApolloTpError, RequestError, refuse
 from apollo_tp.wire.commands import Sample
 
 MAX_CUT_FACTOR = 16
@@ -34,11 +33,30 @@ class Limits:
     max_sequence_tokens: int
 
 
-class Intake:
-    """Makes the samples of one request. If ``renderer`` is a string, it says why only token ids are accepted."""
+class AbandonedError(ApolloTpError):
+    """Nobody wants these samples any more."""
 
-    def __init__(self, renderer: Renderer | str, limits: Limits, truncate: Truncate) -> None:
+
+class Intake:
+    """Makes the samples of one request. If ``renderer`` is a string, it says why only token ids are accepted.
+
+    Once ``is_abandoned()`` is true, the next sample raises AbandonedError.
+    """
+
+    def __init__(
+        self,
+        renderer: Renderer | str,
+        limits: Limits,
+        truncate: Truncate,
+        is_abandoned: Callable[[], bool] = lambda: False,
+    ) -> None:
         self._renderer, self._limits, self._truncate = renderer, limits, truncate
+        self._is_abandoned = is_abandoned
+
+    def check_wanted(self) -> None:
+        """Raise AbandonedError if nobody wants the samples any more."""
+        if self._is_abandoned():
+            raise AbandonedError("the samples are not wanted any more")
 
     def train_samples(self, body: TrainBody, samples: Iterable[SampleBody] | None) -> Iterator[Sample]:
         """Validate and tokenise all samples of a POST /train body: its ``samples``, one after the other, or its own fields.
@@ -82,6 +100,7 @@ class Intake:
 
     def sample(self, body: SampleBody, where: str) -> Sample:
         """Validate and tokenise one sample; ``where`` prefixes the field in errors. Raises RequestError."""
+        self.check_wanted()
         forms = [form for form, names in FORMS.items() if any(getattr(body, name) for name in names)]
         if not forms:  # an empty field is none, unless there is no other
             forms = [form for form, names in FORMS.items() if any(getattr(body, name) is not None for name in names)]
@@ -196,16 +215,3 @@ def _up_to(messages: list[Message], index: int) -> list[Message]:
     """The conversation up to its assistant message ``index``, the only one that is learned."""
     before = [msgspec.structs.replace(m, weight=0.0) if m.role == "assistant" else m for m in messages[:index]]
     return [*before, messages[index]]
-
-
-def spec_of(body: TrainBody) -> JobSpec:
-    """The job specification of a POST /train body."""
-    return JobSpec(
-        epochs=body.epochs,
-        batch_size=body.batch_size,
-        learning_rate_scale=body.learning_rate_scale,
-        seed=body.seed,
-        max_steps=body.max_steps,
-        truncate=body.truncate,
-        metadata=body.metadata,
-    )

@@ -12,11 +12,19 @@ import msgspec
 
 from apollo_tp.errors import ApolloTpError
 from apollo_tp.runtime.owned_folder import fsync
+from apollo_tp.wire.commands import Sample
 
 T = TypeVar("T")
 _OFFSET = struct.Struct("<Q")
 _FOOTER = struct.Struct("<QQ8s")  # where the index begins, number of records, magic
 _MAGIC = b"apollo01"
+
+
+class Pair(msgspec.Struct, frozen=True):
+    """A preference pair before its reference log-probabilities are known."""
+
+    preferred: Sample
+    rejected: Sample
 
 
 class SamplesError(ApolloTpError):

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
+from enum import Enum
 from typing import Annotated, Any, TypeVar
 
 import msgspec
 from msgspec import Meta
 
-from apollo_tp.coordinator.jobs.job import Truncate
 from apollo_tp.errors import RequestError
 
 T = TypeVar("T")
@@ -23,6 +23,14 @@ Metadata = Annotated[
     dict[Annotated[str, Meta(max_length=64)], Annotated[str, Meta(max_length=512)]], Meta(max_length=16)
 ]
 Role = Annotated[str, Meta(min_length=1, max_length=32)]
+
+
+class Truncate(Enum):
+    """What to do with a sample that is too long: refuse it, or cut tokens off its left or right end."""
+
+    refuse = "refuse"
+    left = "left"
+    right = "right"
 
 
 class Message(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):

@@ -8,7 +8,6 @@ comment that begins with ``# vLLM release``; ``grep -rn "# vLLM release" apollo_
     cpu.py         the CPU backend serves plain weights, which a trainer may write to, and shares its cores
     config.py      what vLLM's configuration and model say: names, load format, ties, tensor-parallel rank
     refusals.py    server options and model layers that cannot be trained in place
-    rotary.py      rotary embeddings that differ from those of transformers
     engine.py      pause, resume and prefix cache, through the engine client of the API server
     renderer.py    the tokenizer and the chat template that vLLM uses
     one_rank.py    vLLM's model for one rank, built without a server

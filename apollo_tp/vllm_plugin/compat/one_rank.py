@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 
-def engine_config(model: str, tp_size: int, dtype: str) -> Any:
+def engine_config(model: str, tp_size: int, dtype: str, *, trust_remote_code: bool = False) -> Any:
     """A new ``VllmConfig`` of an eager server of the folder ``model``. It remembers the layers that are built with it, so
     each rank needs one of its own."""
     from vllm.engine.arg_utils import EngineArgs
@@ -26,6 +26,7 @@ def engine_config(model: str, tp_size: int, dtype: str) -> Any:
         enforce_eager=True,
         load_format="auto" if any(Path(model).glob("*.safetensors")) else "dummy",
         skip_tokenizer_init=True,
+        trust_remote_code=trust_remote_code,
     ).create_engine_config()
 
 

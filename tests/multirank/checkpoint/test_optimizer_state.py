@@ -16,7 +16,7 @@ from apollo_tp.checkpoint.optimizer_state import COUNTERS
 from apollo_tp.config import OptimizerKind, Precision
 from apollo_tp.distributed.tp_group import TPGroup
 from apollo_tp.errors import CheckpointError
-from apollo_tp.optim import build_optimizer
+from apollo_tp.optim import Optimizer
 from tests.support import optim_model as model
 from tests.support.ranks import run_ranks
 
@@ -29,7 +29,7 @@ def run(tp: TPGroup, start: dict | None, dtype: str, steps: tuple[int, int], loa
     params = model.parameters(tp, getattr(torch, dtype))
     for p in params if start else ():
         p.tensor.data.copy_(model.part(start[p.name], p.shard))
-    optimizer = build_optimizer(model.config(refresh_every=3), Precision.remainder, params, tp)
+    optimizer = Optimizer(model.config(refresh_every=3), Precision.remainder, params, tp)
     if load:
         optimizer_state.load(optimizer, Path(load))
     assert optimizer.step_count == steps[0]
@@ -104,7 +104,7 @@ def test_saved_files_are_safetensors_in_global_coordinates(tmp_path):
 def single(folder: Path, precision: Precision = Precision.remainder, **changes):
     """An optimizer of one rank on bf16 weights, loaded from ``folder``."""
     params = model.parameters(TPGroup.single(), torch.bfloat16)
-    optimizer = build_optimizer(replace(model.config(refresh_every=3), **changes), precision, params, TPGroup.single())
+    optimizer = Optimizer(replace(model.config(refresh_every=3), **changes), precision, params, TPGroup.single())
     optimizer_state.load(optimizer, folder)
     return optimizer
 
@@ -166,7 +166,7 @@ def _rename_in_header(path: Path, key: bytes, other: bytes) -> None:
 
 def fail_to_save(tp: TPGroup, folder: str) -> str:
     """What a rank says of files that may not grow."""
-    optimizer = build_optimizer(model.config(), Precision.remainder, model.parameters(tp, torch.bfloat16), tp)
+    optimizer = Optimizer(model.config(), Precision.remainder, model.parameters(tp, torch.bfloat16), tp)
     unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, unlimited[1]))
     try:

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from apollo_tp.checkpoint import CheckpointWriter, latest, optimizer_state, read_info, writer
 from apollo_tp.checkpoint import folder as folders
+from apollo_tp.checkpoint.card import public_name
 from apollo_tp.distributed.tp_group import TPGroup
 from apollo_tp.errors import CheckpointError, RankFailedError
 from tests.support.exactness import local_part, reference_logprobs, samples
@@ -55,13 +56,17 @@ def test_checkpoint_holds_the_served_bits(size: int, checkpoints: Path, tmp_path
     there is no room nothing is left."""
     root = tmp_path / "checkpoints"
     assert all(run_ranks(_save, size, checkpoints / CASES[CASE].checkpoint, root))
-    assert sorted(p.name for p in root.iterdir()) == ["latest", "second", "third"]
+    beside = ["second.optimizer", "third.optimizer"]
+    assert sorted(p.name for p in root.iterdir()) == ["latest", "second", beside[0], "third", beside[1]]
+    assert all((root / name / "optimizer.json").is_file() for name in beside)
+    assert not any(path.is_dir() for path in (root / "third").iterdir())
     newest = latest(root)
     assert newest == (root / "third").resolve()
     info = read_info(newest)
     assert info is not None
     assert (info.weight_version, info.num_ranks) == (1, size)
-    assert info.origin == str(checkpoints / CASES[CASE].checkpoint)
+    assert info.origin == public_name(str(checkpoints / CASES[CASE].checkpoint))
+    assert str(checkpoints) not in (newest / "apollo_tp.json").read_text() + (newest / "README.md").read_text()
 
 
 def _train_and_go_on(tp: TPGroup, checkpoint: Path, root: Path) -> list[list[float]]:
@@ -82,7 +87,7 @@ def _train_and_go_on(tp: TPGroup, checkpoint: Path, root: Path) -> list[list[flo
         shutil.copytree(checkpoint / f"tp{tp.size}", written / f"tp{tp.size}")
     tp.all_reduce_(torch.zeros(1))
     again, _ = make_trainer(tp, written)
-    optimizer_state.load(again.optimizer, written / folders.OPTIMIZER_DIR)
+    optimizer_state.load(again.optimizer, folders.optimizer_folder(written))
     found.append(again.score(samples()).logprobs)
     for each_trainer in (trainer, again):
         each_trainer.step(samples(seed=2))
@@ -181,4 +186,5 @@ def test_the_served_checkpoint_stays_where_the_server_was_told_latest(checkpoint
     served = _writer(tp, source, tmp_path, tensors, tmp_path / "latest")
     for name in ("c2", "c3", "c4"):
         served.save(name, trainer.optimizer, 1)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["c1", "c3", "c4", "latest"]
+    kept = [name for name in ("c1", "c3", "c4") for name in (name, f"{name}.optimizer")]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [*kept, "latest"]

@@ -14,7 +14,7 @@ from apollo_tp.config import GradientMode, OptimConfig, Precision
 from apollo_tp.distributed.tp_group import TPGroup
 from apollo_tp.gpu_sharing.pace import Pace
 from apollo_tp.model import bind_model
-from apollo_tp.optim import build_optimizer
+from apollo_tp.optim import Optimizer
 from apollo_tp.training.trainer import Trainer
 from tests.support.exactness import samples
 from tests.support.families import CASES
@@ -22,8 +22,8 @@ from tests.support.ranks import run_ranks
 from tests.support.served import map_case
 
 CONFIG = OptimConfig(rank=8, lr=1e-3, max_relative_update=1.0, max_grad_norm=None)
-LENGTHS = {GradientMode.stored: (60, 58), GradientMode.fused: (20, 11, 17)}
-"""Two micro-batches, and the one that a fused step takes."""
+LENGTHS = {GradientMode.stored: (60, 58), GradientMode.in_backward: (20, 11, 17)}
+"""Two micro-batches, and the one that a step in backward takes."""
 
 
 def _two_steps(tp: TPGroup, folder: Path, name: str, mode: GradientMode, share: float) -> tuple[dict, list[float]]:
@@ -36,7 +36,7 @@ def _two_steps(tp: TPGroup, folder: Path, name: str, mode: GradientMode, share: 
     cpu = torch.device("cpu")
     trainer = Trainer(
         model,
-        build_optimizer(CONFIG, Precision.remainder, model.parameters, tp),
+        Optimizer(CONFIG, Precision.remainder, model.parameters, tp),
         tp,
         device=cpu,
         max_micro_batch_tokens=64,
@@ -55,11 +55,11 @@ def _difference(tp: TPGroup, folder: Path, name: str, mode: GradientMode) -> tup
     return [key for key, value in plain.items() if value.tobytes() != paced[key].tobytes()], slept
 
 
-@pytest.mark.parametrize("mode", [GradientMode.stored, GradientMode.fused])
+@pytest.mark.parametrize("mode", [GradientMode.stored, GradientMode.in_backward])
 @pytest.mark.parametrize("name", ["qwen3", "3 micro-batches, checkpointing, tied"])
 @pytest.mark.parametrize("size", [1, 2])
 def test_pace_changes_no_bit(size: int, name: str, mode: GradientMode, checkpoints: Path) -> None:
-    """Stored and fused, with and without recomputation; and every layer of every micro-batch had its sleep."""
+    """Stored and in backward, with and without recomputation; and every layer of every micro-batch had its sleep."""
     results = run_ranks(_difference, size, checkpoints, name, mode)
     micro_batches, layers = len(LENGTHS[GradientMode.stored]) if mode is GradientMode.stored else 1, 2
     for differing, slept in results:

@@ -14,7 +14,7 @@ from torch import Tensor
 from apollo_tp.config import GradientMode, OptimConfig, OptimizerKind, Precision, SyncMode
 from apollo_tp.distributed.tp_group import TPGroup
 from apollo_tp.errors import CollectiveError
-from apollo_tp.optim import build_optimizer, in_backward
+from apollo_tp.optim import Optimizer, in_backward
 from apollo_tp.training.update_gate import UpdateGate
 from tests.support import optim_model as model
 from tests.support.exactness import samples
@@ -96,7 +96,7 @@ class Second:
     def __init__(self, tp: TPGroup, config: OptimConfig, updates_in_backward: bool) -> None:
         self.collectives, self.updates_in_backward = Collectives(), updates_in_backward
         self.params = model.parameters(tp, torch.bfloat16)
-        self.optimizer = build_optimizer(config, Precision.remainder, self.params, tp)
+        self.optimizer = Optimizer(config, Precision.remainder, self.params, tp)
         groups = [self.optimizer.update_group]
         if updates_in_backward:
             self.optimizer.attach_in_backward()
@@ -229,7 +229,7 @@ def test_nothing_is_written_from_a_collective_that_never_happened(path: str, siz
         run_ranks(on_all_ranks, size, config, updates_in_backward, deadline_seconds=250)
     ):
         assert not wrong, f"rank {rank}: {len(wrong)}, such as {wrong[:3]}"
-        assert num_calls >= {"adamw": 4, "mini": 6, "fused": 12}.get(path, 6)
+        assert num_calls >= {"adamw": 4, "mini": 6, "in_backward": 12}.get(path, 6)
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -287,7 +287,7 @@ def repair(tp: TPGroup) -> list[str]:
     """Faults in each collective of a repair, on all ranks, and on one where the others can tell."""
     collectives, found = Collectives(), []
     params = model.parameters(tp, torch.bfloat16)
-    optimizer = build_optimizer(model.config(), Precision.remainder, params, tp)
+    optimizer = Optimizer(model.config(), Precision.remainder, params, tp)
     model.set_gradients(params, model.gradients(0))
     assert optimizer.step().skipped == ""  # remainders are zero before
     live = {w.name: [t for t in (w.data, w.remainder) if t is not None] for w in optimizer.weights}
@@ -343,7 +343,7 @@ def agreements(tp: TPGroup) -> list[str]:
     pass."""
     collectives, found = Collectives(), []
     gate = UpdateGate(SyncMode.drain, tp, torch.device("cpu"), None)
-    optimizer = build_optimizer(model.config(max_grad_norm=None), Precision.remainder, model.parameters(tp), tp)
+    optimizer = Optimizer(model.config(max_grad_norm=None), Precision.remainder, model.parameters(tp), tp)
     for what, count in ((gate.before_write, 2), (optimizer.attach_in_backward, 1)):
         for at in range(count):
             for leave in LEAVES:

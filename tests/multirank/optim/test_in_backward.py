@@ -10,7 +10,7 @@ import torch
 from apollo_tp.config import Precision
 from apollo_tp.distributed.tp_group import TPGroup
 from apollo_tp.errors import ApolloTpError, ConfigError
-from apollo_tp.optim import build_optimizer, in_backward
+from apollo_tp.optim import Optimizer, in_backward
 from tests.support import optim_model as model
 from tests.support.optim_model import loss_of
 from tests.support.ranks import run_ranks
@@ -23,22 +23,22 @@ STORED = {  # matrices that ranks hold replicas of, in whole or in part: their g
 }
 
 
-def train(tp: TPGroup, is_fused: Callable[[int], bool] | None) -> tuple[dict, list]:
-    """Weights and outcomes after STEPS steps, of which those with ``is_fused(step)`` are fused."""
+def train(tp: TPGroup, in_backward_at: Callable[[int], bool] | None) -> tuple[dict, list]:
+    """Weights and outcomes after STEPS steps, of which those with ``in_backward_at(step)`` update in backward."""
     params = model.parameters(tp, torch.bfloat16)
-    optimizer = build_optimizer(model.config(max_grad_norm=None), Precision.remainder, params, tp)
-    names = optimizer.attach_in_backward() if is_fused else []
+    optimizer = Optimizer(model.config(max_grad_norm=None), Precision.remainder, params, tp)
+    names = optimizer.attach_in_backward() if in_backward_at else []
     outcomes = []
     for step in range(STEPS):
         loss = loss_of(params, model.gradients(step)).detach()
-        fused = is_fused is not None and is_fused(step)
-        if fused:
+        early = in_backward_at is not None and in_backward_at(step)
+        if early:
             optimizer.begin_step_in_backward(loss=loss)
         loss_of(params, model.gradients(step)).backward()
-        assert all((p.tensor.grad is None) == (fused and p.name in names) for p in params)
+        assert all((p.tensor.grad is None) == (early and p.name in names) for p in params)
         outcomes.append(optimizer.step(loss=loss))
         optimizer.zero_grad()
-    if is_fused:
+    if in_backward_at:
         projected = {spec.name for spec in model.SPECS if spec.role != "other" and min(spec.shape) > 8}
         assert set(names) == projected - STORED[tp.size]
     return model.local_values(params), outcomes
@@ -79,7 +79,7 @@ def _check_poisoned(tp: TPGroup) -> tuple[str, str, int]:
     """A NaN in one matrix on rank 1, then in the loss only; all other ranks must stop where it appears."""
     in_backward.BUCKET_BYTES = 1
     params = model.parameters(tp, torch.bfloat16)
-    optimizer = build_optimizer(model.config(max_grad_norm=None), Precision.remainder, params, tp)
+    optimizer = Optimizer(model.config(max_grad_norm=None), Precision.remainder, params, tp)
     optimizer.attach_in_backward()
     whole = model.gradients(0)
     if tp.rank == 1:
@@ -99,7 +99,7 @@ def _check_poisoned(tp: TPGroup) -> tuple[str, str, int]:
     assert second.skipped_in_a_row == 2
     optimizer.zero_grad()
     optimizer.begin_step_in_backward()
-    optimizer.zero_grad()  # a fused step that is given up leaves the next one stored, which leaves no trace if it is skipped
+    optimizer.zero_grad()  # given up: the next step is a stored one, which leaves no trace if it is skipped
     loss_of(params, whole).backward()
     third = optimizer.step()
     assert third.skipped.endswith("nothing was written")
@@ -121,8 +121,8 @@ def test_misuse_is_refused():
     """Clipping and a second backward pass are refused with what to do."""
     params = model.parameters(TPGroup.single())
     with pytest.raises(ConfigError, match=r"optim\.max_grad_norm: got 1\.0, expected null"):
-        build_optimizer(model.config(), Precision.remainder, params, TPGroup.single()).attach_in_backward()
-    optimizer = build_optimizer(model.config(max_grad_norm=None), Precision.remainder, params, TPGroup.single())
+        Optimizer(model.config(), Precision.remainder, params, TPGroup.single()).attach_in_backward()
+    optimizer = Optimizer(model.config(max_grad_norm=None), Precision.remainder, params, TPGroup.single())
     with pytest.raises(ApolloTpError, match="call attach_in_backward first"):
         optimizer.begin_step_in_backward()
     optimizer.attach_in_backward()

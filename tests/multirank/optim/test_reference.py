@@ -9,13 +9,13 @@ import torch
 
 from apollo_tp.config import OptimConfig, OptimizerKind, Precision
 from apollo_tp.distributed.tp_group import TPGroup
-from apollo_tp.optim import OptimParameter, build_optimizer
-from apollo_tp.optim.reference import ReferenceOptimizer
+from apollo_tp.optim import Optimizer, OptimParameter
 from apollo_tp.optim.replicas import COLUMNS
 from apollo_tp.optim.sharding import CANARY_FLOATS
 from apollo_tp.shards.boxes import Shard
 from tests.support import optim_model as model
 from tests.support.ranks import run_ranks
+from tests.support.reference_optimizer import ReferenceOptimizer
 
 STEPS = 8  # a refresh after 5
 
@@ -41,7 +41,7 @@ def variant(name: str) -> OptimConfig:
 def train(tp: TPGroup, config: OptimConfig, steps: int = STEPS) -> tuple[dict, list[float], dict[str, int]]:
     """Local weights, gradient norms and counted bytes after ``steps``."""
     params = model.parameters(tp)
-    optimizer = build_optimizer(config, Precision.remainder, params, tp)
+    optimizer = Optimizer(config, Precision.remainder, params, tp)
     norms = []
     for step in range(steps):
         model.set_gradients(params, model.gradients(step))
@@ -97,7 +97,7 @@ def test_a_short_batch_does_not_hold_up_the_embedding(kind: OptimizerKind) -> No
     shape = (512, 32)
     weight = torch.randn(shape, generator=generator)
     parameter = OptimParameter(Shard("embed_tokens.weight", shape, None, (), (0,)), weight, "embedding")
-    optimizer = build_optimizer(
+    optimizer = Optimizer(
         model.config(kind=kind, max_grad_norm=None), Precision.remainder, [parameter], TPGroup.single()
     )
     lengths = []
@@ -118,7 +118,7 @@ def naive(tp: TPGroup) -> dict:
         if p.tensor.numel()
     ]
     real = {p.name: p.shard for p in model.parameters(tp)}
-    optimizer = build_optimizer(model.config(), Precision.remainder, params, TPGroup.single())
+    optimizer = Optimizer(model.config(), Precision.remainder, params, TPGroup.single())
     for step in range(STEPS):
         whole = model.gradients(step)
         for p in params:
@@ -185,7 +185,7 @@ def test_parameter_order_does_not_matter():
         params = model.parameters(TPGroup.single())
         ordered = params[::-1] if reverse else params
         # the limiter and clipping sum over matrices in list order; without them nothing crosses matrices
-        optimizer = build_optimizer(variant("no_limiter_no_clip"), Precision.remainder, ordered, TPGroup.single())
+        optimizer = Optimizer(variant("no_limiter_no_clip"), Precision.remainder, ordered, TPGroup.single())
         for step in range(6):
             model.set_gradients(params, model.gradients(step))
             optimizer.step()

@@ -9,7 +9,7 @@ import torch
 from apollo_tp.config import Precision
 from apollo_tp.distributed.tp_group import TPGroup
 from apollo_tp.errors import ReplicaError
-from apollo_tp.optim import build_optimizer
+from apollo_tp.optim import Optimizer
 from tests.support import optim_model as model
 from tests.support.ranks import run_ranks
 
@@ -31,7 +31,7 @@ def train(tp: TPGroup) -> dict[str, dict[str, np.ndarray]]:
     for precision in Precision:
         params = model.parameters(tp, torch.bfloat16)
         config = model.config(norm_growth_limit=None, max_grad_norm=None, check_replicas_every=1)
-        optimizer = build_optimizer(config, precision, params, tp)
+        optimizer = Optimizer(config, precision, params, tp)
         for step in range(STEPS):
             model.set_gradients(params, model.gradients(step))
             assert optimizer.step().skipped == ""
@@ -60,7 +60,7 @@ def test_bits_do_not_depend_on_the_number_of_ranks():
 def diverge(tp: TPGroup, name: str, row: int) -> str:
     """Change one bit of one replica on rank 3, and train on."""
     params = model.parameters(tp, torch.bfloat16)
-    optimizer = build_optimizer(model.config(check_replicas_every=2), Precision.remainder, params, tp)
+    optimizer = Optimizer(model.config(check_replicas_every=2), Precision.remainder, params, tp)
     if tp.rank == 3:
         changed = next(p for p in params if p.name == name)
         changed.tensor.data.view(torch.int16)[row, 2] ^= 1
@@ -90,7 +90,7 @@ def kill_a_write(tp: TPGroup, names: list[str]) -> tuple[list[str], list[str]]:
     """Rank 3 alone has changed some weights; resync, and train on with a check in every step. Returns what was found to
     differ, and what was changed on this rank."""
     params = model.parameters(tp, torch.bfloat16)
-    optimizer = build_optimizer(model.config(check_replicas_every=1), Precision.remainder, params, tp)
+    optimizer = Optimizer(model.config(check_replicas_every=1), Precision.remainder, params, tp)
     if tp.rank == 3:
         for name in names:
             next(p for p in params if p.name == name).tensor.data.view(torch.int16)[-1, 2:] ^= 1

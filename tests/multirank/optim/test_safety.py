@@ -8,7 +8,7 @@ import torch
 
 from apollo_tp.config import Precision
 from apollo_tp.distributed.tp_group import TPGroup
-from apollo_tp.optim import Optimizer, build_optimizer
+from apollo_tp.optim import Optimizer
 from tests.support import optim_model as model
 from tests.support.optim_model import same, snapshot
 from tests.support.ranks import run_ranks
@@ -26,11 +26,12 @@ FAULTS = [  # (parameter or "loss", rank, value, what the message says)
 def inject(tp: TPGroup, clip: float | None) -> tuple[list[str], dict[str, np.ndarray]]:
     """Faults between good steps; returns the messages and the end."""
     params = model.parameters(tp, torch.bfloat16)
-    optimizer = build_optimizer(model.config(max_grad_norm=clip), Precision.remainder, params, tp)
+    optimizer = Optimizer(model.config(max_grad_norm=clip), Precision.remainder, params, tp)
     messages = []
     for step in range(4):
         model.set_gradients(params, model.gradients(step))
-        assert optimizer.step(loss=torch.tensor(1.0)).skipped == ""
+        outcome = optimizer.step(loss=torch.tensor(1.0))
+        assert (outcome.skipped, outcome.skipped_in_a_row) == ("", 0)
         before = snapshot(optimizer)
         for count, (name, rank, value, _) in enumerate(FAULTS if step == 1 else []):
             model.set_gradients(params, model.gradients(step))
@@ -48,7 +49,7 @@ def inject(tp: TPGroup, clip: float | None) -> tuple[list[str], dict[str, np.nda
 
 def undisturbed(tp: TPGroup, clip: float | None) -> dict[str, np.ndarray]:
     params = model.parameters(tp, torch.bfloat16)
-    optimizer = build_optimizer(model.config(max_grad_norm=clip), Precision.remainder, params, tp)
+    optimizer = Optimizer(model.config(max_grad_norm=clip), Precision.remainder, params, tp)
     for step in range(4):
         model.set_gradients(params, model.gradients(step))
         optimizer.step()
@@ -73,7 +74,7 @@ def test_a_value_that_is_not_finite_stops_all_ranks_and_leaves_no_trace(clip):
 
 def single(**changes) -> tuple[list, Optimizer]:
     params = model.parameters(TPGroup.single(), torch.bfloat16)
-    return params, build_optimizer(model.config(**changes), Precision.remainder, params, TPGroup.single())
+    return params, Optimizer(model.config(**changes), Precision.remainder, params, TPGroup.single())
 
 
 @pytest.mark.parametrize("at_step", [0, 3])
@@ -121,7 +122,7 @@ def test_weight_norms_are_measured_again_at_every_refresh():
     refreshes of weights that grow."""
     params = model.parameters(TPGroup.single())
     config = model.config(weight_decay=0.0, refresh_every=2, lr=0.02, max_relative_update=100.0, check_replicas_every=0)
-    optimizer = build_optimizer(config, Precision.nearest, params, TPGroup.single())
+    optimizer = Optimizer(config, Precision.nearest, params, TPGroup.single())
     matrices = [p for p in params if p.tensor.ndim > 1]
     measured: list[dict[str, float]] = []
     for step in range(5):
@@ -139,7 +140,7 @@ def test_weight_norms_are_measured_again_at_every_refresh():
 def test_largest_update_is_what_the_weights_did():
     """The reported share of the norm is measured from the weights themselves, in fp32 and without decay."""
     params = model.parameters(TPGroup.single())
-    optimizer = build_optimizer(model.config(weight_decay=0.0), Precision.nearest, params, TPGroup.single())
+    optimizer = Optimizer(model.config(weight_decay=0.0), Precision.nearest, params, TPGroup.single())
     before = {p.name: p.tensor.detach().clone() for p in params}
     model.set_gradients(params, model.gradients(0))
     outcome = optimizer.step()

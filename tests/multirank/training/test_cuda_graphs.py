@@ -125,13 +125,15 @@ class MappedBuffers(PeerBuffers):
     """Sums through memory of two processes on a CPU."""
 
     def __init__(self, rank: int, folder: Path, num_bytes: int) -> None:
-        self.num_bytes, self._turn, self._in_blocks = num_bytes, 0, False
-        self._handle = SimpleNamespace(barrier=lambda channel: dist.barrier())  # type: ignore[assignment]
+        self.num_bytes, self._turn = num_bytes, 0
         mine, other = (
             torch.from_file(str(folder / f"rank-{r}"), shared=True, size=2 * num_bytes, dtype=torch.uint8)
             for r in (rank, 1 - rank)
         )
         self._halves = list(zip(mine.split(num_bytes), other.split(num_bytes), strict=True))
+
+    def _meet(self, channel: int) -> None:
+        dist.barrier()
 
 
 def _check_a_broken_recording(tp: TPGroup, folder: Path, sums_before_failure: int) -> list[bool]:

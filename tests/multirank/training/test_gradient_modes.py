@@ -47,16 +47,16 @@ def _compare(tp: TPGroup, folder: Path) -> list[str]:
     wrong = []
     for name in CHECKED:
         stored, modes, norms, peak = _train(tp, folder, name, GradientMode.stored, lambda step: ONE_BATCH)
-        values, fused_modes, fused_norms, fused_peak = _train(
-            tp, folder, name, GradientMode.fused, lambda step: ONE_BATCH
+        values, early_modes, fused_norms, early_peak = _train(
+            tp, folder, name, GradientMode.in_backward, lambda step: ONE_BATCH
         )
         wrong += [f"{name}: {tensor} differs" for tensor in differing(stored, values)]
-        if (set(modes), set(fused_modes)) != ({"stored"}, {"fused"}):
-            wrong.append(f"{name}: stored ran as {modes}, fused as {fused_modes}")
+        if (set(modes), set(early_modes)) != ({"stored"}, {"in_backward"}):
+            wrong.append(f"{name}: stored ran as {modes}, in backward as {early_modes}")
         if fused_norms != pytest.approx(norms, rel=1e-5):
             wrong.append(f"{name}: norms {norms} and {fused_norms}")
-        if not fused_peak < peak:
-            wrong.append(f"{name}: {fused_peak} bytes of gradients fused, {peak} stored")
+        if not early_peak < peak:
+            wrong.append(f"{name}: {early_peak} bytes of gradients in backward, {peak} stored")
     return wrong
 
 
@@ -71,14 +71,14 @@ def _check_choice(tp: TPGroup, folder: Path) -> None:
     by_turns = [ONE_BATCH, SEVERAL]
     auto, modes, _, _ = _train(tp, folder, "one KV head", GradientMode.auto, lambda step: by_turns[step % 2])
     stored, stored_modes, _, _ = _train(tp, folder, "one KV head", GradientMode.stored, lambda step: by_turns[step % 2])
-    assert modes == ["fused", "stored"] * (STEPS // 2)
+    assert modes == ["in_backward", "stored"] * (STEPS // 2)
     assert set(stored_modes) == {"stored"}
     assert differing(auto, stored) == []
     clipping = Run(tp, folder, "qwen3", GradientMode.auto, replace(CONFIG, max_grad_norm=1.0))
     assert clipping.trainer.gradients is GradientMode.stored
     assert clipping.trainer.step(samples(lengths=ONE_BATCH)).gradients == "stored"
     with pytest.raises(ConfigError, match=r"optim\.max_grad_norm: got 1\.0, expected null"):
-        Run(tp, folder, "qwen3", GradientMode.fused, replace(CONFIG, max_grad_norm=1.0))
+        Run(tp, folder, "qwen3", GradientMode.in_backward, replace(CONFIG, max_grad_norm=1.0))
 
 
 @pytest.mark.parametrize("size", [1, 2])
@@ -90,7 +90,7 @@ def test_auto_chooses_for_each_step(size: int, checkpoints: Path) -> None:
 def _check_refusal(tp: TPGroup, folder: Path) -> None:
     calls: list[list[str]] = []
     run = Run(
-        tp, folder, "qwen3", GradientMode.fused, before_write=lambda: calls.append(differing(start, run.values()))
+        tp, folder, "qwen3", GradientMode.in_backward, before_write=lambda: calls.append(differing(start, run.values()))
     )
     start = run.values()
     with pytest.raises(ConfigError, match=r"118 tokens in 2 micro-batches, expected one .* train\.gradients=auto"):
@@ -107,7 +107,7 @@ def test_a_step_that_cannot_be_fused_is_refused_before_anything_is_written(size:
 
 
 def _check_poisoned(tp: TPGroup, folder: Path) -> list[str]:
-    run = Run(tp, folder, "qwen3", GradientMode.fused)
+    run = Run(tp, folder, "qwen3", GradientMode.in_backward)
     name = "model.layers.0.mlp.down_proj.weight"
     start = run.values()
     handle = run.leaf(name).register_hook(lambda grad: grad * float("nan") if tp.rank == tp.size - 1 else grad)
@@ -163,8 +163,8 @@ def _check_raise_half_way(tp: TPGroup, folder: Path, mode: GradientMode) -> tupl
 
 @pytest.mark.parametrize("size", [1, 2])
 def test_a_step_that_raises_counts_if_it_has_written(size: int, checkpoints: Path) -> None:
-    """A fused step has written the layers above the one that raised: caches of the old weights must not outlive that."""
-    for version, changed in run_ranks(_check_raise_half_way, size, checkpoints, GradientMode.fused):
+    """It has written the layers above the one that raised: caches of the old weights must not outlive that."""
+    for version, changed in run_ranks(_check_raise_half_way, size, checkpoints, GradientMode.in_backward):
         assert version == 1
         assert changed
     for version, changed in run_ranks(_check_raise_half_way, size, checkpoints, GradientMode.stored):

@@ -25,7 +25,7 @@ from tests.support.ranks import run_ranks
 
 PER_TOKEN = 10_000
 PLENTY = 10**12
-MODES = (GradientMode.stored, GradientMode.fused, GradientMode.auto)
+MODES = (GradientMode.stored, GradientMode.in_backward, GradientMode.auto)
 NAMES = ("qwen3", "3 micro-batches, checkpointing, tied", "fused rows replicated in part", "experts and checkpointing")
 
 
@@ -59,7 +59,7 @@ class Counter:
 def _check_profiling(tp: TPGroup, folder: Path, name: str, mode: GradientMode) -> None:
     profiled, plain = Run(tp, folder, name, mode), Run(tp, folder, name, mode)
     optimizer = profiled.trainer.optimizer
-    for lengths in (ONE_BATCH, ONE_BATCH if mode is GradientMode.fused else SEVERAL):
+    for lengths in (ONE_BATCH, ONE_BATCH if mode is GradientMode.in_backward else SEVERAL):
         before, skipped = state(profiled), optimizer.skipped_in_a_row
         counter = Counter(profiled)
         plan = plan_memory(profiled.trainer, counter, max_sequence_tokens=20)
@@ -68,7 +68,9 @@ def _check_profiling(tp: TPGroup, folder: Path, name: str, mode: GradientMode) -
         assert all(leaf.grad is None for leaf in profiled.leaves)
         assert set(counter.lengths) == {16, 32, 64}
         assert plan.tokens == plan.largest == 64
-        beside = 0 if mode is GradientMode.fused else plan.gradients  # a fused step begins without gradients
+        beside = (
+            0 if mode is GradientMode.in_backward else plan.gradients
+        )  # an in-backward step begins without gradients
         assert plan.gradients + plan.activations == beside + 64 * PER_TOKEN
         results = [run.trainer.step(samples(vocab_size=64, lengths=lengths)) for run in (profiled, plain)]
         assert without_times(results[0]) == without_times(results[1])
@@ -76,7 +78,7 @@ def _check_profiling(tp: TPGroup, folder: Path, name: str, mode: GradientMode) -
         assert differing(before, state(profiled)), "the step after it trains"
     whole = sum(leaf.nbytes for leaf in profiled.leaves)
     if plan.rank == tp.rank:
-        assert plan.gradients < whole if mode is GradientMode.fused else plan.gradients == whole
+        assert plan.gradients < whole if mode is GradientMode.in_backward else plan.gradients == whole
 
 
 def _check_all_profilings(tp: TPGroup, folder: Path) -> None:
@@ -155,7 +157,7 @@ def test_a_profiling_run_that_runs_out_of_memory_is_a_refusal_and_wakes_the_othe
 
 def _slope_that_shows_late(tp: TPGroup, folder: Path) -> tuple[MemoryPlan, list[int]]:
     """Memory that is flat up to 60 tokens on rank 0."""
-    run = Run(tp, folder, "qwen3", GradientMode.fused)
+    run = Run(tp, folder, "qwen3", GradientMode.in_backward)
     counter = Counter(run)
     if tp.rank == 0:
         counter.segment_peak = lambda: max([60, *counter.lengths[-1:]]) * PER_TOKEN  # type: ignore[method-assign]

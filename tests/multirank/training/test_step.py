@@ -15,7 +15,7 @@ from apollo_tp.distributed.control import Control
 from apollo_tp.distributed.tp_group import TPGroup
 from apollo_tp.errors import ApolloTpError, DeadlineError, ReplicaError
 from apollo_tp.model.gradients import BUCKET_BYTES
-from apollo_tp.optim import build_optimizer
+from apollo_tp.optim import Optimizer
 from apollo_tp.optim import update_group as bundle
 from apollo_tp.training.rank_loop import RankLoop
 from apollo_tp.training.update_gate import UpdateGate
@@ -141,7 +141,7 @@ def _in_buckets(tp: TPGroup) -> tuple[float, int]:
     for size in (bundle.BUCKET_BYTES, 20_000):
         bundle.BUCKET_BYTES = size
         parameters = optim_model.parameters(tp)
-        optimizer = build_optimizer(optim_model.config(), Precision.remainder, parameters, tp)
+        optimizer = Optimizer(optim_model.config(), Precision.remainder, parameters, tp)
         for step in range(3):
             optim_model.set_gradients(parameters, optim_model.gradients(step))
             assert optimizer.step().skipped == ""
@@ -175,7 +175,7 @@ def test_gradients_that_ranks_share_come_in_buckets_and_none_is_left_out(checkpo
 def _unequal(tp: TPGroup, how: str) -> list[str]:
     """Which replicas are found to differ."""
     parameters = optim_model.parameters(tp, torch.bfloat16)
-    optimizer = build_optimizer(optim_model.config(check_replicas_every=1), Precision.remainder, parameters, tp)
+    optimizer = Optimizer(optim_model.config(check_replicas_every=1), Precision.remainder, parameters, tp)
     weight = next(each for each in optimizer.weights if each.name == "router.weight")
     if tp.rank == 1 and how == "remainder":
         assert weight.remainder is not None

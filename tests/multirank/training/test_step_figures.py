@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import math
 from pathlib import Path
@@ -45,7 +46,8 @@ def _replies(tp: TPGroup, checkpoint: Path) -> list[tuple[bytes, bytes]]:
         method = getattr(trainer, name)
 
         def call(*arguments: Any, method: Any = method) -> commands.StepFigures:
-            returned.append(method(*arguments))
+            # of random samples the model predicts none, and 0 could be the value of a figure that was lost
+            returned.append(msgspec.structs.replace(method(*arguments), token_accuracy=0.25))
             return returned[-1]
 
         setattr(trainer, name, call)
@@ -122,7 +124,7 @@ def _side(margins: dict[int, float], index: int) -> float:
 
 DISTINCT = step_figures(
     loss=0.125, token_accuracy=0.25, num_tokens=1001, num_loss_tokens=503, padding_share=0.0625, num_micro_batches=3,
-    gradients="fused", grad_norm=17.5, learning_rate=3e-4, largest_update=0.0078125, num_updated=41, weight_version=9,
+    gradients="in_backward", grad_norm=17.5, learning_rate=3e-4, largest_update=0.0078125, num_updated=41, weight_version=9,
     step_seconds=8.0, forward_seconds=1.0, backward_seconds=2.5, optimizer_seconds=0.5, paused_seconds=0.375,
     peak_memory_bytes=[11, 12, 13], metrics={"reward_margin": 0.75, "reward_accuracy": 0.875},
 )  # fmt: skip
@@ -139,9 +141,10 @@ def _recorded(folder: Path, figures: commands.StepFigures) -> tuple[dict[str, An
         scheduler.on_step.append(writer)
         job = new_job("train", JobSpec(), State.running)
         job.total_steps = 10
-        store.add_job(job, max_queued=5)
+        asyncio.run(store.add_job(job, max_queued=5))
         reply = codec.decode(codec.encode(commands.StepDone(id=f"{job.id}/1", figures=figures)), commands.AnyReply)
         scheduler._record_step(job, reply)
+    asyncio.run(store.stored())
     (event,) = (event for event in store.events(job.id) if event.type == "metrics")
     measured: list[Measured] = [sample for family in metrics.registry.collect() for sample in family.samples]
     store.close()

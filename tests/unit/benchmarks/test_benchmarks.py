@@ -80,9 +80,9 @@ def test_memory_rows_add_up(bench_scale: ModuleType, monkeypatch: pytest.MonkeyP
     assert rows["activations and workspace at the peak"] == 200 - 60 - 100
     assert rows["vLLM's KV cache, graphs and contexts"] == 20
     assert rows["trainer on the device, with its context"] == 210
-    fused = bench_scale.memory_rows(100, state, "fused", 200, (None, None, None))
-    assert (fused["gradients kept"], fused["activations and workspace at the peak"]) == (0, 140)
-    assert fused["in use on the device"] is None
+    early = bench_scale.memory_rows(100, state, "in_backward", 200, (None, None, None))
+    assert (early["gradients kept"], early["activations and workspace at the peak"]) == (0, 140)
+    assert early["in use on the device"] is None
 
 
 def _run_steps(

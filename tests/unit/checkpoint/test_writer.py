@@ -60,11 +60,31 @@ def test_files_are_indexed_and_what_is_not_served_is_carried_over(tmp_path: Path
     assert not any(stat.S_IMODE(each.stat().st_mode) & 0o077 for each in (path, *path.rglob("*")))
 
 
-def test_second_copies_in_other_files_get_the_trained_values(tmp_path: Path) -> None:
-    """Also in a file of which the server loads nothing, which is written then and not linked, and in another dtype."""
+def test_each_range_of_a_tensor_goes_to_its_own_rows(tmp_path: Path) -> None:
+    """A rank of a fused tensor holds query, key and value rows side by side that lie apart in the checkpoint."""
     source = tmp_path / "source"
     source.mkdir()
-    old, trained = torch.ones(4, 2), torch.arange(8.0).view(4, 2)
+    listed = []
+    for name in ("rows", "columns"):
+        listed.append(CheckpointTensor(name=name, shape=[6, 6], dtype="F32", file="model.safetensors"))
+    save_file({name: torch.full((6, 6), 9.0) for name in ("rows", "columns")}, source / "model.safetensors")
+    whole, ranges = torch.arange(36.0).view(6, 6), ((0, 2), (3, 4), (5, 6))
+    own = torch.tensor([0, 1, 3, 5])
+    served = {
+        "rows": (Shard("rows", (6, 6), 0, ranges, (0,)), whole[own]),
+        "columns": (Shard("columns", (6, 6), 1, ranges, (0,)), whole[:, own]),
+    }
+    found = load_file(_save(source, listed, served) / "model.safetensors")
+    assert torch.equal(found["rows"][own], whole[own])
+    assert torch.equal(found["columns"][:, own], whole[:, own])
+
+
+def test_second_copies_in_other_files_get_the_trained_values(tmp_path: Path) -> None:
+    """Also in a file of which the server loads nothing, which is written then and not linked. In a wider dtype than the
+    source's, if that is what is served: trained values would be rounded."""
+    source = tmp_path / "source"
+    source.mkdir()
+    old, trained = torch.ones(4, 2), torch.arange(8.0).view(4, 2) + 2**-12
     save_file({"embedding": old, "kept": old + 1}, source / ONE)
     save_file({"head": old, "draft": old.bfloat16()}, source / TWO)
     listed = [

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from apollo_tp.config import CacheMode, OptimizerKind, Precision, SyncMode
+from apollo_tp.config import CacheMode, GradientMode, OptimizerKind, Precision, SyncMode
 from apollo_tp.errors import ConfigError
 from apollo_tp.launch.compose import groups, help_text, read_config
 
@@ -56,7 +56,10 @@ def test_defaults_are_those_promised() -> None:
         ("optim.lr=-1", r"optim\.lr: got -1.0, expected a number > 0"),
         ("optim.kind=sgd", r"optim\.kind: .*apollo \| apollo_mini \| adamw"),
         ("train.max_sequence_tokens=9999", r"train\.max_sequence_tokens: got 9999"),
-        ("train.gradients=fused", r"optim\.max_grad_norm: got 1\.0, expected null with train\.gradients=fused"),
+        (
+            "train.gradients=in_backward",
+            r"optim\.max_grad_norm: got 1\.0, expected null with train\.gradients=in_backward",
+        ),
         ("sync=lock", r"sync: got 'lock', expected one of \['drain', 'hogwild', 'step_lock'\]"),
         ("optim.lr", "optim.lr: got no value, expected key=value"),
         ("--multirun", "--multirun: got no value, expected key=value"),
@@ -86,6 +89,11 @@ def test_wrong_overrides_say_what_is_meant(override: str, message: str) -> None:
     """Unknown, ill-typed and contradictory options, each in one line."""
     with pytest.raises(ConfigError, match=message):
         read_config([override])
+
+
+def test_the_earlier_name_of_in_backward_is_accepted() -> None:
+    config = read_config(["train.gradients=fused", "optim.max_grad_norm=null"])
+    assert config.train.gradients is GradientMode.in_backward
 
 
 def test_what_the_messages_advise_is_read() -> None:

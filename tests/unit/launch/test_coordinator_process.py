@@ -1,5 +1,6 @@
 """When the launcher starts its coordinator again, and when it gives up."""
 
+import os
 import signal
 
 import pytest
@@ -23,6 +24,8 @@ class Ended:
         (EXIT_STORAGE, 60.0, 6.0, "starts"),
         (EXIT_STORAGE, 0.0, 6.0, "raises"),  # it never could store anything
         (-signal.SIGKILL, 0.0, 0.5, "starts"),
+        (-signal.SIGTERM, 0.0, 0.5, "starts"),  # before it handles signals
+        (0, 0.0, 0.5, "starts"),  # it handled one
         (1, 60.0, 0.5, "raises"),
     ],
 )
@@ -32,6 +35,7 @@ def test_when_a_coordinator_is_started_again(monkeypatch, status, earlier_life, 
     monkeypatch.setattr(coordinator_process.time, "monotonic", lambda: clock[0])
     process = object.__new__(coordinator_process.CoordinatorProcess)
     process._has_lived, process._started_at, process._process = False, clock[0], Ended(None)
+    process._reason_fd = os.memfd_create("reason")
     monkeypatch.setattr(process, "_start", lambda: starts.append(clock[0]))
     clock[0] += earlier_life
     process.check()

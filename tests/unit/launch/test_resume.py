@@ -73,12 +73,16 @@ def test_the_schedule_goes_on_where_the_last_trainer_ended(
         (tmp_path / "optimizer").mkdir()
     lineage = LineageFile(tmp_path, str(tmp_path / "no model"), keep=True)
     lineage.before_write()
-    lineage.update(step_count=95, checkpoint=str(tmp_path) if saved else "")
-    optimizer = SimpleNamespace(step_count=0, resync_replicas=list)
+    lineage.update(step_count=95, weight_version=97, checkpoint=str(tmp_path) if saved else "")
+    streams: list[int] = []
+    optimizer = SimpleNamespace(step_count=0, resync_replicas=list, use_rounding_stream=streams.append)
     monkeypatch.setattr(optimizer_state, "load", lambda optimizer, folder: setattr(optimizer, "step_count", saved))
     resume(Config(optim=OptimConfig(reset_state=reset)), optimizer, LineageFile(tmp_path, "", keep=True))  # type: ignore[arg-type]
     assert optimizer.step_count == expected
     assert ("moments are those of the last checkpoint" in caplog.text) == (saved < 95 and not reset)
+    assert streams == ([97] if saved < 95 or reset else []), (
+        "other random bits than the steps that are counted again had"
+    )
 
 
 @pytest.mark.parametrize(

@@ -10,10 +10,11 @@ import pytest
 import torch
 
 from apollo_tp.checkpoint.lineage import LineageFile
-from apollo_tp.config import Config, TrainConfig
+from apollo_tp.config import CacheMode, Config, QosConfig, SyncConfig, SyncMode, TrainConfig
 from apollo_tp.launch import services
 from apollo_tp.launch.distributed import World
 from apollo_tp.launch.services import Services
+from apollo_tp.shards.manifest import SegmentRecord
 from apollo_tp.wire import commands
 from tests.support.figures import step_figures
 from tests.support.manifests import manifest
@@ -65,6 +66,25 @@ def test_no_longer_sample_is_accepted_than_the_server_can_serve(
     hello = Services(ready).hello()  # type: ignore[arg-type]
     assert hello.max_sequence_tokens == expected
     assert (hello.vocab_size, hello.num_parameters, hello.num_ranks) == (100, 15, 1)
+
+
+def test_the_ranks_say_all_that_the_coordinator_shows(ready: SimpleNamespace) -> None:
+    """None of it by a default of the message, which would hide that it was lost."""
+    config = ready.config
+    config.sync, config.qos = SyncConfig(mode=SyncMode.drain, cache=CacheMode.salt), QosConfig(pace=0.5)
+    segment = SegmentRecord(
+        checkpoint="w", box_offset=[0, 1], box_shape=[3, 4], served="fused", view_offset=7, view_stride=[5, 1]
+    )
+    ready.manifests = [manifest(0, 2), manifest(1, 2, segments=[segment])]
+    first = ready.manifests[0]
+    assert Services(ready).hello("identify/1") == commands.Hello(  # type: ignore[arg-type]
+        id="identify/1", protocol_version=commands.PROTOCOL_VERSION, instance_id=first.instance_id,
+        server_life=f"{first.instance_id}@{first.pid}.{first.pid_start_ticks}", model_path=first.model_path,
+        served_model_names=first.served_model_names, num_ranks=2, vocab_size=100, max_sequence_tokens=512, weight_version=9,
+        num_parameters=15, optimizer="apollo", gradients="stored", sync="drain", cache="salt", memory="planned",
+        qos="sm_percent=null low_priority=false pace=0.5",
+        layout=[{"checkpoint": "w", "rank": 1, "served": "fused", "offset": [0, 1], "shape": [3, 4]}],
+    )  # fmt: skip
 
 
 def test_steps_and_checkpoints_are_remembered(ready: SimpleNamespace, tmp_path: Path) -> None:

@@ -131,3 +131,26 @@ def test_only_a_factor_other_than_one_costs_a_pass_over_the_gradient(scaled: boo
     with Watch():
         (total / 3 if scaled else total).backward(unit(total.device))
     assert (weight.shape in scalings) is scaled
+
+
+@pytest.mark.parametrize("tokens_per_chunk", [1, 4, 64], ids=["256 chunks", "64 chunks", "4 chunks"])
+@pytest.mark.parametrize("summed", [True, False], ids=["nll_sum", "target_logprobs"])
+def test_the_heads_gradient_does_not_lose_bits_with_the_number_of_chunks(tokens_per_chunk: int, summed: bool) -> None:
+    """In bf16, against the sum of the same chunks' products in fp64. The last rounding is a half of 2 ** -8, some roundings
+    of few chunks two of them; 256 roundings would be ten."""
+    torch.manual_seed(0)
+    tokens, rows, width = 256, 32, 16
+    hidden = torch.randn(tokens, width).bfloat16() + 1  # of one sign, as additions to a growing sum are worst
+    weight = torch.zeros(rows, width).bfloat16().requires_grad_()
+    targets = torch.zeros(tokens, dtype=torch.int64)
+    vocab = VocabShard(0, TPGroup.single(), chunk_bytes=4 * rows * tokens_per_chunk)
+    if summed:
+        nll_sum(hidden, weight, targets, torch.ones(tokens), vocab)[0].backward(unit(hidden.device))
+    else:
+        (-target_logprobs(hidden, weight, targets, vocab)[0]).sum().backward()
+    share = torch.full((tokens, rows), 1 / rows)  # logits of 0
+    share[:, 0] -= 1
+    expected = share.bfloat16().double().T @ hidden.double()
+    assert weight.grad is not None
+    error = ((weight.grad.double() - expected).norm() / expected.norm()).item()
+    assert error < 2**-8, f"got {error:.2g}"

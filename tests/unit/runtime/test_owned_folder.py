@@ -133,6 +133,20 @@ def test_only_a_socket_makes_room_for_a_socket(base: Path) -> None:
         bind_private(router, base / "new.sock")
 
 
+def test_a_file_that_could_not_be_written_leaves_nothing(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No temporary one; and what was there stays."""
+    note = _precious(base / "weights.json")
+
+    def fail(*_: object) -> None:
+        raise OSError(28, "no space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(private_files.os, "replace", fail)
+        with pytest.raises(OSError, match="no space left"):
+            private_files.write_private(note, b"new")
+    assert [(path.name, path.read_bytes()) for path in base.iterdir()] == [("weights.json", b"precious")]
+
+
 # --- checkpoints -----------------------------------------------------------------------------------------------------
 
 

@@ -87,7 +87,7 @@ def test_the_refusal_says_what_is_needed_what_is_there_and_what_to_do() -> None:
         "rank 1: got 20.00 GB free on its GPU, expected 39.90 GB for a micro-batch of train.max_micro_batch_tokens=65536 "
         "(8.00 GB of weights' gradients, then 30.00 GB of activations or 1.00 GB of the optimizer's temporaries, and 5%); "
         "lower train.max_micro_batch_tokens to 21000, which would fit, set train.gradient_checkpointing=true, set "
-        "train.gradients=fused optim.max_grad_norm=null, start vLLM with a smaller --gpu-memory-utilization or "
+        "train.gradients=in_backward optim.max_grad_norm=null, start vLLM with a smaller --gpu-memory-utilization or "
         "--kv-cache-memory-bytes, or end what else uses the GPU"
     )
 
@@ -106,7 +106,7 @@ def test_no_cure_is_offered_that_is_taken_already(recomputes: bool, in_backward:
         out_of_memory(1, 256, 65536, GB, 0, recomputes=recomputes, in_backward=in_backward),
     ):
         assert ("gradient_checkpointing=true" in text) is not recomputes
-        assert ("train.gradients=fused" in text) is not in_backward
+        assert ("train.gradients=in_backward" in text) is not in_backward
         assert "--kv-cache-memory-bytes" in text
         assert text.startswith("rank 1: got ")
 

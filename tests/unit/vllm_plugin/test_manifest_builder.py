@@ -8,7 +8,8 @@ from torch import nn
 
 from apollo_tp.shards.boxes import Box
 from apollo_tp.shards.manifest import Refusal, ServedTensor
-from apollo_tp.vllm_plugin.manifest_builder import segments_of
+from apollo_tp.vllm_plugin import memory
+from apollo_tp.vllm_plugin.manifest_builder import _served_tensors, _unique_parameters, segments_of
 from apollo_tp.vllm_plugin.trace import Copy, Trace
 
 ROWS, GAP = 4, 2
@@ -63,3 +64,14 @@ def test_a_copy_into_a_temporary_tensor_is_refused(
     reason = "vLLM's loader copies it into a temporary tensor, not into a parameter"
     assert refusals == [Refusal(name="t", reason=reason)]
     assert [segment.checkpoint for segment in segments] == ["w"]
+
+
+def test_an_empty_parameter_has_no_memory_to_share() -> None:
+    """vLLM's models may have some (a bias that a rank has no rows of). The others are found in the shared memory."""
+    model = nn.ParameterDict({"a": nn.Parameter(torch.ones(4)), "b": nn.Parameter(torch.ones(0, 3))})
+    model["c"] = nn.Parameter(torch.full((2, 2), 7.0))
+    parameters, names = _unique_parameters(model)
+    assert names == [["a"], ["c"]]
+    allocations = memory.share(parameters, torch.device("cpu"))
+    served = _served_tensors(parameters, names, allocations)
+    assert [(t.name, t.allocation, t.offset_bytes) for t in served] == [("a", 0, 0), ("c", 0, memory.ALIGNMENT_BYTES)]

@@ -6,6 +6,7 @@ import contextlib
 import os
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,12 +15,14 @@ import pytest
 import torch
 
 from apollo_tp.config import CacheMode, SyncMode
+from apollo_tp.distributed.alarm import Alarm
 from apollo_tp.distributed.control import Control
 from apollo_tp.distributed.tp_group import TPGroup
-from apollo_tp.errors import ConfigError, DeadlineError, ServerGoneError
+from apollo_tp.errors import DeadlineError, ServerGoneError
 from apollo_tp.runtime import instance_folder, processes
+from apollo_tp.training import update_gate
 from apollo_tp.training.rank_loop import RankLoop
-from apollo_tp.training.update_gate import Lock, UpdateGate, needs_lock
+from apollo_tp.training.update_gate import Lock, UpdateGate
 from apollo_tp.wire import commands
 from apollo_tp.wire import update_lock as lock_messages
 from tests.support.locked_server import LEASE_SECONDS, Plugin, attach, eventually, options
@@ -63,6 +66,45 @@ def test_what_the_engine_is_asked_around_an_update(
     lock.close()
 
 
+class _SlowToPause:
+    """A lock whose server takes five seconds of ``clock`` to pause, or fails to."""
+
+    def __init__(self, clock: list[float], error: Exception | None = None) -> None:
+        self.clock, self.error, self.released = clock, error, []  # type: ignore[var-annotated]
+
+    def pause(self) -> None:
+        self.clock[0] += 5.0
+        if self.error:
+            raise self.error
+
+    def release(self, weight_version: int) -> None:
+        self.released.append(weight_version)
+
+
+@pytest.mark.parametrize(
+    ("mode", "seconds"), [(SyncMode.hogwild, 0.0), (SyncMode.step_lock, 2.0), (SyncMode.drain, 2.0)]
+)
+def test_the_pause_is_measured_without_the_wait_for_it(
+    mode: SyncMode, seconds: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Requests run on until then."""
+    clock = [100.0]
+    monkeypatch.setattr(update_gate, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    lock = _SlowToPause(clock)
+    gate = UpdateGate(mode, TPGroup.single(), torch.device("cpu"), lock)  # type: ignore[arg-type]
+    for version in (8, 9):
+        gate.before_write()
+        clock[0] += 2.0
+        assert gate.after_step(version) == seconds
+        assert gate.after_step(version) == 0.0
+    assert lock.released == [8, 9]
+    lock.error = DeadlineError("injected")
+    with pytest.raises(DeadlineError) if gate.pauses else contextlib.nullcontext():
+        gate.before_write()
+    assert gate.after_step(9) == 0.0
+    assert lock.released == [8, 9, 9], "whoever asked for a pause gives it back"
+
+
 def test_a_trainer_that_renews_keeps_the_pause_and_one_that_leaves_ends_it(plugin: Plugin) -> None:
     """The pause outlives the lease while rank 0 lives, and ends at once with its connection."""
     lock = attach(plugin, options(SyncMode.step_lock), [processes.ProcessId.of(os.getpid())])
@@ -83,6 +125,42 @@ def test_any_dead_rank_loses_the_lease(plugin: Plugin, dead: int, caplog: pytest
     assert eventually(lambda: not plugin.vllm.paused) < 2 * LEASE_SECONDS
     lock.release(8)
     assert "the lease ran out" in caplog.text
+    lock.close()
+
+
+def test_a_rank_that_failed_loses_the_lease_while_all_run(
+    plugin: Plugin, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Rank 0 waits for a rank that raised, in a collective that may take minutes to give up. Until all ranks have stopped to
+    write the pause is kept, and no longer. A later step pauses the server as before."""
+    monkeypatch.setattr(update_gate, "FAILURE_SECONDS", 1.5 * LEASE_SECONDS)
+    alarm = Alarm(1, [processes.ProcessId.of(os.getpid())] * 2, bytearray(8))
+    lock = Lock(plugin.folder, options(SyncMode.step_lock), 7, alarm)
+    lock.pause()
+    alarm.ring()
+    time.sleep(LEASE_SECONDS)
+    assert plugin.vllm.paused, "its writes may not be over"
+    assert eventually(lambda: not plugin.vllm.paused) < 2.5 * LEASE_SECONDS
+    lock.release(8)
+    assert "the lease ran out" in caplog.text
+    alarm.next_epoch()
+    lock.pause()
+    time.sleep(1.5 * LEASE_SECONDS)
+    assert plugin.vllm.paused
+    lock.release(9)
+    lock.close()
+
+
+def test_a_pause_that_lasts_too_long_is_given_up(plugin: Plugin, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All ranks run and none has failed, but the step does not end: all are told to give it up, and the server resumes."""
+    monkeypatch.setattr(update_gate, "FAILURE_SECONDS", 0.2)
+    alarm = Alarm(0, [processes.ProcessId.of(os.getpid())], bytearray(4))
+    lock = Lock(plugin.folder, replace(options(SyncMode.step_lock), max_pause_seconds=LEASE_SECONDS), 7, alarm)
+    lock.pause()
+    time.sleep(LEASE_SECONDS / 2)
+    assert not alarm.is_ringing()
+    assert eventually(alarm.is_ringing) < LEASE_SECONDS
+    assert eventually(lambda: not plugin.vllm.paused) < 2 * LEASE_SECONDS
     lock.close()
 
 
@@ -277,54 +355,3 @@ def test_what_others_ask_for_during_a_pause_comes_after_it(plugin: Plugin) -> No
     assert plugin.vllm.calls == ["no salt", "keep", "resume", "resume", "abort"]
     assert plugin.vllm.paused
     lock.close()
-
-
-@pytest.mark.parametrize(
-    ("mode", "cache", "needed"),
-    [
-        (SyncMode.hogwild, CacheMode.none, False),
-        (SyncMode.hogwild, CacheMode.salt, True),
-        (SyncMode.hogwild, CacheMode.reset, True),
-        (SyncMode.step_lock, CacheMode.none, True),
-        (SyncMode.drain, CacheMode.none, True),
-    ],
-)
-def test_nothing_is_asked_of_the_server_by_default_alone(mode: SyncMode, cache: CacheMode, needed: bool) -> None:
-    """A refreshed cache needs the plugin too, though nothing pauses."""
-    assert needs_lock(options(mode, cache)) is needed
-
-
-def test_a_cache_that_cannot_be_emptied_is_refused_at_once(plugin: Plugin, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not step after step in the log."""
-
-    async def fails(**_: Any) -> bool:
-        return False
-
-    monkeypatch.setattr(plugin.vllm, "reset_prefix_cache", fails)
-    with pytest.raises(ConfigError, match=r"cache=reset.*vLLM did not reset its prefix cache"):
-        attach(plugin, options(SyncMode.hogwild, CacheMode.reset))
-    eventually(lambda: plugin.lock._attached is None)
-    assert not plugin.vllm.paused
-
-
-def test_one_trainer_at_a_time(plugin: Plugin) -> None:
-    """A second connection is refused, and the place is free again when the first one is gone."""
-    first = attach(plugin, options(SyncMode.drain))
-    with pytest.raises(ConfigError, match="second trainer"):
-        attach(plugin, options(SyncMode.drain))
-    first.close()
-    eventually(lambda: plugin.lock._attached is None)
-    attach(plugin, options(SyncMode.drain)).close()
-
-
-@pytest.mark.parametrize("case", ["no plugin", "several API servers"])
-def test_servers_that_cannot_be_paused_are_refused(tmp_path: Path, case: str) -> None:
-    """Cause and cure are in the message."""
-    plugin = Plugin(tmp_path, "API server processes: got 2") if case != "no plugin" else None
-    try:
-        with pytest.raises(ConfigError, match="VLLM_PLUGINS=apollo" if plugin is None else "got 2") as caught:
-            Lock(tmp_path, options(SyncMode.step_lock), 0, [])
-        assert "sync=hogwild cache=none" in str(caught.value)
-    finally:
-        if plugin:
-            plugin.close()

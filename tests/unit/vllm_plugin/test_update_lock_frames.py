@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from apollo_tp.config import SyncMode
+from apollo_tp.distributed.alarm import Alarm
 from apollo_tp.errors import ServerGoneError
 from apollo_tp.runtime import instance_folder
 from apollo_tp.training.update_gate import Lock
@@ -151,7 +152,7 @@ def test_an_answer_that_is_none_ends_the_lock_not_the_rank(
 
         thread = threading.Thread(target=serve)
         thread.start()
-        lock = Lock(tmp_path, options(SyncMode.step_lock), 7, [])
+        lock = Lock(tmp_path, options(SyncMode.step_lock), 7, Alarm(0, [], bytearray(4)))
         lock.release(8)
         assert "weight version 8: SyncRelease: got no answer that can be read" in caplog.text
         with pytest.raises(ServerGoneError, match=r"the update lock is lost .*; restart server and trainer"):

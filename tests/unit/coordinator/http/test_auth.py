@@ -9,7 +9,7 @@ import msgspec
 import pytest
 import zmq
 
-from apollo_tp.config import HttpConfig, ServiceConfig
+from apollo_tp.config import HttpConfig, ServiceConfig, ZmqConfig
 from apollo_tp.coordinator.http.auth import Access, load_access
 from apollo_tp.errors import ConfigError, RequestError
 from apollo_tp.wire import codec, commands
@@ -93,6 +93,49 @@ def test_headers_that_make_no_sense_are_refused(headers, status, code):
     assert (error.value.status, error.value.code) == (status, code)
 
 
+@pytest.mark.parametrize(
+    ("origin", "allowed"),
+    [
+        ("http://127.0.0.1:8300", True),
+        ("http://127.0.0.1:9999", False),
+        ("http://127.0.0.1", False),
+        ("http://localhost:8300", False),
+    ],
+)
+def test_an_origin_is_a_host_with_its_port(origin, allowed):
+    """A page that another server of this machine serves, perhaps another user's, is another site's."""
+    headers = {"origin": origin, "host": "127.0.0.1:8300"}
+    if allowed:
+        Access([]).check("POST", "/train", headers, "127.0.0.1")
+        return
+    with pytest.raises(RequestError) as error:
+        Access([]).check("POST", "/train", headers, "127.0.0.1")
+    assert (error.value.status, error.value.code) == (403, "cross_origin")
+
+
+@pytest.mark.parametrize(
+    ("client", "headers", "allowed"),
+    [
+        ("127.0.0.1", {}, True),
+        ("::1", {}, True),
+        ("::ffff:127.0.0.1", {}, True),
+        ("::ffff:192.0.2.1", {}, False),
+        ("192.0.2.1", {}, False),
+        ("127.0.0.1", {"x-forwarded-for": "127.0.0.1"}, False),
+        ("127.0.0.1", {"forwarded": "for=127.0.0.1"}, False),
+        ("127.0.0.1", {"x-real-ip": "127.0.0.1"}, False),
+    ],
+)
+def test_without_tokens_this_machine_alone_is_served(client, headers, allowed):
+    """Whatever form a loopback address has. Behind a proxy on this machine, a client may be anywhere."""
+    if allowed:
+        Access([]).check("GET", "/train/status", headers, client)
+        return
+    with pytest.raises(RequestError) as error:
+        Access([]).check("GET", "/train/status", headers, client)
+    assert (error.value.status, error.value.code) == (403, "not_local")
+
+
 def test_a_host_that_is_none_is_refused():
     """Without tokens, as any other name that is not this machine's."""
     with pytest.raises(RequestError, match="got Host") as error:
@@ -101,10 +144,19 @@ def test_a_host_that_is_none_is_refused():
 
 
 def test_tokens_are_in_no_log(guarded):
-    """Neither a right nor a wrong token, nor the Authorization header, is written to the log."""
+    """Neither a right nor a wrong token, nor the Authorization header, is written to the log: also not in the line about a
+    damaged request, which is logged after the others were answered."""
     coordinator, client, _ = guarded
+    known = len(coordinator.log_path.read_text())
     client.get("/train/status", headers={"Authorization": "Bearer leaked-secret-123456"})
+    client.get("/train/status", headers={"Authorization": f"Bearer {READ}"})
     client.get("/train/status?token=leaked-secret-123456")
+    headers = [(b"authorization", f"Bearer {TRAIN}".encode())]
+    frame = codec.encode(tunnel_messages.TunnelRequest(1, "GET", "/train/status", b"token=leaked-secret", headers))
+    with zmq.Context.instance().socket(zmq.DEALER) as peer:
+        peer.connect(f"ipc://{coordinator.instance_dir / 'coordinator.sock'}")
+        peer.send(frame[:-1])
+        wait_for(lambda: "on the tunnel" in coordinator.log_path.read_text()[known:])
     log = coordinator.log_path.read_text()
     for secret in (READ, TRAIN, "leaked-secret", "Bearer"):
         assert secret not in log
@@ -140,13 +192,18 @@ def test_bad_token_files_are_refused(tmp_path, content, mode, words):
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.1", "example.org"])
 def test_other_addresses_need_a_token(host, monkeypatch):
-    """A non-loopback address without a token is refused; with one it is fine."""
-    monkeypatch.delenv("APOLLO_TP_TOKEN", raising=False)
-    service = ServiceConfig(http=HttpConfig(host=host))
-    with pytest.raises(ConfigError, match="without a token"):
+    """A non-loopback address without a token is refused; with one it is fine. So is one of ZMQ that is not used."""
+    for option, service in (
+        ("service.http.host", ServiceConfig(http=HttpConfig(host=host))),
+        ("service.zmq.host", ServiceConfig(zmq=ZmqConfig(host=host, port=8301))),
+    ):
+        monkeypatch.delenv("APOLLO_TP_TOKEN", raising=False)
+        with pytest.raises(ConfigError, match=f"{option}: got .* without a token"):
+            load_access(service)
+        monkeypatch.setenv("APOLLO_TP_TOKEN", TRAIN)
         load_access(service)
-    monkeypatch.setenv("APOLLO_TP_TOKEN", TRAIN)
-    load_access(service)
+    monkeypatch.delenv("APOLLO_TP_TOKEN", raising=False)
+    load_access(ServiceConfig(zmq=ZmqConfig(host=host)))
 
 
 def test_a_taken_port_is_a_sentence(tmp_path):
@@ -213,7 +270,9 @@ def test_hostile_frames_do_nothing(guarded, tmp_path, name):
     assert (len(ranks.commands), client.get("/train/jobs", headers=headers).json()) == before
     assert client.post("/train", json=ONE | {"wait": True}, headers=headers).json()["state"] == "succeeded"
     assert coordinator.process.poll() is None
-    assert '"exception"' not in coordinator.log_path.read_text()
+    log = coordinator.log_path.read_text()
+    assert {"ranks.sock": "bytes on the ranks' socket", "coordinator.sock": "bytes on the tunnel"}[name] in log
+    assert '"exception"' not in log
 
 
 def test_metrics(guarded):

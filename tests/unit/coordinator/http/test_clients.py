@@ -12,8 +12,9 @@ import pytest
 
 from apollo_tp.cli import main as cli
 from apollo_tp.coordinator.http.views import event_stream
+from apollo_tp.coordinator.jobs.changes import Changes
 from apollo_tp.coordinator.jobs.job import JobSpec, State, new_job
-from apollo_tp.coordinator.jobs.store import Changes, Store
+from apollo_tp.coordinator.jobs.store import Store
 from tests.support.fakes import CoordinatorProcess, FakeRanks, chat_stack, wait_for
 from tests.support.jobs import CHAT, ONE, ends, tune
 
@@ -109,7 +110,7 @@ def test_a_client_of_a_quiet_job_gets_keep_alive_comments(tmp_path, monkeypatch)
         changes = Changes()
         store = Store(tmp_path, changes.notify)
         job = new_job("train", JobSpec(), State.queued)
-        store.add_job(job, max_queued=9)
+        await store.add_job(job, max_queued=9)
         stream = event_stream(store, changes, job.id, 0)
         assert b"event: state" in await anext(stream)
 

@@ -112,9 +112,10 @@ def test_no_tcp_without_keys(tmp_path):
     with pytest.raises(AssertionError, match="apollo-tp keys"):
         CoordinatorProcess(tmp_path, zmq=ZmqConfig(port=1)).start()
     create_keys(tmp_path / "keys", "laptop")
-    (tmp_path / "keys" / "server.key_secret").chmod(0o644)
-    with pytest.raises(AssertionError, match="others can read it"):
-        CoordinatorProcess(tmp_path, zmq=ZmqConfig(port=1, keys_dir=str(tmp_path / "keys"))).start()
+    for mode in (0o640, 0o604):
+        (tmp_path / "keys" / "server.key_secret").chmod(mode)
+        with pytest.raises(AssertionError, match=f"got mode {mode:o}, expected 600: others can read it"):
+            CoordinatorProcess(tmp_path, zmq=ZmqConfig(port=1, keys_dir=str(tmp_path / "keys"))).start()
     with pytest.raises(ConfigError, match=r"service\.zmq\.host"):
         load_access(ServiceConfig(http=HttpConfig(), zmq=ZmqConfig(host="0.0.0.0", port=1)))
     with pytest.raises(ConfigError, match="letters"):

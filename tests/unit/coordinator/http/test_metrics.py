@@ -1,8 +1,13 @@
 """What /metrics says after some steps: every figure of a step in its metric."""
 
+import contextlib
+from types import SimpleNamespace
+
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from apollo_tp.coordinator.http.metrics import Metrics
+from apollo_tp.coordinator.jobs.store import Store
 from tests.support.fakes import chat_stack
 from tests.support.jobs import ONE, ends
 
@@ -42,3 +47,20 @@ def test_every_figure_of_a_step_is_in_its_metric(tmp_path):
         ("apollo_tokens_per_second",): 0.0,  # no job runs
     }
     assert {name: found[name] for name in expected} == expected
+
+
+@pytest.mark.parametrize(
+    ("connected", "version", "running", "speed"),
+    [(False, None, None, 12.5), (True, 0, "job", None), (True, 7, "job", 12.5)],
+)
+def test_gauges_are_those_of_the_moment(tmp_path, connected, version, running, speed):
+    """Read at each scrape: a trainer that is gone is not shown as connected, nor the speed of a job that is over."""
+    link = SimpleNamespace(connected=connected, weight_version=version)
+    progress = SimpleNamespace(tokens_per_second=lambda: speed)
+    scheduler = SimpleNamespace(link=link, running=running, progress=progress, on_step=[], on_evaluation=[])
+    with contextlib.closing(Store(tmp_path)) as store:
+        families = list(Metrics(scheduler, store).registry.collect())
+    found = {sample.name: sample.value for family in families for sample in family.samples if not sample.labels}
+    assert found["apollo_trainer_connected"] == connected
+    assert found["apollo_weight_version"] == (version or 0)
+    assert found["apollo_tokens_per_second"] == ((speed or 0.0) if running else 0.0)

@@ -245,6 +245,21 @@ def test_cancel_pause_resume(stack):
     finished(client, job, status="cancelled")
 
 
+def test_a_job_that_is_cancelled_while_its_files_are_validated_stays_cancelled(stack):
+    """The end of the validation, for which it waits behind another job's, does not queue it."""
+    client, ranks, _ = stack
+    create = client.fine_tuning.jobs.create
+    large, small = upload(client, [chat(i) for i in range(700)]), upload(client, [chat(0)])
+    first = create(model="fake", training_file=large.id, hyperparameters={"batch_size": 700})
+    second = create(model="fake", training_file=small.id)
+    assert client.fine_tuning.jobs.cancel(second.id).status == "cancelled"
+    third = create(model="fake", training_file=small.id)
+    for job in (first, third):  # both are queued after the second one's validation, or before it began
+        finished(client, job)
+    finished(client, second, status="cancelled")
+    assert second.id not in [name for name, _ in ranks.applied()]
+
+
 def test_native_clients_see_the_same_job(stack):
     """A fine-tuning job is a job: /train/jobs shows it, with its events."""
     client, _, http = stack

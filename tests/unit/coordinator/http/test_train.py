@@ -16,8 +16,11 @@ from apollo_tp.coordinator.http.metrics import Metrics
 from apollo_tp.coordinator.http.page import parse_server_metrics
 from apollo_tp.coordinator.http.service import Service
 from apollo_tp.coordinator.http.validation import FileValidation
-from apollo_tp.coordinator.jobs.store import Changes, Store
+from apollo_tp.coordinator.jobs.changes import Changes
+from apollo_tp.coordinator.jobs.rank_link import RanksGoneError
+from apollo_tp.coordinator.jobs.store import Store
 from apollo_tp.coordinator.settings import Settings
+from apollo_tp.errors import DeadlineError, RankFailedError, RequestError
 from tests.support.fakes import VOCAB_SIZE
 
 ONE = {"context_ids": [1, 2], "continuation_ids": [3, 4]}
@@ -39,7 +42,7 @@ def test_a_job_runs_to_its_end(stack):
     assert sent[0].learning_rate_scale == 0.5
     events = client.get(f"/train/jobs/{job['id']}/events").json()["data"]
     assert [event["data"]["step"] for event in events if event["type"] == "metrics"] == [1, 2, 3, 4, 5, 6]
-    assert {event["data"]["gradients"] for event in events if event["type"] == "metrics"} == {"fused"}
+    assert {event["data"]["gradients"] for event in events if event["type"] == "metrics"} == {"in_backward"}
     assert [event["data"].get("state") for event in events if event["type"] == "state"] == [
         "queued",
         "running",
@@ -277,6 +280,22 @@ def test_an_unforeseen_error_has_an_id_that_the_log_has(tmp_path, caplog):
         assert (answer.status_code, answer.json()["error"]["code"]) == (status, "http")
     assert answer.headers["allow"] == "POST"
     store.close()
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "again"),
+    [
+        (RequestError("the queue is full", status=429), 429, True),
+        (RanksGoneError("no trainer"), 503, True),
+        (DeadlineError("late"), 504, False),
+        (RankFailedError("a rank raised", rank=1, traceback=""), 500, False),
+        (RequestError("wrong"), 400, False),
+    ],
+)
+def test_what_may_be_tried_again_says_when(error, status, again):
+    """Clients such as the `openai` package wait for as long as Retry-After says."""
+    answer = error_response(error)
+    assert (answer.status_code, "retry-after" in answer.headers) == (status, again)
 
 
 def test_what_fastapi_refuses_has_the_form_of_all_errors():

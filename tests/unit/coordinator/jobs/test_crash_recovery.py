@@ -4,11 +4,9 @@ The fake's journal is what really happened to the weights; a real coordinator an
 """
 
 import contextlib
-import random
 import re
 import subprocess
 import sys
-import time
 
 import httpx
 import pytest
@@ -18,27 +16,7 @@ from apollo_tp.coordinator.jobs.store import Store
 from apollo_tp.errors import ConfigError
 from tests.support.fakes import CoordinatorProcess, FakeRanks, wait_for
 from tests.support.jobs import ONE, ends
-
-STEPS = 20
-STEP_SECONDS = 0.01
-
-
-class RanksProcess:
-    """The fake rank 0 as a process that can be killed; its journal stays."""
-
-    def __init__(self, coordinator):
-        self.arguments = [str(coordinator.ranks_socket), str(coordinator.folder / "journal"), str(STEP_SECONDS)]
-        self.process = None
-
-    def start(self):
-        self.process = subprocess.Popen([sys.executable, "-m", "tests.support.fakes", *self.arguments])
-
-    def kill(self):
-        self.process.kill()
-        self.process.wait(10)
-
-    def applied(self):
-        return FakeRanks(self.arguments[0], self.arguments[1]).applied()
+from tests.support.kills import STEPS, VICTIMS, RanksProcess, check_promises, kill_at_a_random_point
 
 
 @pytest.fixture
@@ -53,54 +31,11 @@ def parts(tmp_path):
         coordinator.stop()
 
 
-def check_promises(coordinator, ranks, jobs, seen):
-    """All jobs end; every step of each is in the weights once and in order; no event that was seen is gone."""
-    with coordinator.client() as client:
-        for job in jobs:
-            path = f"/train/jobs/{job}"
-            wait_for(lambda: client.get(path).json()["state"] == "succeeded", 30, f"the end of {job}")  # noqa: B023
-            assert [step for name, step in ranks.applied() if name == job] == list(range(1, STEPS + 1))
-            events = client.get(f"{path}/events").json()["data"]
-            ids = [event["id"] for event in events]
-            assert ids == sorted(set(ids))
-            kept = {event["id"]: event for event in events}
-            for event in seen.get(job, []):
-                assert kept[event["id"]] == event
-            steps = [event["data"]["step"] for event in events if event["type"] == "metrics"]
-            assert steps == sorted(set(steps))  # none is reported twice
-    order = [name for name, _ in ranks.applied()]
-    assert order == sorted(order, key=jobs.index)  # the interrupted job went on before the next one started
-
-
 # 20 points: each kills one process, or both, somewhere in the job, or even between the POST and its first step
-POINTS = [(who, seed) for seed in range(5) for who in ("coordinator", "ranks", "both", "coordinator twice")]
-
-
-@pytest.mark.parametrize(("who", "seed"), POINTS)
+@pytest.mark.parametrize(("who", "seed"), [(who, seed) for seed in range(5) for who in VICTIMS])
 def test_kill_nine_at_a_random_point(parts, who, seed):
     """See check_promises; two jobs are queued, and the kill falls anywhere in the first one's life."""
-    coordinator, ranks = parts
-    with coordinator.client() as client:
-        jobs = [client.post("/train", json=ONE | {"epochs": STEPS}).json()["id"] for _ in range(2)]
-        chance = random.Random(f"{who}{seed}")
-        for _ in range(2 if "twice" in who else 1):
-            time.sleep(chance.uniform(0.0, 2 * STEPS * STEP_SECONDS))
-            seen = {}
-            with coordinator.client() as again:
-                for job in jobs:
-                    seen[job] = again.get(f"/train/jobs/{job}/events").json()["data"]
-            if who == "both":
-                coordinator.kill()
-                ranks.kill()
-                ranks.start()
-            elif who == "ranks":
-                ranks.kill()
-                ranks.start()
-                continue
-            else:
-                coordinator.kill()
-            coordinator.start()
-    check_promises(coordinator, ranks, jobs, seen)
+    kill_at_a_random_point(*parts, who, seed)
 
 
 def test_a_trainer_that_takes_over_before_the_old_one_is_missed(tmp_path):

@@ -15,8 +15,8 @@ import msgspec
 import pytest
 
 from apollo_tp.coordinator.jobs import database
-from apollo_tp.coordinator.jobs.job import JobSpec, State, new_job
-from apollo_tp.coordinator.jobs.store import Store, StoredFile
+from apollo_tp.coordinator.jobs.job import JobSpec, State, StoredFile, new_job
+from apollo_tp.coordinator.jobs.store import Store
 from apollo_tp.errors import ConfigError
 from tests.support.fakes import CoordinatorProcess
 from tests.support.state_folder import JOB, content_of, start, with_upload, write
@@ -159,7 +159,7 @@ def test_a_damaged_table_removes_nothing_and_is_not_taken_for_a_full_disk(tmp_pa
     with pytest.raises(AssertionError):
         coordinator.start()
     assert coordinator.process.wait(10) == 1
-    assert "expected a sound database" in coordinator.log_path.read_text()
+    assert "corrupt" in coordinator.log_path.read_text()
     assert path.exists()
     assert orphan.exists()
 
@@ -238,7 +238,7 @@ def test_without_room_for_the_copy_nothing_is_migrated(folder: Path, monkeypatch
 def test_a_database_whose_rows_are_in_the_log_alone_is_known(folder: Path) -> None:
     """A kill before the write-ahead log is folded into the file, of which nothing but a header is there then."""
     code = "import os, sys; from pathlib import Path; from apollo_tp.coordinator.jobs.store import Store; "
-    code += "Store(Path(sys.argv[1])).set_meta('a', 'b'); os._exit(0)"
+    code += "Store(Path(sys.argv[1])).set_meta('a', 'b').result(9); os._exit(0)"
     subprocess.run([sys.executable, "-c", code, str(folder)], check=True, timeout=60)
     (folder / ".apollo_tp_state").unlink()
     assert (folder / "jobs.sqlite3-wal").stat().st_size

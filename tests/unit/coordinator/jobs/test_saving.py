@@ -142,8 +142,10 @@ def test_the_idle_checkpoint_is_written_once_and_only_after_training(tmp_path):
                 for _ in range(3):  # request, send, and nothing more
                     scheduler.wake()
                     await scheduler._work()
-                    await asyncio.sleep(0)
-                counts.append([checkpoint.state for checkpoint in store.checkpoints()])
+                    if scheduler.saver._current:
+                        await scheduler.saver._current[1]
+                    await store.stored()
+                counts.append([checkpoint.state for checkpoint in store.page_of_checkpoints()[0]])
             assert counts == [[], ["succeeded"], ["succeeded"], ["succeeded"]]
 
     asyncio.run(main())

@@ -1,5 +1,6 @@
 """Which command rank 0 gets next, and what a job becomes of its replies."""
 
+import asyncio
 import json
 from types import SimpleNamespace
 
@@ -144,7 +145,7 @@ def interrupted(scheduler, *, step):
     job = new_job("train", JobSpec(epochs=9), State.queued)
     job.num_samples = job.total_steps = 9
     job.step, job.resumable, job.server_life = step, True, "fake@1"
-    scheduler.store.add_job(job, max_queued=9)
+    asyncio.run(scheduler.store.add_job(job, max_queued=9))
     return job
 
 
@@ -158,6 +159,16 @@ def test_lost_steps_are_counted_in_the_life_of_their_server_alone(scheduler, tmp
     stored = scheduler.store.job(job.id)
     assert (stored.step, stored.state, stored.resumable) == (counted, State.queued, True)
     assert bool(scheduler.store.get_meta("unsaved")) == (counted == 5)
+
+
+@pytest.mark.parametrize(("server_life", "unsaved"), [("fake@1", "1"), ("fake@2", "")])
+def test_weights_of_a_server_that_is_gone_need_no_checkpoint(scheduler, tmp_path, server_life, unsaved):
+    """The idle checkpoint would be one of weights that nobody has trained; those of the same server still need it."""
+    hello = FakeRanks("unused", tmp_path / "journal").hello()
+    scheduler.reconcile(msgspec.structs.replace(hello, server_life="fake@1"))
+    scheduler.store.set_meta("unsaved", "1")
+    scheduler.reconcile(msgspec.structs.replace(hello, server_life=server_life))
+    assert scheduler.store.get_meta("unsaved") == unsaved
 
 
 @pytest.mark.parametrize(("step", "counted"), [(3, 3), (4, 4), (5, 3), (9, 3)])

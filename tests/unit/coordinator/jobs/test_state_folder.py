@@ -256,5 +256,5 @@ def test_of_an_upload_that_fails_nothing_stays(tmp_path: Path, monkeypatch: pyte
     with CoordinatorProcess(tmp_path) as coordinator:
         part = {"file": ("train.jsonl", b'{"messages": []}\n')}
         answer = httpx.post(f"{coordinator.url}/v1/files", files=part, data={"purpose": "fine-tune"}, timeout=30)
-        assert answer.status_code == 500
+        assert answer.status_code == 507
         assert not list((tmp_path / "state" / "files").iterdir())

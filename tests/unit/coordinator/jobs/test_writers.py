@@ -1,8 +1,12 @@
 """TensorBoard and Weights & Biases by config: the curves are on disk, without a network."""
 
+from types import SimpleNamespace
+
 import pytest
 
+from apollo_tp.coordinator.jobs.writers import Writer
 from tests.support.fakes import CoordinatorProcess, FakeRanks, wait_for
+from tests.support.figures import step_figures
 
 ONE = {"context_ids": [1, 2], "continuation_ids": [3, 4]}
 
@@ -51,3 +55,25 @@ def test_a_missing_tool_is_a_sentence(tmp_path, monkeypatch):
     coordinator = CoordinatorProcess(tmp_path, writers={"tensorboard_dir": str(tmp_path / "tb")}, env=env)
     with pytest.raises(AssertionError, match="pip install tensorboard"):
         coordinator.start()
+
+
+def test_a_file_in_place_of_the_folder_is_refused_with_its_option(tmp_path):
+    pytest.importorskip("tensorboard")
+    (tmp_path / "tb").write_text("mine")
+    coordinator = CoordinatorProcess(tmp_path, writers={"tensorboard_dir": str(tmp_path / "tb")})
+    with pytest.raises(
+        AssertionError, match=r"service\.writers\.tensorboard_dir: got .*/tb .*expected a writable folder"
+    ):
+        coordinator.start()
+    assert "Traceback" not in coordinator.log_path.read_text()
+
+
+def test_tokens_go_on_over_jobs():
+    """As the axis does, the weight version."""
+    written = []
+    with Writer("test", written.append, lambda: None) as writer:
+        for job_id, version in (("a", 1), ("a", 2), ("b", 3)):
+            writer(SimpleNamespace(id=job_id, tokens=4), step_figures(weight_version=version))
+    assert [(job, version, values["tokens"]) for job, version, _, values in written] == [
+        ("a", 1, 4.0), ("a", 2, 8.0), ("b", 3, 12.0),
+    ]  # fmt: skip

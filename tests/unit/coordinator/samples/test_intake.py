@@ -3,10 +3,9 @@
 import pytest
 from transformers import AutoTokenizer
 
-from apollo_tp.coordinator.jobs.job import Truncate
 from apollo_tp.coordinator.samples.conversation import Template
 from apollo_tp.coordinator.samples.intake import Intake, Limits
-from apollo_tp.coordinator.samples.schema import Message, SampleBody, TrainBody, decode
+from apollo_tp.coordinator.samples.schema import Message, SampleBody, TrainBody, Truncate, decode
 from apollo_tp.errors import RequestError
 from tests.support.chat_model import CALLING, PROMPTED_CALLS, THINKING_CALLS, TURNS, tool_round, write_model
 from tests.support.served_model import renderer_of

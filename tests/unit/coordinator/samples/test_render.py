@@ -3,11 +3,10 @@
 import pytest
 from transformers import AutoTokenizer
 
-from apollo_tp.coordinator.jobs.job import Truncate
 from apollo_tp.coordinator.samples.conversation import MARK, Chat
 from apollo_tp.coordinator.samples.intake import Intake, Limits
 from apollo_tp.coordinator.samples.render import Renderer
-from apollo_tp.coordinator.samples.schema import Message, Preference, PreferenceLine, SampleBody
+from apollo_tp.coordinator.samples.schema import Message, Preference, PreferenceLine, SampleBody, Truncate
 from apollo_tp.errors import ConfigError, RequestError
 from apollo_tp.shards.serving import TOKENIZER_FILE, ChatTemplate, Serving
 from tests.support.chat_model import (

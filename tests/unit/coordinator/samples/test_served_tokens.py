@@ -10,9 +10,8 @@ from typing import Any
 
 import pytest
 
-from apollo_tp.coordinator.jobs.job import Truncate
 from apollo_tp.coordinator.samples.intake import Intake, Limits
-from apollo_tp.coordinator.samples.schema import Message, SampleBody
+from apollo_tp.coordinator.samples.schema import Message, SampleBody, Truncate
 from apollo_tp.errors import RequestError
 from tests.support.served_model import publish_folder, renderer_of
 from tests.support.tokenizer_zoo import KINDS

@@ -1,4 +1,5 @@
-"""A pass over traced layers: a row-parallel product and the residual that is added to it become one operator.
+"""Passes over traced layers: a row-parallel product and the residual that is added to it become one operator, and sums over
+ranks keep their order.
 
 Where the sum over two ranks is a kernel that reads the other rank's memory, the residual is added there, which saves a pass
 over memory.
@@ -6,10 +7,13 @@ over memory.
 
 from __future__ import annotations
 
+import operator
+
 import torch
 from torch import fx
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
+from apollo_tp.distributed import collectives
 from apollo_tp.model import tp_linear
 
 
@@ -36,7 +40,7 @@ class JoinResiduals(CustomGraphPass):
 
     def uuid(self) -> bytes:
         """The key of this pass in caches of compiled code: change it whenever the pass changes."""
-        return b"apollo_tp.model.residuals 1"
+        return b"apollo_tp.model.sum_passes.JoinResiduals 2"
 
 
 def _has_one_use(node: object) -> bool:
@@ -48,3 +52,29 @@ def _match(product: fx.Node, residual: object) -> bool:
         return False
     one, other = product.meta["val"], residual.meta["val"]
     return bool(one.dtype == other.dtype and one.shape == other.shape)
+
+
+class OrderSums(CustomGraphPass):
+    """Let each sum over ranks depend on the one before it, in the order in which they were traced.
+
+    Two sums may be independent of each other (attention and MLP of a parallel residual; a joined product's input and what
+    else uses it). The compiler could then order them by the shapes of a rank, which differ where a cut is uneven, and ranks
+    would add up different tensors.
+    """
+
+    def __call__(self, graph: fx.Graph) -> None:
+        before: fx.Node | None = None
+        for node in list(graph.nodes):
+            if node.target not in (collectives.all_reduce, *tp_linear.SUMS):
+                continue
+            if before is not None:
+                node.kwargs = {**node.kwargs, "after": before}
+            before = node
+            if node.target == tp_linear.column_backward:  # which has two results
+                with graph.inserting_after(node):
+                    before = graph.call_function(operator.getitem, (node, 0))
+                before.meta["val"] = node.meta["val"][0]
+
+    def uuid(self) -> bytes:
+        """See JoinResiduals.uuid."""
+        return b"apollo_tp.model.sum_passes.OrderSums 1"

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from apollo_tp.config import EmbeddingMode, OptimConfig, OptimizerKind
 from apollo_tp.optim.optimizer import learning_rate
-from apollo_tp.optim.projection import projection_matrix
+from apollo_tp.optim.projection import gaussian, sign_words, stream_key, unpack_signs
 
 
 @dataclass
@@ -125,3 +125,15 @@ class ReferenceOptimizer:
         scale = small / rank if config.scale == "auto" else float(config.scale)
         update = update * (bias * math.sqrt(scale))
         return state, update if rows_are_channels else update.T
+
+
+def projection_matrix(seed: int, name: str, refresh: int, columns: Tensor, rank: int, kind: str) -> Tensor:
+    """The projection of ``name``, fp32 [columns, r], entries of variance 1 / r: Rademacher or Gaussian.
+
+    ``columns`` are global indices along the contracted (smaller) dimension of the checkpoint tensor. The projected
+    gradient is ``channels_first_gradient @ projection_matrix(...)``.
+    """
+    key = stream_key(seed, name, "projection")
+    if kind == "gaussian":
+        return gaussian(key, refresh, columns, rank) / math.sqrt(rank)
+    return unpack_signs(sign_words(key, refresh, columns, rank), rank) / math.sqrt(rank)

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import AutoConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from apollo_tp.vllm_plugin.compat.rotary import yarn_refusals
+from apollo_tp.vllm_plugin.compat.refusals import yarn_refusals
 
 L4 = math.log(4)
 

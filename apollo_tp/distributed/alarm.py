@@ -1,0 +1,102 @@
+"""How a rank that has failed wakes the others, which may wait for it on their device or in a collective."""
+
+from __future__ import annotations
+
+import logging
+import mmap
+import os
+import threading
+import time
+from collections.abc import Sequence
+
+import msgspec
+
+from apollo_tp.distributed.control import Control
+from apollo_tp.distributed.tp_group import TPGroup
+from apollo_tp.runtime.processes import ProcessId
+
+log = logging.getLogger("apollo_tp")
+
+POLL_SECONDS = 0.25
+GRACE_SECONDS = 2.0
+"""How long ranks have to notice a failure by themselves. What they have launched completely still ends in this time."""
+_BYTES = 4
+
+
+class Alarm:
+    """One number in shared memory for each rank: the epoch in which it failed. An epoch is the life of a compute group.
+
+    All ranks count epochs together (``next_epoch``), so numbers of an earlier epoch mean nothing.
+    ``ranks`` are the processes of all ranks; ``memory`` has four bytes for each, and is the same for all of them.
+    """
+
+    def __init__(self, rank: int, ranks: Sequence[ProcessId], memory: mmap.mmap | bytearray) -> None:
+        self._rank, self._ranks = rank, list(ranks)
+        self._failed = memoryview(memory).cast("i")
+        self._epoch = 1
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    @classmethod
+    def join(cls, control: Control) -> Alarm:
+        """The alarm of all ranks, which run on one host as one user. Collective: one gather, one agreement."""
+        fd = os.memfd_create("apollo_tp_alarm", os.MFD_CLOEXEC) if control.rank == 0 else -1
+        if control.rank == 0:
+            os.ftruncate(fd, _BYTES * control.size)
+        me = ProcessId.of(os.getpid())
+        assert me is not None
+        rows = [msgspec.json.decode(row) for row in control.gather(msgspec.json.encode((me.pid, me.start_ticks, fd)))]
+        with control.agree():
+            shared = os.open(f"/proc/{rows[0][0]}/fd/{rows[0][2]}", os.O_RDWR | os.O_CLOEXEC)
+            memory = mmap.mmap(shared, _BYTES * control.size)
+            os.close(shared)
+        return cls(control.rank, [ProcessId(pid, ticks) for pid, ticks, _ in rows], memory)
+
+    def ring(self) -> None:
+        """This rank has failed, or must not be waited for any longer. From any thread."""
+        self._failed[self._rank] = self._epoch
+
+    def is_ringing(self) -> bool:
+        """Whether a rank has failed in this epoch."""
+        return self._epoch in self._failed.tolist()
+
+    def all_run(self) -> bool:
+        """Whether the processes of all ranks run."""
+        return all(rank.alive() for rank in self._ranks)
+
+    def next_epoch(self) -> None:
+        """On all ranks, once they have agreed on a failure and before they form a compute group again. Local."""
+        self._epoch += 1
+
+    def watch(self, tp: TPGroup) -> None:
+        """Start a thread that aborts ``tp`` GRACE_SECONDS after a rank has failed or ended, if this rank still waits in it.
+
+        Work that waits on the device then runs on with whatever is in its memory, so what it computes must not be used:
+        see ``TPGroup`` for canaries, and ``PeerBuffers.intact``.
+        """
+        if tp.size > 1:
+            self._thread = threading.Thread(target=self._watch, args=(tp,), name="alarm", daemon=True)
+            self._thread.start()
+
+    def stop(self) -> None:
+        """End the thread."""
+        self._stop.set()
+        if self._thread is not None:
+            self._thread.join(5)
+
+    def _watch(self, tp: TPGroup) -> None:
+        aborted = None
+        while not self._stop.wait(POLL_SECONDS):
+            group, epoch = tp.group, self._epoch
+            if group is None or group is aborted or not (self.is_ringing() or not self.all_run()):
+                continue
+            deadline = time.monotonic() + GRACE_SECONDS
+            while time.monotonic() < deadline and tp.group is group:
+                if self._stop.wait(POLL_SECONDS):
+                    return
+            if tp.group is group and self._epoch == epoch:
+                log.error(
+                    "rank %d: another rank failed or ended: the collectives that wait for it are aborted", self._rank
+                )
+                tp.abort()
+                aborted = group

@@ -1,0 +1,130 @@
+"""A rank that failed wakes the others: real processes, one memory, and a group whose ``abort`` is recorded."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from apollo_tp.distributed import alarm as module
+from apollo_tp.distributed import tp_group
+from apollo_tp.distributed.alarm import Alarm
+from apollo_tp.distributed.control import Control
+from apollo_tp.distributed.tp_group import TPGroup
+from apollo_tp.errors import DeadlineError
+from apollo_tp.runtime.processes import ProcessId
+from tests.support.locked_server import eventually
+from tests.support.ranks import run_ranks
+
+
+def _check_alarm(tp: TPGroup) -> None:
+    alarm = Alarm.join(Control(tp.rank, tp.size))
+    assert not alarm.is_ringing()
+    assert alarm.all_run()
+    dist.barrier()
+    if tp.rank == 1:
+        alarm.ring()
+    dist.barrier()
+    assert alarm.is_ringing(), "every rank hears it"
+    if tp.rank == 0:
+        alarm.next_epoch()
+        assert not alarm.is_ringing(), "of a failure that is over, whatever the other rank has done about it by now"
+    dist.barrier()
+    alarm._epoch = 2
+    if tp.rank == 1:
+        alarm.ring()
+    dist.barrier()
+    assert alarm.is_ringing()
+
+
+def test_all_ranks_hear_it_and_forget_it_with_the_group() -> None:
+    run_ranks(_check_alarm, 2)
+
+
+class Waiting(TPGroup):
+    """A group in which this rank waits; it notes when it is aborted."""
+
+    def __init__(self) -> None:
+        super().__init__(0, 2, group="first")  # type: ignore[arg-type]
+        self.aborted: list[object] = []
+
+    def abort(self) -> None:
+        self.aborted.append(self.group)
+
+
+def _alarm(ranks: list[ProcessId]) -> Alarm:
+    module.POLL_SECONDS, module.GRACE_SECONDS = 0.02, 0.3
+    return Alarm(0, ranks, bytearray(8))
+
+
+ME = ProcessId.of(os.getpid())
+assert ME is not None
+
+
+def _watch(alarm: Alarm, seconds: float, fail: bool = True, leave: bool = False) -> list[object]:
+    """The groups that were aborted within some time."""
+    tp = Waiting()
+    alarm.watch(tp)
+    if fail:
+        alarm._failed[1] = 1
+    if leave:
+        time.sleep(0.1)
+        tp.group = None  # dissolved, by the main thread
+    time.sleep(seconds)
+    alarm.stop()
+    return tp.aborted
+
+
+def test_a_rank_that_still_waits_when_another_failed_is_woken_once() -> None:
+    started = time.monotonic()
+    tp, alarm = Waiting(), _alarm([ME, ME])
+    alarm.watch(tp)
+    alarm._failed[1] = 1
+    assert eventually(lambda: tp.aborted) >= 0.25, "ranks have some time to notice by themselves"
+    time.sleep(0.5)
+    alarm.stop()
+    assert tp.aborted == ["first"]
+    assert time.monotonic() - started < 5
+
+
+def test_a_dead_rank_is_not_waited_for() -> None:
+    assert _watch(_alarm([ME, ProcessId(2**22 + 1, 0)]), 1.0, fail=False) == ["first"]
+
+
+def test_a_rank_that_left_the_group_by_itself_is_left_alone() -> None:
+    assert _watch(_alarm([ME, ME]), 1.0, leave=True) == []
+    assert _watch(_alarm([ME, ME]), 1.0, fail=False) == []
+
+
+def _leave(tp: TPGroup) -> bool:
+    """Rank 1 leaves the group, as after an error; whether the other has heard it."""
+    alarm = Alarm.join(Control(tp.rank, tp.size))
+    tp.on_leave = alarm.ring
+    dist.barrier()
+    if tp.rank == 1:
+        tp.dissolve()
+    else:
+        eventually(alarm.is_ringing)
+    return alarm.is_ringing()
+
+
+def test_who_leaves_the_group_rings() -> None:
+    assert run_ranks(_leave, 2) == [True, True]
+
+
+def test_a_device_that_does_not_come_to_rest_is_not_waited_for() -> None:
+    """A stand-in for the device, which waits for ever: the wait ends with an error all the same."""
+    forever = threading.Event()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "is_initialized", lambda: True)
+        patch.setattr(torch.cuda, "current_device", lambda: 3)
+        patch.setattr(torch.cuda, "synchronize", lambda device: forever.wait())
+        patch.setattr(tp_group, "DEVICE_SECONDS", 0.2)
+        with pytest.raises(DeadlineError, match="GPU 3 still busy 0 s after"):
+            TPGroup.single().dissolve()
+        forever.set()
+        TPGroup.single().dissolve()

@@ -1,0 +1,95 @@
+"""What rank 0's loop tells the coordinator, in which order, over a trainer that does nothing."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from apollo_tp.distributed.control import Control
+from apollo_tp.distributed.tp_group import TPGroup
+from apollo_tp.training.rank_loop import RankLoop
+from apollo_tp.wire import codec, commands
+from tests.support.figures import step_figures
+from tests.support.rank_services import RecordingServices
+
+HELLO = commands.Hello(
+    id="", protocol_version=commands.PROTOCOL_VERSION, instance_id="i", server_life="i@1", model_path="m",
+    served_model_names=["m"], num_ranks=1, vocab_size=9, max_sequence_tokens=9, weight_version=7, num_parameters=1,
+    optimizer="apollo", gradients="stored",
+)  # fmt: skip
+
+
+class Services(RecordingServices):
+    def hello(self, command_id: str = "") -> commands.Hello:
+        self.hellos.append(command_id)
+        return HELLO
+
+
+class RecordingLink:
+    """A coordinator that sends ``frames``; ``log`` is what it hears, with the states of the heartbeats."""
+
+    def __init__(self, *frames: bytes) -> None:
+        self.frames, self.log = list(frames), []  # type: ignore[var-annotated]
+
+    def receive(self, timeout_seconds: float) -> bytes:
+        return self.frames.pop(0)
+
+    def send(self, reply: commands.AnyReply) -> None:
+        self.log.append(type(reply).__name__)
+
+    def working_on(self, command_id: str, weight_version: int) -> None:
+        self.log.append((command_id, weight_version))
+
+
+def _loop(link: RecordingLink) -> RankLoop:
+    """Over a trainer whose first step is written and whose second one raises."""
+
+    def step(samples: Any, learning_rate_scale: float) -> commands.StepFigures:
+        if trainer.weight_version > 7:
+            raise ValueError("injected")
+        trainer.weight_version += 1
+        return step_figures(weight_version=trainer.weight_version)
+
+    trainer = SimpleNamespace(
+        step=step, tp=TPGroup.single(), weight_version=7, device=torch.device("cpu"), peak_memory_bytes=lambda: 0,
+        abandon_step=lambda: None, rejoin=lambda: None, optimizer=SimpleNamespace(progress=lambda: (0, 0)),
+    )  # fmt: skip
+    return RankLoop(trainer, Services(), Control(0, 1), link)  # type: ignore[arg-type]
+
+
+def _step(number: int) -> bytes:
+    return codec.encode(commands.Step(id=f"j/{number}", job_id="j", job_step=number, samples=[]))
+
+
+STARTED = [("", 7), "Hello"]
+STEPPED = [("j/1", 7), ("", 8), "StepDone"]
+FAILED = [("j/2", 8), ("", 8), "CommandFailed"]
+
+
+def test_the_loop_says_who_it_is_and_then_what_it_works_on() -> None:
+    """Heartbeats show the command that is executed, and the weights' version after it; each command has one reply."""
+    link = RecordingLink(b"", _step(1), b"", _step(2), codec.encode(commands.Shutdown(id="s", reason="enough")))
+    assert _loop(link).run() == "enough"
+    assert link.log == [*STARTED, *STEPPED, *FAILED]
+
+
+@pytest.mark.parametrize("busy", [False, True])
+def test_a_signal_ends_the_loop_after_the_command_that_is_executed(busy: bool) -> None:
+    """With its reply; what the coordinator sent meanwhile is left to the next trainer."""
+    link = RecordingLink(_step(1), _step(2))
+    loop = _loop(link)
+    if busy:
+        step = loop.trainer.step
+
+        def signalled(*arguments: Any) -> commands.StepFigures:
+            loop.stop("got SIGTERM")
+            return step(*arguments)
+
+        loop.trainer.step = signalled  # type: ignore[method-assign]
+    else:
+        loop.stop("got SIGTERM")
+    assert loop.run() == "got SIGTERM"
+    assert link.log == [*STARTED, *(STEPPED if busy else [])]
