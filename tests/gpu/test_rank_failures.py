@@ -8,7 +8,6 @@ import os
 import shlex
 import shutil
 import subprocess
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,7 +19,6 @@ import torch.distributed as dist
 from apollo_tp.config import Precision
 from apollo_tp.distributed.alarm import Alarm
 from apollo_tp.distributed.control import Control
-from apollo_tp.distributed.peer_kernels import barrier
 from apollo_tp.distributed.tp_group import TPGroup
 from apollo_tp.errors import CollectiveError
 from apollo_tp.optim import Optimizer, OptimParameter
@@ -37,41 +35,6 @@ pytestmark = [pytest.mark.gpu, pytest.mark.timeout(600)]
 TIMEOUT = datetime.timedelta(seconds=300)
 SHAPES = (1024, 256, 1024)
 """Rows, contracted and columns of a product in bf16 whose sum is 2 MiB."""
-
-
-def _pads() -> list[torch.Tensor]:
-    return list(torch.zeros(2, 4, dtype=torch.int32, device="cuda")[:, :1])
-
-
-def test_a_barrier_lets_two_streams_meet_in_both_orders() -> None:
-    """Two streams of one GPU in place of two GPUs."""
-    first, second = _pads()
-    aborted, intact = torch.zeros(1, dtype=torch.int32, pin_memory=True), torch.ones(1, device="cuda")
-    barrier(first, second, aborted, intact)  # compiles
-    barrier(second, first, aborted, intact)
-    streams = [torch.cuda.Stream() for _ in range(2)]
-    torch.cuda.synchronize()
-    started = time.perf_counter()
-    for number in range(1000):
-        for mine, theirs, stream in ((first, second, streams[0]), (second, first, streams[1]))[:: 1 - 2 * (number % 2)]:
-            with torch.cuda.stream(stream):
-                barrier(mine, theirs, aborted, intact)
-    torch.cuda.synchronize()
-    print(f"{(time.perf_counter() - started) * 1e3:.1f} us a barrier, launches of both sides included")
-    assert intact.item() == 1
-    assert first.item() == second.item() == 0
-
-
-def test_a_barrier_that_nobody_joins_returns_when_it_is_aborted() -> None:
-    mine, theirs = _pads()
-    aborted, intact = torch.zeros(1, dtype=torch.int32, pin_memory=True), torch.ones(1, device="cuda")
-    threading.Timer(1.0, lambda: aborted.fill_(1)).start()
-    started = time.monotonic()
-    for _ in range(200):  # a step's; all others return as soon as they look
-        barrier(mine, theirs, aborted, intact)
-    torch.cuda.synchronize()
-    assert 0.9 < time.monotonic() - started < 5
-    assert intact.item() == 0, "what follows is known to be wrong"
 
 
 class InjectedError(Exception):
