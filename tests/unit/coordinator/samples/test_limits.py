@@ -107,6 +107,20 @@ def test_a_text_is_measured_before_it_is_tokenised(tmp_path, truncate, monkeypat
     assert intake.sequences(fits, "")[0].token_ids[:5] == renderer.encode("thanks. thanks. thanks. thanks.")[:5]
 
 
+def test_others_run_while_a_text_is_tokenised(tmp_path):
+    """The library's encode() keeps the interpreter's lock until it has finished."""
+    renderer = renderer_of(write_model(tmp_path))
+    thread = threading.Thread(target=renderer.encode, args=("Hello there, how are you? " * 40_000,))
+    start = last = time.perf_counter()
+    longest = 0.0
+    thread.start()
+    while thread.is_alive():
+        time.sleep(0.001)
+        now = time.perf_counter()
+        longest, last = max(longest, now - last), now
+    assert longest < (time.perf_counter() - start) / 3
+
+
 @pytest.mark.parametrize(
     ("body", "field"),
     [
