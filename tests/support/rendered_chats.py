@@ -101,11 +101,11 @@ def by_vllm(client: Any, args: Any, body: dict[str, Any]) -> str:
 
 
 def by_us(renderer: Renderer, body: dict[str, Any]) -> str:
-    """The text of the tokens that are trained on."""
+    """The text of the tokens, all of them context: turns that the template does not show completely are not learned."""
     sample = decode(json.dumps(body).encode(), SampleBody)
     assert sample.messages is not None
     turns = sum(message.role == "assistant" for message in sample.messages)
-    ids, _ = renderer.chat(Chat(sample.messages, sample.tools, sample.chat_template_kwargs), [1.0] * turns, 10_000)
+    ids, _ = renderer.chat(Chat(sample.messages, sample.tools, sample.chat_template_kwargs), [0.0] * turns, 10_000)
     return renderer._tokenizer.decode(ids, skip_special_tokens=False)
 
 
