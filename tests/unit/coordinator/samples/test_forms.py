@@ -179,13 +179,14 @@ LINE = json.dumps(PLAIN | {"text": "é"}, ensure_ascii=False)
     ("content", "kind"),
     [
         (LINE.encode("utf-16"), "UTF-16"), (LINE.encode("utf-16-le"), "UTF-16"), (LINE.encode("utf-16-be"), "UTF-16"),
-        (LINE.encode("utf-32"), "UTF-32"), (gzip.compress(LINE.encode()), "gzip"), (archive(), "zip"),
+        (LINE.encode("utf-32"), "UTF-32"), (gzip.compress(LINE.encode(), mtime=0), "gzip"), (archive(), "zip"),
         (bz2.compress(LINE.encode()), "bzip2"), (lzma.compress(LINE.encode()), "xz"), (b"PAR1\x15\x00", "Parquet"),
         (b"\x28\xb5\x2f\xfd\x00", "zstd"), (json.dumps([PLAIN]).encode(), "JSON array"),
         (json.dumps([PLAIN], indent=1).encode(), "JSON array"), (json.dumps(PLAIN, indent=2).encode(), "pretty-printed"),
         (b'{"messages": [\n{"role": "user", "content": "x"}\n]}', "pretty-printed"), (b"prompt,completion\na,b\n", "CSV"),
         (b"prompt\tcompletion\na\tb\n", "CSV"),
     ],
+    ids=lambda value: value if isinstance(value, str) else "file",
 )  # fmt: skip
 def test_files_of_another_kind_are_named(content, kind):
     """In the words of their kind, with what is expected."""

@@ -90,7 +90,7 @@ def test_an_error_of_a_sample_has_its_place_everywhere(stack, tmp_path, capsys, 
 @pytest.mark.parametrize(
     ("content", "kind"),
     [
-        (CONTENT.decode("utf-8-sig").encode("utf-16"), "UTF-16 text"), (gzip.compress(CONTENT), "gzip"),
+        (CONTENT.decode("utf-8-sig").encode("utf-16"), "UTF-16 text"), (gzip.compress(CONTENT, mtime=0), "gzip"),
         (json.dumps(SAME).encode(), "JSON array"), (json.dumps(PLAIN, indent=2).encode(), "pretty-printed"),
         (b"prompt,completion\na,b", "CSV"),
     ],
