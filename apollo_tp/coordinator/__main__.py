@@ -21,6 +21,7 @@ import zmq.asyncio
 
 from apollo_tp.coordinator.http.app import build_app
 from apollo_tp.coordinator.http.auth import load_access
+from apollo_tp.coordinator.http.connections import bounded_protocol
 from apollo_tp.coordinator.http.curve import CurveListener
 from apollo_tp.coordinator.http.metrics import Metrics
 from apollo_tp.coordinator.http.service import Service, model_digest, model_vocab_size
@@ -88,7 +89,10 @@ async def serve(settings: Settings) -> None:
         curve = CurveListener(context, settings.service.zmq)
         stack.callback(curve.close)
         tunnels.append(Tunnel(context, curve.bind, app))
-    config = uvicorn.Config(app, log_config=None, access_log=False, lifespan="off", timeout_graceful_shutdown=2)
+    config = uvicorn.Config(
+        app, http=bounded_protocol(), ws="none", log_config=None, access_log=False, lifespan="off", proxy_headers=False,
+        timeout_graceful_shutdown=2,
+    )  # fmt: skip
     server = uvicorn.Server(config)
     server.install_signal_handlers = lambda: None  # type: ignore[attr-defined]
     stop = asyncio.Event()
