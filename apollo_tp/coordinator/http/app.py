@@ -26,6 +26,7 @@ def build_app(service: Service, access: Access, figures: metrics.Metrics, valida
         version=__version__,
         description="Train the model that a server is serving.",
         redoc_url=None,
+        redirect_slashes=False,  # a redirect's Location would repeat whatever Host the client sent
         static_url="/docs/assets",
         swagger_ui_parameters={"validatorUrl": None},  # otherwise Swagger UI sends the document to a public validator
         responses={"2XX": {"description": "Done"}, "4XX": {"model": ErrorBody}, "5XX": {"model": ErrorBody}},

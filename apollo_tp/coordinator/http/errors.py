@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import secrets
+import sqlite3
 from typing import Any
 
 from fastapi.exceptions import RequestValidationError
@@ -12,7 +13,8 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
 
 from apollo_tp.coordinator.jobs.rank_link import RanksGoneError
-from apollo_tp.errors import DeadlineError, RankFailedError, RequestError
+from apollo_tp.errors import DeadlineError, RankFailedError, RequestError, refuse
+from apollo_tp.runtime.owned_folder import FULL_DISK
 
 log = logging.getLogger(__name__)
 
@@ -48,6 +50,7 @@ class ErrorBody(BaseModel):
 
 def error_response(error: Exception) -> Response:
     """The JSON body and status of an error; 500 with an id, logged, for an unforeseen one."""
+    error = full_disk(error) or error
     known = next((found for kind, found in STATUS.items() if isinstance(error, kind)), None)
     if known is None:
         identity = secrets.token_hex(6)
@@ -68,7 +71,23 @@ def error_response(error: Exception) -> Response:
         details |= {"got": error.got, "expected": error.expected}
     if status in (429, 503):
         headers["Retry-After"] = "5"
+    if status == 408:
+        headers["Connection"] = "close"  # the rest of the body is not waited for
     return JSONResponse({"error": details}, status_code=status, headers=headers)
+
+
+def full_disk(error: Exception) -> RequestError | None:
+    """What a client is told if ``error`` says that the disk is full; None for another error."""
+    by_sqlite = isinstance(error, sqlite3.OperationalError) and error.sqlite_errorcode == sqlite3.SQLITE_FULL
+    if not by_sqlite and not (isinstance(error, OSError) and error.errno in FULL_DISK):
+        return None
+    return no_room("some bytes", "the disk of service.state_dir is full")
+
+
+def no_room(needed: str, free: str) -> RequestError:
+    """A RequestError 507: the disk has no room for what a request brings."""
+    return refuse("body", f"{needed} to store, and {free}", "as much free space and some more; delete files or free space",
+                  status=507, code="disk_full")  # fmt: skip
 
 
 async def handle_error(request: Any, error: Exception) -> Response:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import hashlib
 import time
 from collections.abc import Callable, Sequence
@@ -14,7 +15,7 @@ from fastapi import Depends
 from starlette.requests import Request
 
 from apollo_tp.coordinator.http.parameters import PageQuery
-from apollo_tp.coordinator.http.views import CachedStatus
+from apollo_tp.coordinator.http.views import CachedLayout, CachedStatus
 from apollo_tp.coordinator.jobs.job import Job, State, Truncate, check_action
 from apollo_tp.coordinator.jobs.scheduler import Scheduler
 from apollo_tp.coordinator.jobs.store import Changes, Checkpoint, Store, StoredFile
@@ -42,6 +43,8 @@ class Service:
 
     def __post_init__(self) -> None:
         self.status = CachedStatus(self.scheduler, self.store, self.changes)
+        self.layout = CachedLayout()
+        self.streams: collections.Counter[str] = collections.Counter()
 
     def intake(self, truncate: Truncate) -> Intake:
         """An Intake with the current limits."""

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import math
+from collections.abc import AsyncIterator
 from typing import Annotated, Any
 
 import msgspec
 from fastapi import APIRouter, Query
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
 
 from apollo_tp.coordinator.http.job_routes import add_job_routes
 from apollo_tp.coordinator.http.parameters import (
@@ -22,7 +24,7 @@ from apollo_tp.coordinator.http.parameters import (
     json_body,
 )
 from apollo_tp.coordinator.http.service import Service, ServiceParts, found, listing, page_of
-from apollo_tp.coordinator.http.views import event_stream, event_view, job_view
+from apollo_tp.coordinator.http.views import event_stream, events_page, job_view
 from apollo_tp.coordinator.jobs.evaluation import score as score_samples
 from apollo_tp.coordinator.jobs.job import Job, State, new_job, plan_total_steps
 from apollo_tp.coordinator.jobs.store import Checkpoint
@@ -30,8 +32,10 @@ from apollo_tp.coordinator.samples.intake import spec_of
 from apollo_tp.coordinator.samples.render import Renderer
 from apollo_tp.coordinator.samples.sample_file import write_records
 from apollo_tp.coordinator.samples.schema import CheckpointBody, ScoreBody, TrainBody, decode
-from apollo_tp.errors import RequestError
+from apollo_tp.errors import RequestError, refuse
 from apollo_tp.wire.commands import Sample
+
+STREAMS_PER_CLIENT = 64
 
 router = APIRouter(route_class=StrictRoute)
 
@@ -125,10 +129,14 @@ async def status(service: ServiceParts) -> Response:
 
 
 @router.get("/train/layout")
-async def layout(service: ServiceParts) -> Response:
-    """Which part of which checkpoint tensor lies on which rank."""
-    hello = service.scheduler.link.hello
-    return JSONResponse({"object": "list", "data": hello.layout if hello else []})
+async def layout(request: Request, service: ServiceParts) -> Response:
+    """Which part of which checkpoint tensor lies on which rank; 304 to an If-None-Match with the ETag of the answer."""
+    body, tag = service.layout.body(service.scheduler.link.hello)
+    headers = {"ETag": tag, "Cache-Control": "no-cache"}
+    known = request.headers.get("if-none-match", "")
+    if known.strip() == "*" or tag in (part.strip().removeprefix("W/") for part in known.split(",")):
+        return Response(status_code=304, headers=headers)
+    return Response(body, media_type="application/json", headers=headers)
 
 
 @router.get("/train/jobs")
@@ -149,11 +157,28 @@ async def events(
     if last := request.headers.get("last-event-id"):
         query = EventsQuery.model_validate(query.model_dump() | {"after": last})
     if query.stream or "text/event-stream" in request.headers.get("accept", ""):
-        stream = event_stream(service.store, service.changes, job.id, query.after)
-        return StreamingResponse(stream, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
-    events = service.store.events(job.id, after=query.after, limit=query.limit + 1)
-    data = [event_view(event) for event in events[: query.limit]]
-    return JSONResponse(listing(data, len(events) > query.limit))
+        return EventStream(service, request.state.client, job.id, query.after)
+    body = await asyncio.to_thread(events_page, service.store, job.id, query.after, query.limit)
+    return Response(body, media_type="application/json")
+
+
+class EventStream(StreamingResponse):
+    """The events of a job as server-sent events. Raises RequestError 429 to a client that has STREAMS_PER_CLIENT open."""
+
+    def __init__(self, service: Service, client: str, job_id: str, after: int) -> None:
+        stream = event_stream(service.store, service.changes, job_id, after)
+        super().__init__(stream, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
+        self._open, self._client = service.streams, client
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if (count := self._open[self._client]) >= STREAMS_PER_CLIENT:
+            raise refuse("stream", f"{count} event streams of this client", "fewer; close one, or ask without stream",
+                         status=429, code="too_many_streams")  # fmt: skip
+        self._open[self._client] += 1
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._open[self._client] -= 1
 
 
 @router.post("/checkpoint", status_code=202, openapi_extra=json_body(CheckpointBody, required=False))

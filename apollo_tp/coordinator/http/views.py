@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
 from collections.abc import AsyncIterator
@@ -12,6 +13,7 @@ import msgspec
 from apollo_tp.coordinator.jobs.job import Event, Job, State
 from apollo_tp.coordinator.jobs.scheduler import Scheduler
 from apollo_tp.coordinator.jobs.store import Changes, Store
+from apollo_tp.wire import commands
 
 KEEP_ALIVE_SECONDS = 15.0
 STATUS_SECONDS = 0.2
@@ -86,10 +88,32 @@ class CachedStatus:
         return self._body
 
 
+class CachedLayout:
+    """The body of /train/layout and its ETag, made once per trainer: large models have thousands of rows."""
+
+    def __init__(self) -> None:
+        self._of: commands.Hello | None = None
+        self._body, self._tag = b"", ""
+
+    def body(self, hello: commands.Hello | None) -> tuple[bytes, str]:
+        """Body and ETag for the trainer that said ``hello``."""
+        if not self._body or hello is not self._of:
+            self._body = msgspec.json.encode({"object": "list", "data": hello.layout if hello else []})
+            self._of, self._tag = hello, f'"{hashlib.sha256(self._body).hexdigest()[:32]}"'
+        return self._body, self._tag
+
+
 def event_view(event: Event) -> dict[str, Any]:
     """An event as clients of /train see it."""
     view: dict[str, Any] = {"object": "train.event"} | msgspec.to_builtins(event)
     return view
+
+
+def events_page(store: Store, job_id: str, after: int, limit: int) -> bytes:
+    """The JSON of one page of events. Call it on a worker thread: ten thousand events take some time."""
+    events = store.events(job_id, after=after, limit=limit + 1)
+    data = [event_view(event) for event in events[:limit]]
+    return msgspec.json.encode({"object": "list", "data": data, "has_more": len(events) > limit})
 
 
 async def event_stream(store: Store, changes: Changes, job_id: str, after: int) -> AsyncIterator[bytes]:
