@@ -23,6 +23,7 @@ from apollo_tp.coordinator.http.app import build_app
 from apollo_tp.coordinator.http.auth import load_access
 from apollo_tp.coordinator.http.connections import bounded_protocol
 from apollo_tp.coordinator.http.curve import CurveListener
+from apollo_tp.coordinator.http.expiry import expire
 from apollo_tp.coordinator.http.metrics import Metrics
 from apollo_tp.coordinator.http.service import Service, model_digest, model_vocab_size
 from apollo_tp.coordinator.http.tunnel import Tunnel
@@ -109,6 +110,7 @@ async def serve(settings: Settings) -> None:
             "ranks": scheduler.link.run(),
             "scheduler": scheduler.run(),
             "wal": _fold_wal(store),
+            "expiry": expire(store, app.state.uploads),
             "parent": _watch_parent(settings.parent_pid),
             "stop": stop.wait(),
         }.items()

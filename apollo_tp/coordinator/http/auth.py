@@ -39,8 +39,8 @@ class Access:
         self._digests = [(scope, hashlib.sha256(token.encode()).digest()) for scope, token in tokens]
 
     def check(self, method: str, path: str, headers: Mapping[str, str], client: str | None) -> None:
-        """Raise RequestError 401 or 403 unless this request is allowed. GET /health is open. ``client`` is the address that it
-        came from; None if it came through a private socket or with a CURVE key."""
+        """Raise RequestError 401 or 403 unless this request is allowed. GET /health is open. ``client`` is the address that
+        it came from; None if it came through a private socket or with a CURVE key."""
         reads = method in ("GET", "HEAD")
         if path == "/health" and reads:
             return

@@ -1,8 +1,8 @@
 """Bounds on what clients of the TCP port may hold: connections, unfinished headers, answers that nobody reads.
 
-uvicorn has none of them: ``limit_concurrency`` refuses requests and not connections, ``timeout_keep_alive`` begins after the
-first answer and ends with the first byte of the next request, and httptools takes headers of any size. Bodies have a deadline
-in middleware.py, which requests through vLLM's port pass too.
+uvicorn has none of them: ``limit_concurrency`` refuses requests and not connections, ``timeout_keep_alive`` begins after
+the first answer and ends with the first byte of the next request, and httptools takes headers of any size. Bodies have a
+deadline in middleware.py, which requests through vLLM's port pass too.
 """
 
 from __future__ import annotations
@@ -33,7 +33,9 @@ def raise_file_limit() -> int:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = MAX_FILES if hard == resource.RLIM_INFINITY else min(hard, MAX_FILES)
     if soft != resource.RLIM_INFINITY and soft < wanted:
-        with contextlib.suppress(ValueError, OSError):  # refused by a sandbox: the limit of connections follows the old one
+        with contextlib.suppress(
+            ValueError, OSError
+        ):  # refused by a sandbox: the limit of connections follows the old one
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
             soft = wanted
     return MAX_FILES if soft == resource.RLIM_INFINITY else soft

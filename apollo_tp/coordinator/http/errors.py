@@ -50,7 +50,8 @@ class ErrorBody(BaseModel):
 
 def error_response(error: Exception) -> Response:
     """The JSON body and status of an error; 500 with an id, logged, for an unforeseen one."""
-    error = full_disk(error) or error
+    if is_full(error):
+        error = no_room(None, None)
     known = next((found for kind, found in STATUS.items() if isinstance(error, kind)), None)
     if known is None:
         identity = secrets.token_hex(6)
@@ -76,18 +77,18 @@ def error_response(error: Exception) -> Response:
     return JSONResponse({"error": details}, status_code=status, headers=headers)
 
 
-def full_disk(error: Exception) -> RequestError | None:
-    """What a client is told if ``error`` says that the disk is full; None for another error."""
-    by_sqlite = isinstance(error, sqlite3.OperationalError) and error.sqlite_errorcode == sqlite3.SQLITE_FULL
-    if not by_sqlite and not (isinstance(error, OSError) and error.errno in FULL_DISK):
-        return None
-    return no_room("some bytes", "the disk of service.state_dir is full")
+def is_full(error: Exception) -> bool:
+    """Whether ``error`` says that the disk is full."""
+    if isinstance(error, sqlite3.Error):
+        return getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL
+    return isinstance(error, OSError) and error.errno in FULL_DISK
 
 
-def no_room(needed: str, free: str) -> RequestError:
-    """A RequestError 507: the disk has no room for what a request brings."""
-    return refuse("body", f"{needed} to store, and {free}", "as much free space and some more; delete files or free space",
-                  status=507, code="disk_full")  # fmt: skip
+def no_room(needed: int | None, free: int | None) -> RequestError:
+    """A RequestError 507: the disk has no room for what a request brings. None: not known here."""
+    got = "a full disk" if needed is None else f"{needed} bytes to store, where {free} are free"
+    return refuse("body", got, "that much free space and some more below service.state_dir; delete files", status=507,
+                  code="disk_full")  # fmt: skip
 
 
 async def handle_error(request: Any, error: Exception) -> Response:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import hashlib
+import shutil
+import sqlite3
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -14,6 +17,8 @@ import msgspec
 from fastapi import Depends
 from starlette.requests import Request
 
+from apollo_tp.coordinator.http.bodies import LargeBodies
+from apollo_tp.coordinator.http.errors import is_full, no_room
 from apollo_tp.coordinator.http.parameters import PageQuery
 from apollo_tp.coordinator.http.views import CachedLayout, CachedStatus
 from apollo_tp.coordinator.jobs.job import Job, State, Truncate, check_action
@@ -22,9 +27,11 @@ from apollo_tp.coordinator.jobs.store import Changes, Checkpoint, Store, StoredF
 from apollo_tp.coordinator.samples.intake import Intake, Limits
 from apollo_tp.coordinator.samples.render import Renderer
 from apollo_tp.coordinator.settings import Settings
-from apollo_tp.errors import refuse
+from apollo_tp.errors import RequestError, refuse
 from apollo_tp.shards.serving import Serving
 
+SPARE_BYTES = 2**20
+"""Left free by uploads and new jobs: the jobs that are there must go on."""
 Record = TypeVar("Record", Job, Checkpoint, StoredFile)
 Listed = TypeVar("Listed", Checkpoint, StoredFile)
 
@@ -44,6 +51,8 @@ class Service:
     def __post_init__(self) -> None:
         self.status = CachedStatus(self.scheduler, self.store, self.changes)
         self.layout = CachedLayout()
+        self.large_bodies = LargeBodies(self.store.files_dir)
+        self._promised = 0  # bytes that requests in progress are writing
         self.streams: collections.Counter[str] = collections.Counter()
 
     def intake(self, truncate: Truncate) -> Intake:
@@ -61,15 +70,37 @@ class Service:
         self, page: PageQuery, view: Callable[[Job, Scheduler], dict[str, Any]], **filters: Any
     ) -> dict[str, Any]:
         """A page of jobs, newest first. ``filters`` are those of Store.page_of_jobs."""
+        if page.after and self.store.job(page.after) is None:
+            raise unknown_cursor(page.after, "a job")
         jobs, more = self.store.page_of_jobs(after=page.after or None, limit=page.limit, **filters)
         return listing([view(self.find_job(job.id), self.scheduler) for job in jobs], more)
 
     def check_disk(self, more: int) -> None:
         """Raise RequestError 413 if ``more`` bytes would exceed the quota."""
         limit = self.settings.service.max_state_bytes
-        if (used := self.store.used_bytes()) + more > limit:
+        if (used := self.store.used_bytes() + self._promised) + more > limit:
             got, expected = f"{more} bytes in addition to {used} in use", f"at most {limit} together; delete files"
             raise refuse("body", got, expected, status=413, code="disk_quota")
+
+    @contextlib.contextmanager
+    def storing(self, num_bytes: int) -> Iterator[None]:
+        """Room for so many bytes while the block writes them. Raises RequestError 413 if they exceed the quota, together
+        with what other requests are writing, and 507 if the disk has no room for them or becomes full meanwhile."""
+        self.check_disk(num_bytes)
+        if self._free() < num_bytes + SPARE_BYTES:
+            raise no_room(num_bytes, self._free())
+        self._promised += num_bytes
+        try:
+            yield
+        except (OSError, sqlite3.OperationalError) as error:
+            if not is_full(error):
+                raise
+            raise no_room(num_bytes, self._free()) from error
+        finally:
+            self._promised -= num_bytes
+
+    def _free(self) -> int:
+        return shutil.disk_usage(self.store.folder).free
 
     def act(self, job: Job, action: str) -> Job:
         """Cancel, pause or resume. A running job does so at its next step. Raises RequestError 409."""
@@ -119,10 +150,18 @@ def found(record: Record | None, kind: str, record_id: str) -> Record:
 
 
 def page_of(records: Sequence[Listed], page: PageQuery) -> tuple[Sequence[Listed], bool]:
-    """At most ``page.limit`` records after the one with id ``page.after``; and whether there are more."""
+    """At most ``page.limit`` records after the one with id ``page.after``; and whether there are more. Raises RequestError
+    if none has that id."""
     ids = [record.id for record in records]
-    start = ids.index(page.after) + 1 if page.after in ids else 0
+    if page.after and page.after not in ids:
+        raise unknown_cursor(page.after, "the last entry of the page before")
+    start = ids.index(page.after) + 1 if page.after else 0
     return records[start : start + page.limit], len(records) > start + page.limit
+
+
+def unknown_cursor(after: str, of: str) -> RequestError:
+    """The refusal of an ``after`` that is not in the list: another page than the asked one would repeat entries."""
+    return refuse("after", repr(after[:64]), f"the id of {of}; ask again without it")
 
 
 def listing(data: Sequence[dict[str, Any]], has_more: bool = False) -> dict[str, Any]:

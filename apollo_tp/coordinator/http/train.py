@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import AsyncIterator
+import mmap
 from typing import Annotated, Any
 
 import msgspec
@@ -13,6 +13,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
+from apollo_tp.coordinator.http.bodies import decode_body
 from apollo_tp.coordinator.http.job_routes import add_job_routes
 from apollo_tp.coordinator.http.parameters import (
     EventsQuery,
@@ -31,11 +32,13 @@ from apollo_tp.coordinator.jobs.store import Checkpoint
 from apollo_tp.coordinator.samples.intake import spec_of
 from apollo_tp.coordinator.samples.render import Renderer
 from apollo_tp.coordinator.samples.sample_file import write_records
-from apollo_tp.coordinator.samples.schema import CheckpointBody, ScoreBody, TrainBody, decode
-from apollo_tp.errors import RequestError, refuse
+from apollo_tp.coordinator.samples.schema import CheckpointBody, ScoreBody, TrainBody
+from apollo_tp.errors import refuse
 from apollo_tp.wire.commands import Sample
 
 STREAMS_PER_CLIENT = 64
+MAX_DRY_RUN_BYTES = 8 * 2**20
+"""The answer of a dry run is several times as large as its body, and is made in memory."""
 
 router = APIRouter(route_class=StrictRoute)
 
@@ -43,34 +46,38 @@ router = APIRouter(route_class=StrictRoute)
 @router.post("/train", status_code=202, openapi_extra=json_body(TrainBody))
 async def train(request: Request, query: Annotated[TrainQuery, Query()], service: ServiceParts) -> Response:
     """Queue a job (202), or wait for its end (200); `?dry_run=true` only shows the tokens and their weights."""
-    data = await request.body()
-    key = idempotency(request, "/train", data)
-    if not query.dry_run:
-        if key and (known := service.store.repeated(*key)):
-            return await _answer(service, query, decode(data, TrainBody), known, {"Idempotent-Replay": "true"})
-        service.store.check_room(service.settings.service.max_queued_jobs)
-        service.check_disk(len(data))
-    body, samples = await asyncio.to_thread(_read, service, data)
-    if query.dry_run:
-        shown = await asyncio.to_thread(_dry_run, service.renderer, body, samples)
-        return Response(shown, media_type="application/json")
-    job = await _store(service, body, samples, key)
-    return await _answer(service, query, body, job.id)
+    async with service.large_bodies.received(request) as data:
+        if query.dry_run:
+            return await _dry_run(service, data)
+        body, job_id, headers = await _accept(service, request, data)
+    return await _answer(service, query, body, job_id, headers)
+
+
+async def _accept(service: Service, request: Request, data: bytes | mmap.mmap) -> tuple[TrainBody, str, dict[str, str]]:
+    """Store the job of a request, unless that was done when the request came the first time. Returns the body, the job's id
+    and headers of the answer."""
+    key = await asyncio.to_thread(idempotency, request, "/train", data)
+    if key and (known := service.store.repeated(*key)):
+        return await asyncio.to_thread(decode_body, data, TrainBody), known, {"Idempotent-Replay": "true"}
+    service.store.check_room(service.settings.service.max_queued_jobs)
+    with service.storing(len(data)):
+        body, samples = await asyncio.to_thread(_read, service, data)
+        return body, (await _store(service, body, samples, key)).id, {}
 
 
 async def _answer(
-    service: Service, query: TrainQuery, body: TrainBody, job_id: str, headers: dict[str, str] | None = None
+    service: Service, query: TrainQuery, body: TrainBody, job_id: str, headers: dict[str, str]
 ) -> Response:
     """The job: 200 once it is over, for which this waits if asked to; else 202."""
     if body.wait or query.wait:
         await service.wait(lambda: service.find_job(job_id).terminal, body.wait_seconds)
     job = service.find_job(job_id)
-    headers = {"Location": f"/train/jobs/{job.id}"} | (headers or {})
+    headers = {"Location": f"/train/jobs/{job.id}"} | headers
     return JSONResponse(job_view(job, service.scheduler), status_code=200 if job.terminal else 202, headers=headers)
 
 
-def _read(service: Service, data: bytes) -> tuple[TrainBody, list[Sample]]:
-    body = decode(data, TrainBody)
+def _read(service: Service, data: bytes | mmap.mmap) -> tuple[TrainBody, list[Sample]]:
+    body = decode_body(data, TrainBody)
     return body, service.intake(body.truncate).train_samples(body)
 
 
@@ -84,14 +91,23 @@ async def _store(service: Service, body: TrainBody, samples: list[Sample], key: 
             path.unlink()
             return service.find_job(known)
         service.store.add_job(job, max_queued=service.settings.service.max_queued_jobs, idempotency=key)
-    except RequestError:
+    except BaseException:
         path.unlink()
         raise
     service.scheduler.wake()
     return job
 
 
-def _dry_run(renderer: Renderer | str, body: TrainBody, samples: list[Sample]) -> bytes:
+async def _dry_run(service: Service, data: bytes | mmap.mmap) -> Response:
+    if len(data) > MAX_DRY_RUN_BYTES:
+        raise refuse("body", f"{len(data)} bytes in a dry run", f"at most {MAX_DRY_RUN_BYTES} to be shown", status=413,
+                     code="body_too_large")  # fmt: skip
+    body, samples = await asyncio.to_thread(_read, service, data)
+    shown = await asyncio.to_thread(_shown, service.renderer, body, samples)
+    return Response(shown, media_type="application/json")
+
+
+def _shown(renderer: Renderer | str, body: TrainBody, samples: list[Sample]) -> bytes:
     shown = [
         {"token_ids": sample.token_ids, "weights": sample.weights,
          "tokens": None if isinstance(renderer, str) else renderer.decode(sample.token_ids)} for sample in samples
@@ -109,16 +125,17 @@ def _dry_run(renderer: Renderer | str, body: TrainBody, samples: list[Sample]) -
 @router.post("/train/score", openapi_extra=json_body(ScoreBody))
 async def score(request: Request, service: ServiceParts) -> Response:
     """Log-probabilities of samples under the trainer's weights of this moment, for `apollo-tp compare`. Trains nothing."""
-    body = decode(await request.body(), ScoreBody)
-    samples = await asyncio.to_thread(service.intake(body.truncate).samples, body.samples)
+    async with service.large_bodies.received(request) as data:
+        body = await asyncio.to_thread(decode_body, data, ScoreBody)
+        samples = await asyncio.to_thread(service.intake(body.truncate).samples, body.samples)
     scores = await score_samples(samples, service.scheduler.ask)
-    data = [
+    listed = [
         {"logprob": logprob if math.isfinite(logprob) else None, "weight": weight, "correct": correct,
          "num_tokens": len(sample.token_ids)}
         for sample, (logprob, weight, correct) in zip(samples, scores, strict=True)
     ]  # fmt: skip
     return JSONResponse(
-        {"object": "train.score", "weight_version": service.scheduler.link.weight_version, "data": data}
+        {"object": "train.score", "weight_version": service.scheduler.link.weight_version, "data": listed}
     )
 
 
@@ -185,7 +202,7 @@ class EventStream(StreamingResponse):
 async def checkpoint(request: Request, query: Annotated[WaitQuery, Query()], service: ServiceParts) -> Response:
     """Write the live weights and the optimizer state: 202 with an id, or 200 once it is written (`wait`)."""
     data = await request.body()
-    body = decode(data or b"{}", CheckpointBody)
+    body = decode_body(data or b"{}", CheckpointBody)
     key = idempotency(request, "/checkpoint", data)
     known = service.store.repeated(*key) if key else None
     checkpoint_id = known or service.scheduler.saver.request("request", idempotency=key).id

@@ -34,6 +34,7 @@ PARTS = ("train", "valid", "ref")
 """Extensions of a job's sample files: training, validation, and reference log-probabilities of preference pairs."""
 MAX_EVENTS = 1_000_000
 """Beyond this number, the oldest step events of finished jobs are deleted."""
+NO_FILTER: dict[str, str] = {}
 DATABASE = "jobs.sqlite3"
 _SAMPLES = rf"(?:ftjob|job)-[0-9a-f]{{24}}\.(?:{'|'.join(PARTS)})"
 OWN_SAMPLES = re.compile(rf"{_SAMPLES}|\.{_SAMPLES}\.[0-9]+")
@@ -70,6 +71,7 @@ class StoredFile(msgspec.Struct, kw_only=True):
     created_at: float
     purpose: str = "fine-tune"
     status: str = "processed"
+    expires_at: float | None = None
 
 
 class Changes:
@@ -227,16 +229,21 @@ class Store:
         return [msgspec.json.decode(row[0], type=Job) for row in rows]
 
     def page_of_jobs(
-        self, *, after: str | None, limit: int, source: str | None = None, metadata: dict[str, str] | None = None
+        self, *, after: str | None, limit: int, source: str | None = None, metadata: dict[str, str] | None = NO_FILTER
     ) -> tuple[list[Job], bool]:
-        """Jobs older than job ``after`` with all of ``metadata``, newest first. Also returns whether there are more."""
+        """Jobs older than job ``after`` with all of ``metadata`` (None: without any), newest first; and whether there are
+        more."""
         rows = self._db.execute(
             "SELECT data FROM jobs WHERE seq < COALESCE((SELECT seq FROM jobs WHERE id=?), 9e18)"
             " AND (? IS NULL OR source=?) ORDER BY seq DESC",
             (after, source, source),
         )
         jobs = (msgspec.json.decode(row[0], type=Job) for row in rows)
-        found = list(islice((job for job in jobs if (metadata or {}).items() <= job.spec.metadata.items()), limit + 1))
+        if metadata is None:
+            fits = (job for job in jobs if not job.spec.metadata)
+        else:
+            fits = (job for job in jobs if metadata.items() <= job.spec.metadata.items())
+        found = list(islice(fits, limit + 1))
         return found[:limit], len(found) > limit
 
     def count_jobs(self) -> dict[State, int]:

@@ -94,7 +94,10 @@ def test_headers_that_make_no_sense_are_refused(headers, status, code):
     assert (error.value.status, error.value.code) == (status, code)
 
 
-BEARER, BASIC = {"authorization": f"Bearer {TRAIN}"}, {"authorization": "Basic " + b64encode(f"x:{TRAIN}".encode()).decode()}
+BEARER, BASIC = (
+    {"authorization": f"Bearer {TRAIN}"},
+    {"authorization": "Basic " + b64encode(f"x:{TRAIN}".encode()).decode()},
+)
 FOREIGN = ({"origin": "http://b", "host": "a"}, {"origin": "http://a:81", "host": "a:80"}, {"origin": "null", "host": "a"},
            {"sec-fetch-site": "cross-site"}, {"sec-fetch-site": "same-site"},
            {"sec-fetch-site": "cross-site", "sec-fetch-mode": "navigate"})  # fmt: skip
@@ -106,8 +109,8 @@ def checked(access, method, path, headers):
     try:
         access.check(method, path, headers, None)
     except RequestError as error:
-        assert error.status == 403
         return error.code
+    return None
 
 
 @pytest.mark.parametrize("method", ["GET", "HEAD", "POST", "DELETE", "PATCH"])

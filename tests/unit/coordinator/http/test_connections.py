@@ -40,7 +40,9 @@ def ended(connection, seconds):
     return True
 
 
-@pytest.mark.parametrize("sent", [b"", b"GET /health HTTP/1.1\r\nX: ", b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"])
+@pytest.mark.parametrize(
+    "sent", [b"", b"GET /health HTTP/1.1\r\nX: ", b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"]
+)
 def test_idle_connections_keep_nobody_out(coordinator, sent):
     """Far more than the files that the process may open, whether they sent nothing, a part of a request or a whole one:
     others are answered meanwhile, nothing is logged without end, and the coordinator lives."""
@@ -57,7 +59,10 @@ def test_idle_connections_keep_nobody_out(coordinator, sent):
 
 def test_the_soft_limit_of_files_is_raised(tmp_path):
     """A shell's limit of 64 files, where 4096 are allowed, does not limit the coordinator."""
-    with CoordinatorProcess(tmp_path, prefix=("prlimit", "--nofile=64:4096")) as process, contextlib.ExitStack() as stack:
+    with (
+        CoordinatorProcess(tmp_path, prefix=("prlimit", "--nofile=64:4096")) as process,
+        contextlib.ExitStack() as stack,
+    ):
         held = [stack.enter_context(connected(process)) for _ in range(300)]
         with process.client() as client:
             assert client.get("/health").status_code == 200
