@@ -6,7 +6,6 @@ import csv
 import hashlib
 import io
 import itertools
-import time
 from typing import get_args
 
 import openai
@@ -15,11 +14,7 @@ from openai.types import FileObject
 from openai.types.fine_tuning import FineTuningJob
 
 from apollo_tp.coordinator.http import openai_jobs
-from apollo_tp.coordinator.http.expiry import remove_expired
-from apollo_tp.coordinator.http.openai_bodies import UploadBody
-from apollo_tp.coordinator.http.openai_uploads import LIFE_SECONDS, Uploads
 from apollo_tp.coordinator.jobs.job import JobSpec, State, new_job
-from apollo_tp.coordinator.jobs.store import Store, StoredFile
 from tests.support.chat_model import write_model
 from tests.support.fakes import CoordinatorProcess, FakeRanks, wait_for
 from tests.support.jobs import CHAT
@@ -294,24 +289,6 @@ def test_expiry_is_shown(stack):
     assert upload(client).expires_at is None
 
 
-def test_an_expired_file_is_removed_unless_a_job_needs_it(tmp_path):
-    """Once its time has come, and the job is over; another file stays."""
-    store = Store(tmp_path / "state")
-    ids = ("used", "validates", "expired", "later", "kept")
-    for name, expires in zip(ids, (50.0, 50.0, 50.0, 101.0, None), strict=True):
-        store.file_path(name).write_bytes(CHAT)
-        store.add_file(StoredFile(id=name, filename=name, bytes=1, created_at=0, expires_at=expires))
-    job = new_job("openai", JobSpec(training_file="used", validation_file="validates"), State.validating_files)
-    store.add_job(job, max_queued=9)
-    for state, left in ((State.queued, ids[:2] + ids[3:]), (State.paused, ids[:2] + ids[3:]), (State.failed, ids[3:])):
-        job.state = state
-        store.save_job(job)
-        remove_expired(store, 100.0)
-        assert sorted(file.id for file in store.files()) == sorted(left), state
-        assert sorted(p.name for p in store.files_dir.iterdir()) == sorted(store.file_path(name).name for name in left)
-    store.close()
-
-
 def parts_of(content, size):
     return [content[start : start + size] for start in range(0, len(content), size)]
 
@@ -378,24 +355,6 @@ def test_uploads_that_do_not_fit_together(stack):
         client.uploads.complete(one.id, part_ids=[a, b])
     with pytest.raises(openai.NotFoundError, match="begin again"):
         client.uploads.cancel("upload_none")
-
-
-def test_an_abandoned_upload_is_removed(tmp_path, monkeypatch):
-    """After its hour, with its parts."""
-    store = Store(tmp_path / "state")
-    uploads = Uploads(store)
-    one = uploads.begin(UploadBody(bytes=3, filename="a", mime_type="", purpose="fine-tune"))
-    one.parts["part_1"] = 3
-    store.file_path("part_1").write_bytes(b"abc")
-    uploads.remove_expired()
-    assert store.file_path("part_1").exists()
-    later = time.time() + LIFE_SECONDS + 1
-    monkeypatch.setattr(time, "time", lambda: later)
-    uploads.remove_expired()
-    assert not store.file_path("part_1").exists()
-    with pytest.raises(Exception, match="begin again"):
-        uploads.pending(one.id)
-    store.close()
 
 
 def test_no_more_files_than_allowed_at_once(tmp_path):
