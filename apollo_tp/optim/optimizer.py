@@ -322,6 +322,17 @@ class Optimizer:
 
     # --- state -----------------------------------------------------------------------------------------------------
 
+    def gather_counters(self) -> tuple[list[int], list[float]]:
+        """Updates so far, and norms of the limiter, of all ``names``. Collective over replicas, if there are several: one
+        all-gather."""
+        own = self.update_group.counters
+        if self.owners is None:
+            return own.steps, own.limiter_norms.tolist()
+        mine = torch.zeros(len(self.names), 2, dtype=torch.float64, device=self.device)
+        mine[self.owned] = torch.stack([self.update_group.vector(own.steps), own.limiter_norms], dim=1)
+        steps, norms = self.replicas.gather_checked(mine, "counters of the replicas").sum(0).unbind(1)
+        return [int(count) for count in steps.tolist()], norms.tolist()
+
     def state_bytes(self) -> int:
         """Bytes of optimizer state on this rank: moments and int8 remainders."""
         group = self.update_group
