@@ -71,9 +71,10 @@ class Pace:
             torch.cuda.synchronize(self._device)
         busy = self._clock() - self._start
         if self._tp.size > 1:
-            shortest = torch.tensor(busy, dtype=torch.float32, device=self._device)
-            found = self._tp.all_reduce_(shortest, dist.ReduceOp.MIN).item()
-            busy = found if 0 <= found <= busy else busy  # it may be anything if the sum was aborted
+            own = torch.tensor(busy, dtype=torch.float32)
+            found = self._tp.all_reduce_(own.to(self._device, copy=True), dist.ReduceOp.MIN).item()
+            # in the precision that was sent, so that all ranks sleep equally; it may be anything if the sum was aborted
+            busy = found if 0 <= found <= own.item() else own.item()
         self._sleep(busy * self._rest)
         self._start = self._clock()
 

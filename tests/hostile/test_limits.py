@@ -15,9 +15,10 @@ import httpx
 import pytest
 
 from tests.support.fakes import CoordinatorProcess, FakeRanks, wait_for
-from tests.support.jobs import CHAT, ONE, ends
+from tests.support.jobs import CHAT, ONE
 
 pytestmark = pytest.mark.timeout(1200)
+OVER = ("succeeded", "failed", "cancelled")
 needs_root = pytest.mark.skipif(os.getuid() != 0, reason="mounts a file system or becomes another user: run as root")
 
 
@@ -75,7 +76,8 @@ def _fill_and_recover(folder: Path, megabytes: int, seed: float) -> str:
             coordinator.start()
         with coordinator.client() as client:
             for job in jobs:
-                assert ends(client, job)["state"] == "succeeded", client.get(f"/train/jobs/{job}").text
+                state = wait_for(lambda: (j := client.get(f"/train/jobs/{job}").json())["state"] in OVER and j, 60, job)  # noqa: B023
+                assert state["state"] == "succeeded", state
         for job in jobs:
             steps = [step for name, step in ranks.applied() if name == job]
             assert steps == list(range(1, len(steps) + 1)), f"{job}: a step is missing or was trained twice"

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.multirank.launch.test_launcher_death import LAUNCHERS
+from tests.support.launchers import LAUNCHERS
 
 RANK = """
 import logging, os, sys

@@ -3,21 +3,15 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-MPIRUN = shutil.which("mpirun", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}") or "mpirun"
-LAUNCHERS = {
-    "torchrun": (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
-    "mpirun": (MPIRUN, "-n", "2", "--oversubscribe", "--allow-run-as-root", sys.executable),
-}
+from tests.support.launchers import LAUNCHERS
 
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)

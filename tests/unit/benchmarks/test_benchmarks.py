@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -11,6 +12,8 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
+
+from tests.support.fakes import wait_for
 
 
 @pytest.fixture(scope="module")
@@ -129,17 +132,22 @@ from tests.support.processes import ManagedProcess
 signal.signal(signal.SIGTERM, stack._leave)
 slow = "import signal, time; signal.signal(signal.SIGTERM, lambda *_: time.sleep(1) or exit(0)); time.sleep(100)"
 process = ManagedProcess([sys.executable, "-c", slow], {{}}, pathlib.Path({str(tmp_path / "log")!r}))
-pathlib.Path({str(pid)!r}).write_text(str(process.process.pid))
 try:
+    pathlib.Path({str(pid)!r}).write_text(str(process.process.pid))
     time.sleep(100)
 finally:
     process.stop()
     print("stopped")
 """
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[3] / "benchmarks")}
-    command = ["timeout", "-s", "TERM", "12", sys.executable, "-c", script]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
-    assert done.stdout == "stopped\n", done.stderr
+    command = [sys.executable, "-c", script]
+    with subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True
+    ) as process:
+        wait_for(lambda: pid.exists() and pid.read_text(), 60, "the start of what the benchmark starts")
+        process.send_signal(signal.SIGTERM)
+        os.killpg(process.pid, signal.SIGTERM)
+        assert process.communicate(timeout=60)[0] == "stopped\n"
     with pytest.raises(ProcessLookupError):
         os.kill(int(pid.read_text()), 0)
 

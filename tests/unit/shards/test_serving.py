@@ -52,7 +52,9 @@ def test_the_coordinator_is_told(tmp_path: Path) -> None:
         tokenizer, tmp_path, chat=ChatTemplate(text=INST, parts=True), chat_template_kwargs={"brief": 1}
     )
     config = Config(service=ServiceConfig(http=HttpConfig(port=0), state_dir=str(tmp_path / "state")))
-    CoordinatorProcess(config, tmp_path, manifest(model_path=str(model))).stop()
+    process = CoordinatorProcess(config, tmp_path)
+    process.begin(tmp_path, manifest(model_path=str(model)))
+    process.stop()
     told = settings.load(tmp_path / "coordinator_settings.json")
     assert (told.model_path, told.serving) == (str(model), served)
     assert Renderer(told.serving, tmp_path).text("Hello", append_eos=False)[0]
@@ -62,7 +64,9 @@ def test_a_server_that_said_nothing_takes_token_ids(tmp_path: Path) -> None:
     """Nobody guesses its tokenizer from the model's folder."""
     tmp_path.chmod(0o700)
     config = Config(service=ServiceConfig(http=HttpConfig(port=0), state_dir=str(tmp_path / "state")))
-    CoordinatorProcess(config, tmp_path, manifest(model_path=str(write_model(tmp_path / "model")))).stop()
+    process = CoordinatorProcess(config, tmp_path)
+    process.begin(tmp_path, manifest(model_path=str(write_model(tmp_path / "model"))))
+    process.stop()
     assert settings.load(tmp_path / "coordinator_settings.json").serving == Serving()
 
 

@@ -3,6 +3,8 @@
 import asyncio
 import contextlib
 import gc
+import json
+import os
 
 import httpx
 import pytest
@@ -11,6 +13,7 @@ import zmq.asyncio
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from apollo_tp.coordinator.http.tunnel import Tunnel
+from apollo_tp.runtime import instance_folder
 from apollo_tp.wire import codec
 from apollo_tp.wire import tunnel as tunnel_messages
 from tests.support.plugin_server import PluginServer
@@ -20,6 +23,8 @@ def _serve_from(folder, monkeypatch):
     """As a server's process that has claimed the name "i" in this runtime folder."""
     folder.chmod(0o700)
     (folder / "i").mkdir(mode=0o700)
+    address = {"url": "http://127.0.0.1:1", "pid": os.getpid()}  # the coordinator is this process
+    (folder / "i" / instance_folder.ADDRESS_FILE).write_text(json.dumps(address))
     for name, value in {"INSTANCE": "i", "CLAIMED": "1", "RUNTIME_DIR": str(folder)}.items():
         monkeypatch.setenv(f"APOLLO_TP_{name}", value)
 

@@ -2,11 +2,14 @@
 
 import asyncio
 import contextlib
+import functools
 import resource
+import sqlite3
+import time
 
 import pytest
 
-from apollo_tp.coordinator.jobs.job import TERMINAL, JobSpec, State, new_job
+from apollo_tp.coordinator.jobs.job import TERMINAL, Checkpoint, JobSpec, State, StoredFile, new_job
 from apollo_tp.coordinator.jobs.store import Store
 from apollo_tp.coordinator.settings import EXIT_STORAGE
 from apollo_tp.errors import RequestError
@@ -118,3 +121,37 @@ def test_the_disk_quota_is_of_all_files_together(tmp_path):
         padded = {"text": "x" * 500}
         refused = client.post("/train", json=padded)
         assert (refused.status_code, refused.json()["error"]["code"]) == (413, "disk_quota")
+
+
+def traced(statements, connect, *arguments, **options):
+    """A connection that notes its statements."""
+    connection = connect(*arguments, **options)
+    connection.set_trace_callback(statements.append)
+    return connection
+
+
+def test_what_is_acknowledged_is_flushed_to_disk(tmp_path, monkeypatch):
+    """Jobs, what clients asked of them, checkpoints and files; not the figures of each step, which are too many for it."""
+    statements, job, now = [], new_job("train", JobSpec(), State.queued), time.time()
+    file = StoredFile(id="f", filename="f", bytes=1, created_at=now)
+    checkpoint = Checkpoint(id="c", name="c", state="queued", reason="request", created_at=now)
+    actions = {
+        "job": lambda store: store.add_job(job, max_queued=9),
+        "state": lambda store: store.save_job(job, "Will pause"),
+        "checkpoint": lambda store: store.save_checkpoint(checkpoint),
+        "file": lambda store: store.add_file(file),
+        "step": lambda store: store.save_job(job, "Step 1", type="metrics"),
+    }
+
+    async def main():
+        with contextlib.closing(Store(tmp_path / "state")) as store:
+            store.file_path(file.id).write_bytes(b"x")
+            for name, action in actions.items():
+                statements.clear()
+                await action(store)
+                before_commit = [s for s in statements if s.startswith("PRAGMA synchronous") or s == "COMMIT"]
+                expected = [f"PRAGMA synchronous={'NORMAL' if name == 'step' else 'FULL'}", "COMMIT"]
+                assert before_commit[:2] == expected, name
+
+    monkeypatch.setattr(sqlite3, "connect", functools.partial(traced, statements, sqlite3.connect))
+    asyncio.run(main())
