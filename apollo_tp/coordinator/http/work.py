@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from starlette.requests import Request
 
-from apollo_tp.errors import ApolloTpError, RequestError
+from apollo_tp.errors import ApolloTpError, refuse
 
 T = TypeVar("T")
 IsAbandoned = Callable[[], bool]
@@ -34,13 +34,8 @@ class Workers:
         Raises RequestError 429 and, once the client has gone, ClientGoneError.
         """
         if self._admitted >= self._limit:
-            raise RequestError(
-                f"{self._what}: got {self._admitted} requests at once, expected at most {self._limit}; try again later",
-                got=str(self._admitted),
-                expected=f"< {self._limit} requests",
-                status=429,
-                code="busy",
-            )
+            expected = f"at most {self._limit}; try again later"
+            raise refuse(self._what, f"{self._admitted} requests at once", expected, status=429, code="busy")
         stop = threading.Event()
         self._admitted += 1
         future = asyncio.get_running_loop().run_in_executor(self._pool, function, stop.is_set)

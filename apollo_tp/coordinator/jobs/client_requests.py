@@ -8,7 +8,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 
 from apollo_tp.coordinator.jobs.rank_link import Ask
-from apollo_tp.errors import DeadlineError, RequestError
+from apollo_tp.errors import DeadlineError, refuse
 from apollo_tp.wire import commands
 
 MAX_REQUESTS = 32
@@ -36,12 +36,9 @@ class ClientRequests:
     def admitted(self) -> Iterator[None]:
         """Within the context, a request may ask. Raises RequestError 429 if too many do."""
         if self._admitted >= MAX_REQUESTS:
-            raise RequestError(
-                f"got {self._admitted} requests that wait for the ranks, expected at most {MAX_REQUESTS}; try again later",
-                got=str(self._admitted),
-                expected=f"< {MAX_REQUESTS} waiting requests",
-                status=429,
-                code="ranks_busy",
+            expected = f"at most {MAX_REQUESTS}; try again later"
+            raise refuse(
+                "requests", f"{self._admitted} that wait for the ranks", expected, status=429, code="ranks_busy"
             )
         self._admitted += 1
         try:

@@ -5,9 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -27,12 +25,6 @@ from apollo_tp.wire import commands
 from apollo_tp.wire import update_lock as lock_messages
 from tests.support.locked_server import LEASE_SECONDS, Plugin, attach, eventually, options
 from tests.support.rank_services import RecordingServices
-
-
-@pytest.fixture
-def plugin(tmp_path: Path) -> Iterator[Plugin]:
-    with contextlib.closing(Plugin(tmp_path)) as plugin:
-        yield plugin
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import socket
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,13 +17,6 @@ from apollo_tp.training.update_gate import Lock
 from apollo_tp.wire import update_lock as lock_messages
 from tests.support.frames import NOT_UTF8
 from tests.support.locked_server import Plugin, attach, eventually, options
-
-
-@pytest.fixture
-def plugin(tmp_path: Path) -> Iterator[Plugin]:
-    with contextlib.closing(Plugin(tmp_path)) as plugin:
-        yield plugin
-
 
 NESTED = b"\x82\xa4type\xa9SyncRenew\xa1x" + b"\x91" * 50_000
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +12,6 @@ from apollo_tp.distributed.alarm import Alarm
 from apollo_tp.errors import ConfigError
 from apollo_tp.training.update_gate import Lock, needs_lock
 from tests.support.locked_server import Plugin, attach, eventually, options
-
-
-@pytest.fixture
-def plugin(tmp_path: Path) -> Iterator[Plugin]:
-    with contextlib.closing(Plugin(tmp_path)) as plugin:
-        yield plugin
 
 
 @pytest.mark.parametrize(
