@@ -139,7 +139,9 @@ async def serve(settings: Settings, listener: socket.socket | None = None) -> No
     try:
         done, _ = await asyncio.wait(parts, return_when=asyncio.FIRST_COMPLETED)
         for task in done:
-            log.info("stopping: %s ended", task.get_name())
+            # the end of the trainer has a reason that was logged last, and should stay so
+            level = logging.DEBUG if task.get_name() == "parent" else logging.INFO
+            log.log(level, "stopping: %s ended", task.get_name())
             task.result()
     finally:
         server.should_exit = True
@@ -219,7 +221,6 @@ async def _keep_up(store: Store) -> None:
 async def _watch_parent(parent_pid: int | None) -> None:
     while parent_pid is None or os.getppid() == parent_pid:  # noqa: ASYNC110 - no event reports a parent's end
         await asyncio.sleep(0.5)
-    log.warning("the trainer process %d is gone", parent_pid)
 
 
 if __name__ == "__main__":

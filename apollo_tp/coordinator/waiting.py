@@ -111,7 +111,7 @@ async def _follow(orders: AsyncIterator[Order], waiting: Waiting) -> Path | None
                 waiting.reason = order.reason
             case Begin():
                 return Path(order.config)
-    log.warning("the trainer is gone")
+    log.debug("the trainer is gone")
     return None
 
 

@@ -160,7 +160,8 @@ def test_a_dead_server_ends_the_trainer_and_is_recognised_as_stale(server: Serve
         # torchrun itself needs a moment after the ranks have left
         assert time.monotonic() - killed < 10
         assert re.search(
-            r"ERROR server victim: got the end of rank [01] .*expected a running vLLM", trainer.log.read_text()
+            r"ServerGoneError: server victim: got the end of rank [01] .*expected a running vLLM",
+            trainer.log.read_text(),
         )
         trainer.stop()
     finally:
