@@ -16,7 +16,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.support.processes import ManagedProcess, coordinator_url, start_trainer
+from tests.support.processes import FORKING_TORCHRUN, ManagedProcess, coordinator_url, start_trainer
 from tests.support.servers import Server, Trainer
 from tests.support.slow_launch import VARIABLE
 
@@ -42,7 +42,7 @@ def start(server: Server, tmp_path: Path) -> Iterator[START]:
 
     def begin(*overrides: str) -> Trainer:
         command = [
-            sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+            sys.executable, "-m", FORKING_TORCHRUN, "--standalone", "--nproc-per-node", "2",
             "-m", "tests.support.slow_launch", "service.http.port=0", f"service.state_dir={tmp_path}/service",
             f"checkpoint.dir={tmp_path}/checkpoints", "train.threads=1", *OVERRIDES, *overrides,
         ]  # fmt: skip
@@ -95,6 +95,21 @@ class Stream(threading.Thread):
 
     def longest_gap(self) -> float:
         return max(b - a for a, b in zip(self.times, self.times[1:], strict=False))
+
+
+def stream_during(server: Server, num_tokens: int, work: Callable[[], dict]) -> tuple[dict, list[Stream]]:
+    """What ``work`` returns, and the streams that ran from before its begin to after its end, one after the other: how
+    long it takes next to them depends on the machine."""
+    results: list[dict] = []
+    worker = threading.Thread(target=lambda: results.append(work()))
+    streams = [Stream(server, num_tokens).started()]
+    worker.start()
+    while worker.is_alive():
+        streams[-1].join(0.02)
+        if not streams[-1].is_alive():
+            streams.append(Stream(server, num_tokens).started())
+    streams[-1].join(120)
+    return results[0], streams
 
 
 def wait_for(condition: Callable[[], bool], seconds: float) -> None:
@@ -177,11 +192,9 @@ def test_a_cache_reset_between_running_requests_breaks_no_stream(server: Server,
     """Without any pause, vLLM takes the cache blocks of running requests away and computes them again."""
     trainer = start("cache=reset")
     check_cache_after_update(server, trainer, stale=False)
-    stream = Stream(server, 400).started()
-    job = trainer.post("/train", JOB | {"epochs": 3})
-    assert len(stream.times) < 400, "the stream was over before the updates: nothing was tested"
-    stream.join(120)
-    assert (job["state"], len(stream.times)) == ("succeeded", 400)
+    job, streams = stream_during(server, 400, lambda: trainer.post("/train", JOB | {"epochs": 3}))
+    assert job["state"] == "succeeded", job
+    assert {len(stream.times) for stream in streams} == {400}
     assert all(step["paused_seconds"] == 0 for step in step_data(trainer, job))
 
 
@@ -193,15 +206,10 @@ def test_step_lock_keeps_a_running_stream_and_reset_makes_answers_fresh(server: 
     check_cache_after_update(server, trainer, stale=False)
 
     (trainer.state_dir / "order").write_text("1.5")
-    stream = Stream(server, 300).started()
-    job = trainer.post("/train", JOB | {"epochs": 2})
+    job, streams = stream_during(server, 300, lambda: trainer.post("/train", JOB | {"epochs": 2}))
     assert job["state"] == "succeeded", job
-    wrote = time.monotonic()
-    stream.join(120)
-    assert stream.times[0] < wrote
-    assert stream.finished_at > wrote - 1, "the stream was over before the update: nothing was tested"
-    assert len(stream.times) == 300
-    assert stream.longest_gap() > 1.4, "tokens arrived while an update was written"
+    assert {len(stream.times) for stream in streams} == {300}
+    assert max(stream.longest_gap() for stream in streams) > 1.4, "tokens arrived while an update was written"
     steps = step_data(trainer, job)
     assert all(1.4 < step["paused_seconds"] < 30 for step in steps)
     versions = [step["weight_version"] for step in steps]
@@ -245,7 +253,11 @@ def test_a_server_without_the_plugin_is_refused(server: Server, tmp_path: Path) 
     path.rename(hidden)
     try:
         process = start_trainer(
-            server.runtime_dir, tmp_path, tmp_path / "t.log", overrides=["server.instance=main", "sync=drain"]
+            server.runtime_dir,
+            tmp_path,
+            tmp_path / "t.log",
+            overrides=["server.instance=main", "sync=drain"],
+            forking=True,
         )
         try:
             assert process.process.wait(180) != 0

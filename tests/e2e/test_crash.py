@@ -49,7 +49,11 @@ class Stack:
         self.lives += 1
         log = self.folder / f"trainer{self.lives}.log"
         return start_trainer(
-            self.server.runtime_dir, self.folder, log, overrides=[*OVERRIDES, f"sync.mode={self.mode}"]
+            self.server.runtime_dir,
+            self.folder,
+            log,
+            overrides=[*OVERRIDES, f"sync.mode={self.mode}"],
+            forking=True,
         )
 
     def ensure(self) -> None:
@@ -61,7 +65,7 @@ class Stack:
     def pids(self, victims: str) -> list[int]:
         """Processes to kill; those that are not there, because the trainer is just starting, are left out."""
         ranks = psutil.Process(self.trainer.process.pid).children()
-        found = {f"rank {p.environ()['RANK']}": p for p in ranks if "RANK" in p.environ()}
+        found = {process.name(): process for process in ranks}  # as forked ranks call themselves
         if "rank 0" in found:
             for child in found["rank 0"].children():
                 if "apollo_tp.coordinator" in child.cmdline():

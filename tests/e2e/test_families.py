@@ -76,12 +76,14 @@ class Family:
         port = free_port()
         self.folder, self.url, self.processes = folder, f"http://127.0.0.1:{port}", []
         log, extra = folder / "server.log", _server_args(name, folder / "tokenizer")
-        self.processes.append(start_server(folder / "model", port, folder, log, instance="family", extra=extra))
+        self.processes.append(
+            start_server(folder / "model", port, folder, log, instance="family", extra=extra, forking=True)
+        )
         overrides = [
             "server.instance=family", f"server.wait_seconds={START_SECONDS}", "optim.lr=1e-3",
             "checkpoint.after_idle_seconds=null",
         ]  # fmt: skip
-        self.processes.append(start_trainer(folder, folder, folder / "trainer.log", overrides=overrides))
+        self.processes.append(start_trainer(folder, folder, folder / "trainer.log", overrides=overrides, forking=True))
 
     def ready(self) -> tuple[Server, Trainer]:
         process, trainer = self.processes
@@ -213,7 +215,9 @@ def test_ten_steps_and_a_checkpoint_with_the_served_log_probabilities(
     server.process.stop()
     port, extra = free_port(), _server_args(name, server.model.parent / "tokenizer")
     # With the plugin: without it vLLM cannot import Qwen3.5 beside a CPU torch, and its packed kernels round otherwise.
-    process = start_server(Path(saved), port, tmp_path, tmp_path / "again.log", instance="again", extra=extra)
+    process = start_server(
+        Path(saved), port, tmp_path, tmp_path / "again.log", instance="again", extra=extra, forking=True
+    )
     try:
         for following in _following(request):
             start_family(following)  # a start leaves half of two cores idle
@@ -236,7 +240,7 @@ def _goes_on(folder: Path, saved: Path, sample: dict) -> None:
     """A trainer beside the server of ``saved`` takes up its optimizer state; without a server, the folder's layout is the
     live one's."""
     overrides = ["server.instance=again", "optim.lr=1e-3", "checkpoint.after_idle_seconds=null"]
-    process = start_trainer(folder, folder, folder / "trainer.log", overrides=overrides)
+    process = start_trainer(folder, folder, folder / "trainer.log", overrides=overrides, forking=True)
     try:
         inspect = [sys.executable, "-m", "apollo_tp.inspect"]
         told = [

@@ -111,7 +111,9 @@ def test_mpirun_joins_the_ranks(server: Server, tmp_path: Path) -> None:
 def test_wrong_number_of_ranks_is_refused(server: Server, tmp_path: Path) -> None:
     """One rank for a server of two: the error says how many are needed."""
     overrides = [*OVERRIDES, "server.instance=main"]
-    process = start_trainer(server.runtime_dir, tmp_path, tmp_path / "t.log", num_ranks=1, overrides=overrides)
+    process = start_trainer(
+        server.runtime_dir, tmp_path, tmp_path / "t.log", num_ranks=1, overrides=overrides, forking=True
+    )
     try:
         assert process.process.wait(180) != 0
     finally:
@@ -124,7 +126,7 @@ def test_a_server_that_cannot_export_serves_and_says_so(server: Server, tmp_path
     open_to_all, port = tmp_path / "open", free_port()
     open_to_all.mkdir(mode=0o755)
     open_to_all.chmod(0o755)
-    process = start_server(server.model, port, open_to_all, tmp_path / "server.log", tensor_parallel=1)
+    process = start_server(server.model, port, open_to_all, tmp_path / "server.log", tensor_parallel=1, forking=True)
     try:
         process.wait_for(f"http://127.0.0.1:{port}/health", START_SECONDS)
         body = {"model": "demo", "prompt": [5, 6, 7], "max_tokens": 2}
@@ -136,7 +138,7 @@ def test_a_server_that_cannot_export_serves_and_says_so(server: Server, tmp_path
         process.stop()
     assert "this server cannot be trained" in process.log.read_text()
     assert str(open_to_all) in process.log.read_text()
-    trainer = start_trainer(open_to_all, tmp_path, tmp_path / "trainer.log", num_ranks=1)
+    trainer = start_trainer(open_to_all, tmp_path, tmp_path / "trainer.log", num_ranks=1, forking=True)
     try:
         assert trainer.process.wait(60) != 0
     finally:
@@ -148,10 +150,13 @@ def test_a_server_that_cannot_export_serves_and_says_so(server: Server, tmp_path
 def test_a_dead_server_ends_the_trainer_and_is_recognised_as_stale(server: Server, tmp_path: Path) -> None:
     """vLLM killed: the trainer says so within 10 s and exits non-zero; its manifests are stale afterwards."""
     port = free_port()
-    victim = start_server(server.model, port, server.runtime_dir, tmp_path / "server.log", instance="victim")
+    log, folder = tmp_path / "server.log", server.runtime_dir
+    victim = start_server(server.model, port, folder, log, instance="victim", forking=True)
     try:
         overrides = [*OVERRIDES, "server.instance=victim", f"server.wait_seconds={START_SECONDS}"]
-        trainer = start_trainer(server.runtime_dir, tmp_path, tmp_path / "trainer.log", overrides=overrides)
+        trainer = start_trainer(
+            server.runtime_dir, tmp_path, tmp_path / "trainer.log", overrides=overrides, forking=True
+        )
         victim.wait_for(f"http://127.0.0.1:{port}/health", START_SECONDS)
         coordinator_url(server.runtime_dir, trainer, instance="victim")
         named = {str(process) for process in processes_of(read_instance(server.runtime_dir / "victim"))}

@@ -124,7 +124,8 @@ def test_bad_requests_are_4xx_and_reach_no_rank(
 
 def test_a_second_trainer_is_refused(server: Server, trainer: Trainer, tmp_path: Path) -> None:
     """One trainer per server: the second ends with an error that names the first one's process."""
-    second = start_trainer(server.runtime_dir, tmp_path, tmp_path / "second.log", overrides=["server.instance=main"])
+    overrides = ["server.instance=main"]
+    second = start_trainer(server.runtime_dir, tmp_path, tmp_path / "second.log", overrides=overrides, forking=True)
     try:
         assert second.process.wait(180) != 0
     finally:
@@ -159,6 +160,7 @@ def test_checkpoint_is_what_is_served_and_training_resumes_from_it(server: Serve
         trainer.state_dir,
         trainer.state_dir / "successor.log",
         overrides=["server.instance=main", "optim.lr=1e-3", "train.max_sequence_tokens=256"],
+        forking=True,
     )
     try:
         trainer.url = coordinator_url(server.runtime_dir, successor, instance="main")

@@ -82,7 +82,7 @@ def test_a_trainers_life(folder: Path, runtime_dir: Path, started: list[ManagedP
     trainer = _trainer(folder, runtime_dir, port, "first")
     started.append(trainer)
     _until(lambda: "waiting for server main to start" in _reason(url), trainer)
-    server = start_server(model, server_port, runtime_dir, folder / "server.log", instance="main")
+    server = start_server(model, server_port, runtime_dir, folder / "server.log", instance="main", forking=True)
     started.append(server)
     _until(lambda: "loads its model" in _reason(url) or "loaded the model" in _reason(url), trainer)
     coordinator_url(runtime_dir, trainer, instance="main", seconds=START_SECONDS)

@@ -15,7 +15,7 @@ import torch
 from apollo_tp.launch.compose import quoted
 from apollo_tp.shards.mapping import map_rank
 from tests.support.faulty_launch import ALL_OUT_OF_MEMORY, RAISES_IN_OPTIMIZER
-from tests.support.processes import ManagedProcess, coordinator_url, start_trainer
+from tests.support.processes import FORKING_TORCHRUN, ManagedProcess, coordinator_url, start_trainer
 from tests.support.servers import Server, Trainer
 
 OVERRIDES = ["optim.lr=1e-3", "train.max_sequence_tokens=256", "optim.check_replicas_every=1"]
@@ -40,8 +40,9 @@ def environment(server: Server) -> dict[str, str]:
 
 def start_faulty(server: Server, folder: Path, overrides: Sequence[str] = ()) -> Trainer:
     """A trainer with the faults of ``faulty_launch``."""
+    torchrun = "torch.distributed.run" if torch.cuda.is_available() else FORKING_TORCHRUN
     command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(len(server.manifests)),
+        sys.executable, "-m", torchrun, "--standalone", "--nproc-per-node", str(len(server.manifests)),
         "-m", "tests.support.faulty_launch", *settings(server, folder), *overrides,
     ]  # fmt: skip
     process = ManagedProcess(command, environment(server), folder / "faulty.log")
@@ -56,7 +57,7 @@ def start_sound(server: Server, folder: Path, overrides: Sequence[str] = ()) -> 
     """A trainer of ``server`` that takes over the jobs in ``folder``."""
     return start_trainer(
         server.runtime_dir, folder, folder / "sound.log", num_ranks=len(server.manifests),
-        overrides=[f"server.instance={server.instance}", *OVERRIDES, *overrides],
+        overrides=[f"server.instance={server.instance}", *OVERRIDES, *overrides], forking=not torch.cuda.is_available(),
     )  # fmt: skip
 
 

@@ -20,6 +20,10 @@ TEXT = "Hello there, é 12"
 def main(folder: Path) -> None:
     from vllm import LLM, SamplingParams
 
+    from tests.support.forking_server import fork_processes
+
+    fork_processes()
+
     tokenizer = KINDS["llama"].write(folder / "tokenizer")
     FAMILIES["qwen3"].config(architectures=["Qwen3ForCausalLM"]).save_pretrained(folder / "model")
     llm = LLM(

@@ -20,10 +20,14 @@ import torch
 
 from apollo_tp.errors import ConfigError, DeadlineError, ServerGoneError
 from apollo_tp.launch.compose import quoted
+from tests.support import forks
 
 STOP_SECONDS = 20.0
 EPHEMERAL_PORTS = Path("/proc/sys/net/ipv4/ip_local_port_range")
 LOWEST_PORT = 20_000
+FORKING_TORCHRUN, FORKING_SERVER = "tests.support.forking_torchrun", "tests.support.forking_server"
+ORIGINS = {name: name for name in (FORKING_TORCHRUN, FORKING_SERVER)} | {"tests.support.plain_engine": FORKING_SERVER}
+"""Modules whose processes are forked, in a fifth of the time, and from the origin of which module. On a CPU only."""
 
 
 def free_port() -> int:
@@ -45,9 +49,17 @@ class ManagedProcess:
     def __init__(self, command: Sequence[str], environment: dict[str, str], log: Path) -> None:
         self.log = log
         with os.fdopen(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "wb") as output:
-            self.process = subprocess.Popen(
-                command, env=os.environ | environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
-            )
+            self.process: subprocess.Popen[bytes] | forks.Fork
+            if imported := ORIGINS.get(command[2] if command[1:2] == ["-m"] else ""):
+                self.process = forks.origin(imported).start(command[2:], os.environ | environment, output.fileno())
+            else:
+                self.process = subprocess.Popen(
+                    command,
+                    env=os.environ | environment,
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,
+                )
 
     def check(self) -> None:
         """Raise ServerGoneError with the end of its log if it has ended."""
@@ -97,8 +109,10 @@ def start_server(
     instance: str = "demo",
     extra: Sequence[str] = (),
     environment: dict[str, str] | None = None,
+    forking: bool = False,
 ) -> ManagedProcess:
     """vLLM with the plugin: an ordinary server command but for VLLM_PLUGINS. Eager on CPU, its default mode on GPUs.
+    With ``forking`` it is ``FORKING_SERVER``.
 
     Raises ConfigError if vLLM would not find the plugin: it would serve without exporting anything, and say nothing.
     """
@@ -109,7 +123,7 @@ def start_server(
         )
     cpu = not torch.cuda.is_available()
     command = [
-        sys.executable, "-m", "vllm.entrypoints.openai.api_server",
+        sys.executable, "-m", FORKING_SERVER if forking else "vllm.entrypoints.openai.api_server",
         "--model", str(model), "--served-model-name", "demo",
         "--tensor-parallel-size", str(tensor_parallel),
         "--host", "127.0.0.1", "--port", str(port),
@@ -123,6 +137,8 @@ def start_server(
         "VLLM_NO_USAGE_STATS": "1",
         "HF_HUB_OFFLINE": "1",
     }
+    if forking:
+        settings["OMP_NUM_THREADS"] = "1"
     if cpu:  # one NUMA node: ranks get a core each, or share what there is
         cores = "|".join(str(rank % (os.cpu_count() or 1)) for rank in range(tensor_parallel))
         settings |= {"VLLM_CPU_OMP_THREADS_BIND": cores, "VLLM_CPU_KVCACHE_SPACE": "1"}
@@ -137,10 +153,13 @@ def start_trainer(
     num_ranks: int = 2,
     overrides: Sequence[str] = (),
     environment: dict[str, str] | None = None,
+    forking: bool = False,
 ) -> ManagedProcess:
-    """``torchrun -m apollo_tp.launch`` with a free HTTP port; ``coordinator_url`` returns its address."""
+    """``torchrun -m apollo_tp.launch`` with a free HTTP port; ``coordinator_url`` returns its address. With ``forking``
+    it is ``FORKING_TORCHRUN``."""
     command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_ranks),
+        sys.executable, "-m", FORKING_TORCHRUN if forking else "torch.distributed.run",
+        "--standalone", "--nproc-per-node", str(num_ranks),
         "-m", "apollo_tp.launch",
         "service.http.port=0", quoted("service.state_dir", f"{state_dir}/service"),
         quoted("checkpoint.dir", f"{state_dir}/checkpoints"),
