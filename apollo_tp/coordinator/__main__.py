@@ -105,7 +105,7 @@ async def serve(settings: Settings, listener: socket.socket | None = None) -> No
     validation = FileValidation(service)
     app = build_app(service, access, metrics, validation)
     stack = contextlib.ExitStack()
-    for writer in open_writers(settings.service):
+    for writer in open_writers(settings.service, store):
         stack.enter_context(writer)
         scheduler.on_step.append(writer)
         scheduler.on_evaluation.append(writer.evaluated)

@@ -100,6 +100,12 @@ class Reader:
                     break
         return found[:limit], len(found) > limit
 
+    def count_tokens(self) -> int:
+        """Tokens of all steps of all jobs."""
+        text = "CAST(data AS TEXT)"
+        rows = self.rows(f"SELECT TOTAL(json_extract({text}, '$.tokens')) FROM jobs WHERE json_valid({text})")
+        return int(next(rows)[0])
+
     def last_event_id(self) -> int:
         """The id of the newest event of any job; 0 if there is none."""
         return int(next(self.rows("SELECT COALESCE(MAX(id), 0) FROM events"))[0])
