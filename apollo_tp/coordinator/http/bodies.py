@@ -27,6 +27,8 @@ NESTED = "hyperparameters."
 MEMORY_BYTES = 2**20
 """Larger bodies wait on disk for their turn."""
 MAX_WAITING = 16
+DECODED_AT_ONCE = 16 * 1024
+"""Longer bodies take more than a few milliseconds to look through."""
 
 
 class LargeBodies:
@@ -80,8 +82,17 @@ async def _spool(parts: list[bytes], stream: AsyncIterator[bytes], file: IO[byte
     file.flush()
 
 
-def decode_body(data: Body, type: type[T]) -> T:
-    """The body as ``type``. Raises RequestError; for an unknown field, with the name that was probably meant."""
+async def decode_body(data: bytes, type: type[T]) -> T:
+    """The body as ``type``; a long one on a worker thread, so that others are answered meanwhile.
+
+    Raises RequestError; for an unknown field, with the name that was probably meant.
+    """
+    if len(data) <= DECODED_AT_ONCE:
+        return _decode_body(data, type)
+    return await asyncio.to_thread(_decode_body, data, type)
+
+
+def _decode_body(data: bytes, type: type[T]) -> T:
     try:
         return decode(data, type)
     except RequestError as error:

@@ -221,7 +221,7 @@ class EventStream(StreamingResponse):
 async def checkpoint(request: Request, query: Annotated[WaitQuery, Query()], service: ServiceParts) -> Response:
     """Write the live weights and the optimizer state: 202 with an id, or 200 once it is written (`wait`)."""
     data = await request.body()
-    body = decode_body(data or b"{}", CheckpointBody)
+    body = await decode_body(data or b"{}", CheckpointBody)
     key = idempotency(request, "/checkpoint", data)
     known = service.store.repeated(*key) if key else None
     checkpoint_id = known or (await uninterrupted(service.scheduler.saver.request("request", idempotency=key))).id

@@ -13,7 +13,7 @@ import msgspec
 
 from apollo_tp.coordinator.samples.field_names import meant_by
 from apollo_tp.coordinator.samples.lines import EXPECTED, malformed
-from apollo_tp.coordinator.samples.schema import Body, Message, Preference, PreferenceLine, SampleBody, schema_error
+from apollo_tp.coordinator.samples.schema import Message, Preference, PreferenceLine, SampleBody, schema_error
 from apollo_tp.coordinator.samples.unique_keys import check_unique_keys
 from apollo_tp.errors import RequestError, refuse
 
@@ -49,7 +49,7 @@ INSTEAD = {
 """Fields of other formats, and what to send."""
 
 
-def read_sample(data: Body, kind: type[T], where: str = "") -> T:
+def read_sample(data: bytes, kind: type[T], where: str = "") -> T:
     """A line of a file, or an element of a request's ``samples``. ``where`` prefixes the field in errors. Raises
     RequestError."""
     check_unique_keys(data, where)
@@ -71,7 +71,7 @@ def read_line(line: bytes, kind: type[T]) -> T:
         raise
 
 
-def _read_other(data: Body, kind: type[T], where: str, first: Exception) -> T:
+def _read_other(data: bytes, kind: type[T], where: str, first: Exception) -> T:
     try:
         value = msgspec.json.decode(data)
     except (msgspec.MsgspecError, RecursionError):  # a number that is too large, or too many brackets

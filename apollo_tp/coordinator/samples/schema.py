@@ -126,7 +126,7 @@ _GOT = re.compile(r"^Expected `(?P<expected>[^`]*)`, got `(?P<got>[^`]*)`$")
 _EXPECTED = re.compile(r"^Expected (?P<expected>.*)$", re.DOTALL)
 
 
-def decode(data: Body, type: type[T], where: str = "") -> T:
+def decode(data: bytes, type: type[T], where: str = "") -> T:
     """The JSON as ``type``. ``where`` prefixes the field in errors. Raises RequestError naming field, got and expected."""
     check_unique_keys(data, where)
     try:
@@ -135,7 +135,7 @@ def decode(data: Body, type: type[T], where: str = "") -> T:
         raise schema_error(error, data, where) from error
 
 
-def schema_error(error: Exception, data: Body, where: str = "") -> RequestError:
+def schema_error(error: Exception, data: bytes, where: str = "") -> RequestError:
     """msgspec's error as a RequestError, with field, got and expected taken from its message."""
     if not isinstance(error, msgspec.ValidationError):
         field = where.rstrip(".") or "body"
