@@ -13,7 +13,14 @@ import msgspec
 
 from apollo_tp.coordinator.samples.field_names import meant_by
 from apollo_tp.coordinator.samples.lines import EXPECTED, malformed
-from apollo_tp.coordinator.samples.schema import Message, Preference, PreferenceLine, SampleBody, schema_error
+from apollo_tp.coordinator.samples.schema import (
+    Message,
+    Preference,
+    PreferenceLine,
+    SampleBody,
+    is_absent,
+    schema_error,
+)
 from apollo_tp.coordinator.samples.unique_keys import check_unique_keys
 from apollo_tp.errors import RequestError, refuse
 
@@ -96,9 +103,7 @@ def _without_absent(value: Json, kind: type[msgspec.Struct]) -> Json:
     arguments, contents) stays as it is."""
     known = set(kind.__struct_fields__)
     present = {
-        name: field
-        for name, field in value.items()
-        if field is not None and (name in known or field not in ("", [], {}))
+        name: field for name, field in value.items() if field is not None and (name in known or not is_absent(field))
     }
     if present.get("messages") == [] and any(present.get(name) for name in OTHER_FORMS):
         del present["messages"]

@@ -19,6 +19,8 @@ _BEGINNINGS = {
     b"\0\0\xfe\xff": "UTF-32 text", b"\xff\xfe": "UTF-16 text", b"\xfe\xff": "UTF-16 text", b"{\0": "UTF-16 text",
     b"\0{": "UTF-16 text",
 }  # fmt: skip
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F][0-9a-fA-F]{2}")
+_SURROGATES = re.compile(r"\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}")
 
 
 def numbered_lines(file: IO[bytes]) -> Iterator[tuple[int, bytes]]:
@@ -81,6 +83,8 @@ def malformed(line: bytes) -> str:
         return f"a byte that is not UTF-8 ({line[error.start]:#04x}, byte {error.start + 1} of the line)"
     if text == "\x1a":
         return "the end-of-file character of DOS (Ctrl-Z)"
+    if half := _SURROGATE.search(_SURROGATES.sub("", text)):
+        return f"half a character ({half[0]}, one of a pair of surrogates)"
     if re.search(r"[:,\[]\s*-?(NaN|Infinity)\b", text):
         return "NaN or Infinity, which JSON does not have"
     if text.endswith("},"):

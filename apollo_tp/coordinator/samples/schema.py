@@ -121,6 +121,13 @@ class PreferenceLine(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     non_preferred_output: Annotated[list[Message], Meta(min_length=1)]
 
 
+def is_absent(value: object) -> bool:
+    """Whether a field of this value says nothing: null, empty, or of nothing else."""
+    if isinstance(value, dict | list):
+        return all(map(is_absent, value.values() if isinstance(value, dict) else value))
+    return value is None or value == ""
+
+
 _PATH = re.compile(r"^(?P<what>.*?)(?: - at `(?P<path>\$[^`]*)`)?$", re.DOTALL)
 _GOT = re.compile(r"^Expected `(?P<expected>[^`]*)`, got `(?P<got>[^`]*)`$")
 _EXPECTED = re.compile(r"^Expected (?P<expected>.*)$", re.DOTALL)

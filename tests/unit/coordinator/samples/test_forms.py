@@ -34,6 +34,12 @@ def read(value, kind=SampleBody):
         {"messages": [ASKED | NULLS | {"tool_call_id": None}, ANSWER | {"annotations": [], "audio": {}, "id": ""}]},
         PLAIN | {"functions": None, "tools": None, "prompt": None, "text": None, "weight": None, "append_eos": None},
         PLAIN | {"functions": [], "function_call": "", "anything": {}},
+        {
+            "messages": [
+                ASKED,
+                ANSWER | {"provider_specific_fields": {"refusal": None, "x": [{}]}, "audio": {"id": None}},
+            ]
+        },
         PLAIN | {"context_ids": None, "continuation_ids": None, "chat_template_kwargs": None, "samples": None},
     ],
 )
@@ -83,9 +89,10 @@ def test_empty_forms_beside_another_are_absent(tmp_path):
     [
         ({"messages": [ASKED, ANSWER | {"audio": {"id": "x"}}]}, "messages[1].audio", "unknown field"),
         ({"messages": [ASKED, ANSWER | {"audio": None, "x": 0}]}, "messages[1].x", "unknown field"),
+        ({"messages": [ASKED, ANSWER | {"x": {"y": [None, {"z": False}]}}]}, "messages[1].x", "unknown field"),
         ({"messages": [ASKED, ANSWER | {"content": 1, "audio": None}]}, "messages[1].content", "int"),
         (PLAIN | {"functions": [{"name": "w"}]}, "functions", "unknown field"),
-        ({"item": {"input": []}}, "item", "unknown field"),
+        ({"item": {"input": [0]}}, "item", "unknown field"),
         ({"prompt": "a", "chosen": "b", "rejected": "c"}, "chosen", "unknown field"),
     ],
 )
