@@ -191,6 +191,8 @@ async def events(
     if last := request.headers.get("last-event-id"):
         query = EventsQuery.model_validate(query.model_dump() | {"after": last})
     if query.stream or "text/event-stream" in request.headers.get("accept", ""):
+        if request.state.head:  # it would last as long as the job
+            return Response(media_type="text/event-stream")
         return EventStream(service, request.state.client, job.id, query.after)
     body = await service.store.in_thread(
         functools.partial(events_page, job_id=job.id, after=query.after, limit=query.limit)
