@@ -115,10 +115,11 @@ class TPGroup:
                 dist.destroy_process_group(group)
 
     def abort(self) -> None:
-        """Let NCCL's collectives of this group and its subgroups that wait on the device for another rank run on, with
-        whatever is in their memory. Barriers of sums through peer memory go on waiting; gloo's collectives wait on the host,
-        until a rank leaves. From any thread. The group can only be left afterwards."""
+        """Let everything that waits on the device for another rank of this group or its subgroups run on, with whatever is
+        in its memory: NCCL's collectives and sums through peer memory. gloo's wait on the host, until a rank leaves. From
+        any thread. The group can only be left afterwards."""
         for tp in (self, *self._subgroups.values()):
+            tp.peers.abort()
             group = tp.group
             if group is not None and tp.rank >= 0 and dist.get_backend(group) == "nccl":
                 group.abort()
