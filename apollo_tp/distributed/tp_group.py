@@ -94,6 +94,10 @@ class TPGroup:
         self.group = dist.new_group(**self._options)
         for ranks, subgroup in self._subgroups.items():
             subgroup.group = dist.new_group(list(ranks), **self._options)
+        if backend == "nccl" and self.peers.min_buffer_bytes:
+            # now that all ranks are here: with the next sum, a rank would wait for one that fails before it, on the host
+            device = torch.device("cuda", torch.cuda.current_device())
+            self.peers.reserve(self.rank, self.size, self.group, device, self.peers.min_buffer_bytes)
 
     def dissolve(self) -> None:
         """Leave this group and its subgroups at once. Not collective: ranks that wait in a collective of theirs fail if it
@@ -103,11 +107,19 @@ class TPGroup:
         DEVICE_SECONDS: this process must end then, since it may still write.
         """
         self.on_leave()
-        self.abort()
+        # NCCL's abort wakes the device at once, and returns when the graphs that captured its collectives are gone
+        aborting = threading.Thread(target=self.abort, name="abort", daemon=True)
+        aborting.start()
         _await_device(DEVICE_SECONDS)
         for reference in self._before_dissolve:
             if (method := reference()) is not None:
                 method()
+        aborting.join(DEVICE_SECONDS)
+        if aborting.is_alive():
+            raise DeadlineError(
+                f"got NCCL's communicators still open {DEVICE_SECONDS:.0f} s after the device was idle, expected them to be "
+                "aborted; this process ends, since they cannot be left"
+            )
         for tp in (*self._subgroups.values(), self):
             group, tp.group = tp.group, None
             tp.peers.release()
@@ -117,7 +129,8 @@ class TPGroup:
     def abort(self) -> None:
         """Let everything that waits on the device for another rank of this group or its subgroups run on, with whatever is
         in its memory: NCCL's collectives and sums through peer memory. gloo's wait on the host, until a rank leaves. From
-        any thread. The group can only be left afterwards."""
+        any thread. The group can only be left afterwards. Where collectives were captured in CUDA graphs, this returns when
+        these are gone (``call_before_dissolve``)."""
         for tp in (self, *self._subgroups.values()):
             tp.peers.abort()
             group = tp.group
@@ -127,7 +140,7 @@ class TPGroup:
     def call_before_dissolve(self, method: Callable[[], None]) -> None:
         """Have ``dissolve`` call the bound ``method`` first, as long as its object lives.
 
-        For owners of captured collectives of this group: NCCL waits until their graphs are gone before it leaves a group.
+        For owners of captured collectives of this group: NCCL neither aborts nor leaves a group while their graphs exist.
         """
         self._before_dissolve.append(weakref.WeakMethod(method))
 
