@@ -52,7 +52,9 @@ class TPGroup:
     traffic: Counter[str] = field(default_factory=Counter, repr=False)
     """Payload bytes by kind of collective, those of subgroups included, for tests and benchmarks."""
     number: int = field(default_factory=itertools.count().__next__, init=False, repr=False)
-    _subgroups: dict[tuple[int, ...], TPGroup] = field(default_factory=dict, init=False, repr=False)
+    _rows: tuple[tuple[int, ...], ...] = field(default=(), init=False, repr=False)
+    """Ranks in the default group of this group and of all groups that were split off with it, elsewhere; () is all ranks."""
+    _subgroups: dict[tuple[tuple[int, ...], ...], TPGroup] = field(default_factory=dict, init=False, repr=False)
     _options: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
     """Backend and timeout of ``group``, for its subgroups: new_group would give them those of the default group."""
     _before_dissolve: list[weakref.WeakMethod[Callable[[], None]]] = field(default_factory=list, init=False, repr=False)
@@ -75,25 +77,41 @@ class TPGroup:
     def subgroup(self, ranks: tuple[int, ...]) -> TPGroup:
         """The group of these ranks (ascending, of this group). Ranks outside of it get one in which their rank is -1.
 
-        Collective over all ranks of this group when ``ranks`` are asked for first.
+        Collective over all ranks of this group, and of the groups that it was split off with, when ``ranks`` are asked for
+        first.
         """
-        if ranks == tuple(range(self.size)):
-            return self
-        if ranks not in self._subgroups:
-            subgroup = TPGroup(ranks.index(self.rank) if self.rank in ranks else -1, len(ranks), traffic=self.traffic)
-            members = dist.get_process_group_ranks(self.group)
-            subgroup.group = dist.new_group([members[r] for r in ranks], **self._options)
-            self._subgroups[ranks] = subgroup
-        return self._subgroups[ranks]
+        return self if ranks == tuple(range(self.size)) else self.split((ranks,))
+
+    def split(self, parts: tuple[tuple[int, ...], ...]) -> TPGroup:
+        """The group of that part (ascending ranks of this group; disjoint) which this rank is in. Collective as
+        ``subgroup``."""
+        if parts not in self._subgroups:
+            mine = next((part for part in parts if self.rank in part), None)
+            rank = -1 if mine is None else mine.index(self.rank)
+            subgroup = TPGroup(rank, len(parts[0] if mine is None else mine), traffic=self.traffic)
+            subgroup._rows = tuple(tuple(row[r] for r in part) for row in self._all_rows() for part in parts)
+            subgroup._join(self._options)
+            self._subgroups[parts] = subgroup
+        return self._subgroups[parts]
 
     def form(self, backend: str, timeout: datetime.timedelta) -> None:
         """Join a new process group over the default group, and new ones for the subgroups. Collective."""
-        if self.size == 1:
-            return
-        self._options = {"backend": backend, "timeout": timeout}
-        self.group = dist.new_group(**self._options)
-        for ranks, subgroup in self._subgroups.items():
-            subgroup.group = dist.new_group(list(ranks), **self._options)
+        if self.size > 1:
+            self._join({"backend": backend, "timeout": timeout})
+
+    def _all_rows(self) -> tuple[tuple[int, ...], ...]:
+        return self._rows or (tuple(range(self.size)),)
+
+    def _join(self, options: dict[str, Any]) -> None:
+        """Make the process groups of all rows, since each is collective over the default group; keep this rank's."""
+        self._options = options
+        for row in self._all_rows():
+            if len(row) > 1:
+                group = dist.new_group(list(row), **options)
+                if dist.get_rank() in row:
+                    self.group = group
+        for subgroup in self._subgroups.values():
+            subgroup._join(options)
 
     def dissolve(self) -> None:
         """Leave this group and its subgroups at once. Not collective: ranks that wait in a collective of theirs fail if it
@@ -108,11 +126,12 @@ class TPGroup:
         for reference in self._before_dissolve:
             if (method := reference()) is not None:
                 method()
-        for tp in (*self._subgroups.values(), self):
-            group, tp.group = tp.group, None
-            tp.peers.release()
-            if group is not None and group is not dist.group.WORLD and tp.rank >= 0:
-                dist.destroy_process_group(group)
+        for subgroup in self._subgroups.values():
+            subgroup.dissolve()
+        group, self.group = self.group, None
+        self.peers.release()
+        if group is not None and group is not dist.group.WORLD and self.rank >= 0:
+            dist.destroy_process_group(group)
 
     def abort(self) -> None:
         """Let NCCL's collectives of this group and its subgroups that wait on the device for another rank run on, with

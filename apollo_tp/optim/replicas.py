@@ -48,7 +48,7 @@ def resync_replicas(weights: Sequence[Weight], tp: TPGroup) -> list[str]:
         holders = tp.subgroup(tuple(sorted(sums)))
         views = own.get(part, [])
         copies = [_bits_of_lowest(view, holders) for view in views]  # inference reads ``view`` all the while
-        right = not views or tuple(_checksums(copies).tolist()) == sums[part[1]]
+        right = not views or tuple(checksums(copies).tolist()) == sums[part[1]]
         name = weights[part[0]].name
         answers = tp.gather_checked(torch.tensor([right], dtype=torch.int64, device=tensor_device), f"repair of {name}")
         if wrong := (answers[:, 0] != 1).nonzero().flatten().tolist():
@@ -94,7 +94,7 @@ def _records(index: int, weight: Weight) -> Iterator[Tensor]:
     """int64 [COLUMNS] for each part of the weight at ``index`` that other ranks hold too."""
     for lowest, start, tensors in _shared(weight):
         key = torch.tensor([index, lowest, start], device=weight.data.device)
-        yield torch.cat([key, _checksums(tensors)])
+        yield torch.cat([key, checksums(tensors)])
 
 
 def _shared(weight: Weight) -> Iterator[tuple[int, int, list[Tensor]]]:
@@ -115,7 +115,7 @@ def _shared(weight: Weight) -> Iterator[tuple[int, int, list[Tensor]]]:
             local += stop - start
 
 
-def _checksums(tensors: Sequence[Tensor]) -> Tensor:
+def checksums(tensors: Sequence[Tensor]) -> Tensor:
     """int64 [2]: sum of bits, position-weighted sum of bits. Local."""
     plain, weighted = torch.zeros(2, dtype=torch.int64, device=tensors[0].device)
     for tensor in tensors:
