@@ -15,7 +15,8 @@ from apollo_tp.errors import ConfigError
 @dataclass(frozen=True)
 class Mesh:
     """``world``: all ranks. ``tp``: the ranks of this replica (P). ``replicas``: those that hold the same shard, one in each
-    replica (R), in the order of replicas; its ``traffic`` is counted apart."""
+    replica (R), in the order of replicas; its ``traffic`` is counted apart. Who leaves one of them leaves all: ``world`` is
+    formed and dissolved, the others follow."""
 
     world: TPGroup
     tp: TPGroup
@@ -44,4 +45,6 @@ class Mesh:
         columns = tuple(tuple(range(shard, world.size, tp_size)) for shard in range(tp_size))
         replicas = world.split(columns)
         replicas.traffic = Counter()
-        return cls(world, world.split(rows), replicas)
+        tp = world.split(rows)
+        tp.peers = world.peers
+        return cls(world, tp, replicas)

@@ -53,7 +53,8 @@ class TPGroup:
     """Payload bytes by kind of collective, those of subgroups included, for tests and benchmarks."""
     number: int = field(default_factory=itertools.count().__next__, init=False, repr=False)
     _rows: tuple[tuple[int, ...], ...] = field(default=(), init=False, repr=False)
-    """Ranks in the default group of this group and of all groups that were split off with it, elsewhere; () is all ranks."""
+    """The ranks in the default group of each group that was split off together with this one, its own among them; () if this
+    is the group of all ranks."""
     _subgroups: dict[tuple[tuple[int, ...], ...], TPGroup] = field(default_factory=dict, init=False, repr=False)
     _options: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
     """Backend and timeout of ``group``, for its subgroups: new_group would give them those of the default group."""
@@ -83,8 +84,8 @@ class TPGroup:
         return self if ranks == tuple(range(self.size)) else self.split((ranks,))
 
     def split(self, parts: tuple[tuple[int, ...], ...]) -> TPGroup:
-        """The group of that part (ascending ranks of this group; disjoint) which this rank is in. Collective as
-        ``subgroup``."""
+        """The group of that part (ascending ranks of this group; disjoint, of one size) which this rank is in; one in none
+        gets one in which its rank is -1. Collective as ``subgroup``."""
         if parts not in self._subgroups:
             mine = next((part for part in parts if self.rank in part), None)
             rank = -1 if mine is None else mine.index(self.rank)
@@ -137,10 +138,10 @@ class TPGroup:
         """Let NCCL's collectives of this group and its subgroups that wait on the device for another rank run on, with
         whatever is in their memory. Barriers of sums through peer memory go on waiting; gloo's collectives wait on the host,
         until a rank leaves. From any thread. The group can only be left afterwards."""
-        for tp in (self, *self._subgroups.values()):
-            group = tp.group
-            if group is not None and tp.rank >= 0 and dist.get_backend(group) == "nccl":
-                group.abort()
+        if (group := self.group) is not None and self.rank >= 0 and dist.get_backend(group) == "nccl":
+            group.abort()
+        for subgroup in list(self._subgroups.values()):
+            subgroup.abort()
 
     def call_before_dissolve(self, method: Callable[[], None]) -> None:
         """Have ``dissolve`` call the bound ``method`` first, as long as its object lives.

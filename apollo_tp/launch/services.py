@@ -31,7 +31,7 @@ class Services:
             mapped.manifest.model_path,
             mapped.manifest.checkpoint,
             mapped.stored,
-            ready.tp,
+            ready.mesh,
             keep=config.checkpoint.keep,
             save_config=ready.hf_config.save_pretrained,
             trained=lambda: self._lineage.record.trained,
@@ -42,7 +42,7 @@ class Services:
         """Form the compute group of all ranks again. Collective."""
         ready = self._ready
         ready.alarm.next_epoch()
-        compute_group(ready.tp, ready.mapped.device, ready.config.command_timeout_seconds)
+        compute_group(ready.mesh.world, ready.mapped.device, ready.config.command_timeout_seconds)
 
     def save_checkpoint(self, name: str) -> tuple[str, int]:
         """Write checkpoint ``name``; returns its folder and its size in bytes. Collective."""

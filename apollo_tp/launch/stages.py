@@ -22,6 +22,7 @@ from apollo_tp.checkpoint.lineage import LineageFile
 from apollo_tp.config import Config
 from apollo_tp.distributed.alarm import Alarm
 from apollo_tp.distributed.control import Control
+from apollo_tp.distributed.mesh import Mesh
 from apollo_tp.distributed.peer_memory import PeerSums
 from apollo_tp.distributed.tp_group import TPGroup, compute_group
 from apollo_tp.errors import ConfigError, ServerGoneError
@@ -80,7 +81,7 @@ class Served(Joined):
 class Bound(Served):
     """The model computes with the mapped weights, and its optimizer has the state that belongs to them."""
 
-    tp: TPGroup
+    mesh: Mesh
     alarm: Alarm
     hf_config: PretrainedConfig
     """The config in the model's folder."""
@@ -165,13 +166,14 @@ def _read_manifests(joined: Joined, folder: Path) -> list[Manifest]:
 def bind(served: Served) -> Bound:
     """Form the compute group, bind the model and build its optimizer; load the state. Collective."""
     config, mapped, first = served.config, served.mapped, served.manifests[0]
-    tp = TPGroup(served.world.rank, served.world.size, peers=PeerSums(config.train.peer_memory))
+    world = TPGroup(served.world.rank, served.world.size, peers=PeerSums(config.train.peer_memory))
     alarm = Alarm.join(served.control)
-    tp.on_leave = alarm.ring
-    compute_group(tp, mapped.device, config.command_timeout_seconds)
-    served.stack.callback(tp.dissolve)
+    world.on_leave = alarm.ring
+    compute_group(world, mapped.device, config.command_timeout_seconds)
+    mesh = Mesh.build(world, first.tp_size)
+    served.stack.callback(world.dissolve)
     served.stack.callback(alarm.stop)
-    alarm.watch(tp)
+    alarm.watch(world)
     compiled = mapped.device.type == "cuda" if config.train.compile is None else config.train.compile
     with served.control.agree():
         trust = config.model.trust_remote_code
@@ -179,16 +181,16 @@ def bind(served: Served) -> Bound:
         model = bind_model(
             as_served(hf_config, first.config_overrides, first.max_model_len),
             mapped.tensors,
-            tp,
+            mesh.tp,
             fused_tensors=mapped.fused_tensors,
             gradient_checkpointing=config.train.gradient_checkpointing,
             compiled=CompileOptions() if compiled else None,
             trust_remote_code=trust,
         )
-        optimizer = Optimizer(config.optim, config.train.precision, model.parameters, tp)
+        optimizer = Optimizer(config.optim, config.train.precision, model.parameters, mesh.tp, mesh.replicas)
     with served.control.agree():
         resume(config, optimizer, served.lineage)
-    return Bound(**vars(served), tp=tp, alarm=alarm, hf_config=hf_config, model=model, optimizer=optimizer)
+    return Bound(**vars(served), mesh=mesh, alarm=alarm, hf_config=hf_config, model=model, optimizer=optimizer)
 
 
 def resume(config: Config, optimizer: Optimizer, lineage: LineageFile) -> None:
@@ -230,11 +232,12 @@ def prepare(bound: Bound) -> Ready:
     all ranks, where a step would not fit or would be computed wrong."""
     config, device, lineage = bound.config, bound.mapped.device, bound.lineage
     gate = _update_gate(bound)
-    pace = Pace(config.qos.pace, bound.model.module, bound.tp, device)
+    pace = Pace(config.qos.pace, bound.model.module, bound.mesh.tp, device)
     trainer = Trainer(
         bound.model,
         bound.optimizer,
-        bound.tp,
+        bound.mesh.tp,
+        mesh=bound.mesh,
         device=device,
         max_micro_batch_tokens=config.train.max_micro_batch_tokens,
         gradients=config.train.gradients,
@@ -260,13 +263,13 @@ def before_write(lineage: LineageFile, gate: UpdateGate, pace: Pace) -> None:
 
 
 def _update_gate(bound: Bound) -> UpdateGate:
-    """The pause of running requests around updates; rank 0 attaches to the server. Collective."""
+    """The pause of running requests around updates; the first rank of each replica attaches to its server. Collective."""
     sync, lock = bound.config.sync, None
     with bound.control.agree():
-        if bound.world.rank == 0 and needs_lock(sync):
+        if bound.mesh.tp.rank == 0 and needs_lock(sync):
             lock = Lock(bound.folder, sync, bound.lineage.record.weight_version, bound.alarm)
             bound.stack.callback(lock.close)
-    return UpdateGate(sync.mode, bound.tp, bound.mapped.device, lock)
+    return UpdateGate(sync.mode, bound.mesh.world, bound.mapped.device, lock)
 
 
 def _plan_memory(bound: Bound, trainer: Trainer) -> str:

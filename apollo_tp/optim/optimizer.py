@@ -68,8 +68,8 @@ class Optimizer:
     """All trained parameters of this rank. All ranks pass the same names in the same order. One all-reduce.
 
     ``replicas`` are the ranks with the same shard, one in each of several replicas that are trained together (see
-    ``owners``). ``update_group`` holds the parameters that this replica owns (all, if there is one replica) with their state,
-    and ``weights`` are the same; ``names`` are of all. ``step_count`` counts completed steps over all jobs;
+    ``owners``). ``update_group`` holds the parameters that this replica owns (all, if there is one replica) with their
+    state, and ``weights`` are the same; ``names`` are of all. ``step_count`` counts completed steps over all jobs;
     ``rounding_stream`` is set by ``use_rounding_stream``. Both are saved with the state. ``in_backward`` is set by
     ``attach_in_backward``. Raises ConfigError if there is nothing to train, a name occurs twice or a replica would own
     nothing, UnsupportedModelError for a dtype, shape or layout that cannot be written in place.
@@ -101,7 +101,7 @@ class Optimizer:
         self.device = self.weights[0].data.device
         self._leaves = [p.tensor for p in trained if p.tensor.requires_grad]
         self.update_group = UpdateGroup(self.weights, config, tp, replicas=self.replicas)
-        self.step_count = self.skipped_in_a_row = self.rounding_stream = 0
+        self.step_count = self.skipped_in_a_row = self.rounding_stream = self._num_writes = 0
         self.in_backward: InBackwardStep | None = None
         self._doubtful = False
         self._measure_weights()
@@ -121,8 +121,11 @@ class Optimizer:
         return learning_rate(self.config, self.step_count) * scale
 
     def progress(self) -> tuple[int, int]:
-        """Steps so far, and a checksum of the updates of all parameters of this replica. Which collectives come when follows
-        from them."""
+        """Steps so far, and a checksum of the updates of all parameters, the same on all ranks. Which collectives come when
+        follows from them. With several replicas, each of which counts the updates of what it owns, the second is how many
+        decisions to write there were."""
+        if self.owners is not None:
+            return self.step_count, self._num_writes
         return self.step_count, zlib.crc32(array("q", self.update_group.counters.steps))
 
     def step(
@@ -154,10 +157,10 @@ class Optimizer:
             update = self.update_group.update(lr, loss, received=received, gradients=gradients)
             decisions = [(self.update_group, update)]
         outcome = self._conclude(decisions, lr)
+        self.step_count += not outcome.skipped
         if self.owners is not None and outcome.num_updated:
-            self.owners.publish()
+            self.owners.publish()  # after all ranks have counted: one that raises here is made up for in ``rejoin``
         if not outcome.skipped:
-            self.step_count += 1
             if self.step_count % self.config.refresh_every == 0:
                 self._measure_weights()
             if self.config.check_replicas_every and self.step_count % self.config.check_replicas_every == 0:
@@ -179,12 +182,17 @@ class Optimizer:
         return gradients, arrived if received is None else arrived * received
 
     def rejoin(self) -> None:
-        """On all ranks, once one has raised: only some may have measured the weights. The next step measures them."""
+        """On all ranks, once one has raised: only some may have measured the weights, or copied those of other owners. The
+        next step does both."""
         self._doubtful = True
 
     def resync_replicas(self) -> list[str]:
-        """See replicas.resync_replicas: before the first step of a trainer whose predecessor may have been killed."""
-        return resync_replicas(self.weights, self.tp)
+        """See replicas.resync_replicas: before the first step of a trainer whose predecessor may have been killed. Then all
+        replicas copy the owners' weights."""
+        names = resync_replicas(self.weights, self.tp, self.replicas)
+        if self.owners is not None:
+            self.owners.publish()
+        return names
 
     def _conclude(self, decisions: list[tuple[UpdateGroup, Decision]], lr: float) -> StepOutcome:
         """Count what is written, and say what stopped the rest. Waits for the decisions, not for the writes. Raises
@@ -205,6 +213,7 @@ class Optimizer:
                 why = self._why_any_skipped(why)
                 num_updated = sum(written)
             skipped = skipped or why
+        self._num_writes += num_updated > 0
         if skipped:
             self.skipped_in_a_row, largest = self.skipped_in_a_row + 1, 0.0
             skipped += f"; {num_updated or 'nothing'} {'tensors were' if num_updated else 'was'} written"
@@ -254,6 +263,8 @@ class Optimizer:
 
     def _measure_if_doubtful(self) -> None:
         if self._doubtful:
+            if self.owners is not None:
+                self.owners.publish()
             self._measure_weights()
 
     # --- updates inside the backward pass --------------------------------------------------------------------------
@@ -346,5 +357,5 @@ class Optimizer:
             f"{self.config.kind.value}{rank}, scale {self.config.scale}, {self.precision.value}: {len(matrices)} matrices "
             f"projected ({exchanged} exchanged between {self.tp.size} ranks{early}), "
             f"{len(self.weights) - len(matrices)} tensors by AdamW, {self.state_bytes() / 1e9:.3g} GB of state on rank "
-            f"{self.tp.rank}"
+            f"{self.tp.rank}{f' of replica {self.replicas.rank} of {self.replicas.size}' if self.owners else ''}"
         )

@@ -9,7 +9,7 @@ All of it goes between ranks that hold the same shard, one in each replica: the 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -128,17 +128,18 @@ class Owners:
                 start = stop
         return flat
 
-    def publish(self) -> None:
-        """Copy each owner's weights into the memory of the other replicas. Collective: one broadcast per tensor.
+    def publish(self, source: int | None = None) -> None:
+        """Copy each owner's weights into the memory of the other replicas, or those of replica ``source`` alone. Collective:
+        one broadcast per tensor.
 
         Rows that are contiguous are received where the server holds them.
         """
         pending = []
         for i, parameter in enumerate(self.parameters):
-            data = parameter.tensor.data
+            data, src = parameter.tensor.data, self.owner[i] if source is None else source
             buffer = data if data.is_contiguous() else data.contiguous()
             self.replicas.traffic["broadcast"] += data.nbytes
-            work = dist.broadcast(buffer, group=self.replicas.group, group_src=self.owner[i], async_op=True)
+            work = dist.broadcast(buffer, group=self.replicas.group, group_src=src, async_op=True)
             pending.append((work, data, buffer))
         for work, data, buffer in pending:
             work.wait()
@@ -146,18 +147,27 @@ class Owners:
                 data.copy_(buffer)
 
     def check_equal(self) -> None:
-        """Raise ReplicaError on all ranks of the group if a parameter differs between replicas. One all-gather."""
-        local = torch.stack([checksums([p.tensor.data]) for p in self.parameters])
-        rows = self.replicas.gather_checked(local, "checksums of the replicas' weights")
-        differing = (rows != rows[:1]).any(2)
-        if not differing.any():
-            return
-        found = [f"{self.parameters[i].name} on replica {r}" for r, i in differing.nonzero().tolist()]
-        more = f" and {len(found) - 3} more" if len(found) > 3 else ""
-        raise ReplicaError(
-            f"replicas: got other bits than replica 0 in {', '.join(found[:3])}{more}, expected equal weights; serve the "
-            "same model on all replicas, or start the trainer again, which fills them from replica 0"
-        )
+        """See ``check_equal``, of all parameters."""
+        check_equal({p.name: p.tensor.data for p in self.parameters}, self.replicas)
+
+
+def check_equal(tensors: Mapping[str, Tensor], replicas: TPGroup, labels: Sequence[str] = ()) -> None:
+    """Raise ReplicaError on all ranks of ``replicas`` if the bits of a tensor differ between them. ``labels`` name the
+    replicas in the message. One all-gather."""
+    if replicas.size == 1:
+        return
+    local = torch.stack([checksums([tensor]) for tensor in tensors.values()])
+    rows = replicas.gather_checked(local, "checksums of the replicas' weights")
+    differing = (rows != rows[:1]).any(2)
+    if not differing.any():
+        return
+    names, labels = list(tensors), labels or [f"replica {r}" for r in range(replicas.size)]
+    found = [f"{names[i]} on {labels[r]}" for r, i in differing.nonzero().tolist()]
+    more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+    raise ReplicaError(
+        f"replicas: got other bits than on {labels[0]} in {', '.join(found[:3])}{more}, expected equal weights; serve the "
+        "same model on all replicas, and start the servers that differ again"
+    )
 
 
 @dataclass(frozen=True)

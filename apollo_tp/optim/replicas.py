@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 
+import msgspec
 import torch
 from torch import Tensor
 
+from apollo_tp.distributed.control import ComputeControl
 from apollo_tp.distributed.tp_group import TPGroup
 from apollo_tp.errors import CollectiveError, ReplicaError
 from apollo_tp.optim.parameters import Weight
@@ -34,16 +36,18 @@ def check_replicas(weights: Sequence[Weight], tp: TPGroup) -> None:
         )
 
 
-def resync_replicas(weights: Sequence[Weight], tp: TPGroup) -> list[str]:
+def resync_replicas(weights: Sequence[Weight], tp: TPGroup, replicas: TPGroup) -> list[str]:
     """Where replicas differ, give every rank the bits of the lowest rank that holds them: when a trainer is killed as it
     writes, some ranks may have written and others not. Returns the names of these weights, the same on all ranks.
 
     A weight is written only with bits that have the lowest rank's checksums, and only when all ranks have received such.
     Collectives: those of ``check_replicas``, and per part that differs one all-reduce over the ranks that hold it for each
-    tensor, and one all-gather over all. Raises CollectiveError if one of them did not happen.
+    tensor, and one all-gather over all; with several ``replicas`` of the model, one all-gather over them. Raises
+    CollectiveError if one of them did not happen.
     """
     own = {(index, lowest, start): views for index, w in enumerate(weights) for lowest, start, views in _shared(w)}
     differing, tensor_device = _differing(weights, tp), weights[0].data.device
+    _form_holders({tuple(sorted(sums)) for _, sums in differing}, tp, replicas, tensor_device)
     for part, sums in differing:
         holders = tp.subgroup(tuple(sorted(sums)))
         views = own.get(part, [])
@@ -59,6 +63,14 @@ def resync_replicas(weights: Sequence[Weight], tp: TPGroup) -> list[str]:
         for view, bits in zip(views, copies, strict=True):
             view.copy_(bits)
     return sorted({weights[index].name for (index, *_), _ in differing})
+
+
+def _form_holders(wanted: set[tuple[int, ...]], tp: TPGroup, replicas: TPGroup, device: torch.device) -> None:
+    """Make the groups of the ``wanted`` ranks of ``tp``, and those that other replicas of the model want: a new process
+    group is collective over all ranks, and each replica has parts of its own that differ."""
+    answers = ComputeControl(replicas, device).gather(msgspec.json.encode(sorted(wanted)))
+    for ranks in sorted({tuple(ranks) for answer in answers for ranks in msgspec.json.decode(answer)}):
+        tp.subgroup(ranks)
 
 
 def _bits_of_lowest(view: Tensor, holders: TPGroup) -> Tensor:

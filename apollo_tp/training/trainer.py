@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from apollo_tp.config import GradientMode
+from apollo_tp.distributed.mesh import Mesh
 from apollo_tp.distributed.tp_group import TPGroup
 from apollo_tp.errors import ConfigError
 from apollo_tp.gpu_sharing.pace import Pace
@@ -41,7 +42,8 @@ class Trainer:
 
     ``before_write`` is called on every rank before the first weight is written: between the backward pass and the
     update, or before the backward pass of a step that updates in it. ``pace`` gives inference its share of the GPU's
-    time. Raises ConfigError if ``gradients`` is GradientMode.in_backward and the optimizer clips.
+    time. With a ``mesh`` of several replicas, each takes a part of a step's samples, and figures are of all. Raises
+    ConfigError if ``gradients`` is GradientMode.in_backward, and the optimizer clips or there are several replicas.
     """
 
     def __init__(
@@ -50,7 +52,7 @@ class Trainer:
         optimizer: Optimizer,
         tp: TPGroup,
         *,
-        replicas: TPGroup | None = None,
+        mesh: Mesh | None = None,
         device: torch.device,
         max_micro_batch_tokens: int,
         gradients: GradientMode = GradientMode.auto,
@@ -61,7 +63,8 @@ class Trainer:
         self.model = model
         self.optimizer = optimizer
         self.tp = tp
-        self.replicas = replicas or TPGroup.single()
+        self.mesh = mesh or Mesh.single(tp)
+        self.replicas = self.mesh.replicas
         self.device = device
         self.max_micro_batch_tokens = max_micro_batch_tokens
         self.weight_version = weight_version

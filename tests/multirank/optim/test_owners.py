@@ -130,9 +130,7 @@ def skip(world: TPGroup, bad: int, where: str) -> list:
     params = model.parameters(mesh.tp, torch.bfloat16)
     results = []
     for clip in (1.0, None):
-        optimizer = Optimizer(
-            model.config(max_grad_norm=clip), Precision.remainder, params, mesh.tp, mesh.replicas
-        )
+        optimizer = Optimizer(model.config(max_grad_norm=clip), Precision.remainder, params, mesh.tp, mesh.replicas)
         before = [p.tensor.detach().clone() for p in params]
         moved = optimizer.update_group.counters.limiter_norms.clone()
         gradients, loss = share(model.gradients(0), mesh.replicas.rank, world.size), torch.tensor(1.0)

@@ -43,7 +43,7 @@ def ready(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
         manifests=[manifest(0, 1)],
         mapped=SimpleNamespace(manifest=manifest(0, 1), stored={}, device=torch.device("cpu")),
         lineage=LineageFile(tmp_path, str(tmp_path / "no model"), keep=True),
-        tp=None,
+        mesh=None,
         hf_config=SimpleNamespace(save_pretrained=None),
         model=SimpleNamespace(
             module=SimpleNamespace(config=text_config), parameters=[SimpleNamespace(name="w", shard=shard)] * 2
