@@ -82,7 +82,7 @@ class Services:
             server_life=f"{first.instance_id}@{first.pid}.{first.pid_start_ticks}",
             model_path=first.model_path,
             served_model_names=first.served_model_names,
-            num_ranks=len(ready.manifests),
+            num_ranks=ready.world.size,
             vocab_size=ready.model.module.config.get_text_config().vocab_size,
             max_sequence_tokens=min(limit, first.max_model_len) if first.max_model_len else limit,
             weight_version=trainer.weight_version,
@@ -96,6 +96,7 @@ class Services:
             layout=self._layout(),
             last_job_id=last.last_job_id,
             last_job_step=last.last_job_step,
+            replicas=list(map(commands.Replica, ready.arrangement.instances, ready.arrangement.hosts)),
         )
 
     def close(self) -> None:
