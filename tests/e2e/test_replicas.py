@@ -124,7 +124,7 @@ def test_two_servers_stay_identical(stack: Stack) -> None:
     assert [replica["instance_id"] for replica in status["replicas"]] == ["first", "second"]
     assert status["num_ranks"] == 2
     shown = subprocess.run(
-        [sys.executable, "-m", "apollo_tp.cli.main", "--url", trainer.url, "status"],
+        [sys.executable, "-m", "apollo_tp.cli.main", "status", "--url", trainer.url],
         capture_output=True,
         text=True,
         check=True,
