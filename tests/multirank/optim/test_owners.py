@@ -12,9 +12,10 @@ import torch
 from apollo_tp.config import OptimConfig, Precision
 from apollo_tp.distributed.mesh import Mesh
 from apollo_tp.distributed.tp_group import TPGroup
-from apollo_tp.errors import ConfigError, ReplicaError
+from apollo_tp.errors import CollectiveError, ConfigError, ReplicaError
 from apollo_tp.optim import Optimizer
 from tests.support import optim_model as model
+from tests.support.collective_faults import LEAVES, Collectives
 from tests.support.ranks import run_ranks
 from tests.support.reference_optimizer import ReferenceOptimizer
 
@@ -157,6 +158,75 @@ def test_all_replicas_skip_or_none(bad, where):
         assert "not finite" in skipped
         assert where in skipped
         assert (num_updated, same, then) == (0, True, "")
+
+
+def lack(world: TPGroup, clip: float | None, everywhere: bool) -> tuple[list[str], list[str]]:
+    """(what is wrong, collectives) of a second step, in which each collective before the write in turn never happens, on all
+    replicas or on the last one alone."""
+    collectives, mesh = Collectives(), Mesh.build(world, 1)
+    params = model.parameters(mesh.tp, torch.bfloat16)
+    config = model.config(max_grad_norm=clip, check_replicas_every=0)
+    optimizer = Optimizer(config, Precision.remainder, params, mesh.tp, mesh.replicas)
+
+    def step() -> str:
+        whole = share(model.gradients(0), mesh.replicas.rank, mesh.replicas.size)
+        model.set_gradients(params, whole)
+        return optimizer.step(loss=torch.tensor(1.0)).skipped
+
+    first = collectives.count
+    assert step() == ""
+    calls = [call for call in collectives.log[first:] if not call.startswith("broadcast")]
+    before, kept, progress = model.snapshot(optimizer), model.local_values(params), optimizer.progress()
+    found = []
+    for at, call in enumerate(calls[: None if everywhere else -1]):  # the last one decides on each replica by itself
+        for leave in LEAVES:
+            try:
+                with collectives.fault(at, leave, here=everywhere or world.rank == world.size - 1):
+                    step()
+                found.append(f"{call} leaves {leave}: no error")
+            except CollectiveError:
+                pass
+            same = all((kept[name] == value).all() for name, value in model.local_values(params).items())
+            if not same or not model.same(before, model.snapshot(optimizer)) or optimizer.progress() != progress:
+                found.append(f"{call} leaves {leave}: something moved")
+    assert step() == ""
+    optimizer.owners.check_equal()
+    return found, calls
+
+
+@pytest.mark.parametrize("everywhere", [True, False])
+@pytest.mark.parametrize("clip", [None, 1.0])
+def test_nothing_is_written_from_a_sum_over_replicas_that_never_happened(clip, everywhere):
+    """On no replica, whichever lacks it: neither weights nor moments, norms and counts; the next step is sound."""
+    for rank, (wrong, calls) in enumerate(run_ranks(lack, 2, clip, everywhere)):
+        assert not wrong, f"rank {rank}: {len(wrong)}, such as {wrong[:3]}"
+        assert [call.split()[0] for call in calls] == ["reduce_scatter_tensor"] + ["all_reduce"] * (
+            clip is not None
+        ) + ["all_gather_into_tensor"]
+
+
+def repair(world: TPGroup) -> tuple[list[str], dict]:
+    """A trainer was killed: one replica's ranks differ in what both hold, and another tensor is not that of its owner."""
+    mesh = Mesh.build(world, 2)
+    params = model.parameters(mesh.tp, torch.bfloat16)
+    optimizer = Optimizer(model.config(), Precision.remainder, params, mesh.tp, mesh.replicas)
+    own = {weight.name: weight for weight in optimizer.weights}
+    norm, matrix = (next(p for p in params if p.name == name) for name in ("norm.weight", "case_a.weight"))
+    if norm.name in own and mesh.tp.rank == 1:
+        own[norm.name].data.view(-1)[5] += 1.0
+    if matrix.name not in own:
+        matrix.tensor.data.view(-1)[7] += 1.0
+    names = optimizer.resync_replicas()
+    optimizer.owners.check_equal()
+    return names, model.local_values(params)
+
+
+def test_a_killed_write_is_repaired():
+    """Within the replica that owns a tensor, and then on the others; what was not touched keeps its bits."""
+    results = run_ranks(repair, 4)
+    assert sorted(names for names, _ in results) == [[], [], ["norm.weight"], ["norm.weight"]]
+    for key, value in model.assemble([values for _, values in results[:2]]).items():
+        torch.testing.assert_close(value, model.weights()[key].bfloat16().float(), rtol=0, atol=0)
 
 
 def differ(world: TPGroup) -> str:
