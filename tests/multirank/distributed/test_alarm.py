@@ -174,7 +174,8 @@ def test_buffers_of_sums_are_made_when_a_group_is_formed_again() -> None:
     for reserved in (0, 4096):
         tp = TPGroup(0, 2, peers=PeerSums(min_buffer_bytes=reserved))
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(dist, "new_group", lambda **options: "group")
+            patch.setattr(dist, "new_group", lambda ranks, **options: "group")
+            patch.setattr(dist, "get_rank", lambda: 0)
             patch.setattr(torch.cuda, "current_device", lambda: 0)
             patch.setattr(PeerSums, "buffers_for", lambda *arguments: made.append(arguments[-1]))
             tp.form("nccl", datetime.timedelta(seconds=1))
