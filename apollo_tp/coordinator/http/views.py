@@ -42,6 +42,7 @@ def status_view(scheduler: Scheduler, store: Store) -> dict[str, Any]:
         hello = link.hello
         trainer |= {
             "instance_id": hello.instance_id, "model": hello.model_path, "served_model_names": hello.served_model_names,
+            "replicas": msgspec.to_builtins(hello.replicas),
             "num_ranks": hello.num_ranks, "num_parameters": hello.num_parameters, "vocab_size": hello.vocab_size,
             "max_sequence_tokens": hello.max_sequence_tokens, "optimizer": hello.optimizer, "gradients": hello.gradients,
             "memory": hello.memory,
