@@ -157,7 +157,7 @@ def schema_error(error: Exception, data: bytes, kind: type, where: str = "") -> 
     match = _PATH.match(str(error))
     assert match is not None
     what, path = match["what"], (match["path"] or "$").removeprefix("$").removeprefix(".")
-    field, text = path or "body", None
+    field, text = path or "body", what
     got, expected = what, "a value of the documented type"
     if exact := _GOT.match(what):
         got, expected = exact["got"], exact["expected"]
@@ -174,7 +174,7 @@ def schema_error(error: Exception, data: bytes, kind: type, where: str = "") -> 
     elif some := _EXPECTED.match(what):
         got, expected = "another value", some["expected"]
     field = f"{where}{field}" if field != "body" else where.rstrip(".") or "body"
-    return RequestError(f"{field}: {text or what}", field=field, got=got, expected=expected, code="invalid_value")
+    return RequestError(f"{field}: {text}", field=field, got=got, expected=expected, code="invalid_value")
 
 
 def _several(kind: type) -> str:
