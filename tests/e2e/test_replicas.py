@@ -123,6 +123,9 @@ def test_two_servers_stay_identical(stack: Stack) -> None:
     status = trainer.get("/train/status")["trainer"]
     assert [replica["instance_id"] for replica in status["replicas"]] == ["first", "second"]
     assert status["num_ranks"] == 2
+    forwarded = httpx.get(f"{second.url}/train/status", timeout=60).raise_for_status()
+    assert forwarded.json()["trainer"]["replicas"] == status["replicas"]
+    assert forwarded.headers["x-apollo-weight-version"] == str(status["weight_version"])
     shown = subprocess.run(
         [sys.executable, "-m", "apollo_tp.cli.main", "status", "--url", trainer.url],
         capture_output=True,
