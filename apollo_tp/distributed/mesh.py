@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 
+from apollo_tp.distributed.peer_memory import PeerSums
 from apollo_tp.distributed.tp_group import TPGroup
 from apollo_tp.errors import ConfigError
 
@@ -46,5 +47,5 @@ class Mesh:
         replicas = world.split(columns)
         replicas.traffic = Counter()
         tp = world.split(rows)
-        tp.peers = world.peers
+        tp.peers, world.peers = world.peers, PeerSums(enabled=False)
         return cls(world, tp, replicas)

@@ -16,7 +16,7 @@ import itertools
 import threading
 import weakref
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -111,8 +111,18 @@ class TPGroup:
                 group = dist.new_group(list(row), **options)
                 if dist.get_rank() in row:
                     self.group = group
+        if self.peers.min_buffer_bytes and options["backend"] == "nccl":
+            # now that all ranks are here: with the next sum, a rank would wait for one that fails before it, on the host
+            device = torch.device("cuda", torch.cuda.current_device())
+            self.peers.reserve(self.rank, self.size, self.group, device, self.peers.min_buffer_bytes)
         for subgroup in self._subgroups.values():
             subgroup._join(options)
+
+    def _all_groups(self) -> Iterator[TPGroup]:
+        """This group and the groups that were made of it, of which this rank may not be a member."""
+        yield self
+        for subgroup in list(self._subgroups.values()):
+            yield from subgroup._all_groups()
 
     def dissolve(self) -> None:
         """Leave this group and its subgroups at once. Not collective: ranks that wait in a collective of theirs fail if it
@@ -122,31 +132,46 @@ class TPGroup:
         DEVICE_SECONDS: this process must end then, since it may still write.
         """
         self.on_leave()
-        self.abort()
+        # NCCL's abort wakes the device at once, and returns when the graphs that captured its collectives are gone
+        aborting = threading.Thread(target=self.abort, name="abort", daemon=True)
+        aborting.start()
         _await_device(DEVICE_SECONDS)
-        for reference in self._before_dissolve:
+        groups = list(self._all_groups())
+        for reference in [reference for tp in groups for reference in tp._before_dissolve]:
             if (method := reference()) is not None:
                 method()
-        for subgroup in self._subgroups.values():
-            subgroup.dissolve()
-        group, self.group = self.group, None
-        self.peers.release()
-        if group is not None and group is not dist.group.WORLD and self.rank >= 0:
-            dist.destroy_process_group(group)
+        aborting.join(DEVICE_SECONDS)
+        if aborting.is_alive():
+            raise DeadlineError(
+                f"got NCCL's communicators still open {DEVICE_SECONDS:.0f} s after the device was idle, expected them to be "
+                "aborted; this process ends, since they cannot be left"
+            )
+        for tp in reversed(groups):
+            group, tp.group = tp.group, None
+            tp.peers.release()
+            if group is not None and group is not dist.group.WORLD and tp.rank >= 0:
+                dist.destroy_process_group(group)
 
     def abort(self) -> None:
-        """Let NCCL's collectives of this group and its subgroups that wait on the device for another rank run on, with
-        whatever is in their memory. Barriers of sums through peer memory go on waiting; gloo's collectives wait on the host,
-        until a rank leaves. From any thread. The group can only be left afterwards."""
-        if (group := self.group) is not None and self.rank >= 0 and dist.get_backend(group) == "nccl":
-            group.abort()
-        for subgroup in list(self._subgroups.values()):
-            subgroup.abort()
+        """Let everything that waits on the device for another rank of this group or its subgroups run on, with whatever is
+        in its memory: NCCL's collectives and sums through peer memory. gloo's wait on the host, until a rank leaves. From
+        any thread. The group can only be left afterwards. Where collectives were captured in CUDA graphs, this returns when
+        these are gone (``call_before_dissolve``)."""
+        aborting = []
+        for tp in self._all_groups():
+            tp.peers.abort()
+            group = tp.group
+            if group is not None and tp.rank >= 0 and dist.get_backend(group) == "nccl":
+                # each in a thread: one that waits for its graphs must not keep the others from being woken
+                aborting.append(threading.Thread(target=group.abort, name="abort NCCL", daemon=True))
+                aborting[-1].start()
+        for thread in aborting:
+            thread.join()
 
     def call_before_dissolve(self, method: Callable[[], None]) -> None:
         """Have ``dissolve`` call the bound ``method`` first, as long as its object lives.
 
-        For owners of captured collectives of this group: NCCL waits until their graphs are gone before it leaves a group.
+        For owners of captured collectives of this group: NCCL neither aborts nor leaves a group while their graphs exist.
         """
         self._before_dissolve.append(weakref.WeakMethod(method))
 

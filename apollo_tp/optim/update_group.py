@@ -218,6 +218,8 @@ class UpdateGroup:
         squares = local_squares = self._local_square_sums(gradients, loss)
         for group in self.groups:
             group.exchange()
+        if (intact := self.tp.peers.intact) is not None:
+            received = received * intact  # no sum of the forward or backward pass was given up
         checks = [self.ones, received, *(group.canary for group in self.groups if group.exchanged)]
         clip = self.ones[0]
         if config.max_grad_norm is not None:

@@ -77,6 +77,8 @@ def error_response(error: Exception) -> Response:
         details |= {"got": error.got, "expected": error.expected}
     if status in (429, 503):
         headers["Retry-After"] = "5"
+    if status == 408:
+        headers["Connection"] = "close"  # the rest of the body is not waited for
     return JSONResponse({"error": details}, status_code=status, headers=headers)
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import mmap
 from collections.abc import Callable
 from typing import Annotated, Any, Literal, Self
 
@@ -29,6 +30,22 @@ SCHEMA_REF = "#/components/schemas/{name}"
 def _or(default: Any) -> BeforeValidator:
     """An empty value stands for the default: httpx sends None as one. Not for flags: ``?dry_run=`` must not train."""
     return BeforeValidator(lambda value: default if value == "" else value)
+
+
+PURPOSE = "fine-tune"
+"""Of the files that can be uploaded."""
+Purpose = Literal[
+    "fine-tune",
+    "fine-tune-results",
+    "assistants",
+    "assistants_output",
+    "batch",
+    "batch_output",
+    "vision",
+    "user_data",
+    "evals",
+]
+"""Purposes that OpenAI knows: lists are filtered by them, whether there are such files here or not."""
 
 
 class NoQuery(BaseModel, extra="forbid"):
@@ -75,14 +92,22 @@ class FilesQuery(PageQuery):
     """Query of GET /v1/files."""
 
     limit: Annotated[int, Field(ge=1, le=10_000), _or(10_000)] = 10_000
-    purpose: Annotated[Literal["fine-tune"], _or("fine-tune")] = "fine-tune"
+    purpose: Annotated[Purpose | None, _or(None)] = None
     order: Annotated[Literal["desc", "asc"], _or("desc")] = "desc"
 
 
-class FineTuningJobsQuery(PageQuery):
-    """Query of GET /v1/fine_tuning/jobs. ``metadata`` comes as metadata[KEY]=VALUE."""
+class PermissionsQuery(PageQuery):
+    """Query of OpenAI's checkpoint permissions, which are not offered."""
 
-    metadata: Annotated[dict[str, str], Query(include_in_schema=False)] = {}
+    order: str | None = None
+    project_id: str | None = None
+
+
+class FineTuningJobsQuery(PageQuery):
+    """Query of GET /v1/fine_tuning/jobs. ``metadata`` comes as metadata[KEY]=VALUE; None (``metadata=null``) stands for jobs
+    without any."""
+
+    metadata: Annotated[dict[str, str] | None, Query(include_in_schema=False)] = {}
 
     @model_validator(mode="before")
     @classmethod
@@ -90,6 +115,8 @@ class FineTuningJobsQuery(PageQuery):
         names = [
             name for name, value in data.items() if name.partition("[")[0] == "metadata" and isinstance(value, str)
         ]
+        if names == ["metadata"] and data["metadata"] in ("null", ""):
+            return data | {"metadata": None if data["metadata"] else {}}
         for name in names:
             if not (name.startswith("metadata[") and name.endswith("]")):
                 raise refuse("metadata", repr(name[:80]), "metadata[KEY]=VALUE")
@@ -140,7 +167,7 @@ def json_body(type: type[msgspec.Struct], *, required: bool = True) -> dict[str,
     return {"requestBody": {"required": required, "content": {"application/json": {"schema": schema}}}}
 
 
-def idempotency(request: Request, route: str, data: bytes) -> tuple[str, str, str] | None:
+def idempotency(request: Request, route: str, data: bytes | mmap.mmap) -> tuple[str, str, str] | None:
     """Route, Idempotency-Key and digest of a request that carries such a key."""
     key = request.headers.get("idempotency-key")
     if key is None:

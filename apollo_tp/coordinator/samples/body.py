@@ -14,7 +14,7 @@ from typing import TypeVar
 
 from apollo_tp.coordinator.samples.forms import read_sample
 from apollo_tp.coordinator.samples.lines import MAX_SAMPLE_BYTES
-from apollo_tp.coordinator.samples.schema import SampleBody, ScoreOptions, TrainBody
+from apollo_tp.coordinator.samples.schema import Body, SampleBody, ScoreOptions, TrainBody
 from apollo_tp.errors import RequestError, refuse
 
 B = TypeVar("B", TrainBody, ScoreOptions)
@@ -31,7 +31,7 @@ _KEY_END = re.compile(rb"\s*+:\s*+")
 class Samples:
     """The elements of the array ``samples`` in ``data``: ``bounds`` has where each begins and ends."""
 
-    data: bytes
+    data: Body
     bounds: array[int]
 
     def __len__(self) -> int:
@@ -44,7 +44,7 @@ class Samples:
             yield read_sample(self.data[begin:end], SampleBody, f"samples[{index}].")
 
 
-def read_body(data: bytes, kind: type[B], max_samples: int) -> tuple[B, Samples | None]:
+def read_body(data: Body, kind: type[B], max_samples: int) -> tuple[B, Samples | None]:
     """The body without its ``samples``, and these; None if it has none. Raises RequestError."""
     found = _find_samples(data, max_samples)
     rest = len(data) if found is None else len(data) - (found[1] - found[0])
@@ -61,7 +61,7 @@ def read_body(data: bytes, kind: type[B], max_samples: int) -> tuple[B, Samples 
     return read_sample(data[:begin] + b"null" + data[end:], kind), Samples(data, bounds)
 
 
-def _find_samples(data: bytes, max_samples: int) -> tuple[int, int, array[int]] | None:
+def _find_samples(data: Body, max_samples: int) -> tuple[int, int, array[int]] | None:
     """Where the array begins and ends, and its elements; None if the body has none that is well-formed."""
     depth, begin, element, bounds = 0, -1, 0, array("Q")
     key_end, end = -1, -1
@@ -89,7 +89,7 @@ def _find_samples(data: bytes, max_samples: int) -> tuple[int, int, array[int]] 
     return (begin, end, bounds) if end >= 0 else None
 
 
-def _structure(data: bytes) -> Iterator[tuple[int, int, int]]:
+def _structure(data: Body) -> Iterator[tuple[int, int, int]]:
     """Each bracket and string: its first byte, where it begins, and where it ends. A string without end is the last."""
     after, count = 0, 0
     while match := _STRUCTURE.search(data, after):
@@ -108,14 +108,14 @@ def _structure(data: bytes) -> Iterator[tuple[int, int, int]]:
             raise refuse("body", f"more than {MAX_VALUES} values", "fewer; send files or several requests")
 
 
-def _is_escaped(data: bytes, at: int) -> bool:
+def _is_escaped(data: Body, at: int) -> bool:
     before = at
     while data[before - 1] == ord("\\"):
         before -= 1
     return (at - before) % 2 == 1
 
 
-def _check_gap(data: bytes, bounds: array[int], begin: int, here: int) -> None:
+def _check_gap(data: Body, bounds: array[int], begin: int, here: int) -> None:
     """Raise RequestError unless nothing but a comma is between the last element of the array and ``here``."""
     last = bounds[-1] if bounds else begin + 1
     closing = data[here] in b"]}"

@@ -11,8 +11,10 @@ from typing import Any, TypeVar
 
 import msgspec
 
+from apollo_tp.coordinator.samples.field_names import meant_by
 from apollo_tp.coordinator.samples.lines import EXPECTED, malformed
-from apollo_tp.coordinator.samples.schema import Message, Preference, PreferenceLine, SampleBody, schema_error
+from apollo_tp.coordinator.samples.schema import Body, Message, Preference, PreferenceLine, SampleBody, schema_error
+from apollo_tp.coordinator.samples.unique_keys import check_unique_keys
 from apollo_tp.errors import RequestError, refuse
 
 T = TypeVar("T", bound=msgspec.Struct)
@@ -47,9 +49,10 @@ INSTEAD = {
 """Fields of other formats, and what to send."""
 
 
-def read_sample(data: bytes, kind: type[T], where: str = "") -> T:
+def read_sample(data: Body, kind: type[T], where: str = "") -> T:
     """A line of a file, or an element of a request's ``samples``. ``where`` prefixes the field in errors. Raises
     RequestError."""
+    check_unique_keys(data, where)
     try:
         return msgspec.json.decode(data, type=kind)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
@@ -68,7 +71,7 @@ def read_line(line: bytes, kind: type[T]) -> T:
         raise
 
 
-def _read_other(data: bytes, kind: type[T], where: str, first: Exception) -> T:
+def _read_other(data: Body, kind: type[T], where: str, first: Exception) -> T:
     try:
         value = msgspec.json.decode(data)
     except (msgspec.MsgspecError, RecursionError):  # a number that is too large, or too many brackets
@@ -115,7 +118,8 @@ def _unknown_form(error: RequestError, value: Json, kind: type[msgspec.Struct], 
             f"{where}{name}", "nothing", "input.messages, preferred_output and non_preferred_output (method 'dpo')"
         )
     if issubclass(kind, SampleBody) and name in value and name not in kind.__struct_fields__:
-        return refuse(f"{where}{name}"[:80], "an unknown field", INSTEAD.get(name, ACCEPTED), code=error.code)
+        expected = INSTEAD.get(name) or meant_by(name, kind.__struct_fields__) or ACCEPTED
+        return refuse(f"{where}{name}"[:80], "an unknown field", expected, code=error.code)
     return error
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import re
 from enum import Enum
 from typing import Annotated, Any, TypeVar
@@ -9,9 +10,12 @@ from typing import Annotated, Any, TypeVar
 import msgspec
 from msgspec import Meta
 
+from apollo_tp.coordinator.samples.unique_keys import check_unique_keys
 from apollo_tp.errors import RequestError
 
 T = TypeVar("T")
+Body = bytes | mmap.mmap
+"""A request's body: in memory, or in a file if it is large."""
 
 MAX_SAMPLES = 1_000_000
 """Samples in a POST /train body."""
@@ -117,57 +121,21 @@ class PreferenceLine(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     non_preferred_output: Annotated[list[Message], Meta(min_length=1)]
 
 
-class Hyperparameters(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
-    """Numbers, or "auto": 3 epochs, batches of 8, the configured learning rate, beta 0.1."""
-
-    n_epochs: Annotated[int, Meta(ge=1, le=10_000)] | str = "auto"
-    batch_size: Annotated[int, Meta(ge=1, le=4096)] | str = "auto"
-    learning_rate_multiplier: Annotated[float, Meta(gt=0, le=1000)] | str = "auto"
-    beta: Annotated[float, Meta(gt=0, le=100)] | str = "auto"
-
-
-class MethodOptions(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
-    """Options of one method."""
-
-    hyperparameters: Hyperparameters | None = None
-
-
-class Method(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
-    """How to train. Reinforcement is not offered."""
-
-    type: str = "supervised"
-    supervised: MethodOptions | None = None
-    dpo: MethodOptions | None = None
-
-
-class FineTuningBody(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
-    """Body of POST /v1/fine_tuning/jobs. ``integrations`` must be empty: writers are set in the trainer's options."""
-
-    model: str
-    training_file: str
-    validation_file: str | None = None
-    suffix: Annotated[str, Meta(max_length=64)] | None = None
-    seed: Annotated[int, Meta(ge=0, le=2**63 - 1)] | None = None
-    metadata: Metadata | None = None
-    method: Method | None = None
-    hyperparameters: Hyperparameters | None = None
-    integrations: Annotated[list[dict[str, Any]], Meta(max_length=0)] | None = None
-
-
 _PATH = re.compile(r"^(?P<what>.*?)(?: - at `(?P<path>\$[^`]*)`)?$", re.DOTALL)
 _GOT = re.compile(r"^Expected `(?P<expected>[^`]*)`, got `(?P<got>[^`]*)`$")
 _EXPECTED = re.compile(r"^Expected (?P<expected>.*)$", re.DOTALL)
 
 
-def decode(data: bytes, type: type[T], where: str = "") -> T:
+def decode(data: Body, type: type[T], where: str = "") -> T:
     """The JSON as ``type``. ``where`` prefixes the field in errors. Raises RequestError naming field, got and expected."""
+    check_unique_keys(data, where)
     try:
         return msgspec.json.decode(data, type=type)
     except (msgspec.ValidationError, msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise schema_error(error, data, where) from error
 
 
-def schema_error(error: Exception, data: bytes, where: str = "") -> RequestError:
+def schema_error(error: Exception, data: Body, where: str = "") -> RequestError:
     """msgspec's error as a RequestError, with field, got and expected taken from its message."""
     if not isinstance(error, msgspec.ValidationError):
         field = where.rstrip(".") or "body"
