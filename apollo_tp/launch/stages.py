@@ -126,7 +126,7 @@ def map_server(joined: Joined, on_server_gone: Callable[[ServerGoneError], None]
     servers = _find_servers(joined)
     joined, own, arrangement = _take_place(joined, servers)
     config, folder = joined.config, instance_folder.base_dir(joined.config.server.runtime_dir) / own.instance
-    _hold(joined, folder, own.tp_rank)
+    _hold(joined, folder, own.tp_rank, arrangement.instances[0])
     with joined.control.agree():
         manifests = read_instance(folder)
         check_agreement(manifests)
@@ -193,13 +193,27 @@ def _take_place(joined: Joined, servers: dict[str, list[Manifest]]) -> tuple[Joi
     return joined, own, arrangement
 
 
-def _hold(joined: Joined, folder: Path, tp_rank: int) -> None:
+def _hold(joined: Joined, folder: Path, tp_rank: int, first: str) -> None:
     """Be the one trainer of the server of ``folder``, and the one that writes checkpoints. Collective."""
     with joined.control.agree():
         if tp_rank == 0:
             joined.stack.enter_context(instance_folder.trainer_lock(folder))
+            _reach_coordinator(joined, folder, first)
         if joined.world.rank == 0:
             joined.stack.enter_context(writer_lock(Path(joined.config.checkpoint.dir).resolve()))
+
+
+def _reach_coordinator(joined: Joined, folder: Path, first: str) -> None:
+    """Let the server of ``folder`` forward requests to the coordinator, which listens in the first replica's folder. The
+    link that a killed trainer left is replaced, or removed where the coordinator will listen itself."""
+    link = instance_folder.socket_path(folder, instance_folder.COORDINATOR_SOCKET)
+    if folder.name == first:
+        if link.is_symlink():
+            link.unlink()
+        return
+    link.unlink(missing_ok=True)
+    link.symlink_to(instance_folder.socket_path(folder.parent / first, instance_folder.COORDINATOR_SOCKET))
+    joined.stack.callback(link.unlink, missing_ok=True)
 
 
 def bind(served: Served) -> Bound:

@@ -30,7 +30,7 @@ def _find_server(base: Path, name: str, stack: contextlib.ExitStack) -> None:
     config = Config(server=server, checkpoint=CheckpointConfig(dir=str(base / "checkpoints")))
     joined = stages.Joined(config=config, stack=stack, world=World(0, 1), control=Control(0, 1))
     joined, own, _ = stages._take_place(joined, stages._find_servers(joined))
-    stages._hold(joined, base / own.instance, own.tp_rank)
+    stages._hold(joined, base / own.instance, own.tp_rank, own.instance)
 
 
 def test_trainers_of_two_servers_do_not_share_a_folder(tmp_path: Path) -> None:
