@@ -122,11 +122,25 @@ class OptimConfig:
 @dataclass(kw_only=True)
 class ServerConfig:
     instance: str | None = option(None, "instance id of the vLLM server; null takes the only live one")
+    replicas: int = option(1, "servers of one model on this host that are trained together and stay bit-identical")
+    instances: list[str] = option(list, "instance ids of the replicas; [] takes all live servers")
     runtime_dir: str | None = option(
         None, "folder of manifests and sockets; null: $APOLLO_TP_RUNTIME_DIR or the default"
     )
     wait_seconds: float = option(600.0, "how long to wait for the server at start-up, until its engine is up")
     verify_tensors: int = option(8, "checkpoint tensors compared bit for bit with the mapped memory; -1 is all")
+
+    def __post_init__(self) -> None:
+        names, count = self.instances, self.replicas
+        check(count >= 1, "server.replicas", count, "an integer >= 1")
+        check(
+            not names or len(set(names)) == len(names) == count,
+            "server.instances",
+            names,
+            f"{count} ids, as many as server.replicas, all different",
+        )
+        both = self.instance is not None and (count > 1 or bool(names))
+        check(not both, "server.instance", self.instance, "null where server.replicas or server.instances is set")
 
 
 @dataclass(kw_only=True)
@@ -278,6 +292,12 @@ class Config:
         in_backward, clip = self.train.gradients is GradientMode.in_backward, self.optim.max_grad_norm
         # clipping needs the norm of the whole gradient before the first matrix is written
         check(not in_backward or clip is None, "optim.max_grad_norm", clip, "null with train.gradients=in_backward")
+        check(
+            not in_backward or self.server.replicas == 1,
+            "train.gradients",
+            self.train.gradients.value,
+            "stored or auto with server.replicas > 1, since gradients are summed over replicas before any is used",
+        )
         seconds, limit = self.sync.timeout_seconds, self.command_timeout_seconds
         check(0 < limit < math.inf, "command_timeout_seconds", limit, "a number > 0 and finite")
         # the other ranks wait in a collective while rank 0 waits for the server

@@ -86,42 +86,50 @@ def _pieces(optimizer: Optimizer) -> Iterator[_Piece]:
             yield _Piece(f"{weight.name}.{kind}", shard.global_shape, box, view, part, owned)
 
 
+def _fits(optimizer: Optimizer) -> dict[str, Any]:
+    """What a saved state must agree with."""
+    config, projected = optimizer.config, optimizer.projected_names
+    return {
+        "optim.kind": config.kind.value,
+        "optim.rank": moment_rank(config) if projected else None,
+        "optim.projection": config.projection.value,
+        "optim.refresh_every": config.refresh_every,
+        "optim.seed": config.seed,
+        "projected": projected,
+        "adamw": sorted(set(optimizer.names) - set(projected)),
+    }
+
+
 def _counters(optimizer: Optimizer) -> dict[str, Any]:
-    config, counters = optimizer.config, optimizer.update_group.counters
-    matrices = [m.weight.name for m in optimizer.update_group.matrices.values()]
+    """Of all replicas. Collective over replicas, if there are several: one all-gather."""
+    steps, limiter_norms = optimizer.gather_counters()
     return {
         "schema": SCHEMA_VERSION,
-        "ranks": optimizer.tp.size,
+        "ranks": optimizer.tp.size * optimizer.replicas.size,
         "precision": optimizer.precision.value,
-        "fits": {
-            "optim.kind": config.kind.value,
-            "optim.rank": moment_rank(config) if matrices else None,
-            "optim.projection": config.projection.value,
-            "optim.refresh_every": config.refresh_every,
-            "optim.seed": config.seed,
-            "projected": sorted(matrices),
-            "adamw": sorted(set(optimizer.names) - set(matrices)),
-        },
+        "fits": _fits(optimizer),
         "step_count": optimizer.step_count,
         "rounding_stream": optimizer.rounding_stream,
-        "steps": dict(zip(optimizer.names, counters.steps, strict=True)),
-        "limiter_norms": dict(zip(optimizer.names, counters.limiter_norms.tolist(), strict=True)),
+        "steps": dict(zip(optimizer.names, steps, strict=True)),
+        "limiter_norms": dict(zip(optimizer.names, limiter_norms, strict=True)),
     }
 
 
 def save(optimizer: Optimizer, folder: Path) -> None:
     """Write the state of all ranks below ``folder``, which all ranks see. Replicated boxes are written once.
 
-    Collectives: one all-gather at the end, so that the folder is complete when any rank returns. Raises CheckpointError on
-    the ranks that could not write, RankFailedError on the others.
+    Collectives: one all-gather at the end, so that the folder is complete when any rank returns; with several replicas, two
+    more over them. Raises CheckpointError on the ranks that could not write, RankFailedError on the others.
     """
-    with ComputeControl(optimizer.tp, optimizer.device).agree():
-        _save_own_part(optimizer, folder)
+    counters = _counters(optimizer)
+    controls = [ComputeControl(group, optimizer.device) for group in (optimizer.replicas, optimizer.tp)]
+    with controls[0].agree(), controls[1].agree():
+        _save_own_part(optimizer, folder, counters)
 
 
-def _save_own_part(optimizer: Optimizer, folder: Path) -> None:
-    """This rank's part, and on rank 0 the counters. Raises CheckpointError."""
-    rank = optimizer.tp.rank
+def _save_own_part(optimizer: Optimizer, folder: Path, counters: dict[str, Any]) -> None:
+    """This rank's part, and on the first rank the counters. Raises CheckpointError."""
+    rank = optimizer.replicas.rank * optimizer.tp.size + optimizer.tp.rank
     pieces = [p for p in _pieces(optimizer) if p.owned and p.tensor.numel()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -131,7 +139,7 @@ def _save_own_part(optimizer: Optimizer, folder: Path) -> None:
             with _no_coordination():
                 dcp.save({}, storage_writer=writer, planner=planner, no_dist=True)
         if rank == 0:
-            (folder / COUNTERS).write_text(json.dumps(_counters(optimizer), indent=1))
+            (folder / COUNTERS).write_text(json.dumps(counters, indent=1))
     except dcp.api.CheckpointException as error:  # its own text does not begin with the cause
         causes = "; ".join(f"{type(cause).__name__}: {cause}" for cause, _ in error.failures.values()) or repr(error)
         raise _not_written(folder, causes) from error
@@ -159,8 +167,7 @@ def load(optimizer: Optimizer, folder: Path) -> None:
         raise CheckpointError(
             f"{folder / COUNTERS}: got {error}, expected the counters of a saved optimizer"
         ) from error
-    own = _counters(optimizer)
-    differing = _differences(saved, own)
+    differing = _differences(saved, _fits(optimizer))
     if differing:
         if optimizer.config.reset_state:
             return
@@ -176,16 +183,17 @@ def load(optimizer: Optimizer, folder: Path) -> None:
     optimizer.step_count = saved["step_count"]
     optimizer.use_rounding_stream(saved.get("rounding_stream", 0))
     group = optimizer.update_group
-    group.counters.steps = [saved["steps"][name] for name in optimizer.names]
-    group.counters.limiter_norms.copy_(group.vector([saved["limiter_norms"][name] for name in optimizer.names]))
+    owned = [weight.name for weight in optimizer.weights]
+    group.counters.steps = [saved["steps"][name] for name in owned]
+    group.counters.limiter_norms.copy_(group.vector([saved["limiter_norms"][name] for name in owned]))
 
 
-def _differences(saved: dict[str, Any], own: dict[str, Any]) -> list[str]:
+def _differences(saved: dict[str, Any], fits: dict[str, Any]) -> list[str]:
     """Reasons not to resume, each as "option: got saved value, expected configured value"."""
     if saved.get("schema") != SCHEMA_VERSION:
         return [f"schema: got {saved.get('schema')}, expected {SCHEMA_VERSION}"]
     result = []
-    for key, want in own["fits"].items():
+    for key, want in fits.items():
         got = saved["fits"].get(key)
         if got == want:
             continue

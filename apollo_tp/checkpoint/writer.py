@@ -22,7 +22,7 @@ from apollo_tp.checkpoint.card import CARD_FILE, Trained, model_card, public_nam
 from apollo_tp.checkpoint.folder import CheckpointInfo
 from apollo_tp.checkpoint.safetensors_file import Entry, create, plan, write_box
 from apollo_tp.distributed.control import ComputeControl
-from apollo_tp.distributed.tp_group import TPGroup
+from apollo_tp.distributed.mesh import Mesh
 from apollo_tp.errors import CheckpointError
 from apollo_tp.runtime.owned_folder import FULL_DISK
 from apollo_tp.shards.boxes import Box, Shard
@@ -57,7 +57,7 @@ class CheckpointWriter:
 
     ``save_config`` writes the model's configuration where the model has no folder on disk. ``served`` returns the folders
     that live servers were started from, and is called each time: they are not removed, nor is this model's own. All methods
-    are collective over ``tp``.
+    are collective over all ranks of the ``mesh``.
     """
 
     def __init__(
@@ -66,14 +66,15 @@ class CheckpointWriter:
         model_path: str,
         checkpoint: Sequence[CheckpointTensor],
         tensors: dict[str, tuple[Shard, Tensor]],
-        tp: TPGroup,
+        mesh: Mesh,
         *,
         keep: int,
         save_config: Callable[[Path], None],
         served: Callable[[], Collection[Path]] = tuple,
         trained: Callable[[], Trained] = Trained,
     ) -> None:
-        self._root, self._source, self._tensors, self._tp, self._keep = root, Path(model_path), tensors, tp, keep
+        self._root, self._source, self._tensors, self._mesh, self._keep = root, Path(model_path), tensors, mesh, keep
+        self._world = mesh.world
         self._save_config, self._trained = save_config, trained
         self._optimizer: Optimizer | None = None
         self._device = next(iter(tensors.values()))[1].device
@@ -89,7 +90,7 @@ class CheckpointWriter:
         what was written is removed.
         """
         with contextlib.ExitStack() as stack:
-            if self._tp.rank == 0:  # renamed by now, unless it failed
+            if self._world.rank == 0:  # renamed by now, unless it failed
                 stack.callback(folders.discard, self._root, name)
             self._write(name, optimizer, weight_version)
         final = self._root / name
@@ -112,12 +113,14 @@ class CheckpointWriter:
             full = next((number for number in FULL_DISK if os.strerror(number) in str(error)), None)
             if full is None:
                 raise
-            raise CheckpointError(f"rank {self._tp.rank}: {self._explain(OSError(full, os.strerror(full)))}") from error
+            raise CheckpointError(
+                f"rank {self._world.rank}: {self._explain(OSError(full, os.strerror(full)))}"
+            ) from error
         info = CheckpointInfo(
             weight_version=weight_version,
             model_path=str(self._source),
             optimizer=optimizer.describe(),
-            num_ranks=self._tp.size,
+            num_ranks=self._world.size,
             created_at=time.time(),
             origin=self._origin,
             trained=self._trained(),
@@ -139,7 +142,7 @@ class CheckpointWriter:
         answer is another matter.
         """
         with ThreadPoolExecutor(1, "checkpoint") as pool:  # waits for the thread, however this ends
-            work = [pool.submit(action)] if self._tp.rank == 0 else []
+            work = [pool.submit(action)] if self._world.rank == 0 else []
             while self._any_rank(bool(wait(work, STILL_WORKING_SECONDS).not_done)):
                 pass
         with self._agree():
@@ -149,11 +152,11 @@ class CheckpointWriter:
     @contextlib.contextmanager
     def _agree(self) -> Iterator[None]:
         """A block that writes on all ranks or raises on all ranks (see Control.agree), with OSError as CheckpointError."""
-        with ComputeControl(self._tp, self._device).agree():
+        with ComputeControl(self._world, self._device).agree():
             try:
                 yield
             except OSError as error:
-                raise CheckpointError(f"rank {self._tp.rank}: {self._explain(error)}") from error
+                raise CheckpointError(f"rank {self._world.rank}: {self._explain(error)}") from error
 
     def _explain(self, error: OSError) -> str:
         """``error``; of a full disk with what is needed and free, and what helps."""
@@ -162,7 +165,7 @@ class CheckpointWriter:
         weights = sum(
             len(file.header) + sum(e.num_bytes for e in file.entries.values()) for file in self._files if file.trained
         )
-        state = self._optimizer.state_bytes() * self._tp.size if self._optimizer else 0
+        state = self._optimizer.state_bytes() * self._world.size if self._optimizer else 0
         free = shutil.disk_usage(self._root).free
         return (
             f"checkpoint.dir {self._root}: got {free:,} bytes free ({error.strerror}), expected about {weights + state:,} "
@@ -173,7 +176,7 @@ class CheckpointWriter:
     def _any_rank(self, flag: bool) -> bool:
         """Whether ``flag`` is set on any rank. One all-reduce."""
         flags = torch.tensor(float(flag), device=self._device)
-        return bool(self._tp.sum_checked(flags, "agreement on a checkpoint").item())
+        return bool(self._world.sum_checked(flags, "agreement on a checkpoint").item())
 
     def _prepare(self, name: str) -> None:
         partial = folders.begin(self._root, name)
@@ -215,8 +218,12 @@ class CheckpointWriter:
                 folders.fsync(partial / file.name)
 
     def _writes(self, name: str) -> bool:
-        """Whether this rank writes its part of the tensor: of replicas the first one does."""
-        return name in self._tensors and self._tensors[name][0].replica_ranks[0] == self._tp.rank
+        """Whether this rank writes its part of the tensor: of those that hold it, the first one of the first replica."""
+        return (
+            self._mesh.replicas.rank == 0
+            and name in self._tensors
+            and self._tensors[name][0].replica_ranks[0] == self._mesh.tp.rank
+        )
 
 
 def _plan_files(checkpoint: Sequence[CheckpointTensor], served: dict[str, torch.dtype]) -> list[_File]:

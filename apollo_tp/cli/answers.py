@@ -49,6 +49,7 @@ class Trainer(Struct):
     model: str = ""
     num_ranks: int = 0
     optimizer: str = ""
+    replicas: list[dict[str, str]] = []
 
 
 class ConnectedTrainer(Struct):

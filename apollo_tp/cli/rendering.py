@@ -23,7 +23,9 @@ def show_status(status: Status) -> None:
     trainer, job = status.trainer, status.running
     dot = "*" if out.options.ascii_only else "●"
     if trainer.connected:
-        line = f" {trainer.model} on {trainer.num_ranks} ranks, {trainer.optimizer}"
+        names = ", ".join(f"{replica['instance_id']} on {replica['host']}" for replica in trainer.replicas)
+        served = f" of {len(trainer.replicas)} replicas ({names})" if len(trainer.replicas) > 1 else ""
+        line = f" {trainer.model} on {trainer.num_ranks} ranks{served}, {trainer.optimizer}"
     else:
         line = f" no trainer: {trainer.reason}"
     out.print(Text(dot, "green" if trainer.connected else "red").append(line, "default"))

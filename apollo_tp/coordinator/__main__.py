@@ -15,12 +15,13 @@ import sys
 import time
 from pathlib import Path
 
-import uvicorn
 import zmq.asyncio
 
 from apollo_tp.coordinator.http.app import build_app
 from apollo_tp.coordinator.http.auth import load_access
+from apollo_tp.coordinator.http.connections import BoundedServer
 from apollo_tp.coordinator.http.curve import CurveListener
+from apollo_tp.coordinator.http.expiry import expire
 from apollo_tp.coordinator.http.metrics import Metrics
 from apollo_tp.coordinator.http.service import Service, model_digest, model_vocab_size
 from apollo_tp.coordinator.http.tunnel import Tunnel
@@ -104,7 +105,7 @@ async def serve(settings: Settings, listener: socket.socket | None = None) -> No
     validation = FileValidation(service)
     app = build_app(service, access, metrics, validation)
     stack = contextlib.ExitStack()
-    for writer in open_writers(settings.service):
+    for writer in open_writers(settings.service, store):
         stack.enter_context(writer)
         scheduler.on_step.append(writer)
         scheduler.on_evaluation.append(writer.evaluated)
@@ -114,9 +115,7 @@ async def serve(settings: Settings, listener: socket.socket | None = None) -> No
         curve = CurveListener(context, settings.service.zmq)
         stack.callback(curve.close)
         tunnels.append(Tunnel(context, curve.bind, app))
-    config = uvicorn.Config(app, log_config=None, access_log=False, lifespan="off", timeout_graceful_shutdown=2)
-    server = uvicorn.Server(config)
-    server.install_signal_handlers = lambda: None  # type: ignore[attr-defined]
+    server = BoundedServer(app, graceful_seconds=2)
     stop = asyncio.Event()
     for signum in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(signum, stop.set)
@@ -132,6 +131,7 @@ async def serve(settings: Settings, listener: socket.socket | None = None) -> No
             "scheduler": scheduler.run(),
             "storage": store.failed(),
             "upkeep": _keep_up(store),
+            "expiry": expire(store, app.state.uploads),
             "parent": _watch_parent(settings.parent_pid),
             "stop": stop.wait(),
         }.items()

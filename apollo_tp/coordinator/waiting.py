@@ -19,7 +19,6 @@ from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import msgspec
-import uvicorn
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -28,6 +27,7 @@ from starlette.routing import Route
 from apollo_tp.config import ServiceConfig
 from apollo_tp.coordinator.http import page
 from apollo_tp.coordinator.http.auth import load_access
+from apollo_tp.coordinator.http.connections import BoundedServer
 from apollo_tp.coordinator.http.middleware import ServiceMiddleware
 from apollo_tp.coordinator.settings import WAITING_FILE, Begin, Order, WaitHere, WaitingFor
 from apollo_tp.runtime import private_files
@@ -84,12 +84,7 @@ async def serve_until_ready(
     """Answer on ``listener`` until the order to begin; returns the path of the settings, or None if the trainer has ended.
     ``listener`` stays open: clients that connect meanwhile are answered by what follows."""
     waiting = Waiting()
-    server = uvicorn.Server(
-        uvicorn.Config(
-            _app(waiting, service), log_config=None, access_log=False, lifespan="off", timeout_graceful_shutdown=1
-        )
-    )
-    server.install_signal_handlers = lambda: None  # type: ignore[attr-defined]
+    server = BoundedServer(_app(waiting, service), graceful_seconds=1)
     answering = asyncio.create_task(server.serve(sockets=[listener.dup()]))
     following = asyncio.create_task(_follow(orders, waiting))
     for signum in (signal.SIGTERM, signal.SIGINT):

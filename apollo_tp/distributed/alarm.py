@@ -72,7 +72,7 @@ class Alarm:
         """Start a thread that aborts ``tp`` GRACE_SECONDS after a rank has failed or ended, if this rank still waits in it.
 
         Work that waits on the device then runs on with whatever is in its memory, so what it computes must not be used:
-        see ``TPGroup`` for canaries.
+        see ``TPGroup`` for canaries, and ``PeerBuffers.intact``.
         """
         if tp.size > 1:
             self._thread = threading.Thread(target=self._watch, args=(tp,), name="alarm", daemon=True)

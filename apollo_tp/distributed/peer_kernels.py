@@ -1,4 +1,5 @@
-"""The Triton kernel of a sum over two ranks: one pass over what is added, the other rank's part of it and a residual."""
+"""The Triton kernels of a sum over two ranks: a barrier, and one pass over what is added, the other rank's part of it and a
+residual."""
 
 from __future__ import annotations
 
@@ -10,6 +11,10 @@ from torch import Tensor
 BLOCK = 4096
 LANES = 4
 """Consecutive programs work in this many regions of the tensors, so that memory and link are busy all the time."""
+
+
+SPINS = 256
+"""Tries of a barrier between two looks at the host's memory."""
 
 
 @triton.jit
@@ -39,6 +44,38 @@ def add_kernel(
     if HAS_RESIDUAL:
         total = total.to(out.dtype.element_ty).to(tl.float32) + tl.load(residual + index, inside).to(tl.float32)
     tl.store(out + index, total.to(out.dtype.element_ty), inside)
+
+
+@triton.jit
+def barrier_kernel(
+    mine,  # int32, one element: 1 once the other rank is here
+    theirs,  # the same of the other rank, in its memory
+    aborted,  # int32, one element of the host's memory: nobody waits any longer if it is not 0
+    intact,  # fp32, one element: set to 0 if this barrier is aborted
+    SPINS: tl.constexpr,  # tries between two looks at ``aborted``, which take a microsecond each
+):
+    """Tell the other rank, and wait for it. Its writes before its barrier are seen after this one."""
+    over = tl.zeros((), tl.int32)
+    tries = tl.zeros((), tl.int32)
+    seen = tl.atomic_cas(theirs, 0, 1, sem="acq_rel", scope="sys")  # it is 0 once the last signal was taken
+    while (seen != 0) & (over == 0):
+        seen = tl.atomic_cas(theirs, 0, 1, sem="acq_rel", scope="sys")
+        tries += 1
+        if tries % SPINS == 0:
+            over = tl.load(aborted, volatile=True)
+    came = tl.atomic_cas(mine, 1, 0, sem="acq_rel", scope="sys")
+    while (came != 1) & (over == 0):
+        came = tl.atomic_cas(mine, 1, 0, sem="acq_rel", scope="sys")
+        tries += 1
+        if tries % SPINS == 0:
+            over = tl.load(aborted, volatile=True)
+    if over != 0:
+        tl.store(intact, 0.0)
+
+
+def barrier(mine: Tensor, theirs: Tensor, aborted: Tensor, intact: Tensor) -> None:
+    """Launch ``barrier_kernel``: ``mine``, ``theirs`` and ``aborted`` int32, ``intact`` fp32, one element each."""
+    barrier_kernel[(1,)](mine, theirs, aborted, intact, SPINS=SPINS, num_warps=1)
 
 
 def add(mine: Tensor, near: Tensor, far: Tensor, residual: Tensor | None) -> Tensor:

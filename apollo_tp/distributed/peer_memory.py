@@ -25,6 +25,10 @@ MIN_BYTES = 2**20
 MAX_SHARE = 0.5
 """Of the free memory that the buffers of both halves may take."""
 ALIGNMENT_BYTES = 16
+CHANNELS = 3
+"""Of barriers: of sums, of copies alongside other work (in another stream), and around captured work."""
+PADS_BYTES = ALIGNMENT_BYTES * CHANNELS
+"""Behind the two halves: the number that the other rank sets in a barrier, for each of CHANNELS."""
 FIRST_ROWS = 256
 """Where a product is summed in two blocks of rows, the first block has a multiple of these."""
 
@@ -74,7 +78,7 @@ class PeerSums:
         num_bytes = -(-num_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
         memory = None
         if 2 * num_bytes <= MAX_SHARE * torch.cuda.mem_get_info(device)[0]:
-            memory = symmetric_memory.empty(2 * num_bytes, dtype=torch.uint8, device=device)
+            memory = symmetric_memory.empty(2 * num_bytes + PADS_BYTES, dtype=torch.uint8, device=device)
         has_room = torch.tensor(float(memory is not None), device=device)
         dist.all_reduce(has_room, op=dist.ReduceOp.MIN, group=group)
         if has_room.item() and memory is not None:
@@ -85,6 +89,16 @@ class PeerSums:
                 "sums over ranks go through NCCL: got too little free memory on a GPU for %.2f GB of buffers, expected "
                 "twice as much; lower train.max_micro_batch_tokens", 2 * num_bytes / 1e9,
             )  # fmt: skip
+
+    @property
+    def intact(self) -> Tensor | None:
+        """1 (fp32 [1], on the device) as long as no barrier was aborted, then 0; None where there are no buffers."""
+        return None if self.buffers is None else self.buffers.intact
+
+    def abort(self) -> None:
+        """Let barriers return that wait for the other rank, now and later. From any thread."""
+        if (buffers := self.buffers) is not None:
+            buffers.abort()
 
     def allocated_bytes(self) -> int:
         """Device memory of the buffers on this rank, which torch's allocator does not count."""
@@ -151,29 +165,42 @@ class PeerBuffers:
     """Memory of two ranks that both can read, in two halves that take turns.
 
     While the other rank may still read one half, the next sum uses the other half, so that one barrier for each sum is
-    enough. The barriers are kernels that wait without a deadline, since one that gave up would end the CUDA context, and
-    under MPS perhaps the server's too. A rank whose peer is gone is left to NCCL's timeout of the collective that every
-    step has.
+    enough. The barriers are kernels of our own: torch's wait without end, or end the CUDA context, and under MPS perhaps the
+    server's too. After ``abort`` they return, and ``intact`` (fp32 [1], on the device) is 0: what is computed from then on
+    is wrong, and the optimizer does not write it.
     """
 
     def __init__(self, rank: int, group: dist.ProcessGroup, memory: Tensor) -> None:
-        """Maps ``memory`` (symmetric, uint8 [2 x the bytes of a sum]) of each rank into the other. Collective.
+        """Maps ``memory`` (symmetric, uint8 [2 x the bytes of a sum + PADS_BYTES]) of each rank into the other. Collective.
         Raises RuntimeError where that is impossible."""
         import torch.distributed._symmetric_memory as symmetric_memory
 
-        from apollo_tp.distributed.peer_kernels import add  # here: a CPU build of torch has no Triton
+        from apollo_tp.distributed.peer_kernels import add, barrier  # here: a CPU build of torch has no Triton
 
-        self._add = add
-        self.num_bytes = num_bytes = memory.numel() // 2
+        self._add, self._barrier = add, barrier
+        self.num_bytes = num_bytes = (memory.numel() - PADS_BYTES) // 2
         self._handle: _SymmetricMemory = symmetric_memory.rendezvous(memory, group)
         other = self._handle.get_buffer(1 - rank, (memory.numel(),), torch.uint8)
         self._halves = [tuple(m[i * num_bytes : (i + 1) * num_bytes] for m in (memory, other)) for i in (0, 1)]
+        pads = [m[2 * num_bytes :].view(torch.int32).view(CHANNELS, -1) for m in (memory, other)]
+        self._pads = list(zip(*(pad[:, 0] for pad in pads), strict=True))
+        pads[0].zero_()
+        self.intact = torch.ones(1, device=memory.device)
+        self._aborted = torch.zeros(1, dtype=torch.int32, pin_memory=True)
+        torch.cuda.synchronize(memory.device)
+        dist.barrier(group, device_ids=[memory.device.index])  # the other rank's pads are zero too
         self._copies = torch.cuda.Stream(memory.device, priority=-1)  # need not wait for a product's last blocks
         self._turn = 0
+        self.barrier()  # compiles the kernel, which is not possible while work is captured
+
+    def abort(self) -> None:
+        """See ``PeerSums.abort``."""
+        self._aborted.fill_(1)
 
     def _meet(self, channel: int) -> None:
-        """A barrier of both ranks in the current stream; streams that run at the same time take different channels."""
-        self._handle.barrier(channel=channel)
+        """A barrier of both ranks in the current stream, unless aborted."""
+        mine, theirs = self._pads[channel]
+        self._barrier(mine, theirs, self._aborted, self.intact)
 
     def summed_products(
         self,

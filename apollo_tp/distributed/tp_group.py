@@ -16,7 +16,7 @@ import itertools
 import threading
 import weakref
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -52,7 +52,10 @@ class TPGroup:
     traffic: Counter[str] = field(default_factory=Counter, repr=False)
     """Payload bytes by kind of collective, those of subgroups included, for tests and benchmarks."""
     number: int = field(default_factory=itertools.count().__next__, init=False, repr=False)
-    _subgroups: dict[tuple[int, ...], TPGroup] = field(default_factory=dict, init=False, repr=False)
+    _rows: tuple[tuple[int, ...], ...] = field(default=(), init=False, repr=False)
+    """The ranks in the default group of each group that was split off together with this one, its own among them; () if this
+    is the group of all ranks."""
+    _subgroups: dict[tuple[tuple[int, ...], ...], TPGroup] = field(default_factory=dict, init=False, repr=False)
     _options: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
     """Backend and timeout of ``group``, for its subgroups: new_group would give them those of the default group."""
     _before_dissolve: list[weakref.WeakMethod[Callable[[], None]]] = field(default_factory=list, init=False, repr=False)
@@ -75,25 +78,51 @@ class TPGroup:
     def subgroup(self, ranks: tuple[int, ...]) -> TPGroup:
         """The group of these ranks (ascending, of this group). Ranks outside of it get one in which their rank is -1.
 
-        Collective over all ranks of this group when ``ranks`` are asked for first.
+        Collective over all ranks of this group, and of the groups that it was split off with, when ``ranks`` are asked for
+        first.
         """
-        if ranks == tuple(range(self.size)):
-            return self
-        if ranks not in self._subgroups:
-            subgroup = TPGroup(ranks.index(self.rank) if self.rank in ranks else -1, len(ranks), traffic=self.traffic)
-            members = dist.get_process_group_ranks(self.group)
-            subgroup.group = dist.new_group([members[r] for r in ranks], **self._options)
-            self._subgroups[ranks] = subgroup
-        return self._subgroups[ranks]
+        return self if ranks == tuple(range(self.size)) else self.split((ranks,))
+
+    def split(self, parts: tuple[tuple[int, ...], ...]) -> TPGroup:
+        """The group of that part (ascending ranks of this group; disjoint, of one size) which this rank is in; one in none
+        gets one in which its rank is -1. Collective as ``subgroup``."""
+        if parts not in self._subgroups:
+            mine = next((part for part in parts if self.rank in part), None)
+            rank = -1 if mine is None else mine.index(self.rank)
+            subgroup = TPGroup(rank, len(parts[0] if mine is None else mine), traffic=self.traffic)
+            subgroup._rows = tuple(tuple(row[r] for r in part) for row in self._all_rows() for part in parts)
+            subgroup._join(self._options)
+            self._subgroups[parts] = subgroup
+        return self._subgroups[parts]
 
     def form(self, backend: str, timeout: datetime.timedelta) -> None:
         """Join a new process group over the default group, and new ones for the subgroups. Collective."""
-        if self.size == 1:
-            return
-        self._options = {"backend": backend, "timeout": timeout}
-        self.group = dist.new_group(**self._options)
-        for ranks, subgroup in self._subgroups.items():
-            subgroup.group = dist.new_group(list(ranks), **self._options)
+        if self.size > 1:
+            self._join({"backend": backend, "timeout": timeout})
+
+    def _all_rows(self) -> tuple[tuple[int, ...], ...]:
+        return self._rows or (tuple(range(self.size)),)
+
+    def _join(self, options: dict[str, Any]) -> None:
+        """Make the process groups of all rows, since each is collective over the default group; keep this rank's."""
+        self._options = options
+        for row in self._all_rows():
+            if len(row) > 1:
+                group = dist.new_group(list(row), **options)
+                if dist.get_rank() in row:
+                    self.group = group
+        if self.peers.min_buffer_bytes and options["backend"] == "nccl":
+            # now that all ranks are here: with the next sum, a rank would wait for one that fails before it, on the host
+            device = torch.device("cuda", torch.cuda.current_device())
+            self.peers.reserve(self.rank, self.size, self.group, device, self.peers.min_buffer_bytes)
+        for subgroup in self._subgroups.values():
+            subgroup._join(options)
+
+    def _all_groups(self) -> Iterator[TPGroup]:
+        """This group and the groups that were made of it, of which this rank may not be a member."""
+        yield self
+        for subgroup in list(self._subgroups.values()):
+            yield from subgroup._all_groups()
 
     def dissolve(self) -> None:
         """Leave this group and its subgroups at once. Not collective: ranks that wait in a collective of theirs fail if it
@@ -103,30 +132,46 @@ class TPGroup:
         DEVICE_SECONDS: this process must end then, since it may still write.
         """
         self.on_leave()
-        self.abort()
+        # NCCL's abort wakes the device at once, and returns when the graphs that captured its collectives are gone
+        aborting = threading.Thread(target=self.abort, name="abort", daemon=True)
+        aborting.start()
         _await_device(DEVICE_SECONDS)
-        for reference in self._before_dissolve:
+        groups = list(self._all_groups())
+        for reference in [reference for tp in groups for reference in tp._before_dissolve]:
             if (method := reference()) is not None:
                 method()
-        for tp in (*self._subgroups.values(), self):
+        aborting.join(DEVICE_SECONDS)
+        if aborting.is_alive():
+            raise DeadlineError(
+                f"got NCCL's communicators still open {DEVICE_SECONDS:.0f} s after the device was idle, expected them to be "
+                "aborted; this process ends, since they cannot be left"
+            )
+        for tp in reversed(groups):
             group, tp.group = tp.group, None
             tp.peers.release()
             if group is not None and group is not dist.group.WORLD and tp.rank >= 0:
                 dist.destroy_process_group(group)
 
     def abort(self) -> None:
-        """Let NCCL's collectives of this group and its subgroups that wait on the device for another rank run on, with
-        whatever is in their memory. Barriers of sums through peer memory go on waiting; gloo's collectives wait on the host,
-        until a rank leaves. From any thread. The group can only be left afterwards."""
-        for tp in (self, *self._subgroups.values()):
+        """Let everything that waits on the device for another rank of this group or its subgroups run on, with whatever is
+        in its memory: NCCL's collectives and sums through peer memory. gloo's wait on the host, until a rank leaves. From
+        any thread. The group can only be left afterwards. Where collectives were captured in CUDA graphs, this returns when
+        these are gone (``call_before_dissolve``)."""
+        aborting = []
+        for tp in self._all_groups():
+            tp.peers.abort()
             group = tp.group
             if group is not None and tp.rank >= 0 and dist.get_backend(group) == "nccl":
-                group.abort()
+                # each in a thread: one that waits for its graphs must not keep the others from being woken
+                aborting.append(threading.Thread(target=group.abort, name="abort NCCL", daemon=True))
+                aborting[-1].start()
+        for thread in aborting:
+            thread.join()
 
     def call_before_dissolve(self, method: Callable[[], None]) -> None:
         """Have ``dissolve`` call the bound ``method`` first, as long as its object lives.
 
-        For owners of captured collectives of this group: NCCL waits until their graphs are gone before it leaves a group.
+        For owners of captured collectives of this group: NCCL neither aborts nor leaves a group while their graphs exist.
         """
         self._before_dissolve.append(weakref.WeakMethod(method))
 

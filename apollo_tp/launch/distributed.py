@@ -26,6 +26,10 @@ class World:
 
     rank: int
     size: int
+    store: dist.Store | None = None
+    """Through which the ranks found each other."""
+    timeout_seconds: float = 0.0
+    """The deadline of a control message."""
 
 
 def join(timeout_seconds: float, join_seconds: float = JOIN_SECONDS) -> World:
@@ -42,7 +46,22 @@ def join(timeout_seconds: float, join_seconds: float = JOIN_SECONDS) -> World:
         _await_all(store, place, join_seconds)
     timeout = datetime.timedelta(seconds=timeout_seconds)
     dist.init_process_group("gloo", store=store, rank=place.rank, world_size=place.size, timeout=timeout)
-    return World(place.rank, place.size)
+    return World(place.rank, place.size, store, timeout_seconds)
+
+
+def renumber(world: World, rank: int) -> World:
+    """Form the default process group again with other numbers of ranks; ``rank`` is this one's. Collective.
+
+    New process groups order their ranks by these numbers, and tensor-parallel ranks must be in the server's order. Raises
+    DeadlineError if a rank does not come.
+    """
+    assert world.store is not None
+    store = dist.PrefixStore("renumbered", world.store)
+    _await_all(store, Launched("torchrun", rank, world.size), JOIN_SECONDS)  # nobody waits in the old group any more
+    dist.destroy_process_group()
+    timeout = datetime.timedelta(seconds=world.timeout_seconds)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world.size, timeout=timeout)
+    return World(rank, world.size, store, world.timeout_seconds)
 
 
 def _store_of_torchrun(place: Launched, join_seconds: float) -> dist.Store:

@@ -31,7 +31,7 @@ class Services:
             mapped.manifest.model_path,
             mapped.manifest.checkpoint,
             mapped.stored,
-            ready.tp,
+            ready.mesh,
             keep=config.checkpoint.keep,
             save_config=ready.hf_config.save_pretrained,
             trained=lambda: self._lineage.record.trained,
@@ -42,7 +42,7 @@ class Services:
         """Form the compute group of all ranks again. Collective."""
         ready = self._ready
         ready.alarm.next_epoch()
-        compute_group(ready.tp, ready.mapped.device, ready.config.command_timeout_seconds)
+        compute_group(ready.mesh.world, ready.mapped.device, ready.config.command_timeout_seconds)
 
     def save_checkpoint(self, name: str) -> tuple[str, int]:
         """Write checkpoint ``name``; returns its folder and its size in bytes. Collective."""
@@ -82,7 +82,7 @@ class Services:
             server_life=f"{first.instance_id}@{first.pid}.{first.pid_start_ticks}",
             model_path=first.model_path,
             served_model_names=first.served_model_names,
-            num_ranks=len(ready.manifests),
+            num_ranks=ready.world.size,
             vocab_size=ready.model.module.config.get_text_config().vocab_size,
             max_sequence_tokens=min(limit, first.max_model_len) if first.max_model_len else limit,
             weight_version=trainer.weight_version,
@@ -96,6 +96,7 @@ class Services:
             layout=self._layout(),
             last_job_id=last.last_job_id,
             last_job_step=last.last_job_step,
+            replicas=list(map(commands.Replica, ready.arrangement.instances, ready.arrangement.hosts)),
         )
 
     def close(self) -> None:

@@ -7,11 +7,13 @@ the next record, which has all fields of that one too. ``stack`` undoes the stag
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import msgspec
 import torch
 import torch.distributed as dist
 from transformers import PretrainedConfig
@@ -21,22 +23,26 @@ from apollo_tp.checkpoint.folder import OPTIMIZER_DIR, optimizer_folder, writer_
 from apollo_tp.checkpoint.lineage import LineageFile
 from apollo_tp.config import Config
 from apollo_tp.distributed.alarm import Alarm
-from apollo_tp.distributed.control import Control
+from apollo_tp.distributed.control import ComputeControl, Control
+from apollo_tp.distributed.mesh import Mesh
 from apollo_tp.distributed.peer_memory import PeerSums
 from apollo_tp.distributed.tp_group import TPGroup, compute_group
 from apollo_tp.errors import ConfigError, ServerGoneError
 from apollo_tp.gpu_sharing import mps, sm_limit
 from apollo_tp.gpu_sharing.pace import Pace
 from apollo_tp.gpu_sharing.product_check import check_products
+from apollo_tp.launch.coordinates import Arrangement, ServedRank, take
 from apollo_tp.launch.coordinator_process import CoordinatorProcess
-from apollo_tp.launch.distributed import World, join
+from apollo_tp.launch.distributed import World, join, renumber
+from apollo_tp.launch.histories import History, source_of
 from apollo_tp.launch.server_watch import ServerWatch
 from apollo_tp.model import BoundModel, bind_model
 from apollo_tp.model.build import as_served, read_model_config
 from apollo_tp.model.compiled import CompileOptions
 from apollo_tp.optim import Optimizer
+from apollo_tp.optim.owners import check_equal
 from apollo_tp.runtime import instance_folder
-from apollo_tp.shards.instance import check_agreement, read_instance, wait_for_server
+from apollo_tp.shards.instance import check_agreement, read_instance, wait_for_server, wait_for_servers
 from apollo_tp.shards.manifest import Manifest
 from apollo_tp.shards.mapping import MappedRank, map_rank, verify_against_checkpoint
 from apollo_tp.training.cuda_graphs import GraphCache
@@ -66,21 +72,23 @@ class Joined:
 
 @dataclass(frozen=True, kw_only=True)
 class Served(Joined):
-    """The server is found and locked, and the memory of its rank with this rank's number is mapped."""
+    """The servers are found and locked, and the memory of the one's rank that this rank stands beside is mapped."""
 
     folder: Path
-    """The server's instance folder."""
+    """The instance folder of this rank's server, one of the replicas."""
     manifests: list[Manifest]
-    """The manifests of all ranks of the server."""
+    """The manifests of all ranks of that server."""
     mapped: MappedRank
     lineage: LineageFile
+    arrangement: Arrangement
+    """Which rank stands beside which shard of which replica."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Bound(Served):
     """The model computes with the mapped weights, and its optimizer has the state that belongs to them."""
 
-    tp: TPGroup
+    mesh: Mesh
     alarm: Alarm
     hf_config: PretrainedConfig
     """The config in the model's folder."""
@@ -115,63 +123,110 @@ def join_ranks(config: Config, stack: contextlib.ExitStack) -> Joined:
 def map_server(joined: Joined, on_server_gone: Callable[[ServerGoneError], None]) -> Served:
     """Wait for the server, watch it from then on, and map its memory, which must equal the model's folder unless it has
     been trained since. Collective. Raises what ``map_rank`` and ``verify_against_checkpoint`` raise, on all ranks."""
-    config, rank = joined.config, joined.world.rank
-    folder = _find_server(joined)
+    servers = _find_servers(joined)
+    joined, own, arrangement = _take_place(joined, servers)
+    config, folder = joined.config, instance_folder.base_dir(joined.config.server.runtime_dir) / own.instance
+    _hold(joined, folder, own.tp_rank, arrangement.instances[0])
     with joined.control.agree():
-        manifests = _read_manifests(joined, folder)
-    joined.stack.callback(ServerWatch(manifests, on_server_gone).stop)
+        manifests = read_instance(folder)
+        check_agreement(manifests)
+    for each in servers.values():
+        joined.stack.callback(ServerWatch(each, on_server_gone).stop)
     with joined.control.agree():
-        joined.report(f"server {folder.name} is ready; the trainer maps its weights and builds the model")
-        mapped = map_rank(manifests, rank)
-        lineage = LineageFile(folder, manifests[0].model_path, keep=rank == 0)
+        joined.report(f"{', '.join(servers)}: ready; the trainer maps the weights and builds the model")
+        mapped = map_rank(manifests, own.tp_rank)
+        lineage = LineageFile(folder, manifests[0].model_path, keep=own.tp_rank == 0)
         if not lineage.trained_here:
             compared = verify_against_checkpoint(mapped, config.server.verify_tensors)
             log.info("%d checkpoint tensors equal the served memory bit for bit", compared)
         if mapped.device.type == "cuda":
             torch.cuda.set_device(mapped.device)
             sm_limit.limit_sms(mapped.device, config.qos.sm_percent)
-    return Served(**vars(joined), folder=folder, manifests=manifests, mapped=mapped, lineage=lineage)
+    return Served(
+        **vars(joined), folder=folder, manifests=manifests, mapped=mapped, lineage=lineage, arrangement=arrangement
+    )
 
 
-def _find_server(joined: Joined) -> Path:
-    """The instance folder of the server to train, awaited by every rank. Rank 0 locks it and the checkpoints' folder."""
-    config, is_first = joined.config, joined.world.rank == 0
-    base, seconds = instance_folder.base_dir(config.server.runtime_dir), config.server.wait_seconds
-    name = ""
+def _find_servers(joined: Joined) -> dict[str, list[Manifest]]:
+    """The manifests of the servers to train, by instance id, awaited by every rank."""
+    server, is_first = joined.config.server, joined.world.rank == 0
+    base, seconds = instance_folder.base_dir(server.runtime_dir), server.wait_seconds
     with joined.control.agree():
         if is_first:
             log.info("looking for a vLLM server with VLLM_PLUGINS=apollo in %s, for up to %.0f s", base, seconds)
         # on every rank: one that waited for rank 0 in a collective would give up at that collective's deadline
-        name = wait_for_server(base, config.server.instance, seconds, report=joined.report)[0].instance_id
-        if is_first:
-            joined.stack.enter_context(instance_folder.trainer_lock(instance_folder.instance_dir(name, base)))
-            joined.stack.enter_context(writer_lock(Path(config.checkpoint.dir).resolve()))
-    return base / joined.control.broadcast(name.encode()).decode()
+        if server.replicas == 1 and not server.instances:
+            manifests = wait_for_server(base, server.instance, seconds, report=joined.report)
+            servers = {manifests[0].instance_id: manifests}
+        else:
+            servers = wait_for_servers(base, server.instances, server.replicas, seconds, report=joined.report)
+        _check_size(joined.world.size, servers)
+    return servers
 
 
-def _read_manifests(joined: Joined, folder: Path) -> list[Manifest]:
-    manifests, size = read_instance(folder), joined.world.size
-    check_agreement(manifests)
-    if len(manifests) != size:
+def _check_size(size: int, servers: dict[str, list[Manifest]]) -> None:
+    """Raise ConfigError unless there are as many trainer ranks as shards are served."""
+    sizes = {name: len(manifests) for name, manifests in servers.items()}
+    total = sum(sizes.values())
+    if total != size:
+        what = "the server's tensor-parallel size"
+        if len(sizes) > 1:
+            what = "one for each shard of " + ", ".join(f"{name} (TP {count})" for name, count in sizes.items())
         raise ConfigError(
-            f"trainer ranks: got {size}, expected {len(manifests)}, the server's tensor-parallel size; start torchrun with "
-            f"--nproc-per-node {len(manifests)}"
+            f"trainer ranks: got {size}, expected {total}, {what}; start torchrun with --nproc-per-node {total}"
         )
-    if joined.world.rank == 0:
-        log.info("training server %s: %s, TP %d", folder.name, manifests[0].model_path, size)
-    return manifests
+
+
+def _take_place(joined: Joined, servers: dict[str, list[Manifest]]) -> tuple[Joined, ServedRank, Arrangement]:
+    """The shard that this rank stands beside, and those of all. From then on a rank's number is its place in the mesh of
+    replicas; rank 0 keeps its number. Collective."""
+    own, arrangement = take(joined.control, servers)
+    position, world = arrangement.position(joined.world.rank), joined.world
+    if arrangement.is_permuted:
+        log.info("rank %d of the launcher is rank %d from now on, as its server numbers it", world.rank, position)
+        world = renumber(world, position)
+        joined = dataclasses.replace(joined, world=world, control=Control(world.rank, world.size))
+    if world.rank == 0:
+        for instance, host in zip(arrangement.instances, arrangement.hosts, strict=True):
+            first = servers[instance][0]
+            log.info("training server %s on %s: %s, TP %d", instance, host, first.model_path, first.tp_size)
+    return joined, own, arrangement
+
+
+def _hold(joined: Joined, folder: Path, tp_rank: int, first: str) -> None:
+    """Be the one trainer of the server of ``folder``, and the one that writes checkpoints. Collective."""
+    with joined.control.agree():
+        if tp_rank == 0:
+            joined.stack.enter_context(instance_folder.trainer_lock(folder))
+            _reach_coordinator(joined, folder, first)
+        if joined.world.rank == 0:
+            joined.stack.enter_context(writer_lock(Path(joined.config.checkpoint.dir).resolve()))
+
+
+def _reach_coordinator(joined: Joined, folder: Path, first: str) -> None:
+    """Let the server of ``folder`` forward requests to the coordinator, which listens in the first replica's folder. The
+    link that a killed trainer left is replaced, or removed where the coordinator will listen itself."""
+    link = instance_folder.socket_path(folder, instance_folder.COORDINATOR_SOCKET)
+    if folder.name == first:
+        if link.is_symlink():
+            link.unlink()
+        return
+    link.unlink(missing_ok=True)
+    link.symlink_to(instance_folder.socket_path(folder.parent / first, instance_folder.COORDINATOR_SOCKET))
+    joined.stack.callback(link.unlink, missing_ok=True)
 
 
 def bind(served: Served) -> Bound:
     """Form the compute group, bind the model and build its optimizer; load the state. Collective."""
     config, mapped, first = served.config, served.mapped, served.manifests[0]
-    tp = TPGroup(served.world.rank, served.world.size, peers=PeerSums(config.train.peer_memory))
+    world = TPGroup(served.world.rank, served.world.size, peers=PeerSums(config.train.peer_memory))
     alarm = Alarm.join(served.control)
-    tp.on_leave = alarm.ring
-    compute_group(tp, mapped.device, config.command_timeout_seconds)
-    served.stack.callback(tp.dissolve)
+    world.on_leave = alarm.ring
+    compute_group(world, mapped.device, config.command_timeout_seconds)
+    mesh = Mesh.build(world, first.tp_size)
+    served.stack.callback(world.dissolve)
     served.stack.callback(alarm.stop)
-    alarm.watch(tp)
+    alarm.watch(world)
     compiled = mapped.device.type == "cuda" if config.train.compile is None else config.train.compile
     with served.control.agree():
         trust = config.model.trust_remote_code
@@ -179,16 +234,40 @@ def bind(served: Served) -> Bound:
         model = bind_model(
             as_served(hf_config, first.config_overrides, first.max_model_len),
             mapped.tensors,
-            tp,
+            mesh.tp,
             fused_tensors=mapped.fused_tensors,
             gradient_checkpointing=config.train.gradient_checkpointing,
             compiled=CompileOptions() if compiled else None,
             trust_remote_code=trust,
         )
-        optimizer = Optimizer(config.optim, config.train.precision, model.parameters, tp)
+        optimizer = Optimizer(config.optim, config.train.precision, model.parameters, mesh.tp, mesh.replicas)
+    with served.control.agree():
+        unify_replicas(served, mesh.replicas, optimizer)
     with served.control.agree():
         resume(config, optimizer, served.lineage)
-    return Bound(**vars(served), tp=tp, alarm=alarm, hf_config=hf_config, model=model, optimizer=optimizer)
+    return Bound(**vars(served), mesh=mesh, alarm=alarm, hf_config=hf_config, model=model, optimizer=optimizer)
+
+
+def unify_replicas(served: Served, replicas: TPGroup, optimizer: Optimizer) -> None:
+    """Fill replicas whose server was started again from one that has the trained weights, and compare all that is served,
+    bit for bit. Collective. Raises ReplicaError, on all ranks, if replicas were trained apart or differ."""
+    if optimizer.owners is None:
+        return
+    lineage, own = served.lineage, replicas.rank
+    labels = served.arrangement.labels()
+    history = History(lineage.trained_here, lineage.record)
+    rows = ComputeControl(replicas, optimizer.device).gather(msgspec.json.encode(history))
+    histories = [msgspec.json.decode(row, type=History) for row in rows]
+    source = source_of(histories, labels)
+    if source is not None:
+        behind = histories[own] != histories[source]
+        if behind:
+            lineage.before_write()
+            log.warning("%s is filled with the weights of %s", labels[own], labels[source])
+        optimizer.owners.publish(source)
+        if behind:
+            lineage.update(**msgspec.structs.asdict(histories[source].record))
+    check_equal({name: local for name, (_, local) in served.mapped.tensors.items()}, replicas, labels)
 
 
 def resume(config: Config, optimizer: Optimizer, lineage: LineageFile) -> None:
@@ -230,11 +309,12 @@ def prepare(bound: Bound) -> Ready:
     all ranks, where a step would not fit or would be computed wrong."""
     config, device, lineage = bound.config, bound.mapped.device, bound.lineage
     gate = _update_gate(bound)
-    pace = Pace(config.qos.pace, bound.model.module, bound.tp, device)
+    pace = Pace(config.qos.pace, bound.model.module, bound.mesh.tp, device)
     trainer = Trainer(
         bound.model,
         bound.optimizer,
-        bound.tp,
+        bound.mesh.tp,
+        mesh=bound.mesh,
         device=device,
         max_micro_batch_tokens=config.train.max_micro_batch_tokens,
         gradients=config.train.gradients,
@@ -260,13 +340,13 @@ def before_write(lineage: LineageFile, gate: UpdateGate, pace: Pace) -> None:
 
 
 def _update_gate(bound: Bound) -> UpdateGate:
-    """The pause of running requests around updates; rank 0 attaches to the server. Collective."""
+    """The pause of running requests around updates; the first rank of each replica attaches to its server. Collective."""
     sync, lock = bound.config.sync, None
     with bound.control.agree():
-        if bound.world.rank == 0 and needs_lock(sync):
+        if bound.mesh.tp.rank == 0 and needs_lock(sync):
             lock = Lock(bound.folder, sync, bound.lineage.record.weight_version, bound.alarm)
             bound.stack.callback(lock.close)
-    return UpdateGate(sync.mode, bound.tp, bound.mapped.device, lock)
+    return UpdateGate(sync.mode, bound.mesh.world, bound.mapped.device, lock)
 
 
 def _plan_memory(bound: Bound, trainer: Trainer) -> str:

@@ -68,19 +68,34 @@ class PackedBatch:
             getattr(self, name).copy_(getattr(other, name), non_blocking=True)
 
 
-def pack(samples: Sequence[Sample], max_tokens: int) -> list[PackedBatch]:
+def pack(samples: Sequence[Sample], max_tokens: int, part: int = 0, parts: int = 1) -> list[PackedBatch]:
     """Micro-batches of at most ``max_tokens`` tokens that hold every sample once: first-fit decreasing, ties by index.
 
-    Depends only on the samples, so all ranks pack them identically. Raises RequestError for a sample that is empty,
-    longer than ``max_tokens``, or whose weights do not fit its tokens.
+    With ``parts``, only the samples of ``part``, which may be none: see ``divide``. Depends only on the arguments, so all
+    ranks that hold one part pack it identically. Raises RequestError, whatever the part, for a sample that is empty, longer
+    than ``max_tokens``, or whose weights do not fit its tokens.
     """
     for index, sample in enumerate(samples):
         _check(f"samples[{index}]", sample, max_tokens)
     lengths = [len(sample.token_ids) for sample in samples]
-    return [_packed(samples, sorted(members)) for members in _first_fit(lengths, max_tokens)]
+    own = divide(lengths, parts)[part]
+    bins = _first_fit([lengths[i] for i in own], max_tokens)
+    return [_packed(samples, sorted(own[i] for i in members)) for members in bins]
 
 
-def pack_pairs(pairs: Sequence[PreferencePair], max_tokens: int) -> list[PackedBatch]:
+def divide(lengths: Sequence[int], parts: int) -> list[list[int]]:
+    """Indices of ``lengths`` in ``parts`` lists, each ascending, of about the same sum: the longest first, to the list that
+    has least."""
+    result: list[list[int]] = [[] for _ in range(parts)]
+    held = [0] * parts
+    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        place = held.index(min(held))
+        result[place].append(index)
+        held[place] += lengths[index]
+    return [sorted(indices) for indices in result]
+
+
+def pack_pairs(pairs: Sequence[PreferencePair], max_tokens: int, part: int = 0, parts: int = 1) -> list[PackedBatch]:
     """Like ``pack``, with both sides of a pair in one micro-batch, the rejected one directly after the preferred one.
 
     ``sample_index`` is 2 i for the preferred and 2 i + 1 for the rejected side of pair i. Raises RequestError as ``pack``
@@ -94,9 +109,11 @@ def pack_pairs(pairs: Sequence[PreferencePair], max_tokens: int) -> list[PackedB
         _check(f"{field}.rejected", pair.rejected, max_tokens)
         if length > max_tokens:
             raise RequestError(f"{field}: got {length} tokens in both sides, expected 2 to {max_tokens}", field=field)
+    own = divide(lengths, parts)[part]
+    bins = _first_fit([lengths[i] for i in own], max_tokens)
     return [
-        _packed(sides, [side for i in sorted(members) for side in (2 * i, 2 * i + 1)])
-        for members in _first_fit(lengths, max_tokens)
+        _packed(sides, [side for i in sorted(own[i] for i in members) for side in (2 * i, 2 * i + 1)])
+        for members in bins
     ]
 
 
@@ -115,10 +132,10 @@ def _first_fit(lengths: Sequence[int], room_per_bin: int) -> list[list[int]]:
     return bins
 
 
-def empty_share(batches: Sequence[PackedBatch], max_tokens: int) -> float:
+def empty_share(num_tokens: int, num_batches: int, max_tokens: int) -> float:
     """The share of the micro-batches' token budget that no sample filled (packing adds no padding tokens)."""
-    budget = max_tokens * len(batches)
-    return 1.0 - sum(batch.num_tokens for batch in batches) / budget if budget else 0.0
+    budget = max_tokens * num_batches
+    return 1.0 - num_tokens / budget if budget else 0.0
 
 
 def _check(field: str, sample: Sample, max_tokens: int) -> None:

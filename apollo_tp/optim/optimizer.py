@@ -17,13 +17,15 @@ import torch
 from torch import Tensor
 
 from apollo_tp.config import EmbeddingMode, OptimConfig, Precision, Schedule
+from apollo_tp.distributed.control import ComputeControl
 from apollo_tp.distributed.tp_group import TPGroup
 from apollo_tp.errors import ApolloTpError, CollectiveError, ConfigError
 from apollo_tp.optim.in_backward import InBackwardStep, by_leaf, names_of_complete_leaves
+from apollo_tp.optim.owners import Owners, assign_owners, read_verdicts
 from apollo_tp.optim.parameters import OptimParameter, Weight
 from apollo_tp.optim.replicas import check_replicas, resync_replicas
 from apollo_tp.optim.sharding import Decision, moment_rank
-from apollo_tp.optim.update_group import UpdateGroup
+from apollo_tp.optim.update_group import UpdateGroup, projects
 
 COSINE_FLOOR = 0.1
 """A cosine schedule ends at this share of the learning rate, as in the APOLLO paper's recipe; a linear one at 0."""
@@ -65,16 +67,24 @@ def learning_rate(config: OptimConfig, step_count: int) -> float:
 class Optimizer:
     """All trained parameters of this rank. All ranks pass the same names in the same order. One all-reduce.
 
-    ``update_group`` holds them with their state; ``step_count`` counts completed steps over all jobs; ``rounding_stream`` is
-    set by ``use_rounding_stream``. Both are saved with the state. ``in_backward`` is set by ``attach_in_backward``. Raises
-    ConfigError if there is nothing to train or a name occurs twice, UnsupportedModelError for a dtype, shape or layout that
-    cannot be written in place.
+    ``replicas`` are the ranks with the same shard, one in each of several replicas that are trained together (see
+    ``owners``). ``update_group`` holds the parameters that this replica owns (all, if there is one replica) with their
+    state, and ``weights`` are the same; ``names`` are of all. ``step_count`` counts completed steps over all jobs;
+    ``rounding_stream`` is set by ``use_rounding_stream``. Both are saved with the state. ``in_backward`` is set by
+    ``attach_in_backward``. Raises ConfigError if there is nothing to train, a name occurs twice or a replica would own
+    nothing, UnsupportedModelError for a dtype, shape or layout that cannot be written in place.
     """
 
     def __init__(
-        self, config: OptimConfig, precision: Precision, parameters: Sequence[OptimParameter], tp: TPGroup
+        self,
+        config: OptimConfig,
+        precision: Precision,
+        parameters: Sequence[OptimParameter],
+        tp: TPGroup,
+        replicas: TPGroup | None = None,
     ) -> None:
         self.config, self.precision, self.tp = config, precision, tp
+        self.replicas = replicas or TPGroup.single()
         frozen = config.embeddings is EmbeddingMode.frozen
         trained = [p for p in parameters if not (frozen and p.role == "embedding")]
         self.names = [p.name for p in trained]
@@ -83,11 +93,15 @@ class Optimizer:
                 f"parameters: got {len(trained)} to train with {len(set(self.names))} names, expected at least one and "
                 "distinct names; a tied embedding and head are one parameter"
             )
-        self.weights = [Weight(p, precision, config.seed, tp) for p in trained]
+        owner = assign_owners(trained, self.replicas.size)
+        self.owners = Owners(trained, owner, self.replicas) if self.replicas.size > 1 else None
+        self.owned = [i for i, replica in enumerate(owner) if replica == self.replicas.rank]
+        self.projected_names = sorted(p.name for p in trained if projects(p, config))
+        self.weights = [Weight(trained[i], precision, config.seed, tp) for i in self.owned]
         self.device = self.weights[0].data.device
-        self._leaves = [t for w in self.weights if (t := w.parameter.tensor).requires_grad]
-        self.update_group = UpdateGroup(self.weights, config, tp)
-        self.step_count = self.skipped_in_a_row = self.rounding_stream = 0
+        self._leaves = [p.tensor for p in trained if p.tensor.requires_grad]
+        self.update_group = UpdateGroup(self.weights, config, tp, replicas=self.replicas)
+        self.step_count = self.skipped_in_a_row = self.rounding_stream = self._num_writes = 0
         self.in_backward: InBackwardStep | None = None
         self._doubtful = False
         self._measure_weights()
@@ -107,7 +121,11 @@ class Optimizer:
         return learning_rate(self.config, self.step_count) * scale
 
     def progress(self) -> tuple[int, int]:
-        """Steps so far, and a checksum of all parameters' updates. Which collectives come when follows from them."""
+        """Steps so far, and a checksum of the updates of all parameters, the same on all ranks. Which collectives come when
+        follows from them. With several replicas, each of which counts the updates of what it owns, the second is how many
+        decisions to write there were."""
+        if self.owners is not None:
+            return self.step_count, self._num_writes
         return self.step_count, zlib.crc32(array("q", self.update_group.counters.steps))
 
     def step(
@@ -135,36 +153,67 @@ class Optimizer:
             decisions = self.in_backward.finish(lr, loss, received)
         else:
             self._measure_if_doubtful()
-            decisions = [(self.update_group, self.update_group.update(lr, loss, received=received))]
+            gradients, received = self._sum_over_replicas(received)
+            update = self.update_group.update(lr, loss, received=received, gradients=gradients)
+            decisions = [(self.update_group, update)]
         outcome = self._conclude(decisions, lr)
+        self.step_count += not outcome.skipped
+        if self.owners is not None and outcome.num_updated:
+            self.owners.publish()  # after all ranks have counted: one that raises here is made up for in ``rejoin``
         if not outcome.skipped:
-            self.step_count += 1
             if self.step_count % self.config.refresh_every == 0:
                 self._measure_weights()
             if self.config.check_replicas_every and self.step_count % self.config.check_replicas_every == 0:
                 check_replicas(self.weights, self.tp)
+                if self.owners is not None:
+                    self.owners.check_equal()
         return outcome
 
+    def _sum_over_replicas(self, received: Tensor | None) -> tuple[list[Tensor] | None, Tensor | None]:
+        """The gradients [R, C] of what this replica owns, summed over replicas, and ``received`` (fp32 [1]), 0 if a sum did
+        not happen. Collective as ``Owners.sum_gradients``."""
+        if self.owners is None:
+            return None, received
+        without_gradient, arrived = self.owners.sum_gradients()
+        gradients = [
+            without_gradient[i].view(weight.local_2d) if i in without_gradient else weight.gradient()
+            for i, weight in zip(self.owned, self.weights, strict=True)
+        ]
+        return gradients, arrived if received is None else arrived * received
+
     def rejoin(self) -> None:
-        """On all ranks, once one has raised: only some may have measured the weights. The next step measures them."""
+        """On all ranks, once one has raised: only some may have measured the weights, or copied those of other owners. The
+        next step does both."""
         self._doubtful = True
 
     def resync_replicas(self) -> list[str]:
-        """See replicas.resync_replicas: before the first step of a trainer whose predecessor may have been killed."""
-        return resync_replicas(self.weights, self.tp)
+        """See replicas.resync_replicas: before the first step of a trainer whose predecessor may have been killed. Then all
+        replicas copy the owners' weights."""
+        names = resync_replicas(self.weights, self.tp, self.replicas)
+        if self.owners is not None:
+            self.owners.publish()
+        return names
 
     def _conclude(self, decisions: list[tuple[UpdateGroup, Decision]], lr: float) -> StepOutcome:
         """Count what is written, and say what stopped the rest. Waits for the decisions, not for the writes. Raises
         CollectiveError if a sum or gather did not happen."""
         square, num_updated, largest, skipped = 0.0, 0, 0.0, ""
         for group, decision in decisions:
-            checked, finite, norm, *flags = decision.read_report()
-            written, relative = decision.written(), flags[len(group.weights) :]
+            report, written = decision.read_report(), decision.written()
             group.accept(written)  # first: to say why needs a collective, which may raise
-            if not checked:
+            relative = report[3 + len(written) : 3 + 2 * len(written)]
+            verdicts = read_verdicts(report, len(written), group.replicas.size)
+            if not all(verdict.checked for verdict in verdicts):
                 raise self._nothing_received(num_updated)
-            square, num_updated, largest = square + norm, num_updated + sum(written), max(largest, *relative, 0.0)
-            skipped = skipped or self._why_skipped(group, decision, bool(finite), relative, lr)
+            square += sum(verdict.square for verdict in verdicts)
+            num_updated += sum(verdict.num_written for verdict in verdicts)
+            largest = max(largest, *(verdict.largest for verdict in verdicts))
+            why = self._why_skipped(group, decision, bool(report[1]), relative, lr)
+            if not all(verdict.good for verdict in verdicts):
+                why = self._why_any_skipped(why)
+                num_updated = sum(written)
+            skipped = skipped or why
+        self._num_writes += num_updated > 0
         if skipped:
             self.skipped_in_a_row, largest = self.skipped_in_a_row + 1, 0.0
             skipped += f"; {num_updated or 'nothing'} {'tensors were' if num_updated else 'was'} written"
@@ -178,6 +227,13 @@ class Optimizer:
             f"{self.tp.size} ranks in each; {num_updated or 'no'} tensors were written before it and nothing after. Another "
             "rank raised or ended: see its log"
         )
+
+    def _why_any_skipped(self, why: str) -> str:
+        """The reasons of all replicas, the same on all. One all-gather over replicas, if there are several."""
+        reasons = ComputeControl(self.replicas, self.device).gather(why.encode())
+        if len(reasons) == 1:
+            return why
+        return "; ".join(f"replica {r}: {text.decode()}" for r, text in enumerate(reasons) if text)
 
     def _why_skipped(
         self, group: UpdateGroup, decision: Decision, finite: bool, relative: list[float], lr: float
@@ -207,6 +263,8 @@ class Optimizer:
 
     def _measure_if_doubtful(self) -> None:
         if self._doubtful:
+            if self.owners is not None:
+                self.owners.publish()
             self._measure_weights()
 
     # --- updates inside the backward pass --------------------------------------------------------------------------
@@ -229,6 +287,11 @@ class Optimizer:
             raise ConfigError(
                 f"optim.max_grad_norm: got {self.config.max_grad_norm}, expected null with train.gradients=in_backward, "
                 "since the norm of the whole gradient is not known before the first matrix is written"
+            )
+        if self.owners is not None:
+            raise ConfigError(
+                f"train.gradients: got in_backward with {self.replicas.size} replicas, expected stored, since gradients are "
+                "summed over replicas before the first matrix is written"
             )
         if self.in_backward is None:
             matrices = [matrix.weight for matrix in self.update_group.matrices.values()]
@@ -264,6 +327,17 @@ class Optimizer:
         for weight in self.weights:
             weight.set_rounding_stream(number)
 
+    def gather_counters(self) -> tuple[list[int], list[float]]:
+        """Updates so far, and norms of the limiter, of all ``names``. Collective over replicas, if there are several: one
+        all-gather."""
+        own = self.update_group.counters
+        if self.owners is None:
+            return own.steps, own.limiter_norms.tolist()
+        mine = torch.zeros(len(self.names), 2, dtype=torch.float64, device=self.device)
+        mine[self.owned] = torch.stack([self.update_group.vector(own.steps), own.limiter_norms], dim=1)
+        steps, norms = self.replicas.gather_checked(mine, "counters of the replicas").sum(0).unbind(1)
+        return [int(count) for count in steps.tolist()], norms.tolist()
+
     def state_bytes(self) -> int:
         """Bytes of optimizer state on this rank: moments and int8 remainders."""
         group = self.update_group
@@ -283,5 +357,5 @@ class Optimizer:
             f"{self.config.kind.value}{rank}, scale {self.config.scale}, {self.precision.value}: {len(matrices)} matrices "
             f"projected ({exchanged} exchanged between {self.tp.size} ranks{early}), "
             f"{len(self.weights) - len(matrices)} tensors by AdamW, {self.state_bytes() / 1e9:.3g} GB of state on rank "
-            f"{self.tp.rank}"
+            f"{self.tp.rank}{f' of replica {self.replicas.rank} of {self.replicas.size}' if self.owners else ''}"
         )

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 
+import msgspec
 import torch
 from torch import Tensor
 
+from apollo_tp.distributed.control import ComputeControl
 from apollo_tp.distributed.tp_group import TPGroup
 from apollo_tp.errors import CollectiveError, ReplicaError
 from apollo_tp.optim.parameters import Weight
@@ -34,21 +36,23 @@ def check_replicas(weights: Sequence[Weight], tp: TPGroup) -> None:
         )
 
 
-def resync_replicas(weights: Sequence[Weight], tp: TPGroup) -> list[str]:
+def resync_replicas(weights: Sequence[Weight], tp: TPGroup, replicas: TPGroup) -> list[str]:
     """Where replicas differ, give every rank the bits of the lowest rank that holds them: when a trainer is killed as it
     writes, some ranks may have written and others not. Returns the names of these weights, the same on all ranks.
 
     A weight is written only with bits that have the lowest rank's checksums, and only when all ranks have received such.
     Collectives: those of ``check_replicas``, and per part that differs one all-reduce over the ranks that hold it for each
-    tensor, and one all-gather over all. Raises CollectiveError if one of them did not happen.
+    tensor, and one all-gather over all; with several ``replicas`` of the model, one all-gather over them. Raises
+    CollectiveError if one of them did not happen.
     """
     own = {(index, lowest, start): views for index, w in enumerate(weights) for lowest, start, views in _shared(w)}
     differing, tensor_device = _differing(weights, tp), weights[0].data.device
+    _form_holders({tuple(sorted(sums)) for _, sums in differing}, tp, replicas, tensor_device)
     for part, sums in differing:
         holders = tp.subgroup(tuple(sorted(sums)))
         views = own.get(part, [])
         copies = [_bits_of_lowest(view, holders) for view in views]  # inference reads ``view`` all the while
-        right = not views or tuple(_checksums(copies).tolist()) == sums[part[1]]
+        right = not views or tuple(checksums(copies).tolist()) == sums[part[1]]
         name = weights[part[0]].name
         answers = tp.gather_checked(torch.tensor([right], dtype=torch.int64, device=tensor_device), f"repair of {name}")
         if wrong := (answers[:, 0] != 1).nonzero().flatten().tolist():
@@ -59,6 +63,14 @@ def resync_replicas(weights: Sequence[Weight], tp: TPGroup) -> list[str]:
         for view, bits in zip(views, copies, strict=True):
             view.copy_(bits)
     return sorted({weights[index].name for (index, *_), _ in differing})
+
+
+def _form_holders(wanted: set[tuple[int, ...]], tp: TPGroup, replicas: TPGroup, device: torch.device) -> None:
+    """Make the groups of the ``wanted`` ranks of ``tp``, and those that other replicas of the model want: a new process
+    group is collective over all ranks, and each replica has parts of its own that differ."""
+    answers = ComputeControl(replicas, device).gather(msgspec.json.encode(sorted(wanted)))
+    for ranks in sorted({tuple(ranks) for answer in answers for ranks in msgspec.json.decode(answer)}):
+        tp.subgroup(ranks)
 
 
 def _bits_of_lowest(view: Tensor, holders: TPGroup) -> Tensor:
@@ -94,7 +106,7 @@ def _records(index: int, weight: Weight) -> Iterator[Tensor]:
     """int64 [COLUMNS] for each part of the weight at ``index`` that other ranks hold too."""
     for lowest, start, tensors in _shared(weight):
         key = torch.tensor([index, lowest, start], device=weight.data.device)
-        yield torch.cat([key, _checksums(tensors)])
+        yield torch.cat([key, checksums(tensors)])
 
 
 def _shared(weight: Weight) -> Iterator[tuple[int, int, list[Tensor]]]:
@@ -115,7 +127,7 @@ def _shared(weight: Weight) -> Iterator[tuple[int, int, list[Tensor]]]:
             local += stop - start
 
 
-def _checksums(tensors: Sequence[Tensor]) -> Tensor:
+def checksums(tensors: Sequence[Tensor]) -> Tensor:
     """int64 [2]: sum of bits, position-weighted sum of bits. Local."""
     plain, weighted = torch.zeros(2, dtype=torch.int64, device=tensors[0].device)
     for tensor in tensors:

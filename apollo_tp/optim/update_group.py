@@ -30,6 +30,7 @@ from torch import Tensor
 
 from apollo_tp.config import EmbeddingMode, OptimConfig, OptimizerKind
 from apollo_tp.distributed.tp_group import TPGroup
+from apollo_tp.optim.owners import agree_over_replicas
 from apollo_tp.optim.parameters import AdamWState, OptimParameter, Weight, to_device
 from apollo_tp.optim.sharding import (
     ChannelScales,
@@ -64,13 +65,20 @@ class UpdateGroup:
 
     ``matrices`` and ``adamw`` hold the parameters of either kind by index. With ``parent``, ``weights`` are some of that
     group's, in any order, and all state is the parent's: ``counters``, and views of its moments. ``indices`` are theirs in
-    ``counters``.
+    ``counters``. With ``replicas`` (R ranks), the update groups of the other replicas hold the other parameters of the
+    model, and all write or none.
     """
 
     def __init__(
-        self, weights: Sequence[Weight], config: OptimConfig, tp: TPGroup, parent: UpdateGroup | None = None
+        self,
+        weights: Sequence[Weight],
+        config: OptimConfig,
+        tp: TPGroup,
+        parent: UpdateGroup | None = None,
+        replicas: TPGroup | None = None,
     ) -> None:
         self.weights, self.config, self.tp = list(weights), config, tp
+        self.replicas = replicas or TPGroup.single()
         self.device = weights[0].data.device
         if parent is None:
             self._allocate()
@@ -142,7 +150,9 @@ class UpdateGroup:
     def _expected_checks(self) -> list[float]:
         """What the canaries of a step are once they are summed over ranks, in the order of ``_decide``."""
         size, num_exchanges = self.tp.size, sum(group.exchanged for group in self.groups)
-        expected = [size, size] + [size * size] * (num_exchanges + (self.config.max_grad_norm is not None))
+        clips = self.config.max_grad_norm is not None
+        expected = [size, size] + [size * size] * (num_exchanges + clips)
+        expected += [size * self.replicas.size] * (clips and self.replicas.size > 1)
         return [float(n) for n in (*expected, *([size] * size if self._gathers else []))]
 
     @property
@@ -169,13 +179,14 @@ class UpdateGroup:
         loss: Tensor | None = None,
         alive: Tensor | None = None,
         received: Tensor | None = None,
+        gradients: list[Tensor] | None = None,
     ) -> Decision:
         """Decide and, if so decided, write. Nothing is written on any rank unless ``alive`` and ``received`` (fp32 [1]) are
         1 on all: no earlier part of the step forbids it, and what this rank got from others before has arrived.
 
         The counters follow in ``accept``, once the decision has been read. Collectives: see the module.
         """
-        gradients = [weight.gradient() for weight in self.weights]
+        gradients = gradients or [weight.gradient() for weight in self.weights]
         flags = [self.ones if flag is None else flag for flag in (alive, received)]
         decision, scales = self._decide(gradients, lr, loss, *flags)
         decision.send_report()
@@ -207,12 +218,18 @@ class UpdateGroup:
         squares = local_squares = self._local_square_sums(gradients, loss)
         for group in self.groups:
             group.exchange()
+        if (intact := self.tp.peers.intact) is not None:
+            received = received * intact  # no sum of the forward or backward pass was given up
         checks = [self.ones, received, *(group.canary for group in self.groups if group.exchanged)]
         clip = self.ones[0]
         if config.max_grad_norm is not None:
             squares, counted = self.tp.all_reduce_(torch.cat([squares, self.ones])).tensor_split([-1])
             checks.append(counted)
-            clip = (config.max_grad_norm / (squares[:-1].sum().sqrt() + 1e-6)).clamp(max=1.0)
+            total = squares[:-1].sum()
+            if self.replicas.size > 1:
+                total, counted = self.replicas.all_reduce_(torch.stack([total, self.ones[0]])).unbind()
+                checks.append(counted[None])
+            clip = (config.max_grad_norm / (total.sqrt() + 1e-6)).clamp(max=1.0)
         norms, local_scales = self._update_norms(gradients, clip)
         scales = self._gather_scales(local_scales)
         if self._gathers:
@@ -225,7 +242,10 @@ class UpdateGroup:
         if config.max_grad_norm is None:
             squares = packed[3]
         stats = GradientStats(local_squares, squares, packed[0].view_as(norms), clip, alive=packed[1], checks=packed[2])
-        return self.backend.decide(stats, inputs), scales
+        if self.replicas.size == 1:
+            return self.backend.decide(stats, inputs), scales
+        before = inputs.limiter_norms.clone()
+        return agree_over_replicas(self.backend.decide(stats, inputs), inputs, before, self.replicas), scales
 
     def _decision_inputs(self, lr: float, steps: Sequence[int]) -> DecisionInputs:
         """Two small copies to the device."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from apollo_tp.errors import ApolloTpError, ManifestError, NoServerError
@@ -233,6 +233,40 @@ def wait_for_server(
             )
         report(_awaited(base, name, manifests, stale))
         time.sleep(1.0 if loaded else 0.1)  # each look reads all manifests, while vLLM needs the cores
+
+
+def wait_for_servers(
+    base: Path,
+    instances: Sequence[str],
+    count: int,
+    wait_seconds: float,
+    *,
+    report: Callable[[str], None] = lambda state: None,
+) -> dict[str, list[Manifest]]:
+    """Like ``wait_for_server`` for ``count`` servers, ``instances`` or all live ones: their manifests by instance id.
+
+    Raises NoServerError when the time is over, and ManifestError if more servers are live than ``count`` and none is named.
+    """
+    deadline = time.monotonic() + wait_seconds
+    names = list(instances)
+    while not names:
+        live, _ = live_instances(base)
+        if len(live) > count:
+            raise ManifestError(
+                f"got {len(live)} live servers {live}, expected {count} as server.replicas says; choose with "
+                "server.instances=[...]"
+            )
+        if len(live) == count:
+            names = live
+        elif time.monotonic() > deadline:
+            raise NoServerError(
+                f"waited {wait_seconds:.0f} s for servers in {base}: got {len(live)} live ones {live}, expected {count} as "
+                "server.replicas says. Start vLLM with VLLM_PLUGINS=apollo, each on a port of its own"
+            )
+        else:
+            report(f"{len(live)} of {count} servers have loaded their model; waiting for the others")
+            time.sleep(0.5)
+    return {name: wait_for_server(base, name, max(0.0, deadline - time.monotonic()), report=report) for name in names}
 
 
 def _awaited(base: Path, name: str | None, manifests: list[Manifest], stale: list[str]) -> str:

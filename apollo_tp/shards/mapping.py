@@ -117,12 +117,17 @@ def _view(placement: Placement, mapped: MappedRank) -> Tensor:
     return served.as_strided(shape, stride, served.storage_offset() + placement.offset)
 
 
+def visible_uuids() -> list[str]:
+    """The UUIDs of the GPUs that this process sees, in lower case, by their index."""
+    return [str(torch.cuda.get_device_properties(i).uuid).lower() for i in range(torch.cuda.device_count())]
+
+
 def _local_device(manifest: Manifest) -> torch.device:
     """The CUDA device with the exporter's UUID; indices differ under another CUDA_VISIBLE_DEVICES."""
     if manifest.device == "cpu":
         return torch.device("cpu")
     wanted = manifest.device_uuid.lower().removeprefix("gpu-")
-    seen = [str(torch.cuda.get_device_properties(i).uuid).lower() for i in range(torch.cuda.device_count())]
+    seen = visible_uuids()
     for index, uuid in enumerate(seen):
         if uuid.removeprefix("gpu-") == wanted:
             return torch.device("cuda", index)

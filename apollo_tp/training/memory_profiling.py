@@ -96,7 +96,7 @@ class _MemoryProfiler:
 
     def __init__(self, trainer: Trainer, meter: Meter, max_sequence_tokens: int) -> None:
         self.trainer, self.meter, self.max_sequence_tokens = trainer, meter, max_sequence_tokens
-        self.model, self.optimizer, self.tp = trainer.model, trainer.optimizer, trainer.tp
+        self.model, self.optimizer, self.world = trainer.model, trainer.optimizer, trainer.mesh.world
         self.in_backward = trainer.gradients is GradientMode.in_backward
         self.device = trainer.device
         self.vocab_size = self.model.module.config.get_text_config().vocab_size
@@ -109,7 +109,7 @@ class _MemoryProfiler:
 
     def plan(self, max_first_tokens: int) -> MemoryPlan:
         kept, tokens = self._kept_gradient_bytes(), self.trainer.max_micro_batch_tokens
-        self._agree(MemoryPlan(self.tp.rank, tokens, kept, 0, 0, self.meter.available(), 0))
+        self._agree(MemoryPlan(self.world.rank, tokens, kept, 0, 0, self.meter.available(), 0))
         skipped_before = self.optimizer.skipped_in_a_row
         try:
             self._profile(max_first_tokens)
@@ -118,7 +118,7 @@ class _MemoryProfiler:
             self._clean_up()
             text = self._refusal_after_out_of_memory()
             log.error("%s", text)  # at once: peers that wait in a collective may take long to give up
-            self.tp.dissolve()
+            self.trainer.mesh.world.dissolve()
             raise DeviceMemoryError(text) from None
         self.optimizer.skipped_in_a_row = skipped_before
         self._clean_up()
@@ -126,7 +126,7 @@ class _MemoryProfiler:
         base = self.meter.allocated()
         return self._agree(
             MemoryPlan(
-                rank=self.tp.rank,
+                rank=self.world.rank,
                 tokens=tokens,
                 gradients=kept,
                 activations=max(0, predict(self.runs, tokens) - base - kept) + self._unseen_bytes(tokens),
@@ -144,7 +144,7 @@ class _MemoryProfiler:
     @property
     def _chunk_tokens(self) -> int:
         """Tokens in a chunk of the loss, by an even cut of the vocabulary: all ranks must take the same lengths."""
-        return self.model.vocab.chunk_bytes // (4 * -(-self.vocab_size // self.tp.size))
+        return self.model.vocab.chunk_bytes // (4 * -(-self.vocab_size // self.trainer.tp.size))
 
     def _unseen_bytes(self, tokens: int) -> int:
         """What ``tokens`` need, but no run has: fp32 memory in which the head's gradients of many chunks are added up."""
@@ -176,7 +176,7 @@ class _MemoryProfiler:
         """One all-reduce of one number."""
         # over the compute group, which a rank that raised meanwhile has left, so that the others do not wait for it
         linear = torch.tensor(float(is_linear(self.runs, base)), device=self.device)
-        return bool(self.tp.all_reduce_(linear, dist.ReduceOp.MIN))
+        return bool(self.world.all_reduce_(linear, dist.ReduceOp.MIN))
 
     def _step(self, tokens: int) -> tuple[int, ...]:
         """One micro-batch and an optimizer step that writes nothing; the peak of each segment up to the optimizer's."""
@@ -220,7 +220,7 @@ class _MemoryProfiler:
         """The plan of the rank that lacks most. One all-gather. Raises DeviceMemoryError on all ranks if it lacks any."""
         # over the compute group as in _is_linear_on_all_ranks; figures rather than errors, so not Control.agree
         own = [plan.gradients, plan.activations, plan.optimizer, plan.available, plan.largest]
-        rows = self.tp.all_gather(torch.tensor([own], device=self.device)).tolist()
+        rows = self.world.all_gather(torch.tensor([own], device=self.device)).tolist()
         plans = [MemoryPlan(rank, plan.tokens, *row) for rank, row in enumerate(rows)]
         worst = max(plans, key=lambda p: p.missing)
         if worst.missing > 0:
@@ -230,7 +230,7 @@ class _MemoryProfiler:
     def _refusal_after_out_of_memory(self) -> str:
         """The message; two shorter trials show what this rank has room for."""
         return out_of_memory(
-            self.tp.rank,
+            self.world.rank,
             self.length,
             self.trainer.max_micro_batch_tokens,
             self.meter.available(),

@@ -131,7 +131,7 @@ class RankLoop:
         if failure is not None:
             # Frames of the failed step keep the process group alive; only its end wakes ranks that wait for this one.
             gc.collect()
-            self.trainer.tp.dissolve()
+            self.trainer.mesh.world.dissolve()
             self.trainer.abandon_step()
         verdicts = self._agree(failure)
         self.trainer.weight_version = max(v.weight_version for v in verdicts)
@@ -176,7 +176,7 @@ class RankLoop:
 
     def _recover(self) -> None:
         """All ranks: forget the failed step and join a new compute group."""
-        self.trainer.tp.dissolve()
+        self.trainer.mesh.world.dissolve()
         self.trainer.rejoin()
         gc.collect()
         if self.trainer.device.type == "cuda":

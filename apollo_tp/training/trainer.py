@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from apollo_tp.config import GradientMode
+from apollo_tp.distributed.mesh import Mesh
 from apollo_tp.distributed.tp_group import TPGroup
 from apollo_tp.errors import ConfigError
 from apollo_tp.gpu_sharing.pace import Pace
@@ -40,7 +42,8 @@ class Trainer:
 
     ``before_write`` is called on every rank before the first weight is written: between the backward pass and the
     update, or before the backward pass of a step that updates in it. ``pace`` gives inference its share of the GPU's
-    time. Raises ConfigError if ``gradients`` is GradientMode.in_backward and the optimizer clips.
+    time. With a ``mesh`` of several replicas, each takes a part of a step's samples, and figures are of all. Raises
+    ConfigError if ``gradients`` is GradientMode.in_backward, and the optimizer clips or there are several replicas.
     """
 
     def __init__(
@@ -49,6 +52,7 @@ class Trainer:
         optimizer: Optimizer,
         tp: TPGroup,
         *,
+        mesh: Mesh | None = None,
         device: torch.device,
         max_micro_batch_tokens: int,
         gradients: GradientMode = GradientMode.auto,
@@ -59,13 +63,15 @@ class Trainer:
         self.model = model
         self.optimizer = optimizer
         self.tp = tp
+        self.mesh = mesh or Mesh.single(tp)
+        self.replicas = self.mesh.replicas
         self.device = device
         self.max_micro_batch_tokens = max_micro_batch_tokens
         self.weight_version = weight_version
         self._before_write = before_write or (lambda: None)
         self._pace = pace or Pace(1.0, model.module, tp, device)
-        if gradients is GradientMode.auto and optimizer.config.max_grad_norm is not None:
-            gradients = GradientMode.stored  # clipping needs the norm of the whole gradient
+        if gradients is GradientMode.auto and (optimizer.config.max_grad_norm is not None or self.replicas.size > 1):
+            gradients = GradientMode.stored  # clipping needs the norm of the whole gradient, replicas need their sum
         if gradients is not GradientMode.stored:
             optimizer.attach_in_backward()
         self.gradients = gradients
@@ -89,8 +95,8 @@ class Trainer:
         ``abandon_step``.
         """
         clock = _Clock(self.device)
-        batches = pack(samples, self.max_micro_batch_tokens)
-        share = 1.0 / sum(batch.weight_sum for batch in batches)
+        batches = pack(samples, self.max_micro_batch_tokens, self.replicas.rank, self.replicas.size)
+        share = 1.0 / math.fsum(weight for sample in samples for weight in sample.weights)
         batches = [batch.scaled(share) for batch in batches]
 
         def loss_of(batch: PackedBatch) -> tuple[Tensor, Tensor]:
@@ -105,7 +111,7 @@ class Trainer:
         """One DPO step (Rafailov et al. 2023, eq. 7): mean over pairs. Both sides of a pair share a micro-batch.
         Arguments and errors as of ``step``; ``beta`` is the inverse temperature of the loss."""
         clock = _Clock(self.device)
-        batches = pack_pairs(pairs, self.max_micro_batch_tokens)
+        batches = pack_pairs(pairs, self.max_micro_batch_tokens, self.replicas.rank, self.replicas.size)
         reference = torch.tensor([(p.reference_preferred, p.reference_rejected) for p in pairs], device=self.device)
         margins: list[Tensor] = []
 
@@ -118,8 +124,9 @@ class Trainer:
             return losses.sum() / len(pairs), scored.correct.sum()
 
         figures = self._step(batches, loss_of, learning_rate_scale, clock)
-        margin = torch.cat(margins)
-        rewards = {"reward_margin": float(margin.mean()), "reward_accuracy": float((margin > 0).float().mean())}
+        margin = torch.cat([*margins, torch.empty(0, device=self.device)]).double()
+        sums = self.replicas.all_reduce_(torch.stack([margin.sum(), (margin > 0).double().sum()])) / len(pairs)
+        rewards = dict(zip(("reward_margin", "reward_accuracy"), sums.tolist(), strict=True))
         return msgspec.structs.replace(figures, metrics=rewards)
 
     def _step(
@@ -133,7 +140,7 @@ class Trainer:
         in_backward = self._updates_in_backward(batches)
         # before any pass: a copy waits for work launched before it
         batches = [batch.to(self.device) for batch in batches]
-        if replays is None or not replays.can_replay(batches):
+        if replays is None or not batches or not replays.can_replay(batches):
             self._make_room()
             replays = None
         self._pace.begin()
@@ -166,15 +173,15 @@ class Trainer:
         self.model.zero_grad()
         self._pace.give_way()
         clock.mark("optimizer")
-        num_loss_tokens = sum(batch.num_loss_tokens for batch in batches)
+        loss, num_correct, num_tokens, num_loss_tokens, num_batches = self._over_replicas(loss_sum, correct, batches)
         return StepFigures(
-            loss=float(loss_sum),
-            num_tokens=sum(batch.num_tokens for batch in batches),
+            loss=loss,
+            num_tokens=num_tokens,
             num_loss_tokens=num_loss_tokens,
-            padding_share=empty_share(batches, self.max_micro_batch_tokens),
-            num_micro_batches=len(batches),
+            padding_share=empty_share(num_tokens, num_batches, self.max_micro_batch_tokens),
+            num_micro_batches=num_batches,
             gradients="in_backward" if in_backward else "stored",
-            token_accuracy=float(correct) / max(num_loss_tokens, 1),
+            token_accuracy=num_correct / max(num_loss_tokens, 1),
             grad_norm=outcome.grad_norm,
             learning_rate=outcome.learning_rate,
             largest_update=outcome.largest_update,
@@ -189,6 +196,20 @@ class Trainer:
             peak_memory_bytes=[],
             metrics={},
         )
+
+    def _over_replicas(
+        self, loss: Tensor, correct: Tensor, batches: Sequence[PackedBatch]
+    ) -> tuple[float, float, int, int, int]:
+        """Loss, correct tokens, tokens, tokens with a weight, and micro-batches of all replicas. Waits for the device.
+
+        Collective over replicas, if there are several: one all-reduce of fp64 [5].
+        """
+        counts = [sum(b.num_tokens for b in batches), sum(b.num_loss_tokens for b in batches), len(batches)]
+        sums = torch.stack(
+            [loss.double(), correct.double(), *torch.tensor(counts, dtype=torch.float64, device=self.device)]
+        )
+        total, hits, *counts = self.replicas.all_reduce_(sums).tolist()
+        return total, hits, *(int(count) for count in counts)  # type: ignore[return-value]
 
     def _backward(self, loss: Tensor, learning_rate_scale: float | None) -> None:
         """The backward pass of a micro-batch. If a scale is given, weights are updated within it."""

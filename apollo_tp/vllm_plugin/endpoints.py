@@ -45,7 +45,9 @@ PATHS = {
     "/checkpoints": ["GET"],
     "/v1/files": ["GET", "POST"],
     "/v1/files/{rest:path}": ["GET", "DELETE"],
-    "/v1/fine_tuning/{rest:path}": ["GET", "POST"],
+    "/v1/uploads": ["POST"],
+    "/v1/uploads/{rest:path}": ["POST"],
+    "/v1/fine_tuning/{rest:path}": ["GET", "POST", "DELETE"],
 }
 Frame = tunnel_messages.TunnelDown
 

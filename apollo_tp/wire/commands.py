@@ -103,6 +103,13 @@ class Reply(msgspec.Struct, frozen=True, tag=True, omit_defaults=True, kw_only=T
     id: str = ""
 
 
+class Replica(msgspec.Struct, frozen=True):
+    """A served copy of the model that is trained: its server's instance id, and its host."""
+
+    instance_id: str
+    host: str
+
+
 class Hello(Reply, frozen=True):
     """First message of rank 0 and reply to ``Identify``: what is being trained, and the limits of requests.
 
@@ -132,6 +139,8 @@ class Hello(Reply, frozen=True):
     """Rows for the layout view: checkpoint tensor, rank, served tensor, part; may be empty."""
     last_job_id: str = ""
     last_job_step: int = 0
+    replicas: list[Replica] = []
+    """All servers that are trained; ``instance_id`` and what else is said of one server are those of the first."""
 
 
 class StepFigures(

@@ -94,6 +94,37 @@ def _fail(tp: TPGroup, place: str, num_sums: int) -> list[str]:
     return found
 
 
+class _Recorded:
+    """An all-reduce of this group in a CUDA graph, which keeps NCCL's communicator until it is dropped."""
+
+    def __init__(self, tp: TPGroup) -> None:
+        self.total, self.graph = torch.ones(2**20, device="cuda"), torch.cuda.CUDAGraph()
+        dist.all_reduce(self.total, group=tp.group)
+        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+            dist.all_reduce(self.total, group=tp.group)
+
+    def drop(self) -> None:
+        del self.graph
+
+
+def _leave_recorded(tp: TPGroup) -> float:
+    torch.cuda.set_device(tp.rank)
+    tp = TPGroup(tp.rank, tp.size)
+    tp.form("nccl", TIMEOUT)
+    recorded = _Recorded(tp)
+    tp.call_before_dissolve(recorded.drop)
+    recorded.graph.replay()
+    torch.cuda.synchronize()
+    started = time.monotonic()
+    tp.dissolve()
+    return time.monotonic() - started
+
+
+@pytest.mark.multigpu
+def test_a_group_with_recorded_collectives_is_left() -> None:
+    assert max(run_ranks(_leave_recorded, 2, deadline_seconds=100)) < 10
+
+
 def _raise(*_: object) -> None:
     raise InjectedError
 

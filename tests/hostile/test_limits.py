@@ -1,10 +1,11 @@
-"""Disks of a few megabytes, and another user of the machine."""
+"""Disks of a few megabytes, few file descriptors, and another user of the machine."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import random
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ import httpx
 import pytest
 
 from tests.support.fakes import CoordinatorProcess, FakeRanks, wait_for
-from tests.support.jobs import CHAT, ONE
+from tests.support.jobs import CHAT, ONE, ends
 
 pytestmark = pytest.mark.timeout(1200)
 OVER = ("succeeded", "failed", "cancelled")
@@ -82,6 +83,27 @@ def _fill_and_recover(folder: Path, megabytes: int, seed: float) -> str:
             steps = [step for name, step in ranks.applied() if name == job]
             assert steps == list(range(1, len(steps) + 1)), f"{job}: a step is missing or was trained twice"
     return f"{len(jobs)} jobs, {len(ranks.applied())} steps, {refused} uploads refused, started {starts} times again"
+
+
+def test_few_file_descriptors(tmp_path: Path, report: Any) -> None:
+    """300 idle connections at a hard limit of 256 descriptors: training goes on, and the log does not grow."""
+    coordinator = CoordinatorProcess(tmp_path, prefix=("prlimit", "--nofile=256:256"))
+    with coordinator, FakeRanks(coordinator.ranks_socket, tmp_path / "journal", step_seconds=0.01) as ranks:
+        assert coordinator.process is not None
+        with coordinator.client() as client:
+            wait_for(lambda: client.get("/health").json()["trainer"])
+            job = client.post("/train", json=ONE | {"epochs": 100}).json()["id"]
+            host, port = coordinator.url.removeprefix("http://").split(":")
+            idle = []
+            with contextlib.ExitStack() as stack, contextlib.suppress(OSError):
+                for _ in range(300):
+                    idle.append(stack.enter_context(socket.create_connection((host, int(port)), timeout=2)))
+                wait_for(lambda: len(ranks.applied()) == 100, 30)
+            assert ends(client, job)["state"] == "succeeded"
+        size = coordinator.log_path.stat().st_size
+        report(f"{len(idle)} idle connections, log of {size:,} bytes")
+        assert size < 200_000
+        assert coordinator.process.poll() is None
 
 
 PROBE = """

@@ -165,10 +165,11 @@ class FakeRanks:
 
 
 class CoordinatorProcess:
-    """A real coordinator process over a temporary folder. After ``kill``, ``start`` uses the same state and sockets."""
+    """A real coordinator process over a temporary folder. After ``kill``, ``start`` uses the same state and sockets.
+    ``prefix`` is a command that runs it, with limits for example."""
 
-    def __init__(self, folder, *, model_path="", env=None, settings=None, writers=None, **service):
-        self.folder = Path(folder)
+    def __init__(self, folder, *, model_path="", env=None, settings=None, writers=None, prefix=(), **service):
+        self.folder, self.prefix = Path(folder), prefix
         self.instance_dir = self.folder / "i"
         self.instance_dir.mkdir(mode=0o700, exist_ok=True)
         if not model_path:
@@ -207,7 +208,7 @@ class CoordinatorProcess:
         address = self.instance_dir / "coordinator.json"
         address.unlink(missing_ok=True)
         with open(self.log_path, "ab") as log:
-            arguments = [sys.executable, "-m", "apollo_tp.coordinator", "--config", str(config)]
+            arguments = [*self.prefix, sys.executable, "-m", "apollo_tp.coordinator", "--config", str(config)]
             self.process = subprocess.Popen(arguments, stderr=log, env=self.env)
         end = time.monotonic() + deadline_seconds
         while not address.exists():

@@ -8,6 +8,7 @@ import torch
 from transformers import AutoConfig
 
 from apollo_tp.config import OptimConfig, Precision
+from apollo_tp.distributed.mesh import Mesh
 from apollo_tp.distributed.tp_group import TPGroup
 from apollo_tp.model import bind_model
 from apollo_tp.optim import Optimizer
@@ -20,12 +21,14 @@ CASE = "qwen3"
 CONFIG = OptimConfig(rank=8, lr=1e-3, max_relative_update=1.0)
 
 
-def make_trainer(tp: TPGroup, checkpoint: Path, config: OptimConfig = CONFIG) -> tuple[Trainer, dict]:
-    """A trainer over memory of this process, and the mapped tensors by name."""
+def make_trainer(
+    tp: TPGroup, checkpoint: Path, config: OptimConfig = CONFIG, mesh: Mesh | None = None
+) -> tuple[Trainer, dict]:
+    """A trainer over memory of this process, and the mapped tensors by name. ``tp`` is the group of one replica."""
     mapped = map_case(checkpoint, tp)
     model = bind_model(AutoConfig.from_pretrained(checkpoint), mapped.tensors, tp, fused_tensors=mapped.fused_tensors)
-    optimizer = Optimizer(config, Precision.remainder, model.parameters, tp)
-    trainer = Trainer(model, optimizer, tp, device=torch.device("cpu"), max_micro_batch_tokens=64)
+    optimizer = Optimizer(config, Precision.remainder, model.parameters, tp, mesh.replicas if mesh else None)
+    trainer = Trainer(model, optimizer, tp, mesh=mesh, device=torch.device("cpu"), max_micro_batch_tokens=64)
     return trainer, mapped.tensors
 
 

@@ -9,14 +9,15 @@ from fastapi import FastAPI
 from fastapi_offline import FastAPIOffline
 
 from apollo_tp import __version__
-from apollo_tp.coordinator.http import metrics, openai_files, openai_jobs, page, train
+from apollo_tp.coordinator.http import metrics, openai_files, openai_jobs, openai_models, openai_uploads, page, train
 from apollo_tp.coordinator.http.auth import Access
 from apollo_tp.coordinator.http.errors import STATUS, ErrorBody, handle_error
 from apollo_tp.coordinator.http.middleware import ServiceMiddleware
+from apollo_tp.coordinator.http.openai_bodies import CompleteBody, FineTuningBody, UploadBody
 from apollo_tp.coordinator.http.parameters import SCHEMA_REF
 from apollo_tp.coordinator.http.service import Service
 from apollo_tp.coordinator.http.validation import FileValidation
-from apollo_tp.coordinator.samples.schema import CheckpointBody, FineTuningBody, ScoreBody, TrainBody
+from apollo_tp.coordinator.samples.schema import CheckpointBody, ScoreBody, TrainBody
 
 
 def build_app(service: Service, access: Access, figures: metrics.Metrics, validation: FileValidation) -> FastAPI:
@@ -26,15 +27,17 @@ def build_app(service: Service, access: Access, figures: metrics.Metrics, valida
         version=__version__,
         description="Train the model that a server is serving.",
         redoc_url=None,
+        redirect_slashes=False,  # a redirect's Location would repeat whatever Host the client sent
         static_url="/docs/assets",
         swagger_ui_parameters={"validatorUrl": None},  # otherwise Swagger UI sends the document to a public validator
         responses={"2XX": {"description": "Done"}, "4XX": {"model": ErrorBody}, "5XX": {"model": ErrorBody}},
         exception_handlers=dict.fromkeys(STATUS, handle_error),
     )
     app.state.service, app.state.metrics, app.state.validation = service, figures, validation
+    app.state.uploads = openai_uploads.Uploads(service.store)
     link, limits = service.scheduler.link, service.settings.service
     app.add_middleware(ServiceMiddleware, access=access, limits=limits, weight_version=lambda: link.weight_version)
-    for module in (train, openai_files, openai_jobs, metrics, page):
+    for module in (train, openai_files, openai_uploads, openai_jobs, openai_models, metrics, page):
         app.include_router(module.router)
     app.openapi = lambda: _document(app)  # type: ignore[method-assign]
     return app
@@ -46,7 +49,7 @@ def _document(app: FastAPI) -> dict[str, Any]:
         document = FastAPI.openapi(app)
         document["security"] = [{"token": []}]
         components = document["components"]
-        bodies = (TrainBody, ScoreBody, CheckpointBody, FineTuningBody)
+        bodies = (TrainBody, ScoreBody, CheckpointBody, FineTuningBody, UploadBody, CompleteBody)
         components["schemas"] |= msgspec.json.schema_components(bodies, ref_template=SCHEMA_REF)[1]
         components["securitySchemes"] = {"token": {"type": "http", "scheme": "bearer"}}
         app.openapi_schema = document

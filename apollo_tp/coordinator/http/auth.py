@@ -21,7 +21,17 @@ from apollo_tp.errors import ConfigError, RequestError, refuse
 from apollo_tp.runtime.instance_folder import TOKEN_VARIABLE
 
 READ, TRAIN = "read", "train"
-FORWARDED = ("x-forwarded-for", "forwarded", "x-real-ip")
+FORWARDED = (
+    "forwarded", "via", "x-real-ip", "x-client-ip", "x-cluster-client-ip", "x-original-host", "x-proxyuser-ip",
+    "true-client-ip", "client-ip", "cdn-loop", "do-connecting-ip", "wl-proxy-client-ip", "x-cloud-trace-context",
+)  # fmt: skip
+FORWARDED_PREFIXES = (
+    "x-forwarded", "x-original-forwarded", "x-envoy-", "cf-", "fastly-", "fly-", "x-appengine-", "x-azure-", "x-amz-cf-",
+    "x-amzn-", "x-arr-", "x-vercel-", "x-nf-",
+)  # fmt: skip
+"""What proxies and the networks of cloud providers add to the requests that they pass on."""
+BROWSER_PAGES = ("/", "/docs")
+"""Pages without data of their own; the data that they show is asked for by requests of their own."""
 
 
 class Access:
@@ -31,11 +41,14 @@ class Access:
         self._digests = [(scope, hashlib.sha256(token.encode()).digest()) for scope, token in tokens]
 
     def check(self, method: str, path: str, headers: Mapping[str, str], client: str | None) -> None:
-        """Raise RequestError 401 or 403 unless this request is allowed. /health is open. ``client`` is the address that it
-        came from; None if it came through a private socket or with a CURVE key."""
-        self._check_origin(method, headers)
-        if path == "/health":
+        """Raise RequestError 401 or 403 unless this request is allowed. GET /health is open. ``client`` is the address that
+        it came from; None if it came through a private socket or with a CURVE key."""
+        reads = method in ("GET", "HEAD")
+        if path == "/health" and reads:
             return
+        # a page of another site cannot know a token, but a browser adds by itself the password that its user once typed
+        if not (reads and self._digests and _explicit(headers)):
+            _check_site(path, headers)
         if not self._digests:
             if client is not None:
                 _check_local(client, headers)
@@ -48,20 +61,34 @@ class Access:
         scopes = {scope for scope, known in self._digests if hmac.compare_digest(known, digest)}
         if not scopes:
             raise refuse("Authorization", "an unknown token", "one of the trainer's", status=401, code="bad_token")
-        if TRAIN not in scopes and method not in ("GET", "HEAD"):
+        if TRAIN not in scopes and not reads:
             raise refuse("Authorization", f"a token of scope 'read' for {method}", "a token of scope 'train'",
                          status=403, code="scope")  # fmt: skip
 
-    def _check_origin(self, method: str, headers: Mapping[str, str]) -> None:
-        """Another site's page, open in a browser on this machine, must not be able to start training here."""
-        origin = headers.get("origin")
-        if method in ("GET", "HEAD") or origin is None:
-            return
+    def client_of(self, headers: Mapping[str, str], client: str | None) -> str:
+        """Whose request this is, for limits per client: the token that it came with, or its address if there are none."""
+        token = _presented(headers) if self._digests else None
+        return f"address {client}" if token is None else hashlib.sha256(token.encode()).hexdigest()
+
+
+def _check_site(path: str, headers: Mapping[str, str]) -> None:
+    """Another site's page, open in a browser on this machine, must neither start training here nor read anything: the
+    model server's CORS options may let it see the answers. A link to one of our pages is fine."""
+    origin, site = headers.get("origin"), headers.get("sec-fetch-site")
+    if origin is not None:
         with contextlib.suppress(ValueError):  # an origin that is no URL is not this server's
             if urlsplit(origin).netloc == headers.get("host"):
                 return
-        raise refuse("Origin", f"a request from the page of another site ({origin[:80]!r})", "this server's own",
-                     status=403, code="cross_origin")  # fmt: skip
+        raise _foreign("Origin", origin)
+    if site in ("cross-site", "same-site"):  # the same site may have other servers, on other ports
+        if path in BROWSER_PAGES and headers.get("sec-fetch-mode") == "navigate":
+            return
+        raise _foreign("Sec-Fetch-Site", site)
+
+
+def _foreign(header: str, value: str) -> RequestError:
+    return refuse(header, f"a request from the page of another site ({value[:80]!r})", "this server's own", status=403,
+                  code="cross_origin")  # fmt: skip
 
 
 def _check_local(client: str, headers: Mapping[str, str]) -> None:
@@ -71,7 +98,8 @@ def _check_local(client: str, headers: Mapping[str, str]) -> None:
     Starlette's TrustedHostMiddleware cannot do this: it knows lists of names, where any address is fine here (vLLM's port
     listens on all of this machine's, IPv6 included), and it would guard a trainer with tokens too, which any name may call.
     """
-    if forwarded := next((name for name in FORWARDED if name in headers), None):
+    added = (name for name in headers if name in FORWARDED or name.startswith(FORWARDED_PREFIXES))
+    if forwarded := next(added, None):
         raise _not_local("Authorization", f"a request that a proxy forwarded ({forwarded})", "one from this machine")
     if not is_loopback(client):
         raise _not_local("Authorization", f"a request from {client}", "one from 127.0.0.1 or another loopback address")
@@ -89,6 +117,11 @@ def _check_local(client: str, headers: Mapping[str, str]) -> None:
 def _not_local(field: str, got: str, expected: str) -> RequestError:
     advice = f"{expected}; set service.token_file or ${TOKEN_VARIABLE}"
     return refuse(field, f"{got} while the trainer has no tokens", advice, status=403, code="not_local")
+
+
+def _explicit(headers: Mapping[str, str]) -> bool:
+    """Whether a program put a token into the headers: a browser does that by itself for Basic authentication alone."""
+    return "x-apollo-token" in headers or headers.get("authorization", "").lower().startswith("bearer ")
 
 
 def _presented(headers: Mapping[str, str]) -> str | None:

@@ -2,37 +2,35 @@
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
-import os
+import functools
 import secrets
-import shutil
 import time
-from pathlib import Path
-from typing import IO, Annotated, Any
+from typing import Annotated, Any
 
 import msgspec
 from fastapi import APIRouter, Query
 from starlette.datastructures import UploadFile
-from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import FileResponse, JSONResponse, Response
 
-from apollo_tp.coordinator.http.parameters import FilesQuery, StrictRoute
+from apollo_tp.coordinator.http.bodies import copy_from, file_in, form_of, write_file
+from apollo_tp.coordinator.http.openai_bodies import MAX_EXPIRY_SECONDS, MIN_EXPIRY_SECONDS
+from apollo_tp.coordinator.http.openai_results import job_of, results_csv, results_view
+from apollo_tp.coordinator.http.parameters import PURPOSE, FilesQuery, StrictRoute
 from apollo_tp.coordinator.http.service import Service, ServiceParts, found, listing, page_of
 from apollo_tp.coordinator.http.work import uninterrupted
 from apollo_tp.coordinator.jobs.job import StoredFile
-from apollo_tp.coordinator.jobs.storage_error import StorageError, named
-from apollo_tp.coordinator.jobs.store import Store
 from apollo_tp.errors import refuse
-from apollo_tp.runtime.owned_folder import fsync
 
+ANCHOR, SECONDS = "expires_after[anchor]", "expires_after[seconds]"
 _FORM = {
     "type": "object",
     "required": ["file", "purpose"],
     "properties": {
         "file": {"type": "string", "format": "binary"},
-        "purpose": {"type": "string", "enum": ["fine-tune"]},
+        "purpose": {"type": "string", "enum": [PURPOSE]},
+        ANCHOR: {"type": "string", "enum": ["created_at"]},
+        SECONDS: {"type": "integer", "minimum": MIN_EXPIRY_SECONDS, "maximum": MAX_EXPIRY_SECONDS},
     },
 }
 _UPLOAD = {"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": _FORM}}}}
@@ -43,58 +41,85 @@ router = APIRouter(prefix="/v1/files", route_class=StrictRoute)
 def file_view(file: StoredFile) -> dict[str, Any]:
     """The file as OpenAI's FileObject."""
     view: dict[str, Any] = msgspec.to_builtins(file)
-    return view | {"object": "file", "created_at": int(file.created_at), "status_details": None, "expires_at": None}
+    expires = None if file.expires_at is None else int(file.expires_at)
+    return view | {
+        "object": "file",
+        "created_at": int(file.created_at),
+        "status_details": None,
+        "expires_at": expires,
+    }
+
+
+def new_file(filename: str, num_bytes: int, expires_after: int | None) -> StoredFile:
+    """The record of a file with an id of its own. It is not stored."""
+    now = time.time()
+    return StoredFile(
+        id=f"file-{secrets.token_hex(12)}",
+        filename="".join(c for c in filename if c.isprintable())[-255:] or "file.jsonl",
+        bytes=num_bytes,
+        created_at=now,
+        expires_at=None if expires_after is None else now + expires_after,
+    )
+
+
+def check_purpose(purpose: object) -> None:
+    """Raise RequestError unless files of this purpose are of use here."""
+    if purpose != PURPOSE:
+        raise refuse("purpose", repr(purpose)[:80], f"{PURPOSE!r}")
+
+
+def check_count(service: Service) -> None:
+    """Raise RequestError if there may be no further file."""
+    limit = service.settings.service.max_files
+    if service.store.count_files() >= limit:
+        raise refuse("file", f"{limit} files already", f"fewer than {limit}; delete some")
+
+
+async def add_file(service: Service, file: StoredFile) -> None:
+    """Store the record of a file whose content has been written; the content is removed if that fails."""
+    try:
+        async with service.adding_file:
+            check_count(service)  # others may have been stored while this one arrived
+            await service.store.add_file(file)
+    except BaseException:
+        service.store.disk.remove(service.store.file_path(file.id), f"{file.id} could not be stored")
+        raise
 
 
 @router.post("", openapi_extra=_UPLOAD)
 async def create(request: Request, service: ServiceParts) -> Response:
-    """Upload a JSONL file (multipart: `file`, `purpose=fine-tune`)."""
-    store, limits = service.store, service.settings.service
-    if not request.headers.get("content-type", "").startswith("multipart/form-data"):
-        raise refuse("Content-Type", "another type of body", "multipart/form-data")
-    if len(store.files()) >= limits.max_files:
-        raise refuse("file", f"{limits.max_files} files already", f"fewer than {limits.max_files}; delete some")
-    async with contextlib.AsyncExitStack() as stack:
-        try:
-            # not FastAPI's File and Form: these take a thousand fields, which stay in memory
-            form = await stack.enter_async_context(request.form(max_files=1, max_fields=8))
-        except HTTPException as error:
-            raise refuse("body", error.detail or "a malformed form", "multipart/form-data") from error
-        upload, purpose = form.get("file"), form.get("purpose")
-        if purpose != "fine-tune":
-            raise refuse("purpose", repr(purpose)[:80], "'fine-tune'")
-        if not isinstance(upload, UploadFile) or not upload.size:
-            raise refuse("file", "an empty file" if isinstance(upload, UploadFile) else "no file", "a JSONL file")
-        if upload.size > limits.max_file_bytes:
-            raise refuse("file", f"{upload.size} bytes", f"at most {limits.max_file_bytes}", status=413)
-        service.check_disk(upload.size)
-        file = StoredFile(
-            id=f"file-{secrets.token_hex(12)}",
-            filename="".join(c for c in upload.filename or "file.jsonl" if c.isprintable())[-255:],
-            bytes=upload.size,
-            created_at=time.time(),
-        )
-        path = store.file_path(file.id)
-        try:
-            await asyncio.to_thread(_write, upload.file, path)
-        except OSError as error:
-            raise named(error, path.parent) from error
-    await uninterrupted(_add(store, file, path))
+    """Upload a JSONL file (multipart: `file`, `purpose=fine-tune`, and `expires_after[...]`)."""
+    check_count(service)
+    declared = request.headers.get("content-length", "")
+    with service.storing(int(declared) if declared.isdigit() else 0):
+        async with form_of(request, ("file", "purpose", ANCHOR, SECONDS)) as form:
+            check_purpose(form.get("purpose"))
+            expires_after = _expires_after(form)
+            upload, size = file_in(form, "file", "a JSONL file", service.settings.service.max_file_bytes)
+            file = new_file(upload.filename or "", size, expires_after)
+            with service.storing(0 if declared.isdigit() else size):
+                await write_file(service.store.file_path(file.id), copy_from(upload.file))
+                await uninterrupted(add_file(service, file))
     return JSONResponse(file_view(file))
 
 
-async def _add(store: Store, file: StoredFile, path: Path) -> None:
-    try:
-        await store.add_file(file)
-    except StorageError:
-        await asyncio.to_thread(path.unlink)
-        raise
+def _expires_after(form: dict[str, UploadFile | str]) -> int | None:
+    anchor, seconds = form.get(ANCHOR), form.get(SECONDS)
+    if anchor is None and seconds is None:
+        return None
+    if anchor != "created_at":
+        raise refuse(ANCHOR, "nothing" if anchor is None else repr(anchor)[:80], "'created_at'")
+    if not isinstance(seconds, str) or not (seconds.isascii() and seconds.isdigit() and len(seconds) < 10) \
+            or not MIN_EXPIRY_SECONDS <= int(seconds) <= MAX_EXPIRY_SECONDS:  # fmt: skip
+        expected = f"seconds from {MIN_EXPIRY_SECONDS} (an hour) to {MAX_EXPIRY_SECONDS} (30 days)"
+        raise refuse(SECONDS, "nothing" if seconds is None else repr(seconds)[:80], expected)
+    return int(seconds)
 
 
 @router.get("")
 async def list_files(query: Annotated[FilesQuery, Query()], service: ServiceParts) -> Response:
-    """Files, newest first unless `order` is asc."""
-    files = service.store.files()
+    """Uploaded files, newest first unless `order` is asc."""
+    files = [file for file in service.store.files() if query.purpose in (None, file.purpose)]
     if query.order == "asc":
         files.reverse()
     page, more = page_of(files, query)
@@ -104,12 +129,17 @@ async def list_files(query: Annotated[FilesQuery, Query()], service: ServicePart
 @router.get("/{file_id}")
 async def retrieve(file_id: str, service: ServiceParts) -> Response:
     """One file's record."""
+    if job := job_of(service.store, file_id):
+        content = await service.store.in_thread(functools.partial(results_csv, job_id=job.id))
+        return JSONResponse(results_view(job, len(content)))
     return JSONResponse(file_view(_find(service, file_id)))
 
 
 @router.delete("/{file_id}")
 async def delete(file_id: str, service: ServiceParts) -> Response:
     """Delete a file. Jobs that were validated have their own copy of the samples."""
+    if job_of(service.store, file_id):
+        raise refuse("file_id", "a result file", "the id of an uploaded file; a job's results are part of its record")
     file = _find(service, file_id)
     await uninterrupted(service.store.delete_file(file.id))
     return JSONResponse({"id": file.id, "object": "file", "deleted": True})
@@ -117,24 +147,14 @@ async def delete(file_id: str, service: ServiceParts) -> Response:
 
 @router.get("/{file_id}/content", response_class=FileResponse)
 async def content(file_id: str, service: ServiceParts) -> Response:
-    """A file's content."""
+    """A file's content; of a result file, CSV."""
+    if job := job_of(service.store, file_id):
+        return Response(
+            await service.store.in_thread(functools.partial(results_csv, job_id=job.id)), media_type="text/csv"
+        )
     path = service.store.file_path(_find(service, file_id).id)
     return FileResponse(path, media_type="application/octet-stream")
 
 
 def _find(service: Service, file_id: str) -> StoredFile:
     return found(service.store.file(file_id), "file", file_id)
-
-
-def _write(source: IO[bytes], path: Path) -> None:
-    """Copy an upload, with fsync of the file and of its name. An incomplete copy is removed."""
-    source.seek(0)
-    with open(os.open(path, os.O_CREAT | os.O_WRONLY | os.O_EXCL, 0o600), "wb") as target:
-        try:
-            shutil.copyfileobj(source, target, 2**20)
-            target.flush()
-            os.fsync(target.fileno())
-            fsync(path.parent)
-        except BaseException:
-            path.unlink()
-            raise

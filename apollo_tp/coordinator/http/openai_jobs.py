@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
 import time
 from typing import Annotated, Any
 
@@ -10,26 +9,26 @@ from fastapi import APIRouter, Depends, Query
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+from apollo_tp.coordinator.http.bodies import decode_body
 from apollo_tp.coordinator.http.job_routes import add_job_routes
+from apollo_tp.coordinator.http.openai_bodies import FineTuningBody, spec_of
+from apollo_tp.coordinator.http.openai_results import has_results, results_id
 from apollo_tp.coordinator.http.parameters import (
     METADATA_SCHEMA,
     FineTuningJobsQuery,
     PageQuery,
+    PermissionsQuery,
     StrictRoute,
     idempotency,
     json_body,
 )
-from apollo_tp.coordinator.http.service import Service, ServiceParts, listing
+from apollo_tp.coordinator.http.service import Service, ServiceParts, listing, unknown_cursor
 from apollo_tp.coordinator.http.validation import FileValidation
 from apollo_tp.coordinator.http.work import uninterrupted
-from apollo_tp.coordinator.jobs.job import Checkpoint, Event, Job, JobSpec, State, new_job
+from apollo_tp.coordinator.jobs.job import Checkpoint, Event, Job, State, new_job
 from apollo_tp.coordinator.jobs.scheduler import Scheduler
-from apollo_tp.coordinator.samples.schema import FineTuningBody, Hyperparameters, Truncate, decode
 from apollo_tp.errors import refuse
 
-DEFAULT_EPOCHS = 3
-DEFAULT_BATCH_SIZE = 8
-DEFAULT_BETA = 0.1
 JOBS = "/v1/fine_tuning/jobs"
 
 router = APIRouter(route_class=StrictRoute)
@@ -49,7 +48,7 @@ async def create(
     key = idempotency(request, JOBS, data)
     if key and (known := service.store.repeated(*key)):
         return JSONResponse(job_view(service.find_job(known), service.scheduler))
-    body = decode(data, FineTuningBody)
+    body = await decode_body(data, FineTuningBody)
     hello = service.scheduler.link.hello
     names = [*hello.served_model_names, hello.model_path] if hello else [body.model]
     if body.model not in names:
@@ -60,7 +59,7 @@ async def create(
         file_id = getattr(body, name)
         if file_id is not None and service.store.file(file_id) is None:
             raise refuse(name, repr(file_id[:80]), "the id of an uploaded file")
-    job = new_job("openai", _spec(body), State.validating_files, service.scheduler.model)
+    job = new_job("openai", spec_of(body), State.validating_files, service.scheduler.model)
     known = await uninterrupted(_store(service, validation, job, key))
     return JSONResponse(job_view(service.find_job(known), service.scheduler))
 
@@ -83,18 +82,39 @@ async def list_jobs(query: Annotated[FineTuningJobsQuery, Query()], service: Ser
 async def events(job_id: str, query: Annotated[PageQuery, Query()], service: ServiceParts) -> Response:
     """Events of a job, newest first."""
     job = service.find_job(job_id)
-    number = (query.after or "").removeprefix("ftevent-")
-    before = int(number) if number.isascii() and number.isdigit() and len(number) < 19 else None
+    before = None
+    if query.after:
+        number = query.after.removeprefix("ftevent-")
+        before = int(number) if number.isascii() and number.isdigit() and len(number) < 19 else 0
+        newest, _ = service.store.latest_events(job.id, before=None, limit=1)
+        # the event itself may have been forgotten meanwhile: those of old steps are
+        if not newest or not 0 < before <= newest[0].id:
+            raise unknown_cursor(query.after, "an event of this job")
     events, more = service.store.latest_events(job.id, before=before, limit=query.limit)
     return JSONResponse(listing([_event_view(event) for event in events], more))
+
+
+PERMISSIONS = "/v1/fine_tuning/checkpoints/{checkpoint:path}/permissions"
+
+
+async def permissions(checkpoint: str, query: Annotated[PermissionsQuery, Query()]) -> Response:
+    """Refused: here a checkpoint is a folder, which no other project can be given access to."""
+    expected = (
+        "none: a checkpoint is a folder on the trainer's machine (GET /checkpoints has its path); give others a copy of it, "
+        "or a token of the service (service.token_file)"
+    )
+    raise refuse("permissions", "a request about who may use a checkpoint", expected, code="unsupported")
+
+
+for _method, _path in (("GET", PERMISSIONS), ("POST", PERMISSIONS), ("DELETE", f"{PERMISSIONS}/{{permission_id}}")):
+    router.add_api_route(_path, permissions, methods=[_method])
 
 
 @router.get(f"{JOBS}/{{job_id}}/checkpoints")
 async def checkpoints(job_id: str, query: Annotated[PageQuery, Query()], service: ServiceParts) -> Response:
     """Checkpoints of a job, newest first."""
     job = service.find_job(job_id)
-    after = query.after or None
-    records, more = service.store.page_of_checkpoints(after=after, limit=query.limit, job_id=job.id, state="succeeded")
+    records, more = service.page_of_checkpoints(query, job_id=job.id, state="succeeded")
     data = [_checkpoint_view(record) for record in records]
     ends = {"first_id": data[0]["id"] if data else None, "last_id": data[-1]["id"] if data else None}
     return JSONResponse(listing(data, more) | ends)
@@ -113,6 +133,7 @@ def job_view(job: Job, scheduler: Scheduler) -> dict[str, Any]:
     left = None
     if scheduler.running is job:
         left = scheduler.progress.seconds_left(job.total_steps - job.step)
+    paused = job.state is State.paused
     error = None
     if job.error is not None:
         error = {"code": job.error.code, "message": job.error.message, "param": job.error.param}
@@ -125,12 +146,14 @@ def job_view(job: Job, scheduler: Scheduler) -> dict[str, Any]:
         # the served weights are the result: the served model's name is what answers with them
         "fine_tuned_model": _served_name(spec.model, scheduler) if job.state is State.succeeded else None,
         "organization_id": "apollo_tp",
-        "status": job.state.value,
+        # OpenAI's type has no "paused", and clients that check it would fail on every list with such a job in it
+        "status": "queued" if paused else job.state.value,
+        "paused": paused,
         "hyperparameters": hyperparameters,
         "method": {"type": spec.method, spec.method: {"hyperparameters": hyperparameters}},
         "training_file": spec.training_file,
         "validation_file": spec.validation_file or None,
-        "result_files": [],
+        "result_files": [results_id(job)] if has_results(job) else [],
         "trained_tokens": job.tokens if job.terminal else None,
         "estimated_finish": int(time.time() + left) if left is not None else None,
         "error": error,
@@ -148,42 +171,6 @@ def _served_name(model: str, scheduler: Scheduler) -> str:
     hello = scheduler.link.hello
     names = hello.served_model_names if hello else []
     return model if model in names or not names else names[0]
-
-
-def _spec(body: FineTuningBody) -> JobSpec:
-    """The job that a request describes, "auto" resolved."""
-    method = body.method.type if body.method else "supervised"
-    if method not in ("supervised", "dpo"):
-        raise refuse("method.type", repr(method[:40]), "'supervised' or 'dpo'")
-    options = getattr(body.method, method) if body.method else None
-    other = "dpo" if method == "supervised" else "supervised"
-    if body.method and getattr(body.method, other) is not None:
-        raise refuse(f"method.{other}", "options", f"only method.{method}, as method.type says")
-    if options and options.hyperparameters and body.hyperparameters:
-        raise refuse("hyperparameters", "a second set", f"those of method.{method}.hyperparameters alone")
-    asked = (options.hyperparameters if options else None) or body.hyperparameters or Hyperparameters()
-
-    def resolve(name: str, automatic: float) -> Any:
-        value = getattr(asked, name)
-        if isinstance(value, str) and value != "auto":
-            raise refuse(f"hyperparameters.{name}", repr(value[:40]), "a number or 'auto'")
-        return automatic if value == "auto" else value
-
-    return JobSpec(
-        method=method,
-        epochs=resolve("n_epochs", DEFAULT_EPOCHS),
-        batch_size=resolve("batch_size", DEFAULT_BATCH_SIZE),
-        learning_rate_scale=float(resolve("learning_rate_multiplier", 1.0)),
-        beta=float(resolve("beta", DEFAULT_BETA)),
-        seed=body.seed if body.seed is not None else secrets.randbelow(2**31),
-        truncate=Truncate.refuse,
-        save_at_end=True,
-        metadata=body.metadata or {},
-        model=body.model,
-        suffix=body.suffix or "",
-        training_file=body.training_file,
-        validation_file=body.validation_file or "",
-    )
 
 
 def _event_view(event: Event) -> dict[str, Any]:

@@ -15,7 +15,10 @@ from starlette.responses import HTMLResponse, JSONResponse, Response
 from apollo_tp.coordinator.http.parameters import StrictRoute
 from apollo_tp.coordinator.http.service import ServiceParts
 
-_POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data:"
+_POLICY = (
+    "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data:; "
+    "frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
+)
 # vLLM's names, newer ones first; sums and counts over the server's life
 _LATENCIES = {
     "inter_token_seconds": ("vllm:inter_token_latency_seconds", "vllm:time_per_output_token_seconds"),

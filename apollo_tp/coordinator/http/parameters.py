@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import mmap
 from collections.abc import Callable
 from typing import Annotated, Any, Literal, Self
 
@@ -23,12 +24,29 @@ from starlette.requests import Request
 
 from apollo_tp.errors import RequestError, refuse
 
+MAX_PARAMETERS = 64
 SCHEMA_REF = "#/components/schemas/{name}"
 
 
 def _or(default: Any) -> BeforeValidator:
     """An empty value stands for the default: httpx sends None as one. Not for flags: ``?dry_run=`` must not train."""
     return BeforeValidator(lambda value: default if value == "" else value)
+
+
+PURPOSE = "fine-tune"
+"""Of the files that can be uploaded."""
+Purpose = Literal[
+    "fine-tune",
+    "fine-tune-results",
+    "assistants",
+    "assistants_output",
+    "batch",
+    "batch_output",
+    "vision",
+    "user_data",
+    "evals",
+]
+"""Purposes that OpenAI knows: lists are filtered by them, whether there are such files here or not."""
 
 
 class NoQuery(BaseModel, extra="forbid"):
@@ -75,14 +93,22 @@ class FilesQuery(PageQuery):
     """Query of GET /v1/files."""
 
     limit: Annotated[int, Field(ge=1, le=10_000), _or(10_000)] = 10_000
-    purpose: Annotated[Literal["fine-tune"], _or("fine-tune")] = "fine-tune"
+    purpose: Annotated[Purpose | None, _or(None)] = None
     order: Annotated[Literal["desc", "asc"], _or("desc")] = "desc"
 
 
-class FineTuningJobsQuery(PageQuery):
-    """Query of GET /v1/fine_tuning/jobs. ``metadata`` comes as metadata[KEY]=VALUE."""
+class PermissionsQuery(PageQuery):
+    """Query of OpenAI's checkpoint permissions, which are not offered."""
 
-    metadata: Annotated[dict[str, str], Query(include_in_schema=False)] = {}
+    order: str | None = None
+    project_id: str | None = None
+
+
+class FineTuningJobsQuery(PageQuery):
+    """Query of GET /v1/fine_tuning/jobs. ``metadata`` comes as metadata[KEY]=VALUE; None (``metadata=null``) stands for jobs
+    without any."""
+
+    metadata: Annotated[dict[str, str] | None, Query(include_in_schema=False)] = {}
 
     @model_validator(mode="before")
     @classmethod
@@ -90,6 +116,8 @@ class FineTuningJobsQuery(PageQuery):
         names = [
             name for name, value in data.items() if name.partition("[")[0] == "metadata" and isinstance(value, str)
         ]
+        if names == ["metadata"] and data["metadata"] in ("null", ""):
+            return data | {"metadata": None if data["metadata"] else {}}
         for name in names:
             if not (name.startswith("metadata[") and name.endswith("]")):
                 raise refuse("metadata", repr(name[:80]), "metadata[KEY]=VALUE")
@@ -124,11 +152,26 @@ async def _no_query(query: Annotated[NoQuery, Query()]) -> None:
 _NO_QUERY = Depends(_no_query)
 
 
+async def _given_once(request: Request) -> None:
+    """Refuse a query parameter that is given twice: FastAPI takes the last one."""
+    names = [name for name, _ in request.query_params.multi_items()]
+    if twice := next((name for index, name in enumerate(names[:MAX_PARAMETERS]) if name in names[:index]), None):
+        raise refuse(twice[:80], "this query parameter twice", "it once")
+    if len(names) > MAX_PARAMETERS:
+        raise refuse("query", f"{len(names)} parameters", f"at most {MAX_PARAMETERS}")
+
+
+_GIVEN_ONCE = Depends(_given_once)
+
+
 class StrictRoute(APIRoute):
-    """A route that refuses query parameters also if its endpoint has no ``query`` argument (a model from this module)."""
+    """A route that refuses query parameters also if its endpoint has no ``query`` argument (a model from this module), and
+    parameters that come twice."""
 
     def __init__(self, path: str, endpoint: Callable[..., Any], **options: Any) -> None:
         dependencies = list(options.pop("dependencies", None) or [])
+        if _GIVEN_ONCE not in dependencies:
+            dependencies.insert(0, _GIVEN_ONCE)
         if "query" not in inspect.signature(endpoint).parameters and _NO_QUERY not in dependencies:
             dependencies.append(_NO_QUERY)
         super().__init__(path, endpoint, dependencies=dependencies, **options)
@@ -140,11 +183,14 @@ def json_body(type: type[msgspec.Struct], *, required: bool = True) -> dict[str,
     return {"requestBody": {"required": required, "content": {"application/json": {"schema": schema}}}}
 
 
-def idempotency(request: Request, route: str, data: bytes) -> tuple[str, str, str] | None:
+def idempotency(request: Request, route: str, data: bytes | mmap.mmap) -> tuple[str, str, str] | None:
     """Route, Idempotency-Key and digest of a request that carries such a key."""
-    key = request.headers.get("idempotency-key")
-    if key is None:
+    keys = request.headers.getlist("idempotency-key")
+    if not keys:
         return None
+    if len(keys) > 1:
+        raise refuse("Idempotency-Key", f"{len(keys)} keys", "one")
+    key = keys[0]
     if not 1 <= len(key) <= 255:
         raise refuse("Idempotency-Key", f"{len(key)} characters", "1 to 255")
     return route, key, hashlib.sha256(data).hexdigest()

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
+import collections
+import contextlib
 import hashlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -13,18 +16,20 @@ import msgspec
 from fastapi import Depends
 from starlette.requests import Request
 
+from apollo_tp.coordinator.http.bodies import LargeBodies
 from apollo_tp.coordinator.http.parameters import PageQuery
-from apollo_tp.coordinator.http.views import CachedStatus
+from apollo_tp.coordinator.http.views import CachedLayout, CachedStatus
 from apollo_tp.coordinator.http.work import IsAbandoned, Workers
 from apollo_tp.coordinator.jobs.changes import Changes
 from apollo_tp.coordinator.jobs.job import Checkpoint, Job, State, StoredFile, check_action
 from apollo_tp.coordinator.jobs.scheduler import Scheduler
+from apollo_tp.coordinator.jobs.storage_error import StorageError, Trouble, named
 from apollo_tp.coordinator.jobs.store import Store
 from apollo_tp.coordinator.samples.intake import Intake, Limits
 from apollo_tp.coordinator.samples.render import Renderer
 from apollo_tp.coordinator.samples.schema import Truncate
 from apollo_tp.coordinator.settings import Settings
-from apollo_tp.errors import refuse
+from apollo_tp.errors import RequestError, refuse
 from apollo_tp.shards.serving import Serving
 
 MAX_SAMPLES = 64
@@ -49,6 +54,11 @@ class Service:
     def __post_init__(self) -> None:
         self.status = CachedStatus(self.scheduler, self.store, self.changes)
         self.samples, self.dry_runs = Workers("samples", 2, MAX_SAMPLES), Workers("dry runs", 1, MAX_DRY_RUNS)
+        self.layout = CachedLayout()
+        self.large_bodies = LargeBodies(self.store.disk.files_dir)
+        self.adding_file = asyncio.Lock()  # held from the check of max_files until the file is stored
+        self._promised = 0  # bytes that requests in progress are writing
+        self.streams: collections.Counter[str] = collections.Counter()
 
     def intake(self, truncate: Truncate, is_abandoned: IsAbandoned = lambda: False) -> Intake:
         """An Intake with the current limits."""
@@ -67,16 +77,35 @@ class Service:
     ) -> dict[str, Any]:
         """A page of jobs, newest first. ``filters`` are those of Store.page_of_jobs."""
         after = page.after or None
+        last = self.store.job(after) if after else None
+        if after and (last is None or last.source != filters.get("source", last.source)):
+            raise unknown_cursor(after, "a job of this list")
         jobs, more = await self.store.in_thread(lambda db: db.page_of_jobs(after=after, limit=page.limit, **filters))
         return listing([view(self.find_job(job.id), self.scheduler) for job in jobs], more)
 
     def check_disk(self, more: int) -> None:
         """Raise RequestError 413 if ``more`` bytes would exceed the quota, and StorageError 507 if they do not fit."""
         limit = self.settings.service.max_state_bytes
-        if (used := self.store.disk.used_bytes) + more > limit:
+        if (used := self.store.disk.used_bytes + self._promised) + more > limit:
             got, expected = f"{more} bytes in addition to {used} in use", f"at most {limit} together; delete files"
             raise refuse("body", got, expected, status=413, code="disk_quota")
         self.store.disk.reserve.check(more)
+
+    @contextlib.contextmanager
+    def storing(self, num_bytes: int) -> Iterator[None]:
+        """Room for so many bytes while the block writes them. Raises RequestError 413 if they exceed the quota, together
+        with what other requests are writing, and StorageError 507 if the disk has no room or becomes full meanwhile."""
+        self.check_disk(num_bytes)
+        self._promised += num_bytes
+        try:
+            yield
+        except (OSError, StorageError) as error:
+            told = error if isinstance(error, StorageError) else named(error, self.store.disk.database.parent)
+            if told.trouble is Trouble.full:
+                told = self.store.disk.reserve.full(num_bytes)
+            raise told from error
+        finally:
+            self._promised -= num_bytes
 
     async def act(self, job_id: str, action: str) -> Job:
         """Cancel, pause or resume, and store that. A running job does so at its next step. Raises RequestError 404, 409."""
@@ -96,6 +125,15 @@ class Service:
         await self.store.save_job(job, f"Job {job.state.value}")
         self.scheduler.wake()
         return job
+
+    def page_of_checkpoints(self, page: PageQuery, **filters: str) -> tuple[list[Checkpoint], bool]:
+        """A page of checkpoints, newest first, and whether there are more. ``filters`` are those of
+        Store.page_of_checkpoints."""
+        after = page.after or None
+        last = self.store.checkpoint(after) if after else None
+        if after and (last is None or any(getattr(last, name) != value for name, value in filters.items())):
+            raise unknown_cursor(after, "a checkpoint of this list")
+        return self.store.page_of_checkpoints(after=after, limit=page.limit, **filters)
 
     async def wait(self, done: Callable[[], bool], seconds: float) -> bool:
         """Wait until ``done()``; False if that took too long."""
@@ -125,10 +163,18 @@ def found(record: Record | None, kind: str, record_id: str) -> Record:
 
 
 def page_of(records: Sequence[Listed], page: PageQuery) -> tuple[Sequence[Listed], bool]:
-    """At most ``page.limit`` records after the one with id ``page.after``; and whether there are more."""
+    """At most ``page.limit`` records after the one with id ``page.after``; and whether there are more. Raises RequestError
+    if none has that id."""
     ids = [record.id for record in records]
-    start = ids.index(page.after) + 1 if page.after in ids else 0
+    if page.after and page.after not in ids:
+        raise unknown_cursor(page.after, "the last entry of the page before")
+    start = ids.index(page.after) + 1 if page.after else 0
     return records[start : start + page.limit], len(records) > start + page.limit
+
+
+def unknown_cursor(after: str, of: str) -> RequestError:
+    """The refusal of an ``after`` that is not in the list: another page than the asked one would repeat entries."""
+    return refuse("after", repr(after[:64]), f"the id of {of}; ask again without it")
 
 
 def listing(data: Sequence[dict[str, Any]], has_more: bool = False) -> dict[str, Any]:

@@ -11,7 +11,9 @@ import msgspec
 from fastapi import APIRouter, Query
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
 
+from apollo_tp.coordinator.http.bodies import decode_body
 from apollo_tp.coordinator.http.job_routes import add_job_routes
 from apollo_tp.coordinator.http.parameters import (
     EventsQuery,
@@ -26,20 +28,23 @@ from apollo_tp.coordinator.http.service import Service, ServiceParts, found, lis
 from apollo_tp.coordinator.http.views import event_stream, events_page, job_view
 from apollo_tp.coordinator.http.work import IsAbandoned, uninterrupted, while_connected
 from apollo_tp.coordinator.jobs.job import Checkpoint, Job, State, new_job, plan_total_steps, spec_of
-from apollo_tp.coordinator.jobs.storage_error import named
 from apollo_tp.coordinator.samples.body import read_body
 from apollo_tp.coordinator.samples.sample_file import write_records
 from apollo_tp.coordinator.samples.schema import (
     MAX_SAMPLES,
     MAX_SCORED,
+    Body,
     CheckpointBody,
     ScoreBody,
     ScoreOptions,
     TrainBody,
-    decode,
 )
 from apollo_tp.errors import refuse
 from apollo_tp.wire.commands import Sample
+
+STREAMS_PER_CLIENT = 64
+MAX_DRY_RUN_BYTES = 8 * 2**20
+"""The answer of a dry run is several times as large as its body, and is made in memory."""
 
 router = APIRouter(route_class=StrictRoute)
 
@@ -47,44 +52,46 @@ router = APIRouter(route_class=StrictRoute)
 @router.post("/train", status_code=202, openapi_extra=json_body(TrainBody))
 async def train(request: Request, query: Annotated[TrainQuery, Query()], service: ServiceParts) -> Response:
     """Queue a job (202), or wait for its end (200); `?dry_run=true` only shows the tokens and their weights."""
-    data = await request.body()
-    key = idempotency(request, "/train", data)
-    if not query.dry_run:
-        if key and (known := service.store.repeated(*key)):
-            body, _ = await asyncio.to_thread(read_body, data, TrainBody, MAX_SAMPLES)
-            return await _answer(service, query, body, known, {"Idempotent-Replay": "true"})
-        service.store.check_room(service.settings.service.max_queued_jobs)
-        service.check_disk(len(data))
-    if query.dry_run:
-        shown = await service.dry_runs.run(request, functools.partial(_dry_run, service, data))
-        return Response(shown, media_type="application/json")
-    body, job = await service.samples.run(request, functools.partial(_write, service, data))
-    job_id = await uninterrupted(_store(service, job, key))
-    return await _answer(service, query, body, job_id)
+    async with service.large_bodies.received(request) as data:
+        if query.dry_run:
+            shown = await service.dry_runs.run(request, functools.partial(_dry_run, service, data))
+            return Response(shown, media_type="application/json")
+        body, job_id, headers = await _accept(service, request, data)
+    return await _answer(service, query, body, job_id, headers)
+
+
+async def _accept(service: Service, request: Request, data: Body) -> tuple[TrainBody, str, dict[str, str]]:
+    """Store the job of a request, unless that was done when the request came the first time. Returns the body, the job's id
+    and headers of the answer."""
+    key = await asyncio.to_thread(idempotency, request, "/train", data)
+    if key and (known := service.store.repeated(*key)):
+        body, _ = await service.samples.run(request, lambda _: read_body(data, TrainBody, MAX_SAMPLES))
+        return body, known, {"Idempotent-Replay": "true"}
+    service.store.check_room(service.settings.service.max_queued_jobs)
+    with service.storing(len(data)):
+        body, job = await service.samples.run(request, functools.partial(_write, service, data))
+        return body, await uninterrupted(_store(service, job, key)), {}
 
 
 async def _answer(
-    service: Service, query: TrainQuery, body: TrainBody, job_id: str, headers: dict[str, str] | None = None
+    service: Service, query: TrainQuery, body: TrainBody, job_id: str, headers: dict[str, str]
 ) -> Response:
     """The job: 200 once it is over, for which this waits if asked to; else 202."""
     if body.wait or query.wait:
         await service.wait(lambda: service.find_job(job_id).terminal, body.wait_seconds)
     job = service.find_job(job_id)
-    headers = {"Location": f"/train/jobs/{job.id}"} | (headers or {})
+    headers = {"Location": f"/train/jobs/{job.id}"} | headers
     return JSONResponse(job_view(job, service.scheduler), status_code=200 if job.terminal else 202, headers=headers)
 
 
-def _write(service: Service, data: bytes, is_abandoned: IsAbandoned) -> tuple[TrainBody, Job]:
+def _write(service: Service, data: Body, is_abandoned: IsAbandoned) -> tuple[TrainBody, Job]:
     """Write the samples of a request, one after the other, and make their job. Runs on a thread."""
     store = service.store
     body, given = read_body(data, TrainBody, MAX_SAMPLES)
     job = new_job("train", spec_of(body), State.queued, service.scheduler.model)
     path = store.samples_dir / f"{job.id}.train"
     samples = service.intake(body.truncate, is_abandoned).train_samples(body, given)
-    try:
-        job.num_samples = write_records(path, samples)
-    except OSError as error:
-        raise named(error, store.samples_dir) from error
+    job.num_samples = write_records(path, samples)
     if is_abandoned():  # nobody takes the job
         path.unlink()
     job.total_steps = plan_total_steps(job.spec, job.num_samples)
@@ -105,7 +112,10 @@ async def _store(service: Service, job: Job, key: tuple[str, str, str] | None) -
     return known
 
 
-def _dry_run(service: Service, data: bytes, is_abandoned: IsAbandoned) -> bytes:
+def _dry_run(service: Service, data: Body, is_abandoned: IsAbandoned) -> bytes:
+    if len(data) > MAX_DRY_RUN_BYTES:
+        raise refuse("body", f"{len(data)} bytes in a dry run", f"at most {MAX_DRY_RUN_BYTES} to be shown", status=413,
+                     code="body_too_large")  # fmt: skip
     renderer = service.renderer
     body, given = read_body(data, TrainBody, MAX_SAMPLES)
     samples = list(service.intake(body.truncate, is_abandoned).train_samples(body, given))
@@ -126,19 +136,20 @@ def _dry_run(service: Service, data: bytes, is_abandoned: IsAbandoned) -> bytes:
 @router.post("/train/score", openapi_extra=json_body(ScoreBody))
 async def score(request: Request, service: ServiceParts) -> Response:
     """Log-probabilities of samples under the trainer's weights of this moment, for `apollo-tp compare`. Trains nothing."""
-    samples = await service.samples.run(request, functools.partial(_read_scored, service, await request.body()))
+    async with service.large_bodies.received(request) as data:
+        samples = await service.samples.run(request, functools.partial(_read_scored, service, data))
     scores = await while_connected(request, service.scheduler.score(samples))
-    data = [
+    listed = [
         {"logprob": logprob if math.isfinite(logprob) else None, "weight": weight, "correct": correct,
          "num_tokens": len(sample.token_ids)}
         for sample, (logprob, weight, correct) in zip(samples, scores, strict=True)
     ]  # fmt: skip
     return JSONResponse(
-        {"object": "train.score", "weight_version": service.scheduler.link.weight_version, "data": data}
+        {"object": "train.score", "weight_version": service.scheduler.link.weight_version, "data": listed}
     )
 
 
-def _read_scored(service: Service, data: bytes, is_abandoned: IsAbandoned) -> list[Sample]:
+def _read_scored(service: Service, data: Body, is_abandoned: IsAbandoned) -> list[Sample]:
     body, given = read_body(data, ScoreOptions, MAX_SCORED)
     if given is None:
         raise refuse("samples", "nothing", f"a list of 1 to {MAX_SCORED} samples")
@@ -152,10 +163,14 @@ async def status(service: ServiceParts) -> Response:
 
 
 @router.get("/train/layout")
-async def layout(service: ServiceParts) -> Response:
-    """Which part of which checkpoint tensor lies on which rank."""
-    hello = service.scheduler.link.hello
-    return JSONResponse({"object": "list", "data": hello.layout if hello else []})
+async def layout(request: Request, service: ServiceParts) -> Response:
+    """Which part of which checkpoint tensor lies on which rank; 304 to an If-None-Match with the ETag of the answer."""
+    body, tag = service.layout.body(service.scheduler.link.hello)
+    headers = {"ETag": tag, "Cache-Control": "no-cache"}
+    known = request.headers.get("if-none-match", "")
+    if known.strip() == "*" or tag in (part.strip().removeprefix("W/") for part in known.split(",")):
+        return Response(status_code=304, headers=headers)
+    return Response(body, media_type="application/json", headers=headers)
 
 
 @router.get("/train/jobs")
@@ -176,19 +191,39 @@ async def events(
     if last := request.headers.get("last-event-id"):
         query = EventsQuery.model_validate(query.model_dump() | {"after": last})
     if query.stream or "text/event-stream" in request.headers.get("accept", ""):
-        stream = event_stream(service.store, service.changes, job.id, query.after)
-        return StreamingResponse(stream, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
+        if request.state.head:  # it would last as long as the job
+            return Response(media_type="text/event-stream")
+        return EventStream(service, request.state.client, job.id, query.after)
     body = await service.store.in_thread(
         functools.partial(events_page, job_id=job.id, after=query.after, limit=query.limit)
     )
     return Response(body, media_type="application/json")
 
 
+class EventStream(StreamingResponse):
+    """The events of a job as server-sent events. Raises RequestError 429 to a client that has STREAMS_PER_CLIENT open."""
+
+    def __init__(self, service: Service, client: str, job_id: str, after: int) -> None:
+        stream = event_stream(service.store, service.changes, job_id, after)
+        super().__init__(stream, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
+        self._open, self._client = service.streams, client
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if (count := self._open[self._client]) >= STREAMS_PER_CLIENT:
+            raise refuse("stream", f"{count} event streams of this client", "fewer; close one, or ask without stream",
+                         status=429, code="too_many_streams")  # fmt: skip
+        self._open[self._client] += 1
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._open[self._client] -= 1
+
+
 @router.post("/checkpoint", status_code=202, openapi_extra=json_body(CheckpointBody, required=False))
 async def checkpoint(request: Request, query: Annotated[WaitQuery, Query()], service: ServiceParts) -> Response:
     """Write the live weights and the optimizer state: 202 with an id, or 200 once it is written (`wait`)."""
     data = await request.body()
-    body = decode(data or b"{}", CheckpointBody)
+    body = await decode_body(data or b"{}", CheckpointBody)
     key = idempotency(request, "/checkpoint", data)
     known = service.store.repeated(*key) if key else None
     checkpoint_id = known or (await uninterrupted(service.scheduler.saver.request("request", idempotency=key))).id
@@ -207,7 +242,7 @@ async def checkpoint_state(checkpoint_id: str, service: ServiceParts) -> Respons
 @router.get("/checkpoints")
 async def checkpoints(query: Annotated[PageQuery, Query()], service: ServiceParts) -> Response:
     """Checkpoints, newest first."""
-    records, more = service.store.page_of_checkpoints(after=query.after or None, limit=query.limit)
+    records, more = service.page_of_checkpoints(query)
     return JSONResponse(listing(msgspec.to_builtins(records), more))
 
 

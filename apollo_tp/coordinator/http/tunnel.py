@@ -15,9 +15,10 @@ from typing import Any
 
 import zmq
 import zmq.asyncio
-from starlette.types import ASGIApp, Message
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from apollo_tp.errors import FrameError
+from apollo_tp.coordinator.http.errors import error_response
+from apollo_tp.errors import FrameError, refuse
 from apollo_tp.wire import codec
 from apollo_tp.wire import tunnel as tunnel_messages
 
@@ -84,14 +85,16 @@ class Tunnel:
     def _received(self, peer: bytes, message: tunnel_messages.TunnelUp) -> None:
         key = (peer, message.id)
         if isinstance(message, tunnel_messages.TunnelRequest):
-            if key in self._tasks or len(self._tasks) >= MAX_REQUESTS:
-                log.warning(
-                    "dropped a tunnelled request: %d are open, expected at most %d", len(self._tasks), MAX_REQUESTS
-                )
+            if key in self._tasks:
+                log.warning("dropped a tunnelled request whose number another open one has")
+                return
+            app = self._app if len(self._tasks) < MAX_REQUESTS else _busy
+            if len(self._tasks) >= 2 * MAX_REQUESTS:
+                log.warning("dropped a tunnelled request: %d wait for an answer already", len(self._tasks))
                 return
             self._bodies[key], self._windows[key] = asyncio.Queue(), Window()
             name = f"{message.method} {message.path}"
-            task = self._tasks[key] = asyncio.create_task(self._serve(key, message), name=name)
+            task = self._tasks[key] = asyncio.create_task(self._serve(app, key, message), name=name)
             task.add_done_callback(lambda _: self._forget(key))  # also if it was cancelled before it ran
         elif isinstance(message, tunnel_messages.TunnelBody):
             if key in self._bodies:
@@ -109,10 +112,10 @@ class Tunnel:
     def _forget(self, key: Key) -> None:
         del self._tasks[key], self._bodies[key], self._windows[key]
 
-    async def _serve(self, key: Key, request: tunnel_messages.TunnelRequest) -> None:
+    async def _serve(self, app: ASGIApp, key: Key, request: tunnel_messages.TunnelRequest) -> None:
         beat = asyncio.create_task(self._beat(key))
         try:
-            await self._app(_scope(request), self._receiver(key), self._sender(key))
+            await app(_scope(request), self._receiver(key), self._sender(key))
         finally:
             beat.cancel()
 
@@ -180,6 +183,13 @@ class Tunnel:
                 await self._windows[key].take(num_bytes)
         except TimeoutError:
             await self._give_up(key, f"its client took nothing for {UNTAKEN_SECONDS:g} s")
+
+
+async def _busy(scope: Scope, receive: Receive, send: Send) -> None:
+    """The application for requests beyond MAX_REQUESTS."""
+    error = refuse("requests", f"{MAX_REQUESTS} through the server's port at the same time", "fewer; try again later",
+                   status=503, code="too_many_requests")  # fmt: skip
+    await error_response(error)(scope, receive, send)
 
 
 def _scope(request: tunnel_messages.TunnelRequest) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import time
 from collections.abc import AsyncIterator
 from typing import Any
@@ -14,6 +15,7 @@ from apollo_tp.coordinator.jobs.job import Event, Job, State
 from apollo_tp.coordinator.jobs.reader import Reader
 from apollo_tp.coordinator.jobs.scheduler import Scheduler
 from apollo_tp.coordinator.jobs.store import Store
+from apollo_tp.wire import commands
 
 KEEP_ALIVE_SECONDS = 15.0
 STATUS_SECONDS = 0.2
@@ -40,6 +42,7 @@ def status_view(scheduler: Scheduler, store: Store) -> dict[str, Any]:
         hello = link.hello
         trainer |= {
             "instance_id": hello.instance_id, "model": hello.model_path, "served_model_names": hello.served_model_names,
+            "replicas": msgspec.to_builtins(hello.replicas),
             "num_ranks": hello.num_ranks, "num_parameters": hello.num_parameters, "vocab_size": hello.vocab_size,
             "max_sequence_tokens": hello.max_sequence_tokens, "optimizer": hello.optimizer, "gradients": hello.gradients,
             "memory": hello.memory,
@@ -86,6 +89,21 @@ class CachedStatus:
             self._body = msgspec.json.encode(status_view(self._scheduler, self._store))
             self._version, self._made = self._changes.version, now
         return self._body
+
+
+class CachedLayout:
+    """The body of /train/layout and its ETag, made once per trainer: large models have thousands of rows."""
+
+    def __init__(self) -> None:
+        self._of: commands.Hello | None = None
+        self._body, self._tag = b"", ""
+
+    def body(self, hello: commands.Hello | None) -> tuple[bytes, str]:
+        """Body and ETag for the trainer that said ``hello``."""
+        if not self._body or hello is not self._of:
+            self._body = msgspec.json.encode({"object": "list", "data": hello.layout if hello else []})
+            self._of, self._tag = hello, f'"{hashlib.sha256(self._body).hexdigest()[:32]}"'
+        return self._body, self._tag
 
 
 def event_view(event: Event) -> bytes:

@@ -152,6 +152,7 @@ class StoredFile(msgspec.Struct, kw_only=True):
     created_at: float
     purpose: str = "fine-tune"
     status: str = "processed"
+    expires_at: float | None = None
 
 
 def new_job(source: str, spec: JobSpec, state: State, model_digest: str = "") -> Job:

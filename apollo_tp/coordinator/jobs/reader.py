@@ -15,6 +15,7 @@ from apollo_tp.errors import RequestError
 
 T = TypeVar("T")
 Unreadable = Callable[[str, int, str], None]
+NO_FILTER: dict[str, str] = {}
 _EVENTS = "SELECT id, id, job_id, time, level, type, message, data FROM events WHERE job_id=?"
 
 
@@ -81,23 +82,29 @@ class Reader:
         return {state: counts.get(state.value, 0) for state in State}
 
     def page_of_jobs(
-        self, *, after: str | None, limit: int, source: str | None = None, metadata: dict[str, str] | None = None
+        self, *, after: str | None, limit: int, source: str | None = None, metadata: dict[str, str] | None = NO_FILTER
     ) -> tuple[list[Job], bool]:
-        """Jobs older than job ``after`` with all of ``metadata``, newest first. Also returns whether there are more.
-
-        With ``metadata`` it may read all jobs.
+        """Jobs older than job ``after`` with all of ``metadata`` (None: without any), newest first; and whether there are
+        more. With a filter it may read all jobs.
         """
         where = "WHERE seq < COALESCE((SELECT seq FROM jobs WHERE id=?), 9e18)"
         values: list[Any] = [after]
         if source is not None:
             where, values = f"{where} AND source=?", [*values, source]
-        wanted, found = (metadata or {}).items(), []
+        found = []
         for job in self._records(Job, "jobs", f"{where} ORDER BY seq DESC", *values):
-            if wanted <= job.spec.metadata.items():
+            has = job.spec.metadata
+            if not has if metadata is None else metadata.items() <= has.items():
                 found.append(job)
                 if len(found) > limit:
                     break
         return found[:limit], len(found) > limit
+
+    def count_tokens(self) -> int:
+        """Tokens of all steps of all jobs."""
+        text = "CAST(data AS TEXT)"
+        rows = self.rows(f"SELECT TOTAL(json_extract({text}, '$.tokens')) FROM jobs WHERE json_valid({text})")
+        return int(next(rows)[0])
 
     def last_event_id(self) -> int:
         """The id of the newest event of any job; 0 if there is none."""
@@ -184,6 +191,10 @@ class Reader:
     def files(self) -> list[StoredFile]:
         """All files, newest first."""
         return list(self._records(StoredFile, "files", "ORDER BY seq DESC"))
+
+    def count_files(self) -> int:
+        """Number of files."""
+        return int(next(self.rows("SELECT COUNT(*) FROM files"))[0])
 
     def known_ids(self, table: str) -> set[str]:
         """Ids of all records of a table, and of those of it that were set aside."""

@@ -67,9 +67,9 @@ class Reserve:
         free = self.free()
         spare = 2 * RESERVE_BYTES if self.low else 0
         if free < needed + spare:
-            raise StorageError(
-                Trouble.full,
-                f"{free} bytes free",
-                self._folder,
-                f"at least {needed + spare} for {needed} bytes of data",
-            )
+            raise self.full(needed)
+
+    def full(self, needed: int) -> StorageError:
+        """The error that says how much is free and how much ``needed`` bytes of data take."""
+        expected = f"at least {needed + (2 * RESERVE_BYTES if self.low else 0)} for {needed} bytes of data"
+        return StorageError(Trouble.full, f"{self.free()} bytes free", self._folder, expected)

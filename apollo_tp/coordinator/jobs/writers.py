@@ -14,6 +14,7 @@ from typing import Any
 
 from apollo_tp.config import ServiceConfig
 from apollo_tp.coordinator.jobs.job import Job
+from apollo_tp.coordinator.jobs.store import Store
 from apollo_tp.errors import ConfigError
 from apollo_tp.wire.commands import StepFigures
 
@@ -25,10 +26,10 @@ Figures = tuple[str, int, float, dict[str, float]]  # job id, weight version, Un
 class Writer:
     """Calls ``write`` with the figures of each step on a thread, so that neither disk nor network delays the event loop."""
 
-    def __init__(self, name: str, write: Callable[[Figures], None], close: Callable[[], None]) -> None:
+    def __init__(self, name: str, write: Callable[[Figures], None], close: Callable[[], None], tokens: int = 0) -> None:
         self._name, self._write, self._close = name, write, close
-        self._tokens = 0
-        """Of all jobs since this process started: the axis, the weight version, goes on over jobs too."""
+        self._tokens = tokens
+        """Of all jobs: the axis, the weight version, goes on over jobs and restarts of this process too."""
         self._queue: queue.Queue[Figures | None] = queue.Queue(maxsize=10_000)
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
 
@@ -73,17 +74,20 @@ class Writer:
             log.exception("the %s writer stopped", self._name)
 
 
-def open_writers(service: ServiceConfig) -> list[Writer]:
+def open_writers(service: ServiceConfig, store: Store) -> list[Writer]:
     """The configured writers. Raises ConfigError if a tool is asked for that is not installed."""
+    if service.writers.tensorboard_dir is None and service.writers.wandb_project is None:
+        return []
+    tokens = store.count_tokens()
     writers = []
     if service.writers.tensorboard_dir is not None:
-        writers.append(_tensorboard(Path(service.writers.tensorboard_dir)))
+        writers.append(_tensorboard(Path(service.writers.tensorboard_dir), tokens))
     if service.writers.wandb_project is not None:
-        writers.append(_wandb(service))
+        writers.append(_wandb(service, tokens))
     return writers
 
 
-def _tensorboard(folder: Path) -> Writer:
+def _tensorboard(folder: Path, tokens: int) -> Writer:
     try:
         event_pb2 = import_module("tensorboard.compat.proto.event_pb2")
         summary_pb2 = import_module("tensorboard.compat.proto.summary_pb2")
@@ -105,10 +109,10 @@ def _tensorboard(folder: Path) -> Writer:
         summary = summary_pb2.Summary(value=value)
         events.add_event(event_pb2.Event(wall_time=now, step=version, summary=summary))
 
-    return Writer("tensorboard", write, events.close)
+    return Writer("tensorboard", write, events.close, tokens)
 
 
-def _wandb(service: ServiceConfig) -> Writer:
+def _wandb(service: ServiceConfig, tokens: int) -> Writer:
     try:
         wandb = import_module("wandb")
     except ImportError as error:
@@ -126,4 +130,4 @@ def _wandb(service: ServiceConfig) -> Writer:
         job_id, version, _, values = figures
         run.log(values | {"job": job_id}, step=version)
 
-    return Writer("wandb", write, run.finish)
+    return Writer("wandb", write, run.finish, tokens)

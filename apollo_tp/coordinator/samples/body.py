@@ -14,14 +14,16 @@ from typing import TypeVar
 
 from apollo_tp.coordinator.samples.forms import read_sample
 from apollo_tp.coordinator.samples.lines import MAX_SAMPLE_BYTES
-from apollo_tp.coordinator.samples.schema import SampleBody, ScoreOptions, TrainBody
+from apollo_tp.coordinator.samples.schema import Body, SampleBody, ScoreOptions, TrainBody
+from apollo_tp.coordinator.samples.unique_keys import next_structure
 from apollo_tp.errors import RequestError, refuse
 
 B = TypeVar("B", TrainBody, ScoreOptions)
 
 MAX_VALUES = 10_000_000
 """Strings, arrays and objects in a body."""
-_STRUCTURE = re.compile(rb'["\[\]{}]')
+MAX_GAP = 64 * 1024
+"""White space between two values. A search holds the GIL to its end."""
 _COMMA = re.compile(rb"\s*+,\s*+")
 _SPACE = re.compile(rb"\s*+")
 _KEY_END = re.compile(rb"\s*+:\s*+")
@@ -31,7 +33,7 @@ _KEY_END = re.compile(rb"\s*+:\s*+")
 class Samples:
     """The elements of the array ``samples`` in ``data``: ``bounds`` has where each begins and ends."""
 
-    data: bytes
+    data: Body
     bounds: array[int]
 
     def __len__(self) -> int:
@@ -44,14 +46,14 @@ class Samples:
             yield read_sample(self.data[begin:end], SampleBody, f"samples[{index}].")
 
 
-def read_body(data: bytes, kind: type[B], max_samples: int) -> tuple[B, Samples | None]:
+def read_body(data: Body, kind: type[B], max_samples: int) -> tuple[B, Samples | None]:
     """The body without its ``samples``, and these; None if it has none. Raises RequestError."""
     found = _find_samples(data, max_samples)
     rest = len(data) if found is None else len(data) - (found[1] - found[0])
     if rest > MAX_SAMPLE_BYTES:
         raise _too_large("body")
     if found is None:
-        body = read_sample(data, kind)
+        body = read_sample(data[:], kind)
         if body.samples is not None:
             raise refuse("samples", 'an array that cannot be found as the text "samples"', "this name without escapes")
         return body, None
@@ -61,13 +63,14 @@ def read_body(data: bytes, kind: type[B], max_samples: int) -> tuple[B, Samples 
     return read_sample(data[:begin] + b"null" + data[end:], kind), Samples(data, bounds)
 
 
-def _find_samples(data: bytes, max_samples: int) -> tuple[int, int, array[int]] | None:
+def _find_samples(data: Body, max_samples: int) -> tuple[int, int, array[int]] | None:
     """Where the array begins and ends, and its elements; None if the body has none that is well-formed."""
     depth, begin, element, bounds = 0, -1, 0, array("Q")
     key_end, end = -1, -1
     for token, at, after in _structure(data):
         if token == ord('"'):
-            if depth == 1 and data[at:after] == b'"samples"' and (colon := _KEY_END.match(data, after)):
+            is_samples = depth == 1 and data[at:after] == b'"samples"'
+            if is_samples and (colon := _KEY_END.match(data, after, after + MAX_GAP)):
                 key_end = colon.end()
         elif token in b"[{":
             depth += 1
@@ -89,11 +92,11 @@ def _find_samples(data: bytes, max_samples: int) -> tuple[int, int, array[int]] 
     return (begin, end, bounds) if end >= 0 else None
 
 
-def _structure(data: bytes) -> Iterator[tuple[int, int, int]]:
+def _structure(data: Body) -> Iterator[tuple[int, int, int]]:
     """Each bracket and string: its first byte, where it begins, and where it ends. A string without end is the last."""
     after, count = 0, 0
-    while match := _STRUCTURE.search(data, after):
-        at, after = match.span()
+    while (at := next_structure(data, after)) >= 0:
+        after = at + 1
         if data[at] == ord('"'):
             # not by a regular expression, which would hold the GIL for the whole string
             after = data.find(b'"', after) + 1
@@ -108,20 +111,20 @@ def _structure(data: bytes) -> Iterator[tuple[int, int, int]]:
             raise refuse("body", f"more than {MAX_VALUES} values", "fewer; send files or several requests")
 
 
-def _is_escaped(data: bytes, at: int) -> bool:
+def _is_escaped(data: Body, at: int) -> bool:
     before = at
     while data[before - 1] == ord("\\"):
         before -= 1
     return (at - before) % 2 == 1
 
 
-def _check_gap(data: bytes, bounds: array[int], begin: int, here: int) -> None:
+def _check_gap(data: Body, bounds: array[int], begin: int, here: int) -> None:
     """Raise RequestError unless nothing but a comma is between the last element of the array and ``here``."""
     last = bounds[-1] if bounds else begin + 1
     closing = data[here] in b"]}"
     pattern = _SPACE if closing or not bounds else _COMMA
-    if not pattern.fullmatch(data, last, here):
-        got = repr(data[last:here][:80])[1:]
+    if here - last > MAX_GAP or not pattern.fullmatch(data, last, here):
+        got = repr(data[last : min(here, last + 80)])[1:]
         raise refuse(f"samples[{len(bounds) // 2}]", got, "objects with commas between them", code="malformed_json")
 
 

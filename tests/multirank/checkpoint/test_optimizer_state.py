@@ -14,6 +14,7 @@ from safetensors import safe_open
 from apollo_tp.checkpoint import optimizer_state
 from apollo_tp.checkpoint.optimizer_state import COUNTERS
 from apollo_tp.config import OptimizerKind, Precision
+from apollo_tp.distributed.mesh import Mesh
 from apollo_tp.distributed.tp_group import TPGroup
 from apollo_tp.errors import CheckpointError
 from apollo_tp.optim import Optimizer
@@ -24,17 +25,26 @@ BEFORE, AFTER = 4, 3  # refreshes at steps 3 and 6: the save is inside an interv
 DTYPES = ("float32", "bfloat16")
 
 
-def run(tp: TPGroup, start: dict | None, dtype: str, steps: tuple[int, int], load: str = "", save: str = "") -> dict:
+def run(
+    tp: TPGroup,
+    start: dict | None,
+    dtype: str,
+    steps: tuple[int, int],
+    load: str = "",
+    save: str = "",
+    mesh: Mesh | None = None,
+) -> dict:
     """Local weights after ``steps`` from ``start`` (whole weights), having loaded before and saved after them."""
     params = model.parameters(tp, getattr(torch, dtype))
     for p in params if start else ():
         p.tensor.data.copy_(model.part(start[p.name], p.shard))
-    optimizer = Optimizer(model.config(refresh_every=3), Precision.remainder, params, tp)
+    replicas = (mesh or Mesh.single(tp)).replicas
+    optimizer = Optimizer(model.config(refresh_every=3), Precision.remainder, params, tp, replicas)
     if load:
         optimizer_state.load(optimizer, Path(load))
     assert optimizer.step_count == steps[0]
     for step in range(*steps):
-        model.set_gradients(params, model.gradients(step))
+        model.set_gradients(params, {name: g / replicas.size for name, g in model.gradients(step).items()})
         assert optimizer.step().skipped == ""
     if save:
         optimizer_state.save(optimizer, Path(save))
@@ -75,6 +85,27 @@ def test_resume_continues_the_trajectory(tmp_path):
                     assert error <= 1e-4 * float((value - start[name]).abs().max()), name
                 else:  # of the visible bf16 weights the last bit, 2**-7 of 0.09, may differ
                     assert error <= 0.09 * 2**-7, name
+
+
+def run_mesh(world: TPGroup, tp_size: int, *arguments: object) -> dict:
+    """``run`` on replicas of ``tp_size`` ranks, each of which has a part of every gradient."""
+    mesh = Mesh.build(world, tp_size)
+    return run(mesh.tp, *arguments, mesh=mesh)  # type: ignore[arg-type]
+
+
+def test_state_of_replicas_is_loaded_at_any_number(tmp_path):
+    """Saved by two replicas of two ranks and loaded by one rank, by four replicas of one, by one of four, and by as many:
+    the end is that of an uninterrupted run."""
+    folder, start, steps = str(tmp_path / "state"), model.weights(), (BEFORE, BEFORE + AFTER)
+    end = model.assemble(run_ranks(run_mesh, 4, 2, None, "float32", (0, BEFORE + AFTER))[:2])
+    middle = model.assemble(run_ranks(run_mesh, 4, 2, None, "float32", (0, BEFORE), "", folder)[:2])
+    for num_replicas, tp_size in ((1, 1), (4, 1), (1, 4), (2, 2)):
+        results = run_ranks(run_mesh, num_replicas * tp_size, tp_size, middle, "float32", steps, folder)
+        for replica in range(num_replicas):
+            resumed = model.assemble(results[replica * tp_size : (replica + 1) * tp_size])
+            for name, value in end.items():
+                error, moved = (float((t - value).abs().max()) for t in (resumed[name], start[name]))
+                assert error <= (0.0 if (num_replicas, tp_size) == (2, 2) else 1e-4 * moved), name
 
 
 def save_at(tp: TPGroup, folder: str) -> None:

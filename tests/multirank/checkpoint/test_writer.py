@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 from apollo_tp.checkpoint import CheckpointWriter, latest, optimizer_state, read_info, writer
 from apollo_tp.checkpoint import folder as folders
 from apollo_tp.checkpoint.card import public_name
+from apollo_tp.distributed.mesh import Mesh
 from apollo_tp.distributed.tp_group import TPGroup
 from apollo_tp.errors import CheckpointError, RankFailedError
 from tests.support.exactness import local_part, reference_logprobs, samples
@@ -25,10 +26,14 @@ from tests.support.served import map_case
 from tests.support.trainers import CASE, make_trainer
 
 
-def _writer(tp: TPGroup, checkpoint: Path, root: Path, tensors: dict, served: Path | None = None) -> CheckpointWriter:
+def _writer(
+    tp: TPGroup, checkpoint: Path, root: Path, tensors: dict, served: Path | None = None, mesh: Mesh | None = None
+) -> CheckpointWriter:
     mapped, path = replace(map_case(checkpoint, tp), tensors=tensors), str(served or checkpoint)
     content = mapped.manifest.checkpoint
-    return CheckpointWriter(root, path, content, mapped.stored, tp, keep=2, save_config=lambda folder: None)
+    return CheckpointWriter(
+        root, path, content, mapped.stored, mesh or Mesh.single(tp), keep=2, save_config=lambda folder: None
+    )
 
 
 def _save(tp: TPGroup, checkpoint: Path, root: Path) -> bool:
@@ -67,6 +72,29 @@ def test_checkpoint_holds_the_served_bits(size: int, checkpoints: Path, tmp_path
     assert (info.weight_version, info.num_ranks) == (1, size)
     assert info.origin == public_name(str(checkpoints / CASES[CASE].checkpoint))
     assert str(checkpoints) not in (newest / "apollo_tp.json").read_text() + (newest / "README.md").read_text()
+
+
+def _save_replicas(world: TPGroup, checkpoint: Path, root: Path) -> bool:
+    mesh = Mesh.build(world, 2)
+    trainer, tensors = make_trainer(mesh.tp, checkpoint, mesh=mesh)
+    trainer.step(samples())
+    path, num_bytes = _writer(mesh.tp, checkpoint, root, tensors, mesh=mesh).save("first", trainer.optimizer, 1)
+    state = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).state_dict()
+    assert num_bytes > 0
+    return all(torch.equal(local_part(state[name], shard), local) for name, (shard, local) in tensors.items())
+
+
+def test_replicas_write_one_checkpoint(checkpoints: Path, tmp_path: Path) -> None:
+    """Two replicas of two ranks: the weights once, the state of both; any number of ranks can go on with it."""
+    checkpoint = checkpoints / CASES[CASE].checkpoint
+    assert all(run_ranks(_save_replicas, 4, checkpoint, tmp_path))
+    info = read_info(tmp_path / "first")
+    assert info is not None
+    assert info.num_ranks == 4
+    shutil.copytree(checkpoint / "tp1", tmp_path / "first" / "tp1")
+    trainer, _ = make_trainer(TPGroup.single(), tmp_path / "first")
+    optimizer_state.load(trainer.optimizer, folders.optimizer_folder(tmp_path / "first"))
+    assert trainer.optimizer.step_count == 1
 
 
 def _train_and_go_on(tp: TPGroup, checkpoint: Path, root: Path) -> list[list[float]]:

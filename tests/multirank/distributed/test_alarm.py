@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import os
 import threading
 import time
@@ -14,6 +15,7 @@ from apollo_tp.distributed import alarm as module
 from apollo_tp.distributed import tp_group
 from apollo_tp.distributed.alarm import Alarm
 from apollo_tp.distributed.control import Control
+from apollo_tp.distributed.peer_memory import PeerSums
 from apollo_tp.distributed.tp_group import TPGroup
 from apollo_tp.errors import DeadlineError
 from apollo_tp.runtime.processes import ProcessId
@@ -128,3 +130,53 @@ def test_a_device_that_does_not_come_to_rest_is_not_waited_for() -> None:
             TPGroup.single().dissolve()
         forever.set()
         TPGroup.single().dissolve()
+
+
+class Graphs:
+    """In place of NCCL's communicator and of the graphs that captured its collectives: its abort waits for their end."""
+
+    def __init__(self) -> None:
+        self.dropped, self.aborting = threading.Event(), threading.Event()
+
+    def abort(self) -> None:
+        self.aborting.set()
+        self.dropped.wait(10)
+
+    def drop(self) -> None:
+        assert self.aborting.wait(5), "the device wakes before the graphs are dropped"
+        self.dropped.set()
+
+
+@pytest.mark.parametrize("dropped", [True, False])
+def test_a_group_whose_collectives_were_captured_is_left(dropped: bool) -> None:
+    """NCCL's abort returns once the graphs are gone; where that does not happen, the process must end."""
+    graphs, tp = Graphs(), TPGroup(0, 2)
+    tp.group = graphs  # type: ignore[assignment]
+    if dropped:
+        tp.call_before_dissolve(graphs.drop)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dist, "get_backend", lambda group: "nccl")
+        patch.setattr(dist, "destroy_process_group", lambda group: None)
+        patch.setattr(tp_group, "DEVICE_SECONDS", 5.0 if dropped else 0.2)
+        if dropped:
+            tp.dissolve()
+            assert tp.group is None
+        else:
+            with pytest.raises(DeadlineError, match="communicators still open"):
+                tp.dissolve()
+    graphs.dropped.set()
+
+
+def test_buffers_of_sums_are_made_when_a_group_is_formed_again() -> None:
+    """With the next sum, a rank would wait on the host for one that fails before it. Buffers that nobody reserved are not
+    made."""
+    made: list[int] = []
+    for reserved in (0, 4096):
+        tp = TPGroup(0, 2, peers=PeerSums(min_buffer_bytes=reserved))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(dist, "new_group", lambda ranks, **options: "group")
+            patch.setattr(dist, "get_rank", lambda: 0)
+            patch.setattr(torch.cuda, "current_device", lambda: 0)
+            patch.setattr(PeerSums, "buffers_for", lambda *arguments: made.append(arguments[-1]))
+            tp.form("nccl", datetime.timedelta(seconds=1))
+        assert made == ([reserved] if reserved else [])

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from apollo_tp.checkpoint import CheckpointWriter, optimizer_state, read_info
 from apollo_tp.checkpoint import folder as folders
 from apollo_tp.checkpoint.card import Trained, public_name
+from apollo_tp.distributed.mesh import Mesh
 from apollo_tp.distributed.tp_group import TPGroup
 from apollo_tp.errors import CheckpointError
 from apollo_tp.shards.boxes import Shard
@@ -29,8 +30,8 @@ def _writer(source: Path) -> CheckpointWriter:
     listed = [CheckpointTensor(name="a", shape=[2, 2], dtype="F32", file="model.safetensors")]
     served = {"a": (Shard("a", (2, 2), None, (), (0,)), torch.zeros(2, 2))}
     return CheckpointWriter(
-        source.parent / "out", str(source), listed, served, TPGroup.single(), keep=1, save_config=lambda folder: None,
-        trained=lambda: TRAINED,
+        source.parent / "out", str(source), listed, served, Mesh.single(TPGroup.single()), keep=1,
+        save_config=lambda folder: None, trained=lambda: TRAINED,
     )  # fmt: skip
 
 

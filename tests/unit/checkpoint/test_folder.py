@@ -28,7 +28,9 @@ def _find_server(base: Path, name: str, stack: contextlib.ExitStack) -> None:
     publish(manifest(0, 1, instance_id=name), instance_folder.instance_dir(name, base))
     server = ServerConfig(runtime_dir=str(base), instance=name, wait_seconds=0.0)
     config = Config(server=server, checkpoint=CheckpointConfig(dir=str(base / "checkpoints")))
-    stages._find_server(stages.Joined(config=config, stack=stack, world=World(0, 1), control=Control(0, 1)))
+    joined = stages.Joined(config=config, stack=stack, world=World(0, 1), control=Control(0, 1))
+    joined, own, _ = stages._take_place(joined, stages._find_servers(joined))
+    stages._hold(joined, base / own.instance, own.tp_rank, own.instance)
 
 
 def test_trainers_of_two_servers_do_not_share_a_folder(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from apollo_tp.checkpoint import CheckpointWriter, optimizer_state
+from apollo_tp.distributed.mesh import Mesh
 from apollo_tp.distributed.tp_group import TPGroup
 from apollo_tp.shards.boxes import Shard
 from apollo_tp.shards.manifest import CheckpointTensor
@@ -29,7 +30,13 @@ def _no_optimizer_state(monkeypatch: pytest.MonkeyPatch) -> None:
 def _save(source: Path, listed: list[CheckpointTensor], served: dict[str, tuple[Shard, torch.Tensor]]) -> Path:
     optimizer = SimpleNamespace(describe=lambda: "")
     writer = CheckpointWriter(
-        source.parent / "out", str(source), listed, served, TPGroup.single(), keep=1, save_config=lambda folder: None
+        source.parent / "out",
+        str(source),
+        listed,
+        served,
+        Mesh.single(TPGroup.single()),
+        keep=1,
+        save_config=lambda folder: None,
     )
     return writer.save("x", optimizer, 1)[0]  # type: ignore[arg-type]
 

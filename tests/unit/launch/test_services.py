@@ -12,6 +12,7 @@ import torch
 from apollo_tp.checkpoint.lineage import LineageFile
 from apollo_tp.config import CacheMode, Config, QosConfig, SyncConfig, SyncMode, TrainConfig
 from apollo_tp.launch import services
+from apollo_tp.launch.coordinates import Arrangement
 from apollo_tp.launch.distributed import World
 from apollo_tp.launch.services import Services
 from apollo_tp.shards.manifest import SegmentRecord
@@ -43,7 +44,8 @@ def ready(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
         manifests=[manifest(0, 1)],
         mapped=SimpleNamespace(manifest=manifest(0, 1), stored={}, device=torch.device("cpu")),
         lineage=LineageFile(tmp_path, str(tmp_path / "no model"), keep=True),
-        tp=None,
+        mesh=None,
+        arrangement=Arrangement(["test"], ["h"], [[0]]),
         hf_config=SimpleNamespace(save_pretrained=None),
         model=SimpleNamespace(
             module=SimpleNamespace(config=text_config), parameters=[SimpleNamespace(name="w", shard=shard)] * 2
@@ -75,15 +77,17 @@ def test_the_ranks_say_all_that_the_coordinator_shows(ready: SimpleNamespace) ->
     segment = SegmentRecord(
         checkpoint="w", box_offset=[0, 1], box_shape=[3, 4], served="fused", view_offset=7, view_stride=[5, 1]
     )
-    ready.manifests = [manifest(0, 2), manifest(1, 2, segments=[segment])]
+    ready.manifests, ready.world = [manifest(0, 2), manifest(1, 2, segments=[segment])], World(0, 4)
+    ready.arrangement = Arrangement(["test", "other"], ["h", "h"], [[0, 1], [2, 3]])
     first = ready.manifests[0]
     assert Services(ready).hello("identify/1") == commands.Hello(  # type: ignore[arg-type]
         id="identify/1", protocol_version=commands.PROTOCOL_VERSION, instance_id=first.instance_id,
         server_life=f"{first.instance_id}@{first.pid}.{first.pid_start_ticks}", model_path=first.model_path,
-        served_model_names=first.served_model_names, num_ranks=2, vocab_size=100, max_sequence_tokens=512, weight_version=9,
+        served_model_names=first.served_model_names, num_ranks=4, vocab_size=100, max_sequence_tokens=512, weight_version=9,
         num_parameters=15, optimizer="apollo", gradients="stored", sync="drain", cache="salt", memory="planned",
         qos="sm_percent=null low_priority=false pace=0.5",
         layout=[{"checkpoint": "w", "rank": 1, "served": "fused", "offset": [0, 1], "shape": [3, 4]}],
+        replicas=[commands.Replica("test", "h"), commands.Replica("other", "h")],
     )  # fmt: skip
 
 

@@ -36,7 +36,9 @@ def test_no_two_batches_would_fit_into_one(lengths: list[int]) -> None:
     batches = pack([_sample(length) for length in lengths], MAX_TOKENS)
     sizes = sorted(batch.num_tokens for batch in batches)
     assert len(sizes) < 2 or sizes[0] + sizes[1] > MAX_TOKENS
-    assert empty_share(batches, MAX_TOKENS) == pytest.approx(1 - sum(lengths) / (MAX_TOKENS * len(batches)))
+    assert empty_share(sum(lengths), len(batches), MAX_TOKENS) == pytest.approx(
+        1 - sum(lengths) / (MAX_TOKENS * len(batches))
+    )
 
 
 def test_packing_depends_on_the_samples_alone() -> None:

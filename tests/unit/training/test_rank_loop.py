@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from apollo_tp.distributed.control import Control
+from apollo_tp.distributed.mesh import Mesh
 from apollo_tp.distributed.tp_group import TPGroup
 from apollo_tp.training.rank_loop import RankLoop
 from apollo_tp.wire import codec, commands
@@ -54,7 +55,8 @@ def _loop(link: RecordingLink) -> RankLoop:
         return step_figures(weight_version=trainer.weight_version)
 
     trainer = SimpleNamespace(
-        step=step, tp=TPGroup.single(), weight_version=7, device=torch.device("cpu"), peak_memory_bytes=lambda: 0,
+        step=step, mesh=Mesh.single(TPGroup.single()), weight_version=7, device=torch.device("cpu"),
+        peak_memory_bytes=lambda: 0,
         abandon_step=lambda: None, rejoin=lambda: None, optimizer=SimpleNamespace(progress=lambda: (0, 0)),
     )  # fmt: skip
     return RankLoop(trainer, Services(), Control(0, 1), link)  # type: ignore[arg-type]

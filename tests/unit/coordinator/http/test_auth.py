@@ -4,6 +4,7 @@ import os
 import socket
 import stat
 import struct
+from base64 import b64encode
 
 import msgspec
 import pytest
@@ -134,6 +135,77 @@ def test_without_tokens_this_machine_alone_is_served(client, headers, allowed):
     with pytest.raises(RequestError) as error:
         Access([]).check("GET", "/train/status", headers, client)
     assert (error.value.status, error.value.code) == (403, "not_local")
+
+
+BEARER, BASIC = (
+    {"authorization": f"Bearer {TRAIN}"},
+    {"authorization": "Basic " + b64encode(f"x:{TRAIN}".encode()).decode()},
+)
+FOREIGN = ({"origin": "http://b", "host": "a"}, {"origin": "http://a:81", "host": "a:80"}, {"origin": "null", "host": "a"},
+           {"sec-fetch-site": "cross-site"}, {"sec-fetch-site": "same-site"},
+           {"sec-fetch-site": "cross-site", "sec-fetch-mode": "navigate"})  # fmt: skip
+OWN = ({}, {"origin": "http://a:80", "host": "a:80"}, {"sec-fetch-site": "same-origin"}, {"sec-fetch-site": "none"})
+
+
+def checked(access, method, path, headers):
+    """The code of the refusal; None if the request is allowed."""
+    try:
+        access.check(method, path, headers, None)
+    except RequestError as error:
+        return error.code
+    return None
+
+
+@pytest.mark.parametrize("method", ["GET", "HEAD", "POST", "DELETE", "PATCH"])
+def test_other_sites_may_neither_change_nor_read(method):
+    """Without a token, and with one that the browser adds by itself; a program that presents a token may read."""
+    for path in ("/train/status", "/v1/files/file-1/content", "/train"):
+        for headers in FOREIGN:
+            assert checked(Access([]), method, path, headers) == "cross_origin", headers
+            assert checked(Access([("train", TRAIN)]), method, path, headers | BASIC) == "cross_origin", headers
+            reads = None if method in ("GET", "HEAD") else "cross_origin"
+            for token in (BEARER, {"x-apollo-token": TRAIN}):
+                assert checked(Access([("train", TRAIN)]), method, path, headers | token) == reads, headers
+            # without tokens a made-up one proves nothing
+            assert checked(Access([]), method, path, headers | BEARER) == "cross_origin", headers
+        for headers in OWN:
+            assert checked(Access([]), method, path, headers) is None, headers
+
+
+def test_other_sites_may_link_to_the_pages():
+    """A link is followed; a frame, an image or a script is not loaded. What is open to all is open to them."""
+    link = {"sec-fetch-site": "cross-site", "sec-fetch-mode": "navigate"}
+    for path in ("/", "/docs"):
+        assert checked(Access([]), "GET", path, link) is None
+        assert checked(Access([]), "GET", path, link | {"sec-fetch-mode": "no-cors"}) == "cross_origin"
+    assert checked(Access([]), "GET", "/health", {"origin": "http://b", "host": "a"}) is None
+
+
+@pytest.mark.parametrize(
+    "name", ["forwarded", "via", "x-forwarded-for", "x-forwarded-host", "x-forwarded-proto", "x-forwarded-prefix",
+             "x-real-ip", "true-client-ip", "cf-connecting-ip", "x-client-ip", "x-envoy-external-address",
+             "x-envoy-internal", "x-appengine-country", "x-amzn-trace-id", "x-amz-cf-id", "x-cloud-trace-context",
+             "x-vercel-id", "x-nf-client-connection-ip", "x-azure-ref", "cf-visitor"],
+)  # fmt: skip
+def test_what_a_proxy_passed_on_needs_a_token(name):
+    """Its client may be anywhere, whichever header says that there was one."""
+    headers = {"host": "localhost", name: "127.0.0.1"}
+    with pytest.raises(RequestError, match=f"a proxy forwarded .{name}") as error:
+        Access([]).check("GET", "/train/status", headers, "127.0.0.1")
+    assert error.value.code == "not_local"
+    Access([("train", TRAIN)]).check("GET", "/train/status", headers | BEARER, "127.0.0.1")
+
+
+def test_no_answer_repeats_a_foreign_host(guarded):
+    """Neither in Location nor anywhere else; and no other site may frame a page."""
+    _, client, _ = guarded
+    for path in ("/train/", "/train/status/", "/v1/files/", "/docs/", "//evil.example/", "/"):
+        answer = client.get(path, headers={"Host": "evil.example"} | BEARER)
+        assert "location" not in answer.headers, path
+        assert "evil" not in answer.text, path
+    for path in ("/", "/docs"):
+        answer = client.get(path, headers=BEARER)
+        assert "frame-ancestors 'none'" in answer.headers["content-security-policy"], path
 
 
 def test_a_host_that_is_none_is_refused():

@@ -135,7 +135,7 @@ BAD_LINES = {
     "nothing to learn": ({"messages": [{"role": "user", "content": "x"}]}, "assistant"),
     "all weights zero": ({"messages": [{"role": "assistant", "content": "x", "weight": 0}]}, "weight above 0"),
     "too long": ({"messages": [{"role": "assistant", "content": "x " * 400}]}, "at most 256"),
-    "not chat": ("[1]", "Expected `object`"),
+    "not chat": ("[1]", "expected object"),
 }
 
 
@@ -220,9 +220,9 @@ def test_lists_are_filtered(stack):
     ):
         assert [job.id for job in client.fine_tuning.jobs.list(metadata=wanted, limit=1)] == found
     for query in (
-        "files?purpose=batch",
+        "files?purpose=bach",
         "files?order=up",
-        "fine_tuning/jobs?metadata=null",
+        "fine_tuning/jobs?metadata=x",
         "fine_tuning/jobs?metadata[a=b",
         "fine_tuning/jobs?order=asc",
         "files/x?limit=2",
@@ -238,7 +238,7 @@ def test_cancel_pause_resume(stack):
     job = client.fine_tuning.jobs.create(model="fake", training_file=file.id, hyperparameters={"n_epochs": 500})
     wait_for(lambda: client.fine_tuning.jobs.retrieve(job.id).status == "running")
     client.fine_tuning.jobs.pause(job.id)
-    wait_for(lambda: client.fine_tuning.jobs.retrieve(job.id).status == "paused")
+    wait_for(lambda: client.fine_tuning.jobs.retrieve(job.id).paused)
     client.fine_tuning.jobs.resume(job.id)
     wait_for(lambda: client.fine_tuning.jobs.retrieve(job.id).status == "running")
     client.fine_tuning.jobs.cancel(job.id)

@@ -194,13 +194,16 @@ def test_an_empty_query_parameter_is_the_default(stack):
 def test_documented_query_parameters_are_taken(stack):
     """Each that /openapi.json names; what has no route is 404 or 405 whatever its query."""
     client, _ = stack
-    values = {"limit": "2", "after": "0", "order": "asc", "purpose": "fine-tune", "metadata": None}
+    values = {"limit": "2", "after": "", "order": "asc", "purpose": "fine-tune", "metadata": None}
     for path, operations in client.get("/openapi.json").json()["paths"].items():
         for parameter in operations.get("get", {}).get("parameters", []):
             if parameter["in"] == "query":
                 name = parameter["name"]
                 query = f"{name}={values.get(name, 'false')}" if name != "metadata" else "metadata[run]=1"
                 answer = client.get(f"{path.replace('{job_id}', 'x')}?{query}")
+                if "permissions" in path:
+                    assert answer.json()["error"]["code"] == "unsupported", (path, query)
+                    continue
                 assert answer.status_code == (404 if "{job_id}" in path else 200), (path, query)
     assert client.get("/nope?x=1").status_code == 404
     assert client.put("/train?x=1").status_code == 405

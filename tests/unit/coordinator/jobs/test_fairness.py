@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import itertools
+import select
 import socket
 import time
 from pathlib import Path
@@ -107,7 +108,7 @@ def test_a_turn_of_a_request_that_is_cancelled_goes_to_the_next():
     asyncio.run(main())
 
 
-LONG = {"samples": [{"text": "Hello there, how are you? " * 30}] * 1500}
+LONG = {"samples": [{"text": "Hello there, how are you? " * 30}] * 1200}
 
 
 def test_abandoned_dry_runs_stop_neither_training_nor_the_end(stack):
@@ -118,8 +119,8 @@ def test_abandoned_dry_runs_stop_neither_training_nor_the_end(stack):
     wait_for(lambda: len(ranks.applied()) > 2)
     alone = steps_in(ranks, 1.5)
     connections = [abandoned(client, "/train?dry_run=true", LONG) for _ in range(8)]
-    time.sleep(0.3)
-    assert client.post("/train?dry_run=true", json=ONE).status_code == 429
+    answered, _, _ = select.select(connections, [], [], 10)
+    assert answered[0].recv(12) == b"HTTP/1.1 429"  # the others are still worked on, or wait
     for connection in connections:
         connection.close()
     assert steps_in(ranks, 1.5) > alone / 4

@@ -235,13 +235,13 @@ def test_the_coordinator_says_why_and_ends(tmp_path: Path) -> None:
 FULL = """
 import asyncio, errno, os, sys
 from apollo_tp.coordinator import __main__ as coordinator
-from apollo_tp.coordinator.http import openai_files
+from apollo_tp.coordinator.http import bodies
 from apollo_tp.coordinator.settings import load
 from pathlib import Path
 def full(fd): raise OSError(errno.ENOSPC, "no room")
 class Full:
     def __getattr__(self, name): return full if name == "fsync" else getattr(os, name)
-openai_files.os = Full()
+bodies.os = Full()
 asyncio.run(coordinator.serve(load(Path(sys.argv[-1]))))
 """
 

@@ -36,6 +36,16 @@ def test_tensorboard_gets_every_step(tmp_path):
     assert [e.value for e in events.Scalars("apollo/tokens")] == [4, 8, 12]
 
 
+def test_tokens_go_on_over_a_restart(tmp_path):
+    """Of the coordinator: its first job's tokens are counted by the second one's curve."""
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    for _ in range(2):
+        train(tmp_path, tensorboard_dir=str(tmp_path / "tb"))
+    events = accumulator.EventAccumulator(str(tmp_path / "tb"))
+    events.Reload()
+    assert [e.value for e in events.Scalars("apollo/tokens")][-3:] == [16, 20, 24]
+
+
 def test_wandb_works_offline(tmp_path):
     """An offline run is written below the state folder; no network is needed."""
     pytest.importorskip("wandb")

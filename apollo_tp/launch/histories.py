@@ -1,0 +1,47 @@
+"""What the replicas' records say of their weights: whether they are the same, and from which one others are to be filled."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import msgspec
+
+from apollo_tp.checkpoint.lineage import Lineage
+from apollo_tp.errors import ReplicaError
+
+
+class History(msgspec.Struct, frozen=True):
+    """Of one replica: whether a trainer has changed its weights since its server loaded them, and the record."""
+
+    trained_here: bool
+    record: Lineage
+
+
+def source_of(histories: Sequence[History], labels: Sequence[str]) -> int | None:
+    """The replica whose weights the others get; None if all have the same. ``labels`` name the replicas.
+
+    A replica is filled if no trainer has changed its weights (its server was started again), or if its record is the last
+    step behind (the trainer was killed between two records). Raises ReplicaError if one was trained apart.
+    """
+    if all(history == histories[0] for history in histories):
+        return None
+    source = max(
+        range(len(histories)), key=lambda r: (histories[r].trained_here, histories[r].record.weight_version, -r)
+    )
+    newest = histories[source].record
+    for history, label in zip(histories, labels, strict=True):
+        if history.trained_here and not _leads_to(history.record, newest):
+            raise ReplicaError(
+                f"replicas: got weight version {history.record.weight_version} on {label}, last trained by job "
+                f"{history.record.last_job_id or '(none)'} step {history.record.last_job_step}, expected that of "
+                f"{labels[source]}: version {newest.weight_version}, job {newest.last_job_id or '(none)'} step "
+                f"{newest.last_job_step}; they were trained apart. Start one of the servers again: it is then filled"
+            )
+    return source
+
+
+def _leads_to(record: Lineage, newest: Lineage) -> bool:
+    """Whether ``newest`` is this record, or can be the one that was written after it."""
+    if record.weight_version == newest.weight_version:
+        return msgspec.structs.replace(record, checkpoint=newest.checkpoint) == newest
+    return record.weight_version + 1 == newest.weight_version and record.checkpoint == newest.checkpoint

@@ -1,0 +1,215 @@
+"""Replicas of a model that are trained together: each parameter has one replica that updates it, its owner.
+
+The gradients of all replicas are summed on the owner alone, which keeps the optimizer's state and writes the weight; the
+others get a copy of the result. The bytes are those of an all-reduce of the gradients, state and remainders are divided by
+the number of replicas, and replicas are equal because one computes and the others copy.
+
+All of it goes between ranks that hold the same shard, one in each replica: the group ``replicas`` of size R.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from apollo_tp.distributed.tp_group import TPGroup
+from apollo_tp.errors import ConfigError, ReplicaError
+from apollo_tp.optim.parameters import OptimParameter
+from apollo_tp.optim.replicas import checksums
+from apollo_tp.optim.sharding import Decision, DecisionInputs
+
+BUCKET_BYTES = 64 * 2**20
+"""Of one owner's gradients or weights in one collective; a larger one has its own."""
+
+
+def assign_owners(parameters: Sequence[OptimParameter], num_replicas: int) -> list[int]:
+    """The replica that owns each parameter: the largest first, to the replica that has least. The same on all ranks.
+
+    Raises ConfigError if a replica would own nothing.
+    """
+    if num_replicas > len(parameters):
+        raise ConfigError(
+            f"replicas: got {num_replicas}, expected at most as many as trained tensors ({len(parameters)}), since each "
+            "tensor is updated by one replica"
+        )
+    owners, held = [0] * len(parameters), [0] * num_replicas
+    # sizes are global: shards of one tensor may differ between the ranks of a replica
+    sizes = [max(1, torch.Size(p.shard.global_shape).numel()) * p.tensor.element_size() for p in parameters]
+    for index in sorted(range(len(parameters)), key=lambda i: (-sizes[i], i)):
+        owners[index] = held.index(min(held))
+        held[owners[index]] += sizes[index]
+    return owners
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """Indices of parameters of one dtype, a list for each owner, and the elements of the longest list on this rank."""
+
+    indices: list[list[int]]
+    num_elements: int
+
+
+class Owners:
+    """The exchange between owners and the other replicas. ``parameters`` are all trained ones, ``owner`` theirs."""
+
+    def __init__(
+        self,
+        parameters: Sequence[OptimParameter],
+        owner: Sequence[int],
+        replicas: TPGroup,
+        bucket_bytes: int = BUCKET_BYTES,
+    ) -> None:
+        """No collective. ``bucket_bytes`` is the same on all ranks."""
+        self.parameters, self.owner, self.replicas = list(parameters), list(owner), replicas
+        self.buckets = list(self._make_buckets(bucket_bytes))
+
+    def _make_buckets(self, bucket_bytes: int) -> Iterator[Bucket]:
+        """Per dtype: the owners' parameters in order, cut where one of them has ``bucket_bytes``."""
+        for dtype in dict.fromkeys(p.tensor.dtype for p in self.parameters):
+            queues: list[list[list[int]]] = []
+            for replica in range(self.replicas.size):
+                of_owner = [
+                    i for i, p in enumerate(self.parameters) if self.owner[i] == replica and p.tensor.dtype is dtype
+                ]
+                queues.append(self._cut(of_owner, bucket_bytes))
+            for row in range(max(len(queue) for queue in queues)):
+                indices = [queue[row] if row < len(queue) else [] for queue in queues]
+                longest = max(sum(self.parameters[i].tensor.numel() for i in part) for part in indices)
+                yield Bucket(indices, longest)
+
+    def _cut(self, indices: Sequence[int], bucket_bytes: int) -> list[list[int]]:
+        parts: list[list[int]] = []
+        room = 0
+        for i in indices:
+            nbytes = self.parameters[i].tensor.nbytes
+            if not parts or nbytes > room:
+                parts.append([])
+                room = bucket_bytes
+            parts[-1].append(i)
+            room -= nbytes
+        return parts
+
+    def sum_gradients(self) -> tuple[dict[int, Tensor], Tensor]:
+        """Sum the local gradients over replicas, each on its owner alone, in their dtype.
+
+        The sums replace the owner's gradients in place. Where its backward pass left none, they are in the dictionary, by
+        index, in the local shape. The second value is 1 (fp32 [1]) if each sum has happened on this rank, by the canary
+        that it carries, else 0: then the gradients may be anything. Collective: one reduce-scatter per bucket.
+        """
+        arrived, without_gradient = [], {}
+        for bucket in self.buckets:
+            total = self.replicas.reduce_scatter(self._flat_gradients(bucket))[0]
+            arrived.append(total[-1:] == self.replicas.size)
+            own, start = bucket.indices[self.replicas.rank], 0
+            for i in own:
+                gradient, shape = self.parameters[i].grad, self.parameters[i].tensor.shape
+                summed = total[start : (start := start + shape.numel())].view(shape)
+                if gradient is None:
+                    without_gradient[i] = summed
+                else:
+                    gradient.copy_(summed)
+        return without_gradient, torch.cat(arrived).all().float()[None]
+
+    def _flat_gradients(self, bucket: Bucket) -> Tensor:
+        """[R, elements + 1] in the gradients' dtype: in row r, those that replica r owns, padded, and a canary of 1."""
+        like = self.parameters[next(i for part in bucket.indices for i in part)].tensor
+        flat = torch.zeros(self.replicas.size, bucket.num_elements + 1, dtype=like.dtype, device=like.device)
+        flat[:, -1] = 1.0
+        for row, part in zip(flat, bucket.indices, strict=True):
+            start = 0
+            for i in part:
+                stop = start + self.parameters[i].tensor.numel()
+                if (gradient := self.parameters[i].grad) is not None:
+                    row[start:stop].view(gradient.shape).copy_(gradient)
+                start = stop
+        return flat
+
+    def publish(self, source: int | None = None) -> None:
+        """Copy each owner's weights into the memory of the other replicas, or those of replica ``source`` alone. Collective:
+        one broadcast per tensor.
+
+        Rows that are contiguous are received where the server holds them.
+        """
+        pending = []
+        for i, parameter in enumerate(self.parameters):
+            data, src = parameter.tensor.data, self.owner[i] if source is None else source
+            buffer = data if data.is_contiguous() else data.contiguous()
+            self.replicas.traffic["broadcast"] += data.nbytes
+            work = dist.broadcast(buffer, group=self.replicas.group, group_src=src, async_op=True)
+            pending.append((work, data, buffer))
+        for work, data, buffer in pending:
+            work.wait()
+            if buffer is not data:
+                data.copy_(buffer)
+
+    def check_equal(self) -> None:
+        """See ``check_equal``, of all parameters."""
+        check_equal({p.name: p.tensor.data for p in self.parameters}, self.replicas)
+
+
+def check_equal(tensors: Mapping[str, Tensor], replicas: TPGroup, labels: Sequence[str] = ()) -> None:
+    """Raise ReplicaError on all ranks of ``replicas`` if the bits of a tensor differ between them. ``labels`` name the
+    replicas in the message. One all-gather."""
+    if replicas.size == 1:
+        return
+    local = torch.stack([checksums([tensor]) for tensor in tensors.values()])
+    rows = replicas.gather_checked(local, "checksums of the replicas' weights")
+    differing = (rows != rows[:1]).any(2)
+    if not differing.any():
+        return
+    names, labels = list(tensors), labels or [f"replica {r}" for r in range(replicas.size)]
+    found = [f"{names[i]} on {labels[r]}" for r, i in differing.nonzero().tolist()]
+    more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+    raise ReplicaError(
+        f"replicas: got other bits than on {labels[0]} in {', '.join(found[:3])}{more}, expected equal weights; serve the "
+        "same model on all replicas, and start the servers that differ again"
+    )
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The decision of one replica: whether all its collectives happened, whether it would write, the squared norm of the
+    gradients that it owns, how many parameters it would write, and the largest relative update."""
+
+    checked: bool
+    good: bool
+    square: float
+    num_written: int
+    largest: float
+
+
+_FLOATS = 6
+"""Of a verdict on its way: the fields above, and a canary of 1."""
+
+
+def agree_over_replicas(decision: Decision, inputs: DecisionInputs, before: Tensor, replicas: TPGroup) -> Decision:
+    """The decision that writes only if those of all replicas would; else limiter norms are as ``before`` (fp64 [all
+    parameters]). Its report is followed by the verdicts of all replicas. Nothing waits for the device.
+
+    Collective over ``replicas``: one all-gather of ``_FLOATS`` numbers.
+    """
+    checked, _, square = decision.report[:3]
+    written, relative = decision.report[3:].view(2, -1)
+    one = torch.ones_like(square)
+    verdict = torch.stack([checked, decision.good.double(), square, written.sum(), relative.max(), one])
+    verdicts = replicas.all_gather(verdict[None])
+    everywhere = ((verdicts[:, 1] == 1) & (verdicts[:, -1] == 1)).all()
+    inputs.limiter_norms.copy_(torch.where(everywhere, inputs.limiter_norms, before))
+    report = torch.cat([decision.report[:3], written * everywhere, relative, verdicts.flatten()])
+    return replace(decision, write=decision.write * everywhere, good=decision.good * everywhere, report=report)
+
+
+def read_verdicts(report: Sequence[float], count: int, num_replicas: int) -> list[Verdict]:
+    """What each replica decided, from the report of a decision on ``count`` parameters."""
+    if num_replicas == 1:
+        largest = max(report[3 + count :], default=0.0)
+        return [Verdict(bool(report[0]), True, report[2], int(sum(report[3 : 3 + count])), largest)]
+    rows = [report[start : start + _FLOATS] for start in range(3 + 2 * count, len(report), _FLOATS)]
+    return [
+        Verdict(checked == 1 and canary == 1, good == 1, square, int(written) if good == 1 else 0, largest)
+        for checked, good, square, written, largest, canary in rows
+    ]

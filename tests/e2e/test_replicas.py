@@ -1,0 +1,161 @@
+"""Two real vLLM servers of one model, trained together by two ranks; one of them is killed, returns, and is filled."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+import torch
+
+from tests.support.demo_model import make_model, standard_library_text
+from tests.support.faults import served_weights
+from tests.support.processes import ManagedProcess, coordinator_url, free_port, start_server, start_trainer
+from tests.support.servers import START_SECONDS, Server, Trainer
+
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]
+
+PROMPT = [5, 6, 7, 8, 9]
+NOTICE_SECONDS = 10.0
+
+
+class Stack:
+    """Processes that end with the test."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.runtime_dir, self.model = folder, folder / "rt", folder / "model"
+        self.runtime_dir.mkdir(mode=0o700)
+        self.processes: list[ManagedProcess] = []
+        make_model(self.model, standard_library_text(200, 30), num_layers=1)
+
+    def serve(self, name: str, core: int) -> Server:
+        """A server at TP = 1, which need not be up yet."""
+        port = free_port()
+        environment = {"VLLM_CPU_OMP_THREADS_BIND": str(core % (os.cpu_count() or 1))}
+        log = self.folder / f"{name}-{port}.log"
+        process = start_server(
+            self.model, port, self.runtime_dir, log, tensor_parallel=1, instance=name, environment=environment
+        )
+        self.processes.append(process)
+        return Server(f"http://127.0.0.1:{port}", self.model, self.runtime_dir, name, process)
+
+    def train(self, name: str) -> Trainer:
+        """Two ranks beside both servers, once their coordinator takes jobs."""
+        overrides = ["server.replicas=2", "optim.lr=1e-3", "train.max_sequence_tokens=256"]
+        folder = self.folder / "trainer"
+        folder.mkdir(exist_ok=True)
+        overrides += ["optim.check_replicas_every=1", "checkpoint.after_idle_seconds=null"]
+        process = start_trainer(self.runtime_dir, folder, folder / f"{name}.log", overrides=overrides)
+        self.processes.append(process)
+        return Trainer(coordinator_url(self.runtime_dir, process, instance="first", seconds=300), folder, process)
+
+    def wait(self, server: Server) -> None:
+        server.process.wait_for(f"{server.url}/health", START_SECONDS)
+
+
+@pytest.fixture
+def stack(tmp_path: Path) -> Iterator[Stack]:
+    started = Stack(tmp_path)
+    yield started
+    for process in reversed(started.processes):
+        process.stop()
+
+
+def _body(seed: int) -> dict:
+    samples = [{"context_ids": [5, seed], "continuation_ids": [6 + i, 7, 8, 9]} for i in range(4)]
+    return {"samples": samples, "epochs": 4, "wait": True}
+
+
+def _equal(first: Server, second: Server) -> bool:
+    (left,), (right,) = served_weights(first), served_weights(second)
+    return left.keys() == right.keys() and all(torch.equal(tensor, right[name]) for name, tensor in left.items())
+
+
+def _until(holds: Callable[[], bool], seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < deadline, f"not within {seconds:.0f} s"
+        time.sleep(0.05)
+
+
+class Client(threading.Thread):
+    """Asks a server all the time. ``answers`` counts; ``error`` is the first failure."""
+
+    def __init__(self, server: Server) -> None:
+        super().__init__(daemon=True)
+        self.server, self.answers, self.error, self._over = server, 0, "", threading.Event()
+        self.start()
+
+    def run(self) -> None:
+        while not self._over.is_set():
+            try:
+                self.server.logprobs(PROMPT)
+                self.answers += 1
+            except (httpx.HTTPError, KeyError) as error:
+                self.error = self.error or repr(error)
+                return
+
+    def end(self) -> None:
+        self._over.set()
+        self.join(130)
+
+
+def test_two_servers_stay_identical(stack: Stack) -> None:
+    """While clients ask both. One is killed: the trainer ends soon and says which, the other goes on serving. It returns
+    with the weights on disk, is filled from the other, and both learn on."""
+    first, second = stack.serve("first", 0), stack.serve("second", 1)
+    stack.wait(first)
+    stack.wait(second)
+    before = first.logprobs(PROMPT)
+    trainer = stack.train("one")
+    clients = [Client(first), Client(second)]
+    job = trainer.post("/train", _body(6))
+    for client in clients:
+        client.end()
+    assert [client.error for client in clients] == ["", ""]
+    assert min(client.answers for client in clients) > 0
+    assert job["state"] == "succeeded", job
+    events = trainer.get(f"/train/jobs/{job['id']}/events")["data"]
+    losses = [event["data"]["train_loss"] for event in events if event["type"] == "metrics"]
+    assert losses[-1] < losses[0]
+    assert _equal(first, second)
+    assert first.logprobs(PROMPT) == second.logprobs(PROMPT) != before
+    status = trainer.get("/train/status")["trainer"]
+    assert [replica["instance_id"] for replica in status["replicas"]] == ["first", "second"]
+    assert status["num_ranks"] == 2
+    forwarded = httpx.get(f"{second.url}/train/status", timeout=60).raise_for_status()
+    assert forwarded.json()["trainer"]["replicas"] == status["replicas"]
+    assert forwarded.headers["x-apollo-weight-version"] == str(status["weight_version"])
+    shown = subprocess.run(
+        [sys.executable, "-m", "apollo_tp.cli.main", "status", "--url", trainer.url],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    assert "2 replicas (first on" in shown
+
+    client = Client(first)
+    worker = second.manifests[0].process
+    os.kill(worker.pid, signal.SIGKILL)
+    _until(lambda: not worker.alive(), 60)  # the kernel frees its memory, for which it needs a turn on a busy core
+    _until(lambda: trainer.process.process.poll() is not None, NOTICE_SECONDS)
+    assert "server second: got the end of" in trainer.process.log.read_text()
+    second.process.stop()
+    second = stack.serve("second", 1)
+    stack.wait(second)
+    client.end()
+    assert (client.error, client.answers > 0) == ("", True)
+    assert not _equal(first, second)
+    trainer = stack.train("two")
+    assert _equal(first, second)
+    version = trainer.get("/train/status")["trainer"]["weight_version"]
+    assert version == status["weight_version"]
+    assert trainer.post("/train", _body(7))["state"] == "succeeded"
+    assert _equal(first, second)
