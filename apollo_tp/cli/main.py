@@ -10,7 +10,7 @@ import typer
 from typer.core import TyperGroup
 
 from apollo_tp.cli import job_commands, trainer_commands
-from apollo_tp.cli.session import command
+from apollo_tp.cli.session import USAGE, command, say
 
 HELP = """The coordinator from a shell.
 
@@ -50,6 +50,8 @@ def main(argv: list[str] | None = None) -> int:
         typer.main.get_command(app).main(args=argv, prog_name="apollo-tp")
     except SystemExit as ended:
         return int(ended.code or 0)
+    except OSError as error:  # a help text that cannot be written, for example
+        return say(error, USAGE)
     return 0
 
 

@@ -89,5 +89,12 @@ def _errors_as_sentences() -> Iterator[None]:
 
 
 def _fail(error: Exception, status: int) -> NoReturn:
-    print(f"apollo-tp: {error}", file=sys.stderr)
-    raise typer.Exit(status) from error
+    raise typer.Exit(say(error, status)) from error
+
+
+def say(error: Exception, status: int) -> int:
+    """Print the error on standard error, unless the shell closed that (print would take standard output then). Returns
+    ``status``."""
+    if sys.stderr is not None:
+        print(f"apollo-tp: {error}", file=sys.stderr)
+    return status

@@ -22,12 +22,14 @@ from apollo_tp.runtime.instance_folder import TOKEN_VARIABLE
 
 READ, TRAIN = "read", "train"
 FORWARDED = (
-    "forwarded", "via", "x-real-ip", "x-client-ip", "x-cluster-client-ip", "x-original-forwarded-for", "x-original-host",
-    "x-envoy-external-address", "x-proxyuser-ip", "true-client-ip", "client-ip", "cf-connecting-ip", "cf-connecting-ipv6",
-    "cf-ray", "cdn-loop", "fastly-client-ip", "fly-client-ip", "do-connecting-ip", "x-appengine-user-ip",
-    "x-azure-clientip", "wl-proxy-client-ip",
+    "forwarded", "via", "x-real-ip", "x-client-ip", "x-cluster-client-ip", "x-original-host", "x-proxyuser-ip",
+    "true-client-ip", "client-ip", "cdn-loop", "do-connecting-ip", "wl-proxy-client-ip", "x-cloud-trace-context",
 )  # fmt: skip
-"""What proxies add to the requests that they pass on, besides ``x-forwarded-...``."""
+FORWARDED_PREFIXES = (
+    "x-forwarded", "x-original-forwarded", "x-envoy-", "cf-", "fastly-", "fly-", "x-appengine-", "x-azure-", "x-amz-cf-",
+    "x-amzn-", "x-arr-", "x-vercel-", "x-nf-",
+)  # fmt: skip
+"""What proxies and the networks of cloud providers add to the requests that they pass on."""
 BROWSER_PAGES = ("/", "/docs")
 """Pages without data of their own; the data that they show is asked for by requests of their own."""
 
@@ -96,7 +98,8 @@ def _check_local(client: str, headers: Mapping[str, str]) -> None:
     Starlette's TrustedHostMiddleware cannot do this: it knows lists of names, where any address is fine here (vLLM's port
     listens on all of this machine's, IPv6 included), and it would guard a trainer with tokens too, which any name may call.
     """
-    if forwarded := next((name for name in headers if name in FORWARDED or name.startswith("x-forwarded")), None):
+    added = (name for name in headers if name in FORWARDED or name.startswith(FORWARDED_PREFIXES))
+    if forwarded := next(added, None):
         raise _not_local("Authorization", f"a request that a proxy forwarded ({forwarded})", "one from this machine")
     if not is_loopback(client):
         raise _not_local("Authorization", f"a request from {client}", "one from 127.0.0.1 or another loopback address")

@@ -16,6 +16,7 @@ from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 
+from apollo_tp.coordinator.http.openai_bodies import Hyperparameters
 from apollo_tp.coordinator.jobs.storage_error import named
 from apollo_tp.coordinator.samples.field_names import meant_by
 from apollo_tp.coordinator.samples.schema import Body, decode
@@ -24,9 +25,12 @@ from apollo_tp.runtime.owned_folder import fsync
 
 T = TypeVar("T")
 NESTED = "hyperparameters."
+HYPERPARAMETERS = Hyperparameters.__struct_fields__
 MEMORY_BYTES = 2**20
 """Larger bodies wait on disk for their turn."""
 MAX_WAITING = 16
+DECODED_AT_ONCE = 16 * 1024
+"""Longer bodies take more than a few milliseconds to look through."""
 
 
 class LargeBodies:
@@ -80,8 +84,17 @@ async def _spool(parts: list[bytes], stream: AsyncIterator[bytes], file: IO[byte
     file.flush()
 
 
-def decode_body(data: Body, type: type[T]) -> T:
-    """The body as ``type``. Raises RequestError; for an unknown field, with the name that was probably meant."""
+async def decode_body(data: bytes, type: type[T]) -> T:
+    """The body as ``type``; a long one on a worker thread, so that others are answered meanwhile.
+
+    Raises RequestError; for an unknown field, with the name that was probably meant.
+    """
+    if len(data) <= DECODED_AT_ONCE:
+        return _decode_body(data, type)
+    return await asyncio.to_thread(_decode_body, data, type)
+
+
+def _decode_body(data: bytes, type: type[T]) -> T:
     try:
         return decode(data, type)
     except RequestError as error:
@@ -89,22 +102,24 @@ def decode_body(data: Body, type: type[T]) -> T:
 
 
 def advised(error: RequestError, type: type) -> RequestError:
-    """``error``; if it is about an unknown field for which ``type`` has another name, one that says so."""
+    """``error``; if it is about an unknown field for which ``type`` has another name or place, one that says so."""
     field = error.field or ""
     name = field.rpartition(".")[2]
-    known = set(getattr(type, "__struct_fields__", ()))
-    if NESTED in f"{field}.":
-        known = {"n_epochs", "batch_size", "learning_rate_multiplier", "beta"}
-    if error.got != f"unknown field {name!r}" or not (meant := meant_by(name, known)):
+    if error.got != f"unknown field {name!r}":
         return error
-    return refuse(field, f"unknown field {name!r}", meant, code=error.code)
+    known = getattr(type, "__struct_fields__", ())
+    meant = meant_by(name, HYPERPARAMETERS if NESTED in f"{field}." else known)
+    if not meant and field == name and "method" in known:
+        ours = name if name in HYPERPARAMETERS else meant_by(name, HYPERPARAMETERS)
+        meant = ours and f"method.supervised.{NESTED}{ours}"
+    return refuse(field, f"unknown field {name!r}", meant, code=error.code) if meant else error
 
 
 @contextlib.asynccontextmanager
 async def form_of(request: Request, fields: tuple[str, ...]) -> AsyncIterator[dict[str, UploadFile | str]]:
     """The fields of a multipart form with at most one file. Raises RequestError for a malformed form, for a field that is
     not among ``fields``, and for one that comes twice."""
-    if not request.headers.get("content-type", "").startswith("multipart/form-data"):
+    if not request.headers.get("content-type", "").lower().startswith("multipart/form-data"):
         raise refuse("Content-Type", "another type of body", "multipart/form-data")
     async with contextlib.AsyncExitStack() as stack:
         try:

@@ -34,6 +34,9 @@ STATUS: dict[type[Exception], tuple[int | None, str | None]] = {
     ),  # nobody reads the answer; without this line each one is a traceback
 }
 """Exception class -> (status, code); None: the error carries its own. The first class that fits counts."""
+NO_ROUTE = (
+    "got no route of the trainer, expected one of GET /openapi.json; completions are the model server's, on its port"
+)
 
 
 class ErrorDetails(BaseModel):
@@ -84,4 +87,6 @@ def error_response(error: Exception) -> Response:
 
 async def handle_error(request: Any, error: Exception) -> Response:
     """FastAPI's exception handler for the classes of the table."""
+    if isinstance(error, HTTPException) and error.status_code in (404, 405):
+        error.detail = f"{request.method} {request.url.path[:200]}: {NO_ROUTE}"
     return error_response(error)

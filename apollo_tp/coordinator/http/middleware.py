@@ -66,9 +66,10 @@ class ServiceMiddleware:
             address = scope["client"][0] if scope.get("client") else None
             self._access.check(scope["method"], scope["path"], headers, address)
             client = self._access.client_of(headers, address)
-            if scope["method"] == "HEAD":  # FastAPI's GET routes do not take it; the server leaves the body out
+            state = {**scope.get("state", {}), "client": client, "head": scope["method"] == "HEAD"}
+            if state["head"]:  # FastAPI's GET routes do not take it; the server leaves the body out
                 scope = {**scope, "method": "GET"}
-            scope = {**scope, "state": {**scope.get("state", {}), "client": client}}
+            scope = {**scope, "state": state}
             with self._counted(client):
                 await self._app(scope, self._limited(scope["path"], headers, receive), watched_send)
         except Exception as error:
@@ -113,6 +114,9 @@ class ServiceMiddleware:
         return min(self._limits.max_body_bytes, SMALL_BODY_BYTES)
 
     def _limited(self, path: str, headers: Headers, receive: Receive) -> Receive:
+        if (encoding := headers.get("content-encoding", "identity")) != "identity":
+            raise refuse("Content-Encoding", repr(encoding[:40]), "a body that is not compressed", status=415,
+                         code="unsupported_encoding")  # fmt: skip
         limit = self._limit(path)
         declared = headers.get("content-length", "0")
         if declared.isdigit() and int(declared) > limit:

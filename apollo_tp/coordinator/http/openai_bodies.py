@@ -105,12 +105,16 @@ def spec_of(body: FineTuningBody) -> JobSpec:
         chosen = repeated if value is None else value
         return automatic if chosen is None else chosen
 
+    beta = resolve("beta", 0.0)
+    if beta and method == "supervised":
+        raise refuse("hyperparameters.beta", f"{beta:g} for method 'supervised'", "it only for method 'dpo'")
+
     return JobSpec(
         method=method,
         epochs=resolve("n_epochs", DEFAULT_EPOCHS),
         batch_size=resolve("batch_size", DEFAULT_BATCH_SIZE),
         learning_rate_scale=float(resolve("learning_rate_multiplier", 1.0)),
-        beta=float(resolve("beta", DEFAULT_BETA)),
+        beta=float(beta or DEFAULT_BETA),
         seed=body.seed if body.seed is not None else secrets.randbelow(2**31),
         save_at_end=True,
         metadata=body.metadata or {},

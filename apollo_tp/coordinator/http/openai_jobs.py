@@ -48,7 +48,7 @@ async def create(
     key = idempotency(request, JOBS, data)
     if key and (known := service.store.repeated(*key)):
         return JSONResponse(job_view(service.find_job(known), service.scheduler))
-    body = decode_body(data, FineTuningBody)
+    body = await decode_body(data, FineTuningBody)
     hello = service.scheduler.link.hello
     names = [*hello.served_model_names, hello.model_path] if hello else [body.model]
     if body.model not in names:

@@ -113,7 +113,7 @@ router = APIRouter(prefix="/v1/uploads", route_class=StrictRoute)
 @router.post("", openapi_extra=json_body(UploadBody))
 async def create(request: Request, service: ServiceParts, uploads: UploadsParts) -> Response:
     """Begin an upload in parts."""
-    asked = decode_body(await request.body(), UploadBody)
+    asked = await decode_body(await request.body(), UploadBody)
     check_purpose(asked.purpose)
     check_count(service)
     if asked.bytes > (limit := service.settings.service.max_file_bytes):
@@ -147,7 +147,7 @@ async def add_part(upload_id: str, request: Request, service: ServiceParts, uplo
 @router.post("/{upload_id}/complete", openapi_extra=json_body(CompleteBody))
 async def complete(upload_id: str, request: Request, service: ServiceParts, uploads: UploadsParts) -> Response:
     """Make a file of the parts, in the order of `part_ids`."""
-    body = decode_body(await request.body(), CompleteBody)
+    body = await decode_body(await request.body(), CompleteBody)
     upload = uploads.pending(upload_id)
     if unknown := next((part for part in body.part_ids if part not in upload.parts), None):
         raise refuse("part_ids", repr(unknown[:64]), "ids of this upload's parts")

@@ -24,6 +24,7 @@ from starlette.requests import Request
 
 from apollo_tp.errors import RequestError, refuse
 
+MAX_PARAMETERS = 64
 SCHEMA_REF = "#/components/schemas/{name}"
 
 
@@ -151,11 +152,26 @@ async def _no_query(query: Annotated[NoQuery, Query()]) -> None:
 _NO_QUERY = Depends(_no_query)
 
 
+async def _given_once(request: Request) -> None:
+    """Refuse a query parameter that is given twice: FastAPI takes the last one."""
+    names = [name for name, _ in request.query_params.multi_items()]
+    if twice := next((name for index, name in enumerate(names[:MAX_PARAMETERS]) if name in names[:index]), None):
+        raise refuse(twice[:80], "this query parameter twice", "it once")
+    if len(names) > MAX_PARAMETERS:
+        raise refuse("query", f"{len(names)} parameters", f"at most {MAX_PARAMETERS}")
+
+
+_GIVEN_ONCE = Depends(_given_once)
+
+
 class StrictRoute(APIRoute):
-    """A route that refuses query parameters also if its endpoint has no ``query`` argument (a model from this module)."""
+    """A route that refuses query parameters also if its endpoint has no ``query`` argument (a model from this module), and
+    parameters that come twice."""
 
     def __init__(self, path: str, endpoint: Callable[..., Any], **options: Any) -> None:
         dependencies = list(options.pop("dependencies", None) or [])
+        if _GIVEN_ONCE not in dependencies:
+            dependencies.insert(0, _GIVEN_ONCE)
         if "query" not in inspect.signature(endpoint).parameters and _NO_QUERY not in dependencies:
             dependencies.append(_NO_QUERY)
         super().__init__(path, endpoint, dependencies=dependencies, **options)
@@ -169,9 +185,12 @@ def json_body(type: type[msgspec.Struct], *, required: bool = True) -> dict[str,
 
 def idempotency(request: Request, route: str, data: bytes | mmap.mmap) -> tuple[str, str, str] | None:
     """Route, Idempotency-Key and digest of a request that carries such a key."""
-    key = request.headers.get("idempotency-key")
-    if key is None:
+    keys = request.headers.getlist("idempotency-key")
+    if not keys:
         return None
+    if len(keys) > 1:
+        raise refuse("Idempotency-Key", f"{len(keys)} keys", "one")
+    key = keys[0]
     if not 1 <= len(key) <= 255:
         raise refuse("Idempotency-Key", f"{len(key)} characters", "1 to 255")
     return route, key, hashlib.sha256(data).hexdigest()

@@ -77,8 +77,9 @@ class Service:
     ) -> dict[str, Any]:
         """A page of jobs, newest first. ``filters`` are those of Store.page_of_jobs."""
         after = page.after or None
-        if after and self.store.job(after) is None:
-            raise unknown_cursor(after, "a job")
+        last = self.store.job(after) if after else None
+        if after and (last is None or last.source != filters.get("source", last.source)):
+            raise unknown_cursor(after, "a job of this list")
         jobs, more = await self.store.in_thread(lambda db: db.page_of_jobs(after=after, limit=page.limit, **filters))
         return listing([view(self.find_job(job.id), self.scheduler) for job in jobs], more)
 
@@ -129,8 +130,9 @@ class Service:
         """A page of checkpoints, newest first, and whether there are more. ``filters`` are those of
         Store.page_of_checkpoints."""
         after = page.after or None
-        if after and self.store.checkpoint(after) is None:
-            raise unknown_cursor(after, "a checkpoint")
+        last = self.store.checkpoint(after) if after else None
+        if after and (last is None or any(getattr(last, name) != value for name, value in filters.items())):
+            raise unknown_cursor(after, "a checkpoint of this list")
         return self.store.page_of_checkpoints(after=after, limit=page.limit, **filters)
 
     async def wait(self, done: Callable[[], bool], seconds: float) -> bool:

@@ -191,6 +191,8 @@ async def events(
     if last := request.headers.get("last-event-id"):
         query = EventsQuery.model_validate(query.model_dump() | {"after": last})
     if query.stream or "text/event-stream" in request.headers.get("accept", ""):
+        if request.state.head:  # it would last as long as the job
+            return Response(media_type="text/event-stream")
         return EventStream(service, request.state.client, job.id, query.after)
     body = await service.store.in_thread(
         functools.partial(events_page, job_id=job.id, after=query.after, limit=query.limit)
@@ -221,7 +223,7 @@ class EventStream(StreamingResponse):
 async def checkpoint(request: Request, query: Annotated[WaitQuery, Query()], service: ServiceParts) -> Response:
     """Write the live weights and the optimizer state: 202 with an id, or 200 once it is written (`wait`)."""
     data = await request.body()
-    body = decode_body(data or b"{}", CheckpointBody)
+    body = await decode_body(data or b"{}", CheckpointBody)
     key = idempotency(request, "/checkpoint", data)
     known = service.store.repeated(*key) if key else None
     checkpoint_id = known or (await uninterrupted(service.scheduler.saver.request("request", idempotency=key))).id

@@ -15,13 +15,15 @@ from typing import TypeVar
 from apollo_tp.coordinator.samples.forms import read_sample
 from apollo_tp.coordinator.samples.lines import MAX_SAMPLE_BYTES
 from apollo_tp.coordinator.samples.schema import Body, SampleBody, ScoreOptions, TrainBody
+from apollo_tp.coordinator.samples.unique_keys import next_structure
 from apollo_tp.errors import RequestError, refuse
 
 B = TypeVar("B", TrainBody, ScoreOptions)
 
 MAX_VALUES = 10_000_000
 """Strings, arrays and objects in a body."""
-_STRUCTURE = re.compile(rb'["\[\]{}]')
+MAX_GAP = 64 * 1024
+"""White space between two values. A search holds the GIL to its end."""
 _COMMA = re.compile(rb"\s*+,\s*+")
 _SPACE = re.compile(rb"\s*+")
 _KEY_END = re.compile(rb"\s*+:\s*+")
@@ -51,7 +53,7 @@ def read_body(data: Body, kind: type[B], max_samples: int) -> tuple[B, Samples |
     if rest > MAX_SAMPLE_BYTES:
         raise _too_large("body")
     if found is None:
-        body = read_sample(data, kind)
+        body = read_sample(data[:], kind)
         if body.samples is not None:
             raise refuse("samples", 'an array that cannot be found as the text "samples"', "this name without escapes")
         return body, None
@@ -67,7 +69,8 @@ def _find_samples(data: Body, max_samples: int) -> tuple[int, int, array[int]] |
     key_end, end = -1, -1
     for token, at, after in _structure(data):
         if token == ord('"'):
-            if depth == 1 and data[at:after] == b'"samples"' and (colon := _KEY_END.match(data, after)):
+            is_samples = depth == 1 and data[at:after] == b'"samples"'
+            if is_samples and (colon := _KEY_END.match(data, after, after + MAX_GAP)):
                 key_end = colon.end()
         elif token in b"[{":
             depth += 1
@@ -92,8 +95,8 @@ def _find_samples(data: Body, max_samples: int) -> tuple[int, int, array[int]] |
 def _structure(data: Body) -> Iterator[tuple[int, int, int]]:
     """Each bracket and string: its first byte, where it begins, and where it ends. A string without end is the last."""
     after, count = 0, 0
-    while match := _STRUCTURE.search(data, after):
-        at, after = match.span()
+    while (at := next_structure(data, after)) >= 0:
+        after = at + 1
         if data[at] == ord('"'):
             # not by a regular expression, which would hold the GIL for the whole string
             after = data.find(b'"', after) + 1
@@ -120,8 +123,8 @@ def _check_gap(data: Body, bounds: array[int], begin: int, here: int) -> None:
     last = bounds[-1] if bounds else begin + 1
     closing = data[here] in b"]}"
     pattern = _SPACE if closing or not bounds else _COMMA
-    if not pattern.fullmatch(data, last, here):
-        got = repr(data[last:here][:80])[1:]
+    if here - last > MAX_GAP or not pattern.fullmatch(data, last, here):
+        got = repr(data[last : min(here, last + 80)])[1:]
         raise refuse(f"samples[{len(bounds) // 2}]", got, "objects with commas between them", code="malformed_json")
 
 

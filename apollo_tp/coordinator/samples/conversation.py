@@ -50,6 +50,8 @@ class Turns:
     appended: str = ""
     """What the template adds after the last message and before the next one, if it ignores add_generation_prompt. The last
     span ends within it, at the end-of-turn token."""
+    said: Sequence[statements.Said] = ()
+    """What each of the spans says."""
 
 
 class Conversation:
@@ -92,7 +94,8 @@ class Conversation:
             return self._generated(self._prompt_of_last)
         spans = self._located(learned, wanted)
         self._check_shown(dict(zip(assistants, self._sent, strict=True)), dict(zip(learned, spans, strict=True)))
-        return Turns(self.text, spans, self._appended(last) if last in learned and not self.marked else "")
+        said = [statements.said(self._messages[index]) for index in learned]
+        return Turns(self.text, spans, self._appended(last) if last in learned and not self.marked else "", said)
 
     def _render(self, messages: list[dict[str, Any]], *, prompt: bool = False) -> str:
         return self._template.render(messages, self._variables, prompt=prompt)
@@ -170,7 +173,7 @@ class Conversation:
     def _shows_generated(self) -> bool:
         """Whether the text continues the last message's generation prompt, with the reasoning in its content."""
         prompt, content = self._prompt_of_last, self._messages[-1]["content"]
-        reasoning = statements.divided(content)[0] if isinstance(content, str) else ""
+        reasoning = statements.reasoning_in(content) if isinstance(content, str) else ""
         return self.text.startswith(prompt) and reasoning.strip() in self.text[len(prompt) :]
 
     def _generated(self, prompt: str) -> Turns:
@@ -184,7 +187,11 @@ class Conversation:
         content = last["content"] if isinstance(last["content"], str) else ""
         shown = self.text[len(before) : len(self.text) - len(end)]
         whole = mark and MARK not in end and prompt.startswith(before) and self.text == before + shown + end
-        if not whole or last.get("tool_calls") or last.get("reasoning") or not content.strip().endswith(shown.strip()):
+        if last.get("reasoning"):
+            raise unsupported(
+                "the last message's reasoning is not shown; send it in the content, as the model generates it"
+            )
+        if not whole or last.get("tool_calls") or not content.strip().endswith(shown.strip()):
             raise unsupported("the last message's generation prompt is not how the conversation with it begins")
         begun = prompt[len(before) :]
         if not content.startswith(begun):
@@ -193,7 +200,7 @@ class Conversation:
                 f"send the content as the model generates it, beginning with {begun!r}"
             )
         text = prompt + content[len(begun) :] + end
-        return Turns(text, [(len(prompt), len(text))])
+        return Turns(text, [(len(prompt), len(text))], said=[statements.said(last)])
 
 
 def common_end(text: str, other: str) -> str:

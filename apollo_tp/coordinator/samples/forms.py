@@ -6,6 +6,7 @@ message. ShareGPT's ``conversations``, Alpaca's ``instruction`` and TRL's conver
 
 from __future__ import annotations
 
+import codecs
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -13,7 +14,14 @@ import msgspec
 
 from apollo_tp.coordinator.samples.field_names import meant_by
 from apollo_tp.coordinator.samples.lines import EXPECTED, malformed
-from apollo_tp.coordinator.samples.schema import Body, Message, Preference, PreferenceLine, SampleBody, schema_error
+from apollo_tp.coordinator.samples.schema import (
+    Message,
+    Preference,
+    PreferenceLine,
+    SampleBody,
+    is_absent,
+    schema_error,
+)
 from apollo_tp.coordinator.samples.unique_keys import check_unique_keys
 from apollo_tp.errors import RequestError, refuse
 
@@ -49,15 +57,16 @@ INSTEAD = {
 """Fields of other formats, and what to send."""
 
 
-def read_sample(data: Body, kind: type[T], where: str = "") -> T:
+def read_sample(data: bytes, kind: type[T], where: str = "") -> T:
     """A line of a file, or an element of a request's ``samples``. ``where`` prefixes the field in errors. Raises
     RequestError."""
+    data = data.removeprefix(codecs.BOM_UTF8)
     check_unique_keys(data, where)
     try:
         return msgspec.json.decode(data, type=kind)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         if not isinstance(error, msgspec.ValidationError):
-            raise schema_error(error, data, where) from error
+            raise schema_error(error, data, kind, where) from error
         return _read_other(data, kind, where, error)
 
 
@@ -71,13 +80,13 @@ def read_line(line: bytes, kind: type[T]) -> T:
         raise
 
 
-def _read_other(data: Body, kind: type[T], where: str, first: Exception) -> T:
+def _read_other(data: bytes, kind: type[T], where: str, first: Exception) -> T:
     try:
         value = msgspec.json.decode(data)
     except (msgspec.MsgspecError, RecursionError):  # a number that is too large, or too many brackets
-        raise schema_error(first, data, where) from first
+        raise schema_error(first, data, kind, where) from first
     if not isinstance(value, dict):
-        raise schema_error(first, data, where) from first
+        raise schema_error(first, data, kind, where) from first
     value = _without_absent(value, kind)
     try:
         if issubclass(kind, SampleBody):
@@ -85,7 +94,7 @@ def _read_other(data: Body, kind: type[T], where: str, first: Exception) -> T:
         return msgspec.convert(value, kind)
     except msgspec.ValidationError as error:
         # if nothing was absent or converted, the first error is this one
-        raise _unknown_form(schema_error(error, data, where), value, kind, where) from error
+        raise _unknown_form(schema_error(error, data, kind, where), value, kind, where) from error
     except RequestError as error:
         error.field = f"{where}{error.field}"
         raise
@@ -96,9 +105,7 @@ def _without_absent(value: Json, kind: type[msgspec.Struct]) -> Json:
     arguments, contents) stays as it is."""
     known = set(kind.__struct_fields__)
     present = {
-        name: field
-        for name, field in value.items()
-        if field is not None and (name in known or field not in ("", [], {}))
+        name: field for name, field in value.items() if field is not None and (name in known or not is_absent(field))
     }
     if present.get("messages") == [] and any(present.get(name) for name in OTHER_FORMS):
         del present["messages"]
@@ -113,12 +120,14 @@ def _without_absent(value: Json, kind: type[msgspec.Struct]) -> Json:
 def _unknown_form(error: RequestError, value: Json, kind: type[msgspec.Struct], where: str) -> RequestError:
     """The error with the accepted forms in it, if a field of ``value`` is unknown or missing."""
     name = (error.field or "").removeprefix(where)
-    if kind is PreferenceLine and name in PreferenceLine.__struct_fields__ and name not in value:
+    known = kind.__struct_fields__
+    if kind is PreferenceLine and (name in known) != (name in value):
+        got = "nothing" if name in known else "an unknown field"
         return refuse(
-            f"{where}{name}", "nothing", "input.messages, preferred_output and non_preferred_output (method 'dpo')"
+            f"{where}{name}"[:80], got, "input.messages, preferred_output and non_preferred_output (method 'dpo')"
         )
-    if issubclass(kind, SampleBody) and name in value and name not in kind.__struct_fields__:
-        expected = INSTEAD.get(name) or meant_by(name, kind.__struct_fields__) or ACCEPTED
+    if issubclass(kind, SampleBody) and name in value and name not in known:
+        expected = INSTEAD.get(name) or meant_by(name, known) or ACCEPTED
         return refuse(f"{where}{name}"[:80], "an unknown field", expected, code=error.code)
     return error
 
@@ -140,6 +149,8 @@ def _from_sharegpt(value: Json) -> Json:
     if not isinstance(turns, list) or not turns:
         raise refuse(name, repr(turns)[:80], "a list of {'from', 'value'}, ShareGPT's form")
     system = value.get("system")
+    if system and isinstance(turns[0], dict) and "system" in (turns[0].get("from"), turns[0].get("role")):
+        raise refuse("system", f"it beside a system message in {name}", "one of them")
     messages: list[Json] = [] if not system else [{"role": "system", "content": system}]
     for index, turn in enumerate(turns):
         at = f"{name}[{index}]"
@@ -175,6 +186,8 @@ def _from_alpaca(value: Json) -> Json:
 def _from_trl(value: Json) -> Json:
     """Of TRL's conversational form the completion alone is learned."""
     prompt, completion = value["prompt"], value.get("completion")
+    if isinstance(prompt, list) and "chosen" in value:
+        raise refuse("chosen", "a pair of answers", INSTEAD["chosen"])
     if not isinstance(prompt, list) or not isinstance(completion, list):
         return value
     context = [m | {"weight": 0} if isinstance(m, dict) and m.get("role") == "assistant" else m for m in prompt]

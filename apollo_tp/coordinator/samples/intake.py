@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import msgspec
 
 from apollo_tp.coordinator.samples.conversation import UNSUPPORTED_TEMPLATE, Chat
+from apollo_tp.coordinator.samples.messages import meant_role, unknown_role
 from apollo_tp.coordinator.samples.render import Renderer, too_long
 from apollo_tp.coordinator.samples.sample_file import Pair
 from apollo_tp.coordinator.samples.schema import Message, PreferenceLine, SampleBody, TrainBody, Truncate
@@ -172,6 +173,9 @@ class Intake:
         if only_last:
             weights = [0.0] * (len(weights) - 1) + weights[-1:]
         if not any(weights):
+            for index, message in enumerate(chat.messages):
+                if message.role != "assistant" and meant_role(message.role) == "assistant":
+                    raise unknown_role(message.role, f"messages[{index}].role")
             raise refuse("messages", "no assistant message with a weight above 0", "at least one to learn from")
         try:
             return renderer.chat(chat, weights, self._max_text_tokens)
@@ -206,7 +210,7 @@ class Intake:
             chat = Chat([*line.input.messages, *output], line.input.tools, line.input.chat_template_kwargs)
             ids, weights = self._chat(chat, only_last=True)
             sides.append(self.checked(ids, weights, name))
-        if sides[0] == sides[1]:
+        if sides[0].token_ids == sides[1].token_ids:  # with other weights, too, nothing is preferred
             raise refuse("non_preferred_output", "the same tokens as for preferred_output", "another answer")
         return Pair(*sides)
 

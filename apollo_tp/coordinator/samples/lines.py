@@ -16,9 +16,12 @@ _BEGINNINGS = {
     b"\x1f\x8b": "a gzip archive", b"PK\x03\x04": "a zip archive", b"\x28\xb5\x2f\xfd": "a zstd archive",
     b"BZh": "a bzip2 archive", b"\xfd7zXZ": "an xz archive", b"PAR1": "a Parquet file", b"ARROW1": "an Arrow file",
     b"SQLite format 3": "an SQLite database", b"%PDF": "a PDF file", b"\xff\xfe\0\0": "UTF-32 text",
-    b"\0\0\xfe\xff": "UTF-32 text", b"\xff\xfe": "UTF-16 text", b"\xfe\xff": "UTF-16 text", b"{\0": "UTF-16 text",
-    b"\0{": "UTF-16 text",
+    b"\0\0\xfe\xff": "UTF-32 text", b"\xff\xfe": "UTF-16 text", b"\xfe\xff": "UTF-16 text", b"PK\x05\x06": "a zip archive",
+    b"7z\xbc\xaf": "a 7z archive", b"\x04\x22\x4d\x18": "an lz4 archive", b"\x89HDF": "an HDF5 file",
+    b"\x93NUMPY": "a NumPy file", b"FEA1": "an Arrow file", b"\xd0\xcf\x11\xe0": "an Excel file", b"Obj\x01": "an Avro file",
 }  # fmt: skip
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F][0-9a-fA-F]{2}")
+_SURROGATES = re.compile(r"\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}")
 
 
 def numbered_lines(file: IO[bytes]) -> Iterator[tuple[int, bytes]]:
@@ -30,8 +33,9 @@ def numbered_lines(file: IO[bytes]) -> Iterator[tuple[int, bytes]]:
     number, first = 0, True
     while line := file.readline(MAX_SAMPLE_BYTES + 1):
         number += 1
-        if number == 1:
-            _check_beginning(line)
+        if number == 1 and (kind := kind_of(line)):
+            raise refuse("line 1", kind, EXPECTED + (", unpacked" if "archive" in kind else ""))
+        while line.startswith(codecs.BOM_UTF8):  # files that were joined have one each
             line = line.removeprefix(codecs.BOM_UTF8)
         if len(line) > MAX_SAMPLE_BYTES:
             got = f"a line of more than {MAX_SAMPLE_BYTES} bytes"
@@ -44,10 +48,14 @@ def numbered_lines(file: IO[bytes]) -> Iterator[tuple[int, bytes]]:
         yield number, line
 
 
-def _check_beginning(line: bytes) -> None:
-    kind = next((kind for begin, kind in _BEGINNINGS.items() if line.startswith(begin)), None)
-    if kind:
-        raise refuse("line 1", kind, EXPECTED + (", unpacked" if "archive" in kind else ""))
+def kind_of(data: bytes) -> str:
+    """What a file or body is that begins so; empty if it may be text in UTF-8."""
+    kind = next((kind for begin, kind in _BEGINNINGS.items() if data.startswith(begin)), "")
+    if kind or b"\0" not in data[:4]:
+        return kind
+    if not data[:4].strip(b"\0"):
+        return "a binary file"
+    return "UTF-32 text" if data[:4].count(b"\0") == 3 else "UTF-16 text"
 
 
 def _check_first(line: bytes, number: int) -> None:
@@ -58,8 +66,10 @@ def _check_first(line: bytes, number: int) -> None:
         raise refuse(where, "a JSON array", f"{EXPECTED}, without the brackets and the commas between the objects")
     if text == b"{" or (text.startswith(b"{") and _is_incomplete(text)):
         raise refuse(where, "an object over several lines (pretty-printed JSON)", EXPECTED)
-    if not text.startswith(b"{") and (b"," in text or b"\t" in text) and not text.startswith(b'"{'):
-        raise refuse(where, f"what may be a CSV file ({text[:40]!r})"[:120], EXPECTED)
+    if not text.startswith(b"{"):
+        separated = any(each in text for each in (b",", b";", b"\t")) and text.isascii() and not text.startswith(b'"{')
+        kind = kind_of(text) or ("what may be a CSV file" if separated else "what is no JSON object")
+        raise refuse(where, f"{kind} ({text[:40]!r})"[:120], EXPECTED)
 
 
 def _is_incomplete(text: bytes) -> bool:
@@ -67,7 +77,7 @@ def _is_incomplete(text: bytes) -> bool:
     try:
         json.loads(text)
     except json.JSONDecodeError as error:
-        return error.pos >= len(error.doc.rstrip()) and text.endswith((b",", b"{", b"["))
+        return error.pos >= len(error.doc.rstrip()) and text.endswith((b",", b"{", b"[", b":"))
     except (ValueError, RecursionError):
         pass
     return False
@@ -81,12 +91,14 @@ def malformed(line: bytes) -> str:
         return f"a byte that is not UTF-8 ({line[error.start]:#04x}, byte {error.start + 1} of the line)"
     if text == "\x1a":
         return "the end-of-file character of DOS (Ctrl-Z)"
+    if half := _SURROGATE.search(_SURROGATES.sub("", text)):
+        return f"half a character ({half[0]}, one of a pair of surrogates)"
     if re.search(r"[:,\[]\s*-?(NaN|Infinity)\b", text):
         return "NaN or Infinity, which JSON does not have"
     if text.endswith("},"):
         return "a comma after the object"
     if text.startswith("{'"):
         return "an object of Python with single quotes"
-    if "}\r{" in text or "} {" in text or "}{" in text:
-        return "more than one object in a line"
+    if re.search(r"\}\s*\{", text):
+        return "more than one object"
     return ""

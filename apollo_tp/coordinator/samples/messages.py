@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 from collections.abc import Sequence
 from typing import Any
 
 import msgspec
 
-from apollo_tp.coordinator.samples.schema import Message
+from apollo_tp.coordinator.samples.lines import malformed
+from apollo_tp.coordinator.samples.schema import Message, is_absent
 from apollo_tp.coordinator.samples.template import Template
-from apollo_tp.errors import refuse
+from apollo_tp.coordinator.samples.unique_keys import check_unique_keys
+from apollo_tp.errors import RequestError, refuse
 
 BILLING_HEADER = "x-anthropic-billing-header"
 FUNCTION: dict[str, tuple[type, ...]] = {
@@ -60,12 +60,23 @@ def template_messages(messages: Sequence[Message], template: Template) -> list[d
     return [merged, *(message for message in plain if message["role"] != "system")]
 
 
+def meant_role(role: str) -> str | None:
+    """The role that is meant by one that is written otherwise, or as in other formats; None if that is not known."""
+    plain = role.strip().lower()
+    return OTHER_ROLES.get(plain) or (plain if plain in ROLES else None)
+
+
+def unknown_role(role: str, where: str) -> RequestError:
+    """The refusal of ``role``, with the one that is meant."""
+    meant = meant_role(role)
+    expected = repr(meant) if meant else "a role that the chat template names"
+    return refuse(where, repr(role), f"{expected}; known are {', '.join(sorted(ROLES))}")
+
+
 def _check_role(role: str, where: str, template: Template) -> None:
     """A template may render a role that it does not know as if it were one that it knows."""
-    if role in ROLES or (role not in OTHER_ROLES and template.names(role)):
-        return
-    meant = repr(OTHER_ROLES[role]) if role in OTHER_ROLES else "a role that the chat template names"
-    raise refuse(where, repr(role), f"{meant}; known are {', '.join(sorted(ROLES))}")
+    if role not in ROLES and (meant_role(role) or not template.names(role)):
+        raise unknown_role(role, where)
 
 
 def _as_system(message: dict[str, Any]) -> dict[str, Any]:
@@ -103,7 +114,7 @@ def _message(message: Message, where: str, *, parts: bool) -> dict[str, Any]:
 def _check_fields(message: Message, where: str) -> None:
     """Refuse what the template would not be given."""
     for name, instead in NOT_RENDERED.items():
-        if getattr(message, name):
+        if not is_absent(getattr(message, name)):
             raise refuse(f"{where}.{name}", "what the server's chat template is not given", instead)
     for name, role in ROLE_OF.items():
         if getattr(message, name) and message.role != role:
@@ -124,7 +135,7 @@ def _contents(message: Message, where: str, *, parts: bool) -> list[dict[str, An
         if part.get("type") != "text" or not isinstance(part.get("text"), str):
             raise refuse(at, f"a part of type {part.get('type')!r}"[:80], "type 'text' and a string 'text'")
         for name, value in part.items():
-            if name not in ("type", "text") and value not in (None, "", [], {}):
+            if name not in ("type", "text") and not is_absent(value):
                 raise refuse(f"{at}.{name}"[:80], "a field that the template is not given", "'type' and 'text' alone")
     return [{"type": "text", "text": part["text"]} for part in contents]
 
@@ -136,19 +147,33 @@ def _joined(contents: list[dict[str, Any]] | str) -> str:
 def _call(call: dict[str, Any], where: str) -> dict[str, Any]:
     """A tool call with its fields in the order of vLLM's request, and its arguments as an object; OpenAI's are JSON text."""
     function = call.get("function")
-    if call.get("type", "function") != "function" or not isinstance(function, dict):
+    if (call.get("type") or "function") != "function" or not isinstance(function, dict):
         raise refuse(where, "another kind of call", "type 'function' and an object 'function'")
-    arguments = function.get("arguments") or {}
+    name = function.get("name")
+    if not isinstance(name, str) or not name:
+        raise refuse(f"{where}.function.name", repr(name)[:80], "the name of a function")
+    arguments = _arguments(function.get("arguments"), f"{where}.function.arguments")
+    function = _ordered(function | {"arguments": arguments}, ("arguments", "name"))
+    return _ordered(
+        call | {"function": function} | ({"type": "function"} if "type" in call else {}), ("id", "function", "type")
+    )
+
+
+def _arguments(arguments: Any, where: str) -> dict[str, Any]:
+    """A call's arguments as an object."""
+    if arguments in (None, "", [], {}):
+        return {}
+    reason = ""
     if isinstance(arguments, str):
-        with contextlib.suppress(
-            ValueError, RecursionError
-        ):  # text that is not JSON stays a string, and is refused below
-            arguments = json.loads(arguments)
+        check_unique_keys(arguments.encode(), f"{where}.")
+        try:
+            arguments = msgspec.json.decode(arguments)
+        except (msgspec.DecodeError, RecursionError) as error:
+            reason = f" ({malformed(arguments.encode()) or error})"
     if not isinstance(arguments, dict):
         # vLLM renders {} instead, so that a running conversation can continue; that must not be learned
-        raise refuse(f"{where}.function.arguments", repr(arguments)[:80], "a JSON object, or its text")
-    function = _ordered(function | {"arguments": arguments}, ("arguments", "name"))
-    return _ordered(call | {"function": function}, ("id", "function", "type"))
+        raise refuse(where, f"{arguments!r:.80}{reason}", "a JSON object, or its text")
+    return arguments
 
 
 def _ordered(fields: dict[str, Any], first: Sequence[str]) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from pathlib import Path
 from tokenizers import Encoding
 
 from apollo_tp.coordinator.samples.conversation import Chat, Conversation, unsupported
+from apollo_tp.coordinator.samples.statements import Said
 from apollo_tp.coordinator.samples.template import Span
 from apollo_tp.errors import RequestError, refuse
 from apollo_tp.shards.serving import Serving, read_tokenizer
@@ -54,6 +55,7 @@ class Renderer:
         added = self._tokenizer.get_added_tokens_decoder()
         self._closing = {id: t.content for id, t in added.items() if t.special or id in self._ends}
         """Tokens that may close an assistant turn."""
+        self._stops = [self._closing[id] for id in self._ends if id in self._closing]
         longest = max(len(token.encode()) for token in self._tokenizer.get_vocab())
         self._max_token_bytes = longest * (1 if self._tokenizer.normalizer is None else MAX_SHRINKING)
 
@@ -137,9 +139,10 @@ class Renderer:
             encoding = self._encoding(turns.text, "messages", max_tokens)
         spans = turns.spans
         if not conversation.marked:
-            spans = [(begin, self._without_trailing_space(turns.text, begin, end)) for begin, end in spans]
+            spans = [self._until_stop(turns.text, *span) for span in zip(spans, turns.said, strict=True)]
         if turns.appended.strip():
-            spans[-1] = spans[-1][0], len(turns.text) - len(turns.appended) + self._end_in(turns.appended)
+            closed = len(turns.text) - len(turns.appended) + self._end_in(turns.appended)
+            spans[-1] = spans[-1][0], min(closed, spans[-1][1])
         return self._weighted(encoding, spans, [weight for weight in weights if weight > 0])
 
     def _weighted(
@@ -168,9 +171,16 @@ class Renderer:
             )
         return min(ends)
 
-    def _without_trailing_space(self, text: str, begin: int, end: int) -> int:
+    def _until_stop(self, text: str, span: Span, said: Said) -> Span:
+        """The span up to the token at which the server stops: what a template adds after it, white space or even the next
+        turn's header, is never generated."""
+        begin, end = span
+        if (at := text.find(said.last, begin, end)) >= 0:
+            tokens = [token for token in self._stops if token not in said.all]
+            found = [stop + len(token) for token in tokens if (stop := text.find(token, at + len(said.last), end)) >= 0]
+            end = min(found, default=end)
         body = text[begin:end].rstrip()
-        return begin + len(body) if body.endswith(tuple(self._closing.values())) else end
+        return begin, begin + len(body) if body.endswith(tuple(self._closing.values())) else end
 
 
 def too_long(field: str, got: str, limit: int) -> RequestError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import mmap
 import re
 from enum import Enum
@@ -10,6 +11,7 @@ from typing import Annotated, Any, TypeVar
 import msgspec
 from msgspec import Meta
 
+from apollo_tp.coordinator.samples.lines import kind_of, malformed
 from apollo_tp.coordinator.samples.unique_keys import check_unique_keys
 from apollo_tp.errors import RequestError
 
@@ -121,41 +123,73 @@ class PreferenceLine(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     non_preferred_output: Annotated[list[Message], Meta(min_length=1)]
 
 
+def is_absent(value: object) -> bool:
+    """Whether a field of this value says nothing: null, empty, or of nothing else."""
+    if isinstance(value, dict | list):
+        return all(map(is_absent, value.values() if isinstance(value, dict) else value))
+    return value is None or value == ""
+
+
 _PATH = re.compile(r"^(?P<what>.*?)(?: - at `(?P<path>\$[^`]*)`)?$", re.DOTALL)
 _GOT = re.compile(r"^Expected `(?P<expected>[^`]*)`, got `(?P<got>[^`]*)`$")
 _EXPECTED = re.compile(r"^Expected (?P<expected>.*)$", re.DOTALL)
 
 
-def decode(data: Body, type: type[T], where: str = "") -> T:
-    """The JSON as ``type``. ``where`` prefixes the field in errors. Raises RequestError naming field, got and expected."""
+def decode(data: bytes, kind: type[T], where: str = "") -> T:
+    """The JSON as ``kind``. ``where`` prefixes the field in errors. Raises RequestError naming field, got and expected."""
+    data = data.removeprefix(codecs.BOM_UTF8)
     check_unique_keys(data, where)
     try:
-        return msgspec.json.decode(data, type=type)
+        return msgspec.json.decode(data, type=kind)
     except (msgspec.ValidationError, msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise schema_error(error, data, where) from error
+        raise schema_error(error, data, kind, where) from error
 
 
-def schema_error(error: Exception, data: Body, where: str = "") -> RequestError:
-    """msgspec's error as a RequestError, with field, got and expected taken from its message."""
+def schema_error(error: Exception, data: bytes, kind: type, where: str = "") -> RequestError:
+    """msgspec's error about ``data`` as a ``kind``: a RequestError with field, got and expected from its message."""
     if not isinstance(error, msgspec.ValidationError):
         field = where.rstrip(".") or "body"
-        text = f"{field}: got malformed JSON ({error}), expected a JSON object"
-        return RequestError(text, field=field, got=repr(data[:40])[1:], expected="a JSON object", code="malformed_json")
+        known, objects = kind_of(data) or malformed(data), f"a JSON object{_several(kind)}"
+        text = f"{field}: got {known or f'malformed JSON ({error})'}, expected {objects}"
+        return RequestError(
+            text, field=field, got=known or repr(data[:40])[1:], expected=objects, code="malformed_json"
+        )
     match = _PATH.match(str(error))
     assert match is not None
-    what, field = match["what"], (match["path"] or "$").removeprefix("$").removeprefix(".") or "body"
+    what, path = match["what"], (match["path"] or "$").removeprefix("$").removeprefix(".")
+    field, text = path or "body", what
     got, expected = what, "a value of the documented type"
     if exact := _GOT.match(what):
         got, expected = exact["got"], exact["expected"]
-    elif what.startswith("Object contains unknown field"):
+        if not path and not where:
+            expected += _several(kind)
+            text = f"got {got}, expected {expected}"
+    elif what.startswith(("Object contains unknown field", "Object missing required field")):
         name = what.split("`")[1]
-        field = name if field == "body" else f"{field}.{name}"
-        got, expected = f"unknown field {name!r}", "a documented field"
-    elif what.startswith("Object missing required field"):
-        name = what.split("`")[1]
-        field = name if field == "body" else f"{field}.{name}"
+        field = f"{path}.{name}" if path else name
         got, expected = "nothing", "this field"
+        if "unknown" in what:
+            got, expected = f"unknown field {name!r}", f"one of {', '.join(_fields(kind, path))}"
+            text = f"got an unknown field, expected {expected}"
     elif some := _EXPECTED.match(what):
         got, expected = "another value", some["expected"]
     field = f"{where}{field}" if field != "body" else where.rstrip(".") or "body"
-    return RequestError(f"{field}: {what}", field=field, got=got, expected=expected, code="invalid_value")
+    return RequestError(f"{field}: {text}", field=field, got=got, expected=expected, code="invalid_value")
+
+
+def _several(kind: type) -> str:
+    """Where a body of this kind has several samples."""
+    return ", several samples in its field 'samples'" if "samples" in getattr(kind, "__struct_fields__", ()) else ""
+
+
+def _fields(kind: type, path: str) -> list[str]:
+    """Names of the fields of the object at ``path`` in a value of this kind."""
+    node: Any = msgspec.inspect.type_info(kind)
+    for name in [*re.findall(r"[^.\[\]]+|\[", path), ""]:
+        for each in getattr(node, "types", ()):  # of a union, the one that is no null
+            node = each if hasattr(each, "fields") or hasattr(each, "item_type") else node
+        if name == "[":
+            node = node.item_type
+        elif name.strip(".0123456789"):
+            node = next(field.type for field in node.fields if field.encode_name == name)
+    return [field.encode_name for field in node.fields]

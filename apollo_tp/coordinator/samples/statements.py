@@ -7,8 +7,9 @@ rendering, which must show all of these words.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 END_OF_REASONING = "</think>"
 Render = Callable[[list[dict[str, Any]]], str]
@@ -62,9 +63,8 @@ def _texts(message: dict[str, Any]) -> Iterator[tuple[str, str]]:
     yield "reasoning", message.get("reasoning") or ""
     content = message["content"]
     for text in [content] if isinstance(content, str) else [part["text"] for part in content]:
-        reasoning, _, answer = divided(text)
-        yield "reasoning", reasoning.replace("<think>", "", 1)
-        yield "content", answer
+        yield "reasoning", reasoning_in(text)
+        yield "content", divided(text)[2]
 
 
 def divided(content: str) -> tuple[str, str, str]:
@@ -73,12 +73,32 @@ def divided(content: str) -> tuple[str, str, str]:
     return (reasoning, tag, answer) if tag else ("", "", content)
 
 
+def reasoning_in(content: str) -> str:
+    """The reasoning with which a content begins, without its tags, of which the first one may be in the prompt."""
+    return divided(content)[0].replace("<think>", "", 1)
+
+
+class Said(NamedTuple):
+    """What a message says: ``all`` of it as JSON, and its ``last`` words, which are the name of its last tool call if it has
+    one."""
+
+    all: str
+    last: str
+
+
+def said(message: dict[str, Any]) -> Said:
+    """What ``message`` says."""
+    calls = message.get("tool_calls")
+    last = calls[-1]["function"]["name"] if calls else [text for _, text in _texts(message)][-1].strip()
+    return Said(json.dumps(message, ensure_ascii=False), last)
+
+
 def _with_words(message: dict[str, Any], index: int, words: _Words) -> dict[str, Any]:
     """``message`` with a word at the end of each part that says something."""
 
     def text(content: str) -> str:
         reasoning, tag, answer = divided(content)
-        if reasoning.replace("<think>", "", 1).strip():
+        if reasoning_in(content).strip():
             reasoning = words.after(reasoning, (index, "reasoning"))
         return reasoning + tag + words.after(answer, (index, "content"))
 

@@ -1,4 +1,5 @@
-"""Objects with the same key twice: msgspec, as most decoders, keeps the last one in silence."""
+"""Objects with the same key twice: msgspec, as most decoders, keeps the last one in silence. And JSON of very many values:
+whatever decodes or writes it holds the GIL meanwhile."""
 
 from __future__ import annotations
 
@@ -11,21 +12,30 @@ import msgspec
 from apollo_tp.errors import refuse
 
 MAX_DEPTH = 200
+MAX_VALUES = 100_000
+"""Strings, arrays and objects in one JSON text, and other values where they are no token ids."""
+_IDS_DEPTH = 2
+"""Token ids are in an array of the sample."""
 _STRUCTURE = re.compile(rb'["{}\[\]]')
 _KEY = re.compile(rb"[ \t\r\n]*+:")
 _STEP = 2**20
 
 
-def check_unique_keys(data: bytes | mmap.mmap, where: str = "") -> None:
-    """Raise RequestError if an object in this JSON text has a key twice, or is nested deeper than MAX_DEPTH.
+def check_unique_keys(data: bytes, where: str = "") -> None:
+    """Raise RequestError if an object in this JSON text has a key twice or is nested deeper than MAX_DEPTH, or if there are
+    more than MAX_VALUES values.
 
     A walk over strings and brackets; what is no JSON is left to the decoder. It runs in Python, so that other threads run
     meanwhile however large the text is, and takes about a second for 100 MB of token ids or of long texts.
     """
     keys: list[set[bytes] | None] = []  # of the objects that are open; None for an array
-    at = -1
-    while (at := _next(data, at + 1)) >= 0:
+    at, count = -1, 0
+    while (at := next_structure(data, before := at + 1)) >= 0:
         char = data[at]
+        count += 1 + (data.count(b",", before, at) if len(keys) > _IDS_DEPTH else 0)
+        if count > MAX_VALUES:
+            raise refuse(where.rstrip(".") or "body", f"more than {MAX_VALUES} values in one JSON text", "fewer",
+                         status=413, code="too_many_values")  # fmt: skip
         if char == ord('"'):
             if (end := _string_end(data, at)) < 0:
                 return
@@ -44,7 +54,7 @@ def check_unique_keys(data: bytes | mmap.mmap, where: str = "") -> None:
             return
 
 
-def _next(data: bytes | mmap.mmap, at: int) -> int:
+def next_structure(data: bytes | mmap.mmap, at: int) -> int:
     """The next quote or bracket; -1 if there is none. In steps, since a search holds the GIL to its end."""
     while at < len(data):
         if found := _STRUCTURE.search(data, at, min(at + _STEP, len(data))):
@@ -53,7 +63,7 @@ def _next(data: bytes | mmap.mmap, at: int) -> int:
     return -1
 
 
-def _string_end(data: bytes | mmap.mmap, at: int) -> int:
+def _string_end(data: bytes, at: int) -> int:
     """Where the quote is that ends the string whose first quote is at ``at``; -1 if it has no end."""
     end = at
     while (end := data.find(b'"', end + 1)) >= 0:

@@ -142,6 +142,19 @@ def test_standard_output_that_takes_nothing(coordinator, form, redirect, status)
     assert done.stderr == (b"apollo-tp: [Errno 28] No space left on device\n" if status else b"")
 
 
+def test_a_help_text_that_cannot_be_written():
+    """Is an error in one line, as any other output."""
+    for arguments in (("--help",), ("train", "-h")):
+        done = shell(*arguments, redirect=">/dev/full")
+        assert (done.returncode, done.stderr) == (2, b"apollo-tp: [Errno 28] No space left on device\n")
+
+
+def test_an_error_without_standard_error():
+    """Is not written to standard output, of which a program reads JSON."""
+    done = shell("status", "--json", "--url", NOBODY, redirect="2>&-")
+    assert (done.returncode, done.stdout) == (3, b"")
+
+
 def test_closed_standard_input():
     """As the file of samples."""
     done = shell("train", "-", "--url", NOBODY, redirect="<&-")

@@ -183,7 +183,9 @@ def test_other_sites_may_link_to_the_pages():
 
 @pytest.mark.parametrize(
     "name", ["forwarded", "via", "x-forwarded-for", "x-forwarded-host", "x-forwarded-proto", "x-forwarded-prefix",
-             "x-real-ip", "true-client-ip", "cf-connecting-ip", "x-client-ip", "x-envoy-external-address"],
+             "x-real-ip", "true-client-ip", "cf-connecting-ip", "x-client-ip", "x-envoy-external-address",
+             "x-envoy-internal", "x-appengine-country", "x-amzn-trace-id", "x-amz-cf-id", "x-cloud-trace-context",
+             "x-vercel-id", "x-nf-client-connection-ip", "x-azure-ref", "cf-visitor"],
 )  # fmt: skip
 def test_what_a_proxy_passed_on_needs_a_token(name):
     """Its client may be anywhere, whichever header says that there was one."""

@@ -1,6 +1,8 @@
 """What clients meet: retries, several at once, quiet streams, a coordinator that starts again, options that do not fit."""
 
 import asyncio
+import gzip
+import json
 import statistics
 import subprocess
 import sys
@@ -11,6 +13,7 @@ from collections import Counter
 import pytest
 
 from apollo_tp.cli import main as cli
+from apollo_tp.coordinator.http.train import STREAMS_PER_CLIENT
 from apollo_tp.coordinator.http.views import event_stream
 from apollo_tp.coordinator.jobs.changes import Changes
 from apollo_tp.coordinator.jobs.job import JobSpec, State, new_job
@@ -52,6 +55,83 @@ def test_the_validation_loss_of_the_last_evaluation_is_a_metric(stack):
     assert f"apollo_validation_loss_nats {loss}" in client.get("/metrics").text
 
 
+def test_what_is_given_twice_is_refused(stack):
+    """A second dry_run=false trained, and of two keys one was used."""
+    client, *_ = stack
+    twice = [("dry_run", "true"), ("dry_run", "false")]
+    for method, path, query in (
+        ("POST", "/train", twice), ("POST", "/train", twice[:1] * 2), ("GET", "/train/jobs", [("limit", 1), ("limit", 2)]),
+        ("GET", "/v1/fine_tuning/jobs", [("metadata[a]", "b")] * 2), ("GET", "/train/status", [("x", 1)] * 2),
+        ("GET", "/v1/files", [("purpose", "batch"), ("purpose", "fine-tune")]),
+    ):  # fmt: skip
+        answer = client.request(method, path, params=query, json=ONE)
+        assert (answer.status_code, answer.json()["error"]["field"]) == (400, query[0][0]), answer.text
+        assert "twice" in answer.json()["error"]["got"]
+    many = client.get("/v1/fine_tuning/jobs", params={f"metadata[{n}]": "x" for n in range(100)})
+    assert (many.status_code, many.json()["error"]["field"]) == (400, "query")
+    keys = [("Idempotency-Key", "a"), ("Idempotency-Key", "b")]
+    assert client.post("/train", json=ONE, headers=keys).json()["error"]["field"] == "Idempotency-Key"
+    assert client.get("/train/jobs").json()["data"] == []
+
+
+def test_a_cursor_is_an_entry_of_the_list(stack):
+    """Not one of another list: the page after it would be any."""
+    client, *_ = stack
+    own, other = tune(client, training_file=CHAT), tune(client, training_file=CHAT)
+    trained = client.post("/train", json=ONE | {"wait": True}).json()["id"]
+    for job in (own, other):
+        ends(client, job)
+    checkpoints = f"/v1/fine_tuning/jobs/{own}/checkpoints"
+    saved = [wait_for(lambda job=job: client.get(f"/v1/fine_tuning/jobs/{job}/checkpoints").json()["data"])[0]["id"]
+             for job in (own, other)]  # fmt: skip
+    for path, good, bad in (
+        (checkpoints, saved[0], saved[1]), ("/v1/fine_tuning/jobs", other, trained), ("/checkpoints", saved[1], own),
+    ):  # fmt: skip
+        assert client.get(path, params={"after": good}).status_code == 200, path
+        answer = client.get(path, params={"after": bad})
+        assert (answer.status_code, answer.json()["error"]["field"]) == (400, "after"), path
+    assert client.get("/train/jobs", params={"after": other}).status_code == 200
+
+
+def test_routes_that_are_not_there_are_refused_with_those_that_are(stack):
+    """As the SDK's other calls with the trainer's base URL."""
+    client, *_ = stack
+    for method, path, status in (
+        ("POST", "/v1/chat/completions", 404), ("DELETE", "/v1/models/fake", 405), ("GET", "/train/", 404),
+        ("POST", "/v1/fine_tuning/alpha/graders/run", 404), ("PUT", "/train", 405),
+    ):  # fmt: skip
+        answer = client.request(method, path)
+        assert answer.status_code == status
+        message = answer.json()["error"]["message"]
+        assert message.startswith(f"{method} {path}: got no route")
+        assert "/openapi.json" in message
+
+
+def test_a_packed_body_is_named(stack):
+    """Not read as JSON. An uploaded form's type may be written in any case."""
+    client, *_ = stack
+    packed = gzip.compress(json.dumps(ONE).encode())
+    answer = client.post("/train", content=packed, headers={"Content-Encoding": "gzip"})
+    assert (answer.status_code, answer.json()["error"]["field"]) == (415, "Content-Encoding")
+    assert client.post("/train", json=ONE, headers={"Content-Encoding": "identity"}).status_code == 202
+    form = b'--b\r\nContent-Disposition: form-data; name="purpose"\r\n\r\nfine-tune\r\n' \
+           b'--b\r\nContent-Disposition: form-data; name="file"; filename="a"\r\n\r\nx\r\n--b--\r\n'  # fmt: skip
+    kind = {"Content-Type": "Multipart/Form-Data; boundary=b"}
+    assert client.post("/v1/files", content=form, headers=kind).status_code == 200
+
+
+def test_the_head_of_a_stream_of_events_ends(stack):
+    """It took one of the client's streams, and its connection, until the job was over."""
+    client, ranks, _ = stack
+    ranks.step_seconds = 0.2
+    job = client.post("/train", json=ONE | {"epochs": 1000}).json()["id"]
+    for _ in range(STREAMS_PER_CLIENT + 1):
+        head = client.head(f"/train/jobs/{job}/events?stream=true", timeout=5)
+        assert (head.status_code, head.headers["content-type"]) == (200, "text/event-stream; charset=utf-8")
+        assert client.get("/health", timeout=5).status_code == 200
+    client.post(f"/train/jobs/{job}/cancel")
+
+
 def test_options_that_would_be_ignored_are_refused(stack):
     """Of another method, or in addition to those of the method."""
     client, *_ = stack
@@ -60,8 +140,14 @@ def test_options_that_would_be_ignored_are_refused(stack):
     for method in (
         {"type": "supervised", "dpo": {"hyperparameters": {"n_epochs": 2}}},
         {"type": "supervised", "supervised": {"hyperparameters": {"n_epochs": 2}}},
+        {"type": "supervised", "supervised": {"hyperparameters": {"beta": 0.5}}},
     ):
         assert client.post("/v1/fine_tuning/jobs", json=asked | {"method": method}).status_code == 400, method
+    with_beta = asked | {"hyperparameters": {"n_epochs": 1, "beta": 0.5}}
+    assert client.post("/v1/fine_tuning/jobs", json=with_beta).json()["error"]["field"] == "hyperparameters.beta"
+    for name, ours in (("n_epochs", "n_epochs"), ("epochs", "n_epochs"), ("lr", "learning_rate_multiplier")):
+        error = client.post("/v1/fine_tuning/jobs", json=asked | {name: 1}).json()["error"]
+        assert (error["field"], error["expected"].split(",")[0]) == (name, f"method.supervised.hyperparameters.{ours}")
     job = client.post("/v1/fine_tuning/jobs", json=asked | {"method": {"type": "supervised", "supervised": {}}}).json()
     assert job["hyperparameters"]["n_epochs"] == 1
 

@@ -135,7 +135,7 @@ BAD_LINES = {
     "nothing to learn": ({"messages": [{"role": "user", "content": "x"}]}, "assistant"),
     "all weights zero": ({"messages": [{"role": "assistant", "content": "x", "weight": 0}]}, "weight above 0"),
     "too long": ({"messages": [{"role": "assistant", "content": "x " * 400}]}, "at most 256"),
-    "not chat": ("[1]", "Expected `object`"),
+    "not chat": ("[1]", "expected object"),
 }
 
 

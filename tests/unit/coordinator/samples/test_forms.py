@@ -6,10 +6,12 @@ import io
 import json
 import lzma
 import zipfile
+import zlib
 
 import pytest
 
 from apollo_tp.coordinator.jobs.job import Truncate
+from apollo_tp.coordinator.samples.body import read_body
 from apollo_tp.coordinator.samples.forms import read_line, read_sample
 from apollo_tp.coordinator.samples.intake import Intake, Limits
 from apollo_tp.coordinator.samples.lines import MAX_SAMPLE_BYTES, numbered_lines
@@ -20,6 +22,7 @@ from tests.support.served_model import renderer_of
 
 ASKED, ANSWER = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
 PLAIN = {"messages": [ASKED, ANSWER]}
+SHAREGPT = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
 NULLS = dict.fromkeys(("refusal", "annotations", "audio", "function_call", "tool_calls", "reasoning", "name", "weight"))
 
 
@@ -34,6 +37,12 @@ def read(value, kind=SampleBody):
         {"messages": [ASKED | NULLS | {"tool_call_id": None}, ANSWER | {"annotations": [], "audio": {}, "id": ""}]},
         PLAIN | {"functions": None, "tools": None, "prompt": None, "text": None, "weight": None, "append_eos": None},
         PLAIN | {"functions": [], "function_call": "", "anything": {}},
+        {
+            "messages": [
+                ASKED,
+                ANSWER | {"provider_specific_fields": {"refusal": None, "x": [{}]}, "audio": {"id": None}},
+            ]
+        },
         PLAIN | {"context_ids": None, "continuation_ids": None, "chat_template_kwargs": None, "samples": None},
     ],
 )
@@ -83,9 +92,10 @@ def test_empty_forms_beside_another_are_absent(tmp_path):
     [
         ({"messages": [ASKED, ANSWER | {"audio": {"id": "x"}}]}, "messages[1].audio", "unknown field"),
         ({"messages": [ASKED, ANSWER | {"audio": None, "x": 0}]}, "messages[1].x", "unknown field"),
+        ({"messages": [ASKED, ANSWER | {"x": {"y": [None, {"z": False}]}}]}, "messages[1].x", "unknown field"),
         ({"messages": [ASKED, ANSWER | {"content": 1, "audio": None}]}, "messages[1].content", "int"),
         (PLAIN | {"functions": [{"name": "w"}]}, "functions", "unknown field"),
-        ({"item": {"input": []}}, "item", "unknown field"),
+        ({"item": {"input": [0]}}, "item", "unknown field"),
         ({"prompt": "a", "chosen": "b", "rejected": "c"}, "chosen", "unknown field"),
     ],
 )
@@ -98,6 +108,54 @@ def test_other_unknown_fields_are_refused_by_name(value, field, got):
     assert error.value.expected
 
 
+@pytest.mark.parametrize(
+    ("kind", "value", "field", "expected"),
+    [
+        (
+            SampleBody,
+            {"messages": [ASKED, ANSWER | {"thinking": "x"}]},
+            "messages[1].thinking",
+            "tool_calls, tool_call_id",
+        ),
+        (TrainBody, PLAIN | {"warmup": 1}, "warmup", "messages; prompt"),
+        (PreferenceLine, {"prompt": [ASKED], "chosen": [ANSWER], "rejected": [ANSWER]}, "prompt", "preferred_output"),
+        (SampleBody, {"prompt": [ASKED], "chosen": [ANSWER], "rejected": [ANSWER]}, "chosen", "preferred_output"),
+        (PreferenceLine, {"input": {"messages": [ASKED], "system": "x"}}, "input.system", "messages, tools"),
+    ],
+)
+def test_a_refusal_of_a_field_names_those_that_are_known(kind, value, field, expected):
+    """Of the object that it is in, or the form that is meant."""
+    with pytest.raises(RequestError, match=f"expected .*{expected}") as error:
+        read(value, kind)
+    assert error.value.field == field
+    assert expected in error.value.expected
+
+
+@pytest.mark.parametrize(
+    ("body", "got"),
+    [
+        (json.dumps(PLAIN).encode("utf-16"), "UTF-16 text"), (gzip.compress(b"{}", mtime=0), "a gzip archive"),
+        (b'{"text": "a"}\n{"text": "b"}', "more than one object"), (b'[{"text": "a"}]', "array"), (b"null", "null"),
+        (b'{"text": "a"} x', "malformed JSON"),
+    ],
+)  # fmt: skip
+def test_a_body_of_another_kind_is_named(body, got):
+    """With where its samples belong; a byte order mark is taken."""
+    with pytest.raises(
+        RequestError, match=f"body: got {got}.*, expected .*object, several samples in its field 'samples'"
+    ):
+        read_body(body, TrainBody, 10)
+    marked = b"\xef\xbb\xbf" + json.dumps({"samples": [PLAIN]}).encode()
+    assert [sample.messages for sample in read_body(marked, TrainBody, 10)[1]] == [read(PLAIN).messages]
+
+
+def test_two_system_messages_of_a_conversation_are_refused():
+    """One beside the turns and one among them: which one counts?"""
+    for turn in ({"from": "system", "value": "s"}, {"role": "system", "content": "s"}):
+        with pytest.raises(RequestError, match="system: got it beside a system message"):
+            read({"system": "t", "conversations": [turn, *SHAREGPT]})
+
+
 def test_lines_of_the_other_method_are_refused_with_it():
     """A pair in a supervised file, and the reverse."""
     pair = {"input": {"messages": [ASKED]}, "preferred_output": [ANSWER], "non_preferred_output": [ANSWER]}
@@ -106,9 +164,6 @@ def test_lines_of_the_other_method_are_refused_with_it():
     with pytest.raises(RequestError) as error:
         read(PLAIN, PreferenceLine)
     assert "method 'dpo'" in error.value.expected or "unknown field" in error.value.got
-
-
-SHAREGPT = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
 
 
 @pytest.mark.parametrize(
@@ -184,7 +239,13 @@ LINE = json.dumps(PLAIN | {"text": "é"}, ensure_ascii=False)
         (b"\x28\xb5\x2f\xfd\x00", "zstd"), (json.dumps([PLAIN]).encode(), "JSON array"),
         (json.dumps([PLAIN], indent=1).encode(), "JSON array"), (json.dumps(PLAIN, indent=2).encode(), "pretty-printed"),
         (b'{"messages": [\n{"role": "user", "content": "x"}\n]}', "pretty-printed"), (b"prompt,completion\na,b\n", "CSV"),
-        (b"prompt\tcompletion\na\tb\n", "CSV"),
+        (b"prompt\tcompletion\na\tb\n", "CSV"), (b"prompt;completion\na;b\n", "CSV"), (b"text\nabc\n", "no JSON object"),
+        (b"- messages:\n", "no JSON object"), (b"<!DOCTYPE html>\n", "no JSON object"), (b"null\n", "no JSON object"),
+        (json.dumps(LINE).encode(), "no JSON object"), (zlib.compress(LINE.encode()), "no JSON object"),
+        (b"\x80\x04\x95", "no JSON object"), (b"PK\x05\x06" + bytes(18), "zip"), (b"7z\xbc\xaf\x27\x1c", "7z archive"),
+        (b"\x93NUMPY\x01", "NumPy"), (bytes(9), "binary"), ("[1]".encode("utf-16-le"), "UTF-16"),
+        ("[1]".encode("utf-16-be"), "UTF-16"), (LINE.encode("utf-32-le"), "UTF-32"), (LINE.encode("utf-32-be"), "UTF-32"),
+        (b'{"messages":\n[]}', "pretty-printed"),
     ],
     ids=lambda value: value if isinstance(value, str) else "file",
 )  # fmt: skip
@@ -213,7 +274,10 @@ def test_a_byte_order_mark_and_blank_lines_are_taken():
     content = b"\xef\xbb\xbf\r\n" + LINE.encode() + b"\r\n\n  \n" + LINE.encode()
     assert [number for number, _ in numbered_lines(io.BytesIO(content))] == [2, 5]
     marked = b"\xef\xbb\xbf" + LINE.encode() + b"\n"
-    assert [json.loads(line) for _, line in numbered_lines(io.BytesIO(marked))] == [json.loads(LINE)]
+    for content in (marked, b"\xef\xbb\xbf" + marked, b"\xef\xbb\xbf\n" + marked, marked * 3):  # as joined files
+        assert {line for _, line in numbered_lines(io.BytesIO(content))} == {LINE.encode() + b"\n"}
+    with pytest.raises(RequestError, match="line 2: got UTF-16 text"):
+        list(numbered_lines(io.BytesIO(("\n" + LINE).encode("utf-16-le"))))
 
 
 def test_a_line_that_is_too_long_is_not_read(tmp_path):

@@ -18,6 +18,8 @@ from tests.support.chat_model import (
     DROPPING_ALWAYS_PLAIN,
     INST,
     MARKED,
+    PROMPTED,
+    PROMPTED_CALLS,
     THINKING,
     THINKING_CALLS,
     TURNS,
@@ -68,6 +70,12 @@ def test_what_no_template_is_given_is_refused(tmp_path, message, field, cure):
     with pytest.raises(RequestError, match=cure) as error:
         intake_of(tmp_path).sequences(body(QUESTION, {"role": "assistant"} | message), "")
     assert error.value.field == f"messages[1].{field}"
+
+
+def test_a_call_of_nothing_is_no_call(tmp_path):
+    """Libraries write every field of an answer."""
+    empty = {"function_call": {"name": None, "arguments": ""}, "refusal": ""}
+    assert learned(intake_of(tmp_path), body(QUESTION, TURNS[1] | empty)) == ["I am fine, thanks.<|im_end|>"]
 
 
 def test_fields_of_another_role_are_refused(tmp_path):
@@ -141,6 +149,8 @@ def test_pairs_that_become_the_same_are_refused(tmp_path):
     shown = pair({"tool_calls": [CALL]}, {"tool_calls": [other]}, intake_of(tmp_path / "calls", CALLING))
     assert shown.preferred != shown.rejected
     assert pair({"content": "yes"}, {"content": "no"}).preferred.token_ids
+    with pytest.raises(RequestError, match="the same tokens"):
+        pair({"content": "yes", "weight": 1}, {"content": "yes", "weight": 0.5})
 
 
 @pytest.mark.parametrize(
@@ -160,6 +170,44 @@ def test_a_turn_ends_before_a_generation_prompt_that_nobody_asked_for(tmp_path, 
     assert last.endswith((f"the answer\nis 42.{end}", f"the answer\nis 42. {end}"))
     echo = [QUESTION | {"content": "[/INST]"}, {"role": "assistant", "content": "[/INST]"}]
     assert [text.strip() for text in learned(intake, body(*echo))] == [f"[/INST]{end}"]
+
+
+BEFORE_PROMPT = CHATML.partition("{% if add_generation_prompt %}")[0]
+NEXT_HEADERS = {
+    "the prompt, not asked for": CHATML.replace("if add_generation_prompt", "if not add_generation_prompt"),
+    "the user's": BEFORE_PROMPT + "{% if messages[-1].role != 'user' %}{{ '<|im_start|>user\n' }}{% endif %}",
+    "the prompt after any answer": CHATML.replace("if add_generation_prompt", "if add_generation_prompt or "
+                                                  "messages[-1].role == 'assistant'"),
+    "a footer": BEFORE_PROMPT + "{% if messages[-1].role != 'user' %}{{ 'Be brief.<|im_end|>\n' }}{% endif %}",
+    "after dropped reasoning": DROPPING_ALWAYS.replace("{% if add_generation_prompt %}", "").removesuffix("{% endif %}"),
+}  # fmt: skip
+"""Templates that add more than the turn after an answer, in ways that do not show in the rendering before it."""
+
+
+@pytest.mark.parametrize("name", NEXT_HEADERS)
+def test_nothing_after_the_token_at_which_the_server_stops_is_learned(tmp_path, name):
+    """The model would generate the next turn's header, which the server never shows."""
+    intake = intake_of(tmp_path, NEXT_HEADERS[name])
+    answer = "<think>\nso\n</think>\n\nthanks" if "reasoning" in name else "I am fine"
+    for turns in ([QUESTION], [QUESTION, {"role": "assistant", "content": answer}, QUESTION]):
+        for text in learned(intake, body(*turns, {"role": "assistant", "content": answer})):
+            assert text.endswith(f"{answer.removeprefix('<think>' + chr(10))}<|im_end|>")
+
+
+def test_a_stop_token_that_the_message_itself_has_ends_nothing(tmp_path):
+    """It is what was asked for."""
+    said = {"role": "assistant", "content": "I am<|im_end|> fine"}
+    assert learned(intake_of(tmp_path), body(QUESTION, said)) == ["I am<|im_end|> fine<|im_end|>"]
+
+
+@pytest.mark.parametrize("template", [PROMPTED, PROMPTED_CALLS], ids=["answers", "calls"])
+def test_reasoning_with_the_tag_that_the_prompt_begins_is_learned(tmp_path, template):
+    """As Qwen3.5: a client has the tag in the content, or has not since the server's prompt had it."""
+    intake = intake_of(tmp_path, template)
+    for content in ("<think>\nso\n</think>\n\nb", "so\n</think>\n\nb"):
+        said = {"role": "assistant", "content": content}
+        assert learned(intake, body(QUESTION, said)) == ["so\n</think>\n\nb<|im_end|>"]
+        assert learned(intake, body(QUESTION, said, QUESTION, said)) == ["so\n</think>\n\nb<|im_end|>"] * 2
 
 
 def test_a_turn_without_end_before_a_generation_prompt_is_refused(tmp_path):
@@ -199,7 +247,7 @@ def test_reasoning_that_the_template_always_drops_is_learned_as_it_is_generated(
     if begun:
         with pytest.raises(RequestError, match=r"beginning with '<think>\\n'"):
             intake.sequences(body(turns[0], {"role": "assistant", "content": "b"}), "")
-    with pytest.raises(RequestError, match=r"generation prompt|does not show its reasoning"):
+    with pytest.raises(RequestError, match=r"send it in the content|does not show its reasoning"):
         intake.sequences(body(turns[0], {"role": "assistant", "content": "b", "reasoning": "so"}), "")
 
 
@@ -211,6 +259,14 @@ def test_unknown_roles_are_refused_by_name(tmp_path, role):
     with pytest.raises(RequestError) as error:
         intake_of(tmp_path, template).sequences(body(QUESTION, TURNS[1], {"role": role, "content": "x"}, TURNS[1]), "")
     assert (error.value.field, error.value.got) == ("messages[2].role", repr(role))
+
+
+@pytest.mark.parametrize("role", ["bot", "ai", "model", "Assistant", "assistant "])
+def test_an_answer_under_another_role_is_refused_by_it(tmp_path, role):
+    """Without any other answer, too: "no assistant message" would not say why."""
+    with pytest.raises(RequestError, match="expected 'assistant'") as error:
+        intake_of(tmp_path).sequences(body(QUESTION, {"role": role, "content": "x"}), "")
+    assert error.value.field == "messages[1].role"
 
 
 def test_roles_that_the_template_names_are_known(tmp_path):

@@ -1,0 +1,76 @@
+"""JSON bodies: long ones are looked through without stopping others, and hold a bounded number of values."""
+
+import asyncio
+import json
+import threading
+import time
+
+import pytest
+
+from apollo_tp.coordinator.http import bodies
+from apollo_tp.coordinator.http.openai_bodies import CompleteBody, FineTuningBody, UploadBody
+from apollo_tp.coordinator.samples.body import read_body
+from apollo_tp.coordinator.samples.forms import read_sample
+from apollo_tp.coordinator.samples.schema import CheckpointBody, PreferenceLine, SampleBody, TrainBody
+from apollo_tp.coordinator.samples.unique_keys import MAX_VALUES
+from apollo_tp.errors import RequestError
+
+MANY = {"objects": "{}", "texts": '"a"', "lists": "[1]", "numbers": "1"}
+
+
+def body_of(value):
+    """An object with very many such values, as deep as a tool's parameters are."""
+    return '{"x": [[{"y": [' + ",".join([value] * (MAX_VALUES + 1)) + "]}]]}"
+
+
+@pytest.mark.parametrize("value", MANY.values(), ids=MANY)
+def test_very_many_values_are_refused(value):
+    """In bodies of every route and in lines of files: a megabyte of them stopped the event loop for two seconds."""
+    for kind in (FineTuningBody, UploadBody, CompleteBody, CheckpointBody):
+        with pytest.raises(RequestError, match="values") as error:
+            asyncio.run(bodies.decode_body(body_of(value).encode(), kind))
+        assert (error.value.status, error.value.code) == (413, "too_many_values")
+    for kind in (SampleBody, PreferenceLine):
+        with pytest.raises(RequestError, match=r"samples\[7\]: got more than"):
+            read_sample(body_of(value).encode(), kind, "samples[7].")
+
+
+def test_a_sample_may_have_as_many_token_ids_as_the_schema_allows():
+    """They are numbers, of which a body has millions."""
+    ids = [1] * (2 * MAX_VALUES)
+    line = json.dumps({"context_ids": ids, "continuation_ids": [2]}).encode()
+    assert read_sample(line, SampleBody).context_ids == ids
+
+
+def test_long_bodies_are_decoded_on_a_thread(monkeypatch):
+    """While a short one is not worth that."""
+    used = []
+    decode = bodies._decode_body
+    monkeypatch.setattr(
+        bodies, "_decode_body", lambda *given: used.append(threading.current_thread()) or decode(*given)
+    )
+    ids = [f"part_{number}" for number in range(9_000)]
+    assert asyncio.run(bodies.decode_body(json.dumps({"part_ids": ids}).encode(), CompleteBody)).part_ids == ids
+    assert asyncio.run(bodies.decode_body(b'{"part_ids": ["a"]}', CompleteBody)).part_ids == ["a"]
+    assert used[0] is not threading.main_thread()
+    assert used[1] is threading.main_thread()
+
+
+@pytest.mark.parametrize("around", [b"%s", b'{"samples"%s: [{}]}', b'{"samples": [{}%s{}]}'])
+def test_others_run_while_white_space_is_skipped(around):
+    """One search over all of it would keep the interpreter's lock to its end."""
+    body = around % (b" " * 2**28)
+
+    def read():
+        with pytest.raises(RequestError):
+            read_body(body, TrainBody, 10)
+
+    thread = threading.Thread(target=read)
+    start = last = time.perf_counter()
+    longest = 0.0
+    thread.start()
+    while thread.is_alive():
+        time.sleep(0.001)
+        now = time.perf_counter()
+        longest, last = max(longest, now - last), now
+    assert longest < max(0.1, (time.perf_counter() - start) / 3)
