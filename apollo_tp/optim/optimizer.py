@@ -152,7 +152,7 @@ class Optimizer:
         if self.in_backward is not None and self.in_backward.begun:
             decisions = self.in_backward.finish(lr, loss, received)
         else:
-            self._measure_if_doubtful()
+            self.catch_up()
             gradients, received = self._sum_over_replicas(received)
             update = self.update_group.update(lr, loss, received=received, gradients=gradients)
             decisions = [(self.update_group, update)]
@@ -183,8 +183,20 @@ class Optimizer:
 
     def rejoin(self) -> None:
         """On all ranks, once one has raised: only some may have measured the weights, or copied those of other owners. The
-        next step does both."""
+        next step does both (``catch_up``)."""
         self._doubtful = True
+
+    @property
+    def is_behind(self) -> bool:
+        """Whether ``catch_up`` will copy weights into served memory: after ``rejoin``, with several replicas."""
+        return self._doubtful and self.owners is not None
+
+    def catch_up(self) -> None:
+        """What ``rejoin`` left to do, if anything. Collective, as ``Owners.publish`` and one all-reduce."""
+        if self.is_behind and self.owners is not None:
+            self.owners.publish()
+        if self._doubtful:
+            self._measure_weights()
 
     def resync_replicas(self) -> list[str]:
         """See replicas.resync_replicas: before the first step of a trainer whose predecessor may have been killed. Then all
@@ -261,12 +273,6 @@ class Optimizer:
         norms = torch.where(squares > 0, squares.double().sqrt(), torch.inf)
         self.update_group.counters.weight_norms.copy_(norms)
 
-    def _measure_if_doubtful(self) -> None:
-        if self._doubtful:
-            if self.owners is not None:
-                self.owners.publish()
-            self._measure_weights()
-
     # --- updates inside the backward pass --------------------------------------------------------------------------
 
     def attach_in_backward(self) -> list[str]:
@@ -315,7 +321,7 @@ class Optimizer:
             raise ApolloTpError(
                 "begin_step_in_backward: got an optimizer with stored gradients; call attach_in_backward first"
             )
-        self._measure_if_doubtful()
+        self.catch_up()
         self.in_backward.begin(self.learning_rate(learning_rate_scale), loss)
 
     # --- state -----------------------------------------------------------------------------------------------------

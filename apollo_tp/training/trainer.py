@@ -144,6 +144,7 @@ class Trainer:
             self._make_room()
             replays = None
         self._pace.begin()
+        writes_already = self._catch_up()
         self._progress = self.optimizer.progress()
         self.optimizer.zero_grad()
         self.model.zero_grad()
@@ -164,7 +165,7 @@ class Trainer:
         received = self.model.finish_gradients(compare=compare)
         self._has_compared |= compare  # if it did not raise
         clock.mark("backward")
-        if not in_backward:
+        if not in_backward and not writes_already:
             self._before_write()
         outcome = self.optimizer.step(learning_rate_scale, loss_sum, received)
         if not outcome.skipped or outcome.num_updated:  # an update in the backward pass may stop after some matrices
@@ -210,6 +211,16 @@ class Trainer:
         )
         total, hits, *counts = self.replicas.all_reduce_(sums).tolist()
         return total, hits, *(int(count) for count in counts)  # type: ignore[return-value]
+
+    def _catch_up(self) -> bool:
+        """After a command that failed, copy the owners' weights into the memory of replicas that may lack some, before these
+        compute with theirs. Returns whether this wrote, so that the server is paused already. Collective, as
+        ``Optimizer.catch_up``."""
+        if not self.optimizer.is_behind:
+            return False
+        self._before_write()
+        self.optimizer.catch_up()
+        return True
 
     def _backward(self, loss: Tensor, learning_rate_scale: float | None) -> None:
         """The backward pass of a micro-batch. If a scale is given, weights are updated within it."""
@@ -258,6 +269,7 @@ class Trainer:
         """Log-probabilities of ``samples`` under the current weights; nothing changes. Raises RequestError for samples that
         cannot be packed."""
         logprobs, correct = [0.0] * len(samples), [0.0] * len(samples)
+        self._catch_up()
         self._pace.begin()
         self._make_room()
         for batch in pack(samples, self.max_micro_batch_tokens):

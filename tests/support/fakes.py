@@ -254,7 +254,7 @@ def chat_stack(folder, *, settings=None, step_seconds=0.0, **service):
         yield client, ranks, coordinator
 
 
-def wait_for(condition, seconds=15.0, what="the condition"):
+def wait_for(condition, seconds=30.0, what="the condition"):
     """Poll until ``condition()`` is true, and return its value."""
     end = time.monotonic() + seconds
     while not (value := condition()):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -190,6 +191,12 @@ def _fail(world: TPGroup, checkpoint: Path, where: str) -> list:
         once(trainer.optimizer.owners, "publish", out_of_room)
     reply = step(2)
     assert isinstance(reply, commands.CommandFailed)
+
+    def checked(forward: Callable[..., object], batch: object) -> object:
+        trainer.optimizer.owners.check_equal()
+        return forward(batch)
+
+    once(trainer.model, "forward_loss", checked)
     done = step(3)
     assert isinstance(done, commands.StepDone), done
     return [reply.rank, reply.error, {name: local.numpy() for name, (_, local) in tensors.items()}]
@@ -197,7 +204,7 @@ def _fail(world: TPGroup, checkpoint: Path, where: str) -> list:
 
 @pytest.mark.parametrize("where", ["forward", "publish"])
 def test_a_rank_that_fails_leaves_replicas_equal(where: str, checkpoints: Path) -> None:
-    """It is named on all ranks; the next step begins with equal weights and is checked, bit for bit."""
+    """It is named on all ranks; the next step computes with equal weights, and leaves such, bit for bit."""
     results = run_ranks(_fail, 4, checkpoints / CASES[CASE].checkpoint, where)
     for rank, (failed, error, tensors) in enumerate(results):
         assert (failed, error) == (3, "OutOfMemoryError")
