@@ -41,8 +41,9 @@ class Stack:
         environment = {"VLLM_CPU_OMP_THREADS_BIND": str(core % (os.cpu_count() or 1))}
         log = self.folder / f"{name}-{port}.log"
         process = start_server(
-            self.model, port, self.runtime_dir, log, tensor_parallel=1, instance=name, environment=environment
-        )
+            self.model, port, self.runtime_dir, log, tensor_parallel=1, instance=name, environment=environment,
+            forking=True,
+        )  # fmt: skip
         self.processes.append(process)
         return Server(f"http://127.0.0.1:{port}", self.model, self.runtime_dir, name, process)
 
@@ -52,7 +53,7 @@ class Stack:
         folder = self.folder / "trainer"
         folder.mkdir(exist_ok=True)
         overrides += ["optim.check_replicas_every=1", "checkpoint.after_idle_seconds=null"]
-        process = start_trainer(self.runtime_dir, folder, folder / f"{name}.log", overrides=overrides)
+        process = start_trainer(self.runtime_dir, folder, folder / f"{name}.log", overrides=overrides, forking=True)
         self.processes.append(process)
         return Trainer(coordinator_url(self.runtime_dir, process, instance="first", seconds=300), folder, process)
 

@@ -1,7 +1,7 @@
 """Processes that are forked from one that has imported what they need, in place of ``python -m MODULE``.
 
-vLLM takes ten seconds of a core to import, a trainer six, the coordinator one. An origin, a process that does nothing else,
-imports a module once for all tests and forks itself for each command.
+vLLM takes ten seconds of a core to import, a trainer six. An origin, a process that does nothing else, imports a module
+once for all tests and forks itself for each command.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import traceback
@@ -117,9 +118,9 @@ class _Origin:
         self._ended: dict[int, int] = {}
         self._connection.settimeout(READY_SECONDS)
 
-    def start(self, command: Sequence[str], environment: dict[str, str], output: int) -> Fork:
-        """``python -m COMMAND``, whose output goes to the file ``output``."""
-        socket.send_fds(self._connection, [json.dumps([list(command), environment]).encode()], [output])
+    def start(self, command: Sequence[str], environment: dict[str, str], stdout: int, stderr: int) -> Fork:
+        """``python -m COMMAND``, whose output goes to the given descriptors."""
+        socket.send_fds(self._connection, [json.dumps([list(command), environment]).encode()], [stdout, stderr])
         while "started" not in (message := self._receive()):
             pass
         return Fork(message["started"], self._status)
@@ -149,6 +150,21 @@ def origin(module: str) -> _Origin:
     return _Origin(module)
 
 
+def run(module: str, command: Sequence[str], seconds: float) -> subprocess.CompletedProcess[str]:
+    """``subprocess.run`` of ``python -m COMMAND`` with captured output, forked from the origin of ``module``."""
+    with tempfile.TemporaryFile() as stdout, tempfile.TemporaryFile() as stderr:
+        process = origin(module).start(command, dict(os.environ), stdout.fileno(), stderr.fileno())
+        try:
+            status = process.wait(seconds)
+        finally:
+            process.kill()
+        texts = []
+        for file in (stdout, stderr):
+            file.seek(0)
+            texts.append(file.read().decode())
+        return subprocess.CompletedProcess(command, status, *texts)
+
+
 def _serve(module: str, connection: socket.socket) -> None:
     """The life of an origin: fork for each command, report each end; until nobody can ask any more."""
     importlib.import_module(module)
@@ -164,15 +180,16 @@ def _serve(module: str, connection: socket.socket) -> None:
                 children.discard(pid)
                 connection.send(json.dumps({"ended": pid, "status": status}).encode())
         try:
-            call, descriptors, *_ = socket.recv_fds(connection, 1 << 20, 1)
+            call, descriptors, *_ = socket.recv_fds(connection, 1 << 20, 2)
         except TimeoutError:
             continue
         if not call:
             return
         command, environment = json.loads(call)
         if (pid := os.fork()) == 0:
-            become(command, environment, descriptors * 2)
-        os.close(descriptors[0])
+            become(command, environment, descriptors)
+        for descriptor in descriptors:
+            os.close(descriptor)
         children.add(pid)
         connection.send(json.dumps({"started": pid}).encode())
 

@@ -51,7 +51,9 @@ class ManagedProcess:
         with os.fdopen(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "wb") as output:
             self.process: subprocess.Popen[bytes] | forks.Fork
             if imported := ORIGINS.get(command[2] if command[1:2] == ["-m"] else ""):
-                self.process = forks.origin(imported).start(command[2:], os.environ | environment, output.fileno())
+                self.process = forks.origin(imported).start(
+                    command[2:], os.environ | environment, output.fileno(), output.fileno()
+                )
             else:
                 self.process = subprocess.Popen(
                     command,

@@ -10,8 +10,10 @@ import torch
 from apollo_tp.inspect.__main__ import main
 from apollo_tp.runtime import instance_folder
 from apollo_tp.shards.manifest import CheckpointTensor, SegmentRecord, ServedTensor, publish
+from tests.support import forks
 from tests.support.families import FAMILIES, build, store_head
 from tests.support.manifests import manifest
+from tests.support.processes import FORKING_SERVER
 
 CONFIG = {
     "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "hidden_size": 64, "num_hidden_layers": 1,
@@ -80,8 +82,7 @@ def test_a_stored_head_is_told_as_a_server_tells_it(tmp_path, rows, status, said
     torch.manual_seed(0)
     build(FAMILIES["qwen3-tied"].config()).save_pretrained(tmp_path)
     store_head(tmp_path, rows)
-    command = [sys.executable, "-m", "apollo_tp.inspect", "--tp", "2", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    done = forks.run(FORKING_SERVER, ["apollo_tp.inspect", "--tp", "2", str(tmp_path)], 240)
     text = " ".join(done.stdout.split())
     assert said in text, text
     assert done.returncode == status

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +10,8 @@ import torch
 
 from apollo_tp.errors import ConfigError, UnsupportedModelError
 from apollo_tp.model.build import build_on_meta, read_model_config
+from tests.support import forks
+from tests.support.processes import FORKING_SERVER
 
 CODE = """
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -66,9 +65,6 @@ def test_a_folder_that_no_class_is_known_for_is_refused_as_such(folder: Path) ->
 @pytest.mark.vllm
 @pytest.mark.parametrize("trusted", [False, True])
 def test_inspect_runs_such_code_only_if_told_to(folder: Path, trusted: bool) -> None:
-    command = [sys.executable, "-m", "apollo_tp.inspect", str(folder), "--tp", "1"]
-    done = subprocess.run(
-        [*command, *(["--trust-remote-code"] if trusted else [])], env=os.environ | {"HF_HUB_OFFLINE": "1"},
-        stdin=subprocess.PIPE, capture_output=True, text=True, timeout=200, check=False,
-    )  # fmt: skip
+    command = ["apollo_tp.inspect", str(folder), "--tp", "1"]
+    done = forks.run(FORKING_SERVER, [*command, *(["--trust-remote-code"] if trusted else [])], 200)
     assert ("--trust-remote-code: got no such option" in done.stderr) == (not trusted), done.stderr

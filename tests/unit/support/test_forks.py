@@ -36,8 +36,10 @@ def test_arguments_environment_output_and_ends(origin: forks._Origin, tmp_path: 
     """One after the other and at once; a status, a message, a signal; nothing open of the origin."""
     environment = {"GIVEN": "a", "PATH": os.environ["PATH"]}
     with open(tmp_path / "log", "wb") as log:
-        waits = origin.start([NAME, "wait"], environment | {"GIVEN": "w"}, log.fileno())
-        ended = [origin.start([NAME, end], environment, log.fileno()).wait(30) for end in ("0", "3", "bad")]
+        waits = origin.start([NAME, "wait"], environment | {"GIVEN": "w"}, log.fileno(), log.fileno())
+        ended = [
+            origin.start([NAME, end], environment, log.fileno(), log.fileno()).wait(30) for end in ("0", "3", "bad")
+        ]
         assert ended == [0, 3, 1]
         with pytest.raises(subprocess.TimeoutExpired):
             waits.wait(0.1)
@@ -52,4 +54,11 @@ def test_arguments_environment_output_and_ends(origin: forks._Origin, tmp_path: 
 
 def test_a_module_that_cannot_be_imported_is_an_error() -> None:
     with pytest.raises((RuntimeError, OSError)):
-        forks._Origin("no_such_module").start(["no_such_module"], {}, 2)
+        forks._Origin("no_such_module").start(["no_such_module"], {}, 1, 2)
+
+
+def test_streams_are_captured_apart(origin: forks._Origin, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(forks, "origin", {NAME: origin}.get)
+    monkeypatch.setenv("GIVEN", "a")
+    done = forks.run(NAME, [NAME, "3"], 30)
+    assert (done.returncode, done.stdout, done.stderr) == (3, "['3'] a True True False\n", "loud\n")

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
-import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -15,7 +13,9 @@ from torch import Tensor, nn
 
 from apollo_tp.shards.boxes import Box
 from apollo_tp.vllm_plugin.trace import Trace, trace_loader
+from tests.support import forks
 from tests.support.families import FAMILIES
+from tests.support.processes import FORKING_SERVER
 
 
 def _trace(after: Callable[[Tensor], object]) -> Trace:
@@ -150,9 +150,9 @@ def test_an_error_is_that_of_its_tensor_alone(place: int) -> None:
 
 def test_all_tensors_at_once_give_what_each_alone_gives(tmp_path: Path) -> None:
     """Every family over vLLM's real loader; of one with a vision tower, transformers' names are refused."""
-    command = [sys.executable, "-m", "tests.support.trace_both_ways", str(tmp_path)]
-    output = subprocess.run(command, check=True, capture_output=True, text=True, timeout=120).stdout
-    found = json.loads(output.splitlines()[-1])
+    done = forks.run(FORKING_SERVER, ["tests.support.trace_both_ways", str(tmp_path)], 240)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
     assert list(found) == list(FAMILIES)
     for ranks in found.values():
         assert [differ for _, _, differ in ranks] == [[], []]

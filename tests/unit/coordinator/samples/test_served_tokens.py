@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +11,8 @@ import pytest
 from apollo_tp.coordinator.samples.intake import Intake, Limits
 from apollo_tp.coordinator.samples.schema import Message, SampleBody, Truncate
 from apollo_tp.errors import RequestError
+from tests.support import forks
+from tests.support.processes import FORKING_SERVER
 from tests.support.served_model import publish_folder, renderer_of
 from tests.support.tokenizer_zoo import KINDS
 
@@ -20,9 +20,9 @@ from tests.support.tokenizer_zoo import KINDS
 @pytest.fixture(scope="module")
 def vllm(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What tests/support/served_tokens.py found."""
-    command = [sys.executable, "-m", "tests.support.served_tokens", str(tmp_path_factory.mktemp("tokens"))]
-    output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, timeout=240).stdout
-    found: dict[str, Any] = json.loads(output.splitlines()[-1])
+    done = forks.run(FORKING_SERVER, ["tests.support.served_tokens", str(tmp_path_factory.mktemp("tokens"))], 240)
+    assert done.returncode == 0, done.stderr
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found
 
 

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from typing import Any
 
 import pytest
 
-from tests.support import rendered_chats
+from tests.support import forks, rendered_chats
+from tests.support.processes import FORKING_SERVER
 
 
 @pytest.fixture(scope="module")
 def hooked(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What tests/support/hooked_vllm.py found."""
-    command = [sys.executable, "-m", "tests.support.hooked_vllm", str(tmp_path_factory.mktemp("hooked"))]
-    output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, timeout=120).stdout
-    found: dict[str, Any] = json.loads(output.splitlines()[-1])
+    done = forks.run(FORKING_SERVER, ["tests.support.hooked_vllm", str(tmp_path_factory.mktemp("hooked"))], 240)
+    assert done.returncode == 0, done.stderr
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found
 
 
