@@ -15,6 +15,7 @@ import torch
 from apollo_tp.config import CacheMode, SyncMode
 from apollo_tp.distributed.alarm import Alarm
 from apollo_tp.distributed.control import Control
+from apollo_tp.distributed.mesh import Mesh
 from apollo_tp.distributed.tp_group import TPGroup
 from apollo_tp.errors import DeadlineError, ServerGoneError
 from apollo_tp.runtime import instance_folder, processes
@@ -276,8 +277,8 @@ def test_a_step_that_raises_during_its_write_resumes_the_server(plugin: Plugin) 
         raise ValueError("injected in the optimizer")
 
     trainer = SimpleNamespace(
-        step=step, tp=TPGroup.single(), weight_version=7, device=torch.device("cpu"), peak_memory_bytes=lambda: 0,
-        abandon_step=lambda: None, rejoin=lambda: None, optimizer=SimpleNamespace(progress=lambda: (0, 0)),
+        step=step, mesh=Mesh.single(TPGroup.single()), weight_version=7, device=torch.device("cpu"),
+        peak_memory_bytes=lambda: 0, abandon_step=lambda: None, rejoin=lambda: None, optimizer=SimpleNamespace(progress=lambda: (0, 0)),
     )  # fmt: skip
     services = RecordingServices(finish_command=gate.after_step)
     loop = RankLoop(trainer, services, Control(0, 1), None)  # type: ignore[arg-type]
