@@ -278,7 +278,8 @@ def test_a_step_that_raises_during_its_write_resumes_the_server(plugin: Plugin) 
 
     trainer = SimpleNamespace(
         step=step, mesh=Mesh.single(TPGroup.single()), weight_version=7, device=torch.device("cpu"),
-        peak_memory_bytes=lambda: 0, abandon_step=lambda: None, rejoin=lambda: None, optimizer=SimpleNamespace(progress=lambda: (0, 0)),
+        peak_memory_bytes=lambda: 0, abandon_step=lambda: None, rejoin=lambda: None,
+        optimizer=SimpleNamespace(progress=lambda: (0, 0)),
     )  # fmt: skip
     services = RecordingServices(finish_command=gate.after_step)
     loop = RankLoop(trainer, services, Control(0, 1), None)  # type: ignore[arg-type]
