@@ -12,6 +12,7 @@ from apollo_tp.config import OptimConfig
 from apollo_tp.distributed.tp_group import TPGroup
 from apollo_tp.optim import Optimizer, OptimParameter
 from apollo_tp.shards.boxes import Shard, merge_ranges, replicated_parts
+from tests.support.reference_optimizer import ReferenceOptimizer
 
 
 @dataclass(frozen=True)
@@ -141,6 +142,17 @@ def config(**changes: object) -> OptimConfig:
     """Small rank and short intervals, so that a few steps pass through refreshes and the limiter."""
     options: dict = {"rank": 8, "lr": 1e-3, "refresh_every": 5, "weight_decay": 0.1, "check_replicas_every": 3}
     return OptimConfig(**(options | changes))
+
+
+def train_twin(config: OptimConfig, steps: int) -> tuple[dict[str, torch.Tensor], list[float]]:
+    """The weights (global) after ``steps`` of the single-process reference, and the norm of all gradients of each step."""
+    trained, norms = weights(), []
+    optimizer = ReferenceOptimizer(config, trained, {s.name: s.role for s in SPECS})
+    for step in range(steps):
+        of_step = gradients(step)
+        norms.append(math.sqrt(sum(float(g.double().square().sum()) for g in of_step.values())))
+        assert optimizer.step(of_step) == ""
+    return trained, norms
 
 
 def loss_of(params: list, whole: dict[str, torch.Tensor]) -> torch.Tensor:

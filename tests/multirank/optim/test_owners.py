@@ -17,7 +17,6 @@ from apollo_tp.optim import Optimizer
 from tests.support import optim_model as model
 from tests.support.collective_faults import LEAVES, Collectives
 from tests.support.ranks import run_ranks
-from tests.support.reference_optimizer import ReferenceOptimizer
 
 STEPS = 8
 SHAPES = [(2, 1), (4, 1), (2, 2), (1, 4)]
@@ -82,14 +81,7 @@ def trained(num_replicas: int, tp_size: int) -> list[dict[str, dict]]:
 
 @lru_cache
 def twin(name: str) -> tuple[dict[str, torch.Tensor], list[float]]:
-    weights = model.weights()
-    optimizer = ReferenceOptimizer(variant(name), weights, {s.name: s.role for s in model.SPECS})
-    norms = []
-    for step in range(STEPS):
-        gradients = model.gradients(step)
-        norms.append(math.sqrt(sum(float(g.double().square().sum()) for g in gradients.values())))
-        assert optimizer.step(gradients) == ""
-    return weights, norms
+    return model.train_twin(variant(name), STEPS)
 
 
 @pytest.mark.parametrize(("num_replicas", "tp_size"), SHAPES)

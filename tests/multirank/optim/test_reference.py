@@ -15,7 +15,6 @@ from apollo_tp.optim.sharding import CANARY_FLOATS
 from apollo_tp.shards.boxes import Shard
 from tests.support import optim_model as model
 from tests.support.ranks import run_ranks
-from tests.support.reference_optimizer import ReferenceOptimizer
 
 STEPS = 8  # a refresh after 5
 
@@ -64,14 +63,7 @@ def sharded(size: int) -> list[dict[str, tuple]]:
 
 @lru_cache
 def twin(name: str) -> tuple[dict[str, torch.Tensor], list[float]]:
-    weights = model.weights()
-    optimizer = ReferenceOptimizer(variant(name), weights, {s.name: s.role for s in model.SPECS})
-    norms = []
-    for step in range(STEPS):
-        gradients = model.gradients(step)
-        norms.append(float(torch.cat([g.flatten() for g in gradients.values()]).norm()))
-        assert optimizer.step(gradients) == ""
-    return weights, norms
+    return model.train_twin(variant(name), STEPS)
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])

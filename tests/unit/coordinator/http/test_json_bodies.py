@@ -3,7 +3,6 @@
 import asyncio
 import json
 import threading
-import time
 
 import pytest
 
@@ -14,6 +13,7 @@ from apollo_tp.coordinator.samples.forms import read_sample
 from apollo_tp.coordinator.samples.schema import CheckpointBody, PreferenceLine, SampleBody, TrainBody
 from apollo_tp.coordinator.samples.unique_keys import MAX_VALUES
 from apollo_tp.errors import RequestError
+from tests.support.stalls import longest_stall
 
 MANY = {"objects": "{}", "texts": '"a"', "lists": "[1]", "numbers": "1"}
 
@@ -65,12 +65,5 @@ def test_others_run_while_white_space_is_skipped(around):
         with pytest.raises(RequestError):
             read_body(body, TrainBody, 10)
 
-    thread = threading.Thread(target=read)
-    start = last = time.perf_counter()
-    longest = 0.0
-    thread.start()
-    while thread.is_alive():
-        time.sleep(0.001)
-        now = time.perf_counter()
-        longest, last = max(longest, now - last), now
-    assert longest < max(0.1, (time.perf_counter() - start) / 3)
+    longest, seconds = longest_stall(read)
+    assert longest < max(0.1, seconds / 3)
