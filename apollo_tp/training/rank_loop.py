@@ -199,7 +199,9 @@ class RankLoop:
     def _dispatch(self, command: commands.AnyCommand) -> commands.AnyReply:
         match command:
             case commands.Step():
-                figures = self.trainer.step(command.samples, command.learning_rate_scale)
+                figures = self.trainer.step(
+                    command.samples, command.learning_rate_scale, command.loss, command.max_staleness
+                )
                 return commands.StepDone(id=command.id, figures=figures)
             case commands.PreferenceStep():
                 figures = self.trainer.preference_step(command.pairs, command.beta, command.learning_rate_scale)

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,11 +19,21 @@ from apollo_tp.distributed.tp_group import TPGroup
 from apollo_tp.errors import ConfigError
 from apollo_tp.gpu_sharing.pace import Pace
 from apollo_tp.model import BoundModel
-from apollo_tp.model.batch import PackedBatch, empty_share, pack, pack_pairs
-from apollo_tp.model.loss import preference_loss, unit
+from apollo_tp.model.batch import PackedBatch, empty_share, pack
+from apollo_tp.model.loss import unit
 from apollo_tp.optim import Optimizer
 from apollo_tp.training.cuda_graphs import GraphCache
+from apollo_tp.training.objectives import (
+    NothingToLearnError,
+    Objective,
+    Place,
+    Preference,
+    objective_of,
+)
 from apollo_tp.wire.commands import PreferencePair, Sample, StepFigures
+from apollo_tp.wire.losses import Loss
+
+DEFAULT_LOSS = Loss()
 
 
 @dataclass(frozen=True)
@@ -67,6 +76,7 @@ class Trainer:
         self.replicas = self.mesh.replicas
         self.device = device
         self.max_micro_batch_tokens = max_micro_batch_tokens
+        self._place = Place(model, self.replicas, device, max_micro_batch_tokens)
         self.weight_version = weight_version
         self._before_write = before_write or (lambda: None)
         self._pace = pace or Pace(1.0, model.module, tp, device)
@@ -87,59 +97,48 @@ class Trainer:
         self._replays = replays if possible else None
         return possible
 
-    def step(self, samples: Sequence[Sample], learning_rate_scale: float = 1.0) -> StepFigures:
-        """One supervised step: weighted mean cross-entropy over all samples, accumulated over micro-batches.
+    def step(
+        self,
+        samples: Sequence[Sample],
+        learning_rate_scale: float = 1.0,
+        loss: Loss = DEFAULT_LOSS,
+        max_staleness: int | None = None,
+    ) -> StepFigures:
+        """One step of ``loss`` over all samples, accumulated over micro-batches.
 
-        ``learning_rate_scale`` multiplies the scheduled learning rate. Raises RequestError for samples that cannot be
-        packed, ReplicaError if ranks turn out to differ, and whatever the model or a collective raises; see
-        ``abandon_step``.
+        ``learning_rate_scale`` multiplies the scheduled learning rate. Samples of weights that are more than
+        ``max_staleness`` versions older than these are dropped; a step without any other writes nothing and says so. Raises
+        RequestError for samples that cannot be packed, ReplicaError if ranks turn out to differ, and whatever the model or a
+        collective raises; see ``abandon_step``.
         """
         clock = _Clock(self.device)
-        batches = pack(samples, self.max_micro_batch_tokens, self.replicas.rank, self.replicas.size)
-        share = 1.0 / math.fsum(weight for sample in samples for weight in sample.weights)
-        batches = [batch.scaled(share) for batch in batches]
-
-        def loss_of(batch: PackedBatch) -> tuple[Tensor, Tensor]:
-            sums = self.model.forward_loss(batch)
-            return sums.loss, sums.correct
-
-        return self._step(batches, loss_of, learning_rate_scale, clock, self._replays)
+        fresh = [sample for sample in samples if not self._is_stale(sample, max_staleness)]
+        try:
+            objective = objective_of(self._place, fresh, loss)
+            figures = self._step(objective, learning_rate_scale, clock)
+        except NothingToLearnError as error:
+            figures = self._nothing_learned(f"{error}, {len(samples) - len(fresh)} stale ones not counted", clock)
+        if max_staleness is None:
+            return figures
+        stale = {"stale_samples": float(len(samples) - len(fresh))}
+        return msgspec.structs.replace(figures, metrics=figures.metrics | stale)
 
     def preference_step(
         self, pairs: Sequence[PreferencePair], beta: float, learning_rate_scale: float = 1.0
     ) -> StepFigures:
-        """One DPO step (Rafailov et al. 2023, eq. 7): mean over pairs. Both sides of a pair share a micro-batch.
-        Arguments and errors as of ``step``; ``beta`` is the inverse temperature of the loss."""
+        """One DPO step. Arguments and errors as of ``step``; ``beta`` is the inverse temperature of the loss."""
         clock = _Clock(self.device)
-        batches = pack_pairs(pairs, self.max_micro_batch_tokens, self.replicas.rank, self.replicas.size)
-        reference = torch.tensor([(p.reference_preferred, p.reference_rejected) for p in pairs], device=self.device)
-        margins: list[Tensor] = []
+        return self._step(Preference(self._place, pairs, beta), learning_rate_scale, clock)
 
-        def loss_of(batch: PackedBatch) -> tuple[Tensor, Tensor]:
-            scored = self.model.sequence_logprobs(batch)
-            members = [index // 2 for index in batch.sample_index[::2]]
-            policy = scored.sequences.view(-1, 2)
-            losses, margin = preference_loss(policy, reference[members], beta)
-            margins.append(margin.detach())
-            return losses.sum() / len(pairs), scored.correct.sum()
+    def _is_stale(self, sample: Sample, max_staleness: int | None) -> bool:
+        version = sample.sampled.weight_version
+        return max_staleness is not None and version is not None and self.weight_version - version > max_staleness
 
-        figures = self._step(batches, loss_of, learning_rate_scale, clock)
-        margin = torch.cat([*margins, torch.empty(0, device=self.device)]).double()
-        sums = self.replicas.all_reduce_(torch.stack([margin.sum(), (margin > 0).double().sum()])) / len(pairs)
-        rewards = dict(zip(("reward_margin", "reward_accuracy"), sums.tolist(), strict=True))
-        return msgspec.structs.replace(figures, metrics=rewards)
-
-    def _step(
-        self,
-        batches: Sequence[PackedBatch],
-        loss_of: Callable[[PackedBatch], tuple[Tensor, Tensor]],
-        learning_rate_scale: float,
-        clock: _Clock,
-        replays: GraphCache | None = None,
-    ) -> StepFigures:
-        in_backward = self._updates_in_backward(batches)
+    def _step(self, objective: Objective, learning_rate_scale: float, clock: _Clock) -> StepFigures:
+        in_backward = self._updates_in_backward(objective.batches)
         # before any pass: a copy waits for work launched before it
-        batches = [batch.to(self.device) for batch in batches]
+        batches = [batch.to(self.device) for batch in objective.batches]
+        replays = self._replays if objective.replayable else None
         if replays is None or not batches or not replays.can_replay(batches):
             self._make_room()
             replays = None
@@ -148,13 +147,14 @@ class Trainer:
         self._progress = self.optimizer.progress()
         self.optimizer.zero_grad()
         self.model.zero_grad()
+        batches = objective.begin(batches)
         loss_sum = torch.zeros((), device=self.device)
         correct = torch.zeros((), device=self.device)
         for position, batch in enumerate(batches):
             if replays is not None:
                 loss, hits = replays.run(batch, accumulate=position > 0, between=lambda: clock.mark("forward"))
             else:
-                loss, hits = loss_of(batch)
+                loss, hits = objective.loss(batch)
                 self._pace.give_way()
                 clock.mark("forward")
                 self._backward(loss, learning_rate_scale if in_backward else None)
@@ -194,6 +194,24 @@ class Trainer:
             backward_seconds=clock.seconds["backward"],
             optimizer_seconds=clock.seconds["optimizer"],
             paused_seconds=0.0,  # known once all ranks have ended the command, as is what follows
+            peak_memory_bytes=[],
+            metrics=objective.metrics(),
+        )
+
+    def _nothing_learned(self, why: str, clock: _Clock) -> StepFigures:
+        """The figures of a step that all ranks gave up before its first gradient."""
+        counts = dict.fromkeys(("num_tokens", "num_loss_tokens", "num_micro_batches", "num_updated"), 0)
+        numbers = dict.fromkeys(
+            ("loss", "token_accuracy", "padding_share", "grad_norm", "learning_rate", "largest_update", "paused_seconds",
+             "forward_seconds", "backward_seconds", "optimizer_seconds"), 0.0,
+        )  # fmt: skip
+        return StepFigures(
+            **counts,
+            **numbers,
+            gradients="stored",
+            skipped=why,
+            weight_version=self.weight_version,
+            step_seconds=clock.total(),
             peak_memory_bytes=[],
             metrics={},
         )

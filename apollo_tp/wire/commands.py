@@ -10,7 +10,25 @@ from __future__ import annotations
 
 import msgspec
 
-PROTOCOL_VERSION = 2
+from apollo_tp.wire.losses import Loss
+
+PROTOCOL_VERSION = 3
+
+
+class Sampled(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What is known of a completion that a model sampled. The lists are empty, or have one value for each of the last tokens
+    of the sequence: nats, under the model that sampled them, a reference and a teacher, all at ``temperature``.
+
+    ``weight_version``: that of the weights that sampled it; None if the client did not say.
+    """
+
+    sampling_logprobs: list[float] = []
+    advantages: list[float] = []
+    reference_logprobs: list[float] = []
+    teacher_logprobs: list[float] = []
+    temperature: float = 1.0
+    reward: float | None = None
+    weight_version: int | None = None
 
 
 class Sample(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -21,6 +39,7 @@ class Sample(msgspec.Struct, frozen=True, omit_defaults=True):
 
     token_ids: list[int]
     weights: list[float]
+    sampled: Sampled = Sampled()
 
 
 class PreferencePair(msgspec.Struct, frozen=True):
@@ -42,10 +61,11 @@ class Command(msgspec.Struct, frozen=True, tag=True, omit_defaults=True, kw_only
 
 
 class Step(Command, frozen=True):
-    """One optimizer step of supervised fine-tuning on ``samples``, the global batch; the ranks cut micro-batches.
+    """One optimizer step of ``loss`` on ``samples``, the global batch; the ranks cut micro-batches.
 
     ``job_step`` counts from 1 to ``num_job_steps`` within the job. ``learning_rate_scale`` multiplies the configured
-    learning rate.
+    learning rate. Samples of weights that are more than ``max_staleness`` versions older than those that are trained are
+    dropped.
     """
 
     job_id: str
@@ -53,6 +73,8 @@ class Step(Command, frozen=True):
     samples: list[Sample]
     num_job_steps: int = 0
     learning_rate_scale: float = 1.0
+    loss: Loss = Loss()
+    max_staleness: int | None = None
 
 
 class PreferenceStep(Command, frozen=True):

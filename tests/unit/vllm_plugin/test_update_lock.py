@@ -271,7 +271,7 @@ def test_a_step_that_raises_during_its_write_resumes_the_server(plugin: Plugin) 
     lock = attach(plugin, options(SyncMode.step_lock))
     gate = UpdateGate(SyncMode.step_lock, TPGroup.single(), torch.device("cpu"), lock)
 
-    def step(samples: object, learning_rate_scale: float) -> None:
+    def step(samples: object, *_: object) -> None:
         gate.before_write()
         assert plugin.vllm.paused
         raise ValueError("injected in the optimizer")
