@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -187,7 +187,8 @@ class Policy(Objective):
     def _tokens(self, batch: PackedBatch) -> tuple[policy.Tokens, Tensor, Tensor]:
         """The loss tokens, whether each is the arg max, and their entropy."""
         streams, at = self._streams[batch.sample_index], batch.loss_positions
-        found = self.place.model.token_logprobs(batch, streams["inverse_temperature"])
+        members = [self._samples[index] for index in batch.sample_index]
+        found = self.place.model.token_logprobs(batch, inverse_temperatures(members, self.place.device))
         tokens = policy.Tokens(
             new=found.logprobs,
             old=streams["sampling_logprobs"][at],
@@ -205,22 +206,23 @@ class Policy(Objective):
         """What is known of the sampled tokens, at the positions that predict them: fp32 [T] each."""
         names = ("sampling_logprobs", "advantages", "reference_logprobs", "teacher_logprobs")
         members = [self._samples[index] for index in batch.sample_index]
-        streams = {name: _stream(members, lambda s, n=name: getattr(s.sampled, n)) for name in names}  # type: ignore[misc]
-        streams["inverse_temperature"] = inverse_temperatures(members)
+        streams = {name: _stream(members, [getattr(sample.sampled, name) for sample in members]) for name in names}
         return {name: stream.to(self.place.device, non_blocking=True) for name, stream in streams.items()}
 
 
-def inverse_temperatures(samples: Sequence[Sample]) -> Tensor:
-    """For each token of ``samples``, packed in this order: fp32 [T]."""
+def inverse_temperatures(samples: Sequence[Sample], device: torch.device) -> Tensor | None:
+    """For each token of ``samples``, packed in this order: fp32 [T]; None if all are 1."""
     temperatures = torch.tensor([sample.sampled.temperature for sample in samples])
-    return temperatures.reciprocal().repeat_interleave(torch.tensor([len(sample.token_ids) for sample in samples]))
+    if (temperatures == 1).all():
+        return None
+    lengths = torch.tensor([len(sample.token_ids) for sample in samples])
+    return temperatures.reciprocal().repeat_interleave(lengths).to(device)
 
 
-def _stream(samples: Sequence[Sample], values: Callable[[Sample], Sequence[float]]) -> Tensor:
+def _stream(samples: Sequence[Sample], values: Sequence[Sequence[float]]) -> Tensor:
     """The values of each sample's last tokens, 0 before them, at the positions that predict the tokens: fp32 [T]."""
     flat = array("d")
-    for sample in samples:
-        own = values(sample)
+    for sample, own in zip(samples, values, strict=True):
         flat.extend([0.0] * (len(sample.token_ids) - len(own)))
         flat.extend(own)
     return torch.frombuffer(flat, dtype=torch.float64).float().roll(-1)

@@ -209,7 +209,11 @@ class RankLoop:
             case commands.Score():
                 scores = self.trainer.score(command.samples)
                 return commands.ScoreDone(
-                    id=command.id, logprobs=scores.logprobs, weights=scores.weights, num_correct=scores.num_correct
+                    id=command.id,
+                    logprobs=scores.logprobs,
+                    weights=scores.weights,
+                    num_correct=scores.num_correct,
+                    token_logprobs=scores.token_logprobs if command.per_token else [],
                 )
             case commands.SaveCheckpoint():
                 started = time.monotonic()

@@ -28,6 +28,7 @@ from apollo_tp.training.objectives import (
     Objective,
     Place,
     Preference,
+    inverse_temperatures,
     objective_of,
 )
 from apollo_tp.wire.commands import PreferencePair, Sample, StepFigures
@@ -39,11 +40,13 @@ DEFAULT_LOSS = Loss()
 @dataclass(frozen=True)
 class ScoreResult:
     """Per sample, in the order given, the same on every rank: weighted log-probability in nats, sum of weights, and the
-    number of tokens with a weight that are the arg max of the model's prediction."""
+    number of tokens with a weight that are the arg max of the model's prediction. ``token_logprobs`` has the
+    log-probability of each token of each sample, 0 where its weight is 0."""
 
     logprobs: list[float]
     weights: list[float]
     num_correct: list[float]
+    token_logprobs: list[list[float]]
 
 
 class Trainer:
@@ -284,20 +287,25 @@ class Trainer:
 
     @torch.no_grad()
     def score(self, samples: Sequence[Sample]) -> ScoreResult:
-        """Log-probabilities of ``samples`` under the current weights; nothing changes. Raises RequestError for samples that
-        cannot be packed."""
+        """Log-probabilities of ``samples`` under the current weights, at their temperatures; nothing changes. Raises
+        RequestError for samples that cannot be packed."""
         logprobs, correct = [0.0] * len(samples), [0.0] * len(samples)
+        tokens: list[list[float]] = [[] for _ in samples]
         self._catch_up()
         self._pace.begin()
         self._make_room()
         for batch in pack(samples, self.max_micro_batch_tokens):
-            scored = self.model.sequence_logprobs(batch.to(self.device))
+            inverse = inverse_temperatures([samples[index] for index in batch.sample_index], self.device)
+            scored = self.model.sequence_logprobs(batch.to(self.device), inverse)
             self._pace.give_way()
+            predicted = scored.tokens.roll(1)  # at the tokens themselves; nothing predicts the first of a sequence
+            for index, own in zip(batch.sample_index, predicted.split(batch.lengths), strict=True):
+                tokens[index] = own.tolist()
             for index, logprob, hits in zip(
                 batch.sample_index, scored.sequences.tolist(), scored.correct.tolist(), strict=True
             ):
                 logprobs[index], correct[index] = logprob, hits
-        return ScoreResult(logprobs, [sum(s.weights) for s in samples], correct)
+        return ScoreResult(logprobs, [sum(s.weights) for s in samples], correct, tokens)
 
     def peak_memory_bytes(self) -> int:
         """Peak GPU memory of this rank beyond the served weights since its memory was planned; 0 on CPU."""

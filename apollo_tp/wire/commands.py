@@ -89,9 +89,11 @@ class PreferenceStep(Command, frozen=True):
 
 
 class Score(Command, frozen=True):
-    """Forward only: the summed, weighted log-probability of each sample under the current weights."""
+    """Forward only: the summed, weighted log-probability of each sample under the current weights, at its temperature; with
+    ``per_token`` also that of each token."""
 
     samples: list[Sample]
+    per_token: bool = False
 
 
 class SaveCheckpoint(Command, frozen=True):
@@ -219,11 +221,13 @@ class StepDone(Reply, frozen=True):
 
 
 class ScoreDone(Reply, frozen=True):
-    """Per sample: summed weighted log-probability in nats, sum of weights, and weighted tokens predicted by arg max."""
+    """Per sample: summed weighted log-probability in nats, sum of weights, and weighted tokens predicted by arg max; if
+    asked for, the log-probability of each token, 0 where its weight is 0."""
 
     logprobs: list[float]
     weights: list[float]
     num_correct: list[float]
+    token_logprobs: list[list[float]] = []
 
 
 class CheckpointDone(Reply, frozen=True):

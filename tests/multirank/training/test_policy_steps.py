@@ -111,3 +111,24 @@ def test_stale_samples_are_dropped_and_counted(checkpoints: Path) -> None:
     assert (nothing.weight_version, nothing.metrics) == (11, {"stale_samples": 2.0})
     assert all(torch.equal(before[name], tensor) for name, (_, tensor) in tensors.items())
     assert trainer.step(fresh, max_staleness=None).metrics == {}
+
+
+def _scored(tp: TPGroup, checkpoint: Path, batch: list[Sample]) -> list[list[float]]:
+    trainer, _ = make_trainer(tp, checkpoint)
+    return trainer.score(batch).token_logprobs
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_scores_of_tokens_are_those_at_the_samples_temperature(size: int, checkpoints: Path) -> None:
+    """Several micro-batches; one value per token, 0 where nothing is learned."""
+    checkpoint = checkpoints / CASES[CASE].checkpoint
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32, attn_implementation="eager")
+    batch = policy_twin.sampled_batch(model)
+    with torch.no_grad():
+        expected = [sequence.new for sequence in policy_twin.sequences(model, batch, False)]
+    for found in run_ranks(_scored, size, checkpoint, batch):
+        for sample, got, of_learned in zip(batch, found, expected, strict=True):
+            values = torch.tensor(got)
+            learned = torch.tensor(sample.weights) != 0
+            torch.testing.assert_close(values[learned], of_learned, rtol=0, atol=1e-5)
+            assert not values[~learned].any()
