@@ -58,7 +58,8 @@ class Intake:
     ) -> None:
         self._renderer, self._limits, self._truncate = renderer, limits, truncate
         self._is_abandoned = is_abandoned
-        self._loss, self._groups = Loss(), Groups()
+        self._loss = Loss()
+        self._groups: Groups | None = None
 
     def check_wanted(self) -> None:
         """Raise AbandonedError if nobody wants the samples any more."""

@@ -75,9 +75,9 @@ def check_fields(body: SampledBody, loss: Loss, where: str) -> None:
         raise refuse(f"{where}group", "it together with 'advantage'", "either an advantage, or a reward and its group")
 
 
-def sampled_of(body: SampledBody, groups: Groups) -> Sampled:
-    """What the ranks are told of the completion. Raises RequestError for lists of another length, and if it was not drawn
-    from the whole distribution."""
+def sampled_of(body: SampledBody, groups: Groups | None) -> Sampled:
+    """What the ranks are told of the completion; without ``groups`` (to be scored), nothing follows from its reward. Raises
+    RequestError for lists of another length, and if it was not drawn from the whole distribution."""
     count = len(body.completion_ids or ())
     advantage = body.advantage
     given = {name: getattr(body, name) for name in PER_TOKEN}
@@ -90,7 +90,7 @@ def sampled_of(body: SampledBody, groups: Groups) -> Sampled:
                 name, f"{value:g}", f"{off[-1]}, which is off: the trainer's probabilities are of the whole "
                 "vocabulary, and cannot be compared with those of a part of it",
             )  # fmt: skip
-    if advantage is None and body.reward is not None:
+    if advantage is None and body.reward is not None and groups is not None:
         advantage = body.reward if body.group is None else groups.advantage(body.reward, body.group)
     return Sampled(
         **{name: given[name] or [] for name in LISTS},

@@ -151,6 +151,6 @@ def test_a_job_keeps_the_loss_with_all_its_options() -> None:
 
 def test_scoring_takes_any_sampled_sample() -> None:
     intake = Intake("no tokenizer", Limits(400, 16), Truncate.refuse)
-    body = decode(msgspec.json.encode(FULL | {"temperature": 0.5}), SampleBody)
+    body = decode(msgspec.json.encode(ONE | {"temperature": 0.5, "reward": 1.0, "group": "alone"}), SampleBody)
     (sample,) = intake.samples([body])
     assert sample.sampled.temperature == 0.5
