@@ -52,7 +52,7 @@ class RefusedError(ApolloTpError):
 
 class Job(msgspec.Struct, kw_only=True):
     """A training job. ``metrics`` are further figures of its last step, such as ``mismatch_kl`` and ``reward_mean``; a value
-    that is not finite is None."""
+    that is not finite is None. ``skipped_steps`` is how many steps at its end wrote nothing: its events say why."""
 
     id: str
     state: str
@@ -60,6 +60,7 @@ class Job(msgspec.Struct, kw_only=True):
     total_steps: int
     loss: float | None = None
     weight_version: int | None = None
+    skipped_steps: int = 0
     metrics: dict[str, float | None] = {}
     error: dict[str, Any] | None = None
 
