@@ -71,12 +71,13 @@ def objective_of(place: Place, samples: Sequence[Sample], loss: Loss) -> Objecti
 
 def shares(sums: Sequence[float], config: LossConfig) -> list[float]:
     """The factor of each sample's weights that makes the weighted sum of a step's token losses the mean that ``config`` asks
-    for. ``sums`` are the sums of the samples' weights, of all replicas. Raises NothingToLearnError if all are 0."""
-    if not any(sums):
-        raise NothingToLearnError(f"none of {len(sums)} samples has a token to learn from")
-    if config.normalisation == "constant":
+    for. ``sums`` are the sums of the samples' weights, of all replicas. Raises NothingToLearnError if all are 0, but where
+    weights may have either sign and are divided by a constant."""
+    if config.normalisation == "constant" and sums:
         assert config.divisor is not None
         return [1.0 / config.divisor] * len(sums)
+    if not any(sums):
+        raise NothingToLearnError(f"none of {len(sums)} samples has a token to learn from")
     if config.normalisation == "sequence_mean":
         count = sum(1 for total in sums if total)
         return [1.0 / (total * count) if total else 0.0 for total in sums]

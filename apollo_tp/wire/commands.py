@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import msgspec
 
-from apollo_tp.wire.losses import Loss
+from apollo_tp.wire.losses import Loss, LossConfig
 
 PROTOCOL_VERSION = 3
 
@@ -88,6 +88,37 @@ class PreferenceStep(Command, frozen=True):
     learning_rate_scale: float = 1.0
 
 
+SUMMED = Loss("cross_entropy", LossConfig(normalisation="constant", divisor=1.0))
+"""The weighted sum of negative log-likelihoods; weights may be negative."""
+
+
+class ForwardBackward(Command, frozen=True):
+    """Add the gradients of ``loss`` on ``samples`` to those that the ranks keep until the next OptimizerStep. They are gone
+    after a command that failed, and after a Step or PreferenceStep."""
+
+    samples: list[Sample]
+    loss: Loss = SUMMED
+
+
+class OptimizerStep(Command, frozen=True):
+    """One optimizer step on the sum of the gradients of the last ``num_passes`` ForwardBackward commands, which had
+    ``num_samples`` samples. Options that are None are the configured ones; ``max_grad_norm`` 0 switches clipping off."""
+
+    job_id: str
+    job_step: int
+    num_passes: int
+    num_samples: int
+    num_job_steps: int = 0
+    learning_rate: float | None = None
+    betas: tuple[float, float] | None = None
+    eps: float | None = None
+    weight_decay: float | None = None
+    max_grad_norm: float | None = None
+
+
+AnyStep = Step | PreferenceStep | OptimizerStep
+
+
 class Score(Command, frozen=True):
     """Forward only: the summed, weighted log-probability of each sample under the current weights, at its temperature; with
     ``per_token`` also that of each token."""
@@ -116,7 +147,7 @@ class Identify(Command, frozen=True):
     """
 
 
-AnyCommand = Step | PreferenceStep | Score | SaveCheckpoint | Shutdown | Identify
+AnyCommand = AnyStep | ForwardBackward | Score | SaveCheckpoint | Shutdown | Identify
 
 # --- replies and notices, rank 0 -> coordinator --------------------------------------------------------------------
 
@@ -220,6 +251,18 @@ class StepDone(Reply, frozen=True):
     figures: StepFigures
 
 
+class ForwardBackwardDone(Reply, frozen=True):
+    """Gradients were added on all ranks. ``loss`` in nats, of this command alone; ``num_passes`` counts the commands since
+    the last step; ``metrics`` are further figures by name."""
+
+    loss: float
+    num_tokens: int
+    num_loss_tokens: int
+    num_passes: int
+    seconds: float
+    metrics: dict[str, float] = {}
+
+
 class ScoreDone(Reply, frozen=True):
     """Per sample: summed weighted log-probability in nats, sum of weights, and weighted tokens predicted by arg max; if
     asked for, the log-probability of each token, 0 where its weight is 0."""
@@ -262,4 +305,4 @@ class Goodbye(Reply, frozen=True):
     failed: bool = False
 
 
-AnyReply = Hello | StepDone | ScoreDone | CheckpointDone | CommandFailed | Heartbeat | Goodbye
+AnyReply = Hello | StepDone | ForwardBackwardDone | ScoreDone | CheckpointDone | CommandFailed | Heartbeat | Goodbye

@@ -26,7 +26,7 @@ class LossConfig(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, 
     ``undesirable_weight`` are KTO's.
     """
 
-    clip_low: Annotated[float, Meta(ge=0, le=1)] | None = None
+    clip_low: NotNegative | None = None
     clip_high: NotNegative | None = None
     is_cap: Positive | None = None
     mask_low: Positive | None = None
