@@ -44,8 +44,8 @@ def prepared(parser: argparse.ArgumentParser, out: Path, outputs: tuple[str, ...
 
 
 def prepare(out: Path, outputs: tuple[str, ...]) -> None:
-    """Make ``out`` the demo's folder, without the ``outputs`` that an earlier demo left there. Raises ConfigError for a folder
-    that no demo made: nothing in it is touched."""
+    """Make ``out`` the demo's folder, without the ``outputs`` that an earlier demo left there. Raises ConfigError for a
+    folder that no demo made: nothing in it is touched."""
     owned_folder.claim(out, "demo", "--out")
     for name in outputs:
         if (out / name).is_dir() and not (out / name).is_symlink():
