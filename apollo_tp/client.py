@@ -21,7 +21,7 @@ import httpx
 import msgspec
 
 from apollo_tp.coordinator.samples.schema import SampleBody as Sample
-from apollo_tp.errors import ApolloTpError, DeadlineError
+from apollo_tp.errors import DECODE_ERRORS, ApolloTpError, DeadlineError
 from apollo_tp.wire.losses import LossConfig, LossName
 
 __all__ = ["AsyncClient", "Client", "Job", "JobError", "Loss", "LossConfig", "RefusedError", "Sample", "Status"]
@@ -123,7 +123,11 @@ def _parsed(answer: httpx.Response, kind: type[T]) -> T:
         except (ValueError, KeyError, TypeError):
             message, field = answer.text[:300], None
         raise RefusedError(f"{answer.status_code}: {message}", answer.status_code, field)
-    return msgspec.json.decode(answer.content, type=kind)
+    try:
+        return msgspec.json.decode(answer.content, type=kind)
+    except DECODE_ERRORS as error:
+        message = f"{answer.url}: got an answer that is not the trainer's ({error}), expected one; is this its address?"
+        raise RefusedError(message, answer.status_code, None) from error
 
 
 def _options(token: str | None) -> dict[str, Any]:
