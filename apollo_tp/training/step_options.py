@@ -6,8 +6,9 @@ import contextlib
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
-from apollo_tp.config import OptimConfig
+from apollo_tp.config import OptimConfig, Schedule
 from apollo_tp.errors import ConfigError
 
 
@@ -28,7 +29,9 @@ class StepOptions:
         ConfigError for values that it cannot have, and for clipping where it is switched off: its sum over ranks is made
         when the optimizer is."""
         values = {name: getattr(self, name) for name in ("betas", "eps", "weight_decay")}
-        given = {name: value for name, value in values.items() if value is not None}
+        given: dict[str, Any] = {name: value for name, value in values.items() if value is not None}
+        if self.learning_rate is not None:
+            given |= {"lr": self.learning_rate, "schedule": Schedule.constant, "warmup_steps": 0}
         if config.max_grad_norm is not None and self.max_grad_norm is not None:
             given["max_grad_norm"] = self.max_grad_norm or math.inf
         elif self.max_grad_norm:

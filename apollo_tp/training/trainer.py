@@ -235,8 +235,13 @@ class Trainer:
 
     def forward_backward(self, samples: Sequence[Sample], loss: Loss) -> PassFigures:
         """Add the gradients of ``loss`` over ``samples`` to those that are kept for ``optimizer_step``: any number of calls,
-        and of scores between them; a step drops them. Nothing is written. Raises as ``step``."""
+        and of scores between them; a step drops them. Nothing is written. Raises as ``step``, and ConfigError where
+        gradients are never stored."""
         clock = Clock(self.device)
+        if self.gradients is GradientMode.in_backward:
+            raise ConfigError(
+                "train.gradients: got in_backward, expected stored or auto, since gradients are kept between commands"
+            )
         self._make_room()
         self._pace.begin()
         self._catch_up()
@@ -269,10 +274,8 @@ class Trainer:
                 field="num_passes",
             )
         self._progress = self.optimizer.progress()
-        scheduled = self.optimizer.learning_rate()
-        scale = 1.0 if options.learning_rate is None else options.learning_rate / scheduled
         with options.applied_to(self.optimizer.config):
-            return self._update(kept, scale, clock)
+            return self._update(kept, 1.0, clock)
 
     def _over_replicas(
         self, loss: Tensor, correct: Tensor, batches: Sequence[PackedBatch]

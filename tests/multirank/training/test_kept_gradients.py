@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from apollo_tp.config import OptimConfig
+from apollo_tp.config import OptimConfig, Schedule
 from apollo_tp.distributed.control import Control
 from apollo_tp.distributed.mesh import Mesh
 from apollo_tp.distributed.tp_group import TPGroup
@@ -107,9 +107,9 @@ def test_a_step_in_parts_is_the_step(num_replicas: int, tp_size: int, checkpoint
 def test_options_are_of_one_step(checkpoints: Path) -> None:
     """Each of them changes what is written, as the configuration with it would."""
     checkpoint = checkpoints / CASES[CASE].checkpoint
-    base = replace(CONFIG, max_grad_norm=0.1)
+    base = replace(CONFIG, max_grad_norm=0.1, schedule=Schedule.linear, total_steps=20, warmup_steps=3)
     for options, config in (
-        ({"learning_rate": 3e-4}, replace(base, lr=3e-4)),
+        ({"learning_rate": 3e-4}, replace(base, lr=3e-4, schedule=Schedule.constant, warmup_steps=0)),
         ({"betas": (0.5, 0.6)}, replace(base, betas=(0.5, 0.6))),
         ({"eps": 1e-2}, replace(base, eps=1e-2)),
         ({"weight_decay": 0.5}, replace(base, weight_decay=0.5)),
@@ -165,6 +165,17 @@ def test_gradients_that_are_gone_are_not_stepped_on(how: Callable[[RankLoop], No
         assert error == "RequestError"
         assert message.startswith("num_passes: got gradients of 0 passes, expected 1")
         assert clean
+
+
+def test_a_step_knows_how_many_passes_it_is_of(checkpoints: Path) -> None:
+    """A coordinator that lost count does not step on gradients of which it knows nothing; they are dropped."""
+    loop, _ = _loop(TPGroup.single(), 1, checkpoints / CASES[CASE].checkpoint, CONFIG)
+    for _ in range(2):
+        _execute(loop, commands.ForwardBackward(id="f", samples=samples()))
+    for number, got in ((1, 2), (2, 0)):
+        reply = _execute(loop, _step(number, 1))
+        assert isinstance(reply, commands.CommandFailed)
+        assert f"got gradients of {got} passes, expected 1" in reply.message
 
 
 def test_passes_of_other_losses_have_their_figures(checkpoints: Path) -> None:
