@@ -82,11 +82,10 @@ class Owners:
         """No collective. ``bucket_bytes`` is the same on all ranks."""
         self.parameters, self.owner, self.replicas = list(parameters), list(owner), replicas
         self.buckets = list(self._make_buckets(bucket_bytes))
+        # that of a gradient which the backward pass does not complete is None, and stays missing
         self._leaves = [{id(leaf) for leaf in self._leaves_of(bucket)} for bucket in self.buckets]
-        self._has_late = [any(leaf is None for leaf in self._leaves_of(bucket)) for bucket in self.buckets]
-        for leaf in {
-            id(leaf): leaf for bucket in self.buckets for leaf in self._leaves_of(bucket) if leaf is not None
-        }.values():
+        leaves = [leaf for bucket in self.buckets for leaf in self._leaves_of(bucket) if leaf is not None]
+        for leaf in {id(leaf): leaf for leaf in leaves}.values():
             leaf.register_post_accumulate_grad_hook(self._complete)
         self.abandon()
 
@@ -141,9 +140,7 @@ class Owners:
             return
         for missing in self._missing[self._launched :]:
             missing.discard(id(leaf))
-        while self._launched < len(self.buckets) and not (
-            self._missing[self._launched] or self._has_late[self._launched]
-        ):
+        while self._launched < len(self.buckets) and not self._missing[self._launched]:
             self._launch()
 
     def sum_gradients(self) -> tuple[dict[int, Tensor], Tensor]:
