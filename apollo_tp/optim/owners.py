@@ -123,7 +123,6 @@ class Owners:
     def begin(self) -> None:
         """The next backward pass is the last one of the step: from now on a bucket is summed once all its gradients are
         complete, and those before it are under way. Local."""
-        self.abandon()
         self._begun = True
 
     def abandon(self) -> None:
