@@ -168,8 +168,10 @@ class Trainer:
         clock: Clock,
         learning_rate_scale: float | None = None,
         replays: GraphCache | None = None,
+        keeps: bool = False,
     ) -> _Passes:
-        """Forward and backward pass of all micro-batches; if a scale is given, weights are updated in the backward pass."""
+        """Forward and backward pass of all micro-batches; if a scale is given, weights are updated in the backward pass.
+        ``keeps``: others may follow before the update."""
         loss_sum = torch.zeros((), device=self.device)
         correct = torch.zeros((), device=self.device)
         for position, batch in enumerate(batches):
@@ -179,6 +181,8 @@ class Trainer:
                 loss, hits = objective.loss(batch)
                 self._pace.give_way()
                 clock.mark("forward")
+                if position == len(batches) - 1 and not keeps:
+                    self.optimizer.begin_exchange()
                 self._backward(loss, learning_rate_scale)
             clock.mark("backward")
             loss_sum += loss.detach()
@@ -253,7 +257,8 @@ class Trainer:
         passes = _Passes(torch.zeros_like(kept.loss), torch.zeros_like(kept.correct), [])
         with contextlib.suppress(NothingToLearnError):
             objective = objective_of(self._place, samples, loss)
-            passes = self._run(objective, objective.begin([b.to(self.device) for b in objective.batches]), clock)
+            batches = objective.begin([batch.to(self.device) for batch in objective.batches])
+            passes = self._run(objective, batches, clock, keeps=True)
             metrics = objective.metrics()
         figures = self._over_replicas(passes.loss, passes.correct, passes.batches)
         num_passes = kept.num_passes + 1
