@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from apollo_tp.config import GradientMode
 from apollo_tp.distributed.mesh import Mesh
 from apollo_tp.distributed.tp_group import TPGroup
 from apollo_tp.wire.commands import Sample
@@ -132,3 +133,21 @@ def test_scores_of_tokens_are_those_at_the_samples_temperature(size: int, checkp
             learned = torch.tensor(sample.weights) != 0
             torch.testing.assert_close(values[learned], of_learned, rtol=0, atol=1e-5)
             assert not values[~learned].any()
+
+
+def test_a_masked_step_in_the_backward_pass_is_the_stored_one(
+    checkpoints: Path, twins: tuple[list[Sample], Path]
+) -> None:
+    """Bit for bit: denominators are known before the first matrix is written."""
+    batch = [sample for sample in twins[0] if len(sample.token_ids) < 30][:3]
+    ends = []
+    for mode in (GradientMode.auto, GradientMode.stored):
+        trainer, tensors = make_trainer(
+            TPGroup.single(), checkpoints / CASES[CASE].checkpoint, replace(CONFIG, max_grad_norm=None)
+        )
+        trainer.gradients = mode
+        figures = trainer.step(batch, loss=policy_twin.CASES["masked tokens"])
+        assert figures.gradients == ("stored" if mode is GradientMode.stored else "in_backward")
+        assert 0 < figures.metrics["masked_share"] < 1
+        ends.append({name: tensor.clone() for name, (_, tensor) in tensors.items()})
+    assert all(torch.equal(ends[1][name], tensor) for name, tensor in ends[0].items())
