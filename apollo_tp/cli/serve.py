@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -26,6 +27,8 @@ POLL_SECONDS = 0.5
 SERVER_SECONDS, TRAINER_SECONDS = 3600.0, 1200.0
 """How long a server may take to load its model, and then the trainer to map it."""
 STOP_SECONDS = 60.0
+MAX_STARTS = 3
+"""How often a trainer is started again. Jobs go on where they were."""
 CORES_VARIABLE = "VLLM_CPU_OMP_THREADS_BIND"
 TP_OPTIONS = ("--tensor-parallel-size", "-tp")
 
@@ -74,8 +77,9 @@ def plan(model: str, options: Sequence[str], overrides: Sequence[str]) -> Plan:
 
 
 def run(plan: Plan, say: Callable[[str], None]) -> int:
-    """Start both, say where they answer, and wait until one ends or a signal comes; then end the trainer, which is asked to
-    save what is not saved, and the server. Returns the exit status: 0 after a signal."""
+    """Start both, say where they answer, and wait for a signal; then end the trainer, once unsaved weights are saved, and
+    the server. A trainer that ends is started again, since the server has the trained weights. Returns the exit status: 0
+    after a signal, 1 if the server ends, or the trainer before it was ever ready."""
     processes: dict[str, subprocess.Popen[bytes]] = {}
     with _signals() as stop:
         try:
@@ -86,8 +90,7 @@ def run(plan: Plan, say: Callable[[str], None]) -> int:
             say(f"OpenAI API   {plan.url}/v1")
             say(f"training     {plan.url}/train, and {coordinator}, where / is a page to watch")
             say("checkpoints  `apollo-tp checkpoint` writes one; unsaved weights are saved when this command is ended")
-            while not stop.wait(POLL_SECONDS):
-                _check(processes)
+            _keep_training(plan, processes, stop, say)
             _save(coordinator, say)
         except _InterruptedError:
             pass
@@ -100,6 +103,29 @@ def run(plan: Plan, say: Callable[[str], None]) -> int:
                 if name in processes:
                     _end(processes[name])
     return 0
+
+
+def _keep_training(
+    plan: Plan, processes: dict[str, subprocess.Popen[bytes]], stop: threading.Event, say: Callable[[str], None]
+) -> None:
+    """Until a signal comes: start a trainer that has ended again, MAX_STARTS times at most. Raises RefusedError if the
+    server ends."""
+    num_starts = 0
+    while not stop.wait(POLL_SECONDS):
+        _check({"server": processes["server"]})
+        status = processes["trainer"].poll()
+        if status is None or num_starts > MAX_STARTS:
+            continue
+        num_starts += 1
+        text = (
+            f"trainer: got its end with exit status {status}, expected it to run; the server goes on with its weights"
+        )
+        if num_starts > MAX_STARTS:
+            say(f"{text}. It is not started again: {shlex.join(plan.trainer)}")
+            continue
+        say(f"{text}, and the trainer is started again")
+        _end(processes["trainer"])  # what it may have left
+        processes["trainer"] = _start("trainer", plan.trainer, plan.environment)
 
 
 class _InterruptedError(Exception):

@@ -89,13 +89,21 @@ def _children():
     return [child for child in psutil.Process().children() if child.status() != psutil.STATUS_ZOMBIE]
 
 
-def test_the_end_of_one_is_the_end_of_the_other():
-    """Named with its exit status; the command fails."""
+def test_a_trainer_that_ends_is_started_again():
+    """A few times, while the server serves on; then its command is said. A server that ends is the end."""
     said, before = [], _children()
+    threading.Thread(target=lambda: (_until(lambda: len(said) == 7), _kill_the_server(before))).start()
     assert serve.run(_plan(1), said.append) == 1
     assert [line.split()[0] for line in said[:3]] == ["OpenAI", "training", "checkpoints"]
-    assert said[3].startswith("trainer: got its end with exit status 7")
+    assert all("exit status 7" in line and "started again" in line for line in said[3:7])
+    assert said[6].count("not started again: ") == 1
+    assert said[7].startswith("server: got its end with exit status -9")
     assert _children() == before
+
+
+def _kill_the_server(before):
+    [server] = [child for child in _children() if child not in before and "HTTPServer" in " ".join(child.cmdline())]
+    server.kill()
 
 
 def test_a_server_that_does_not_start_is_named():
