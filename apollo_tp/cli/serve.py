@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import httpx
 import msgspec
@@ -176,7 +177,8 @@ def _start(name: str, command: Sequence[str], environment: dict[str, str]) -> su
 @contextlib.contextmanager
 def _signals() -> Iterator[threading.Event]:
     """Set by the first SIGINT, SIGTERM or SIGHUP; a second one does what it usually does."""
-    stop, before = threading.Event(), {}
+    stop = threading.Event()
+    before: dict[int, Any] = {}
 
     def handle(number: int, frame: object) -> None:
         stop.set()
