@@ -40,7 +40,17 @@ def server(**changes: Any) -> SimpleNamespace:
             {"parallel_config__pipeline_parallel_size": 2},
             "pipeline parallelism (2 stages): use tensor parallelism alone",
         ),
-        ({"parallel_config__data_parallel_size": 2}, "data parallelism (2 engines): start one server per engine"),
+        (
+            {"parallel_config__data_parallel_size": 2},
+            "data parallelism (2 engines): start one server per engine without --data-parallel-size, and train them with "
+            "server.replicas",
+        ),
+        ({"parallel_config__enable_eplb": True}, "while the server runs; serve without --enable-eplb"),
+        (
+            {"parallel_config__prefill_context_parallel_size": 2},
+            "prefill context parallelism (2 ranks): several workers have one tensor-parallel rank; serve without "
+            "--prefill-context-parallel-size",
+        ),
         (
             {"parallel_config__enable_expert_parallel": True},
             "expert parallelism: serve without --enable-expert-parallel",
