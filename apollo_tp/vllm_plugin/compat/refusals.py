@@ -43,8 +43,8 @@ def _parallelism(parallel: Any) -> Iterator[str]:
     engines = max(parallel.data_parallel_size, int(os.environ.get(ENGINES_VARIABLE) or 1))
     if engines > 1 or getattr(parallel, "data_parallel_index", 0):
         yield (
-            f"data parallelism ({engines} engines): start one server per engine without --data-parallel-size, and train them "
-            "with server.replicas"
+            f"data parallelism ({engines} engines): start one server per engine without --data-parallel-size, and train "
+            "them with server.replicas"
         )
     executor = getattr(parallel, "distributed_executor_backend", None)  # a name or a class
     if "ray" in (executor, getattr(parallel, "data_parallel_backend", "")) or getattr(executor, "uses_ray", False):

@@ -42,8 +42,8 @@ def server(**changes: Any) -> SimpleNamespace:
         ),
         (
             {"parallel_config__data_parallel_size": 2},
-            "data parallelism (2 engines): start one server per engine without --data-parallel-size, and train them with "
-            "server.replicas",
+            "data parallelism (2 engines): start one server per engine without --data-parallel-size, and train "
+            "them with server.replicas",
         ),
         ({"parallel_config__enable_eplb": True}, "while the server runs; serve without --enable-eplb"),
         (
