@@ -106,8 +106,8 @@ def assign(offers: Sequence[Offer]) -> list[ServedRank]:
         for shard in offer.shards:
             if (other := holder.setdefault(shard, offer)).machine != offer.machine:
                 raise ConfigError(
-                    f"server {shard.instance}: got its tensor-parallel rank {shard.tp_rank} on host {other.host} and on host "
-                    f"{offer.host}, expected it once; set $APOLLO_TP_INSTANCE to another name for each server"
+                    f"server {shard.instance}: got its tensor-parallel rank {shard.tp_rank} on host {other.host} and on "
+                    f"host {offer.host}, expected it once; set $APOLLO_TP_INSTANCE to another name for each server"
                 )
     leads = [shard for shard in offers[0].shards if shard.tp_rank == 0]
     for first in leads:  # rank 0 leads its replica: its process has the coordinator
