@@ -189,8 +189,11 @@ def arrange(coordinates: Sequence[Coordinate]) -> Arrangement:
         c = coordinates[next(iter(found[name].values()))]
         holes = [tp_rank for tp_rank in range(c.tp_size) if tp_rank not in found[name]]
         if holes:
+            several = len({each.machine for each in coordinates}) > 1
+            hint = " (a server over several hosts needs one $APOLLO_TP_INSTANCE on all of them)" if several else ""
             problems.append(
                 f"{name} on {c.host}: got no trainer rank beside tp ranks {holes} of {c.tp_size}, expected one beside each"
+                f"{hint}"
             )
         if c.tp_size != first.tp_size:
             problems.append(

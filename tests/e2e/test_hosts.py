@@ -160,7 +160,7 @@ def test_a_server_over_two_hosts(hosts: Hosts) -> None:
     ]  # fmt: skip
     hosts.serve(near, "wide", "tests.support.forking_cli", *options, "--node-rank", "0")
     hosts.serve(far, "wide", "tests.support.forking_cli", *options, "--node-rank", "1", "--headless")
-    hosts.train()
+    hosts.train("sync=step_lock")
     _until_answered(hosts, near, PORT, "/health")
     before, weights = _logprobs(near), [hosts.digests(host, "wide") for host in hosts.both]
     assert [{name[0] for name in found} for found in weights] == [{"0"}, {"1"}]

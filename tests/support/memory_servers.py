@@ -56,6 +56,7 @@ try:
         if save:
             reply = loop.execute(commands.SaveCheckpoint(id="c", name=save))
             assert isinstance(reply, commands.CheckpointDone), reply
+        print(f"PEERS {ready.mesh.tp.peers.enabled}.", flush=True)
         print(f"VERSION {ready.trainer.weight_version} of {ready.folder.name} on {ready.world.rank}.", flush=True)
 except Exception as error:
     print(f"RAISED {type(error).__name__}: {error}", flush=True)

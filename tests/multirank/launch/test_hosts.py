@@ -3,10 +3,19 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
+from apollo_tp.config import Config, OptimConfig, QosConfig, ServerConfig
+from apollo_tp.distributed.control import Control
+from apollo_tp.distributed.tp_group import TPGroup
+from apollo_tp.errors import ConfigError
+from apollo_tp.launch import hosts
+from apollo_tp.launch.hosts import check_shared, meet
 from tests.support.memory_servers import Host, equal
+from tests.support.ranks import run_ranks
 
 
 def test_replicas_on_two_machines_learn_together(host: Host) -> None:
@@ -36,9 +45,11 @@ def test_a_server_over_two_machines_learns_as_on_one(host: Host) -> None:
     one, two = host.serve("one", 2), host.serve("two", 2, on="ij")
     status, output = host.train(2, "server.instance=one")
     assert status == 0, output
+    assert output.count("PEERS True.") == 2
     status, output = host.train(2, machines=["i", "j"], save="first")
     assert status == 0, output
     assert "training server two on host-i, host-j: " in output
+    assert output.count("PEERS False.") == 2, "memory of another host cannot be read"
     assert equal(one.weights(), two.weights())
     behind = two.folders[1] / "weights.json"
     content = behind.read_bytes()
@@ -86,3 +97,43 @@ def test_what_does_not_fit_is_refused(host: Host, servers, machines, overrides, 
     status, output = host.train(2, *overrides, machines=machines)
     assert status != 0
     assert re.search(f"RAISED {message}", output), output
+
+
+def _meet(tp: TPGroup, configs: list[Config]) -> str:
+    try:
+        found = meet(Control(tp.rank, tp.size), configs[tp.rank])
+    except ConfigError as error:
+        return str(error)
+    return f"several: {found.several}, beside: {found.num_ranks_beside(tp.rank)}"
+
+
+def test_hosts_must_have_the_same_options() -> None:
+    """Each owner of a tensor updates it by its own; what concerns one host alone may differ."""
+    plain = Config()
+    own = replace(plain, qos=QosConfig(pace=0.5), server=ServerConfig(runtime_dir="/elsewhere"))
+    assert run_ranks(_meet, 2, [plain, own]) == ["several: False, beside: 2"] * 2
+    other = run_ranks(_meet, 2, [plain, replace(plain, optim=OptimConfig(lr=1e-3))])
+    assert other[0] == other[1]
+    assert re.match(r"optim\.lr: got 0\.001 on rank 1 on \S+, expected 1e-05 as on rank 0 on", other[0])
+
+
+def _share(tp: TPGroup, folders: list[Path]) -> str:
+    hosts.SHARED_SECONDS = 0.3
+    try:
+        check_shared(Control(tp.rank, tp.size), folders[tp.rank])
+    except Exception as error:  # noqa: BLE001 - the other rank's is another class
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def test_checkpoints_need_a_folder_that_all_hosts_share(tmp_path: Path) -> None:
+    """Each rank writes its part there; a part on another disk would be missing when the state is loaded."""
+    shared, own = tmp_path / "shared", tmp_path / "own"
+    shared.mkdir()
+    assert run_ranks(_share, 2, [shared, shared]) == ["", ""]
+    for folder in (own, tmp_path / "none"):
+        own.mkdir(exist_ok=True)
+        first, second = run_ranks(_share, 2, [shared, folder])
+        assert "RankFailedError: rank 1 failed: ConfigError: checkpoint.dir" in first
+        assert f"ConfigError: checkpoint.dir: got {folder}, of which host" in second
+    assert list(shared.iterdir()) == []

@@ -93,6 +93,8 @@ def test_a_server_may_be_spread_over_hosts() -> None:
     a0 = msgspec.structs.replace(a0, facts={"layout": "a", **a0.facts})
     mesh = arrange([a0, a1])
     assert (mesh.hosts, mesh.spread) == (["host-a, i"], [True])
+    with pytest.raises(ManifestError, match=r"no trainer rank beside tp ranks \[1\] .* needs one \$APOLLO_TP_INSTANCE"):
+        arrange([a0, msgspec.structs.replace(a1, shard=B1)])
     other = msgspec.structs.replace(a1, facts=a1.facts | {"model": "/n"})
     with pytest.raises(
         ManifestError, match=r"a tp rank 1 on i: model: got /n, expected /m as of a tp rank 0 on host-a"
