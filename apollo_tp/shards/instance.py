@@ -20,6 +20,8 @@ REFUSED_VARIABLE = "APOLLO_TP_REFUSED"
 id."""
 ENDPOINTS_VARIABLE = "APOLLO_TP_ENDPOINTS"
 """Set if an API server with apollo_tp's endpoints starts in front of this engine; it will publish ``serving.json``."""
+ENGINES_VARIABLE = "APOLLO_TP_ENGINES"
+"""The number of data-parallel engines of this server (``--data-parallel-size``), for the processes that vLLM starts."""
 SERVER_LOCK = private_files.SERVER_LOCK
 CLAIM_SECONDS = 10.0
 PROBE_SECONDS = 0.2
@@ -27,6 +29,24 @@ PROBE_SECONDS = 0.2
 
 _claim = contextlib.ExitStack()
 """Keeps the server's lock until its first process ends."""
+
+
+def num_engines() -> int:
+    """Data-parallel engines of this server."""
+    return int(os.environ.get(ENGINES_VARIABLE) or 1)
+
+
+def engine_id(index: int) -> str:
+    """The instance id of an engine of this server: each of several has one of its own, and is a replica to the trainer."""
+    instance_id = instance_folder.ensure_instance_id()
+    return instance_id if num_engines() == 1 else f"{instance_id}.{index}"
+
+
+def engine_folders() -> list[Path]:
+    """The folders of this server's engines on this host. Raises ConfigError as ``instance_dir``."""
+    base, names = instance_folder.base_dir(), [engine_id(index) for index in range(num_engines())]
+    found = [name for name in names if (base / name).is_dir()]
+    return [instance_folder.instance_dir(name, base) for name in found or names[:1]]
 
 
 def read_instance(folder: Path) -> list[Manifest]:

@@ -23,7 +23,7 @@ from starlette.responses import Response, StreamingResponse
 
 from apollo_tp.errors import ConfigError, FrameError
 from apollo_tp.runtime import instance_folder, processes
-from apollo_tp.shards.instance import unclaimed
+from apollo_tp.shards.instance import engine_folders, num_engines, unclaimed
 from apollo_tp.vllm_plugin.update_lock import UpdateLock
 from apollo_tp.wire import codec
 from apollo_tp.wire import tunnel as tunnel_messages
@@ -204,16 +204,17 @@ class ApolloEndpoints:
             f"API server processes: got {count}, expected one, through which all requests pass; start vLLM with "
             "--api-server-count 1"
         )  # fmt: skip
+        if num_engines() > 1:
+            refusal = f"engines: got {num_engines()}, expected one, which can be paused; start one server for each"
         self._lock = UpdateLock(Engine(engine_client), refusal)
         try:
-            folder = instance_folder.instance_dir(instance_folder.ensure_instance_id())
-            await self._lock.start(instance_folder.socket_path(folder, instance_folder.SYNC_SOCKET))
+            path = instance_folder.socket_path(engine_folders()[0], instance_folder.SYNC_SOCKET)
+            await self._lock.start(path)
         except (ConfigError, OSError) as error:  # serving must not depend on us; the trainer says what is missing
             logger.warning("apollo_tp: updates cannot pause this server: %s", error)
         try:
-            chat.publish_of_client(
-                engine_client, args, instance_folder.instance_dir(instance_folder.ensure_instance_id())
-            )
+            for folder in engine_folders():
+                chat.publish_of_client(engine_client, args, folder)
         except (ConfigError, OSError) as error:
             logger.warning("apollo_tp: trainers cannot see that this server is ready: %s", error)
 
@@ -222,8 +223,7 @@ class ApolloEndpoints:
             if reason := unclaimed():
                 raise UnavailableError(f"this server cannot be trained: {reason}")
             try:
-                folder = instance_folder.instance_dir(instance_folder.ensure_instance_id())
-                self._tunnel = Tunnel(folder)
+                self._tunnel = Tunnel(engine_folders()[0])
             except (ConfigError, OSError) as error:
                 raise UnavailableError(str(error)) from error
         return self._tunnel
