@@ -23,10 +23,17 @@ log = logging.getLogger("apollo_tp")
 
 
 def reach_coordinator(
-    folder: Path, first: str, hosts: Hosts, service: ServiceConfig, stack: contextlib.ExitStack
+    folder: Path,
+    first: str,
+    hosts: Hosts,
+    service: ServiceConfig,
+    stack: contextlib.ExitStack,
+    *,
+    has_port: bool = True,
 ) -> None:
     """Let the server of ``folder`` forward requests to the coordinator, which listens in the folder of the server ``first``,
-    beside rank 0, until ``stack`` ends. What a killed trainer left there is replaced, or removed.
+    beside rank 0, until ``stack`` ends. What a killed trainer left there is replaced, or removed. ``has_port``: whether an
+    API server with our routes is in front of that server.
 
     Raises ConfigError if the coordinator is on another host and what ``service.zmq`` says of it cannot be used.
     """
@@ -37,6 +44,8 @@ def reach_coordinator(
         link.unlink()
     if processes.machine() != hosts.machines[0]:
         link.unlink(missing_ok=True)
+        if not has_port:
+            return
         if service.zmq.port is None:
             log.warning(
                 "server %s: the training routes on its port answer 503, since the coordinator is on host %s and "

@@ -132,7 +132,7 @@ def map_server(joined: Joined, on_server_gone: Callable[[ServerGoneError], None]
     joined, own, arrangement = _take_place(joined, servers)
     config, folder = joined.config, instance_folder.base_dir(joined.config.server.runtime_dir) / own.instance
     leads = own.tp_rank == servers[own.instance][0].tp_rank  # the ranks of this server on this host
-    _hold(joined, folder, own.tp_rank, leads, arrangement.instances[0])
+    _hold(joined, folder, own, leads, arrangement.instances[0], has_port=servers[own.instance][0].endpoints)
     with joined.control.agree():
         manifests = read_instance(folder)
         check_agreement(manifests)
@@ -179,14 +179,15 @@ def _take_place(joined: Joined, servers: dict[str, list[Manifest]]) -> tuple[Joi
     return joined, own, arrangement
 
 
-def _hold(joined: Joined, folder: Path, tp_rank: int, leads: bool, first: str) -> None:
+def _hold(joined: Joined, folder: Path, own: ServedRank, leads: bool, first: str, *, has_port: bool) -> None:
     """Be the one trainer of the server of ``folder``, and the one that writes checkpoints. Collective."""
     root = Path(joined.config.checkpoint.dir).resolve()
     with joined.control.agree():
         if leads:
             joined.stack.enter_context(instance_folder.trainer_lock(folder))
-        if tp_rank == 0:
-            reach_coordinator(folder, first, joined.hosts, joined.config.service, joined.stack)
+        if own.tp_rank == 0:
+            service, stack = joined.config.service, joined.stack
+            reach_coordinator(folder, first, joined.hosts, service, stack, has_port=has_port)
         if joined.world.rank == 0:
             joined.stack.enter_context(writer_lock(root))
     if joined.hosts.several:

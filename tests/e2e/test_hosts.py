@@ -15,7 +15,7 @@ from apollo_tp.coordinator.http.curve import create_keys
 from tests.support import played_hosts
 from tests.support.demo_model import make_model, standard_library_text
 from tests.support.played_hosts import ADDRESSES, SHARED, PlayedHost, play_two
-from tests.support.processes import ManagedProcess
+from tests.support.processes import FORKING_CLI, FORKING_SERVER, ManagedProcess
 
 pytestmark = [
     pytest.mark.vllm,
@@ -126,7 +126,7 @@ def test_replicas_on_two_hosts(hosts: Hosts) -> None:
     near, far = hosts.both
     model = ["--model", f"{SHARED}/model"]
     for host, name in ((near, "first"), (far, "second")):
-        hosts.serve(host, name, "tests.support.forking_server", *model)
+        hosts.serve(host, name, FORKING_SERVER, *model)
     trainers = hosts.train("server.replicas=2")
     for host in hosts.both:
         _until_answered(hosts, host, PORT, "/health")
@@ -158,8 +158,8 @@ def test_a_server_over_two_hosts(hosts: Hosts) -> None:
         "serve", f"{SHARED}/model", "--tensor-parallel-size", "2", "--nnodes", "2", "--master-addr", ADDRESSES[0],
         "--master-port", str(VLLM_PORT), "--distributed-executor-backend", "mp",
     ]  # fmt: skip
-    hosts.serve(near, "wide", "tests.support.forking_cli", *options, "--node-rank", "0")
-    hosts.serve(far, "wide", "tests.support.forking_cli", *options, "--node-rank", "1", "--headless")
+    hosts.serve(near, "wide", FORKING_CLI, *options, "--node-rank", "0")
+    hosts.serve(far, "wide", FORKING_CLI, *options, "--node-rank", "1", "--headless")
     hosts.train("sync=step_lock")
     _until_answered(hosts, near, PORT, "/health")
     before, weights = _logprobs(near), [hosts.digests(host, "wide") for host in hosts.both]

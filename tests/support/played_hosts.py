@@ -16,7 +16,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
 
-from tests.support.processes import ManagedProcess
+from tests.support.forks import ENTER_VARIABLE
+from tests.support.processes import ORIGINS, ManagedProcess
 
 SHARED = Path("/mnt")
 """Where a host sees the folder that all share."""
@@ -69,7 +70,11 @@ class PlayedHost:
             "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "VLLM_NO_USAGE_STATS": "1",
             "GLOO_SOCKET_IFNAME": CABLE, "VLLM_HOST_IP": self.address,
         }  # fmt: skip
-        command = [*self.enter(), sys.executable, "-m", module, *arguments]
+        command = [sys.executable, "-m", module, *arguments]
+        if module in ORIGINS:
+            settings[ENTER_VARIABLE] = str(self.pid)
+        else:
+            command = [*self.enter(), *command]
         return ManagedProcess(command, settings | environment, self._shared / log)
 
     def output(self, module: str, *arguments: str, **variables: str) -> str:

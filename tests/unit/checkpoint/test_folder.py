@@ -33,7 +33,7 @@ def _find_server(base: Path, name: str, stack: contextlib.ExitStack) -> None:
     hosts = meet(control, config)
     joined = stages.Joined(config=config, stack=stack, world=World(0, 1), hosts=hosts, control=control)
     joined, own, _ = stages._take_place(joined, find_servers(control, hosts, server, joined.report))
-    stages._hold(joined, base / own.instance, own.tp_rank, True, own.instance)
+    stages._hold(joined, base / own.instance, own, True, own.instance, has_port=True)
 
 
 def test_trainers_of_two_servers_do_not_share_a_folder(tmp_path: Path) -> None:

@@ -86,6 +86,9 @@ def test_what_other_hosts_cannot_use_is_refused(folder: Path, tmp_path: Path, ch
     with contextlib.ExitStack() as stack, pytest.raises(ConfigError, match=message):
         reach_coordinator(folder, "first", ELSEWHERE, service, stack)
     assert not (folder / instance_folder.TCP_FILE).exists()
+    with contextlib.ExitStack() as stack:
+        reach_coordinator(folder, "first", ELSEWHERE, service, stack, has_port=False)  # nobody would forward
+    assert not (folder / instance_folder.TCP_FILE).exists()
 
 
 def test_without_a_port_the_log_says_what_does_not_answer(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
