@@ -24,7 +24,7 @@ from pathlib import Path
 import msgspec
 
 from apollo_tp.checkpoint.card import Trained, public_name
-from apollo_tp.errors import ApolloTpError, CheckpointError, ConfigError
+from apollo_tp.errors import DECODE_ERRORS, ApolloTpError, CheckpointError, ConfigError
 from apollo_tp.runtime import owned_folder, private_files
 from apollo_tp.runtime.owned_folder import fsync as fsync
 
@@ -62,7 +62,7 @@ def read_info(folder: Path) -> CheckpointInfo | None:
         return msgspec.json.decode(path.read_bytes(), type=CheckpointInfo)
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except (OSError, msgspec.DecodeError) as error:
+    except (OSError, *DECODE_ERRORS) as error:
         raise CheckpointError(f"{path}: got an unreadable record ({error}), expected JSON; remove the folder") from None
 
 

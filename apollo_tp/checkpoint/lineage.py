@@ -14,7 +14,7 @@ import msgspec
 
 from apollo_tp.checkpoint import read_info
 from apollo_tp.checkpoint.card import Trained
-from apollo_tp.errors import ManifestError
+from apollo_tp.errors import DECODE_ERRORS, ManifestError
 from apollo_tp.runtime import private_files
 
 LINEAGE_FILE = "weights.json"
@@ -52,7 +52,7 @@ class LineageFile:
             return
         try:
             self.record = msgspec.json.decode(self._path.read_bytes(), type=Lineage)
-        except msgspec.DecodeError as error:
+        except DECODE_ERRORS as error:
             raise ManifestError(f"{self._path}: got an unreadable record ({error}); restart the server") from None
 
     def before_write(self) -> None:

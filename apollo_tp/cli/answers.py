@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Generic, TypeVar
 
-from msgspec import DecodeError, Meta, Struct, ValidationError, convert, json
+from msgspec import Meta, Struct, ValidationError, convert, json
+
+from apollo_tp.errors import DECODE_ERRORS
 
 T = TypeVar("T")
 
@@ -129,7 +131,7 @@ def parse(content: bytes | str, source: str) -> Any:
     """JSON as builtins. Raises UnreachableError, naming ``source``, for anything else."""
     try:
         return json.decode(content)
-    except (DecodeError, UnicodeDecodeError, RecursionError) as error:
+    except DECODE_ERRORS as error:
         raise _not_a_coordinator(source, error) from error
 
 

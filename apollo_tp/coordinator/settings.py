@@ -7,7 +7,7 @@ from pathlib import Path
 import msgspec
 
 from apollo_tp.config import ServiceConfig
-from apollo_tp.errors import ConfigError
+from apollo_tp.errors import DECODE_ERRORS, ConfigError
 from apollo_tp.shards.serving import Serving
 
 EXIT_STORAGE = 4
@@ -63,7 +63,7 @@ def load(path: Path) -> Settings:
     """Read the settings file. Raises ConfigError naming the field that is wrong."""
     try:
         return msgspec.json.decode(path.read_bytes(), type=Settings)
-    except (OSError, msgspec.MsgspecError) as error:
+    except (OSError, *DECODE_ERRORS) as error:
         raise ConfigError(
             f"coordinator settings {path}: {error}; expected the JSON file that apollo_tp.launch writes"
         ) from error

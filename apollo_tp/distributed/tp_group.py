@@ -5,8 +5,9 @@ same code. The only process-wide state here is the table of the groups by their 
 code take numbers and tensors, not Python objects.
 
 A collective may never happen: when NCCL's communicators are aborted, work that waits for one runs on with whatever lies in
-its memory. So receive buffers are first filled with what no rank sends (NaN, or the least integer), and a collective whose
-result matters carries one more element, a canary, which is right only if every rank has put its part into it.
+its memory. So a group is marked as aborted before it is (``Aborted``), which the device looks at where a result matters.
+Receive buffers are first filled with what no rank sends (NaN, or the least integer), and a collective whose result matters
+carries one more element, a canary, which tells a rank that got nothing, and the others of a rank that sent nothing.
 """
 
 from __future__ import annotations
@@ -34,6 +35,34 @@ DEVICE_SECONDS = 20.0
 then."""
 
 
+class Aborted:
+    """Whether the communicators of a group and its subgroups were aborted, as the host and the device see it.
+
+    An aborted NCCL collective of a few KB finds in its buffers what ranks sent in an *earlier* collective, and makes a
+    result of that which looks right, canary included (seen on two H200). So this is set before the first communicator is
+    aborted, in memory that the device reads when it comes to it.
+    """
+
+    def __init__(self) -> None:
+        self._intact = torch.ones(1)
+
+    @property
+    def is_set(self) -> bool:
+        return self._intact.item() == 0
+
+    def set(self) -> None:
+        """From any thread."""
+        self._intact.zero_()
+
+    def reset(self, on_device: bool) -> None:
+        """For new communicators, which find nothing old. Nothing that was launched before may still run."""
+        self._intact = torch.ones(1, pin_memory=on_device)
+
+    def intact(self, device: torch.device) -> Tensor:
+        """See ``TPGroup.intact``. A copy that the device makes in the order of the current stream."""
+        return self._intact.to(device, non_blocking=True, copy=True)
+
+
 @dataclass(eq=False)
 class TPGroup:
     """Rank and size within a group of trainer ranks, and the process group that joins them (None at size 1).
@@ -51,6 +80,8 @@ class TPGroup:
     """Called first when this rank leaves the group: ``Alarm.ring``."""
     traffic: Counter[str] = field(default_factory=Counter, repr=False)
     """Payload bytes by kind of collective, those of subgroups included, for tests and benchmarks."""
+    aborted: Aborted = field(default_factory=lambda: Aborted(), repr=False)
+    """Of this group and all its subgroups."""
     number: int = field(default_factory=itertools.count().__next__, init=False, repr=False)
     _rows: tuple[tuple[int, ...], ...] = field(default=(), init=False, repr=False)
     """The ranks in the default group of each group that was split off together with this one, its own among them; () if this
@@ -89,7 +120,8 @@ class TPGroup:
         if parts not in self._subgroups:
             mine = next((part for part in parts if self.rank in part), None)
             rank = -1 if mine is None else mine.index(self.rank)
-            subgroup = TPGroup(rank, len(parts[0] if mine is None else mine), traffic=self.traffic)
+            size = len(parts[0] if mine is None else mine)
+            subgroup = TPGroup(rank, size, traffic=self.traffic, aborted=self.aborted)
             subgroup._rows = tuple(tuple(row[r] for r in part) for row in self._all_rows() for part in parts)
             subgroup._join(self._options)
             self._subgroups[parts] = subgroup
@@ -98,6 +130,7 @@ class TPGroup:
     def form(self, backend: str, timeout: datetime.timedelta) -> None:
         """Join a new process group over the default group, and new ones for the subgroups. Collective."""
         if self.size > 1:
+            self.aborted.reset(on_device=backend == "nccl")
             self._join({"backend": backend, "timeout": timeout})
 
     def _all_rows(self) -> tuple[tuple[int, ...], ...]:
@@ -157,6 +190,7 @@ class TPGroup:
         in its memory: NCCL's collectives and sums through peer memory. gloo's wait on the host, until a rank leaves. From
         any thread. The group can only be left afterwards. Where collectives were captured in CUDA graphs, this returns when
         these are gone (``call_before_dissolve``)."""
+        self.aborted.set()  # first: what a collective leaves then must not be taken for its result
         aborting = []
         for tp in self._all_groups():
             tp.peers.abort()
@@ -182,11 +216,11 @@ class TPGroup:
             dist.all_reduce(tensor, op=op, group=self.group)
         return tensor
 
-    def broadcast_(self, tensor: Tensor) -> Tensor:
-        """Replace ``tensor`` by that of rank 0 (same shape and dtype) in place and return it. One broadcast."""
+    def broadcast_(self, tensor: Tensor, source: int = 0) -> Tensor:
+        """Replace ``tensor`` by that of rank ``source`` (same shape and dtype) in place and return it. One broadcast."""
         if self.size > 1:
             self.traffic["broadcast"] += tensor.nbytes
-            dist.broadcast(tensor, group=self.group, group_src=0)
+            dist.broadcast(tensor, group=self.group, group_src=source)
         return tensor
 
     def reduce_scatter(self, tensor: Tensor) -> Tensor:
@@ -208,6 +242,11 @@ class TPGroup:
         self.traffic["all_gather"] += out.nbytes
         dist.all_gather_into_tensor(out, tensor.contiguous(), group=self.group)
         return out
+
+    def intact(self, device: torch.device) -> Tensor:
+        """1 (fp32 [1], on ``device``) if neither this group nor one that it was made of was aborted before the device comes
+        here, else 0. What collectives launched before have left is their result only if it is 1 on all ranks."""
+        return self.aborted.intact(device)
 
     def sum_checked(self, tensor: Tensor, what: str) -> Tensor:
         """The sum of a floating-point ``tensor`` (any shape, the same on all ranks) over the group, in new memory.
@@ -231,11 +270,13 @@ class TPGroup:
         return rows[:, :-1].reshape(self.size, *tensor.shape)
 
     def _check(self, what: str, got: float, expected: float) -> None:
-        """Raise CollectiveError about ``what`` unless the canary that was received is the expected one."""
-        if got != expected:
+        """Raise CollectiveError about ``what``, which the device has finished, unless the canary that was received is the
+        expected one and nothing was aborted."""
+        if got != expected or self.aborted.is_set:
             raise CollectiveError(
-                f"{what}: got {got:g} on rank {self.rank} where {expected:g} was expected, since a collective over "
-                f"{self.size} ranks did not happen; another rank raised or ended, see its log"
+                f"{what}: got {got:g}{' of aborted work' * self.aborted.is_set} on rank {self.rank} where {expected:g} was "
+                f"expected, since a collective over {self.size} ranks did not happen; another rank raised or ended: see its "
+                "log"
             )
 
     def summed_products(

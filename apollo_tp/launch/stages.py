@@ -245,7 +245,7 @@ def unify_replicas(served: Served, replicas: TPGroup, optimizer: Optimizer) -> N
         if behind:
             lineage.before_write()
             log.warning("%s is filled with the weights of %s", labels[own], labels[source])
-        optimizer.owners.publish(source)
+        optimizer.owners.fill(source)
         if behind:
             lineage.update(**msgspec.structs.asdict(histories[source].record))
     check_equal({name: local for name, (_, local) in served.mapped.tensors.items()}, replicas, labels)

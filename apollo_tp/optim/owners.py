@@ -13,7 +13,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from apollo_tp.distributed.tp_group import TPGroup
@@ -115,36 +114,60 @@ class Owners:
         return without_gradient, torch.cat(arrived).all().float()[None]
 
     def _flat_gradients(self, bucket: Bucket) -> Tensor:
-        """[R, elements + 1] in the gradients' dtype: in row r, those that replica r owns, padded, and a canary of 1."""
-        like = self.parameters[next(i for part in bucket.indices for i in part)].tensor
-        flat = torch.zeros(self.replicas.size, bucket.num_elements + 1, dtype=like.dtype, device=like.device)
+        """[R, num_elements + 1] in the gradients' dtype: in row r, those that replica r owns, padded, and a canary of 1."""
+        flat, gradients = self._rows(bucket, self.replicas.size, extra=1), [p.grad for p in self.parameters]
         flat[:, -1] = 1.0
-        for row, part in zip(flat, bucket.indices, strict=True):
-            start = 0
-            for i in part:
-                stop = start + self.parameters[i].tensor.numel()
-                if (gradient := self.parameters[i].grad) is not None:
-                    row[start:stop].view(gradient.shape).copy_(gradient)
-                start = stop
+        for row, indices in zip(flat, bucket.indices, strict=True):
+            self._pack(row, indices, gradients)
         return flat
 
-    def publish(self, source: int | None = None) -> None:
-        """Copy each owner's weights into the memory of the other replicas, or those of replica ``source`` alone. Collective:
-        one broadcast per tensor.
+    def publish(self) -> None:
+        """Copy each owner's weights into the memory that the other replicas serve. Collective: one all-gather per bucket and
+        one all-reduce of one number, after which a rank writes what it received if all ranks have received it."""
+        own, weights = self.replicas.rank, [p.tensor.data for p in self.parameters]
+        for bucket in self.buckets:
+            row = self._rows(bucket, 1)
+            self._pack(row[0], bucket.indices[own], weights)
+            self._write(bucket, self.replicas.all_gather(row), [r for r in range(self.replicas.size) if r != own])
 
-        Rows that are contiguous are received where the server holds them.
+    def fill(self, source: int) -> None:
+        """Copy all weights of replica ``source`` to the others. Collective: for each bucket one broadcast, and one
+        all-reduce as in ``publish``."""
+        weights = [p.tensor.data for p in self.parameters]
+        for bucket in self.buckets:
+            rows = self._rows(bucket, self.replicas.size)
+            for row, indices in zip(rows, bucket.indices, strict=True):
+                self._pack(row, indices, weights)
+            self._write(bucket, self.replicas.broadcast_(rows, source), list(range(self.replicas.size)))
+
+    def _rows(self, bucket: Bucket, count: int, extra: int = 0) -> Tensor:
+        """Zeros [count, num_elements + extra] in the dtype of the bucket's parameters."""
+        like = self.parameters[next(i for part in bucket.indices for i in part)].tensor
+        return torch.zeros(count, bucket.num_elements + extra, dtype=like.dtype, device=like.device)
+
+    def _pack(self, row: Tensor, indices: Sequence[int], values: Sequence[Tensor | None]) -> None:
+        """Copy those ``values`` (by index, in local shapes) that are not None one after the other into ``row``."""
+        start = 0
+        for i in indices:
+            stop = start + self.parameters[i].tensor.numel()
+            if (value := values[i]) is not None:
+                row[start:stop].view(value.shape).copy_(value)
+            start = stop
+
+    def _write(self, bucket: Bucket, rows: Tensor, owners: Sequence[int]) -> None:
+        """Give the weights of these ``owners`` in this bucket what was received in ``rows`` [R, num_elements], but only if
+        all replicas have received it. Nothing waits for the device.
+
+        Not received in place: a collective that is aborted writes what it finds (``Aborted``), and inference reads it.
         """
-        pending = []
-        for i, parameter in enumerate(self.parameters):
-            data, src = parameter.tensor.data, self.owner[i] if source is None else source
-            buffer = data if data.is_contiguous() else data.contiguous()
-            self.replicas.traffic["broadcast"] += data.nbytes
-            work = dist.broadcast(buffer, group=self.replicas.group, group_src=src, async_op=True)
-            pending.append((work, data, buffer))
-        for work, data, buffer in pending:
-            work.wait()
-            if buffer is not data:
-                data.copy_(buffer)
+        replicas, device = self.replicas, rows.device
+        arrived = replicas.all_reduce_(replicas.intact(device)) * replicas.intact(device) == replicas.size
+        for replica in owners:
+            start = 0
+            for i in bucket.indices[replica]:
+                data = self.parameters[i].tensor.data
+                received = rows[replica, start : (start := start + data.numel())].view(data.shape)
+                torch.where(arrived, received, data, out=data)
 
     def check_equal(self) -> None:
         """See ``check_equal``, of all parameters."""
@@ -197,6 +220,7 @@ def agree_over_replicas(decision: Decision, inputs: DecisionInputs, before: Tens
     one = torch.ones_like(square)
     verdict = torch.stack([checked, decision.good.double(), square, written.sum(), relative.max(), one])
     verdicts = replicas.all_gather(verdict[None])
+    verdicts[:, -1] *= replicas.intact(verdicts.device)[0]  # of an aborted one, anything may be left
     everywhere = ((verdicts[:, 1] == 1) & (verdicts[:, -1] == 1)).all()
     inputs.limiter_norms.copy_(torch.where(everywhere, inputs.limiter_norms, before))
     report = torch.cat([decision.report[:3], written * everywhere, relative, verdicts.flatten()])

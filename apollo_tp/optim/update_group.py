@@ -10,7 +10,8 @@ may take the one or the other way. The order within a group:
     3. decide from the summed scalars alone, so that every rank decides the same;
     4. only then move moments and write weights.
 Each collective of step 2 carries a canary, and the last one adds up what every rank found in those before it: no rank writes
-if one of them did not happen somewhere. Between decision and write nothing more crosses ranks.
+if one of them did not happen somewhere, or if this rank's communicators were aborted before it decides (``TPGroup.intact``).
+Between decision and write nothing more crosses ranks.
 
 A parameter has one number in a group, its *index*: its position in ``weights``, in every list of gradients and in every
 vector [N] of the group (letters of shapes as in ``sharding``). Only ``Counters`` are numbered as in the group of all
@@ -235,13 +236,15 @@ class UpdateGroup:
         if self._gathers:
             assert scales.gathered is not None
             checks.append(scales.gathered[:, -1])
+        checks[1] = received * self.tp.intact(self.device)  # no sum or gather either
         parts = [norms.flatten(), alive, torch.cat(checks)]
         if config.max_grad_norm is None:
             parts.append(squares)
         packed = self.tp.all_reduce_(torch.cat(parts)).split([part.numel() for part in parts])
         if config.max_grad_norm is None:
             squares = packed[3]
-        stats = GradientStats(local_squares, squares, packed[0].view_as(norms), clip, alive=packed[1], checks=packed[2])
+        sums = packed[2] * self.tp.intact(self.device)  # an aborted collective may leave what looks right
+        stats = GradientStats(local_squares, squares, packed[0].view_as(norms), clip, alive=packed[1], checks=sums)
         if self.replicas.size == 1:
             return self.backend.decide(stats, inputs), scales
         before = inputs.limiter_norms.clone()

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from apollo_tp.errors import ManifestError
+from apollo_tp.errors import DECODE_ERRORS, ManifestError
 from apollo_tp.runtime import private_files, processes
 
 SCHEMA_VERSION = 2
@@ -175,7 +175,7 @@ def read(path: Path) -> Manifest:
                 "use the same apollo_tp release for the server and the trainer"
             )
         return _decoder.decode(content)
-    except msgspec.DecodeError as error:
+    except DECODE_ERRORS as error:
         raise ManifestError(
             f"{path}: got an unreadable manifest ({error}), expected JSON; restart the server"
         ) from None

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from apollo_tp.errors import ConfigError, ManifestError
+from apollo_tp.errors import DECODE_ERRORS, ConfigError, ManifestError
 from apollo_tp.runtime import private_files
 
 if TYPE_CHECKING:
@@ -92,7 +92,7 @@ def read_serving(folder: Path) -> Serving | None:
         return msgspec.json.decode(path.read_bytes(), type=Serving)
     except FileNotFoundError:
         return None
-    except msgspec.DecodeError as error:
+    except DECODE_ERRORS as error:
         raise ManifestError(f"{path}: got {error}, expected what the server wrote; restart the server") from None
 
 

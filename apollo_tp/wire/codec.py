@@ -7,7 +7,7 @@ from typing import Any, get_args
 
 import msgspec
 
-from apollo_tp.errors import FrameError
+from apollo_tp.errors import DECODE_ERRORS, FrameError
 
 _encoder = msgspec.msgpack.Encoder()
 
@@ -23,8 +23,7 @@ def decode(frame: bytes, union: Any) -> Any:
     """
     try:
         return _decoder(union).decode(frame)
-    # UnicodeDecodeError: a string that is not UTF-8. RecursionError: nesting, even below a field that no message has.
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+    except DECODE_ERRORS as error:
         names = ", ".join(kind.__name__ for kind in get_args(union))
         raise FrameError(f"got {len(frame)} bytes that are no message ({error}), expected one of {names}") from None
 

@@ -48,7 +48,7 @@ def test_every_parameter_reaches_inference_and_is_restored_exactly(server: Serve
 _COUNT = """
 import json, sys, torch
 from pathlib import Path
-from apollo_tp.manifest import read_instance
+from apollo_tp.shards.instance import read_instance
 from apollo_tp.shards.mapping import map_rank, verify_against_checkpoint
 manifests = read_instance(Path(sys.argv[1]))
 found = []

@@ -24,6 +24,11 @@ def _places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     return found
 
 
+def _value(draw: random.Random) -> Any:
+    """One of VALUES; a copy, since the next change may be to a part of it."""
+    return copy.deepcopy(draw.choice(VALUES))
+
+
 def damaged_value(value: Any, draw: random.Random) -> Any:
     """A copy of a JSON value in which one to three parts are replaced, removed, repeated, nested or put in."""
     value = copy.deepcopy(value)
@@ -33,14 +38,14 @@ def damaged_value(value: Any, draw: random.Random) -> Any:
         for key in path:
             parent = parent[key]
         if not isinstance(parent, dict | list) or (isinstance(parent, dict) and last not in parent):
-            return draw.choice(VALUES)
+            return _value(draw)
         match draw.randrange(5):
             case 0 | 1:
-                parent[last] = draw.choice(VALUES)
+                parent[last] = _value(draw)
             case 2:
                 del parent[last]
             case 3 if isinstance(parent, dict):
-                parent[draw.choice(KEYS)] = draw.choice(VALUES)
+                parent[draw.choice(KEYS)] = _value(draw)
             case 3:
                 parent += [parent[last]] * draw.choice([1, 50])
             case 4:

@@ -180,8 +180,8 @@ def _read_private(path: Path) -> str:
     try:
         mode = path.stat().st_mode
         text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"service.token_file: cannot read {path}: {error}") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"service.token_file: cannot read {path}: {error}; expected a text file in UTF-8") from error
     if mode & 0o077:
         raise ConfigError(f"service.token_file {path}: got mode {stat.filemode(mode)}, expected 0600: chmod 600 {path}")
     return text

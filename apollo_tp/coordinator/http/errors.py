@@ -88,5 +88,5 @@ def error_response(error: Exception) -> Response:
 async def handle_error(request: Any, error: Exception) -> Response:
     """FastAPI's exception handler for the classes of the table."""
     if isinstance(error, HTTPException) and error.status_code in (404, 405):
-        error.detail = f"{request.method} {request.url.path[:200]}: {NO_ROUTE}"
+        error.detail = f"{request.method} {request.scope['path'][:200]}: {NO_ROUTE}"
     return error_response(error)

@@ -29,7 +29,7 @@ from apollo_tp.coordinator.samples.intake import Intake, Limits
 from apollo_tp.coordinator.samples.render import Renderer
 from apollo_tp.coordinator.samples.schema import Truncate
 from apollo_tp.coordinator.settings import Settings
-from apollo_tp.errors import RequestError, refuse
+from apollo_tp.errors import DECODE_ERRORS, RequestError, refuse
 from apollo_tp.shards.serving import Serving
 
 MAX_SAMPLES = 64
@@ -209,5 +209,5 @@ def _config(model_path: Path) -> dict[str, Any]:
     """The model folder's config.json; empty if there is none that can be read."""
     try:
         return msgspec.json.decode((model_path / "config.json").read_bytes(), type=dict[str, Any])
-    except (OSError, msgspec.DecodeError):
+    except (OSError, *DECODE_ERRORS):
         return {}

@@ -23,7 +23,7 @@ from apollo_tp.coordinator.samples.schema import (
     schema_error,
 )
 from apollo_tp.coordinator.samples.unique_keys import check_unique_keys
-from apollo_tp.errors import RequestError, refuse
+from apollo_tp.errors import DECODE_ERRORS, RequestError, refuse
 
 T = TypeVar("T", bound=msgspec.Struct)
 Json = dict[str, Any]
@@ -64,7 +64,7 @@ def read_sample(data: bytes, kind: type[T], where: str = "") -> T:
     check_unique_keys(data, where)
     try:
         return msgspec.json.decode(data, type=kind)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+    except DECODE_ERRORS as error:
         if not isinstance(error, msgspec.ValidationError):
             raise schema_error(error, data, kind, where) from error
         return _read_other(data, kind, where, error)
@@ -83,7 +83,7 @@ def read_line(line: bytes, kind: type[T]) -> T:
 def _read_other(data: bytes, kind: type[T], where: str, first: Exception) -> T:
     try:
         value = msgspec.json.decode(data)
-    except (msgspec.MsgspecError, RecursionError):  # a number that is too large, or too many brackets
+    except DECODE_ERRORS:  # of what the first attempt did not come to
         raise schema_error(first, data, kind, where) from first
     if not isinstance(value, dict):
         raise schema_error(first, data, kind, where) from first

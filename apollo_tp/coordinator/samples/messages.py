@@ -11,7 +11,7 @@ from apollo_tp.coordinator.samples.lines import malformed
 from apollo_tp.coordinator.samples.schema import Message, is_absent
 from apollo_tp.coordinator.samples.template import Template
 from apollo_tp.coordinator.samples.unique_keys import check_unique_keys
-from apollo_tp.errors import RequestError, refuse
+from apollo_tp.errors import DECODE_ERRORS, RequestError, refuse
 
 BILLING_HEADER = "x-anthropic-billing-header"
 FUNCTION: dict[str, tuple[type, ...]] = {
@@ -168,7 +168,7 @@ def _arguments(arguments: Any, where: str) -> dict[str, Any]:
         check_unique_keys(arguments.encode(), f"{where}.")
         try:
             arguments = msgspec.json.decode(arguments)
-        except (msgspec.DecodeError, RecursionError) as error:
+        except DECODE_ERRORS as error:
             reason = f" ({malformed(arguments.encode()) or error})"
     if not isinstance(arguments, dict):
         # vLLM renders {} instead, so that a running conversation can continue; that must not be learned

@@ -13,7 +13,7 @@ from msgspec import Meta
 
 from apollo_tp.coordinator.samples.lines import kind_of, malformed
 from apollo_tp.coordinator.samples.unique_keys import check_unique_keys
-from apollo_tp.errors import RequestError
+from apollo_tp.errors import DECODE_ERRORS, RequestError
 
 T = TypeVar("T")
 Body = bytes | mmap.mmap
@@ -141,7 +141,7 @@ def decode(data: bytes, kind: type[T], where: str = "") -> T:
     check_unique_keys(data, where)
     try:
         return msgspec.json.decode(data, type=kind)
-    except (msgspec.ValidationError, msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+    except DECODE_ERRORS as error:
         raise schema_error(error, data, kind, where) from error
 
 

@@ -65,9 +65,10 @@ def _bytes_of_a_step(trainer: Trainer) -> Counter[str]:
     longest = [max(sum(owners.parameters[i].tensor.numel() for i in p) for p in b.indices) for b in owners.buckets]
     return Counter(
         reduce_scatter=sum(size * (elements + 1) * 4 for elements in longest),  # fp32 gradients, with a canary
-        broadcast=sum(p.tensor.nbytes for p in owners.parameters),
-        all_gather=size * 6 * 8,  # the replicas' decisions
-        all_reduce=5 * 8 + (2 * 4 if trainer.optimizer.config.max_grad_norm else 0),  # figures; norm and canary
+        all_gather=sum(size * elements * 4 for elements in longest) + size * 6 * 8,  # weights; the replicas' decisions
+        all_reduce=5 * 8
+        + 4 * len(longest)
+        + (2 * 4 if trainer.optimizer.config.max_grad_norm else 0),  # and norm, canary
     )
 
 

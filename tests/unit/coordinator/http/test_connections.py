@@ -116,3 +116,15 @@ def test_headers_without_end_are_refused(coordinator):
         assert connection.recv(65_536).startswith(b"HTTP/1.1 431 ")
     with coordinator.client() as client:
         assert client.get("/health", headers={"X": "y" * 30_000}).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "path", ["/nothing", "/train", "/v1/files/none", "/v1/nothing", "/", "/train/jobs/none/events"]
+)
+@pytest.mark.parametrize("method", ["GET", "POST", "PUT", "HEAD"])
+def test_a_query_that_is_not_utf_8_is_no_server_error(coordinator, method, path):
+    query = b"\xff&limit=\xfe&after=\xc3("
+    with contextlib.closing(connected(coordinator, b"%b %b?%b HTTP/1.1\r\nHost: localhost\r\nContent-Length: 0\r\n\r\n" % (
+        method.encode(), path.encode(), query,
+    ))) as connection:  # fmt: skip
+        assert connection.recv(100)[:10] in (b"HTTP/1.1 2", b"HTTP/1.1 3", b"HTTP/1.1 4")

@@ -1,16 +1,25 @@
 """JSON bodies: long ones are looked through without stopping others, and hold a bounded number of values."""
 
 import asyncio
+import itertools
 import json
 import threading
 
+import msgspec
 import pytest
 
 from apollo_tp.coordinator.http import bodies
 from apollo_tp.coordinator.http.openai_bodies import CompleteBody, FineTuningBody, UploadBody
 from apollo_tp.coordinator.samples.body import read_body
 from apollo_tp.coordinator.samples.forms import read_sample
-from apollo_tp.coordinator.samples.schema import CheckpointBody, PreferenceLine, SampleBody, TrainBody
+from apollo_tp.coordinator.samples.schema import (
+    CheckpointBody,
+    PreferenceLine,
+    SampleBody,
+    ScoreOptions,
+    TrainBody,
+    decode,
+)
 from apollo_tp.coordinator.samples.unique_keys import MAX_VALUES
 from apollo_tp.errors import RequestError
 from tests.support.stalls import longest_stall
@@ -67,3 +76,26 @@ def test_others_run_while_white_space_is_skipped(around):
 
     longest, seconds = longest_stall(read)
     assert longest < max(0.1, seconds / 3)
+
+
+BAD_TEXT = (b'"\xff"', b'"\xd7po"', b'[{"a": "\xc3("}]', b'{"\xfe": 1}', b'[1, "\xed\xa0\x80"]')
+BODIES = (b'{"%b": %b}', b'{"samples": [{}], "%b": %b}', b'{"epochs": [], "%b": %b, "seed": {}}')
+
+
+def read_all(data, kind):
+    return list(read_body(data, kind, 10)[1] or ())
+
+
+READERS = {
+    SampleBody: [read_sample, decode], PreferenceLine: [read_sample], CheckpointBody: [decode], FineTuningBody: [decode],
+    UploadBody: [decode], CompleteBody: [decode], TrainBody: [read_all], ScoreOptions: [read_all],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", READERS, ids=lambda kind: kind.__name__)
+def test_text_that_is_not_utf_8_is_refused(kind):
+    """In each field, whatever its type, and beside values of a wrong type, after which msgspec finds it."""
+    for field in msgspec.structs.fields(kind):
+        for bad, body, reader in itertools.product(BAD_TEXT, BODIES, READERS[kind]):
+            with pytest.raises(RequestError):
+                reader(body % (field.encode_name.encode(), bad), kind)
