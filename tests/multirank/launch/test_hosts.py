@@ -63,6 +63,20 @@ def test_a_server_over_two_machines_learns_as_on_one(host: Host) -> None:
     assert two.version() == 3
 
 
+def test_two_servers_over_two_machines(host: Host) -> None:
+    """The second replica's ranks get the manifests of their own server, of its other rank too."""
+    a, b = host.serve("a", 2, on="ij"), host.serve("b", 2, on="ij")
+    status, output = host.train(4, "server.replicas=2", machines=["i", "i", "j", "j"])
+    assert status == 0, output
+    assert sorted(re.findall(r"VERSION 1 of (\w) on (\d)\.", output)) == [
+        ("a", "0"),
+        ("a", "1"),
+        ("b", "2"),
+        ("b", "3"),
+    ]
+    assert equal(a.weights(), b.weights())
+
+
 @pytest.mark.parametrize(
     ("servers", "machines", "overrides", "message"),
     [
