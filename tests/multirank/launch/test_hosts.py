@@ -53,8 +53,6 @@ def test_a_server_over_two_machines_learns_as_on_one(host: Host) -> None:
     assert equal(one.weights(), two.weights())
     behind = two.folders[1] / "weights.json"
     content = behind.read_bytes()
-    status, output = host.train(2, machines=["j", "i"], number=2, seen=[("two", 1), ("two", 0)])
-    assert "expected tensor-parallel rank 0" in output  # the coordinator runs beside the launcher's rank 0
     status, output = host.train(2, machines=["i", "j"], number=2)
     assert status == 0, output
     behind.write_bytes(content)
