@@ -29,7 +29,7 @@ import msgspec
 
 DECODE_ERRORS = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
 """What msgspec raises for bytes that are no JSON or MessagePack of the expected type. UnicodeDecodeError: a string that is
-not UTF-8, which it may find only after a wrong type. RecursionError: nesting, even in a field that the type does not have."""
+not UTF-8, which it may find only after a wrong type. RecursionError: nesting, even in a field that the type has not."""
 
 
 class ApolloTpError(Exception):

@@ -92,10 +92,11 @@ class Served:
     model: Path
     runtime_dir: Path
     process: ManagedProcess
+    instance: str = "demo"
 
     def manifests(self) -> list[Manifest]:
         """What each rank published."""
-        return read_instance(self.runtime_dir / "demo")
+        return read_instance(self.runtime_dir / self.instance)
 
     def weight_bytes(self) -> list[int]:
         """Bytes of the served weights on each rank."""
@@ -194,22 +195,55 @@ def _server(
     config_class: type,
     seconds: float,
 ) -> Iterator[Served]:
-    begun = time.monotonic()
-    model, runtime_dir = folder / "model", folder / "rt"
+    config_class(**config).save_pretrained(folder / "model")
+    with _started(folder, "demo", tp, extra, environment) as served:
+        _await(served, seconds)
+        yield served
+
+
+@contextlib.contextmanager
+def serving_replicas(
+    folder: Path, config: dict[str, Any], count: int, *, extra: Sequence[str] = (), seconds: float = 400
+) -> Iterator[list[Served]]:
+    """Servers of this configuration at TP = 1, each with a GPU or core of its own and the same dummy weights: the
+    instances replica-0, replica-1 and so on."""
+    signal.signal(signal.SIGTERM, _leave)
+    Qwen3Config(**config).save_pretrained(folder / "model")
+    with contextlib.ExitStack() as stack:
+        servers = []
+        for index in range(count):
+            core = str(index % (os.cpu_count() or 1))
+            environment = {"CUDA_VISIBLE_DEVICES": str(index), "VLLM_CPU_OMP_THREADS_BIND": core}
+            servers.append(stack.enter_context(_started(folder, f"replica-{index}", 1, extra, environment)))
+        for served in servers:
+            _await(served, seconds)
+        yield servers
+
+
+@contextlib.contextmanager
+def _started(
+    folder: Path, instance: str, tp: int, extra: Sequence[str], environment: dict[str, str] | None
+) -> Iterator[Served]:
+    """A server that need not be up yet."""
+    runtime_dir, port = folder / "rt", free_port()
     runtime_dir.mkdir(mode=0o700, exist_ok=True)
-    config_class(**config).save_pretrained(model)
-    port, options = free_port(), [*COMMON, *extra]
-    log = folder / "server.log"
-    server = start_server(model, port, runtime_dir, log, tensor_parallel=tp, extra=options, environment=environment)
+    server = start_server(
+        folder / "model", port, runtime_dir, folder / f"{instance}.log", tensor_parallel=tp, instance=instance,
+        extra=[*COMMON, *extra], environment=environment,
+    )  # fmt: skip
     try:
-        server.wait_for(f"http://127.0.0.1:{port}/health", seconds)
-        note(f"server up after {time.monotonic() - begun:.0f} s")
-        yield Served(f"http://127.0.0.1:{port}", model, runtime_dir, server)
+        yield Served(f"http://127.0.0.1:{port}", folder / "model", runtime_dir, server, instance)
     except BaseException:
         note(server.tail(40))
         raise
     finally:
         server.stop()
+
+
+def _await(served: Served, seconds: float) -> None:
+    begun = time.monotonic()
+    served.process.wait_for(f"{served.url}/health", seconds)
+    note(f"{served.instance}: up after {time.monotonic() - begun:.0f} s")
 
 
 @contextlib.contextmanager
@@ -222,9 +256,12 @@ def training(
     environment: dict[str, str] | None = None,
     seconds: float = 240,
 ) -> Iterator[Training]:
-    """A trainer of ``served``, which must be the instance "demo"; stopped at the end, and its log shown if it fails."""
+    """A trainer of ``served``, and with ``server.replicas`` among the ``overrides`` of all servers in its runtime folder, of
+    which it must then be the first; stopped at the end, and its log shown if it fails."""
     state.mkdir(parents=True, exist_ok=True)
-    fixed = ["checkpoint.after_idle_seconds=null", "server.instance=demo", "optim.max_relative_update=1000"]
+    fixed = ["checkpoint.after_idle_seconds=null", "optim.max_relative_update=1000"]
+    if not any(each.startswith("server.replicas=") for each in overrides):
+        fixed.append(f"server.instance={served.instance}")
     trainer = start_trainer(
         served.runtime_dir,
         state,
@@ -235,7 +272,7 @@ def training(
     )
     begun = time.monotonic()
     try:
-        url = coordinator_url(served.runtime_dir, trainer, seconds=seconds)
+        url = coordinator_url(served.runtime_dir, trainer, instance=served.instance, seconds=seconds)
         note(f"trainer up after {time.monotonic() - begun:.0f} s")
         yield Training(url, trainer)
     except BaseException:

@@ -228,10 +228,16 @@ class TPGroup:
         never happens. One reduce-scatter."""
         if self.size == 1:
             return tensor
+        out, work = self.start_reduce_scatter(tensor.contiguous())
+        work.wait()
+        return out
+
+    def start_reduce_scatter(self, tensor: Tensor) -> tuple[Tensor, dist.Work]:
+        """As ``reduce_scatter`` of a contiguous ``tensor``, without waiting: the block, and what to wait for before it is
+        read. ``tensor`` must stay as it is until then. The group has several ranks."""
         out = _poisoned(tensor, tensor.shape[0] // self.size)
         self.traffic["reduce_scatter"] += tensor.nbytes
-        dist.reduce_scatter_tensor(out, tensor.contiguous(), group=self.group)
-        return out
+        return out, dist.reduce_scatter_tensor(out, tensor, group=self.group, async_op=True)
 
     def all_gather(self, tensor: Tensor) -> Tensor:
         """Concatenate the ranks' ``tensor`` [n, ...] (equal shapes) to [P * n, ...], in rank order. If this never happens,

@@ -115,6 +115,14 @@ class Optimizer:
             leaf.grad = None
         if self.in_backward is not None:
             self.in_backward.abandon()
+        if self.owners is not None:
+            self.owners.abandon()
+
+    def begin_exchange(self) -> None:
+        """The next backward pass is the last one before ``step``: with several replicas, gradients are summed beside it, as
+        they become complete. Without this call, ``step`` does it. Local; the sums are collective (``Owners``)."""
+        if self.owners is not None:
+            self.owners.begin()
 
     def learning_rate(self, scale: float = 1.0) -> float:
         """The learning rate of the next step."""

@@ -9,20 +9,24 @@ All of it goes between ranks that hold the same shard, one in each replica: the 
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+import torch.distributed as dist
+from torch import Tensor, nn
 
 from apollo_tp.distributed.tp_group import TPGroup
 from apollo_tp.errors import ConfigError, ReplicaError
-from apollo_tp.optim.parameters import OptimParameter
+from apollo_tp.optim.parameters import OptimParameter, leaf_of_complete_gradient
 from apollo_tp.optim.replicas import checksums
 from apollo_tp.optim.sharding import Decision, DecisionInputs
 
 BUCKET_BYTES = 64 * 2**20
 """Of one owner's gradients or weights in one collective; a larger one has its own."""
+MAX_UNDER_WAY = 2
+"""Sums of gradients at a time: one that runs while the next is packed. Each takes R + 1 times BUCKET_BYTES."""
 
 
 def assign_owners(parameters: Sequence[OptimParameter], num_replicas: int) -> list[int]:
@@ -52,8 +56,21 @@ class Bucket:
     num_elements: int
 
 
+@dataclass(frozen=True)
+class _Sum:
+    """The sum of a bucket's gradients on its way: what this rank sends, [R, num_elements + 1], and gets, [1, the same]."""
+
+    bucket: Bucket
+    sent: Tensor
+    received: Tensor
+    work: dist.Work
+
+
 class Owners:
-    """The exchange between owners and the other replicas. ``parameters`` are all trained ones, ``owner`` theirs."""
+    """The exchange between owners and the other replicas. ``parameters`` are all trained ones, ``owner`` theirs.
+
+    Buckets are in the order in which the backward pass completes their gradients, and all replicas sum them in this order.
+    """
 
     def __init__(
         self,
@@ -65,15 +82,26 @@ class Owners:
         """No collective. ``bucket_bytes`` is the same on all ranks."""
         self.parameters, self.owner, self.replicas = list(parameters), list(owner), replicas
         self.buckets = list(self._make_buckets(bucket_bytes))
+        # that of a gradient which the backward pass does not complete is None, and stays missing
+        self._leaves = [{id(leaf) for leaf in self._leaves_of(bucket)} for bucket in self.buckets]
+        leaves = [leaf for bucket in self.buckets for leaf in self._leaves_of(bucket) if leaf is not None]
+        for leaf in {id(leaf): leaf for leaf in leaves}.values():
+            leaf.register_post_accumulate_grad_hook(self._complete)
+        self.abandon()
+
+    def _leaves_of(self, bucket: Bucket) -> list[nn.Parameter | None]:
+        return [leaf_of_complete_gradient(self.parameters[i]) for part in bucket.indices for i in part]
 
     def _make_buckets(self, bucket_bytes: int) -> Iterator[Bucket]:
-        """Per dtype: the owners' parameters in order, cut where one of them has ``bucket_bytes``."""
+        """Per dtype: the owners' parameters, cut where one of them has ``bucket_bytes``. First those whose gradients are
+        complete in the backward pass, which meets the last layers first."""
+        order = sorted(
+            range(len(self.parameters)), key=lambda i: (leaf_of_complete_gradient(self.parameters[i]) is None, -i)
+        )
         for dtype in dict.fromkeys(p.tensor.dtype for p in self.parameters):
             queues: list[list[list[int]]] = []
             for replica in range(self.replicas.size):
-                of_owner = [
-                    i for i, p in enumerate(self.parameters) if self.owner[i] == replica and p.tensor.dtype is dtype
-                ]
+                of_owner = [i for i in order if self.owner[i] == replica and self.parameters[i].tensor.dtype is dtype]
                 queues.append(self._cut(of_owner, bucket_bytes))
             for row in range(max(len(queue) for queue in queues)):
                 indices = [queue[row] if row < len(queue) else [] for queue in queues]
@@ -92,52 +120,91 @@ class Owners:
             room -= nbytes
         return parts
 
+    def begin(self) -> None:
+        """The next backward pass is the last one of the step: from now on a bucket is summed once all its gradients are
+        complete, and those before it are under way. Local."""
+        self._begun = True
+
+    def abandon(self) -> None:
+        """Forget the sums of a step that did not end. Local."""
+        self._begun, self._launched = False, 0
+        self._missing = [set(leaves) for leaves in self._leaves]
+        self._under_way: deque[_Sum] = deque()
+        self._arrived: list[Tensor] = []
+        self._without_gradient: dict[int, Tensor] = {}
+
+    def _complete(self, leaf: Tensor) -> None:
+        """A hook in the backward pass. All replicas launch their buckets in one order, whatever order this pass has."""
+        if not self._begun:
+            return
+        for missing in self._missing[self._launched :]:
+            missing.discard(id(leaf))
+        while self._launched < len(self.buckets) and not self._missing[self._launched]:
+            self._launch()
+
     def sum_gradients(self) -> tuple[dict[int, Tensor], Tensor]:
-        """Sum the local gradients over replicas, each on its owner alone, in their dtype.
+        """Sum the local gradients over replicas, each on its owner alone, in their dtype; what ``begin`` has left.
 
         The sums replace the owner's gradients in place. Where its backward pass left none, they are in the dictionary, by
         index, in the local shape. The second value is 1 (fp32 [1]) if each sum has happened on this rank, by the canary
         that it carries, else 0: then the gradients may be anything. Collective: one reduce-scatter per bucket.
         """
-        arrived, without_gradient = [], {}
-        for bucket in self.buckets:
-            total = self.replicas.reduce_scatter(self._flat_gradients(bucket))[0]
-            arrived.append(total[-1:] == self.replicas.size)
-            own, start = bucket.indices[self.replicas.rank], 0
-            for i in own:
-                gradient, shape = self.parameters[i].grad, self.parameters[i].tensor.shape
-                summed = total[start : (start := start + shape.numel())].view(shape)
-                if gradient is None:
-                    without_gradient[i] = summed
-                else:
-                    gradient.copy_(summed)
-        return without_gradient, torch.cat(arrived).all().float()[None]
+        while self._launched < len(self.buckets):
+            self._launch()
+        while self._under_way:
+            self._finish()
+        result = self._without_gradient, torch.cat(self._arrived).all().float()[None]
+        self.abandon()
+        return result
+
+    def _launch(self) -> None:
+        """Start the sum of the next bucket, beside which the backward pass goes on; wait for one that began long before."""
+        if len(self._under_way) == MAX_UNDER_WAY:
+            self._finish()
+        bucket = self.buckets[self._launched]
+        sent = self._flat_gradients(bucket)
+        received, work = self.replicas.start_reduce_scatter(sent)
+        self._under_way.append(_Sum(bucket, sent, received, work))
+        self._launched += 1
+
+    def _finish(self) -> None:
+        """Take what the oldest sum has brought, in the order of the current stream."""
+        pending = self._under_way.popleft()
+        pending.work.wait()
+        total, start = pending.received[0], 0
+        self._arrived.append(total[-1:] == self.replicas.size)
+        for i in pending.bucket.indices[self.replicas.rank]:
+            gradient, shape = self.parameters[i].grad, self.parameters[i].tensor.shape
+            summed = total[start : (start := start + shape.numel())].view(shape)
+            if gradient is None:
+                self._without_gradient[i] = summed
+            else:
+                gradient.copy_(summed)
 
     def _flat_gradients(self, bucket: Bucket) -> Tensor:
         """[R, num_elements + 1] in the gradients' dtype: in row r, those that replica r owns, padded, and a canary of 1."""
-        flat, gradients = self._rows(bucket, self.replicas.size, extra=1), [p.grad for p in self.parameters]
+        flat = self._rows(bucket, self.replicas.size, extra=1)
         flat[:, -1] = 1.0
         for row, indices in zip(flat, bucket.indices, strict=True):
-            self._pack(row, indices, gradients)
+            self._pack(row, {i: self.parameters[i].grad for i in indices})
         return flat
 
     def publish(self) -> None:
         """Copy each owner's weights into the memory that the other replicas serve. Collective: one all-gather per bucket and
         one all-reduce of one number, after which a rank writes what it received if all ranks have received it."""
-        own, weights = self.replicas.rank, [p.tensor.data for p in self.parameters]
+        own = self.replicas.rank
         for bucket in self.buckets:
             row = self._rows(bucket, 1)
-            self._pack(row[0], bucket.indices[own], weights)
+            self._pack(row[0], self._weights(bucket, own))
             self._write(bucket, self.replicas.all_gather(row), [r for r in range(self.replicas.size) if r != own])
 
     def fill(self, source: int) -> None:
         """Copy all weights of replica ``source`` to the others. Collective: for each bucket one broadcast, and one
         all-reduce as in ``publish``."""
-        weights = [p.tensor.data for p in self.parameters]
         for bucket in self.buckets:
             rows = self._rows(bucket, self.replicas.size)
-            for row, indices in zip(rows, bucket.indices, strict=True):
-                self._pack(row, indices, weights)
+            for replica, row in enumerate(rows):
+                self._pack(row, self._weights(bucket, replica))
             self._write(bucket, self.replicas.broadcast_(rows, source), list(range(self.replicas.size)))
 
     def _rows(self, bucket: Bucket, count: int, extra: int = 0) -> Tensor:
@@ -145,12 +212,17 @@ class Owners:
         like = self.parameters[next(i for part in bucket.indices for i in part)].tensor
         return torch.zeros(count, bucket.num_elements + extra, dtype=like.dtype, device=like.device)
 
-    def _pack(self, row: Tensor, indices: Sequence[int], values: Sequence[Tensor | None]) -> None:
-        """Copy those ``values`` (by index, in local shapes) that are not None one after the other into ``row``."""
+    def _weights(self, bucket: Bucket, replica: int) -> dict[int, Tensor | None]:
+        """By index, the local weights in ``bucket`` that ``replica`` owns."""
+        return {i: self.parameters[i].tensor.data for i in bucket.indices[replica]}
+
+    def _pack(self, row: Tensor, values: Mapping[int, Tensor | None]) -> None:
+        """Copy ``values`` (by index, in local shapes) one after the other into ``row``, where those that are None have their
+        place."""
         start = 0
-        for i in indices:
+        for i, value in values.items():
             stop = start + self.parameters[i].tensor.numel()
-            if (value := values[i]) is not None:
+            if value is not None:
                 row[start:stop].view(value.shape).copy_(value)
             start = stop
 

@@ -57,6 +57,13 @@ class OptimParameter:
         return self.tensor
 
 
+def leaf_of_complete_gradient(parameter: OptimParameter) -> torch.nn.Parameter | None:
+    """The leaf in whose hook the gradient of ``parameter`` is complete; None if tensor-parallel ranks hold replicas of it,
+    in whole or in part, so that its gradient may still have to be summed over them."""
+    has_replicas = parameter.shard.replicated or len(parameter.shard.replica_ranks) > 1
+    return None if has_replicas else parameter.complete_leaf
+
+
 class Weight:
     """The local tensor of one trained parameter, and how an fp32 result is written into it.
 
@@ -97,10 +104,8 @@ class Weight:
 
     @property
     def leaf_in_backward(self) -> torch.nn.Parameter | None:
-        """The leaf whose hook may update this weight in the backward pass; None if ranks hold replicas of the weight, in
-        whole or in part, so that its gradient may still have to be summed over them."""
-        has_replicas = self.shard.replicated or len(self.shard.replica_ranks) > 1
-        return None if has_replicas else self.parameter.complete_leaf
+        """See ``leaf_of_complete_gradient``."""
+        return leaf_of_complete_gradient(self.parameter)
 
     @property
     def mean_gradient_bytes(self) -> float:

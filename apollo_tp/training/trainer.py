@@ -157,6 +157,8 @@ class Trainer:
                 loss, hits = loss_of(batch)
                 self._pace.give_way()
                 clock.mark("forward")
+                if position == len(batches) - 1:
+                    self.optimizer.begin_exchange()
                 self._backward(loss, learning_rate_scale if in_backward else None)
             clock.mark("backward")
             loss_sum += loss.detach()

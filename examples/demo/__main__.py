@@ -4,12 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import shlex
-import shutil
-import signal
-import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -19,22 +14,17 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
-from transformers.utils.logging import disable_progress_bar
 
-from apollo_tp.errors import ConfigError
-from apollo_tp.runtime import owned_folder
 from apollo_tp.shards.instance import read_instance
 from apollo_tp.shards.mapping import map_rank
+from examples.demo.common import ENDED, console, logprobs, mean_logprob, post, prepared, texts
 from examples.demo.load import GenerationLoad
-from tests.support.demo_model import make_model, standard_library_text
+from tests.support.demo_model import make_model
 from tests.support.processes import ManagedProcess, coordinator_url, free_port, start_server, start_trainer
 
 NUM_RANKS = 2
-SAMPLE_CHARS = 450
 BATCH_SIZE, NUM_BATCHES = 8, 10
-NUM_HELDOUT = 6
 OUTPUTS = ("model", "service", "checkpoints", "server.log", "trainer.log", "result.json")
-console = Console(stderr=True)
 
 
 def main() -> int:
@@ -44,38 +34,18 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=40, help="optimizer steps")
     parser.add_argument("--server-args", default="", help="further options of the vLLM server, in one string")
     arguments = parser.parse_args()
-    logging.getLogger("httpx").setLevel(logging.WARNING)
-    disable_progress_bar()
-    try:
-        prepare(arguments.out)
-    except ConfigError as error:
-        parser.error(str(error))
     started = time.monotonic()
-    # A signal that stops the demo stops what it started: the exception runs the finally clauses.
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(f"got {signal.Signals(number).name}"))
-    # Unix socket paths are short: the runtime folder cannot lie deep in a checkout.
-    with tempfile.TemporaryDirectory(prefix="apollo_tp-") as runtime_dir:
-        result = run(arguments.out.resolve(), Path(runtime_dir), arguments.steps, shlex.split(arguments.server_args))
+    with prepared(parser, arguments.out, OUTPUTS) as runtime_dir:
+        result = run(arguments.out.resolve(), runtime_dir, arguments.steps, shlex.split(arguments.server_args))
     result["wall_s"] = round(time.monotonic() - started, 1)
     (arguments.out / "result.json").write_text(json.dumps(result, indent=2) + "\n")
     _print(result)
     return 0 if _promises_held(result) else 1
 
 
-def prepare(out: Path) -> None:
-    """Make ``out`` the demo's folder, without what an earlier demo left there. Raises ConfigError for a folder that no demo
-    made: nothing in it is touched."""
-    owned_folder.claim(out, "demo", "--out")
-    for name in OUTPUTS:
-        if (out / name).is_dir() and not (out / name).is_symlink():
-            shutil.rmtree(out / name)
-        else:
-            (out / name).unlink(missing_ok=True)
-
-
 def run(out: Path, runtime_dir: Path, num_steps: int, server_args: list[str]) -> dict[str, Any]:
     """Run the demo in an empty folder; returns the figures."""
-    train_texts, heldout = _texts()
+    train_texts, heldout = texts()
     # fp32: a CPU without bf16 arithmetic is several times faster in it, and the server's log-probabilities are then exact
     # enough to compare with transformers token by token. The end-to-end tests serve bf16.
     num_parameters = make_model(out / "model", train_texts, dtype=torch.float32)
@@ -89,12 +59,12 @@ def run(out: Path, runtime_dir: Path, num_steps: int, server_args: list[str]) ->
         server.wait_for(f"{url}/health", 300)
         overrides = ["optim.lr=1e-3", "train.max_sequence_tokens=512"]
         trainer = start_trainer(runtime_dir, out, out / "trainer.log", num_ranks=NUM_RANKS, overrides=overrides)
-        before = _mean_logprob(url, heldout)
+        before = mean_logprob(url, heldout)
         service = coordinator_url(runtime_dir, trainer)
         load = GenerationLoad(url, heldout[0][:100])
         job = _train(service, trainer, train_texts, num_steps)
         load.stop()
-        checkpoint = _post(f"{service}/checkpoint", {"wait": True})
+        checkpoint = post(f"{service}/checkpoint", {"wait": True})
         return _figures(url, runtime_dir, heldout, before, job, Path(checkpoint["path"]), load)
     finally:
         if load:
@@ -104,21 +74,13 @@ def run(out: Path, runtime_dir: Path, num_steps: int, server_args: list[str]) ->
                 process.stop()
 
 
-def _texts() -> tuple[list[str], list[str]]:
-    """Samples to train on, and held-out ones from other files."""
-    files = standard_library_text(min_chars=SAMPLE_CHARS * 2, max_files=100)
-    heldout = [text[SAMPLE_CHARS : 2 * SAMPLE_CHARS] for text in files[:NUM_HELDOUT]]
-    cut = [f[i : i + SAMPLE_CHARS] for f in files[NUM_HELDOUT:] for i in range(0, len(f) - SAMPLE_CHARS, SAMPLE_CHARS)]
-    return cut, heldout
-
-
 def _train(service: str, trainer: ManagedProcess, texts: list[str], num_steps: int) -> dict[str, Any]:
     samples = [{"text": text} for text in texts[: BATCH_SIZE * NUM_BATCHES]]
     body = {"samples": samples, "batch_size": BATCH_SIZE, "epochs": num_steps, "max_steps": num_steps}
-    job = _post(f"{service}/train", body)
+    job = post(f"{service}/train", body)
     console.print(f"job {job['id']}: {num_steps} steps")
     with console.status("training") as status:
-        while job["state"] not in ("succeeded", "failed", "cancelled"):
+        while job["state"] not in ENDED:
             time.sleep(0.5)
             trainer.check()
             job = httpx.get(f"{service}/train/jobs/{job['id']}", timeout=30).json()
@@ -145,7 +107,7 @@ def _figures(
     gap = max(
         abs(served - written)
         for text in heldout
-        for served, written in zip(_logprobs(url, text), _transformers_logprobs(model, tokenizer, text), strict=True)
+        for served, written in zip(logprobs(url, text), _transformers_logprobs(model, tokenizer, text), strict=True)
     )
     return {
         "train_loss_first": job["losses"][0],
@@ -153,7 +115,7 @@ def _figures(
         "train_steps": job["step"],
         "train_tokens": job["tokens"],
         "heldout_logprob_before": before,
-        "heldout_logprob_after": _mean_logprob(url, heldout),
+        "heldout_logprob_after": mean_logprob(url, heldout),
         "checkpoint": str(folder),
         "checkpoint_bit_identical": _bit_identical(folder, runtime_dir / "demo"),
         "checkpoint_served_logprob_gap": gap,
@@ -179,30 +141,11 @@ def _bit_identical(folder: Path, instance: Path) -> bool:
     return True
 
 
-def _logprobs(url: str, text: str) -> list[float]:
-    """vLLM's log-probability (nats) of each prompt token but the first."""
-    body = {"model": "demo", "prompt": text, "max_tokens": 1, "temperature": 0, "prompt_logprobs": 0}
-    answer = _post(f"{url}/v1/completions", body)
-    return [next(iter(entry.values()))["logprob"] for entry in answer["choices"][0]["prompt_logprobs"][1:]]
-
-
-def _mean_logprob(url: str, texts: list[str]) -> float:
-    values = [value for text in texts for value in _logprobs(url, text)]
-    return sum(values) / len(values)
-
-
 @torch.no_grad()
 def _transformers_logprobs(model: torch.nn.Module, tokenizer: PreTrainedTokenizerFast, text: str) -> list[float]:
     ids = tokenizer(text, return_tensors="pt", add_special_tokens=False)["input_ids"]
     logprobs = model(ids).logits[0, :-1].float().log_softmax(-1)
     return logprobs.gather(1, ids[0, 1:, None])[:, 0].tolist()
-
-
-def _post(url: str, body: dict[str, Any]) -> dict[str, Any]:
-    response = httpx.post(url, json=body, timeout=120)
-    if response.is_error:
-        raise SystemExit(f"{url}: got {response.status_code}: {response.text}")
-    return response.json()  # type: ignore[no-any-return]
 
 
 def _promises_held(result: dict[str, Any]) -> bool:

@@ -25,3 +25,14 @@ def test_the_demo_keeps_its_promises(tmp_path: Path) -> None:
     assert result["train_loss_first"] - result["train_loss_last"] > 2
     assert result["checkpoint_bit_identical"] is True
     assert result["inference_requests_failed"] == result["inference_pauses"] == 0
+
+
+def test_two_servers_are_trained_as_one(tmp_path: Path) -> None:
+    """A killed server is filled from the other, the job goes on, and no other request fails."""
+    extra = os.environ.get("APOLLO_TP_TEST_SERVER_ARGS", "")
+    done = subprocess.run(
+        [sys.executable, "-m", "examples.demo.replicas", "--out", str(tmp_path / "demo"), f"--server-args={extra}"],
+        capture_output=True, text=True, timeout=560, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
+    assert json.loads((tmp_path / "demo" / "result.json").read_text())["filled_bit_identical"] is True

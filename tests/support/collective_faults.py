@@ -60,6 +60,8 @@ class Collectives:
                     return done
                 done = real(out, *args, **kwargs)
                 if name in ("reduce_scatter_tensor", "all_gather_into_tensor"):
+                    if isinstance(done, dist.Work):
+                        done.wait()
                     last[out.shape] = out.clone()
                 return done
 

@@ -14,8 +14,11 @@ from apollo_tp.distributed.mesh import Mesh
 from apollo_tp.distributed.tp_group import TPGroup
 from apollo_tp.errors import CollectiveError, ConfigError, ReplicaError
 from apollo_tp.optim import Optimizer
+from apollo_tp.optim.owners import Owners, assign_owners
+from apollo_tp.optim.parameters import leaf_of_complete_gradient
 from tests.support import optim_model as model
 from tests.support.collective_faults import LEAVES, Collectives
+from tests.support.optim_model import loss_of
 from tests.support.ranks import run_ranks
 
 STEPS = 8
@@ -230,6 +233,62 @@ def test_weights_are_old_or_new_where_their_copy_was_aborted():
     """Served memory never holds what an aborted collective left."""
     for rank, wrong in enumerate(run_ranks(interrupt, 3, deadline_seconds=200)):
         assert not wrong, f"rank {rank}: {len(wrong)}, such as {wrong[:3]}"
+
+
+def beside(world: TPGroup, tp_size: int) -> list[str]:
+    """What is wrong with sums that run beside the backward pass: against those behind it, bit for bit, in small buckets."""
+    collectives, mesh, found = Collectives(world), Mesh.build(world, tp_size), []
+    params = model.parameters(mesh.tp)
+    owner = assign_owners(params, mesh.replicas.size)
+    owners = Owners(params, owner, mesh.replicas, bucket_bytes=5_000)
+    own = [i for i, replica in enumerate(owner) if replica == mesh.replicas.rank]
+    parts = [share(model.gradients(step), mesh.replicas.rank, mesh.replicas.size) for step in range(2)]
+    late = sum(
+        any(leaf_of_complete_gradient(params[i]) is None for part in bucket.indices for i in part)
+        for bucket in owners.buckets
+    )
+    orders = {
+        "all": params,
+        "replicas in different orders": params[::-1] if mesh.replicas.rank else params,
+        "one without gradient": [p for p in params if p.name != "case_c.weight"],
+        "one without gradient on a replica": [p for p in params if p.name != "case_d.weight" or mesh.replicas.rank],
+    }
+
+    def summed(order: list, begun: bool) -> tuple[dict[int, torch.Tensor], int]:
+        """The sums of what this replica owns, and how many were launched before all gradients were there."""
+        for p in params:
+            p.tensor.grad = None
+        loss_of(params, parts[0]).backward()  # of an earlier micro-batch
+        first = collectives.count
+        if begun:
+            owners.begin()
+        loss_of(order, parts[1]).backward()
+        launched = collectives.count - first
+        without, arrived = owners.sum_gradients()
+        assert arrived.item() == 1
+        return {i: without[i] if i in without else params[i].grad.clone() for i in own}, launched
+
+    for name, order in orders.items():
+        expected, none = summed(order, begun=False)
+        got, launched = summed(order, begun=True)
+        if not all(torch.equal(got[i], value) for i, value in expected.items()):
+            found.append(f"{name}: other sums than behind the backward pass")
+        if none or (name == "all" and launched != len(owners.buckets) - late):
+            found.append(f"{name}: {none} and {launched} of {len(owners.buckets)} buckets, {late} of them late")
+    owners.begin()
+    loss_of(params, parts[0]).backward()
+    owners.abandon()  # a step that failed elsewhere: the next one sums anew
+    expected, _ = summed(params, begun=False)
+    got, _ = summed(params, begun=True)
+    if not all(torch.equal(value, got[i]) for i, value in expected.items()):
+        found.append("other sums after a step that did not end")
+    return found
+
+
+@pytest.mark.parametrize(("num_replicas", "tp_size"), [(2, 1), (3, 1), (2, 2)])
+def test_sums_beside_the_backward_pass_are_those_behind_it(num_replicas, tp_size):
+    for wrong in run_ranks(beside, num_replicas * tp_size, tp_size):
+        assert not wrong
 
 
 def repair(world: TPGroup) -> tuple[list[str], dict]:

@@ -80,13 +80,22 @@ def _five_steps(world: TPGroup, tp_size: int, checkpoint: Path, config: OptimCon
     expected, losses, gradients = _twin(checkpoint, config)
     errors: dict[str, float] = {}
 
-    def compare_gradients() -> None:
-        for p in trainer.model.parameters:
-            whole = gradients[step][p.name]
-            total = mesh.replicas.all_reduce_(torch.zeros(p.tensor.shape) if p.grad is None else p.grad.clone())
-            errors[f"gradient of {p.name} {step}"] = relative_error(total, local_part(whole, p.shard), whole)
+    sum_gradients = owners.sum_gradients if (owners := trainer.optimizer.owners) is not None else None
 
-    trainer._before_write = compare_gradients
+    def compare_gradients() -> object:
+        """Those of all replicas, which their owners have."""
+        summed = sum_gradients() if sum_gradients is not None else ({}, torch.ones(1))
+        for index, p in enumerate(trainer.model.parameters):
+            whole = gradients[step][p.name]
+            if owners is None or owners.owner[index] == mesh.replicas.rank:
+                total = summed[0].get(index, p.grad if p.grad is not None else torch.zeros(p.tensor.shape))
+                errors[f"gradient of {p.name} {step}"] = relative_error(total, local_part(whole, p.shard), whole)
+        return summed
+
+    if owners is None:
+        trainer._before_write = compare_gradients
+    else:
+        owners.sum_gradients = compare_gradients
     for step in range(STEPS):
         result = trainer.step(samples(seed=step))
         assert result.skipped == ""
@@ -100,6 +109,8 @@ def _five_steps(world: TPGroup, tp_size: int, checkpoint: Path, config: OptimCon
         part = local_part(expected[name], shard)
         errors[name] = float((local - part).norm() / (part - start[name]).norm()) if part.numel() else 0.0
     trainer._before_write = lambda: None
+    if owners is not None:
+        owners.sum_gradients = sum_gradients
     mesh.replicas.traffic.clear()
     trainer.step(samples(seed=STEPS))
     assert mesh.replicas.traffic == _bytes_of_a_step(trainer)

@@ -245,17 +245,18 @@ def test_what_a_kill_leaves_of_a_removal_is_still_known_as_ours(
 
 def test_the_demo_removes_only_what_a_demo_wrote(tmp_path: Path) -> None:
     """`--out` of a folder of the user's was a folder of the user's no more."""
-    from examples.demo.__main__ import prepare
+    from examples.demo.__main__ import OUTPUTS
+    from examples.demo.common import prepare
 
     note = _precious(tmp_path / "home" / "thesis.tex")
     _precious(tmp_path / "home" / "model" / "mine")
     with pytest.raises(ConfigError, match=r"--out .*holds 'model', 'thesis\.tex'"):
-        prepare(tmp_path / "home")
+        prepare(tmp_path / "home", OUTPUTS)
     assert note.exists()
-    prepare(tmp_path / "out")
+    prepare(tmp_path / "out", OUTPUTS)
     for name in ("model/config.json", "checkpoints/c1/x", "service/jobs.sqlite3", "server.log", "result.json"):
         _precious(tmp_path / "out" / name)
     kept = _precious(tmp_path / "out" / "notes.txt")
-    prepare(tmp_path / "out")
+    prepare(tmp_path / "out", OUTPUTS)
     assert kept.exists()
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [".apollo_tp_demo", "notes.txt"]
