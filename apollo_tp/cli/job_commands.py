@@ -1,4 +1,4 @@
-"""Commands about jobs: start one, list them, follow one, and cancel, pause or resume one."""
+"""Commands about jobs and samples: start a job, list them, follow one, cancel, pause or resume one; score samples."""
 
 import json
 import math
@@ -10,27 +10,40 @@ import msgspec
 import typer
 
 from apollo_tp.cli import rendering
-from apollo_tp.cli.answers import DryRun, Event, Job, Page, read
+from apollo_tp.cli.answers import DryRun, Event, Job, Page, Scores, read
 from apollo_tp.cli.samples import SampleFile
 from apollo_tp.cli.session import OK, REFUSED, Session
 from apollo_tp.errors import ConfigError
 
-JobId = Annotated[str, typer.Argument(metavar="ID")]
+JobId = Annotated[str, typer.Argument(metavar="ID", help="Id of a job, as `train` and `jobs` print it.")]
+Samples = Annotated[Path, typer.Argument(metavar="FILE.jsonl", help="One sample per line; - is standard input.")]
+Truncate = Annotated[
+    Literal["refuse", "left", "right"] | None,
+    typer.Option(
+        help="What becomes of samples that are too long: refused, or cut on that side.", show_default="refuse"
+    ),
+]
+INTERRUPTED = 130
 
 
 def train(
     session: Session,
-    file: Annotated[Path, typer.Argument(metavar="FILE.jsonl", help="One sample per line; - is standard input.")],
+    file: Samples,
     follow: Annotated[bool, typer.Option("--follow", help="Show progress until the job is over.")] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Only show the tokens and which are learned from.")
     ] = False,
-    epochs: int | None = None,
-    batch_size: int | None = None,
-    learning_rate_scale: float | None = None,
-    seed: int | None = None,
-    max_steps: int | None = None,
-    truncate: Literal["refuse", "left", "right"] | None = None,
+    epochs: Annotated[int | None, typer.Option(help="How often each sample is trained on.", show_default="1")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Samples in an optimizer step.", show_default="8")] = None,
+    learning_rate_scale: Annotated[
+        float | None, typer.Option(help="Multiplies the trainer's learning rate, optim.lr.", show_default="1.0")
+    ] = None,
+    seed: Annotated[
+        int | None,
+        typer.Option(help="Of the order of samples in each epoch.", show_default="chosen by the coordinator"),
+    ] = None,
+    max_steps: Annotated[int | None, typer.Option(help="End after this many steps.", show_default="all epochs")] = None,
+    truncate: Truncate = None,
 ) -> int:
     """Train on a JSONL file of samples."""
     if learning_rate_scale is not None and not math.isfinite(learning_rate_scale):
@@ -55,10 +68,29 @@ def train(
     return OK
 
 
-def jobs(session: Session, limit: int = 20) -> int:
+def score(session: Session, file: Samples, truncate: Truncate = None) -> int:
+    """Show the log-probability of each sample of a JSONL file under the weights that are served now."""
+    source = SampleFile(file)
+    body = {"samples": source.samples} | ({"truncate": truncate} if truncate else {})
+    content, headers = msgspec.json.encode(body), {"Content-Type": "application/json"}
+    with source.located():
+        answer = session.client.call("POST", "/train/score", content=content, headers=headers, timeout=None)
+    session.show(answer, Scores, rendering.show_scores)
+    return OK
+
+
+def jobs(session: Session, limit: Annotated[int, typer.Option(help="How many.")] = 20) -> int:
     """List the latest jobs."""
     answer = session.client.call("GET", "/train/jobs", params={"limit": limit})
     session.show(read(answer, Page[Any]).data, list[Job], rendering.show_jobs)
+    return OK
+
+
+def job(session: Session, job_id: JobId) -> int:
+    """Show one job."""
+    from apollo_tp.cli.client import job_path
+
+    session.show(session.client.call("GET", job_path(job_id)), Job, lambda job: rendering.show_jobs([job]))
     return OK
 
 
@@ -101,11 +133,15 @@ def _follow(session: Session, job_id: str) -> int:
     from apollo_tp.cli.client import job_path
 
     stream = session.client.events(job_id, rendering.show_broken_connection)
-    if session.json:
-        for event in stream:
-            print(json.dumps(event), flush=True)
-    else:
-        rendering.show_progress(job_id, stream)
+    try:
+        if session.json:
+            for event in stream:
+                print(json.dumps(event), flush=True)
+        else:
+            rendering.show_progress(job_id, stream)
+    except KeyboardInterrupt:
+        rendering.show_interrupted(job_id)
+        return INTERRUPTED
     job = read(session.client.call("GET", job_path(job_id)), Job)
     if not session.json:
         rendering.show_end(job)

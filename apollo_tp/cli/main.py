@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import io
 import sys
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
+from apollo_tp import __version__
 from apollo_tp.cli import job_commands, trainer_commands
 from apollo_tp.cli.session import USAGE, command, say
 
@@ -30,13 +31,30 @@ class Commands(TyperGroup):
 
 
 app = typer.Typer(
-    cls=Commands, help=HELP, rich_markup_mode=None, pretty_exceptions_enable=False,
+    cls=Commands, help=HELP, rich_markup_mode=None, pretty_exceptions_enable=False, invoke_without_command=True,
     context_settings={"help_option_names": ["-h", "--help"]},
 )  # fmt: skip
+
+
+@app.callback(help=HELP)
+def _alone(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Show the version and exit.")] = False,
+) -> None:
+    """Without a command: the version, or the help."""
+    if version:
+        print(f"apollo-tp {__version__}")
+        raise typer.Exit
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+        raise typer.Exit
+
+
 for function in (
-    trainer_commands.status, job_commands.train, job_commands.jobs, job_commands.events, job_commands.action("cancel"),
-    job_commands.action("pause"), job_commands.action("resume"), trainer_commands.checkpoint, trainer_commands.inspect,
-    trainer_commands.compare, trainer_commands.keys, trainer_commands.end_orphans,
+    trainer_commands.status, job_commands.train, job_commands.jobs, job_commands.job, job_commands.events,
+    job_commands.action("cancel"), job_commands.action("pause"), job_commands.action("resume"), job_commands.score,
+    trainer_commands.checkpoint, trainer_commands.checkpoints, trainer_commands.inspect, trainer_commands.compare,
+    trainer_commands.keys, trainer_commands.end_orphans,
 ):  # fmt: skip
     app.command(function.__name__.replace("_", "-"))(command(function))
 

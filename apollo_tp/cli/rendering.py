@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+import math
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -11,11 +14,16 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from apollo_tp.cli.answers import Checkpoint, DryRun, Event, Job, Status, read
+from apollo_tp.cli.answers import Checkpoint, DryRun, Event, Job, Scores, Status, read
 
 # texts of models, jobs and errors are shown as they are: brackets in them are no markup
 out = Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
 err = Console(highlight=False, markup=False, emoji=False, stderr=True)
+for console in (out, err):
+    if not console.is_terminal:
+        console.width = 10_000  # in a pipe nothing is cut or wrapped
+LINE_SECONDS = 10.0
+"""Between two lines of progress where there is no terminal for a bar."""
 
 
 def show_status(status: Status) -> None:
@@ -46,6 +54,19 @@ def show_jobs(jobs: list[Job]) -> None:
     out.print(table)
 
 
+def show_checkpoints(checkpoints: list[Checkpoint]) -> None:
+    table = Table("checkpoint", "state", "folder", box=None)
+    for each in checkpoints:
+        table.add_row(each.id, each.state, each.path or each.error or "")
+    out.print(table)
+
+
+def show_scores(scores: Scores) -> None:
+    """A line for each sample, in their order."""
+    for score in scores.data:
+        out.print("not finite" if score.logprob is None else f"{score.logprob:.4f}")
+
+
 def show_layout(rows: list[dict[str, Any]]) -> None:
     """A table with the keys of the first row as columns."""
     table = Table(*rows[0], box=None)
@@ -55,14 +76,18 @@ def show_layout(rows: list[dict[str, Any]]) -> None:
 
 
 def show_dry_run(answer: DryRun) -> None:
-    """The tokens of each sample, in green those that are learned from."""
+    """The tokens of each sample, those that are learned from in green, or between marks where there is no colour."""
+    coloured = out.is_terminal and not out.no_color
+    begin, end = ("", "") if coloured else ("[", "]") if out.options.ascii_only else ("«", "»")
     for sample in answer.samples:
         tokens = sample.tokens or [f"{token} " for token in sample.token_ids]
         line = Text()
-        for token, weight in zip(tokens, sample.weights, strict=True):
-            line.append(token, "green" if weight else "dim")
+        for learned, run in itertools.groupby(zip(tokens, sample.weights, strict=True), key=lambda each: bool(each[1])):
+            text = "".join(token for token, _ in run)
+            line.append(f"{begin}{text}{end}" if learned else text, "green" if learned else "dim")
         out.print(line)
-    out.print(f"{answer.num_tokens} tokens, {answer.num_loss_tokens} learned from; {answer.total_steps} steps")
+    marked = "" if coloured else f" (between {begin} and {end})"
+    out.print(f"{answer.num_tokens} tokens, {answer.num_loss_tokens} learned from{marked}; {answer.total_steps} steps")
 
 
 def show_checkpoint(checkpoint: Checkpoint) -> None:
@@ -85,7 +110,11 @@ def show_end(job: Job) -> None:
 
 
 def show_progress(job_id: str, events: Iterable[Any]) -> None:
-    """A progress bar with the latest loss while the events of a job last; other events are lines above it."""
+    """A progress bar with the latest loss while the events of a job last, or a line now and then where there is no terminal;
+    other events are lines above it."""
+    if not err.is_terminal:
+        _show_lines(job_id, events)
+        return
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, TextColumn("{task.fields[figures]}"), console=err) as bar:
         task = bar.add_task(job_id, total=None, figures="")
@@ -97,6 +126,24 @@ def show_progress(job_id: str, events: Iterable[Any]) -> None:
                 bar.update(task, completed=data["step"], total=data["total_steps"], figures=figures)
             else:
                 err.print(event.message)
+
+
+def _show_lines(job_id: str, events: Iterable[Any]) -> None:
+    """The first and the last step, and one every LINE_SECONDS; all other events."""
+    shown = -math.inf
+    for event in (read(answer, Event) for answer in events):
+        data = event.data
+        if event.type != "metrics" or data.get("train_loss") is None:
+            err.print(event.message)
+        elif time.monotonic() - shown >= LINE_SECONDS or data["step"] == data["total_steps"]:
+            shown = time.monotonic()
+            err.print(f"{job_id}: step {data['step']}/{data['total_steps']}, loss {data['train_loss']:.4f}")
+
+
+def show_interrupted(job_id: str) -> None:
+    """A follower was ended by Ctrl-C, which its job was not."""
+    follow, cancel = (f"`apollo-tp {words}`" for words in (f"events {job_id} --follow", f"cancel {job_id}"))
+    err.print(f"{job_id} goes on; {follow} follows it, {cancel} ends it", soft_wrap=True)
 
 
 @contextmanager

@@ -34,6 +34,13 @@ def checkpoint(session: Session) -> int:
     return OK if made.state == "succeeded" else REFUSED
 
 
+def checkpoints(session: Session, limit: Annotated[int, typer.Option(help="How many.")] = 20) -> int:
+    """List the latest checkpoints."""
+    answer = session.client.call("GET", "/checkpoints", params={"limit": limit})
+    session.show(read(answer, Page[Any]).data, list[Checkpoint], rendering.show_checkpoints)
+    return OK
+
+
 def inspect(session: Session) -> int:
     """Show which part of each checkpoint tensor lies on which rank."""
     rows = read(session.client.call("GET", "/train/layout"), Page[dict[str, Any]]).data
@@ -47,7 +54,7 @@ def inspect(session: Session) -> int:
 def compare(
     session: Session,
     server: Annotated[str, typer.Option(help="vLLM; its API key in $VLLM_API_KEY.")] = "http://127.0.0.1:8000",
-    tokens: int = 64,
+    tokens: Annotated[int, typer.Option(help="How many random tokens to compare.")] = 64,
     at_most: Annotated[
         float | None, typer.Option(metavar="NATS", help="Exit with status 1 if the mean gap is larger.")
     ] = None,
@@ -76,7 +83,7 @@ def compare(
 
 def keys(
     session: Session,
-    folder: Annotated[Path, typer.Argument(metavar="DIR")],
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Where the keys are written; made if it is not there.")],
     client: Annotated[str, typer.Option(help="Name of the client that may connect.")] = "client",
 ) -> int:
     """Make CURVE keys for ZMQ over TCP: the coordinator's (service.zmq.keys_dir) and a client's."""

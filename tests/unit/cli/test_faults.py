@@ -231,7 +231,6 @@ def test_compare_with_a_server_that_is_no_vllm(answer, capsys):
         (("compare", "--server", "http://a..b", "--url", "STATUS"), 1),
         (("keys", "FILE"), 2),
         (("status", "--nonsense"), 2),
-        ((), 2),
     ],
 )
 def test_options(tmp_path, capsys, coordinator, options, status):

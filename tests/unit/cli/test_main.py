@@ -2,11 +2,15 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 
 import pytest
+import typer
 
+import apollo_tp
+from apollo_tp.cli import main
 from tests.support.chat_model import write_model
 from tests.support.fakes import CoordinatorProcess, FakeRanks, wait_for
 from tests.support.http_server import served
@@ -87,6 +91,62 @@ def test_dry_run_checkpoint_inspect_and_stdin(stack, data):
     assert run(stack, "checkpoint").stdout.startswith("/ckpt/")
     assert "embed_tokens" in run(stack, "inspect").stdout
     assert run(stack, "train", "-", "--follow", "--json", text='{"text": "Hello"}\n').returncode == 0
+
+
+def test_alone_it_shows_what_there_is(stack):
+    """The version; without a command the help, with every option of every command explained."""
+    assert run(stack, "--version").stdout == f"apollo-tp {apollo_tp.__version__}\n"
+    shown = run(stack)
+    assert shown.returncode == 0
+    assert shown.stdout == run(stack, "--help").stdout
+    commands = typer.main.get_command(main.app).commands
+    assert {"score", "job", "checkpoints"} <= commands.keys()
+    for name, command in commands.items():
+        assert name in shown.stdout
+        for option in command.params:
+            assert getattr(option, "help", None), f"{name}: {option.name} has no description"
+
+
+def test_a_job_checkpoints_and_scores(stack, data):
+    """Of one job, of all checkpoints, and of each sample under the served weights; nothing is cut in a pipe."""
+    job = run(stack, "train", data, "--follow").stdout.split(":")[0]
+    assert job in run(stack, "job", job, env={"COLUMNS": "20"}).stdout
+    assert json.loads(run(stack, "job", job, "--json").stdout)["state"] == "succeeded"
+    folder = run(stack, "checkpoint").stdout.strip()
+    assert folder in run(stack, "checkpoints", env={"COLUMNS": "20"}).stdout
+    assert json.loads(run(stack, "checkpoints", "--json", "--limit", 1).stdout)[0]["path"] == folder
+    scores = run(stack, "score", data).stdout.split()
+    assert len(scores) == 2
+    assert all(float(score) < 0 for score in scores)
+    refused = run(stack, "score", "-", text='{"text": 1}')
+    assert refused.returncode == 1
+    assert "line 1" in refused.stderr
+
+
+def test_without_colours_and_terminal(stack, data):
+    """What a dry run would learn from is between marks, and a followed job has lines for a log."""
+    shown = run(stack, "train", data, "--dry-run", env={"PYTHONUTF8": "1"}).stdout
+    assert "«" in shown.splitlines()[0]
+    assert "between « and »" in shown
+    lines = run(stack, "train", data, "--follow", "--epochs", 6, "--batch-size", 1).stderr
+    assert "step 1/12, loss" in lines
+    assert "step 12/12, loss" in lines
+    assert lines.count("loss") < 12
+
+
+def test_interrupting_a_follower_leaves_its_job(stack, data):
+    """Ctrl-C ends the command; it says that the job goes on, and how to end it."""
+    job = json.loads(run(stack, "train", data, "--epochs", 5000, "--json").stdout)["id"]
+    environment = os.environ | {"APOLLO_TP_RUNTIME_DIR": str(stack[0].folder)}
+    command = [sys.executable, "-m", "apollo_tp.cli.main", "events", job, "--follow"]
+    follower = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    first = follower.stderr.readline()
+    follower.send_signal(signal.SIGINT)
+    _, rest = follower.communicate(timeout=30)
+    assert follower.returncode == 130, first + rest
+    assert f"{job} goes on" in rest
+    assert f"apollo-tp cancel {job}" in rest
+    assert run(stack, "cancel", job).returncode == 0
 
 
 def test_cancel(stack, data):
