@@ -133,7 +133,7 @@ class RlConfig:
 @dataclass(kw_only=True)
 class ServerConfig:
     instance: str | None = option(None, "instance id of the vLLM server; null takes the only live one")
-    replicas: int = option(1, "servers of one model on this host that are trained together and stay bit-identical")
+    replicas: int = option(1, "servers of one model that are trained together and stay bit-identical")
     instances: list[str] = option(list, "instance ids of the replicas; [] takes all live servers")
     runtime_dir: str | None = option(
         None, "folder of manifests and sockets; null: $APOLLO_TP_RUNTIME_DIR or the default"

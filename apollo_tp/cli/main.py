@@ -57,6 +57,9 @@ for function in (
     trainer_commands.keys, trainer_commands.end_orphans,
 ):  # fmt: skip
     app.command(function.__name__.replace("_", "-"))(command(function))
+app.command("serve", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(
+    trainer_commands.serve
+)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -64,8 +67,13 @@ def main(argv: list[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a character that the terminal lacks is shown as its number
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    overrides = []
+    if arguments[:1] == ["serve"] and "--" in arguments:  # click would drop the dashes
+        place = arguments.index("--")
+        arguments, overrides = arguments[:place], arguments[place + 1 :]
     try:
-        typer.main.get_command(app).main(args=argv, prog_name="apollo-tp")
+        typer.main.get_command(app).main(args=arguments, prog_name="apollo-tp", obj=overrides)
     except SystemExit as ended:
         return int(ended.code or 0)
     except OSError as error:  # a help text that cannot be written, for example

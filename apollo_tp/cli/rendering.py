@@ -146,6 +146,10 @@ def show_interrupted(job_id: str) -> None:
     err.print(f"{job_id} goes on; {follow} follows it, {cancel} ends it", soft_wrap=True)
 
 
+def show_line(text: str) -> None:
+    err.print(text, soft_wrap=True)
+
+
 @contextmanager
 def waiting(text: str) -> Iterator[None]:
     """A spinner on standard error, if that is a terminal."""

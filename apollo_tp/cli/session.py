@@ -63,7 +63,7 @@ def command(function: Callable[..., int]) -> Callable[..., None]:
     @functools.wraps(function)
     def run(**values: Any) -> None:
         session = Session(**{field.name: values.pop(field.name) for field in dataclasses.fields(Session)})
-        with _errors_as_sentences(), contextlib.closing(session):
+        with errors_as_sentences(), contextlib.closing(session):
             status = function(session, **values)
             if sys.stdout is not None:
                 sys.stdout.flush()  # so that a full disk is noticed here, where it becomes an error message
@@ -75,7 +75,8 @@ def command(function: Callable[..., int]) -> Callable[..., None]:
 
 
 @contextlib.contextmanager
-def _errors_as_sentences() -> Iterator[None]:
+def errors_as_sentences() -> Iterator[None]:
+    """End the command with a sentence on standard error, and the exit status of its kind."""
     try:
         yield
     except BrokenPipeError:

@@ -11,10 +11,27 @@ import typer
 from apollo_tp.cli import rendering
 from apollo_tp.cli.access import HTTP, check_scheme
 from apollo_tp.cli.answers import Checkpoint, ConnectedTrainer, Page, RefusedError, Scores, Status, read
-from apollo_tp.cli.session import OK, REFUSED, Session
+from apollo_tp.cli.session import OK, REFUSED, Session, errors_as_sentences
 from apollo_tp.errors import ConfigError
 
 POLL_SECONDS = 0.5
+
+
+def serve(
+    context: typer.Context,
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL [VLLM OPTIONS] [-- OVERRIDES]", help="A folder or a name on the hub.")
+    ],
+) -> None:
+    """Serve a model with vLLM and train it in place: both processes, started and ended as one.
+
+    Options are those of `vllm serve`; what follows -- are options of the trainer, such as optim.lr=1e-5.
+    """
+    from apollo_tp.cli import serve as serving
+
+    with errors_as_sentences():
+        status = serving.run(serving.plan(model, context.args, context.obj or []), rendering.show_line)
+    raise typer.Exit(status)
 
 
 def status(session: Session) -> int:

@@ -10,9 +10,12 @@ import time
 from collections.abc import Sequence
 
 import msgspec
+import torch.distributed as dist
 
 from apollo_tp.distributed.control import Control
+from apollo_tp.distributed.remote_ranks import RemoteRanks
 from apollo_tp.distributed.tp_group import TPGroup
+from apollo_tp.runtime import processes
 from apollo_tp.runtime.processes import ProcessId
 
 log = logging.getLogger("apollo_tp")
@@ -27,30 +30,44 @@ class Alarm:
     """One number in shared memory for each rank: the epoch in which it failed. An epoch is the life of a compute group.
 
     All ranks count epochs together (``next_epoch``), so numbers of an earlier epoch mean nothing.
-    ``ranks`` are the processes of all ranks; ``memory`` has four bytes for each, and is the same for all of them.
+    ``ranks`` are the processes of all ranks of this host; ``memory`` has four bytes for each rank of the job, and is the
+    same for all of this host; ``remote`` carries the numbers to other hosts, and theirs here.
     """
 
-    def __init__(self, rank: int, ranks: Sequence[ProcessId], memory: mmap.mmap | bytearray) -> None:
-        self._rank, self._ranks = rank, list(ranks)
+    def __init__(
+        self,
+        rank: int,
+        ranks: Sequence[ProcessId],
+        memory: mmap.mmap | bytearray,
+        remote: RemoteRanks | None = None,
+    ) -> None:
+        self._rank, self._ranks, self._remote = rank, list(ranks), remote
         self._failed = memoryview(memory).cast("i")
         self._epoch = 1
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
 
     @classmethod
-    def join(cls, control: Control) -> Alarm:
-        """The alarm of all ranks, which run on one host as one user. Collective: one gather, one agreement."""
-        fd = os.memfd_create("apollo_tp_alarm", os.MFD_CLOEXEC) if control.rank == 0 else -1
-        if control.rank == 0:
-            os.ftruncate(fd, _BYTES * control.size)
-        me = ProcessId.of(os.getpid())
+    def join(cls, control: Control, store: dist.Store | None = None) -> Alarm:
+        """The alarm of all ranks, which run as one user. ``store`` is needed where they are on several hosts. Collective:
+        one gather, two agreements."""
+        own = os.memfd_create("apollo_tp_alarm", os.MFD_CLOEXEC)  # that of a host's first rank is used
+        os.ftruncate(own, _BYTES * control.size)
+        me, machine = ProcessId.of(os.getpid()), processes.machine()
         assert me is not None
-        rows = [msgspec.json.decode(row) for row in control.gather(msgspec.json.encode((me.pid, me.start_ticks, fd)))]
+        row = msgspec.json.encode((machine, me.pid, me.start_ticks, own))
+        rows = [msgspec.json.decode(row) for row in control.gather(row)]
+        here = [(pid, ticks, fd) for where, pid, ticks, fd in rows if where == machine]
+        others = [rank for rank, (where, *_) in enumerate(rows) if where != machine]
         with control.agree():
-            shared = os.open(f"/proc/{rows[0][0]}/fd/{rows[0][2]}", os.O_RDWR | os.O_CLOEXEC)
+            shared = os.open(f"/proc/{here[0][0]}/fd/{here[0][2]}", os.O_RDWR | os.O_CLOEXEC)
             memory = mmap.mmap(shared, _BYTES * control.size)
             os.close(shared)
-        return cls(control.rank, [ProcessId(pid, ticks) for pid, ticks, _ in rows], memory)
+        os.close(own)
+        with control.agree():
+            assert store is not None or not others, "ranks on several hosts need a store"
+            remote = RemoteRanks(store, control.rank, others) if store is not None and others else None
+        return cls(control.rank, [ProcessId(pid, ticks) for pid, ticks, _ in here], memory, remote)
 
     def ring(self) -> None:
         """This rank has failed, or must not be waited for any longer. From any thread."""
@@ -61,8 +78,8 @@ class Alarm:
         return self._epoch in self._failed.tolist()
 
     def all_run(self) -> bool:
-        """Whether the processes of all ranks run."""
-        return all(rank.alive() for rank in self._ranks)
+        """Whether the processes of all ranks run, as far as is known of other hosts."""
+        return all(rank.alive() for rank in self._ranks) and (self._remote is None or self._remote.all_run())
 
     def next_epoch(self) -> None:
         """On all ranks, once they have agreed on a failure and before they form a compute group again. Local."""
@@ -87,9 +104,14 @@ class Alarm:
     def _watch(self, tp: TPGroup) -> None:
         aborted = None
         while not self._stop.wait(POLL_SECONDS):
+            if self._remote is not None:
+                for rank, failed in self._remote.exchange(self._failed[self._rank]).items():
+                    self._failed[rank] = failed
             group, epoch = tp.group, self._epoch
             if group is None or group is aborted or not (self.is_ringing() or not self.all_run()):
                 continue
+            if self._remote is not None and self.is_ringing():
+                self._remote.exchange(self._failed[self._rank])  # before this thread waits
             deadline = time.monotonic() + GRACE_SECONDS
             while time.monotonic() < deadline and tp.group is group:
                 if self._stop.wait(POLL_SECONDS):

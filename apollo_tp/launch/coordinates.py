@@ -8,7 +8,6 @@ Every rank says which shards of its host's servers it could map (``offers``), al
 from __future__ import annotations
 
 import hashlib
-import socket
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,11 +16,9 @@ import msgspec
 
 from apollo_tp.distributed.control import Control
 from apollo_tp.errors import ConfigError, ManifestError
-from apollo_tp.runtime import processes
+from apollo_tp.launch.hosts import Hosts
 from apollo_tp.shards.manifest import Manifest
 from apollo_tp.shards.mapping import visible_uuids
-
-BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
 class ServedRank(msgspec.Struct, frozen=True, order=True):
@@ -32,7 +29,7 @@ class ServedRank(msgspec.Struct, frozen=True, order=True):
 
 
 class Offer(msgspec.Struct, frozen=True):
-    """What a trainer rank could take. ``machine`` is what its memory can be mapped on: one boot, one PID namespace."""
+    """What a trainer rank could take. ``machine``: see ``processes.machine``."""
 
     host: str
     machine: str
@@ -43,6 +40,7 @@ class Coordinate(msgspec.Struct, frozen=True):
     """What a trainer rank has taken; ``facts`` are those in which all replicas must agree, as text."""
 
     host: str
+    machine: str
     shard: ServedRank
     tp_size: int
     facts: dict[str, str]
@@ -50,11 +48,12 @@ class Coordinate(msgspec.Struct, frozen=True):
 
 class Arrangement(msgspec.Struct, frozen=True):
     """``ranks[replica][tp rank]`` of the launcher, replicas in the order of ``instances``; the launcher's rank 0 is
-    the first rank of the first one."""
+    the first rank of the first one. ``spread``: whether a replica's ranks are on several machines."""
 
     instances: list[str]
     hosts: list[str]
     ranks: list[list[int]]
+    spread: list[bool]
 
     @property
     def is_permuted(self) -> bool:
@@ -71,21 +70,18 @@ class Arrangement(msgspec.Struct, frozen=True):
         return [each for row in self.ranks for each in row].index(rank)
 
 
-def take(control: Control, servers: dict[str, list[Manifest]]) -> tuple[ServedRank, Arrangement]:
+def take(control: Control, hosts: Hosts, servers: dict[str, list[Manifest]]) -> tuple[ServedRank, Arrangement]:
     """This rank's shard of the ``servers`` of this host, and the mesh of all ranks. Collective: two gathers over the control
     group. Raises ConfigError or ManifestError, on all ranks alike."""
-    offer = Offer(socket.gethostname(), _machine(), _offered(servers))
+    host, machine = hosts.names[control.rank], hosts.machines[control.rank]
+    offer = Offer(host, machine, _offered(servers))
     offers = [msgspec.json.decode(row, type=Offer) for row in control.gather(msgspec.json.encode(offer))]
     mine = assign(offers)[control.rank]
     with control.agree():
-        manifest = servers[mine.instance][mine.tp_rank]
-        own = Coordinate(offer.host, mine, manifest.tp_size, facts_of(manifest))
+        manifest = next(m for m in servers[mine.instance] if m.tp_rank == mine.tp_rank)
+        own = Coordinate(host, machine, mine, manifest.tp_size, facts_of(manifest))
     rows = control.gather(msgspec.json.encode(own))
     return mine, arrange([msgspec.json.decode(row, type=Coordinate) for row in rows])
-
-
-def _machine() -> str:
-    return f"{BOOT_ID.read_text().strip()} {processes.pid_namespace()}"
 
 
 def _offered(servers: dict[str, list[Manifest]]) -> list[ServedRank]:
@@ -100,16 +96,19 @@ def _offered(servers: dict[str, list[Manifest]]) -> list[ServedRank]:
 
 
 def assign(offers: Sequence[Offer]) -> list[ServedRank]:
-    """A shard of its own for each rank, in the order of ranks where they have a choice; the same on all ranks.
+    """A shard of its own for each rank, in the order of ranks where they have a choice; the same on all ranks. A rank offers
+    shards of its own machine only.
 
-    Raises ConfigError if ranks are on several machines, or if there is none left for a rank, naming it and its host.
+    Raises ConfigError if two machines have a shard of one name, or if there is none left for a rank, naming it and its host.
     """
-    hosts = {offer.machine: offer.host for offer in offers}
-    if len(hosts) > 1:
-        raise ConfigError(
-            f"trainer ranks: got {len(hosts)} hosts or PID namespaces ({', '.join(sorted(hosts.values()))}), expected one; "
-            "start all ranks and servers on one host, in one container"
-        )
+    holder: dict[ServedRank, Offer] = {}
+    for offer in offers:
+        for shard in offer.shards:
+            if (other := holder.setdefault(shard, offer)).machine != offer.machine:
+                raise ConfigError(
+                    f"server {shard.instance}: got its tensor-parallel rank {shard.tp_rank} on host {other.host} and on "
+                    f"host {offer.host}, expected it once; set $APOLLO_TP_INSTANCE to another name for each server"
+                )
     leads = [shard for shard in offers[0].shards if shard.tp_rank == 0]
     for first in leads:  # rank 0 leads its replica: its process has the coordinator
         taken = _matched([[first], *([s for s in offer.shards if s != first] for offer in offers[1:])])
@@ -190,8 +189,11 @@ def arrange(coordinates: Sequence[Coordinate]) -> Arrangement:
         c = coordinates[next(iter(found[name].values()))]
         holes = [tp_rank for tp_rank in range(c.tp_size) if tp_rank not in found[name]]
         if holes:
+            several = len({each.machine for each in coordinates}) > 1
+            hint = " (a server over several hosts needs one $APOLLO_TP_INSTANCE on all of them)" if several else ""
             problems.append(
                 f"{name} on {c.host}: got no trainer rank beside tp ranks {holes} of {c.tp_size}, expected one beside each"
+                f"{hint}"
             )
         if c.tp_size != first.tp_size:
             problems.append(
@@ -206,19 +208,22 @@ def arrange(coordinates: Sequence[Coordinate]) -> Arrangement:
             "rank beside each of their shards"
         )
     ranks = [[found[name][tp_rank] for tp_rank in range(first.tp_size)] for name in instances]
-    return Arrangement(instances, [coordinates[row[0]].host for row in ranks], ranks)
+    hosts = [", ".join(dict.fromkeys(coordinates[rank].host for rank in row)) for row in ranks]
+    spread = [len({coordinates[rank].machine for rank in row}) > 1 for row in ranks]
+    return Arrangement(instances, hosts, ranks, spread)
 
 
 def _differences(
     coordinates: Sequence[Coordinate], found: dict[str, dict[int, int]], instances: Sequence[str]
 ) -> list[str]:
-    """Facts in which a replica is not like the first one, each once."""
+    """Facts in which a replica is not like the first one, or a rank of that one not like its first, each once."""
     problems: dict[tuple[str, str], str] = {}
-    for name in instances[1:]:
+    for name in instances:
         for tp_rank, rank in sorted(found[name].items()):
-            own, model = coordinates[rank], coordinates[found[instances[0]][tp_rank]]
+            is_first = name == instances[0]
+            own, model = coordinates[rank], coordinates[found[instances[0]][0 if is_first else tp_rank]]
             for fact, got in own.facts.items():
-                if got != model.facts[fact]:
+                if got != model.facts[fact] and not (is_first and fact == "layout"):
                     text = f"{_named(own)}: {fact}: got {got}, expected {model.facts[fact]} as of {_named(model)}"
                     problems.setdefault((name, fact), text)
     return list(problems.values())

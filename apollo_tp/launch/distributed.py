@@ -113,12 +113,13 @@ def _first_line(error: Exception) -> str:
 
 
 def _store_of_mpi(join_seconds: float) -> dist.Store:
-    """Rank 0 opens a store on a port that the system chose; MPI tells the others where."""
+    """Rank 0 opens a store on a port that the system chose; MPI tells the others where. On several hosts they reach it under
+    $MASTER_ADDR, else under the name of rank 0's host. Raises DeadlineError if one does not."""
     from mpi4py import MPI
 
     world = MPI.COMM_WORLD
     rank, size = world.Get_rank(), world.Get_size()
-    host = socket.gethostname() if _several_hosts(world) else LOOPBACK
+    host = (os.environ.get("MASTER_ADDR") or socket.gethostname()) if _several_hosts(world) else LOOPBACK
     log.info("joining %d ranks through MPI, for up to %.0f s", size, join_seconds)
     store = dist.TCPStore(host, 0, size, is_master=True, wait_for_workers=False) if rank == 0 else None
     port = bytearray(8)
@@ -129,8 +130,15 @@ def _store_of_mpi(join_seconds: float) -> dist.Store:
     world.Bcast(port, root=0)  # the buffer forms: the lower-case ones would pickle
     world.Bcast(address, root=0)
     if store is None:
+        name, number = address.rstrip(b"\0").decode(), int.from_bytes(port, "little")
         timeout = datetime.timedelta(seconds=join_seconds)
-        store = dist.TCPStore(address.rstrip(b"\0").decode(), int.from_bytes(port, "little"), size, timeout=timeout)
+        try:
+            store = dist.TCPStore(name, number, size, timeout=timeout)
+        except dist.DistError as error:
+            raise DeadlineError(
+                f"rank {rank}: got no store at {name}:{number} within {join_seconds:.0f} s ({_first_line(error)}), expected "
+                "rank 0's; where its host's name does not resolve, set MASTER_ADDR to its address: mpirun -x MASTER_ADDR=..."
+            ) from error
     return store
 
 

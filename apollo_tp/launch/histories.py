@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 import msgspec
 
-from apollo_tp.checkpoint.lineage import Lineage
+from apollo_tp.checkpoint.lineage import Lineage, LineageFile
+from apollo_tp.distributed.control import Control
 from apollo_tp.errors import ReplicaError
 
 
@@ -38,6 +39,19 @@ def source_of(histories: Sequence[History], labels: Sequence[str]) -> int | None
                 f"{newest.last_job_step}; they were trained apart. Start one of the servers again: it is then filled"
             )
     return source
+
+
+def agree_on_record(control: Control, lineage: LineageFile, tp_rank: int, tp_size: int) -> None:
+    """Of a server on several hosts each host has a record: all its ranks go on from that of its first one, since a kill may
+    come between two writes. Collective: one gather; ranks are numbered as the mesh numbers them."""
+    own = History(lineage.trained_here, lineage.record)
+    rows = control.gather(msgspec.json.encode(own))
+    start = control.rank - tp_rank
+    histories = [msgspec.json.decode(row, type=History) for row in rows[start : start + tp_size]]
+    trained_here = any(history.trained_here for history in histories)
+    if own != History(trained_here, histories[0].record):
+        lineage.trained_here = True
+        lineage.update(**msgspec.structs.asdict(histories[0].record))
 
 
 def _leads_to(record: Lineage, newest: Lineage) -> bool:

@@ -34,7 +34,9 @@ from apollo_tp.gpu_sharing.product_check import check_products
 from apollo_tp.launch.coordinates import Arrangement, ServedRank, take
 from apollo_tp.launch.coordinator_process import CoordinatorProcess
 from apollo_tp.launch.distributed import World, join, renumber
-from apollo_tp.launch.histories import History, source_of
+from apollo_tp.launch.forwarding import reach_coordinator
+from apollo_tp.launch.histories import History, agree_on_record, source_of
+from apollo_tp.launch.hosts import Hosts, check_shared, find_servers, gather_manifests, meet
 from apollo_tp.launch.server_watch import ServerWatch
 from apollo_tp.model import BoundModel, bind_model
 from apollo_tp.model.build import as_served, read_model_config
@@ -42,7 +44,7 @@ from apollo_tp.model.compiled import CompileOptions
 from apollo_tp.optim import Optimizer
 from apollo_tp.optim.owners import check_equal
 from apollo_tp.runtime import instance_folder
-from apollo_tp.shards.instance import check_agreement, read_instance, wait_for_server, wait_for_servers
+from apollo_tp.shards.instance import check_agreement, read_instance
 from apollo_tp.shards.manifest import Manifest
 from apollo_tp.shards.mapping import MappedRank, map_rank, verify_against_checkpoint
 from apollo_tp.training.cuda_graphs import GraphCache
@@ -60,6 +62,8 @@ class Joined:
     config: Config
     stack: contextlib.ExitStack
     world: World
+    hosts: Hosts
+    """Where the ranks are, as the launcher numbers them."""
     control: Control
     coordinator: CoordinatorProcess | None = None
     """On rank 0: its child process, which says to clients what is waited for until the last stage is done."""
@@ -77,7 +81,7 @@ class Served(Joined):
     folder: Path
     """The instance folder of this rank's server, one of the replicas."""
     manifests: list[Manifest]
-    """The manifests of all ranks of that server."""
+    """The manifests of all ranks of that server, also of those on other hosts."""
     mapped: MappedRank
     lineage: LineageFile
     arrangement: Arrangement
@@ -113,29 +117,36 @@ def join_ranks(config: Config, stack: contextlib.ExitStack) -> Joined:
     world = join(2 * config.command_timeout_seconds)
     stack.callback(dist.destroy_process_group)
     control, coordinator = Control(world.rank, world.size), None
+    hosts = meet(control, config)
     with control.agree():
         if world.rank == 0:
             coordinator = CoordinatorProcess(config, instance_folder.base_dir(config.server.runtime_dir))
             stack.callback(coordinator.stop)
-    return Joined(config=config, stack=stack, world=world, control=control, coordinator=coordinator)
+    return Joined(config=config, stack=stack, world=world, hosts=hosts, control=control, coordinator=coordinator)
 
 
 def map_server(joined: Joined, on_server_gone: Callable[[ServerGoneError], None]) -> Served:
     """Wait for the server, watch it from then on, and map its memory, which must equal the model's folder unless it has
     been trained since. Collective. Raises what ``map_rank`` and ``verify_against_checkpoint`` raise, on all ranks."""
-    servers = _find_servers(joined)
+    servers = find_servers(joined.control, joined.hosts, joined.config.server, joined.report)
     joined, own, arrangement = _take_place(joined, servers)
     config, folder = joined.config, instance_folder.base_dir(joined.config.server.runtime_dir) / own.instance
-    _hold(joined, folder, own.tp_rank, arrangement.instances[0])
+    leads = own.tp_rank == servers[own.instance][0].tp_rank  # the ranks of this server on this host
+    _hold(joined, folder, own, leads, arrangement.instances[0], has_port=servers[own.instance][0].endpoints)
     with joined.control.agree():
         manifests = read_instance(folder)
         check_agreement(manifests)
+    if any(arrangement.spread):
+        manifests = gather_manifests(joined.control, next(m for m in manifests if m.tp_rank == own.tp_rank))
     for each in servers.values():
         joined.stack.callback(ServerWatch(each, on_server_gone).stop)
     with joined.control.agree():
         joined.report(f"{', '.join(servers)}: ready; the trainer maps the weights and builds the model")
+        lineage = LineageFile(folder, manifests[0].model_path, keep=leads)
+    if any(arrangement.spread):
+        agree_on_record(joined.control, lineage, own.tp_rank, manifests[0].tp_size)
+    with joined.control.agree():
         mapped = map_rank(manifests, own.tp_rank)
-        lineage = LineageFile(folder, manifests[0].model_path, keep=own.tp_rank == 0)
         if not lineage.trained_here:
             compared = verify_against_checkpoint(mapped, config.server.verify_tensors)
             log.info("%d checkpoint tensors equal the served memory bit for bit", compared)
@@ -147,80 +158,50 @@ def map_server(joined: Joined, on_server_gone: Callable[[ServerGoneError], None]
     )
 
 
-def _find_servers(joined: Joined) -> dict[str, list[Manifest]]:
-    """The manifests of the servers to train, by instance id, awaited by every rank."""
-    server, is_first = joined.config.server, joined.world.rank == 0
-    base, seconds = instance_folder.base_dir(server.runtime_dir), server.wait_seconds
-    with joined.control.agree():
-        if is_first:
-            log.info("looking for a vLLM server with VLLM_PLUGINS=apollo in %s, for up to %.0f s", base, seconds)
-        # on every rank: one that waited for rank 0 in a collective would give up at that collective's deadline
-        if server.replicas == 1 and not server.instances:
-            manifests = wait_for_server(base, server.instance, seconds, report=joined.report)
-            servers = {manifests[0].instance_id: manifests}
-        else:
-            servers = wait_for_servers(base, server.instances, server.replicas, seconds, report=joined.report)
-        _check_size(joined.world.size, servers)
-    return servers
-
-
-def _check_size(size: int, servers: dict[str, list[Manifest]]) -> None:
-    """Raise ConfigError unless there are as many trainer ranks as shards are served."""
-    sizes = {name: len(manifests) for name, manifests in servers.items()}
-    total = sum(sizes.values())
-    if total != size:
-        what = "the server's tensor-parallel size"
-        if len(sizes) > 1:
-            what = "one for each shard of " + ", ".join(f"{name} (TP {count})" for name, count in sizes.items())
-        raise ConfigError(
-            f"trainer ranks: got {size}, expected {total}, {what}; start torchrun with --nproc-per-node {total}"
-        )
-
-
 def _take_place(joined: Joined, servers: dict[str, list[Manifest]]) -> tuple[Joined, ServedRank, Arrangement]:
     """The shard that this rank stands beside, and those of all. From then on a rank's number is its place in the mesh of
     replicas; rank 0 keeps its number. Collective."""
-    own, arrangement = take(joined.control, servers)
+    own, arrangement = take(joined.control, joined.hosts, servers)
+    wanted, names = joined.config.server.replicas, arrangement.instances
+    if len(names) != wanted:
+        raise ConfigError(
+            f"server.replicas: got {wanted}, expected {len(names)}, since ranks stand beside servers {names}"
+        )
     position, world = arrangement.position(joined.world.rank), joined.world
     if arrangement.is_permuted:
         log.info("rank %d of the launcher is rank %d from now on, as its server numbers it", world.rank, position)
         world = renumber(world, position)
         joined = dataclasses.replace(joined, world=world, control=Control(world.rank, world.size))
     if world.rank == 0:
-        for instance, host in zip(arrangement.instances, arrangement.hosts, strict=True):
-            first = servers[instance][0]
+        first = servers[own.instance][0]
+        for instance, host in zip(names, arrangement.hosts, strict=True):
             log.info("training server %s on %s: %s, TP %d", instance, host, first.model_path, first.tp_size)
     return joined, own, arrangement
 
 
-def _hold(joined: Joined, folder: Path, tp_rank: int, first: str) -> None:
+def _hold(joined: Joined, folder: Path, own: ServedRank, leads: bool, first: str, *, has_port: bool) -> None:
     """Be the one trainer of the server of ``folder``, and the one that writes checkpoints. Collective."""
+    root = Path(joined.config.checkpoint.dir).resolve()
     with joined.control.agree():
-        if tp_rank == 0:
+        if leads:
             joined.stack.enter_context(instance_folder.trainer_lock(folder))
-            _reach_coordinator(joined, folder, first)
+        if own.tp_rank == 0:
+            service, stack = joined.config.service, joined.stack
+            reach_coordinator(folder, first, joined.hosts, service, stack, has_port=has_port)
         if joined.world.rank == 0:
-            joined.stack.enter_context(writer_lock(Path(joined.config.checkpoint.dir).resolve()))
-
-
-def _reach_coordinator(joined: Joined, folder: Path, first: str) -> None:
-    """Let the server of ``folder`` forward requests to the coordinator, which listens in the first replica's folder. The
-    link that a killed trainer left is replaced, or removed where the coordinator will listen itself."""
-    link = instance_folder.socket_path(folder, instance_folder.COORDINATOR_SOCKET)
-    if folder.name == first:
-        if link.is_symlink():
-            link.unlink()
-        return
-    link.unlink(missing_ok=True)
-    link.symlink_to(instance_folder.socket_path(folder.parent / first, instance_folder.COORDINATOR_SOCKET))
-    joined.stack.callback(link.unlink, missing_ok=True)
+            joined.stack.enter_context(writer_lock(root))
+    if joined.hosts.several:
+        check_shared(joined.control, root)
 
 
 def bind(served: Served) -> Bound:
     """Form the compute group, bind the model and build its optimizer; load the state. Collective."""
     config, mapped, first = served.config, served.mapped, served.manifests[0]
-    world = TPGroup(served.world.rank, served.world.size, peers=PeerSums(config.train.peer_memory))
-    alarm = Alarm.join(served.control)
+    is_spread = served.arrangement.spread[served.world.rank // first.tp_size]
+    if is_spread and config.train.peer_memory and mapped.device.type == "cuda":
+        log.info("sums over tensor-parallel ranks go through NCCL: these are on several hosts (%s)", first.instance_id)
+    world = TPGroup(served.world.rank, served.world.size, peers=PeerSums(config.train.peer_memory and not is_spread))
+    alarm = Alarm.join(served.control, served.world.store)
     world.on_leave = alarm.ring
     compute_group(world, mapped.device, config.command_timeout_seconds)
     mesh = Mesh.build(world, first.tp_size)

@@ -1,9 +1,11 @@
-"""torchrun for the ranks of one host, with a report of one line instead of tracebacks.
+"""torchrun for trainer ranks, with a report of one line instead of tracebacks.
 
     python -m apollo_tp.launch.torchrun --nproc-per-node 2 [--max-restarts N] [overrides]
+    python -m apollo_tp.launch.torchrun --nnodes 2 --node-rank K --master-addr HOST --master-port PORT --nproc-per-node 2 ...
 
-The same as ``torchrun --standalone --local-addr 127.0.0.1 -m apollo_tp.launch``: no name of the host needs to resolve. When
-it is stopped by a signal and all ranks ended well, its exit status is 0; otherwise it is that of the rank that failed first.
+On one host the same as ``torchrun --standalone --local-addr 127.0.0.1 -m apollo_tp.launch``: no name of the host needs to
+resolve. On several, torchrun's own options for nodes are passed on. When it is stopped by a signal and all ranks ended
+well, its exit status is 0; otherwise it is that of the rank that failed first.
 """
 
 from __future__ import annotations
@@ -19,6 +21,12 @@ from apollo_tp.launch.arguments import print_answer, read_arguments
 from apollo_tp.launch.distributed import LOOPBACK
 
 EXIT_SIGNALLED = 128
+ALONE = ("--standalone", "--local-addr", LOOPBACK)
+NODE_OPTIONS = (
+    "nnodes", "node-rank", "master-addr", "master-port", "rdzv-backend", "rdzv-endpoint", "rdzv-id", "rdzv-conf",
+    "local-addr",
+)  # fmt: skip
+"""torchrun's options for several hosts."""
 
 
 def main(arguments: list[str]) -> int:
@@ -26,6 +34,8 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m apollo_tp.launch.torchrun", allow_abbrev=False, add_help=False)
     parser.add_argument("--nproc-per-node", "--nproc_per_node", default="1")
     parser.add_argument("--max-restarts", "--max_restarts", default="0")
+    for option in NODE_OPTIONS:
+        parser.add_argument(f"--{option}", f"--{option.replace('-', '_')}")
     known, rest = parser.parse_known_args(arguments)
     if {"-h", "--help"} & set(rest):
         print_answer(str(read_arguments(["--help"])))
@@ -40,8 +50,10 @@ def _run(known: argparse.Namespace, rest: list[str], logs: Path) -> int:
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
+    given = {option: getattr(known, option.replace("-", "_")) for option in NODE_OPTIONS}
+    nodes = [f"--{option}={value}" for option, value in given.items() if value is not None]
     options = [
-        "--standalone", "--local-addr", LOOPBACK, "--log-dir", str(logs), "--nproc-per-node", known.nproc_per_node,
+        *(nodes or ALONE), "--log-dir", str(logs), "--nproc-per-node", known.nproc_per_node,
         "--max-restarts", known.max_restarts, "-m", "apollo_tp.launch", *rest,
     ]  # fmt: skip
     try:

@@ -13,6 +13,7 @@
         coordinator.sock          ZMQ, bound by the coordinator: the server's plugin forwards HTTP requests
         sync.sock                 a stream, bound by the server's plugin: trainer rank 0 takes the update lock
         coordinator.json          address and process id of the coordinator, for the command line
+        coordinator_tcp.json      address and keys of a coordinator on another host, for the plugin
         coordinator_settings.json what trainer rank 0 starts the coordinator with
 
 The base is $APOLLO_TP_RUNTIME_DIR, else $XDG_RUNTIME_DIR/apollo_tp, else /tmp/apollo_tp-<uid>.
@@ -39,6 +40,7 @@ RANKS_SOCKET = "ranks.sock"
 COORDINATOR_SOCKET = "coordinator.sock"
 SYNC_SOCKET = "sync.sock"
 ADDRESS_FILE = "coordinator.json"
+TCP_FILE = "coordinator_tcp.json"
 SETTINGS_FILE = "coordinator_settings.json"
 TRAINER_LOCK = "trainer.lock"
 # sockaddr_un.sun_path holds 108 bytes with its terminating zero

@@ -6,6 +6,8 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+
 
 @dataclass(frozen=True, slots=True)
 class ProcessId:
@@ -46,3 +48,13 @@ def _stat(pid: int) -> list[str]:
 def pid_namespace() -> str:
     """The identity of this process's PID namespace. CUDA IPC and look-ups in /proc work only within one namespace."""
     return os.readlink("/proc/self/ns/pid")
+
+
+def boot_id() -> str:
+    """The identity of this host, since its last start."""
+    return BOOT_ID.read_text().strip()
+
+
+def machine() -> str:
+    """What processes have in common that can map each other's memory: one host, one PID namespace."""
+    return f"{boot_id()} {pid_namespace()}"

@@ -20,6 +20,8 @@ REFUSED_VARIABLE = "APOLLO_TP_REFUSED"
 id."""
 ENDPOINTS_VARIABLE = "APOLLO_TP_ENDPOINTS"
 """Set if an API server with apollo_tp's endpoints starts in front of this engine; it will publish ``serving.json``."""
+ENGINES_VARIABLE = "APOLLO_TP_ENGINES"
+"""The number of data-parallel engines of this server (``--data-parallel-size``), for the processes that vLLM starts."""
 SERVER_LOCK = private_files.SERVER_LOCK
 CLAIM_SECONDS = 10.0
 PROBE_SECONDS = 0.2
@@ -27,6 +29,24 @@ PROBE_SECONDS = 0.2
 
 _claim = contextlib.ExitStack()
 """Keeps the server's lock until its first process ends."""
+
+
+def num_engines() -> int:
+    """Data-parallel engines of this server."""
+    return int(os.environ.get(ENGINES_VARIABLE) or 1)
+
+
+def engine_id(index: int) -> str:
+    """The instance id of an engine of this server: each of several has one of its own, and is a replica to the trainer."""
+    instance_id = instance_folder.ensure_instance_id()
+    return instance_id if num_engines() == 1 else f"{instance_id}.{index}"
+
+
+def engine_folders() -> list[Path]:
+    """The folders of this server's engines on this host. Raises ConfigError as ``instance_dir``."""
+    base, names = instance_folder.base_dir(), [engine_id(index) for index in range(num_engines())]
+    found = [name for name in names if (base / name).is_dir()]
+    return [instance_folder.instance_dir(name, base) for name in found or names[:1]]
 
 
 def read_instance(folder: Path) -> list[Manifest]:
@@ -96,7 +116,7 @@ def end_survivors_advice(alive: list[ServerProcess]) -> str:
 
 
 def _is_ours(manifests: list[Manifest]) -> bool:
-    return manifests[0].pid_namespace == processes.pid_namespace()
+    return manifests[0].is_ours
 
 
 def claim_instance() -> str:
@@ -161,17 +181,20 @@ def unclaimed() -> str:
 
 
 def check_agreement(manifests: list[Manifest]) -> None:
-    """Raise ManifestError unless these are the manifests of all ranks of one live server, and no export failed."""
+    """Raise ManifestError unless these are the manifests of all ranks of one live server, or of all of its ranks on this
+    host, and no export failed."""
     first = manifests[0]
     problems = [f"rank {m.tp_rank}: export failed in the server: {m.error.strip()}" for m in manifests if m.error]
     ranks = [m.tp_rank for m in manifests]
-    if ranks != list(range(first.tp_size)):
-        problems.append(f"got manifests of ranks {ranks}, expected 0 to {first.tp_size - 1}")
-    for field in ("instance_id", "tp_size", "model_path", "dtype", "vllm_version", "host", "pid_namespace"):
+    if ranks != list(first.ranks_here):
+        problems.append(f"got manifests of ranks {ranks}, expected {first.ranks_here[0]} to {first.ranks_here[-1]}")
+    for field in ("instance_id", "tp_size", "model_path", "dtype", "vllm_version", "host", "boot_id", "pid_namespace"):
         values = {getattr(m, field) for m in manifests}
         if len(values) > 1:
             problems.append(f"{field} differs over ranks: {sorted(map(str, values))}")
-    if not _is_ours(manifests):
+    if first.boot_id not in ("", processes.boot_id()):
+        problems.append(f"got a server on host {first.host}, expected one on this host; start a trainer rank there")
+    elif not _is_ours(manifests):
         problems.append(
             f"got a server in PID namespace {first.pid_namespace}, expected this process's {processes.pid_namespace()}; "
             "run both in one container, or start the trainer's with --pid=container:NAME of the server's"
@@ -186,6 +209,11 @@ def check_agreement(manifests: list[Manifest]) -> None:
             problems.append(end_survivors_advice(left).removeprefix("; "))
     if problems:
         raise ManifestError(f"server {first.instance_id}: " + "; ".join(problems))
+
+
+def is_loaded(manifests: Sequence[Manifest]) -> bool:
+    """Whether all ranks of a server on this host have published, or one says why it cannot be trained."""
+    return bool(manifests) and (len(manifests) == len(manifests[0].ranks_here) or any(m.error for m in manifests))
 
 
 def wait_for_server(
@@ -213,9 +241,15 @@ def wait_for_server(
             raise ManifestError(f"got {len(live)} live servers {live}, expected one; choose with server.instance=...")
         name = instance or (live[0] if live else None)
         manifests = read_instance(base / name) if name and (base / name).is_dir() else []
-        loaded = bool(manifests) and (len(manifests) == manifests[0].tp_size or any(m.error for m in manifests))
+        loaded = is_loaded(manifests)
         if loaded and (name not in stale or (over and _is_ours(manifests))):
             check_agreement(manifests)
+            if (nodes := manifests[0].num_nodes) > 1:
+                raise ManifestError(
+                    f"server {name}: got ranks {[m.tp_rank for m in manifests]} of {manifests[0].tp_size} on this host, "
+                    f"expected all, but it runs on {nodes} (--nnodes {nodes}); start a trainer rank beside each of them, "
+                    f"with --nnodes {nodes} for the launcher too"
+                )
             if not (ready and manifests[0].endpoints) or read_serving(base / str(name)):
                 return manifests
             if over:
@@ -275,8 +309,8 @@ def _awaited(base: Path, name: str | None, manifests: list[Manifest], stale: lis
         left = end_survivors_advice(survivors(manifests))
         return f"server {name} has ended{left}; waiting for it to start again"
     if manifests:
-        ranks = f"{len(manifests)} of {manifests[0].tp_size} ranks"
-        if len(manifests) < manifests[0].tp_size:
+        ranks = f"{len(manifests)} of {len(manifests[0].ranks_here)} ranks"
+        if not is_loaded(manifests):
             return f"server {name}: {ranks} have loaded the model; waiting for the others"
         return f"server {name}: {ranks} have loaded the model; waiting for its engine, which allocates memory"
     folders = [base / name] if name else sorted(path for path in base.iterdir() if path.is_dir())

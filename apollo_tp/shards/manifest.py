@@ -102,7 +102,10 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     dtype: str
     tp_rank: int
     tp_size: int
+    num_nodes: int = 1
+    """Hosts (``--nnodes``) over which the server's ranks are spread: as many on each, in the order of ranks."""
     host: str
+    boot_id: str = ""
     pid: int
     pid_start_ticks: int
     pid_namespace: str
@@ -130,6 +133,18 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def process(self) -> processes.ProcessId:
         return processes.ProcessId(self.pid, self.pid_start_ticks)
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether it was published on this host, in this PID namespace."""
+        return self.pid_namespace == processes.pid_namespace() and self.boot_id in ("", processes.boot_id())
+
+    @property
+    def ranks_here(self) -> range:
+        """The server's ranks on the host of this one."""
+        count = self.tp_size // self.num_nodes
+        first = self.tp_rank // count * count
+        return range(first, first + count)
 
     @property
     def server_processes(self) -> list[ServerProcess]:

@@ -15,6 +15,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import zmq
 import zmq.asyncio
 from starlette.requests import ClientDisconnect, Request
@@ -22,7 +23,7 @@ from starlette.responses import Response, StreamingResponse
 
 from apollo_tp.errors import ConfigError, FrameError
 from apollo_tp.runtime import instance_folder, processes
-from apollo_tp.shards.instance import unclaimed
+from apollo_tp.shards.instance import engine_folders, num_engines, unclaimed
 from apollo_tp.vllm_plugin.update_lock import UpdateLock
 from apollo_tp.wire import codec
 from apollo_tp.wire import tunnel as tunnel_messages
@@ -63,10 +64,13 @@ class UnavailableError(Exception):
 
 
 class Tunnel:
-    """One DEALER to the coordinator, made on first use, shared by all requests of this event loop."""
+    """One DEALER to the coordinator, made on first use, shared by all requests of this event loop. ``folder`` is the
+    server's; the coordinator listens at a socket in it, or is on another host, of which the trainer has left the address."""
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._path = instance_folder.socket_path(folder, instance_folder.COORDINATOR_SOCKET)
+        self._remote: tunnel_messages.CoordinatorAddress | None = None
         self._ids = itertools.count(1)
         self._open: dict[int, asyncio.Queue[Frame]] = {}
         self._socket: zmq.asyncio.Socket | None = None
@@ -80,7 +84,13 @@ class Tunnel:
             self._socket.setsockopt(zmq.IMMEDIATE, 1)
             self._socket.setsockopt(zmq.RECONNECT_IVL, 100)
             self._socket.setsockopt(zmq.RECONNECT_IVL_MAX, 1000)
-            self._socket.connect(f"ipc://{self._path}")
+            if self._remote is None:
+                self._socket.connect(f"ipc://{self._path}")
+            else:
+                self._socket.curve_serverkey = self._remote.server_key.encode()
+                self._socket.curve_publickey = self._remote.public_key.encode()
+                self._socket.curve_secretkey = self._remote.secret_key.encode()
+                self._socket.connect(self._remote.address)
         if self._reader is None or self._reader.done():
             self._reader = asyncio.create_task(self._read(self._socket))
         return self._socket
@@ -95,12 +105,22 @@ class Tunnel:
 
     def begin(self) -> int:
         """A new request id with a queue for its answer."""
-        folder = self._path.parent
-        if not (self._path.exists() and _answers_soon(folder)):
-            raise _absent(folder)
+        remote = _remote_coordinator(self._folder)
+        if remote != self._remote:  # another trainer than the last one
+            self._disconnect()
+            self._remote = remote
+        if not ((remote or self._path.exists()) and _answers_soon(self._folder)):
+            raise _absent(self._folder)
         identity = next(self._ids)
         self._open[identity] = asyncio.Queue()
         return identity
+
+    def _disconnect(self) -> None:
+        if self._reader is not None:
+            self._reader.cancel()
+        if self._socket is not None:
+            self._socket.close()
+        self._reader = self._socket = None
 
     async def send(self, message: tunnel_messages.TunnelUp) -> None:
         """Send one frame. Raises UnavailableError if nobody takes it in time."""
@@ -108,7 +128,7 @@ class Tunnel:
             async with asyncio.timeout(CONNECT_SECONDS):
                 await self._connected().send(codec.encode(message))
         except (TimeoutError, zmq.ZMQError) as error:
-            raise _absent(self._path.parent) from error
+            raise _absent(self._folder) from error
 
     async def next(self, identity: int, seconds: float) -> Frame:
         """The next frame of an answer. Raises UnavailableError if none comes in time."""
@@ -124,6 +144,15 @@ class Tunnel:
         if not finished:
             with contextlib.suppress(zmq.ZMQError):  # nobody there: nothing to cancel
                 await self._connected().send(codec.encode(tunnel_messages.TunnelCancel(identity)), zmq.NOBLOCK)
+
+
+def _remote_coordinator(folder: Path) -> tunnel_messages.CoordinatorAddress | None:
+    """Where the coordinator is on another host; None if it listens in ``folder``, or if there is none."""
+    try:
+        content = (folder / instance_folder.TCP_FILE).read_bytes()
+        return msgspec.json.decode(content, type=tunnel_messages.CoordinatorAddress)
+    except (OSError, msgspec.DecodeError):
+        return None
 
 
 def _absent(folder: Path) -> UnavailableError:
@@ -175,16 +204,17 @@ class ApolloEndpoints:
             f"API server processes: got {count}, expected one, through which all requests pass; start vLLM with "
             "--api-server-count 1"
         )  # fmt: skip
+        if num_engines() > 1:
+            refusal = f"engines: got {num_engines()}, expected one, which can be paused; start one server for each"
         self._lock = UpdateLock(Engine(engine_client), refusal)
         try:
-            folder = instance_folder.instance_dir(instance_folder.ensure_instance_id())
-            await self._lock.start(instance_folder.socket_path(folder, instance_folder.SYNC_SOCKET))
+            path = instance_folder.socket_path(engine_folders()[0], instance_folder.SYNC_SOCKET)
+            await self._lock.start(path)
         except (ConfigError, OSError) as error:  # serving must not depend on us; the trainer says what is missing
             logger.warning("apollo_tp: updates cannot pause this server: %s", error)
         try:
-            chat.publish_of_client(
-                engine_client, args, instance_folder.instance_dir(instance_folder.ensure_instance_id())
-            )
+            for folder in engine_folders():
+                chat.publish_of_client(engine_client, args, folder)
         except (ConfigError, OSError) as error:
             logger.warning("apollo_tp: trainers cannot see that this server is ready: %s", error)
 
@@ -193,8 +223,7 @@ class ApolloEndpoints:
             if reason := unclaimed():
                 raise UnavailableError(f"this server cannot be trained: {reason}")
             try:
-                folder = instance_folder.instance_dir(instance_folder.ensure_instance_id())
-                self._tunnel = Tunnel(instance_folder.socket_path(folder, instance_folder.COORDINATOR_SOCKET))
+                self._tunnel = Tunnel(engine_folders()[0])
             except (ConfigError, OSError) as error:
                 raise UnavailableError(str(error)) from error
         return self._tunnel

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from apollo_tp.runtime import instance_folder, processes
-from apollo_tp.shards.instance import CLAIMED_VARIABLE, ENDPOINTS_VARIABLE
+from apollo_tp.runtime import processes
+from apollo_tp.shards.instance import CLAIMED_VARIABLE, ENDPOINTS_VARIABLE, engine_id
 from apollo_tp.shards.manifest import (
     SCHEMA_VERSION,
     Allocation,
@@ -47,7 +47,7 @@ def manifest_header(vllm_config: Any, rank: int, size: int) -> dict[str, Any]:
     )
     return {
         "schema_version": SCHEMA_VERSION,
-        "instance_id": instance_folder.ensure_instance_id(),
+        "instance_id": engine_id(config.engine_index(vllm_config)),
         "created_at": time.time(),
         "vllm_version": release.vllm_version(),
         "model_path": str(folder or model_config.model),
@@ -56,7 +56,9 @@ def manifest_header(vllm_config: Any, rank: int, size: int) -> dict[str, Any]:
         "dtype": str(model_config.dtype).removeprefix("torch."),
         "tp_rank": rank,
         "tp_size": size,
+        "num_nodes": config.num_nodes(vllm_config),
         "host": socket.gethostname(),
+        "boot_id": processes.boot_id(),
         "pid": process.pid,
         "pid_start_ticks": process.start_ticks,
         "pid_namespace": processes.pid_namespace(),

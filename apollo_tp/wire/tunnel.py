@@ -55,6 +55,16 @@ class TunnelTaken(msgspec.Struct, frozen=True, tag=True):
     num_bytes: int
 
 
+class CoordinatorAddress(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Where a coordinator on another host takes requests, over TCP with CURVE keys (in ZMQ's text form). The trainer leaves
+    it in the server's folder (0600)."""
+
+    address: str
+    server_key: str
+    public_key: str
+    secret_key: str
+
+
 TUNNEL_ALIVE_SECONDS = 2.0
 TUNNEL_WINDOW_BYTES = 4 * 2**20
 """At most so much of a response's body is sent before the client has received it."""

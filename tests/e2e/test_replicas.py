@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import httpx
@@ -35,27 +37,33 @@ class Stack:
         self.processes: list[ManagedProcess] = []
         make_model(self.model, standard_library_text(200, 30), num_layers=1)
 
-    def serve(self, name: str, core: int) -> Server:
+    def serve(self, name: str, *cores: int, extra: Sequence[str] = ()) -> Server:
         """A server at TP = 1, which need not be up yet."""
         port = free_port()
-        environment = {"VLLM_CPU_OMP_THREADS_BIND": str(core % (os.cpu_count() or 1))}
+        environment = {"VLLM_CPU_OMP_THREADS_BIND": "|".join(str(core % (os.cpu_count() or 1)) for core in cores)}
         log = self.folder / f"{name}-{port}.log"
         process = start_server(
             self.model, port, self.runtime_dir, log, tensor_parallel=1, instance=name, environment=environment,
-            forking=True,
+            extra=extra, forking=True,
         )  # fmt: skip
         self.processes.append(process)
         return Server(f"http://127.0.0.1:{port}", self.model, self.runtime_dir, name, process)
 
-    def train(self, name: str) -> Trainer:
-        """Two ranks beside both servers, once their coordinator takes jobs."""
-        overrides = ["server.replicas=2", "optim.lr=1e-3", "train.max_sequence_tokens=256"]
+    def start_trainer(self, name: str, *overrides: str) -> ManagedProcess:
+        """Two ranks beside both servers."""
+        overrides += ("server.replicas=2", "optim.lr=1e-3", "train.max_sequence_tokens=256")
+        overrides += ("optim.check_replicas_every=1", "checkpoint.after_idle_seconds=null")
         folder = self.folder / "trainer"
         folder.mkdir(exist_ok=True)
-        overrides += ["optim.check_replicas_every=1", "checkpoint.after_idle_seconds=null"]
         process = start_trainer(self.runtime_dir, folder, folder / f"{name}.log", overrides=overrides, forking=True)
         self.processes.append(process)
-        return Trainer(coordinator_url(self.runtime_dir, process, instance="first", seconds=300), folder, process)
+        return process
+
+    def train(self, name: str, first: str = "first") -> Trainer:
+        """Their coordinator, beside the server ``first``, takes jobs."""
+        process = self.start_trainer(name)
+        url = coordinator_url(self.runtime_dir, process, instance=first, seconds=300)
+        return Trainer(url, self.folder / "trainer", process)
 
     def wait(self, server: Server) -> None:
         server.process.wait_for(f"{server.url}/health", START_SECONDS)
@@ -160,3 +168,23 @@ def test_two_servers_stay_identical(stack: Stack) -> None:
     assert version == status["weight_version"]
     assert trainer.post("/train", _body(7))["state"] == "succeeded"
     assert _equal(first, second)
+
+
+def test_engines_of_one_server_are_replicas(stack: Stack) -> None:
+    """vLLM tells each engine of a dense model that it is the only one. Each publishes under a name of its own; requests that
+    vLLM gives to either get the trained answer. Updates cannot pause them, which is said at the start."""
+    server = stack.serve("pair", 0, 1, extra=["--data-parallel-size", "2"])
+    stack.wait(server)
+    engines = [replace(server, instance=f"pair.{index}") for index in range(2)]
+    before = server.logprobs(PROMPT)
+    refused = stack.start_trainer("locked", "sync=step_lock")
+    assert refused.process.wait(120) != 0
+    assert "engines: got 2, expected one, which can be paused; start one server for each" in refused.log.read_text()
+    trainer = stack.train("one", first="pair.0")
+    assert trainer.post("/train", _body(6))["state"] == "succeeded"
+    assert _equal(*engines)
+    answers = [server.logprobs(PROMPT) for _ in range(4)]
+    assert all(answer == answers[0] != before for answer in answers)
+    assert httpx.get(f"{server.url}/train/status", timeout=60).json()["trainer"]["replicas"] == [
+        {"instance_id": f"pair.{index}", "host": socket.gethostname()} for index in range(2)
+    ]

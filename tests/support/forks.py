@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import ctypes
 import functools
 import gc
 import importlib
@@ -29,6 +30,10 @@ READY_SECONDS = 300.0
 POLL_SECONDS = 0.01
 IMPORTED_WITH = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 """Variables that are read at imports."""
+
+
+ENTER_VARIABLE = "APOLLO_TP_TEST_ENTER"
+"""A process in whose namespaces a command is to run (``played_hosts``)."""
 
 
 class Fork:
@@ -84,6 +89,8 @@ def become(command: Sequence[str], environment: dict[str, str], outputs: Sequenc
                     os.close(descriptor)
         os.environ.clear()
         os.environ.update(environment)
+        if target := os.environ.pop(ENTER_VARIABLE, ""):
+            _enter_namespaces(int(target))
         sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
         sys.argv = list(command)
         for name in (command[0], f"{command[0]}.__main__"):  # it runs again, as __main__
@@ -103,6 +110,19 @@ def become(command: Sequence[str], environment: dict[str, str], outputs: Sequenc
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
+
+
+def _enter_namespaces(pid: int) -> None:
+    """Go on in the namespaces of process ``pid``, in a child: a process stays in the PID namespace that it began in. This
+    one ends with the child's exit status."""
+    libc, folder = ctypes.CDLL(None, use_errno=True), os.getcwd()
+    for descriptor in [os.open(f"/proc/{pid}/ns/{kind}", os.O_RDONLY) for kind in ("net", "uts", "ipc", "pid", "mnt")]:
+        if libc.setns(descriptor, 0):
+            raise OSError(ctypes.get_errno(), f"namespaces of process {pid}")
+        os.close(descriptor)
+    os.chdir(folder)  # it is the root now
+    if child := os.fork():
+        os._exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) & 0xFF)
 
 
 class _Origin:

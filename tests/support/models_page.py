@@ -38,7 +38,8 @@ _REFUSED_BY_THE_SERVER = """
 | what | what would make it work |
 | --- | --- |
 | quantised weights | serve the bf16 checkpoint |
-| pipeline, expert or data parallelism | tensor parallelism alone |
+| pipeline, expert or prefill context parallelism, EPLB | tensor parallelism alone |
+| data parallelism of a mixture of experts | one server for each engine |
 | LoRA-wrapped layers | serve without `--enable-lora` |
 | multi-head latent attention | nothing yet: vLLM serves derived copies of `kv_b_proj` |
 | MoE backends that reorder weights | `--moe-backend triton` (on CPU the plugin takes care of it) |

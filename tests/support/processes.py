@@ -26,7 +26,9 @@ STOP_SECONDS = 20.0
 EPHEMERAL_PORTS = Path("/proc/sys/net/ipv4/ip_local_port_range")
 LOWEST_PORT = 20_000
 FORKING_TORCHRUN, FORKING_SERVER = "tests.support.forking_torchrun", "tests.support.forking_server"
-ORIGINS = {name: name for name in (FORKING_TORCHRUN, FORKING_SERVER)} | {"tests.support.plain_engine": FORKING_SERVER}
+FORKING_CLI = "tests.support.forking_cli"
+ORIGINS = {name: name for name in (FORKING_TORCHRUN, FORKING_SERVER)}
+ORIGINS |= dict.fromkeys(("tests.support.plain_engine", FORKING_CLI), FORKING_SERVER)
 """Modules whose processes are forked, in a fifth of the time, and from the origin of which module. On a CPU only."""
 
 

@@ -102,3 +102,55 @@ def test_mpirun_is_told_of_root_if_it_knows_the_word(tmp_path, version, user, to
     )  # fmt: skip
     passed = ["-n", "2", "python", "-m", "apollo_tp.launch", "optim.lr=1e-5"]
     assert done.stdout.split() == ["args", *["--allow-run-as-root"] * told, *passed]
+
+
+def test_mpirun_gets_hosts_and_what_they_need(tmp_path):
+    """Open MPI starts ranks of other hosts with the variables that it is told of."""
+    script(tmp_path / "mpirun", '[ "$1" = --version ] && echo "Open MPI" || echo args "$@"')
+    script(tmp_path / "id", "echo 1000")
+    variables = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "HOSTFILE": "hosts", "TP": "4", "MASTER_ADDR": "10.0.0.1"}
+    done = subprocess.run(
+        [shutil.which("bash"), ROOT / "launch/mpirun.sh"], env=variables, capture_output=True, text=True, timeout=30,
+        check=True,
+    )  # fmt: skip
+    expected = "args --hostfile hosts -x MASTER_ADDR -n 4 python -m apollo_tp.launch"
+    assert done.stdout.split() == expected.split()
+
+
+def test_torchrun_of_several_hosts(tmp_path):
+    """The number and the address of a host cannot be guessed."""
+    script(tmp_path / "python", 'echo args "$@"')
+    variables = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "NNODES": "2", "NODE_RANK": "1"}
+    command = [shutil.which("bash"), ROOT / "launch/torchrun.sh", "server.replicas=2"]
+    done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=30, check=False)
+    assert "set MASTER_ADDR to the address of host 0" in done.stderr
+    done = subprocess.run(
+        command, env=variables | {"MASTER_ADDR": "n0"}, capture_output=True, text=True, timeout=30, check=True
+    )
+    nodes = "--nnodes 2 --node-rank 1 --master-addr n0 --master-port 29500"
+    assert done.stdout.strip() == (f"args -m apollo_tp.launch.torchrun {nodes} --nproc-per-node 2 server.replicas=2")
+
+
+def test_slurm_starts_a_replica_on_each_node(tmp_path):
+    """srun, scontrol and python as scripts: on each node a server under a name of its own, and its trainer ranks."""
+    script(
+        tmp_path / "python",
+        'echo "$APOLLO_TP_INSTANCE" "$@"; [ "$2" != vllm.entrypoints.openai.api_server ] || exec sleep 20',
+    )
+    script(tmp_path / "scontrol", "printf 'n0\\nn1\\n'")
+    script(tmp_path / "srun", 'shift; for node in 0 1; do SLURM_NODEID=$node "$@"; done')
+    variables = {
+        "PATH": f"{tmp_path}:{os.environ['PATH']}", "MODEL": "/m", "KEYS": "/k", "APOLLO_TP_TOKEN": "t" * 16, "TP": "1",
+        "SLURM_NNODES": "2", "SLURM_JOB_NODELIST": "n[0-1]", "SLURM_JOB_ID": "7",
+    }  # fmt: skip
+    done = subprocess.run(
+        [shutil.which("bash"), "launch/slurm_hosts.sbatch", "checkpoint.dir=/c"], env=variables, cwd=ROOT,
+        capture_output=True, text=True, timeout=30, check=True,
+    )  # fmt: skip
+    for node in (0, 1):
+        assert (
+            f"replica-{node} -m vllm.entrypoints.openai.api_server --model /m --tensor-parallel-size 1" in done.stdout
+        )
+        assert f"--nnodes 2 --node-rank {node} --master-addr n0 --master-port 29500 --nproc-per-node 1" in done.stdout
+    assert "server.replicas=2 server.wait_seconds=900" in done.stdout
+    assert "service.zmq.keys_dir=/k checkpoint.dir=/c" in done.stdout

@@ -35,6 +35,18 @@ def tensor_parallel() -> tuple[int, int]:
     return get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
 
 
+def num_nodes(vllm_config: Any) -> int:
+    """Hosts over which the ranks of this engine are spread (``--nnodes``)."""
+    # vLLM release: an offline configuration, and that of early releases, has no such field.
+    return int(getattr(getattr(vllm_config, "parallel_config", None), "nnodes_within_dp", 1))
+
+
+def engine_index(vllm_config: Any) -> int:
+    """The number of this engine among those of ``--data-parallel-size``. To each engine of a dense model vLLM says otherwise
+    that it is the only one."""
+    return int(getattr(getattr(vllm_config, "parallel_config", None), "data_parallel_index", 0))
+
+
 def embedding_parameters(model: nn.Module) -> set[int]:
     """The id() of each parameter that embeds the vocabulary, also where it is the output head as well."""
     from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding

@@ -14,12 +14,10 @@ from typing import Any
 
 from torch import nn
 
-from apollo_tp.shards.instance import ENDPOINTS_VARIABLE
+from apollo_tp.shards.instance import ENDPOINTS_VARIABLE, ENGINES_VARIABLE
 from apollo_tp.vllm_plugin.compat import cpu
 from apollo_tp.vllm_plugin.compat.config import load_format
 
-ENGINES_VARIABLE = "APOLLO_TP_ENGINES"
-"""The number of data-parallel engines of this server, for the engine processes."""
 OnLoaded = Callable[[nn.Module, Any, Any], None]
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from apollo_tp.vllm_plugin.compat.hooks import ENGINES_VARIABLE
+from apollo_tp.shards.instance import num_engines
 
 SCALED_ROTARY_CLASSES = ("YaRNScalingRotaryEmbedding", "MRotaryEmbedding")
 """Class names of vLLM's modules that scale cosines and sines by ``mscale``."""
@@ -32,9 +32,24 @@ def _parallelism(parallel: Any) -> Iterator[str]:
         yield f"pipeline parallelism ({parallel.pipeline_parallel_size} stages): use tensor parallelism alone"
     if getattr(parallel, "enable_expert_parallel", False):
         yield "expert parallelism: serve without --enable-expert-parallel"
-    engines = max(parallel.data_parallel_size, int(os.environ.get(ENGINES_VARIABLE) or 1))
-    if engines > 1 or getattr(parallel, "data_parallel_index", 0):
-        yield f"data parallelism ({engines} engines): start one server per engine"
+    if getattr(parallel, "enable_eplb", False):
+        yield "expert load balancing (EPLB): it moves and copies experts while the server runs; serve without --enable-eplb"
+    context = getattr(parallel, "prefill_context_parallel_size", 1)
+    if context > 1:
+        yield (
+            f"prefill context parallelism ({context} ranks): several workers have one tensor-parallel rank; serve without "
+            "--prefill-context-parallel-size"
+        )
+    if parallel.data_parallel_size > 1:  # to an engine of a dense model vLLM says that it is the only one
+        yield (
+            f"data parallelism of a mixture of experts ({parallel.data_parallel_size} engines, which work in step): start "
+            "one server per engine without --data-parallel-size, and train them with server.replicas"
+        )
+    elif num_engines() > 1 and not hasattr(parallel, "data_parallel_index"):
+        yield (
+            f"data parallelism ({num_engines()} engines): this vLLM does not tell them apart; start one server per engine "
+            "without --data-parallel-size, and train them with server.replicas"
+        )
     executor = getattr(parallel, "distributed_executor_backend", None)  # a name or a class
     if "ray" in (executor, getattr(parallel, "data_parallel_backend", "")) or getattr(executor, "uses_ray", False):
         yield (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import gc
 import os
 import threading
 import time
@@ -12,14 +13,17 @@ import torch
 import torch.distributed as dist
 
 from apollo_tp.distributed import alarm as module
-from apollo_tp.distributed import tp_group
+from apollo_tp.distributed import remote_ranks, tp_group
 from apollo_tp.distributed.alarm import Alarm
 from apollo_tp.distributed.control import Control
 from apollo_tp.distributed.peer_memory import PeerSums
+from apollo_tp.distributed.remote_ranks import RemoteRanks
 from apollo_tp.distributed.tp_group import TPGroup
 from apollo_tp.errors import DeadlineError
+from apollo_tp.runtime import processes
 from apollo_tp.runtime.processes import ProcessId
 from tests.support.locked_server import eventually
+from tests.support.processes import free_port
 from tests.support.ranks import run_ranks
 
 
@@ -45,6 +49,55 @@ def _check_alarm(tp: TPGroup) -> None:
 
 def test_all_ranks_hear_it_and_forget_it_with_the_group() -> None:
     run_ranks(_check_alarm, 2)
+
+
+def _hear_other_hosts(tp: TPGroup, port: int) -> str:
+    """Ranks of one machine each, as they are told. Rank 0 waits in a group; the end of rank 1 is not seen otherwise."""
+    module.POLL_SECONDS, module.GRACE_SECONDS, remote_ranks.SILENT_SECONDS = 0.02, 0.1, 1.0
+    processes.machine = lambda: f"machine {tp.rank}"
+    store = dist.TCPStore("127.0.0.1", port, tp.size, is_master=tp.rank == 0, wait_for_workers=False)
+    alarm = Alarm.join(Control(tp.rank, tp.size), dist.PrefixStore("p", store))
+    waiting = Waiting()
+    alarm.watch(waiting)
+    dist.barrier()
+    time.sleep(0.3)
+    assert (alarm.is_ringing(), alarm.all_run(), waiting.aborted) == (False, True, [])
+    dist.barrier()
+    if tp.rank == 1:
+        alarm.ring()
+    eventually(lambda: waiting.aborted)
+    dist.barrier()
+    alarm.next_epoch()
+    waiting.group = "second"
+    time.sleep(0.3)
+    assert (alarm.is_ringing(), waiting.aborted) == (False, ["first"])
+    dist.barrier()
+    if tp.rank == 1:
+        alarm.stop()  # no sign of it any more, as after a loss of power
+        return "silent"
+    eventually(lambda: len(waiting.aborted) == 2)
+    assert not alarm.is_ringing()
+    alarm.stop()
+    return "heard"
+
+
+def test_ranks_on_other_hosts_hear_it_too() -> None:
+    """Through the store: a failure at once, and silence after a while."""
+    assert run_ranks(_hear_other_hosts, 2, free_port()) == ["heard", "silent"]
+
+
+def test_ranks_whose_store_has_ended_count_as_ended() -> None:
+    """It ends with the launcher of rank 0."""
+    store = dist.TCPStore("127.0.0.1", 0, 2, is_master=True, wait_for_workers=False)
+    far = dist.TCPStore("127.0.0.1", store.port, 2, is_master=False, wait_for_workers=False)
+    near, other = RemoteRanks(store, 0, [1]), RemoteRanks(far, 1, [0])
+    assert near.exchange(3) == {1: 0}
+    assert other.exchange(0) == {0: 3}
+    assert other.all_run()
+    del near, store
+    gc.collect()
+    assert other.exchange(0) == {}
+    assert not other.all_run()
 
 
 class Waiting(TPGroup):

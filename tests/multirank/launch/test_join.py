@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 
-from tests.support.launchers import LAUNCHERS
+from tests.support import played_hosts
+from tests.support.launchers import LAUNCHERS, MPIRUN
 
 RANK = """
 import logging, os, sys
@@ -119,3 +122,40 @@ def test_ranks_join_again_after_each_restart(tmp_path: Path) -> None:
             len(re.findall(rf"joining 2 ranks through 127\.0\.0\.1:\d+, attempt {attempt}, for up to 60 s", output))
             == 2
         )
+
+
+AGENT = """#!/bin/sh
+case $1 in {hosts} *) exit 1;; esac
+shift
+exec nsenter --target $pid --net --mount --uts --ipc --pid sh -c "$*"
+"""
+"""In place of ssh, for the hosts that are played."""
+
+
+@pytest.mark.skipif(bool(played_hosts.missing()), reason=f"hosts cannot be played: {played_hosts.missing()}")
+def test_mpirun_joins_hosts_whose_names_do_not_resolve(tmp_path: Path) -> None:
+    """By a host file, from a host that is none of them. MPI finds the ranks; they meet under the address of rank 0."""
+    hosts = played_hosts.play_two(tmp_path)
+    agent = Path(tempfile.mkdtemp(dir="/var/tmp")) / "agent"  # every host looks for it
+    try:
+        agent.write_text(AGENT.format(hosts=" ".join(f"{host.name}) pid={host.pid};;" for host in hosts)))
+        agent.chmod(0o700)
+        (tmp_path / "hosts").write_text("".join(f"{host.name} slots=1\n" for host in hosts))
+        (tmp_path / "rank.py").write_text(RANK.format(before="", after="print(os.uname().nodename)", seconds=20))
+        address, cable = hosts[0].address, played_hosts.CABLE
+        command = [
+            *hosts[0].enter()[:4], MPIRUN, "--allow-run-as-root", "--hostfile", str(tmp_path / "hosts"), "-n", "2",
+            "--prtemca", "plm_ssh_agent", str(agent), "--mca", "btl_tcp_if_include", cable, "-x", f"MASTER_ADDR={address}",
+            "-x", f"GLOO_SOCKET_IFNAME={cable}", "-x", f"PYTHONPATH={played_hosts.ROOT}", "-x", "OMP_NUM_THREADS=1",
+            sys.executable, str(played_hosts.SHARED / "rank.py"),
+        ]  # fmt: skip
+        done = subprocess.run(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=90, check=False
+        )
+        joined = sorted(re.findall(r"JOINED rank=(\d+) size=(\d+) sum=(\d+)", done.stdout))
+        assert (done.returncode, joined) == (0, [("0", "2", "2"), ("1", "2", "2")]), done.stdout
+        assert set(re.findall(r"^([ij])$", done.stdout, re.MULTILINE)) == {"i", "j"}
+    finally:
+        shutil.rmtree(agent.parent)
+        for host in hosts:
+            host.end()

@@ -17,6 +17,7 @@ from apollo_tp.distributed.control import Control
 from apollo_tp.errors import ConfigError
 from apollo_tp.launch import stages
 from apollo_tp.launch.distributed import World
+from apollo_tp.launch.hosts import find_servers, meet
 from apollo_tp.runtime import instance_folder
 from apollo_tp.shards.instance import served_models
 from apollo_tp.shards.manifest import publish
@@ -28,9 +29,11 @@ def _find_server(base: Path, name: str, stack: contextlib.ExitStack) -> None:
     publish(manifest(0, 1, instance_id=name), instance_folder.instance_dir(name, base))
     server = ServerConfig(runtime_dir=str(base), instance=name, wait_seconds=0.0)
     config = Config(server=server, checkpoint=CheckpointConfig(dir=str(base / "checkpoints")))
-    joined = stages.Joined(config=config, stack=stack, world=World(0, 1), control=Control(0, 1))
-    joined, own, _ = stages._take_place(joined, stages._find_servers(joined))
-    stages._hold(joined, base / own.instance, own.tp_rank, own.instance)
+    control = Control(0, 1)
+    hosts = meet(control, config)
+    joined = stages.Joined(config=config, stack=stack, world=World(0, 1), hosts=hosts, control=control)
+    joined, own, _ = stages._take_place(joined, find_servers(control, hosts, server, joined.report))
+    stages._hold(joined, base / own.instance, own, True, own.instance, has_port=True)
 
 
 def test_trainers_of_two_servers_do_not_share_a_folder(tmp_path: Path) -> None:

@@ -54,16 +54,25 @@ def test_a_rank_without_one_is_named(wanted: list[list[ServedRank]], message: st
         assign(offers(*wanted))
 
 
-def test_ranks_of_several_machines_are_refused() -> None:
-    """Memory is mapped on one; two containers of one host, too, cannot."""
-    with pytest.raises(ConfigError, match=r"got 2 hosts or PID namespaces \(h, i\), expected one"):
-        assign([Offer("h", "boot pid:[1]", ALL), Offer("i", "boot pid:[2]", ALL)])
+def test_ranks_of_several_machines_have_the_shards_of_their_own() -> None:
+    """The number of a rank says nothing about its machine."""
+    i, j = "boot pid:[1]", "boot pid:[2]"
+    wanted = [Offer("i", i, [A0, A1]), Offer("j", j, [B0, B1]), Offer("i", i, [A0, A1]), Offer("j", j, [B0, B1])]
+    assert assign(wanted) == [A0, B0, A1, B1]
+    with pytest.raises(ConfigError, match="trainer rank 3 on i: got a tp rank 0, a tp rank 1, which other ranks need"):
+        assign([wanted[0], wanted[1], wanted[0], wanted[0]])
+
+
+def test_two_servers_of_one_name_are_refused() -> None:
+    """On two hosts, where each could take the name; nobody knows which is meant."""
+    with pytest.raises(ConfigError, match=r"server a: got its tensor-parallel rank 0 on host i and on host j"):
+        assign([Offer("i", "boot pid:[1]", [A0]), Offer("j", "boot pid:[2]", [A0])])
 
 
 def coordinates(*shards: ServedRank, size: int = 2, **facts: str) -> list[Coordinate]:
     """Of ranks beside these shards; ``facts`` are those of the last one."""
     plain = {"model": "/m", "dtype": "bfloat16"}
-    found = [Coordinate(f"host-{s.instance}", s, size, plain) for s in shards]
+    found = [Coordinate(f"host-{s.instance}", "boot pid:[1]", s, size, plain) for s in shards]
     return [*found[:-1], msgspec.structs.replace(found[-1], facts=plain | facts)]
 
 
@@ -74,6 +83,23 @@ def test_the_mesh_has_the_servers_order() -> None:
     assert [mesh.position(rank) for rank in range(4)] == [0, 3, 2, 1]
     assert mesh.is_permuted
     assert not arrange(coordinates(*ALL)).is_permuted
+    assert mesh.spread == [False, False]
+
+
+def test_a_server_may_be_spread_over_hosts() -> None:
+    """Its ranks have layouts of their own, and everything else in common."""
+    a0, a1 = coordinates(A0, A1, layout="b")
+    a1 = msgspec.structs.replace(a1, host="i", machine="boot pid:[2]")
+    a0 = msgspec.structs.replace(a0, facts={"layout": "a", **a0.facts})
+    mesh = arrange([a0, a1])
+    assert (mesh.hosts, mesh.spread) == (["host-a, i"], [True])
+    with pytest.raises(ManifestError, match=r"no trainer rank beside tp ranks \[1\] .* needs one \$APOLLO_TP_INSTANCE"):
+        arrange([a0, msgspec.structs.replace(a1, shard=B1)])
+    other = msgspec.structs.replace(a1, facts=a1.facts | {"model": "/n"})
+    with pytest.raises(
+        ManifestError, match=r"a tp rank 1 on i: model: got /n, expected /m as of a tp rank 0 on host-a"
+    ):
+        arrange([a0, other])
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from apollo_tp.distributed.control import Control
 from apollo_tp.errors import MappingError
 from apollo_tp.launch import stages
 from apollo_tp.launch.distributed import World
+from apollo_tp.launch.hosts import meet
 from apollo_tp.launch.stages import Joined, resume
 from apollo_tp.runtime import instance_folder
 from apollo_tp.shards.manifest import publish
@@ -142,7 +143,9 @@ def test_weights_that_nobody_has_trained_must_be_those_of_the_folder(
         config = Config(
             server=ServerConfig(runtime_dir=str(tmp_path)), checkpoint=CheckpointConfig(dir=str(tmp_path / "c"))
         )
-        joined = Joined(config=config, stack=stack, world=World(0, 1), control=Control(0, 1))
+        control = Control(0, 1)
+        hosts = meet(control, config)
+        joined = Joined(config=config, stack=stack, world=World(0, 1), hosts=hosts, control=control)
         with contextlib.nullcontext() if trained else pytest.raises(MappingError, match="other bits"):
             stages.map_server(joined, lambda error: None)
 
@@ -155,22 +158,3 @@ def test_before_weights_are_written_it_is_recorded_and_the_server_paused() -> No
     pace = SimpleNamespace(suspend=lambda: order.append("pace held"))
     stages.before_write(lineage, gate, pace)  # type: ignore[arg-type]
     assert order == ["recorded", "paused", "pace held"]
-
-
-def test_the_other_replicas_servers_reach_the_coordinator(tmp_path: Path) -> None:
-    """By a link in their folder, as long as the trainer runs; one that a killed trainer left does not stay where the
-    coordinator listens itself."""
-    tmp_path.chmod(0o700)
-    first, second = (instance_folder.instance_dir(name, tmp_path) for name in ("first", "second"))
-    listens = first / instance_folder.COORDINATOR_SOCKET
-    link = second / instance_folder.COORDINATOR_SOCKET
-    link.symlink_to("left over")
-    listens.symlink_to("left over")
-    for folder in (first, second):
-        with contextlib.ExitStack() as stack:
-            joined = Joined(config=Config(), stack=stack, world=World(0, 1), control=Control(0, 1))
-            stages._reach_coordinator(joined, folder, "first")
-            listens.touch()
-            assert (listens.is_symlink(), link.resolve() == listens) == (False, folder == second)
-    assert listens.exists()
-    assert not link.is_symlink()

@@ -45,7 +45,7 @@ def ready(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
         mapped=SimpleNamespace(manifest=manifest(0, 1), stored={}, device=torch.device("cpu")),
         lineage=LineageFile(tmp_path, str(tmp_path / "no model"), keep=True),
         mesh=None,
-        arrangement=Arrangement(["test"], ["h"], [[0]]),
+        arrangement=Arrangement(["test"], ["h"], [[0]], [False]),
         hf_config=SimpleNamespace(save_pretrained=None),
         model=SimpleNamespace(
             module=SimpleNamespace(config=text_config), parameters=[SimpleNamespace(name="w", shard=shard)] * 2
@@ -78,7 +78,7 @@ def test_the_ranks_say_all_that_the_coordinator_shows(ready: SimpleNamespace) ->
         checkpoint="w", box_offset=[0, 1], box_shape=[3, 4], served="fused", view_offset=7, view_stride=[5, 1]
     )
     ready.manifests, ready.world = [manifest(0, 2), manifest(1, 2, segments=[segment])], World(0, 4)
-    ready.arrangement = Arrangement(["test", "other"], ["h", "h"], [[0, 1], [2, 3]])
+    ready.arrangement = Arrangement(["test", "other"], ["h", "h"], [[0, 1], [2, 3]], [False] * 2)
     first = ready.manifests[0]
     assert Services(ready).hello("identify/1") == commands.Hello(  # type: ignore[arg-type]
         id="identify/1", protocol_version=commands.PROTOCOL_VERSION, instance_id=first.instance_id,

@@ -1,9 +1,12 @@
 """ZMQ over TCP: with CURVE keys only, for known clients only, and with the same tokens as HTTP."""
 
+import json
+import os
 import socket
 import stat
 
 import httpx
+import msgspec
 import pytest
 import zmq
 import zmq.auth
@@ -14,9 +17,11 @@ from apollo_tp.config import HttpConfig, ServiceConfig, ZmqConfig
 from apollo_tp.coordinator.http.auth import load_access
 from apollo_tp.coordinator.http.curve import create_keys
 from apollo_tp.errors import ConfigError
+from apollo_tp.runtime import instance_folder
 from apollo_tp.wire import codec
 from apollo_tp.wire import tunnel as tunnel_messages
 from tests.support.fakes import CoordinatorProcess, FakeRanks, wait_for
+from tests.support.plugin_server import PluginServer
 
 ONE = {"context_ids": [1, 2], "continuation_ids": [3, 4]}
 TOKEN = "t" * 20
@@ -105,6 +110,36 @@ def test_strangers_get_nothing(stack, tmp_path, who, monkeypatch):
     dealer.send(codec.encode(tunnel_messages.TunnelBody(1, b"", False)))
     assert dealer.poll(1500) == 0
     context.destroy(linger=0)
+
+
+def test_a_server_on_another_host_forwards(stack, tmp_path, monkeypatch):
+    """By the address and the keys that the trainer beside it left. The plugin goes on with those of the next trainer, and
+    says that there is none when they are gone."""
+    address, keys = stack
+    tmp_path.chmod(0o700)
+    for name, value in {"INSTANCE": "i", "CLAIMED": "1", "RUNTIME_DIR": str(tmp_path)}.items():
+        monkeypatch.setenv(f"APOLLO_TP_{name}", value)
+    folder = instance_folder.instance_dir("i")
+    (folder / instance_folder.TRAINER_LOCK).write_text(str(os.getpid()))
+    public, secret = zmq.auth.load_certificate(keys / "clients" / "laptop.key_secret")
+    known, _ = zmq.auth.load_certificate(keys / "server.key")
+    left = tunnel_messages.CoordinatorAddress(address, known.decode(), public.decode(), secret.decode())
+    wrong = msgspec.structs.replace(left, server_key=public.decode())
+    server = PluginServer()
+    try:
+        with httpx.Client(base_url=server.url, timeout=30, headers={"Authorization": f"Bearer {TOKEN}"}) as client:
+            for content, status in ((wrong, 503), (left, 200)):
+                (folder / instance_folder.TCP_FILE).write_bytes(msgspec.json.encode(content))
+                assert client.get("/train/status").status_code == status
+            assert client.get("/train/status", headers={"Authorization": ""}).status_code == 401
+            long = {"context_ids": [1], "continuation_ids": [2] * 900_000}
+            assert client.post("/train", json=long).json()["error"]["got"] == "900001 tokens"
+            assert client.post("/train", json=ONE | {"wait": True}).json()["state"] == "succeeded"
+            (folder / instance_folder.TCP_FILE).unlink()
+            answer = client.get("/train/status")
+            assert (answer.status_code, json.loads(answer.text)["error"]["code"]) == (503, "no_trainer")
+    finally:
+        server.close()
 
 
 def test_no_tcp_without_keys(tmp_path):

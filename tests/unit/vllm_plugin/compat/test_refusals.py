@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from torch import nn
 
+from apollo_tp.shards.instance import ENGINES_VARIABLE
 from apollo_tp.vllm_plugin.compat.config import config_overrides
-from apollo_tp.vllm_plugin.compat.hooks import ENGINES_VARIABLE
 from apollo_tp.vllm_plugin.compat.refusals import refusals_of_server
 
 
@@ -40,7 +40,17 @@ def server(**changes: Any) -> SimpleNamespace:
             {"parallel_config__pipeline_parallel_size": 2},
             "pipeline parallelism (2 stages): use tensor parallelism alone",
         ),
-        ({"parallel_config__data_parallel_size": 2}, "data parallelism (2 engines): start one server per engine"),
+        (
+            {"parallel_config__data_parallel_size": 2},
+            "data parallelism of a mixture of experts (2 engines, which work in step): start one server per engine without "
+            "--data-parallel-size, and train them with server.replicas",
+        ),
+        ({"parallel_config__enable_eplb": True}, "while the server runs; serve without --enable-eplb"),
+        (
+            {"parallel_config__prefill_context_parallel_size": 2},
+            "prefill context parallelism (2 ranks): several workers have one tensor-parallel rank; serve without "
+            "--prefill-context-parallel-size",
+        ),
         (
             {"parallel_config__enable_expert_parallel": True},
             "expert parallelism: serve without --enable-expert-parallel",
@@ -95,13 +105,13 @@ def test_backends_that_reorder_expert_weights_are_refused(backend: str) -> None:
     )
 
 
-def test_each_engine_of_a_data_parallel_server_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """To the engines of a dense model vLLM says that each is the only one; they would publish in each other's place."""
+def test_engines_that_can_be_told_apart_are_replicas(monkeypatch: pytest.MonkeyPatch) -> None:
+    """To the engines of a dense model vLLM says that each is the only one; without a number they would publish in each
+    other's place."""
     monkeypatch.setenv(ENGINES_VARIABLE, "4")
-    assert "data parallelism (4 engines)" in refusals_of_server(server(), nn.Module())[0]
-    monkeypatch.setenv(ENGINES_VARIABLE, "1")
-    (second,) = refusals_of_server(server(parallel_config__data_parallel_index=1), nn.Module())
-    assert "data parallelism" in second
+    (reason,) = refusals_of_server(server(), nn.Module())
+    assert "data parallelism (4 engines): this vLLM does not tell them apart; start one server per engine" in reason
+    assert refusals_of_server(server(parallel_config__data_parallel_index=1), nn.Module()) == []
 
 
 def test_overrides_of_the_config_are_passed_on_as_the_server_has_them() -> None:
