@@ -120,6 +120,17 @@ class OptimConfig:
 
 
 @dataclass(kw_only=True)
+class RlConfig:
+    max_staleness: int | None = option(
+        None, "drop samples of weights that are more updates than this behind the current ones; null keeps all"
+    )
+
+    def __post_init__(self) -> None:
+        limit = self.max_staleness
+        check(limit is None or limit >= 0, "rl.max_staleness", limit, "an integer >= 0, or null")
+
+
+@dataclass(kw_only=True)
 class ServerConfig:
     instance: str | None = option(None, "instance id of the vLLM server; null takes the only live one")
     replicas: int = option(1, "servers of one model that are trained together and stay bit-identical")
@@ -282,6 +293,7 @@ class Config:
     model: ModelConfig = option(ModelConfig, "how the served model's folder is read")
     optim: OptimConfig = option(OptimConfig, "APOLLO and its relatives")
     train: TrainConfig = option(TrainConfig, "batches, memory, precision")
+    rl: RlConfig = option(RlConfig, "learning from sampled completions")
     sync: SyncConfig = option(SyncConfig, "consistency with running inference")
     qos: QosConfig = option(QosConfig, "how much of the GPUs is left to inference")
     service: ServiceConfig = option(ServiceConfig, "the coordinator")

@@ -54,6 +54,7 @@ class Settings(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     max_sequence_tokens: int = 2048
     """Used until rank 0 has reported its own limit."""
     max_skipped_steps: int = 5
+    max_staleness: int | None = None
     command_timeout_seconds: float = 600.0
     checkpoint_after_idle_seconds: float | None = 300.0
     parent_pid: int | None = None

@@ -20,7 +20,7 @@ class StepProgress:
         self._task: TaskID | None = None
         self._job = ""
 
-    def __call__(self, command: commands.Step | commands.PreferenceStep, figures: commands.StepFigures) -> None:
+    def __call__(self, command: commands.AnyStep, figures: commands.StepFigures) -> None:
         speed = figures.num_tokens / figures.step_seconds if figures.step_seconds else 0.0
         if not sys.stderr.isatty():
             log.info(

@@ -55,7 +55,7 @@ class Services:
         """Resume the server if it was paused; returns for how many seconds it was."""
         return self._gate.after_step(weight_version)
 
-    def record_step(self, command: commands.Step | commands.PreferenceStep, figures: commands.StepFigures) -> None:
+    def record_step(self, command: commands.AnyStep, figures: commands.StepFigures) -> None:
         """Remember a completed step as the last one."""
         self._lineage.update(
             trained=_added(self._lineage.record, command, figures),
@@ -121,16 +121,22 @@ class Services:
         ]
 
 
-def _added(record: Lineage, command: commands.Step | commands.PreferenceStep, figures: commands.StepFigures) -> Trained:
+def _added(record: Lineage, command: commands.AnyStep, figures: commands.StepFigures) -> Trained:
     """What the weights were trained on, with this step; one that was skipped counts as nothing."""
     before = record.trained
     if figures.skipped:
         return before
-    samples = command.samples if isinstance(command, commands.Step) else command.pairs
+    match command:
+        case commands.Step():
+            num_samples = len(command.samples)
+        case commands.PreferenceStep():
+            num_samples = len(command.pairs)
+        case commands.OptimizerStep():
+            num_samples = command.num_samples
     return Trained(
         jobs=before.jobs + (command.job_id != record.last_job_id),
         steps=before.steps + 1,
-        samples=before.samples + len(samples),
+        samples=before.samples + num_samples,
         tokens=before.tokens + figures.num_tokens,
         loss_tokens=before.loss_tokens + figures.num_loss_tokens,
         loss=figures.loss,

@@ -58,6 +58,16 @@ class PackedBatch:
         """The same batch with ``factor`` times its weights."""
         return replace(self, weights=factor * self.weights, weight_sum=factor * self.weight_sum)
 
+    def with_weights(self, weights: Tensor) -> PackedBatch:
+        """The same batch with other weights, fp32 [T], which are 0 wherever they were. ``weight_sum`` stays that of the
+        samples."""
+        return replace(self, weights=weights)
+
+    def sequence_of_token(self) -> Tensor:
+        """For each token, the number of its sequence in this batch: int64 [T]."""
+        numbers = torch.arange(len(self.lengths), device=self.token_ids.device)
+        return torch.repeat_interleave(numbers, self.cu_seqlens.diff().long(), output_size=self.num_tokens)
+
     def to(self, device: torch.device) -> PackedBatch:
         """The same batch with its tensors on ``device``."""
         return replace(self, **{name: getattr(self, name).to(device, non_blocking=True) for name in _TENSORS})

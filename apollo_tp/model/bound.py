@@ -14,7 +14,7 @@ from apollo_tp.distributed.tp_group import TPGroup
 from apollo_tp.model.batch import PackedBatch
 from apollo_tp.model.gradients import GradientSync
 from apollo_tp.model.joined import JoinedLinear
-from apollo_tp.model.loss import VocabShard, nll_sum, target_logprobs
+from apollo_tp.model.loss import VocabShard, logprobs_with_entropy, nll_sum, target_logprobs
 from apollo_tp.model.regions import RowParallelLinear
 from apollo_tp.shards.boxes import Shard
 
@@ -65,6 +65,16 @@ class LossSums:
 
     loss: Tensor
     correct: Tensor
+
+
+@dataclass(frozen=True)
+class TokenLogprobs:
+    """Of the N loss tokens of a micro-batch, fp32 [N], the same on all ranks: ``logprobs`` (nats, differentiable),
+    whether each is the arg max (bool), and the entropy (nats) of the distribution that it is drawn from."""
+
+    logprobs: Tensor
+    correct: Tensor
+    entropy: Tensor
 
 
 @dataclass(frozen=True)
@@ -129,20 +139,27 @@ class BoundModel:
         loss, correct = nll_sum(*self._loss_tokens(batch), batch.weights[batch.loss_positions], self.vocab)
         return LossSums(loss, correct.float().sum())
 
-    def sequence_logprobs(self, batch: PackedBatch) -> SequenceLogprobs:
+    def token_logprobs(self, batch: PackedBatch, inverse_temperature: Tensor | None = None) -> TokenLogprobs:
+        """Log-probability and entropy of each loss token. ``inverse_temperature`` fp32 [T]: see ``loss.target_logprobs``.
+
+        ``batch`` must be on the parameters' device. Collective: the sums of the module's parallel regions, and those of
+        ``loss.logprobs_with_entropy``.
+        """
+        inverse = None if inverse_temperature is None else inverse_temperature[batch.loss_positions]
+        return TokenLogprobs(*logprobs_with_entropy(*self._loss_tokens(batch), self.vocab, inverse))
+
+    def sequence_logprobs(self, batch: PackedBatch, inverse_temperature: Tensor | None = None) -> SequenceLogprobs:
         """Per-token and per-sequence log-probabilities; under ``torch.no_grad`` nothing is kept for a backward pass.
+        ``inverse_temperature`` as in ``token_logprobs``.
 
         ``batch`` must be on the parameters' device. Collective: the sums of the module's parallel regions, and those of
         ``loss.target_logprobs``.
         """
-        logprobs, correct = target_logprobs(*self._loss_tokens(batch), self.vocab)
+        inverse = None if inverse_temperature is None else inverse_temperature[batch.loss_positions]
+        logprobs, correct = target_logprobs(*self._loss_tokens(batch), self.vocab, inverse)
         tokens = batch.weights.new_zeros(batch.num_tokens).index_put((batch.loss_positions,), logprobs)
         hits = torch.zeros_like(batch.weights).index_put((batch.loss_positions,), correct.float())
-        starts, stops = batch.cu_seqlens[:-1].long(), batch.cu_seqlens[1:].long()
-        sequence = torch.repeat_interleave(
-            torch.arange(len(batch.lengths), device=tokens.device), stops - starts, output_size=batch.num_tokens
-        )
-        zeros = tokens.new_zeros(len(batch.lengths))
+        sequence, zeros = batch.sequence_of_token(), tokens.new_zeros(len(batch.lengths))
         return SequenceLogprobs(
             tokens=tokens,
             sequences=zeros.index_add(0, sequence, batch.weights * tokens),

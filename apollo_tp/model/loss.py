@@ -29,6 +29,8 @@ CHUNK_BYTES = 512 * 2**20
 MAX_ROUNDED_SUMS = 4
 """Chunks whose gradients of the head are added up in its own dtype. Each addition rounds: in bf16, the error of 256 is 2 %.
 Those of more chunks are added up in fp32, which takes twice the memory of the head."""
+_LEAST_SHIFT = -1e4
+"""Of a rank without rows of the vocabulary, in place of minus infinity; its exponential is 0 as well."""
 
 
 @dataclass(frozen=True)
@@ -73,26 +75,48 @@ class VocabShard:
         size = max(1, self.chunk_bytes // (4 * rows))
         return [slice(start, min(start + size, tokens)) for start in range(0, tokens, size)]
 
-    def statistics(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def statistics(
+        self, logits: Tensor, targets: Tensor, inverse_temperature: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """See _statistics. ``logits`` raw, local [n, V_local]; ``targets`` int64 [n], global ids. Local."""
         if logits.shape[1] == 0:
             zero = logits.new_zeros(len(targets), dtype=torch.float32)
             return torch.full_like(zero, -torch.inf), zero, zero
         function = _compiled(_statistics) if self.compiled else _statistics
-        return function(logits, *self._local(targets, logits.shape[1]), self.transform)  # type: ignore[no-any-return]
+        local = self._local(targets, logits.shape[1])
+        return function(logits, *local, self.transform, inverse_temperature)  # type: ignore[no-any-return]
 
-    def logits_gradient(self, logits: Tensor, targets: Tensor, grad: Tensor, normalizer: Tensor) -> Tensor:
+    def spread(self, logits: Tensor, largest: Tensor, inverse_temperature: Tensor | None = None) -> Tensor:
+        """See _spread. ``largest`` is that of ``statistics``. Local."""
+        if logits.shape[1] == 0:
+            return torch.zeros_like(largest)
+        function = _compiled(_spread) if self.compiled else _spread
+        return function(logits, largest, self.transform, inverse_temperature)  # type: ignore[no-any-return]
+
+    def logits_gradient(
+        self,
+        logits: Tensor,
+        targets: Tensor,
+        grad: Tensor,
+        normalizer: Tensor,
+        inverse_temperature: Tensor | None = None,
+    ) -> Tensor:
         """See _logits_gradient; ``targets`` int64 [n], global ids; V_local > 0. Local."""
         function = _compiled(_logits_gradient) if self.compiled else _logits_gradient
-        return function(logits, *self._local(targets, logits.shape[1]), grad, normalizer, self.transform)  # type: ignore[no-any-return]
+        local = self._local(targets, logits.shape[1])
+        return function(logits, *local, grad, normalizer, self.transform, inverse_temperature)  # type: ignore[no-any-return]
 
     def agree(self, largest: Tensor, sums: Tensor) -> Tensor:
-        """From local to global statistics, fp32: returns that of ``largest`` [n], changes ``sums`` [2, n] in place.
+        """From local to global statistics, fp32: returns that of ``largest`` [n], changes ``sums`` [2 or 3, n] in place. The
+        rows of ``sums`` are a sum of exponentials, a target's logit and, if there, the ``spread``.
 
-        Two all-reduces, a maximum of [n] and a sum of [2, n].
+        Two all-reduces, a maximum of [n] and a sum of [2 or 3, n].
         """
         top = self.tp.all_reduce_(largest.clone(), dist.ReduceOp.MAX)
-        sums[0] *= (largest - top).exp()
+        shift = largest - top
+        if len(sums) > 2:  # a rank without rows has -inf, and nothing to shift
+            sums[2] = (sums[2] + sums[0] * shift.clamp(min=_LEAST_SHIFT)) * shift.exp()
+        sums[0] *= shift.exp()
         self.tp.all_reduce_(sums)
         return top
 
@@ -103,17 +127,28 @@ class VocabShard:
         return local.where(owned, 0), owned
 
 
-def target_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor, vocab: VocabShard) -> tuple[Tensor, Tensor]:
+def target_logprobs(
+    hidden: Tensor, weight: Tensor, targets: Tensor, vocab: VocabShard, inverse_temperature: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Log-probability of each target under softmax(transform(hidden @ weight.T)), and whether it is the arg max.
 
-    ``hidden`` [N, D] and ``targets`` int64 [N] (global ids) are the same on all ranks; ``weight`` [V_local, D] is local,
-    V_local may be 0. Returns fp32 [N] (differentiable, nats) and bool [N], the same on all ranks. Collectives: forward one
-    max and one sum all-reduce of [N] and [2, N] fp32; backward one sum all-reduce of [N, D] in hidden's dtype. None if N
-    is 0.
+    ``hidden`` [N, D] and ``targets`` int64 [N] (global ids) are the same on all ranks, as is ``inverse_temperature`` (fp32
+    [N]; None is 1), which the transformed logits are multiplied by; ``weight`` [V_local, D] is local, V_local may be 0.
+    Returns fp32 [N] (differentiable, nats) and bool [N], the same on all ranks. Collectives: forward one max and one sum
+    all-reduce of [N] and [2, N] fp32; backward one sum all-reduce of [N, D] in hidden's dtype. None if N is 0.
     """
     hidden = copy_to_region(hidden, vocab.tp)
-    logprobs, correct = _TargetLogprobs.apply(hidden, weight, targets, vocab)
+    logprobs, correct, _ = _TargetLogprobs.apply(hidden, weight, targets, vocab, inverse_temperature, False)
     return logprobs, correct
+
+
+def logprobs_with_entropy(
+    hidden: Tensor, weight: Tensor, targets: Tensor, vocab: VocabShard, inverse_temperature: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``target_logprobs``, and the entropy of each distribution (nats, fp32 [N], not differentiable, the same on all ranks).
+    Collectives: as there, with [3, N] in place of [2, N]."""
+    hidden = copy_to_region(hidden, vocab.tp)
+    return _TargetLogprobs.apply(hidden, weight, targets, vocab, inverse_temperature, True)  # type: ignore[no-any-return]
 
 
 def nll_sum(
@@ -141,34 +176,47 @@ class _TargetLogprobs(torch.autograd.Function):
     """``target_logprobs`` inside the parallel region: the backward pass computes each chunk's logits again."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, vocab: VocabShard) -> tuple[Tensor, Tensor]:
-        tokens = hidden.shape[0]
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        vocab: VocabShard,
+        inverse_temperature: Tensor | None,
+        with_entropy: bool,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        tokens, scale = hidden.shape[0], inverse_temperature
         top = hidden.new_full((tokens,), -torch.inf, dtype=torch.float32)
-        sums = hidden.new_zeros((2, tokens), dtype=torch.float32)  # sum of exponentials, target logit
+        # sum of exponentials, target logit, spread
+        sums = hidden.new_zeros((3 if with_entropy else 2, tokens), dtype=torch.float32)
         for part in vocab.chunks(tokens, weight.shape[0]):
-            top[part], sums[0, part], sums[1, part] = vocab.statistics(hidden[part] @ weight.T, targets[part])
+            logits, inverse = hidden[part] @ weight.T, None if scale is None else scale[part]
+            top[part], sums[0, part], sums[1, part] = vocab.statistics(logits, targets[part], inverse)
+            if with_entropy:
+                sums[2, part] = vocab.spread(logits, top[part], inverse)
         if tokens:
             top = vocab.agree(top, sums)
         normalizer = sums[0].log() + top
-        ctx.save_for_backward(hidden, weight, targets, normalizer)
+        ctx.save_for_backward(hidden, weight, targets, normalizer, *([] if scale is None else [scale]))
         ctx.vocab = vocab
         correct = sums[1] >= top
-        ctx.mark_non_differentiable(correct)
-        return sums[1] - normalizer, correct
+        entropy = sums[0].log() - sums[2] / sums[0] if with_entropy else None
+        ctx.mark_non_differentiable(correct, *([] if entropy is None else [entropy]))
+        return sums[1] - normalizer, correct, entropy
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        hidden, weight, targets, normalizer = ctx.saved_tensors
+    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        hidden, weight, targets, normalizer, *scale = ctx.saved_tensors
         chunks = ctx.vocab.chunks(hidden.shape[0], weight.shape[0])
         grad_hidden = torch.zeros_like(hidden)
         grad_weight = _empty_sum(weight, len(chunks)).zero_()
         for part in chunks:
-            logits = hidden[part] @ weight.T
-            grad_logits = ctx.vocab.logits_gradient(logits, targets[part], grad[part], normalizer[part])
+            logits, inverse = hidden[part] @ weight.T, scale[0][part] if scale else None
+            grad_logits = ctx.vocab.logits_gradient(logits, targets[part], grad[part], normalizer[part], inverse)
             torch.mm(grad_logits, weight, out=grad_hidden[part])
             if ctx.needs_input_grad[1]:  # a frozen head has none
                 _add_product(grad_weight, grad_logits.T, hidden[part])
-        return grad_hidden, grad_weight.to(weight.dtype), None, None
+        return grad_hidden, grad_weight.to(weight.dtype), None, None, None, None
 
 
 class _NllSum(torch.autograd.Function):
@@ -232,31 +280,52 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
         total.addmm_(a.float(), b.float())
 
 
+def _tempered(logits: Tensor, transform: LogitsTransform, inverse_temperature: Tensor | None) -> Tensor:
+    """The logits [n, V_local] of the softmax, fp32."""
+    logits = transform(logits.float())
+    return logits if inverse_temperature is None else logits * inverse_temperature[:, None]
+
+
 def _statistics(
-    logits: Tensor, local: Tensor, owned: Tensor, transform: LogitsTransform
+    logits: Tensor, local: Tensor, owned: Tensor, transform: LogitsTransform, inverse_temperature: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Statistics of n tokens: largest local logit, sum of exp(logit - largest), target's logit (0 on another rank).
 
     ``logits`` raw, local [n, V_local]; ``local`` int64 [n] and ``owned`` bool [n]: see VocabShard._local. Returns fp32 [n]
     each, local.
     """
-    logits = transform(logits.float())
+    logits = _tempered(logits, transform, inverse_temperature)
     largest = logits.amax(-1)
     total = (logits - largest[:, None]).exp().sum(-1)
     return largest, total, torch.where(owned, logits.gather(1, local[:, None])[:, 0], 0.0)
 
 
+def _spread(logits: Tensor, largest: Tensor, transform: LogitsTransform, inverse_temperature: Tensor | None) -> Tensor:
+    """Sum of exp(logit - largest) * (logit - largest), fp32 [n]: the entropy is log(total) - spread / total. Local."""
+    below = _tempered(logits, transform, inverse_temperature) - largest[:, None]
+    return (below.exp() * below).sum(-1)
+
+
 def _logits_gradient(
-    logits: Tensor, local: Tensor, owned: Tensor, grad: Tensor, normalizer: Tensor, transform: LogitsTransform
+    logits: Tensor,
+    local: Tensor,
+    owned: Tensor,
+    grad: Tensor,
+    normalizer: Tensor,
+    transform: LogitsTransform,
+    inverse_temperature: Tensor | None,
 ) -> Tensor:
     """Gradient with respect to a chunk's raw logits: local [n, V_local] in their dtype.
 
     ``grad`` fp32 [n] is that of the log-probability, ``normalizer`` fp32 [n] the log of the global sum of exponentials.
     """
     transformed = transform(logits.float())
+    tempered = transformed if inverse_temperature is None else transformed * inverse_temperature[:, None]
     rows = torch.arange(logits.shape[1], device=logits.device)
     target = (rows[None, :] == local[:, None]) & owned[:, None]
-    grad_logits = (target.float() - (transformed - normalizer[:, None]).exp()) * grad[:, None]
+    if inverse_temperature is not None:
+        grad = grad * inverse_temperature
+    grad_logits = (target.float() - (tempered - normalizer[:, None]).exp()) * grad[:, None]
     return transform.backward(transformed, grad_logits).to(logits.dtype)
 
 

@@ -14,6 +14,7 @@ import logging
 import signal
 import time
 import traceback
+from dataclasses import asdict, fields
 from typing import NoReturn, Protocol
 
 import msgspec
@@ -23,6 +24,7 @@ import torch.distributed as dist
 from apollo_tp.distributed.control import Control
 from apollo_tp.errors import CollectiveError, RankFailedError
 from apollo_tp.training.coordinator_link import Link
+from apollo_tp.training.step_options import StepOptions
 from apollo_tp.training.trainer import Trainer
 from apollo_tp.wire import codec, commands
 
@@ -67,7 +69,7 @@ class Services(Protocol):
         """A command has ended or failed on all ranks: resume the server if it was paused for an update. Returns for how many
         seconds it was paused. Local."""
 
-    def record_step(self, command: commands.Step | commands.PreferenceStep, figures: commands.StepFigures) -> None:
+    def record_step(self, command: commands.AnyStep, figures: commands.StepFigures) -> None:
         """All ranks have completed this step: remember it as the last one. Local."""
 
     def record_failure(self, weight_version: int) -> None:
@@ -145,7 +147,7 @@ class RankLoop:
             reply = _failed(command, failures)
             if len({v.progress for v in verdicts}) > 1:
                 self._end(reply, [v.progress[0] for v in verdicts])
-        elif isinstance(reply, commands.StepDone) and isinstance(command, commands.Step | commands.PreferenceStep):
+        elif isinstance(reply, commands.StepDone) and isinstance(command, commands.AnyStep):
             memory = [v.peak_memory_bytes for v in verdicts]
             figures = msgspec.structs.replace(reply.figures, peak_memory_bytes=memory, paused_seconds=paused_seconds)
             reply = commands.StepDone(id=command.id, figures=figures)
@@ -199,15 +201,29 @@ class RankLoop:
     def _dispatch(self, command: commands.AnyCommand) -> commands.AnyReply:
         match command:
             case commands.Step():
-                figures = self.trainer.step(command.samples, command.learning_rate_scale)
+                figures = self.trainer.step(
+                    command.samples, command.learning_rate_scale, command.loss, command.max_staleness
+                )
                 return commands.StepDone(id=command.id, figures=figures)
             case commands.PreferenceStep():
                 figures = self.trainer.preference_step(command.pairs, command.beta, command.learning_rate_scale)
                 return commands.StepDone(id=command.id, figures=figures)
+            case commands.ForwardBackward():
+                passed = self.trainer.forward_backward(command.samples, command.loss)
+                return commands.ForwardBackwardDone(id=command.id, **asdict(passed))
+            case commands.OptimizerStep():
+                options = StepOptions(**{f.name: getattr(command, f.name) for f in fields(StepOptions)})
+                return commands.StepDone(
+                    id=command.id, figures=self.trainer.optimizer_step(command.num_passes, options)
+                )
             case commands.Score():
                 scores = self.trainer.score(command.samples)
                 return commands.ScoreDone(
-                    id=command.id, logprobs=scores.logprobs, weights=scores.weights, num_correct=scores.num_correct
+                    id=command.id,
+                    logprobs=scores.logprobs,
+                    weights=scores.weights,
+                    num_correct=scores.num_correct,
+                    token_logprobs=scores.token_logprobs if command.per_token else [],
                 )
             case commands.SaveCheckpoint():
                 started = time.monotonic()

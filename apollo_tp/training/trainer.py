@@ -1,12 +1,12 @@
 """One rank's trainer: takes samples, makes an optimizer step on the served weights, returns figures. No sockets, no Hydra.
 
-``step``, ``preference_step`` and ``score`` are collective: every rank calls them with the same arguments in the same order.
+``step``, ``preference_step``, ``forward_backward``, ``optimizer_step`` and ``score`` are collective: every rank calls them
+with the same arguments in the same order.
 """
 
 from __future__ import annotations
 
-import math
-import time
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -17,24 +17,39 @@ from torch import Tensor
 from apollo_tp.config import GradientMode
 from apollo_tp.distributed.mesh import Mesh
 from apollo_tp.distributed.tp_group import TPGroup
-from apollo_tp.errors import ConfigError
+from apollo_tp.errors import ConfigError, RequestError
 from apollo_tp.gpu_sharing.pace import Pace
 from apollo_tp.model import BoundModel
-from apollo_tp.model.batch import PackedBatch, empty_share, pack, pack_pairs
-from apollo_tp.model.loss import preference_loss, unit
+from apollo_tp.model.batch import PackedBatch, empty_share, pack
+from apollo_tp.model.loss import unit
 from apollo_tp.optim import Optimizer
+from apollo_tp.training.clock import Clock
 from apollo_tp.training.cuda_graphs import GraphCache
+from apollo_tp.training.objectives import (
+    NothingToLearnError,
+    Objective,
+    Place,
+    Preference,
+    inverse_temperatures,
+    objective_of,
+)
+from apollo_tp.training.results import PassFigures, ScoreResult, nothing_learned
+from apollo_tp.training.step_options import StepOptions
 from apollo_tp.wire.commands import PreferencePair, Sample, StepFigures
+from apollo_tp.wire.losses import Loss
+
+DEFAULT_LOSS = Loss()
 
 
 @dataclass(frozen=True)
-class ScoreResult:
-    """Per sample, in the order given, the same on every rank: weighted log-probability in nats, sum of weights, and the
-    number of tokens with a weight that are the arg max of the model's prediction."""
+class _Passes:
+    """Passes whose gradients the leaves hold, until they are written or dropped: sums as of ``LossSums``, this replica's
+    micro-batches, and how many calls of ``forward_backward`` they were."""
 
-    logprobs: list[float]
-    weights: list[float]
-    num_correct: list[float]
+    loss: Tensor
+    correct: Tensor
+    batches: list[PackedBatch]
+    num_passes: int = 0
 
 
 class Trainer:
@@ -67,6 +82,7 @@ class Trainer:
         self.replicas = self.mesh.replicas
         self.device = device
         self.max_micro_batch_tokens = max_micro_batch_tokens
+        self._place = Place(model, self.replicas, device, max_micro_batch_tokens)
         self.weight_version = weight_version
         self._before_write = before_write or (lambda: None)
         self._pace = pace or Pace(1.0, model.module, tp, device)
@@ -78,6 +94,7 @@ class Trainer:
         self._replays: GraphCache | None = None
         self._has_compared = False
         self._progress = optimizer.progress()
+        self._kept: _Passes | None = None
 
     def record_passes(self, replays: GraphCache) -> bool:
         """From now on, replay consecutive steps of one batch structure. Returns False, and changes nothing, if that is never
@@ -87,59 +104,49 @@ class Trainer:
         self._replays = replays if possible else None
         return possible
 
-    def step(self, samples: Sequence[Sample], learning_rate_scale: float = 1.0) -> StepFigures:
-        """One supervised step: weighted mean cross-entropy over all samples, accumulated over micro-batches.
+    def step(
+        self,
+        samples: Sequence[Sample],
+        learning_rate_scale: float = 1.0,
+        loss: Loss = DEFAULT_LOSS,
+        max_staleness: int | None = None,
+    ) -> StepFigures:
+        """One step of ``loss`` over all samples, accumulated over micro-batches.
 
-        ``learning_rate_scale`` multiplies the scheduled learning rate. Raises RequestError for samples that cannot be
-        packed, ReplicaError if ranks turn out to differ, and whatever the model or a collective raises; see
-        ``abandon_step``.
+        ``learning_rate_scale`` multiplies the scheduled learning rate. Samples of weights that are more than
+        ``max_staleness`` versions older than these are dropped; a step without any other writes nothing and says so. Raises
+        RequestError for samples that cannot be packed, ReplicaError if ranks turn out to differ, and whatever the model or a
+        collective raises; see ``abandon_step``.
         """
-        clock = _Clock(self.device)
-        batches = pack(samples, self.max_micro_batch_tokens, self.replicas.rank, self.replicas.size)
-        share = 1.0 / math.fsum(weight for sample in samples for weight in sample.weights)
-        batches = [batch.scaled(share) for batch in batches]
-
-        def loss_of(batch: PackedBatch) -> tuple[Tensor, Tensor]:
-            sums = self.model.forward_loss(batch)
-            return sums.loss, sums.correct
-
-        return self._step(batches, loss_of, learning_rate_scale, clock, self._replays)
+        clock = Clock(self.device)
+        fresh = [sample for sample in samples if not self._is_stale(sample, max_staleness)]
+        try:
+            objective = objective_of(self._place, fresh, loss)
+            figures = self._step(objective, learning_rate_scale, clock)
+        except NothingToLearnError as error:
+            why = f"{error}, {len(samples) - len(fresh)} stale ones not counted"
+            figures = nothing_learned(why, self.weight_version, clock.total())
+        if max_staleness is None:
+            return figures
+        stale = {"stale_samples": float(len(samples) - len(fresh))}
+        return msgspec.structs.replace(figures, metrics=figures.metrics | stale)
 
     def preference_step(
         self, pairs: Sequence[PreferencePair], beta: float, learning_rate_scale: float = 1.0
     ) -> StepFigures:
-        """One DPO step (Rafailov et al. 2023, eq. 7): mean over pairs. Both sides of a pair share a micro-batch.
-        Arguments and errors as of ``step``; ``beta`` is the inverse temperature of the loss."""
-        clock = _Clock(self.device)
-        batches = pack_pairs(pairs, self.max_micro_batch_tokens, self.replicas.rank, self.replicas.size)
-        reference = torch.tensor([(p.reference_preferred, p.reference_rejected) for p in pairs], device=self.device)
-        margins: list[Tensor] = []
+        """One DPO step. Arguments and errors as of ``step``; ``beta`` is the inverse temperature of the loss."""
+        clock = Clock(self.device)
+        return self._step(Preference(self._place, pairs, beta), learning_rate_scale, clock)
 
-        def loss_of(batch: PackedBatch) -> tuple[Tensor, Tensor]:
-            scored = self.model.sequence_logprobs(batch)
-            members = [index // 2 for index in batch.sample_index[::2]]
-            policy = scored.sequences.view(-1, 2)
-            losses, margin = preference_loss(policy, reference[members], beta)
-            margins.append(margin.detach())
-            return losses.sum() / len(pairs), scored.correct.sum()
+    def _is_stale(self, sample: Sample, max_staleness: int | None) -> bool:
+        version = sample.sampled.weight_version
+        return max_staleness is not None and version is not None and self.weight_version - version > max_staleness
 
-        figures = self._step(batches, loss_of, learning_rate_scale, clock)
-        margin = torch.cat([*margins, torch.empty(0, device=self.device)]).double()
-        sums = self.replicas.all_reduce_(torch.stack([margin.sum(), (margin > 0).double().sum()])) / len(pairs)
-        rewards = dict(zip(("reward_margin", "reward_accuracy"), sums.tolist(), strict=True))
-        return msgspec.structs.replace(figures, metrics=rewards)
-
-    def _step(
-        self,
-        batches: Sequence[PackedBatch],
-        loss_of: Callable[[PackedBatch], tuple[Tensor, Tensor]],
-        learning_rate_scale: float,
-        clock: _Clock,
-        replays: GraphCache | None = None,
-    ) -> StepFigures:
-        in_backward = self._updates_in_backward(batches)
+    def _step(self, objective: Objective, learning_rate_scale: float, clock: Clock) -> StepFigures:
+        in_backward = self._updates_in_backward(objective.batches)
         # before any pass: a copy waits for work launched before it
-        batches = [batch.to(self.device) for batch in batches]
+        batches = [batch.to(self.device) for batch in objective.batches]
+        replays = self._replays if objective.replayable else None
         if replays is None or not batches or not replays.can_replay(batches):
             self._make_room()
             replays = None
@@ -148,21 +155,51 @@ class Trainer:
         self._progress = self.optimizer.progress()
         self.optimizer.zero_grad()
         self.model.zero_grad()
+        self._kept = None
+        batches = objective.begin(batches)
+        scale = learning_rate_scale if in_backward else None
+        passes = self._run(objective, batches, clock, scale, replays)
+        return self._update(passes, learning_rate_scale, clock, in_backward, writes_already, objective.metrics)
+
+    def _run(
+        self,
+        objective: Objective,
+        batches: Sequence[PackedBatch],
+        clock: Clock,
+        learning_rate_scale: float | None = None,
+        replays: GraphCache | None = None,
+        keeps: bool = False,
+    ) -> _Passes:
+        """Forward and backward pass of all micro-batches; if a scale is given, weights are updated in the backward pass.
+        ``keeps``: others may follow before the update."""
         loss_sum = torch.zeros((), device=self.device)
         correct = torch.zeros((), device=self.device)
         for position, batch in enumerate(batches):
             if replays is not None:
                 loss, hits = replays.run(batch, accumulate=position > 0, between=lambda: clock.mark("forward"))
             else:
-                loss, hits = loss_of(batch)
+                loss, hits = objective.loss(batch)
                 self._pace.give_way()
                 clock.mark("forward")
-                if position == len(batches) - 1:
+                if position == len(batches) - 1 and not keeps:
                     self.optimizer.begin_exchange()
-                self._backward(loss, learning_rate_scale if in_backward else None)
+                self._backward(loss, learning_rate_scale)
             clock.mark("backward")
             loss_sum += loss.detach()
             correct += hits.detach()
+        return _Passes(loss_sum, correct, list(batches))
+
+    def _update(
+        self,
+        passes: _Passes,
+        learning_rate_scale: float,
+        clock: Clock,
+        in_backward: bool = False,
+        writes_already: bool = False,
+        metrics: Callable[[], dict[str, float]] = dict,
+    ) -> StepFigures:
+        """Update the weights from the gradients of ``passes``."""
+        loss_sum, correct, batches = passes.loss, passes.correct, passes.batches
         compare = self._compares_gradients()
         received = self.model.finish_gradients(compare=compare)
         self._has_compared |= compare  # if it did not raise
@@ -197,8 +234,53 @@ class Trainer:
             optimizer_seconds=clock.seconds["optimizer"],
             paused_seconds=0.0,  # known once all ranks have ended the command, as is what follows
             peak_memory_bytes=[],
-            metrics={},
+            metrics=metrics(),
         )
+
+    def forward_backward(self, samples: Sequence[Sample], loss: Loss) -> PassFigures:
+        """Add the gradients of ``loss`` over ``samples`` to those that are kept for ``optimizer_step``: any number of calls,
+        and of scores between them; a step drops them. Nothing is written. Raises as ``step``, and ConfigError where
+        gradients are never stored."""
+        clock = Clock(self.device)
+        if self.gradients is GradientMode.in_backward:
+            raise ConfigError(
+                "train.gradients: got in_backward, expected stored or auto, since gradients are kept between commands"
+            )
+        self._make_room()
+        self._pace.begin()
+        self._catch_up()
+        kept = self._kept or _Passes(torch.zeros((), device=self.device), torch.zeros((), device=self.device), [])
+        if not self._kept:
+            self.optimizer.zero_grad()
+            self.model.zero_grad()
+        metrics: dict[str, float] = {}
+        passes = _Passes(torch.zeros_like(kept.loss), torch.zeros_like(kept.correct), [])
+        with contextlib.suppress(NothingToLearnError):
+            objective = objective_of(self._place, samples, loss)
+            batches = objective.begin([batch.to(self.device) for batch in objective.batches])
+            passes = self._run(objective, batches, clock, keeps=True)
+            metrics = objective.metrics()
+        figures = self._over_replicas(passes.loss, passes.correct, passes.batches)
+        num_passes = kept.num_passes + 1
+        self._kept = _Passes(
+            kept.loss + passes.loss, kept.correct + passes.correct, kept.batches + passes.batches, num_passes
+        )
+        total, _, num_tokens, num_loss_tokens, _ = figures
+        return PassFigures(total, num_tokens, num_loss_tokens, num_passes, clock.total(), metrics)
+
+    def optimizer_step(self, num_passes: int, options: StepOptions) -> StepFigures:
+        """Update the weights from the sum of all gradients since the last step, which must be those of ``num_passes`` calls
+        of ``forward_backward``. Raises RequestError if they are not, and as ``step``."""
+        clock, kept, self._kept = Clock(self.device), self._kept, None
+        if kept is None or kept.num_passes != num_passes:
+            raise RequestError(
+                f"num_passes: got gradients of {kept.num_passes if kept else 0} passes, expected {num_passes}; after a "
+                "failure or another step they are gone: send the passes again",
+                field="num_passes",
+            )
+        self._progress = self.optimizer.progress()
+        with options.applied_to(self.optimizer.config):
+            return self._update(kept, 1.0, clock)
 
     def _over_replicas(
         self, loss: Tensor, correct: Tensor, batches: Sequence[PackedBatch]
@@ -246,12 +328,14 @@ class Trainer:
             self.weight_version += 1
         self._progress = self.optimizer.progress()
         self.model.zero_grad()
+        self._kept = None
 
     def rejoin(self) -> None:
         """After a command that raised on some rank: forget what may not be the same on all ranks. Call it on all of them."""
         self._has_compared = False
         self.optimizer.rejoin()
         self.model.zero_grad()
+        self._kept = None
 
     def _updates_in_backward(self, batches: Sequence[PackedBatch]) -> bool:
         """Whether this step updates in its backward pass. Raises ConfigError if it must and cannot; nothing is written
@@ -268,20 +352,25 @@ class Trainer:
 
     @torch.no_grad()
     def score(self, samples: Sequence[Sample]) -> ScoreResult:
-        """Log-probabilities of ``samples`` under the current weights; nothing changes. Raises RequestError for samples that
-        cannot be packed."""
+        """Log-probabilities of ``samples`` under the current weights, at their temperatures; nothing changes. Raises
+        RequestError for samples that cannot be packed."""
         logprobs, correct = [0.0] * len(samples), [0.0] * len(samples)
+        tokens: list[list[float]] = [[] for _ in samples]
         self._catch_up()
         self._pace.begin()
         self._make_room()
         for batch in pack(samples, self.max_micro_batch_tokens):
-            scored = self.model.sequence_logprobs(batch.to(self.device))
+            inverse = inverse_temperatures([samples[index] for index in batch.sample_index], self.device)
+            scored = self.model.sequence_logprobs(batch.to(self.device), inverse)
             self._pace.give_way()
+            predicted = scored.tokens.roll(1)  # at the tokens themselves; nothing predicts the first of a sequence
+            for index, own in zip(batch.sample_index, predicted.split(batch.lengths), strict=True):
+                tokens[index] = own.tolist()
             for index, logprob, hits in zip(
                 batch.sample_index, scored.sequences.tolist(), scored.correct.tolist(), strict=True
             ):
                 logprobs[index], correct[index] = logprob, hits
-        return ScoreResult(logprobs, [sum(s.weights) for s in samples], correct)
+        return ScoreResult(logprobs, [sum(s.weights) for s in samples], correct, tokens)
 
     def peak_memory_bytes(self) -> int:
         """Peak GPU memory of this rank beyond the served weights since its memory was planned; 0 on CPU."""
@@ -293,42 +382,3 @@ class Trainer:
     def _make_room(self) -> None:
         if self._replays is not None:
             self._replays.release()
-
-
-class _Clock:
-    """Time per phase of a step: on CUDA measured by the device, since the host is phases ahead, elsewhere by the host.
-    A phase ends at its mark and begins at the mark before it; the first one begins when the clock is made."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.seconds = {"forward": 0.0, "backward": 0.0, "optimizer": 0.0}
-        self._device, self._start = device, time.perf_counter()
-        self._last = self._now()
-        self._marks: list[tuple[str, torch.cuda.Event | float]] = []
-
-    def mark(self, phase: str) -> None:
-        self._marks.append((phase, self._now()))
-
-    def total(self) -> float:
-        """Wait for the device; returns the host's seconds since the clock was made, and fills ``seconds``."""
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
-        total = time.perf_counter() - self._start
-        for phase, now in self._marks:
-            self.seconds[phase] += _elapsed(self._last, now)
-            self._last = now
-        self._marks = []
-        return total
-
-    def _now(self) -> torch.cuda.Event | float:
-        if self._device.type != "cuda":
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-
-def _elapsed(start: torch.cuda.Event | float, stop: torch.cuda.Event | float) -> float:
-    if isinstance(start, float):
-        assert isinstance(stop, float)
-        return stop - start
-    return start.elapsed_time(stop) / 1e3  # type: ignore[no-any-return]

@@ -37,6 +37,7 @@ class PausableEngine(Protocol):
     async def pause(self, *, drain: bool) -> None: ...
     async def resume(self) -> None: ...
     async def reset_prefix_cache(self) -> None: ...
+    async def label_weights(self, version: str) -> None: ...
     def salt_requests(self, salt: str) -> None: ...
 
 
@@ -198,9 +199,12 @@ class UpdateLock:
             self._engine.salt_requests(f"apollo-{self._attached.weight_version}-{self._num_salts}")
 
     async def _refresh(self) -> str | None:
-        """Separate the prefix cache of older weights from that of requests to come."""
+        """Label what is sampled from now on with the weight version, and separate the prefix cache of older weights from
+        that of requests to come."""
         assert self._attached
         self._new_salt()
+        version = str(self._attached.weight_version)
+        await self._ask_engine(self._engine.label_weights(version), "vLLM was not told the weight version")
         if self._attached.cache == CacheMode.reset.value:
             return await self._ask_engine(self._reset_cache(), "the prefix cache keeps entries of older weights")
         return None

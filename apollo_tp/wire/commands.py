@@ -10,7 +10,25 @@ from __future__ import annotations
 
 import msgspec
 
-PROTOCOL_VERSION = 2
+from apollo_tp.wire.losses import Loss, LossConfig
+
+PROTOCOL_VERSION = 3
+
+
+class Sampled(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What is known of a completion that a model sampled. The lists are empty, or have one value for each of the last tokens
+    of the sequence: nats, under the model that sampled them, a reference and a teacher, all at ``temperature``.
+
+    ``weight_version``: that of the weights that sampled it; None if the client did not say.
+    """
+
+    sampling_logprobs: list[float] = []
+    advantages: list[float] = []
+    reference_logprobs: list[float] = []
+    teacher_logprobs: list[float] = []
+    temperature: float = 1.0
+    reward: float | None = None
+    weight_version: int | None = None
 
 
 class Sample(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -21,6 +39,7 @@ class Sample(msgspec.Struct, frozen=True, omit_defaults=True):
 
     token_ids: list[int]
     weights: list[float]
+    sampled: Sampled = Sampled()
 
 
 class PreferencePair(msgspec.Struct, frozen=True):
@@ -42,10 +61,11 @@ class Command(msgspec.Struct, frozen=True, tag=True, omit_defaults=True, kw_only
 
 
 class Step(Command, frozen=True):
-    """One optimizer step of supervised fine-tuning on ``samples``, the global batch; the ranks cut micro-batches.
+    """One optimizer step of ``loss`` on ``samples``, the global batch; the ranks cut micro-batches.
 
     ``job_step`` counts from 1 to ``num_job_steps`` within the job. ``learning_rate_scale`` multiplies the configured
-    learning rate.
+    learning rate. Samples of weights that are more than ``max_staleness`` versions older than those that are trained are
+    dropped.
     """
 
     job_id: str
@@ -53,6 +73,8 @@ class Step(Command, frozen=True):
     samples: list[Sample]
     num_job_steps: int = 0
     learning_rate_scale: float = 1.0
+    loss: Loss = Loss()
+    max_staleness: int | None = None
 
 
 class PreferenceStep(Command, frozen=True):
@@ -66,10 +88,43 @@ class PreferenceStep(Command, frozen=True):
     learning_rate_scale: float = 1.0
 
 
-class Score(Command, frozen=True):
-    """Forward only: the summed, weighted log-probability of each sample under the current weights."""
+SUMMED = Loss("cross_entropy", LossConfig(normalisation="constant", divisor=1.0))
+"""The weighted sum of negative log-likelihoods; weights may be negative."""
+
+
+class ForwardBackward(Command, frozen=True):
+    """Add the gradients of ``loss`` on ``samples`` to those that the ranks keep until the next OptimizerStep. They are gone
+    after a command that failed, and after a Step or PreferenceStep."""
 
     samples: list[Sample]
+    loss: Loss = SUMMED
+
+
+class OptimizerStep(Command, frozen=True):
+    """One optimizer step on the sum of the gradients of the last ``num_passes`` ForwardBackward commands, which had
+    ``num_samples`` samples. Options that are None are the configured ones; ``max_grad_norm`` 0 switches clipping off."""
+
+    job_id: str
+    job_step: int
+    num_passes: int
+    num_samples: int
+    num_job_steps: int = 0
+    learning_rate: float | None = None
+    betas: tuple[float, float] | None = None
+    eps: float | None = None
+    weight_decay: float | None = None
+    max_grad_norm: float | None = None
+
+
+AnyStep = Step | PreferenceStep | OptimizerStep
+
+
+class Score(Command, frozen=True):
+    """Forward only: the summed, weighted log-probability of each sample under the current weights, at its temperature; with
+    ``per_token`` also that of each token."""
+
+    samples: list[Sample]
+    per_token: bool = False
 
 
 class SaveCheckpoint(Command, frozen=True):
@@ -92,7 +147,7 @@ class Identify(Command, frozen=True):
     """
 
 
-AnyCommand = Step | PreferenceStep | Score | SaveCheckpoint | Shutdown | Identify
+AnyCommand = AnyStep | ForwardBackward | Score | SaveCheckpoint | Shutdown | Identify
 
 # --- replies and notices, rank 0 -> coordinator --------------------------------------------------------------------
 
@@ -196,12 +251,26 @@ class StepDone(Reply, frozen=True):
     figures: StepFigures
 
 
+class ForwardBackwardDone(Reply, frozen=True):
+    """Gradients were added on all ranks. ``loss`` in nats, of this command alone; ``num_passes`` counts the commands since
+    the last step; ``metrics`` are further figures by name."""
+
+    loss: float
+    num_tokens: int
+    num_loss_tokens: int
+    num_passes: int
+    seconds: float
+    metrics: dict[str, float] = {}
+
+
 class ScoreDone(Reply, frozen=True):
-    """Per sample: summed weighted log-probability in nats, sum of weights, and weighted tokens predicted by arg max."""
+    """Per sample: summed weighted log-probability in nats, sum of weights, and weighted tokens predicted by arg max; if
+    asked for, the log-probability of each token, 0 where its weight is 0."""
 
     logprobs: list[float]
     weights: list[float]
     num_correct: list[float]
+    token_logprobs: list[list[float]] = []
 
 
 class CheckpointDone(Reply, frozen=True):
@@ -236,4 +305,4 @@ class Goodbye(Reply, frozen=True):
     failed: bool = False
 
 
-AnyReply = Hello | StepDone | ScoreDone | CheckpointDone | CommandFailed | Heartbeat | Goodbye
+AnyReply = Hello | StepDone | ForwardBackwardDone | ScoreDone | CheckpointDone | CommandFailed | Heartbeat | Goodbye

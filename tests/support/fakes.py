@@ -131,8 +131,9 @@ class FakeRanks:
                 for weight, sample in zip(weights, command.samples, strict=True)
             ]
             return commands.ScoreDone(
-                id=command.id, logprobs=logprobs, weights=weights, num_correct=[w / 2 for w in weights]
-            )
+                id=command.id, logprobs=logprobs, weights=weights, num_correct=[w / 2 for w in weights],
+                token_logprobs=[[-0.01 * t for t in s.token_ids] for s in command.samples] if command.per_token else [],
+            )  # fmt: skip
         if isinstance(command, commands.SaveCheckpoint) and self.fail_saves:
             return commands.CommandFailed(id=command.id, rank=0, error="OSError", message="no space left", traceback="")
         if isinstance(command, commands.SaveCheckpoint):

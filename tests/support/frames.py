@@ -35,6 +35,8 @@ def example(kind: Any, seed: int) -> Any:
         return origin([again(a) for a in arguments] if origin is list else [tuple(map(again, arguments))])
     if origin is tuple:
         return tuple(map(again, arguments))
+    if origin is typing.Literal:
+        return arguments[-1]
     if origin in (UnionType, typing.Union):
         return again(next(a for a in arguments if a is not type(None)))
     return {str: f"text {seed} \u00e9", bytes: b"\xff%d" % seed, int: 100 + seed, float: seed + 0.25, bool: True}[kind]

@@ -17,7 +17,7 @@ class RecordingServices:
         finish_command: Callable[[int], float] = lambda weight_version: 0.0,
     ) -> None:
         self.form_group, self.finish_command = form_group, finish_command
-        self.steps: list[tuple[commands.Step | commands.PreferenceStep, commands.StepFigures]] = []
+        self.steps: list[tuple[commands.AnyStep, commands.StepFigures]] = []
         self.failures: list[int] = []
         self.hellos: list[str] = []
 
@@ -28,7 +28,7 @@ class RecordingServices:
     def save_checkpoint(self, name: str) -> tuple[str, int]:
         raise NotImplementedError(name)
 
-    def record_step(self, command: commands.Step | commands.PreferenceStep, figures: commands.StepFigures) -> None:
+    def record_step(self, command: commands.AnyStep, figures: commands.StepFigures) -> None:
         self.steps.append((command, figures))
 
     def record_failure(self, weight_version: int) -> None:

@@ -34,6 +34,9 @@ class Metrics:
         self._norm = Gauge("apollo_grad_norm", "Global gradient norm of the last step", registry=registry)
         self._rate = Gauge("apollo_learning_rate", "Learning rate of the last step", registry=registry)
         self._padding = Gauge("apollo_padding_share", "Share of padding in the last step's batches", registry=registry)
+        self._further = Gauge(
+            "apollo_step_figure", "Further figures of the last step, such as mismatch_kl", ["name"], registry=registry
+        )
         self._tokens = Counter("apollo_tokens", "Tokens trained on", registry=registry)
         self._loss_tokens = Counter("apollo_loss_tokens", "Tokens with a loss weight", registry=registry)
         self._steps = Counter("apollo_steps", "Optimizer steps by outcome", ["outcome"], registry=registry)
@@ -58,6 +61,9 @@ class Metrics:
             self._loss.set(figures.loss)
             self._accuracy.set(figures.token_accuracy)
             self._norm.set(figures.grad_norm)
+            self._further.clear()
+        for name, value in figures.metrics.items():
+            self._further.labels(name).set(value)
         self._seconds.observe(figures.step_seconds)
         known = {
             "forward": figures.forward_seconds,

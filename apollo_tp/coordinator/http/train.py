@@ -40,7 +40,7 @@ from apollo_tp.coordinator.samples.schema import (
     TrainBody,
 )
 from apollo_tp.errors import refuse
-from apollo_tp.wire.commands import Sample
+from apollo_tp.wire.commands import Sample, Sampled
 
 STREAMS_PER_CLIENT = 64
 MAX_DRY_RUN_BYTES = 8 * 2**20
@@ -121,7 +121,9 @@ def _dry_run(service: Service, data: Body, is_abandoned: IsAbandoned) -> bytes:
     samples = list(service.intake(body.truncate, is_abandoned).train_samples(body, given))
     shown = [
         {"token_ids": sample.token_ids, "weights": sample.weights,
-         "tokens": None if isinstance(renderer, str) else renderer.decode(sample.token_ids)} for sample in samples
+         "tokens": None if isinstance(renderer, str) else renderer.decode(sample.token_ids)}
+        | ({"sampled": sample.sampled} if sample.sampled != Sampled() else {})
+        for sample in samples
     ]  # fmt: skip
     answer = {
         "object": "train.dry_run",
@@ -137,23 +139,28 @@ def _dry_run(service: Service, data: Body, is_abandoned: IsAbandoned) -> bytes:
 async def score(request: Request, service: ServiceParts) -> Response:
     """Log-probabilities of samples under the trainer's weights of this moment, for `apollo-tp compare`. Trains nothing."""
     async with service.large_bodies.received(request) as data:
-        samples = await service.samples.run(request, functools.partial(_read_scored, service, data))
-    scores = await while_connected(request, service.scheduler.score(samples))
-    listed = [
-        {"logprob": logprob if math.isfinite(logprob) else None, "weight": weight, "correct": correct,
-         "num_tokens": len(sample.token_ids)}
-        for sample, (logprob, weight, correct) in zip(samples, scores, strict=True)
-    ]  # fmt: skip
+        samples, per_token = await service.samples.run(request, functools.partial(_read_scored, service, data))
+    scores = await while_connected(request, service.scheduler.score(samples, per_token))
+    listed: list[dict[str, Any]] = []
+    for sample, scored in zip(samples, scores, strict=True):
+        logprob = scored.logprob if math.isfinite(scored.logprob) else None
+        view = {"logprob": logprob, "weight": scored.weight, "correct": scored.num_correct}
+        listed.append(view | {"num_tokens": len(sample.token_ids)})
+        if per_token:
+            pairs = zip(scored.token_logprobs, sample.weights, strict=True)
+            listed[-1]["token_logprobs"] = [
+                value if weight and math.isfinite(value) else None for value, weight in pairs
+            ]
     return JSONResponse(
         {"object": "train.score", "weight_version": service.scheduler.link.weight_version, "data": listed}
     )
 
 
-def _read_scored(service: Service, data: Body, is_abandoned: IsAbandoned) -> list[Sample]:
+def _read_scored(service: Service, data: Body, is_abandoned: IsAbandoned) -> tuple[list[Sample], bool]:
     body, given = read_body(data, ScoreOptions, MAX_SCORED)
     if given is None:
         raise refuse("samples", "nothing", f"a list of 1 to {MAX_SCORED} samples")
-    return service.intake(body.truncate, is_abandoned).samples(given)
+    return service.intake(body.truncate, is_abandoned).samples(given), body.per_token
 
 
 @router.get("/train/status")

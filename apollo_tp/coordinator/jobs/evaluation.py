@@ -6,7 +6,7 @@ import functools
 import math
 import secrets
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import msgspec
 
@@ -36,21 +36,28 @@ def _mean(total: float, weight: float) -> float | None:
     return total / weight if weight and math.isfinite(total) else None
 
 
-async def score(samples: Sequence[commands.Sample], ask: Ask) -> list[tuple[float, float, float]]:
-    """Score samples with the current weights.
+class Scored(NamedTuple):
+    """A sample under the weights of that moment: its weighted log-probability (nats, summed over its tokens), the sum of its
+    weights, the weighted number of tokens that are the arg max, and the log-probability of each token, if asked for."""
 
-    Returns per sample: its weighted log-probability (nats, summed over its tokens), the sum of its weights, and the weighted
-    number of tokens that are the arg max.
-    """
-    found: list[tuple[float, float, float]] = []
+    logprob: float
+    weight: float
+    num_correct: float
+    token_logprobs: list[float]
+
+
+async def score(samples: Sequence[commands.Sample], ask: Ask, per_token: bool = False) -> list[Scored]:
+    """Score samples with the current weights."""
+    found: list[Scored] = []
     for start in range(0, len(samples), SCORE_BATCH):
-        done = await _score(list(samples[start : start + SCORE_BATCH]), ask)
-        found += zip(done.logprobs, done.weights, done.num_correct, strict=True)
+        done = await _score(list(samples[start : start + SCORE_BATCH]), ask, per_token)
+        tokens = done.token_logprobs or [[] for _ in done.logprobs]
+        found += map(Scored, done.logprobs, done.weights, done.num_correct, tokens)
     return found
 
 
-async def _score(samples: list[commands.Sample], ask: Ask) -> commands.ScoreDone:
-    done = await ask(commands.Score(id=f"score/{secrets.token_hex(8)}", samples=samples))
+async def _score(samples: list[commands.Sample], ask: Ask, per_token: bool = False) -> commands.ScoreDone:
+    done = await ask(commands.Score(id=f"score/{secrets.token_hex(8)}", samples=samples, per_token=per_token))
     assert isinstance(done, commands.ScoreDone)
     return done
 

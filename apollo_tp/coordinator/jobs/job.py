@@ -13,6 +13,7 @@ import msgspec
 
 from apollo_tp.coordinator.samples.schema import TrainBody, Truncate
 from apollo_tp.errors import RequestError
+from apollo_tp.wire.losses import Loss, complete
 
 
 class State(Enum):
@@ -44,6 +45,7 @@ class JobSpec(msgspec.Struct, kw_only=True):
     max_steps: int | None = None
     truncate: Truncate = Truncate.refuse
     beta: float = 0.1
+    loss: Loss = Loss()
     save_at_end: bool = False
     metadata: dict[str, str] = {}
     # set by the OpenAI routes only:
@@ -68,10 +70,10 @@ class Job(msgspec.Struct, kw_only=True):
     """One durable job. Times are Unix seconds.
 
     ``step`` counts its completed optimizer steps, ``tokens`` the tokens of these steps, ``loss_tokens`` those of them with a
-    loss weight, and ``skipped_steps`` the steps skipped in a row. ``wanted`` is what a client requested of the running job
-    ("pause", "cancel" or ""); it takes effect at the next step. ``resumable`` marks a job that a crash interrupted after
-    ``step`` steps. ``server_life`` identifies the server process whose weights were trained, and ``model_digest`` the model
-    that the samples were made for.
+    loss weight, and ``skipped_steps`` the steps skipped in a row. ``metrics`` are further figures of the last step; None if
+    not finite. ``wanted`` is what a client requested of the running job ("pause", "cancel" or ""); it takes effect at the
+    next step. ``resumable`` marks a job that a crash interrupted after ``step`` steps. ``server_life`` identifies the server
+    process whose weights were trained, and ``model_digest`` the model that the samples were made for.
     """
 
     id: str
@@ -95,6 +97,7 @@ class Job(msgspec.Struct, kw_only=True):
     weight_version: int | None = None
     padding_share: float | None = None
     skipped_steps: int = 0
+    metrics: dict[str, float | None] = {}
     training_seconds: float = 0.0
     wanted: str = ""
     resumable: bool = False
@@ -170,6 +173,7 @@ def spec_of(body: TrainBody) -> JobSpec:
         seed=body.seed,
         max_steps=body.max_steps,
         truncate=body.truncate,
+        loss=complete(body.loss, body.loss_config),
         metadata=body.metadata,
     )
 

@@ -12,6 +12,7 @@ import collections
 import contextlib
 import functools
 import logging
+import math
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,7 +22,7 @@ import msgspec
 
 from apollo_tp.config import OnCrash
 from apollo_tp.coordinator.jobs.client_requests import ClientRequests
-from apollo_tp.coordinator.jobs.evaluation import Evaluator, score
+from apollo_tp.coordinator.jobs.evaluation import Evaluator, Scored, score
 from apollo_tp.coordinator.jobs.job import Job, JobError, State, batch_indices
 from apollo_tp.coordinator.jobs.progress import Progress
 from apollo_tp.coordinator.jobs.rank_link import RankLink, RanksGoneError
@@ -77,11 +78,11 @@ class Scheduler:
         """The newest state of the job of this id; None if there is none."""
         return self.store.job(job_id)
 
-    async def score(self, samples: Sequence[commands.Sample]) -> list[tuple[float, float, float]]:
+    async def score(self, samples: Sequence[commands.Sample], per_token: bool = False) -> list[Scored]:
         """Score a client's samples (see ``evaluation.score``); between two steps if a job runs. Raises RequestError 429 if
         too many requests wait, RanksGoneError, RankFailedError, DeadlineError."""
         with self._requests.admitted():
-            return await score(samples, self._requests.ask)
+            return await score(samples, self._requests.ask, per_token)
 
     # --- start, crash, reconnection -----------------------------------------------------------------------------------
 
@@ -279,7 +280,9 @@ class Scheduler:
             make = functools.partial(commands.PreferenceStep, pairs=pairs, beta=job.spec.beta)
         else:
             path = self.store.samples_dir / f"{job.id}.train"
-            make = functools.partial(commands.Step, samples=read_records(path, indices, commands.Sample))
+            samples = read_records(path, indices, commands.Sample)
+            staleness = self.settings.max_staleness
+            make = functools.partial(commands.Step, samples=samples, loss=job.spec.loss, max_staleness=staleness)
         return make(
             id=f"{job.id}/{step}",
             job_id=job.id,
@@ -334,6 +337,7 @@ class Scheduler:
             self.store.set_meta("unsaved", "1")
         job.weight_version, job.padding_share = figures.weight_version, figures.padding_share
         job.training_seconds += figures.step_seconds
+        job.metrics = {name: value if math.isfinite(value) else None for name, value in figures.metrics.items()}
         job.skipped_steps = job.skipped_steps + 1 if figures.skipped else 0
         if figures.skipped:
             message = f"Step {job.step}/{job.total_steps}: skipped, {figures.skipped}"

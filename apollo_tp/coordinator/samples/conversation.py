@@ -97,6 +97,10 @@ class Conversation:
         said = [statements.said(self._messages[index]) for index in learned]
         return Turns(self.text, spans, self._appended(last) if last in learned and not self.marked else "", said)
 
+    def with_prompt(self) -> str:
+        """The text with the generation prompt at its end."""
+        return self._render(self._messages, prompt=True)
+
     def _render(self, messages: list[dict[str, Any]], *, prompt: bool = False) -> str:
         return self._template.render(messages, self._variables, prompt=prompt)
 

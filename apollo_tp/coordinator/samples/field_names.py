@@ -16,6 +16,10 @@ NAMES = {
     "per_device_train_batch_size": ("batch_size",),
     "steps": ("max_steps",),
     "input_ids": ("context_ids and continuation_ids",),
+    "logprobs": ("sampling_logprobs",),
+    "old_logprobs": ("sampling_logprobs",),
+    "advantages": ("advantage",),
+    "ref_logprobs": ("reference_logprobs",),
     "text_completion": ("prompt and completion",),
 }
 """What other tools and our other routes call a field -> our names."""

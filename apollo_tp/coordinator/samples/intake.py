@@ -11,9 +11,11 @@ from apollo_tp.coordinator.samples.conversation import UNSUPPORTED_TEMPLATE, Cha
 from apollo_tp.coordinator.samples.messages import meant_role, unknown_role
 from apollo_tp.coordinator.samples.render import Renderer, too_long
 from apollo_tp.coordinator.samples.sample_file import Pair
+from apollo_tp.coordinator.samples.sampled import Groups, check_fields, is_sampled, sampled_of
 from apollo_tp.coordinator.samples.schema import Message, PreferenceLine, SampleBody, TrainBody, Truncate
 from apollo_tp.errors import ApolloTpError, RequestError, refuse
 from apollo_tp.wire.commands import Sample
+from apollo_tp.wire.losses import Loss, complete
 
 MAX_CUT_FACTOR = 16
 """Texts and conversations longer than this many sequences are refused, not truncated."""
@@ -23,7 +25,7 @@ FORMS = {
     "context_ids + continuation_ids": ("context_ids", "continuation_ids"), "messages": ("messages",),
     "prompt + completion": ("prompt", "completion"), "text": ("text",),
 }  # fmt: skip
-"""The forms of a sample, and the fields of each."""
+"""The forms of a sample that no model has sampled, and the fields of each."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,9 @@ class Limits:
 
     vocab_size: int | None
     max_sequence_tokens: int
+
+
+_NOTHING = SampleBody()
 
 
 class AbandonedError(ApolloTpError):
@@ -53,6 +58,8 @@ class Intake:
     ) -> None:
         self._renderer, self._limits, self._truncate = renderer, limits, truncate
         self._is_abandoned = is_abandoned
+        self._loss = Loss()
+        self._groups: Groups | None = None
 
     def check_wanted(self) -> None:
         """Raise AbandonedError if nobody wants the samples any more."""
@@ -62,10 +69,14 @@ class Intake:
     def train_samples(self, body: TrainBody, samples: Iterable[SampleBody] | None) -> Iterator[Sample]:
         """Validate and tokenise all samples of a POST /train body: its ``samples``, one after the other, or its own fields.
         Raises RequestError."""
+        self._loss = complete(body.loss, body.loss_config)
+        if self._loss.name != "cross_entropy":
+            by_std = self._loss.config.group_std is not False
+            self._groups = Groups([body] if samples is None else samples, by_std=by_std)
         if samples is None:
             yield from self.sequences(body, "")
             return
-        own = [name for name in SampleBody.__struct_fields__ if getattr(body, name) not in (None, True, 1.0)]
+        own = [name for name in SampleBody.__struct_fields__ if getattr(body, name) != getattr(_NOTHING, name)]
         if own:
             raise refuse(own[0], "it together with 'samples'", "either 'samples' or the fields of one sample")
         for index, sample in enumerate(samples):
@@ -82,6 +93,7 @@ class Intake:
         Each of these ends with its turn. They are needed where the whole conversation does not show its turns as they were
         generated, for example with a template that drops the reasoning of earlier turns. Raises RequestError.
         """
+        check_fields(body, self._loss, where)
         messages = body.messages or []
         try:
             return [self.sample(body, where)]
@@ -102,6 +114,12 @@ class Intake:
     def sample(self, body: SampleBody, where: str) -> Sample:
         """Validate and tokenise one sample; ``where`` prefixes the field in errors. Raises RequestError."""
         self.check_wanted()
+        if is_sampled(body):
+            try:
+                return self._completion(body)
+            except RequestError as error:
+                error.field = f"{where}{error.field}" if error.field else where.rstrip(".") or "body"
+                raise
         forms = [form for form, names in FORMS.items() if any(getattr(body, name) for name in names)]
         if not forms:  # an empty field is none, unless there is no other
             forms = [form for form, names in FORMS.items() if any(getattr(body, name) is not None for name in names)]
@@ -117,6 +135,33 @@ class Intake:
             error.field = f"{where}{error.field}" if error.field else where.rstrip(".")
             raise
         return self.checked(ids, [weight * body.weight for weight in weights], where + forms[0].rpartition(" ")[2])
+
+    def _completion(self, body: SampleBody) -> Sample:
+        """A sampled completion. It is never truncated: its tokens were drawn after the whole prompt."""
+        others = [
+            name for name, fields in FORMS.items() if name != "messages" and any(getattr(body, f) for f in fields)
+        ]
+        prompts = [name for name in ("prompt_ids", "messages") if getattr(body, name) is not None]
+        if others or len(prompts) != 1 or not body.completion_ids:
+            got = " and ".join([*prompts, *others]) or "no prompt"
+            expected = "completion_ids after either prompt_ids or messages"
+            raise refuse("sample", got, expected)
+        if body.messages:
+            renderer = self._text_renderer("messages")
+            chat = Chat(body.messages, body.tools, body.chat_template_kwargs)
+            prompt = renderer.generation_prompt(chat, self._limits.max_sequence_tokens)
+        else:
+            prompt = body.prompt_ids or []
+        for name, ids in (("prompt_ids", prompt), ("completion_ids", body.completion_ids)):
+            self._check_vocabulary(name, ids)
+        length, limit = len(prompt) + len(body.completion_ids), self._limits.max_sequence_tokens
+        if length > limit:
+            raise too_long("completion_ids", f"{length} tokens with the prompt", limit)
+        sampled = sampled_of(body, self._groups)
+        weights = body.weights or [1.0] * len(body.completion_ids)
+        weights = [0.0] * len(prompt) + [weight * body.weight for weight in weights]
+        sample = self.checked([*prompt, *body.completion_ids], weights, "completion_ids")
+        return msgspec.structs.replace(sample, sampled=sampled)
 
     @property
     def _max_text_tokens(self) -> int:

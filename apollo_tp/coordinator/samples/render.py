@@ -145,6 +145,12 @@ class Renderer:
             spans[-1] = spans[-1][0], min(closed, spans[-1][1])
         return self._weighted(encoding, spans, [weight for weight in weights if weight > 0])
 
+    def generation_prompt(self, chat: Chat, max_tokens: int) -> list[int]:
+        """Token ids of a conversation with the generation prompt at its end, after which a model would answer. Raises
+        RequestError."""
+        text = Conversation(chat, self._serving).with_prompt()
+        return self.encode(text, "messages", max_tokens)
+
     def _weighted(
         self, encoding: Encoding, spans: Sequence[Span], weights: Sequence[float]
     ) -> tuple[list[int], list[float]]:

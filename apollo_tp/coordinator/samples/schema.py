@@ -14,6 +14,7 @@ from msgspec import Meta
 from apollo_tp.coordinator.samples.lines import kind_of, malformed
 from apollo_tp.coordinator.samples.unique_keys import check_unique_keys
 from apollo_tp.errors import DECODE_ERRORS, RequestError
+from apollo_tp.wire.losses import LossConfig, LossName
 
 T = TypeVar("T")
 Body = bytes | mmap.mmap
@@ -28,6 +29,8 @@ TokenIds = Annotated[list[Annotated[int, Meta(ge=0)]], Meta(max_length=1_000_000
 Metadata = Annotated[
     dict[Annotated[str, Meta(max_length=64)], Annotated[str, Meta(max_length=512)]], Meta(max_length=16)
 ]
+Logprobs = Annotated[list[Annotated[float, Meta(ge=-1e4, le=1e-3)]], Meta(max_length=1_000_000)]
+Score = Annotated[float, Meta(ge=-1e6, le=1e6)]
 Role = Annotated[str, Meta(min_length=1, max_length=32)]
 
 
@@ -54,8 +57,32 @@ class Message(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, omit_def
     function_call: dict[str, Any] | None = None
 
 
-class SampleBody(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
-    """One training sequence, in exactly one of four forms; ``weight`` scales the loss of all its tokens."""
+class SampledBody(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    """A completion that a model sampled: ``completion_ids`` after ``prompt_ids``, or after ``messages`` with the generation
+    prompt. Lists have one value per token of it; log-probabilities are in nats, at ``temperature``.
+
+    ``advantage`` is a number or one per token; in its place, a ``reward`` is compared with the others of its ``group`` in
+    the request.
+    """
+
+    prompt_ids: TokenIds | None = None
+    completion_ids: Annotated[TokenIds, Meta(min_length=1)] | None = None
+    sampling_logprobs: Logprobs | None = None
+    advantage: Annotated[list[Score], Meta(max_length=1_000_000)] | Score | None = None
+    reward: Score | None = None
+    group: Annotated[str, Meta(max_length=256)] | int | None = None
+    temperature: Annotated[float, Meta(gt=0, le=100)] = 1.0
+    weights: Annotated[list[Annotated[float, Meta(ge=0, le=100)]], Meta(max_length=1_000_000)] | None = None
+    reference_logprobs: Logprobs | None = None
+    teacher_logprobs: Logprobs | None = None
+    weight_version: Annotated[int, Meta(ge=0, le=2**53)] | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+
+
+class SampleBody(SampledBody, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    """One training sequence, in exactly one of five forms; ``weight`` scales the loss of all its tokens."""
 
     context_ids: TokenIds | None = None
     continuation_ids: TokenIds | None = None
@@ -81,6 +108,8 @@ class TrainBody(SampleBody, kw_only=True, forbid_unknown_fields=True, omit_defau
     seed: Annotated[int, Meta(ge=0, le=2**63 - 1)] | None = None
     max_steps: Annotated[int, Meta(ge=1, le=2**31)] | None = None
     truncate: Truncate = Truncate.refuse
+    loss: LossName = "cross_entropy"
+    loss_config: LossConfig = LossConfig()
     metadata: Metadata = {}
     wait: bool = False
     wait_seconds: Annotated[float, Meta(gt=0, le=86_400)] = 600.0
@@ -94,10 +123,12 @@ class CheckpointBody(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
 
 
 class ScoreOptions(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
-    """Body of POST /train/score without its samples, which are decoded apart."""
+    """Body of POST /train/score without its samples, which are decoded apart. ``per_token``: with the log-probability of
+    each token."""
 
     samples: Any = None
     truncate: Truncate = Truncate.refuse
+    per_token: bool = False
 
 
 class ScoreBody(ScoreOptions, kw_only=True, forbid_unknown_fields=True):

@@ -105,6 +105,12 @@ class Engine:
         if not await self._client.reset_prefix_cache(**options):
             raise RuntimeError("vLLM did not reset its prefix cache, or its KV connector not its own")
 
+    async def label_weights(self, version: str) -> None:
+        """Let vLLM report ``version`` with the tokens that it samples from now on, and at its /weight_info."""
+        # vLLM release: before 0.32 some have no version of the weights
+        if hasattr(self._client, "update_weight_version"):
+            await self._client.update_weight_version(version)
+
     def salt_requests(self, salt: str) -> None:
         """From now on, let requests share prefix-cache entries only with requests of the same ``salt`` ("" for no salt).
 

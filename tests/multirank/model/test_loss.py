@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from apollo_tp.distributed.tp_group import TPGroup
-from apollo_tp.model.loss import LogitsTransform, VocabShard, nll_sum, target_logprobs
+from apollo_tp.model.loss import LogitsTransform, VocabShard, logprobs_with_entropy, nll_sum, target_logprobs
 from tests.support.ranks import run_ranks
 
 TOKENS, WIDTH = 17, 8
@@ -36,7 +36,19 @@ def _compare(tp: TPGroup, bounds: list[tuple[int, int]]) -> dict[str, float | di
     sum_hidden, sum_weight = torch.autograd.grad(total, (hidden, local))
     summed = tp.traffic["all_reduce"] - before.get("all_reduce", 0) - forward - backward
     hits = (hidden @ weight.T).argmax(-1) == targets
+    inverse = torch.rand(TOKENS, generator=generator) + 0.5
+    tempered = (transform(hidden @ weight.T) * inverse[:, None]).log_softmax(-1)
+    cold_hidden, cold_weight = torch.autograd.grad(
+        tempered.gather(1, targets[:, None])[:, 0], (hidden, weight), upstream, retain_graph=True
+    )
+    of_chunks = VocabShard(start, tp, transform, chunk_bytes=chunk_bytes)
+    cold, _, entropy = logprobs_with_entropy(hidden, local, targets, of_chunks, inverse)
+    got_cold_hidden, got_cold_weight = torch.autograd.grad(cold, (hidden, local), upstream)
     return {
+        "entropy": float((entropy + (tempered.exp() * tempered).sum(-1)).abs().max()),
+        "tempered": float((cold - tempered.gather(1, targets[:, None])[:, 0]).abs().max()),
+        "tempered, hidden": float((got_cold_hidden - cold_hidden).abs().max()),
+        "tempered, weight": float((got_cold_weight - cold_weight[start:stop]).abs().sum()),
         "logprobs": float((got - expected).abs().max()),
         "hidden": float((got_hidden - expected_hidden).abs().max()),
         "weight": float((got_weight - expected_weight[start:stop]).abs().sum()),

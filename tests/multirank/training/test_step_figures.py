@@ -168,6 +168,7 @@ def test_every_figure_reaches_the_event_the_metrics_and_the_writers(tmp_path: Pa
         "apollo_steps_totalcompleted": 1, "apollo_step_seconds_sum": 8.0, "apollo_step_part_seconds_totalforward": 1.0,
         "apollo_step_part_seconds_totalbackward": 2.5, "apollo_step_part_seconds_totaloptimizer": 0.5,
         "apollo_step_part_seconds_totalother": 4.0, "apollo_peak_memory_bytes2": 13,
+        "apollo_step_figurereward_margin": 0.75, "apollo_step_figurereward_accuracy": 0.875,
     }.items()  # fmt: skip
     assert written == {
         "weight_version": 9, "tokens": 1001.0, "learning_rate": 3e-4, "step_seconds": 8.0, "padding_share": 0.0625,

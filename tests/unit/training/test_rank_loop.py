@@ -48,7 +48,7 @@ class RecordingLink:
 def _loop(link: RecordingLink) -> RankLoop:
     """Over a trainer whose first step is written and whose second one raises."""
 
-    def step(samples: Any, learning_rate_scale: float) -> commands.StepFigures:
+    def step(samples: Any, learning_rate_scale: float, *_: Any) -> commands.StepFigures:
         if trainer.weight_version > 7:
             raise ValueError("injected")
         trainer.weight_version += 1

@@ -59,6 +59,25 @@ def test_what_the_engine_is_asked_around_an_update(
     lock.close()
 
 
+def test_vllm_is_told_each_weight_version_before_it_runs_again(plugin: Plugin) -> None:
+    """Where it has a call for it; when the trainer comes, and within each pause. A failure is logged, and no more."""
+    told: list[tuple[str, bool]] = []
+
+    async def update_weight_version(version: str) -> None:
+        told.append((version, plugin.vllm.paused))
+        if version == "9":
+            raise RuntimeError("injected")
+
+    plugin.vllm.update_weight_version = update_weight_version  # type: ignore[attr-defined]
+    lock = attach(plugin, options(SyncMode.step_lock))
+    for version in (8, 9):
+        lock.pause()
+        lock.release(version)
+    assert told == [("7", False), ("8", True), ("9", True)]
+    assert not plugin.vllm.paused
+    lock.close()
+
+
 class _SlowToPause:
     """A lock whose server takes five seconds of ``clock`` to pause, or fails to."""
 
@@ -271,7 +290,7 @@ def test_a_step_that_raises_during_its_write_resumes_the_server(plugin: Plugin) 
     lock = attach(plugin, options(SyncMode.step_lock))
     gate = UpdateGate(SyncMode.step_lock, TPGroup.single(), torch.device("cpu"), lock)
 
-    def step(samples: object, learning_rate_scale: float) -> None:
+    def step(samples: object, *_: object) -> None:
         gate.before_write()
         assert plugin.vllm.paused
         raise ValueError("injected in the optimizer")
