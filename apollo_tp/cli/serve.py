@@ -178,11 +178,11 @@ def _start(name: str, command: Sequence[str], environment: dict[str, str]) -> su
 def _signals() -> Iterator[threading.Event]:
     """Set by the first SIGINT, SIGTERM or SIGHUP; a second one does what it usually does."""
     stop = threading.Event()
-    before: dict[int, Any] = {}
+    before: dict[signal.Signals, Any] = {}
 
     def handle(number: int, frame: object) -> None:
         stop.set()
-        signal.signal(number, before[number])
+        signal.signal(number, before[signal.Signals(number)])
 
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         before[number] = signal.signal(number, handle)
