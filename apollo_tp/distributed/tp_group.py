@@ -56,7 +56,7 @@ class Aborted:
 
     def reset(self, on_device: bool) -> None:
         """For new communicators, which find nothing old. Nothing that was launched before may still run."""
-        self._intact = torch.ones(1, pin_memory=on_device)
+        self._intact = torch.ones(1, pin_memory=on_device and torch.cuda.is_available())
 
     def intact(self, device: torch.device) -> Tensor:
         """See ``TPGroup.intact``. A copy that the device makes in the order of the current stream."""

@@ -135,7 +135,9 @@ def test_slurm_starts_a_replica_on_each_node(tmp_path):
     """srun, scontrol and python as scripts: on each node a server under a name of its own, and its trainer ranks."""
     script(
         tmp_path / "python",
-        'echo "$APOLLO_TP_INSTANCE" "$@"; [ "$2" != vllm.entrypoints.openai.api_server ] || exec sleep 20',
+        f"""echo "$APOLLO_TP_INSTANCE" "$@"
+if [ "$2" = vllm.entrypoints.openai.api_server ]; then touch "{tmp_path}/$APOLLO_TP_INSTANCE"; exec sleep 20; fi
+while [ ! -e "{tmp_path}/replica-$NODE_RANK" ]; do sleep 0.05; done  # its end is the end of the server""",
     )
     script(tmp_path / "scontrol", "printf 'n0\\nn1\\n'")
     script(tmp_path / "srun", 'shift; for node in 0 1; do SLURM_NODEID=$node "$@"; done')
