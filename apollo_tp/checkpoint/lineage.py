@@ -25,7 +25,8 @@ after that."""
 
 class Lineage(msgspec.Struct, frozen=True):
     """``checkpoint`` is the last one written of these weights, or the one that the server was started from; ``step_count``
-    is the optimizer's, from which the learning rate follows; ``trained`` counts from the first model of them all."""
+    is the optimizer's, from which the learning rate follows; ``trained`` counts from the first model of them all. ``life``
+    is that of the server (``Manifest.life``) with which this history began, where replicas share it; "" is this server's."""
 
     weight_version: int = 0
     step_count: int = 0
@@ -33,6 +34,7 @@ class Lineage(msgspec.Struct, frozen=True):
     last_job_id: str = ""
     last_job_step: int = 0
     trained: Trained = Trained()
+    life: str = ""
 
 
 class LineageFile:
@@ -61,6 +63,16 @@ class LineageFile:
         if not self.trained_here or (self._keep and self._file is None):
             self.trained_here = True
             self.update()
+
+    def share(self, life: str) -> None:
+        """From now on this is one history with that of other replicas. It is written with the next change, or now if weights
+        were changed before."""
+        if life == self.record.life:
+            return
+        if self.trained_here:
+            self.update(life=life)
+        else:
+            self.record = msgspec.structs.replace(self.record, life=life)
 
     def count_to(self, weight_version: int) -> None:
         """Record the weight version after a step that failed, which may have written weights."""

@@ -12,10 +12,22 @@ from apollo_tp.errors import ReplicaError
 
 
 class History(msgspec.Struct, frozen=True):
-    """Of one replica: whether a trainer has changed its weights since its server loaded them, and the record."""
+    """Of one replica: whether a trainer has changed its weights since its server loaded them, the record, and the life of
+    its server (``Manifest.life``)."""
 
     trained_here: bool
     record: Lineage
+    server_life: str = ""
+
+    @property
+    def state(self) -> tuple[bool, Lineage]:
+        """What replicas have in common."""
+        return self.trained_here, self.record
+
+    @property
+    def life(self) -> str:
+        """The life with which the history of the weights began."""
+        return self.record.life or self.server_life
 
 
 def source_of(histories: Sequence[History], labels: Sequence[str]) -> int | None:
@@ -24,7 +36,7 @@ def source_of(histories: Sequence[History], labels: Sequence[str]) -> int | None
     A replica is filled if no trainer has changed its weights (its server was started again), or if its record is the last
     step behind (the trainer was killed between two records). Raises ReplicaError if one was trained apart.
     """
-    if all(history == histories[0] for history in histories):
+    if all(history.state == histories[0].state for history in histories):
         return None
     source = max(
         range(len(histories)), key=lambda r: (histories[r].trained_here, histories[r].record.weight_version, -r)

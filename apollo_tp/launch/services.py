@@ -79,7 +79,7 @@ class Services:
             id=command_id,
             protocol_version=commands.PROTOCOL_VERSION,
             instance_id=first.instance_id,
-            server_life=f"{first.instance_id}@{first.pid}.{first.pid_start_ticks}",
+            server_life=last.life or first.life,
             model_path=first.model_path,
             served_model_names=first.served_model_names,
             num_ranks=ready.world.size,

@@ -236,18 +236,19 @@ def unify_replicas(served: Served, replicas: TPGroup, optimizer: Optimizer) -> N
         return
     lineage, own = served.lineage, replicas.rank
     labels = served.arrangement.labels()
-    history = History(lineage.trained_here, lineage.record)
+    history = History(lineage.trained_here, lineage.record, served.manifests[0].life)
     rows = ComputeControl(replicas, optimizer.device).gather(msgspec.json.encode(history))
     histories = [msgspec.json.decode(row, type=History) for row in rows]
     source = source_of(histories, labels)
     if source is not None:
-        behind = histories[own] != histories[source]
+        behind = histories[own].state != histories[source].state
         if behind:
             lineage.before_write()
             log.warning("%s is filled with the weights of %s", labels[own], labels[source])
         optimizer.owners.fill(source)
         if behind:
             lineage.update(**msgspec.structs.asdict(histories[source].record))
+    lineage.share(histories[source or 0].life)
     check_equal({name: local for name, (_, local) in served.mapped.tensors.items()}, replicas, labels)
 
 

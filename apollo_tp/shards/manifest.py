@@ -131,6 +131,11 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     error: str = ""
 
     @property
+    def life(self) -> str:
+        """Identifies one run of the server: a later one may have the same ``instance_id``, but other weights."""
+        return f"{self.instance_id}@{self.pid}.{self.pid_start_ticks}"
+
+    @property
     def process(self) -> processes.ProcessId:
         return processes.ProcessId(self.pid, self.pid_start_ticks)
 

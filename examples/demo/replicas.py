@@ -27,7 +27,7 @@ from tests.support.demo_model import make_model
 from tests.support.processes import ManagedProcess, coordinator_url, free_port, start_server, start_trainer
 
 NAMES = ("first", "second")
-KILLED = "second"
+KILLED = "first"
 BATCH_SIZE, NUM_SAMPLES = 8, 80
 START_SECONDS = 300.0
 OUTPUTS = ("model", "service", "checkpoints", "first.log", "second.log", "trainer.log", "result.json")

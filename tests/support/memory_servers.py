@@ -18,6 +18,7 @@ import msgspec
 import torch
 from safetensors import safe_open
 
+from apollo_tp.checkpoint.lineage import RECORD_BYTES
 from apollo_tp.runtime import instance_folder, processes
 from apollo_tp.shards.instance import read_instance
 from apollo_tp.shards.manifest import Manifest, publish
@@ -120,8 +121,17 @@ class Server:
         return {(m.tp_rank, name): local.clone() for m, found in self._mapped() for name, (_, local) in found.items()}
 
     def version(self) -> int:
-        (version,) = {json.loads((folder / "weights.json").read_bytes())["weight_version"] for folder in self.folders}
-        return version
+        return self.record()["weight_version"]
+
+    def record(self) -> dict:
+        """How its weights have changed, the same on all its hosts."""
+        first, *others = [json.loads((folder / "weights.json").read_bytes()) for folder in self.folders]
+        assert all(other["weight_version"] == first["weight_version"] for other in others)
+        return first
+
+    def change_record(self, **changes: object) -> None:
+        for folder in self.folders:
+            (folder / "weights.json").write_text(json.dumps(self.record() | changes).ljust(RECORD_BYTES))
 
     def stop(self) -> None:
         for descriptor in self.descriptors:

@@ -9,6 +9,7 @@ import re
 
 import pytest
 
+from apollo_tp.shards.instance import read_instance
 from tests.support.memory_servers import Host, equal
 
 
@@ -33,6 +34,22 @@ def test_two_servers_learn_together_and_a_new_one_is_filled(host: Host) -> None:
     assert (a.version(), b.version()) == (2, 2)
     assert equal(a.weights(), b.weights())
     assert not equal(a.weights(), trained)
+
+
+def test_the_history_of_the_weights_outlives_their_first_server(host: Host) -> None:
+    """An interrupted job goes on with them, and a coordinator knows them by the life with which they began."""
+    a, b = host.serve("a"), host.serve("b")
+    status, output = host.train(2, "server.replicas=2", save="first")
+    assert status == 0, output
+    began = a.record()["life"]
+    assert began == b.record()["life"] == read_instance(a.folders[0])[0].life
+    a.stop()
+    b.change_record(life="a@1.1")  # both servers are this process, which has one life
+    a = host.serve("a")
+    status, output = host.train(2, "server.replicas=2", number=2)
+    assert status == 0, output
+    assert a.record()["life"] == b.record()["life"] == "a@1.1"
+    assert (a.version(), b.version()) == (2, 2)
 
 
 def test_ranks_stand_beside_the_shard_that_they_see(host: Host) -> None:

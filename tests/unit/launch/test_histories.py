@@ -19,6 +19,7 @@ SAVED = History(True, Lineage(5, 5, "/d", "job", 3))
     ("histories", "source"),
     [
         ([FRESH, FRESH], None),
+        ([History(False, Lineage(), "a@1"), History(False, Lineage(), "b@2")], None),
         ([FIFTH, FIFTH], None),
         ([FIFTH, FRESH], 0),
         ([FRESH, FIFTH], 1),
@@ -26,7 +27,16 @@ SAVED = History(True, Lineage(5, 5, "/d", "job", 3))
         ([FIFTH, SAVED], 0),
         ([History(False, Lineage(9, checkpoint="/e")), FIFTH], 1),
     ],
-    ids=["new", "same", "b is new", "a is new", "killed between records", "killed after a save", "other folder"],
+    ids=[
+        "new",
+        "of two servers",
+        "same",
+        "b is new",
+        "a is new",
+        "killed between records",
+        "killed after a save",
+        "other folder",
+    ],
 )
 def test_a_new_server_is_filled(histories: list[History], source: int | None) -> None:
     assert source_of(histories, LABELS) == source
