@@ -59,9 +59,9 @@ class Stack:
         self.processes.append(process)
         return process
 
-    def train(self, name: str, first: str = "first") -> Trainer:
+    def train(self, name: str, *overrides: str, first: str = "first") -> Trainer:
         """Their coordinator, beside the server ``first``, takes jobs."""
-        process = self.start_trainer(name)
+        process = self.start_trainer(name, *overrides)
         url = coordinator_url(self.runtime_dir, process, instance=first, seconds=300)
         return Trainer(url, self.folder / "trainer", process)
 
@@ -162,11 +162,17 @@ def test_two_servers_stay_identical(stack: Stack) -> None:
     client.end()
     assert (client.error, client.answers > 0) == ("", True)
     assert not _equal(first, second)
-    trainer = stack.train("two")
+    trainer = stack.train("two", "sync=step_lock")
     assert _equal(first, second)
     version = trainer.get("/train/status")["trainer"]["weight_version"]
     assert version == status["weight_version"]
-    assert trainer.post("/train", _body(7))["state"] == "succeeded"
+    clients = [Client(first), Client(second)]
+    job = trainer.post("/train", _body(7))
+    for client in clients:
+        client.end()
+    assert (job["state"], [client.error for client in clients]) == ("succeeded", ["", ""])
+    events = trainer.get(f"/train/jobs/{job['id']}/events")["data"]
+    assert all(event["data"]["paused_seconds"] > 0 for event in events if event["type"] == "metrics")
     assert _equal(first, second)
 
 
