@@ -1,5 +1,5 @@
 """The Triton kernels of a sum over two ranks: a barrier, and one pass over what is added, the other rank's part of it and a
-residual."""
+residual. And one that reads a word of the host's memory."""
 
 from __future__ import annotations
 
@@ -71,6 +71,20 @@ def barrier_kernel(
             over = tl.load(aborted, volatile=True)
     if over != 0:
         tl.store(intact, 0.0)
+
+
+@triton.jit
+def read_kernel(word, out):
+    """``out`` = ``word``, one fp32 element each; ``word`` is the host's."""
+    tl.store(out, tl.load(word, volatile=True))
+
+
+def read(word: Tensor, device: torch.device) -> Tensor:
+    """What pinned ``word`` (fp32 [1]) is when the device comes to this in the current stream: fp32 [1] on ``device``. A copy
+    may be taken earlier, since nobody must change its source meanwhile."""
+    out = torch.empty(1, device=device)
+    read_kernel[(1,)](word, out, num_warps=1)
+    return out
 
 
 def barrier(mine: Tensor, theirs: Tensor, aborted: Tensor, intact: Tensor) -> None:

@@ -59,8 +59,12 @@ class Aborted:
         self._intact = torch.ones(1, pin_memory=on_device and torch.cuda.is_available())
 
     def intact(self, device: torch.device) -> Tensor:
-        """See ``TPGroup.intact``. A copy that the device makes in the order of the current stream."""
-        return self._intact.to(device, non_blocking=True, copy=True)
+        """See ``TPGroup.intact``."""
+        if device.type != "cuda":
+            return self._intact.to(device, copy=True)
+        from apollo_tp.distributed.peer_kernels import read  # here: a CPU build of torch has no Triton
+
+        return read(self._intact, device)
 
 
 @dataclass(eq=False)

@@ -236,19 +236,23 @@ class UpdateGroup:
         if self._gathers:
             assert scales.gathered is not None
             checks.append(scales.gathered[:, -1])
-        checks[1] = received * self.tp.intact(self.device)  # no sum or gather either
+        checks[1] = received * self._intact()  # no sum or gather either
         parts = [norms.flatten(), alive, torch.cat(checks)]
         if config.max_grad_norm is None:
             parts.append(squares)
         packed = self.tp.all_reduce_(torch.cat(parts)).split([part.numel() for part in parts])
         if config.max_grad_norm is None:
             squares = packed[3]
-        sums = packed[2] * self.tp.intact(self.device)  # an aborted collective may leave what looks right
+        sums = packed[2] * self._intact()  # an aborted collective may leave what looks right
         stats = GradientStats(local_squares, squares, packed[0].view_as(norms), clip, alive=packed[1], checks=sums)
         if self.replicas.size == 1:
             return self.backend.decide(stats, inputs), scales
         before = inputs.limiter_norms.clone()
         return agree_over_replicas(self.backend.decide(stats, inputs), inputs, before, self.replicas), scales
+
+    def _intact(self) -> Tensor:
+        """See ``TPGroup.intact``; one process has nothing to abort."""
+        return self.ones if self.tp.size == self.replicas.size == 1 else self.tp.intact(self.device)
 
     def _decision_inputs(self, lr: float, steps: Sequence[int]) -> DecisionInputs:
         """Two small copies to the device."""

@@ -1,7 +1,7 @@
 """One of two processes that meet in the barrier of sums through peer memory: ``RANK FOLDER MEETINGS``.
 
 The memory is files that both map. Run with TRITON_INTERPRET=1. Prints, after each barrier, what the other rank wrote before
-it. With 0 meetings the other rank never comes: a thread aborts the barrier."""
+it. With 0 meetings the other rank never comes: a thread aborts the barrier, and what that leaves is read by a kernel."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from apollo_tp.distributed.peer_kernels import barrier
+from apollo_tp.distributed.peer_kernels import barrier, read
 
 
 def main(rank: int, folder: Path, meetings: int) -> None:
@@ -24,7 +24,8 @@ def main(rank: int, folder: Path, meetings: int) -> None:
         threading.Timer(1.0, lambda: aborted.fill_(1)).start()
         started = time.monotonic()
         barrier(mine[:1], theirs[:1], aborted, intact)
-        print(f"{intact.item():g} {time.monotonic() - started < 30}")
+        told = read(intact, intact.device).item()
+        print(f"{intact.item():g} {time.monotonic() - started < 30} {told:g}")
         return
     for number in range(1, meetings + 1):
         if number % 3 == rank:
