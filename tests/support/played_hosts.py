@@ -26,10 +26,12 @@ CABLE = "cable0"
 CLONE_NEWNET = 0x4000_0000
 ROOT = Path(__file__).parents[2]
 BOOT = f"""
-mount --bind "$1" {SHARED} && mount -t tmpfs tmpfs /tmp && mount -t tmpfs tmpfs /dev/shm && hostname "$2" &&
-ip link set lo up && echo booted && exec cat >/dev/null
+mount --bind "$1" {SHARED} && mount --rbind /tmp /srv && mount -t tmpfs tmpfs /tmp && mount -t tmpfs tmpfs /dev/shm &&
+hostname "$2" && ip link set lo up && shift 2 || exit 1
+for folder; do mkdir -p "$folder" && mount --bind "/srv${{folder#/tmp}}" "$folder" || exit 1; done
+umount -l /srv && echo booted && exec cat >/dev/null
 """
-"""It runs until its standard input ends."""
+"""It runs until its standard input ends. The folders named last are those below /tmp that a host has all the same."""
 Answer = TypeVar("Answer")
 
 
@@ -44,6 +46,12 @@ def missing() -> str:
     return f"no virtual network interfaces: {done.stderr.strip()}" if done.returncode else ""
 
 
+def _code_below_tmp() -> list[str]:
+    """The checkout and the environment, as far as they lie there."""
+    folders = [ROOT, *([] if Path(sys.prefix).is_relative_to(ROOT) else [Path(sys.prefix)])]
+    return [str(folder) for folder in folders if folder.is_relative_to("/tmp")]
+
+
 class PlayedHost:
     """One host. ``address`` is reachable from the other one, once they are connected."""
 
@@ -51,7 +59,7 @@ class PlayedHost:
         self.name, self.address, self._shared = name, address, shared
         self._holder = subprocess.Popen(
             ["unshare", "--net", "--mount", "--uts", "--ipc", "--pid", "--fork", "--kill-child", "--mount-proc",
-             "--propagation", "private", "sh", "-c", BOOT, "sh", str(shared), name],
+             "--propagation", "private", "sh", "-c", BOOT, "sh", str(shared), name, *_code_below_tmp()],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE,
         )  # fmt: skip
         assert self._holder.stdout is not None
