@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import argparse
 import json
-import shlex
 import time
 from pathlib import Path
 from typing import Any
 
 import httpx
 import torch
-from rich.console import Console
-from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from apollo_tp.shards.instance import read_instance
 from apollo_tp.shards.mapping import map_rank
-from examples.demo.common import ENDED, console, logprobs, mean_logprob, post, prepared, texts
+from examples.demo.common import ENDED, Demo, console, logprobs, mean_logprob, post, texts
 from examples.demo.load import GenerationLoad
 from tests.support.demo_model import make_model
 from tests.support.processes import ManagedProcess, coordinator_url, free_port, start_server, start_trainer
@@ -25,22 +21,6 @@ from tests.support.processes import ManagedProcess, coordinator_url, free_port, 
 NUM_RANKS = 2
 BATCH_SIZE, NUM_BATCHES = 8, 10
 OUTPUTS = ("model", "service", "checkpoints", "server.log", "trainer.log", "result.json")
-
-
-def main() -> int:
-    """Run the demo; returns 0 if every promise held."""
-    parser = argparse.ArgumentParser(prog="python -m examples.demo", description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path("out/demo"), help="folder of logs, model and result.json")
-    parser.add_argument("--steps", type=int, default=40, help="optimizer steps")
-    parser.add_argument("--server-args", default="", help="further options of the vLLM server, in one string")
-    arguments = parser.parse_args()
-    started = time.monotonic()
-    with prepared(parser, arguments.out, OUTPUTS) as runtime_dir:
-        result = run(arguments.out.resolve(), runtime_dir, arguments.steps, shlex.split(arguments.server_args))
-    result["wall_s"] = round(time.monotonic() - started, 1)
-    (arguments.out / "result.json").write_text(json.dumps(result, indent=2) + "\n")
-    _print(result)
-    return 0 if _promises_held(result) else 1
 
 
 def run(out: Path, runtime_dir: Path, num_steps: int, server_args: list[str]) -> dict[str, Any]:
@@ -160,12 +140,9 @@ def _promises_held(result: dict[str, Any]) -> bool:
     )
 
 
-def _print(result: dict[str, Any]) -> None:
-    table = Table(title="apollo_tp demo: a vLLM server at TP = 2, trained in place", show_header=False)
-    for key, value in result.items():
-        table.add_row(key, f"{value:.4f}" if isinstance(value, float) else str(value))
-    Console().print(table)
-
+DEMO = Demo(
+    "examples.demo", __doc__, "apollo_tp demo: a vLLM server at TP = 2, trained in place", OUTPUTS, run, _promises_held
+)
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(DEMO.main())

@@ -1,20 +1,24 @@
-"""What the demos ask of servers and of the coordinator, and the texts that they train on."""
+"""What the demos share: their command, what they ask of servers and coordinator, and the texts that they train on."""
 
 from __future__ import annotations
 
 import argparse
-import contextlib
+import json
 import logging
+import shlex
 import shutil
 import signal
 import sys
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import httpx
 from rich.console import Console
+from rich.table import Table
 from transformers.utils.logging import disable_progress_bar
 
 from apollo_tp.errors import ConfigError
@@ -27,20 +31,45 @@ ENDED = ("succeeded", "failed", "cancelled")
 console = Console(stderr=True)
 
 
-@contextlib.contextmanager
-def prepared(parser: argparse.ArgumentParser, out: Path, outputs: tuple[str, ...]) -> Iterator[Path]:
-    """Makes ``out`` the demo's folder, and yields a runtime folder for its processes."""
-    logging.getLogger("httpx").setLevel(logging.WARNING)
-    disable_progress_bar()
-    try:
-        prepare(out, outputs)
-    except ConfigError as error:
-        parser.error(str(error))
-    # A signal that stops the demo stops what it started: the exception runs the finally clauses.
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(f"got {signal.Signals(number).name}"))
-    # Unix socket paths are short: the runtime folder cannot lie deep in a checkout.
-    with tempfile.TemporaryDirectory(prefix="apollo_tp-") as runtime_dir:
-        yield Path(runtime_dir)
+@dataclass(frozen=True)
+class Demo:
+    """What a demo's command does: ``run(out, runtime_dir, steps, server_args)`` makes the figures, ``outputs`` are the names
+    of what it leaves in its folder, and ``kept`` says whether the figures are what was promised."""
+
+    name: str
+    purpose: str | None
+    title: str
+    outputs: tuple[str, ...]
+    run: Callable[[Path, Path, int, list[str]], dict[str, Any]]
+    kept: Callable[[dict[str, Any]], bool]
+
+    def main(self) -> int:
+        """Run it with the arguments of the command line; returns 0 if every promise held."""
+        out = Path("out") / self.name.removeprefix("examples.").replace(".", "-")
+        parser = argparse.ArgumentParser(prog=f"python -m {self.name}", description=self.purpose)
+        parser.add_argument("--out", type=Path, default=out, help="folder of logs, model and result.json")
+        parser.add_argument("--steps", type=int, default=40, help="optimizer steps")
+        parser.add_argument("--server-args", default="", help="further options of the vLLM servers, in one string")
+        arguments = parser.parse_args()
+        logging.getLogger("httpx").setLevel(logging.WARNING)
+        disable_progress_bar()
+        try:
+            prepare(arguments.out, self.outputs)
+        except ConfigError as error:
+            parser.error(str(error))
+        started, server_args = time.monotonic(), shlex.split(arguments.server_args)
+        # A signal that stops the demo stops what it started: the exception runs the finally clauses.
+        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(f"got {signal.Signals(number).name}"))
+        # Unix socket paths are short: the runtime folder cannot lie deep in a checkout.
+        with tempfile.TemporaryDirectory(prefix="apollo_tp-") as runtime_dir:
+            result = self.run(arguments.out.resolve(), Path(runtime_dir), arguments.steps, server_args)
+        result["wall_s"] = round(time.monotonic() - started, 1)
+        (arguments.out / "result.json").write_text(json.dumps(result, indent=2) + "\n")
+        table = Table(title=self.title, show_header=False)
+        for key, value in result.items():
+            table.add_row(key, f"{value:.4f}" if isinstance(value, float) else str(value))
+        Console().print(table)
+        return 0 if self.kept(result) else 1
 
 
 def prepare(out: Path, outputs: tuple[str, ...]) -> None:

@@ -3,10 +3,7 @@ is filled from the other's memory, and the job goes on at its next step."""
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
-import shlex
 import signal
 import time
 from collections.abc import Callable
@@ -16,12 +13,10 @@ from typing import Any
 
 import httpx
 import torch
-from rich.console import Console
-from rich.table import Table
 
 from apollo_tp.shards.instance import read_instance
 from apollo_tp.shards.mapping import map_rank
-from examples.demo.common import ENDED, console, logprobs, mean_logprob, post, prepared, texts
+from examples.demo.common import ENDED, Demo, console, logprobs, mean_logprob, post, texts
 from examples.demo.load import GenerationLoad
 from tests.support.demo_model import make_model
 from tests.support.processes import ManagedProcess, coordinator_url, free_port, start_server, start_trainer
@@ -31,29 +26,6 @@ KILLED = "first"
 BATCH_SIZE, NUM_SAMPLES = 8, 80
 START_SECONDS = 300.0
 OUTPUTS = ("model", "service", "checkpoints", "first.log", "second.log", "trainer.log", "result.json")
-
-
-def main() -> int:
-    """Run the demo; returns 0 if every promise held."""
-    parser = argparse.ArgumentParser(prog="python -m examples.demo.replicas", description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path("out/demo-replicas"), help="folder of logs and result.json")
-    parser.add_argument("--steps", type=int, default=40, help="optimizer steps")
-    parser.add_argument("--server-args", default="", help="further options of the vLLM servers, in one string")
-    arguments = parser.parse_args()
-    started = time.monotonic()
-    with prepared(parser, arguments.out, OUTPUTS) as runtime_dir:
-        stack = Stack(arguments.out.resolve(), runtime_dir, shlex.split(arguments.server_args))
-        try:
-            result = run(stack, arguments.steps)
-        finally:
-            stack.stop()
-    result["wall_s"] = round(time.monotonic() - started, 1)
-    (arguments.out / "result.json").write_text(json.dumps(result, indent=2) + "\n")
-    table = Table(title="apollo_tp demo: two vLLM servers, trained in place as one", show_header=False)
-    for key, value in result.items():
-        table.add_row(key, f"{value:.4f}" if isinstance(value, float) else str(value))
-    Console().print(table)
-    return 0 if _promises_held(result) else 1
 
 
 @dataclass
@@ -104,8 +76,16 @@ class Stack:
                 process.stop()
 
 
-def run(stack: Stack, num_steps: int) -> dict[str, Any]:
+def run(out: Path, runtime_dir: Path, num_steps: int, server_args: list[str]) -> dict[str, Any]:
     """Run the demo in an empty folder; returns the figures."""
+    stack = Stack(out, runtime_dir, server_args)
+    try:
+        return _run(stack, num_steps)
+    finally:
+        stack.stop()
+
+
+def _run(stack: Stack, num_steps: int) -> dict[str, Any]:
     train_texts, heldout = texts()
     num_parameters = make_model(stack.out / "model", train_texts, dtype=torch.float32)  # see the other demo
     console.print(f"model: {num_parameters / 1e6:.1f}M parameters, served twice")
@@ -205,5 +185,10 @@ def _promises_held(result: dict[str, Any]) -> bool:
     )
 
 
+DEMO = Demo(
+    "examples.demo.replicas", __doc__, "apollo_tp demo: two vLLM servers, trained in place as one", OUTPUTS, run,
+    _promises_held,
+)  # fmt: skip
+
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(DEMO.main())

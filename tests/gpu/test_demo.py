@@ -13,15 +13,19 @@ import pytest
 pytestmark = [pytest.mark.gpu, pytest.mark.multigpu, pytest.mark.timeout(600)]
 
 
-def test_the_demo_keeps_its_promises(tmp_path: Path) -> None:
-    """Loss falls by more than 2 nats, no request fails or pauses, the checkpoint is bit-identical and serves alike."""
+def _figures(module: str, folder: Path) -> dict:
     extra = os.environ.get("APOLLO_TP_TEST_SERVER_ARGS", "")
     done = subprocess.run(
-        [sys.executable, "-m", "examples.demo", "--out", str(tmp_path / "demo"), f"--server-args={extra}"],
+        [sys.executable, "-m", module, "--out", str(folder), f"--server-args={extra}"],
         capture_output=True, text=True, timeout=560, check=False,
     )  # fmt: skip
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
-    result = json.loads((tmp_path / "demo" / "result.json").read_text())
+    return json.loads((folder / "result.json").read_text())
+
+
+def test_the_demo_keeps_its_promises(tmp_path: Path) -> None:
+    """Loss falls by more than 2 nats, no request fails or pauses, the checkpoint is bit-identical and serves alike."""
+    result = _figures("examples.demo", tmp_path / "demo")
     assert result["train_loss_first"] - result["train_loss_last"] > 2
     assert result["checkpoint_bit_identical"] is True
     assert result["inference_requests_failed"] == result["inference_pauses"] == 0
@@ -29,10 +33,4 @@ def test_the_demo_keeps_its_promises(tmp_path: Path) -> None:
 
 def test_two_servers_are_trained_as_one(tmp_path: Path) -> None:
     """A killed server is filled from the other, the job goes on, and no other request fails."""
-    extra = os.environ.get("APOLLO_TP_TEST_SERVER_ARGS", "")
-    done = subprocess.run(
-        [sys.executable, "-m", "examples.demo.replicas", "--out", str(tmp_path / "demo"), f"--server-args={extra}"],
-        capture_output=True, text=True, timeout=560, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
-    assert json.loads((tmp_path / "demo" / "result.json").read_text())["filled_bit_identical"] is True
+    assert _figures("examples.demo.replicas", tmp_path / "demo")["filled_bit_identical"] is True
