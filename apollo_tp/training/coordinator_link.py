@@ -27,7 +27,6 @@ class Link:
         self._pair = self._context.socket(zmq.PAIR)
         self._pair.bind("inproc://link")
         self._state = ("", 0)
-        self._stop = threading.Event()
         self._thread = threading.Thread(target=self._relay, args=(address,), name="coordinator-link", daemon=True)
         self._thread.start()
 
@@ -45,9 +44,9 @@ class Link:
         self._state = (command_id, weight_version)
 
     def close(self, goodbye: commands.Goodbye) -> None:
-        """Send why the ranks leave, and end the thread."""
+        """Send why the ranks leave, and end the thread once it has passed on all that was sent before."""
         self.send(goodbye)
-        self._stop.set()
+        self._pair.send(b"")
         self._thread.join(5)
         self._pair.close(0)
         self._context.destroy(linger=1000)
@@ -66,9 +65,10 @@ class Link:
             if dealer in ready:
                 pair.send(dealer.recv())
             if pair in ready:
-                dealer.send(pair.recv())
-            elif self._stop.is_set():
-                break
+                frame = pair.recv()
+                if not frame:  # of close(): in order with what was sent before, as a flag would not be
+                    break
+                dealer.send(frame)
             if time.monotonic() >= next_beat:
                 next_beat = time.monotonic() + HEARTBEAT_SECONDS
                 with suppress(zmq.Again):  # the coordinator is gone or slow: heartbeats may be lost

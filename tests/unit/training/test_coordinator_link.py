@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -76,6 +77,28 @@ def test_commands_and_replies_keep_their_order(coordinator: Coordinator) -> None
     link.close(commands.Goodbye(reason="got SIGTERM", failed=True))
     assert [coordinator.next() for _ in last] == last
     assert coordinator.next() == commands.Goodbye(reason="got SIGTERM", failed=True)
+
+
+def test_a_thread_that_was_not_scheduled_loses_nothing(coordinator: Coordinator, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is sent, and the end, after the thread has last looked and before it goes on, as on a host under load."""
+    looked, go_on = threading.Event(), threading.Event()
+
+    class Poller(zmq.Poller):  # type: ignore[type-arg]
+        def poll(self, timeout: float | None = None) -> list[tuple[Any, int]]:
+            ready = super().poll(timeout)
+            if not ready:
+                looked.set()
+                go_on.wait(SECONDS)
+            return ready
+
+    monkeypatch.setattr(coordinator_link.zmq, "Poller", Poller)
+    link = Link(coordinator.address, lambda: None)
+    assert looked.wait(SECONDS)
+    link.send(commands.ScoreDone(id="last", logprobs=[], weights=[], num_correct=[]))
+    threading.Timer(0.5, go_on.set).start()
+    link.close(commands.Goodbye(reason="done"))
+    assert coordinator.next() == commands.ScoreDone(id="last", logprobs=[], weights=[], num_correct=[])
+    assert coordinator.next() == commands.Goodbye(reason="done")
 
 
 def test_a_coordinator_that_cannot_be_kept_running_ends_the_wait(coordinator: Coordinator) -> None:
