@@ -26,7 +26,10 @@ after that."""
 class Lineage(msgspec.Struct, frozen=True):
     """``checkpoint`` is the last one written of these weights, or the one that the server was started from; ``step_count``
     is the optimizer's, from which the learning rate follows; ``trained`` counts from the first model of them all. ``life``
-    is that of the server (``Manifest.life``) with which this history began, where replicas share it; "" is this server's."""
+    is that of the server (``Manifest.life``) with which this history began, where replicas share it; "" is this server's.
+
+    ``restoring`` is the checkpoint that is being written into served memory, which has parts of two models until this is ""
+    again: the next trainer completes that first. ``restore_id`` names the last request to restore one."""
 
     weight_version: int = 0
     step_count: int = 0
@@ -35,6 +38,8 @@ class Lineage(msgspec.Struct, frozen=True):
     last_job_step: int = 0
     trained: Trained = Trained()
     life: str = ""
+    restoring: str = ""
+    restore_id: str = ""
 
 
 class LineageFile:

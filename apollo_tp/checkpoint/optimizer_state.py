@@ -13,9 +13,9 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,7 @@ from torch.distributed.checkpoint.planner import (
 )
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
+from apollo_tp.checkpoint import checksum
 from apollo_tp.distributed.control import ComputeControl
 from apollo_tp.errors import CheckpointError
 from apollo_tp.optim import Optimizer
@@ -50,6 +51,8 @@ from apollo_tp.shards.boxes import Box
 
 SCHEMA_VERSION = 1
 COUNTERS = "optimizer.json"
+PART_BYTES = 256 * 2**20
+"""Read at a time when a state is checked."""
 
 
 @dataclass(frozen=True)
@@ -100,9 +103,10 @@ def _fits(optimizer: Optimizer) -> dict[str, Any]:
     }
 
 
-def _counters(optimizer: Optimizer) -> dict[str, Any]:
-    """Of all replicas. Collective over replicas, if there are several: one all-gather."""
+def _counters(optimizer: Optimizer, controls: Sequence[ComputeControl]) -> dict[str, Any]:
+    """Of all ranks and replicas. Collective: as ``gather_counters``, and a gather over each of ``controls``."""
     steps, limiter_norms = optimizer.gather_counters()
+    sums = checksum.over_ranks(_checksums(p for p in _pieces(optimizer) if p.owned), *controls)
     return {
         "schema": SCHEMA_VERSION,
         "ranks": optimizer.tp.size * optimizer.replicas.size,
@@ -112,17 +116,24 @@ def _counters(optimizer: Optimizer) -> dict[str, Any]:
         "rounding_stream": optimizer.rounding_stream,
         "steps": dict(zip(optimizer.names, steps, strict=True)),
         "limiter_norms": dict(zip(optimizer.names, limiter_norms, strict=True)),
+        "checksums": {key: checksum.text(value) for key, value in sums.items()},
     }
+
+
+def _checksums(pieces: Iterable[_Piece]) -> dict[str, int]:
+    """The part of these pieces in the checksums of the state's tensors, by key."""
+    return checksum.add({p.key: checksum.of_box(p.tensor, p.box, p.global_shape)} for p in pieces)
 
 
 def save(optimizer: Optimizer, folder: Path) -> None:
     """Write the state of all ranks below ``folder``, which all ranks see. Replicated boxes are written once.
 
-    Collectives: one all-gather at the end, so that the folder is complete when any rank returns; with several replicas, two
-    more over them. Raises CheckpointError on the ranks that could not write, RankFailedError on the others.
+    Collectives: one all-gather of checksums, one at the end, so that the folder is complete when any rank returns; with
+    several replicas, three more over them. Raises CheckpointError on the ranks that could not write, RankFailedError on the
+    others.
     """
-    counters = _counters(optimizer)
     controls = [ComputeControl(group, optimizer.device) for group in (optimizer.replicas, optimizer.tp)]
+    counters = _counters(optimizer, controls)
     with controls[0].agree(), controls[1].agree():
         _save_own_part(optimizer, folder, counters)
 
@@ -141,8 +152,7 @@ def _save_own_part(optimizer: Optimizer, folder: Path, counters: dict[str, Any])
         if rank == 0:
             (folder / COUNTERS).write_text(json.dumps(counters, indent=1))
     except dcp.api.CheckpointException as error:  # its own text does not begin with the cause
-        causes = "; ".join(f"{type(cause).__name__}: {cause}" for cause, _ in error.failures.values()) or repr(error)
-        raise _not_written(folder, causes) from error
+        raise _not_written(folder, _causes(error)) from error
     except (OSError, RuntimeError) as error:
         raise _not_written(folder, f"{type(error).__name__}: {error}") from error
 
@@ -161,31 +171,105 @@ def load(optimizer: Optimizer, folder: Path) -> None:
     ``optim.reset_state`` a state that does not fit is left alone and the optimizer starts afresh. Raises CheckpointError
     otherwise, or if boxes are missing.
     """
-    try:
-        saved = json.loads((folder / COUNTERS).read_text())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{folder / COUNTERS}: got {error}, expected the counters of a saved optimizer"
-        ) from error
+    saved = _read_counters(folder)
     differing = _differences(saved, _fits(optimizer))
     if differing:
         if optimizer.config.reset_state:
             return
-        raise CheckpointError(
-            f"optimizer state in {folder} does not fit: {'; '.join(differing)}; set these options back, or start with "
-            "fresh state by optim.reset_state=true"
-        )
+        raise _does_not_fit(folder, differing)
     planner = _LoadPlanner(p for p in _pieces(optimizer) if p.tensor.numel())
-    for part in sorted(folder.glob("rank-*.part-*")):
-        with _no_coordination():
-            dcp.load({}, storage_reader=dcp.HuggingFaceStorageReader(str(part)), planner=planner, no_dist=True)
-    planner.check_complete(folder)
+    _read(planner, folder)
+    planner.clear_what_nobody_saved()
     optimizer.step_count = saved["step_count"]
     optimizer.use_rounding_stream(saved.get("rounding_stream", 0))
     group = optimizer.update_group
     owned = [weight.name for weight in optimizer.weights]
     group.counters.steps = [saved["steps"][name] for name in owned]
     group.counters.limiter_norms.copy_(group.vector([saved["limiter_norms"][name] for name in owned]))
+
+
+def check(optimizer: Optimizer, folder: Path, world: ComputeControl, controls: Sequence[ComputeControl]) -> None:
+    """Read the state below ``folder`` beside that of the optimizer, which does not change, a part at a time. Raises
+    CheckpointError, on all ranks, if ``load`` would, or if the state is not what was saved.
+
+    Collectives: for each part a gather over each of ``controls``, which lead over ranks and replicas, and two over all.
+    """
+    with world.agree():
+        saved = _read_counters(folder)
+        if differing := _differences(saved, _fits(optimizer)):
+            raise _does_not_fit(folder, differing)
+        parts = _parts(optimizer)
+    count = max(int(n) for n in world.gather(str(len(parts)).encode()))
+    problem, sums = "", saved.get("checksums", {})
+    found: dict[str, int] = {}
+    for number in range(count):
+        own = [replace(p, tensor=torch.empty_like(p.tensor)) for p in (parts[number] if number < len(parts) else ())]
+        try:
+            _read(_LoadPlanner(own), folder)
+        except (CheckpointError, OSError, RuntimeError) as error:
+            problem = problem or str(error)
+        found = checksum.add([found, checksum.over_ranks(_checksums(own), *controls)])
+    with world.agree():
+        if problem:
+            raise CheckpointError(problem)
+    if damaged := checksum.differing(sums, found):  # the same on all ranks
+        raise CheckpointError(
+            f"optimizer state in {folder}: got {damaged[0]} with another checksum than it was written with, expected the "
+            "values that were written; restore another checkpoint; nothing was written"
+        )
+
+
+def _parts(optimizer: Optimizer) -> list[list[_Piece]]:
+    """The pieces that this rank owns and that a checkpoint has, in lists of about PART_BYTES."""
+    parts: list[list[_Piece]] = [[]]
+    room = PART_BYTES
+    for piece in _pieces(optimizer):
+        if piece.owned and piece.tensor.numel():
+            if parts[-1] and piece.tensor.nbytes > room:
+                parts.append([])
+                room = PART_BYTES
+            parts[-1].append(piece)
+            room -= piece.tensor.nbytes
+    return parts
+
+
+def step_count(folder: Path) -> int:
+    """The optimizer's completed steps when the state below ``folder`` was saved. Raises CheckpointError."""
+    return int(_read_counters(folder)["step_count"])
+
+
+def _read(planner: _LoadPlanner, folder: Path) -> None:
+    """Read what ``planner`` wants. Raises CheckpointError if it is not all there."""
+    try:
+        for part in sorted(folder.glob("rank-*.part-*")):
+            with _no_coordination():
+                dcp.load({}, storage_reader=dcp.HuggingFaceStorageReader(str(part)), planner=planner, no_dist=True)
+    except dcp.api.CheckpointException as error:  # no Exception; its own text does not begin with the cause
+        raise CheckpointError(
+            f"optimizer state in {folder}: got {_causes(error)}, expected a file that can be read"
+        ) from error
+    planner.check_complete(folder)
+
+
+def _causes(error: dcp.api.CheckpointException) -> str:
+    return "; ".join(f"{type(cause).__name__}: {cause}" for cause, _ in error.failures.values()) or repr(error)
+
+
+def _read_counters(folder: Path) -> dict[str, Any]:
+    try:
+        saved: dict[str, Any] = json.loads((folder / COUNTERS).read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{folder / COUNTERS}: got {error}, expected the counters of a saved optimizer"
+        ) from error
+    return saved
+
+
+def _does_not_fit(folder: Path, differing: list[str]) -> CheckpointError:
+    return CheckpointError(
+        f"optimizer state in {folder} does not fit: {'; '.join(differing)}; set these options back, or start with "
+        "fresh state by optim.reset_state=true"
+    )
 
 
 def _differences(saved: dict[str, Any], fits: dict[str, Any]) -> list[str]:
@@ -296,6 +380,13 @@ class _LoadPlanner(LoadPlanner):
 
     def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
         """Nothing to do: the reader has copied into the view."""
+
+    def clear_what_nobody_saved(self) -> None:
+        """Remainders that were not saved are zero."""
+        for key, pieces in self.wanted.items():
+            if key not in self.stored:
+                for piece in pieces:
+                    piece.tensor.zero_()
 
     def check_complete(self, folder: Path) -> None:
         """Raise CheckpointError unless every wanted element was read exactly once, but for remainders that nobody saved."""

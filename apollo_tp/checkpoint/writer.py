@@ -17,6 +17,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from apollo_tp.checkpoint import checksum
 from apollo_tp.checkpoint import folder as folders
 from apollo_tp.checkpoint.card import CARD_FILE, Trained, model_card, public_name
 from apollo_tp.checkpoint.folder import CheckpointInfo
@@ -24,6 +25,7 @@ from apollo_tp.checkpoint.safetensors_file import Entry, create, plan, write_box
 from apollo_tp.distributed.control import ComputeControl
 from apollo_tp.distributed.mesh import Mesh
 from apollo_tp.errors import CheckpointError
+from apollo_tp.optim.parameters import boxes_with_owner
 from apollo_tp.runtime.owned_folder import FULL_DISK
 from apollo_tp.shards.boxes import Box, Shard
 from apollo_tp.shards.manifest import CheckpointTensor
@@ -102,7 +104,8 @@ class CheckpointWriter:
         self._optimizer = optimizer
         self._on_rank_0(lambda: self._prepare(name))
         with self._agree():
-            self._write_own_boxes(partial)
+            own = self._write_own_boxes(partial)
+        sums = checksum.over_ranks(own, ComputeControl(self._mesh.tp, self._device))
         from apollo_tp.checkpoint import (
             optimizer_state,  # takes a second to import, which a run that never saves avoids
         )
@@ -125,13 +128,16 @@ class CheckpointWriter:
             origin=self._origin,
             trained=self._trained(),
         )
-        self._on_rank_0(lambda: self._complete(name, info))
+        self._on_rank_0(lambda: self._complete(name, info, sums))
 
-    def _complete(self, name: str, info: CheckpointInfo) -> None:
+    def _complete(self, name: str, info: CheckpointInfo, sums: dict[str, int]) -> None:
+        partial = folders.partial_path(self._root, name)
+        content = {tensor: checksum.text(value) for tensor, value in sorted(sums.items())}
+        _write_private(partial / folders.CHECKSUMS_FILE, json.dumps(content, indent=1))
         text = model_card(
             name, public_name(info.origin), info.weight_version, info.optimizer, info.trained, self._source / CARD_FILE
         )
-        _write_private(folders.partial_path(self._root, name) / CARD_FILE, text)
+        _write_private(partial / CARD_FILE, text)
         folders.complete(self._root, name, info, self._keep, self._served)
 
     def _on_rank_0(self, action: Callable[[], object]) -> None:
@@ -205,17 +211,23 @@ class CheckpointWriter:
                     everything = Box((0,) * len(entry.shape), entry.shape)
                     write_box(partial / file.name, entry, everything, source.get_tensor(entry.name))
 
-    def _write_own_boxes(self, partial: Path) -> None:
-        """Write this rank's boxes and flush them, so that little is left for rank 0, which flushes the folder at the end."""
+    def _write_own_boxes(self, partial: Path) -> dict[str, int]:
+        """Write this rank's boxes and flush them, so that little is left for rank 0, which flushes the folder at the end.
+        Returns their part of the tensors' checksums."""
+        sums: dict[str, int] = {}
         for file in self._files:
             own = [name for name in file.entries if self._writes(name)]
             for name in own:
-                shard, local = self._tensors[name]
-                for box, start in shard.boxes:
-                    part = local if shard.dim is None else local.narrow(shard.dim, start, box.shape[shard.dim])
-                    write_box(partial / file.name, file.entries[name], box, part)
+                (shard, local), entry = self._tensors[name], file.entries[name]
+                sums[name] = 0
+                for box, start, is_owner in boxes_with_owner(shard, self._mesh.tp.rank):
+                    if is_owner:
+                        part = local if shard.dim is None else local.narrow(shard.dim, start, box.shape[shard.dim])
+                        write_box(partial / file.name, entry, box, part)
+                        sums[name] += checksum.of_box(part.to(entry.dtype), box, entry.shape)
             if own:
                 folders.fsync(partial / file.name)
+        return sums
 
     def _writes(self, name: str) -> bool:
         """Whether this rank writes its part of the tensor: of those that hold it, the first one of the first replica."""

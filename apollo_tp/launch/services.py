@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 import torch
@@ -12,7 +13,8 @@ from apollo_tp.checkpoint.lineage import Lineage
 from apollo_tp.distributed.tp_group import compute_group
 from apollo_tp.gpu_sharing import mps
 from apollo_tp.launch.progress import StepProgress
-from apollo_tp.launch.stages import Ready
+from apollo_tp.launch.restoring import Target, folder_of, restore
+from apollo_tp.launch.stages import Ready, before_restore
 from apollo_tp.runtime import instance_folder
 from apollo_tp.shards.instance import served_models
 from apollo_tp.wire import commands
@@ -26,8 +28,9 @@ class Services:
         self._lineage, self._gate, self._trainer = ready.lineage, ready.gate, ready.trainer
         self._progress = StepProgress() if ready.world.rank == 0 else None
         config, mapped = ready.config, ready.mapped
+        self._root = Path(config.checkpoint.dir).resolve()
         self._writer = CheckpointWriter(
-            Path(config.checkpoint.dir).resolve(),
+            self._root,
             mapped.manifest.model_path,
             mapped.manifest.checkpoint,
             mapped.stored,
@@ -50,6 +53,23 @@ class Services:
         path, num_bytes = self._writer.save(name, trainer.optimizer, trainer.weight_version)
         self._lineage.update(weight_version=trainer.weight_version, checkpoint=str(path))
         return str(path), num_bytes
+
+    def restore_checkpoint(self, name: str, restore_id: str) -> str:
+        """Put checkpoint ``name`` into the served memory and the optimizer; returns its folder. Collective."""
+        ready, trainer = self._ready, self._trainer
+        target = Target(
+            ready.mapped, ready.mesh, self._lineage, functools.partial(before_restore, self._lineage, self._gate)
+        )
+        with target.control().agree():
+            folder = folder_of(self._root, name)
+        restore(target, trainer.optimizer, folder, restore_id, trainer.weight_version)
+        trainer.weights_replaced()
+        return str(folder)
+
+    @property
+    def is_torn(self) -> bool:
+        """Whether a restore has begun to write, and has not ended."""
+        return bool(self._lineage.record.restoring)
 
     def finish_command(self, weight_version: int) -> float:
         """Resume the server if it was paused; returns for how many seconds it was."""
@@ -96,6 +116,7 @@ class Services:
             layout=self._layout(),
             last_job_id=last.last_job_id,
             last_job_step=last.last_job_step,
+            last_restore_id=last.restore_id,
             replicas=list(map(commands.Replica, ready.arrangement.instances, ready.arrangement.hosts)),
         )
 

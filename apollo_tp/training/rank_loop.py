@@ -51,6 +51,8 @@ class Verdict(msgspec.Struct, frozen=True):
     peak_memory_bytes: int
     progress: tuple[int, int]
     """Optimizer.progress(): which updates this rank has counted."""
+    torn: bool = False
+    """Services.is_torn."""
 
 
 class Services(Protocol):
@@ -64,6 +66,13 @@ class Services(Protocol):
 
     def save_checkpoint(self, name: str) -> tuple[str, int]:
         """Write checkpoint ``name``; returns its folder and its size in bytes. Collective."""
+
+    def restore_checkpoint(self, name: str, restore_id: str) -> str:
+        """Put checkpoint ``name`` into the served memory and the optimizer; returns its folder. Collective."""
+
+    @property
+    def is_torn(self) -> bool:
+        """Whether the served memory has parts of two models, which only the next trainer can complete. Local."""
 
     def finish_command(self, weight_version: int) -> float:
         """A command has ended or failed on all ranks: resume the server if it was paused for an update. Returns for how many
@@ -143,8 +152,10 @@ class RankLoop:
         failures = [v.failure for v in verdicts if v.failure]
         if failures:
             self.services.record_failure(self.trainer.weight_version)
-            self._recover()
             reply = _failed(command, failures)
+            if any(v.torn for v in verdicts):
+                self._end_torn(reply)
+            self._recover()
             if len({v.progress for v in verdicts}) > 1:
                 self._end(reply, [v.progress[0] for v in verdicts])
         elif isinstance(reply, commands.StepDone) and isinstance(command, commands.AnyStep):
@@ -152,6 +163,8 @@ class RankLoop:
             figures = msgspec.structs.replace(reply.figures, peak_memory_bytes=memory, paused_seconds=paused_seconds)
             reply = commands.StepDone(id=command.id, figures=figures)
             self.services.record_step(command, figures)
+        elif isinstance(reply, commands.RestoreDone):
+            reply = msgspec.structs.replace(reply, paused_seconds=paused_seconds)
         assert reply is not None
         if self.link:
             self.link.working_on("", self.trainer.weight_version)
@@ -172,7 +185,8 @@ class RankLoop:
 
     def _agree(self, failure: Failure | None) -> list[Verdict]:
         trainer = self.trainer
-        verdict = Verdict(failure, trainer.weight_version, trainer.peak_memory_bytes(), trainer.optimizer.progress())
+        progress, torn = trainer.optimizer.progress(), self.services.is_torn
+        verdict = Verdict(failure, trainer.weight_version, trainer.peak_memory_bytes(), progress, torn)
         answers = self.control.gather(msgspec.msgpack.encode(verdict))
         return [msgspec.msgpack.decode(answer, type=Verdict) for answer in answers]
 
@@ -194,6 +208,15 @@ class RankLoop:
             f"optimizer: got {steps} steps by rank, or other counts of updates, expected the same on all ranks; rank "
             f"{reply.rank} raised while others wrote ({reply.error}: {reply.message}). Start the trainer again: it repairs "
             "replicas and loads the last saved state",
+            rank=reply.rank,
+            traceback=reply.traceback,
+        )
+
+    def _end_torn(self, reply: commands.CommandFailed) -> NoReturn:
+        """Raise RankFailedError on all ranks: nothing may be computed with the weights as they are."""
+        raise RankFailedError(
+            f"restore: got an error on rank {reply.rank} after the first write ({reply.error}: {reply.message}), expected "
+            "all weights to be written. Start the trainer again: it completes the restore first",
             rank=reply.rank,
             traceback=reply.traceback,
         )
@@ -235,6 +258,11 @@ class RankLoop:
                     seconds=time.monotonic() - started,
                     weight_version=self.trainer.weight_version,
                 )
+            case commands.RestoreCheckpoint():
+                started = time.monotonic()
+                path = self.services.restore_checkpoint(command.name, command.restore_id)
+                version, seconds = self.trainer.weight_version, time.monotonic() - started
+                return commands.RestoreDone(id=command.id, path=path, seconds=seconds, weight_version=version)
             case commands.Identify():
                 return self.services.hello(command.id)
             case _:

@@ -42,7 +42,7 @@ PATHS = {
     "/train": ["POST"],
     "/train/{rest:path}": ["GET", "POST"],
     "/checkpoint": ["POST"],
-    "/checkpoint/{rest:path}": ["GET"],
+    "/checkpoint/{rest:path}": ["GET", "POST"],
     "/checkpoints": ["GET"],
     "/v1/files": ["GET", "POST"],
     "/v1/files/{rest:path}": ["GET", "DELETE"],

@@ -133,6 +133,14 @@ class SaveCheckpoint(Command, frozen=True):
     name: str
 
 
+class RestoreCheckpoint(Command, frozen=True):
+    """Put the weights and the optimizer state of checkpoint ``name`` into the served memory and the optimizer, all or
+    nothing. ``restore_id`` names the request, and comes back in ``Hello.last_restore_id``."""
+
+    name: str
+    restore_id: str
+
+
 class Shutdown(Command, frozen=True):
     """Leave the rank loop on all ranks after the commands before this one."""
 
@@ -147,7 +155,7 @@ class Identify(Command, frozen=True):
     """
 
 
-AnyCommand = AnyStep | ForwardBackward | Score | SaveCheckpoint | Shutdown | Identify
+AnyCommand = AnyStep | ForwardBackward | Score | SaveCheckpoint | RestoreCheckpoint | Shutdown | Identify
 
 # --- replies and notices, rank 0 -> coordinator --------------------------------------------------------------------
 
@@ -194,6 +202,8 @@ class Hello(Reply, frozen=True):
     """Rows for the layout view: checkpoint tensor, rank, served tensor, part; may be empty."""
     last_job_id: str = ""
     last_job_step: int = 0
+    last_restore_id: str = ""
+    """Of the last restore that these ranks began and completed, or that they completed for their predecessors."""
     replicas: list[Replica] = []
     """All servers that are trained; ``instance_id`` and what else is said of one server are those of the first."""
 
@@ -282,6 +292,16 @@ class CheckpointDone(Reply, frozen=True):
     weight_version: int
 
 
+class RestoreDone(Reply, frozen=True):
+    """All weights and the optimizer state are those of the checkpoint at ``path``. The server was paused for
+    ``paused_seconds`` of the ``seconds``, if its mode says so."""
+
+    path: str
+    seconds: float
+    weight_version: int
+    paused_seconds: float = 0.0
+
+
 class CommandFailed(Reply, frozen=True):
     """A rank raised while executing the command; the ranks do not retry it."""
 
@@ -305,4 +325,14 @@ class Goodbye(Reply, frozen=True):
     failed: bool = False
 
 
-AnyReply = Hello | StepDone | ForwardBackwardDone | ScoreDone | CheckpointDone | CommandFailed | Heartbeat | Goodbye
+AnyReply = (
+    Hello
+    | StepDone
+    | ForwardBackwardDone
+    | ScoreDone
+    | CheckpointDone
+    | RestoreDone
+    | CommandFailed
+    | Heartbeat
+    | Goodbye
+)

@@ -28,6 +28,11 @@ class RecordingServices:
     def save_checkpoint(self, name: str) -> tuple[str, int]:
         raise NotImplementedError(name)
 
+    def restore_checkpoint(self, name: str, restore_id: str) -> str:
+        raise NotImplementedError(name)
+
+    is_torn = False
+
     def record_step(self, command: commands.AnyStep, figures: commands.StepFigures) -> None:
         self.steps.append((command, figures))
 

@@ -240,6 +240,31 @@ async def checkpoint(request: Request, query: Annotated[WaitQuery, Query()], ser
     return JSONResponse(_checkpoint_view(record), status_code=202 if record.state == "queued" else 200)
 
 
+@router.post(
+    "/checkpoint/{checkpoint_id}/restore", status_code=202, openapi_extra=json_body(CheckpointBody, required=False)
+)
+async def restore(
+    request: Request, checkpoint_id: str, query: Annotated[WaitQuery, Query()], service: ServiceParts
+) -> Response:
+    """Put a checkpoint's weights and optimizer state back into the served memory: 202, or 200 once that is done (`wait`)."""
+    data = await request.body()
+    body = await decode_body(data or b"{}", CheckpointBody)
+    record = _find(service, checkpoint_id)
+    if record.state != "succeeded":
+        raise refuse("state", record.state, "a checkpoint that was written", status=409, code="checkpoint_state")
+    key = idempotency(request, f"/checkpoint/{record.id}/restore", data)
+    if not (key and service.store.repeated(*key)):
+        await uninterrupted(service.scheduler.saver.restore(record, idempotency=key))
+    if body.wait or query.wait:
+        await service.wait(lambda: not _is_restoring(_find(service, record.id)), body.wait_seconds)
+    record = _find(service, record.id)
+    return JSONResponse(_checkpoint_view(record), status_code=202 if _is_restoring(record) else 200)
+
+
+def _is_restoring(record: Checkpoint) -> bool:
+    return record.restore is not None and record.restore.state == "queued"
+
+
 @router.get("/checkpoint/{checkpoint_id}")
 async def checkpoint_state(checkpoint_id: str, service: ServiceParts) -> Response:
     """One checkpoint."""
@@ -260,7 +285,9 @@ async def health(service: ServiceParts) -> Response:
 
 
 def _find(service: Service, checkpoint_id: str) -> Checkpoint:
-    return found(service.store.checkpoint(checkpoint_id), "checkpoint", checkpoint_id)
+    """By its id, or by its name."""
+    store = service.store
+    return found(store.checkpoint(checkpoint_id) or store.checkpoint_named(checkpoint_id), "checkpoint", checkpoint_id)
 
 
 def _checkpoint_view(record: Checkpoint) -> dict[str, Any]:

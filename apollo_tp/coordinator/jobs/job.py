@@ -127,8 +127,24 @@ class Event(msgspec.Struct, kw_only=True, dict=True):
         return msgspec.json.encode(self)
 
 
+class Restore(msgspec.Struct, kw_only=True):
+    """A request to put a checkpoint back into the served memory. ``state`` is queued, succeeded or failed; ``reason`` is
+    request or guard. Of one whose answer was lost, the seconds are 0."""
+
+    id: str
+    state: str
+    reason: str
+    created_at: float
+    finished_at: float | None = None
+    seconds: float = 0.0
+    paused_seconds: float = 0.0
+    weight_version: int | None = None
+    error: str = ""
+
+
 class Checkpoint(msgspec.Struct, kw_only=True):
-    """A requested or written checkpoint. ``state`` is queued, succeeded or failed; ``reason`` is request, job or idle."""
+    """A requested or written checkpoint. ``state`` is queued, succeeded or failed; ``reason`` is request, job or idle.
+    ``restore`` is the last request to put it back."""
 
     id: str
     name: str
@@ -144,6 +160,7 @@ class Checkpoint(msgspec.Struct, kw_only=True):
     weight_version: int | None = None
     metrics: dict[str, float | None] = {}
     error: str = ""
+    restore: Restore | None = None
 
 
 class StoredFile(msgspec.Struct, kw_only=True):

@@ -177,7 +177,7 @@ class RankLink:
             return
         if isinstance(reply, commands.StepDone):
             self.weight_version = reply.figures.weight_version
-        elif isinstance(reply, commands.CheckpointDone):
+        elif isinstance(reply, commands.CheckpointDone | commands.RestoreDone):
             self.weight_version = reply.weight_version
         future = self._waiting.pop(reply.id, None)
         if future is None:

@@ -166,6 +166,11 @@ class Reader:
         """The checkpoint of this id, or None."""
         return next(self._records(Checkpoint, "checkpoints", "WHERE id=?", checkpoint_id), None)
 
+    def checkpoint_named(self, name: str) -> Checkpoint | None:
+        """The newest checkpoint of this name, or None."""
+        where = "WHERE json_extract(CAST(data AS TEXT), '$.name')=? ORDER BY seq DESC LIMIT 1"
+        return next(self._records(Checkpoint, "checkpoints", where, name), None)
+
     def page_of_checkpoints(
         self, *, after: str | None = None, limit: int = 1000, job_id: str | None = None, state: str | None = None
     ) -> tuple[list[Checkpoint], bool]:
@@ -181,8 +186,9 @@ class Reader:
         return found[:limit], len(found) > limit
 
     def queued_checkpoints(self) -> list[Checkpoint]:
-        """Requests for checkpoints that are not finished, newest first. Reads all checkpoints."""
-        return list(self._records(Checkpoint, "checkpoints", "WHERE state='queued' ORDER BY seq DESC"))
+        """Checkpoints that are to be written or put back and are not yet, newest first. Reads all checkpoints."""
+        restored = "json_extract(CAST(data AS TEXT), '$.restore.state')='queued'"
+        return list(self._records(Checkpoint, "checkpoints", f"WHERE state='queued' OR {restored} ORDER BY seq DESC"))
 
     def file(self, file_id: str) -> StoredFile | None:
         """The file of this id, or None."""

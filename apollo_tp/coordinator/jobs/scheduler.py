@@ -39,7 +39,7 @@ T = TypeVar("T")
 
 STEPS_IN_FLIGHT = 2
 CHECKPOINT_FACTOR = 10
-"""The deadline of a checkpoint is this many times that of a step: 140 GB may have to be written to a slow disk."""
+"""The deadline of a checkpoint is this many times that of a step: 140 GB may have to be written to a slow disk, or read."""
 JOB_FAILURES = (ApolloTpError, OSError, msgspec.MsgspecError)
 """Errors that fail one job and leave the coordinator running. The last two: its samples cannot be read."""
 OnStep = Callable[[Job, commands.StepFigures], None]
@@ -63,7 +63,7 @@ class Scheduler:
         self.recent_losses: collections.deque[tuple[str, int, float]] = collections.deque(maxlen=50)
         self._wake = asyncio.Event()
         self._idle_since = time.monotonic()
-        self.saver = Saver(store, link, self.ask, self.live, self.wake)
+        self.saver = Saver(store, link, self.ask, self.live, self.wake, lambda: self.running)
         self._requests = ClientRequests(self.ask, lambda: self.running is not None, settings.command_timeout_seconds)
         # its own: requests that are rendered keep the threads that all share busy
         self._thread = ThreadPoolExecutor(1, "scheduler")
@@ -117,6 +117,7 @@ class Scheduler:
         if self.store.get_meta("server_life") != hello.server_life:
             self.store.set_meta("server_life", hello.server_life)
             self.store.set_meta("unsaved", "")
+        self.saver.reconcile(hello)
         for job in self.store.jobs(State.queued, State.paused):
             if not job.resumable:
                 continue
@@ -315,7 +316,7 @@ class Scheduler:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(min(left, usual)):
                     return await asyncio.shield(future)
-            seconds = usual * CHECKPOINT_FACTOR if self.link.busy_with.startswith("save/") else usual
+            seconds = usual * CHECKPOINT_FACTOR if self.link.busy_with.startswith(("save/", "restore/")) else usual
         self.link.abandon(future)
         raise DeadlineError(f"rank 0 sent heartbeats but no reply for {seconds:.0f} s; restart the trainer")
 

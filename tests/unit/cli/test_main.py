@@ -183,6 +183,20 @@ def test_errors_are_sentences(stack, data, tmp_path):
         assert "Traceback" not in done.stderr
 
 
+def test_a_checkpoint_is_restored(stack):
+    """By its name or id; a failure is said, with exit status 1."""
+    _, ranks = stack
+    made = json.loads(run(stack, "checkpoint", "--json").stdout)
+    done = run(stack, "restore", made["name"])
+    assert (done.returncode, done.stdout.split(" in ")[0]) == (0, f"{made['path']} restored"), done.stderr
+    ranks.fail_restores = True
+    failed = run(stack, "restore", made["id"])
+    ranks.fail_restores = False
+    assert (failed.returncode, failed.stdout) == (1, "failed: rank 1 raised CheckpointError: another checksum\n")
+    assert made["name"] in run(stack, "checkpoints").stdout
+    assert run(stack, "restore", "no/such").returncode == 1
+
+
 def test_checkpoint_waits_until_it_is_written(stack):
     """However often the answer is "queued", which a real coordinator says after 600 s when asked to wait."""
     asked = []
