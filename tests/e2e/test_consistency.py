@@ -155,6 +155,24 @@ def check_cache_after_update(server: Server, trainer: Trainer, *, stale: bool) -
     assert (wrong > 0.02) if stale else (wrong == 0)
 
 
+def check_restore(server: Server, trainer: Trainer) -> None:
+    """A stream goes on over a restore; answers, also from the prefix cache, are those of before the job."""
+    saved = trainer.post("/checkpoint", {"wait": True})
+    before = server.logprobs(TOKENS), answer(server)
+    job = trainer.post("/train", JOB | {"epochs": 3})
+    assert server.logprobs(TOKENS) != before[0]
+    answer(server)  # fills the cache
+    url = f"{server.url}/checkpoint/{saved['name']}/restore"  # vLLM's own port
+    done, streams = stream_during(server, 100, lambda: httpx.post(url, json={"wait": True}, timeout=120).json())
+    restore = done["restore"]
+    assert restore["state"] == "succeeded", restore
+    assert 0 < restore["paused_seconds"] < restore["seconds"]
+    assert restore["weight_version"] == job["weight_version"] + 1
+    assert {len(stream.times) for stream in streams} == {100}
+    assert (server.logprobs(TOKENS), answer(server)) == before
+    assert trainer.post("/train", JOB)["weight_version"] == restore["weight_version"] + 1
+
+
 def kill_while_paused(server: Server, trainer: Trainer, rank: int) -> None:
     """kill -9 of one rank while the server is paused for its update: the server answers again within 10 s."""
     order = trainer.state_dir / "order"
@@ -216,6 +234,8 @@ def test_step_lock_keeps_a_running_stream_and_reset_makes_answers_fresh(server: 
     status = httpx.get(f"{server.url}/train/status", timeout=30)
     assert versions[-1] == versions[0] + 1 == job["weight_version"] == status.json()["trainer"]["weight_version"]
     assert status.headers["x-apollo-weight-version"] == str(versions[-1])
+    (trainer.state_dir / "order").unlink()
+    check_restore(server, trainer)
     kill_while_paused(server, trainer, rank=1)
 
 
