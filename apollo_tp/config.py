@@ -135,6 +135,8 @@ class ServerConfig:
     instance: str | None = option(None, "instance id of the vLLM server; null takes the only live one")
     replicas: int = option(1, "servers of one model that are trained together and stay bit-identical")
     instances: list[str] = option(list, "instance ids of the replicas; [] takes all live servers")
+    min_replicas: int | None = option(None, "train on with as few of them while others are away; null: only with all")
+    replica_wait_seconds: float = option(30.0, "how long to wait for more than server.min_replicas of them")
     runtime_dir: str | None = option(
         None, "folder of manifests and sockets; null: $APOLLO_TP_RUNTIME_DIR or the default"
     )
@@ -149,6 +151,12 @@ class ServerConfig:
             "server.instances",
             names,
             f"{count} ids, as many as server.replicas, all different",
+        )
+        check(
+            self.min_replicas is None or 1 <= self.min_replicas <= count,
+            "server.min_replicas",
+            self.min_replicas,
+            f"null or 1 to {count}, which is server.replicas",
         )
         both = self.instance is not None and (count > 1 or bool(names))
         check(not both, "server.instance", self.instance, "null where server.replicas or server.instances is set")

@@ -79,12 +79,14 @@ def complete_restore(target: Target) -> bool:
     lineage, started = target.lineage, time.monotonic()
     rows = target.control().gather(msgspec.json.encode((lineage.trained_here, lineage.record)))
     records = [msgspec.json.decode(row, type=tuple[bool, Lineage]) for row in rows]
-    open_ones = [record for _, record in records if record.restoring]
-    if not open_ones:
+    trained = [record for trained_here, record in records if trained_here]
+    version = max((record.weight_version for record in trained), default=0)
+    newest = [record for record in trained if record.weight_version == version]
+    open_one = next((record for record in newest if record.restoring), None)
+    if open_one is None:  # a replica that was away while others completed it is filled from these
         return False
-    folder = Path(open_ones[0].restoring)
+    folder = Path(open_one.restoring)
     log.warning("the last trainer ended while it restored %s: that is completed first", folder)
-    newest = max((record for trained_here, record in records if trained_here), key=lambda r: r.weight_version)
     checkpoint = target.of(folder)
     with _advice(folder):
         info = checkpoint.check(None)
@@ -97,8 +99,7 @@ def complete_restore(target: Target) -> bool:
     with target.control().agree():
         lineage.update(restoring=str(folder))
     checkpoint.write()
-    base = msgspec.structs.replace(newest, restoring=str(folder), restore_id=open_ones[0].restore_id)
-    _completed(lineage, base, info, folder, newest.weight_version, step_count)
+    _completed(lineage, open_one, info, folder, version, step_count)
     log.info("%s restored in %.1f s", folder, time.monotonic() - started)
     return True
 

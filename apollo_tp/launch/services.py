@@ -118,6 +118,7 @@ class Services:
             last_job_step=last.last_job_step,
             last_restore_id=last.restore_id,
             replicas=list(map(commands.Replica, ready.arrangement.instances, ready.arrangement.hosts)),
+            num_replicas=config.server.replicas,
         )
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""From options to a trainer that is ready, in four stages: join the ranks, map the server, bind the model, prepare.
+"""From options to a trainer that is ready, in five stages: join the ranks, take a place, map the server, bind, prepare.
 
 Every rank runs each stage at the same time. A stage is a function of the record that the stage before it made, and returns
 the next record, which has all fields of that one too. ``stack`` undoes the stages in reverse order.
@@ -36,7 +36,7 @@ from apollo_tp.launch.coordinates import Arrangement, ServedRank, take
 from apollo_tp.launch.coordinator_process import CoordinatorProcess
 from apollo_tp.launch.distributed import World, join, renumber
 from apollo_tp.launch.forwarding import reach_coordinator
-from apollo_tp.launch.histories import History, agree_on_record, source_of
+from apollo_tp.launch.histories import History, agree_on_record, partners, source_of
 from apollo_tp.launch.hosts import Hosts, check_shared, find_servers, gather_manifests, meet
 from apollo_tp.launch.restoring import Target, complete_restore
 from apollo_tp.launch.server_watch import ServerWatch
@@ -80,17 +80,28 @@ class Joined:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Served(Joined):
-    """The servers are found and locked, and the memory of the one's rank that this rank stands beside is mapped."""
+class Placed(Joined):
+    """The servers are found, and each rank knows beside which one it stands."""
 
+    own: ServedRank | None
+    """This rank's shard; None if it has none, while its server is away (``server.min_replicas``)."""
+    arrangement: Arrangement
+    """Which rank stands beside which shard of which replica."""
+    servers: dict[str, list[Manifest]]
+    """The manifests on this host of the servers to train."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Served(Placed):
+    """The servers are locked, and the memory of the one's rank that this rank stands beside is mapped."""
+
+    own: ServedRank
     folder: Path
     """The instance folder of this rank's server, one of the replicas."""
     manifests: list[Manifest]
     """The manifests of all ranks of that server, also of those on other hosts."""
     mapped: MappedRank
     lineage: LineageFile
-    arrangement: Arrangement
-    """Which rank stands beside which shard of which replica."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,11 +141,35 @@ def join_ranks(config: Config, stack: contextlib.ExitStack) -> Joined:
     return Joined(config=config, stack=stack, world=world, hosts=hosts, control=control, coordinator=coordinator)
 
 
-def map_server(joined: Joined, on_server_gone: Callable[[ServerGoneError], None]) -> Served:
-    """Wait for the server, watch it from then on, and map its memory, which must equal the model's folder unless it has
-    been trained since. Collective. Raises what ``map_rank`` and ``verify_against_checkpoint`` raise, on all ranks."""
-    servers = find_servers(joined.control, joined.hosts, joined.config.server, joined.report)
-    joined, own, arrangement = _take_place(joined, servers)
+def take_place(joined: Joined) -> Placed:
+    """Wait for the servers, and take the shard that this rank stands beside. From then on a rank's number is its place in
+    the mesh of replicas; rank 0 keeps its number. Collective; raises what ``find_servers`` and ``take`` raise."""
+    config = joined.config.server
+    servers = find_servers(joined.control, joined.hosts, config, joined.report)
+    own, arrangement = take(joined.control, joined.hosts, servers, spare=config.min_replicas is not None)
+    names, world = arrangement.instances, joined.world
+    if not (config.min_replicas or config.replicas) <= len(names) <= config.replicas:
+        raise ConfigError(
+            f"server.replicas: got {config.replicas}, expected {len(names)}, since ranks stand beside servers {names}"
+        )
+    if arrangement.is_permuted or len(arrangement.flat) < world.size:
+        position = arrangement.position(world.rank, world.size)
+        if own is not None and position != world.rank:
+            log.info("rank %d of the launcher is rank %d from now on, as its server numbers it", world.rank, position)
+        world = renumber(world, position, len(arrangement.flat))
+        joined = dataclasses.replace(joined, world=world, control=Control(world.rank, world.size))
+    if world.rank == 0:
+        first = next(iter(servers.values()))[0]
+        for instance, host in zip(names, arrangement.hosts, strict=True):
+            log.info("training server %s on %s: %s, TP %d", instance, host, first.model_path, first.tp_size)
+    return Placed(**vars(joined), own=own, arrangement=arrangement, servers=servers)
+
+
+def map_server(placed: Placed, on_server_gone: Callable[[ServerGoneError], None]) -> Served:
+    """Watch the server from now on, and map its memory, which must equal the model's folder unless it has been trained
+    since. Collective. Raises what ``map_rank`` and ``verify_against_checkpoint`` raise, on all ranks."""
+    joined, own, arrangement, servers = placed, placed.own, placed.arrangement, placed.servers
+    assert own is not None
     config, folder = joined.config, instance_folder.base_dir(joined.config.server.runtime_dir) / own.instance
     leads = own.tp_rank == servers[own.instance][0].tp_rank  # the ranks of this server on this host
     _hold(joined, folder, own, leads, arrangement.instances[0], has_port=servers[own.instance][0].endpoints)
@@ -158,30 +193,7 @@ def map_server(joined: Joined, on_server_gone: Callable[[ServerGoneError], None]
         if mapped.device.type == "cuda":
             torch.cuda.set_device(mapped.device)
             sm_limit.limit_sms(mapped.device, config.qos.sm_percent)
-    return Served(
-        **vars(joined), folder=folder, manifests=manifests, mapped=mapped, lineage=lineage, arrangement=arrangement
-    )
-
-
-def _take_place(joined: Joined, servers: dict[str, list[Manifest]]) -> tuple[Joined, ServedRank, Arrangement]:
-    """The shard that this rank stands beside, and those of all. From then on a rank's number is its place in the mesh of
-    replicas; rank 0 keeps its number. Collective."""
-    own, arrangement = take(joined.control, joined.hosts, servers)
-    wanted, names = joined.config.server.replicas, arrangement.instances
-    if len(names) != wanted:
-        raise ConfigError(
-            f"server.replicas: got {wanted}, expected {len(names)}, since ranks stand beside servers {names}"
-        )
-    position, world = arrangement.position(joined.world.rank), joined.world
-    if arrangement.is_permuted:
-        log.info("rank %d of the launcher is rank %d from now on, as its server numbers it", world.rank, position)
-        world = renumber(world, position)
-        joined = dataclasses.replace(joined, world=world, control=Control(world.rank, world.size))
-    if world.rank == 0:
-        first = servers[own.instance][0]
-        for instance, host in zip(names, arrangement.hosts, strict=True):
-            log.info("training server %s on %s: %s, TP %d", instance, host, first.model_path, first.tp_size)
-    return joined, own, arrangement
+    return Served(**vars(placed), folder=folder, manifests=manifests, mapped=mapped, lineage=lineage)
 
 
 def _hold(joined: Joined, folder: Path, own: ServedRank, leads: bool, first: str, *, has_port: bool) -> None:
@@ -242,11 +254,14 @@ def bind(served: Served) -> Bound:
 def unify_replicas(served: Served, replicas: TPGroup, optimizer: Optimizer) -> None:
     """Fill replicas whose server was started again from one that has the trained weights, and compare all that is served,
     bit for bit. Collective. Raises ReplicaError, on all ranks, if replicas were trained apart or differ."""
-    if optimizer.owners is None:
-        return
     lineage, own = served.lineage, replicas.rank
+    if optimizer.owners is None:
+        if lineage.record.partners:  # those that are away
+            lineage.share(lineage.record.life, partners(lineage.record, [served.manifests[0].life]))
+        return
     labels = served.arrangement.labels()
-    history = History(lineage.trained_here, lineage.record, served.manifests[0].life)
+    whole = not lineage.record.restoring  # else it missed how others completed a restore
+    history = History(lineage.trained_here and whole, lineage.record, served.manifests[0].life)
     rows = ComputeControl(replicas, optimizer.device).gather(msgspec.json.encode(history))
     histories = [msgspec.json.decode(row, type=History) for row in rows]
     source = source_of(histories, labels)
@@ -258,7 +273,8 @@ def unify_replicas(served: Served, replicas: TPGroup, optimizer: Optimizer) -> N
         optimizer.owners.fill(source)
         if behind:
             lineage.update(**msgspec.structs.asdict(histories[source].record))
-    lineage.share(histories[source or 0].life)
+    common = histories[source or 0]
+    lineage.share(common.life, partners(common.record, [history.server_life for history in histories]))
     check_equal({name: local for name, (_, local) in served.mapped.tensors.items()}, replicas, labels)
 
 

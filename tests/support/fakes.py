@@ -47,6 +47,7 @@ class FakeRanks:
         self.commands, self.answered, self.scored = [], [], []
         self.learned, self.fail_saves, self.score_seconds = 0.0, False, 0.0
         self.restore_seconds, self.fail_restores = 0.0, False
+        self.replicas, self.lags = [], []
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self.run, daemon=True)
 
@@ -95,6 +96,8 @@ class FakeRanks:
             ],
             last_job_id=applied[-1][0] if applied else "",
             last_job_step=applied[-1][1] if applied else 0,
+            replicas=self.replicas,
+            num_replicas=3 if self.replicas else 1,
         )
 
     def run(self):
@@ -181,7 +184,7 @@ class FakeRanks:
             loss=loss, num_tokens=tokens, num_loss_tokens=tokens // 2, weight_version=version,
             step_seconds=self.step_seconds, gradients="in_backward", skipped=skipped,
         )  # fmt: skip
-        return commands.StepDone(id=command.id, figures=figures)
+        return commands.StepDone(id=command.id, figures=figures, replica_lag_seconds=self.lags)
 
 
 class CoordinatorProcess:

@@ -39,6 +39,29 @@ def test_replicas_on_two_machines_learn_together(host: Host) -> None:
     assert equal(a.weights(), b.weights())
 
 
+def test_a_host_that_was_cut_off_is_filled_when_it_returns(host: Host) -> None:
+    """Its server has lived on with the weights of before; the others, which may train without it, went on. Were it trained
+    meanwhile too, nobody could say whose steps count."""
+    a, b = host.serve("a", on="i"), host.serve("b", on="j")
+    options = ("server.replicas=2", "server.min_replicas=1")
+    assert host.train(2, *options, machines=["i", "j"])[0] == 0
+    status, output = host.train(1, *options, machines=["i"], number=2)
+    assert status == 0, output
+    assert (a.version(), b.version()) == (2, 1)
+    status, output = host.train(2, *options, machines=["i", "j"], number=3)
+    assert status == 0, output
+    assert "b on host-j is filled with the weights of a on host-i" in output
+    assert (a.version(), b.version()) == (3, 3)
+    assert equal(a.weights(), b.weights())
+    for machine in "ij":
+        assert host.train(1, *options, machines=[machine], number=4)[0] == 0
+    kept = b.weights()
+    status, output = host.train(2, *options, machines=["i", "j"], number=5)
+    assert status != 0
+    assert "they were trained apart" in output
+    assert equal(b.weights(), kept)
+
+
 def test_a_server_over_two_machines_learns_as_on_one(host: Host) -> None:
     """Each rank maps what its machine holds; where it lies in the checkpoint, the other one's manifest says too. The record
     of the weights is kept on both: the next trainer goes on, also where one record is a step behind."""
