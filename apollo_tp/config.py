@@ -239,6 +239,10 @@ class ServiceConfig:
     token_file: str | None = option(None, "file with the bearer token(s); null: $APOLLO_TP_TOKEN, else none")
     rank_timeout_seconds: float = option(30.0, "without a heartbeat of rank 0 for this long, the ranks count as gone")
     on_crash: OnCrash = option(OnCrash.resume, "an interrupted job: resume (from its last completed step) | fail")
+    guard_command: list[str] = option(
+        list, "program and arguments that judge the served weights for a job's guard; [] is none"
+    )
+    guard_seconds: float = option(600.0, "a job whose guard command runs for longer fails")
     server_url: str | None = option(None, "the model server's address, for the page's latency figures")
     writers: WriterConfig = option(WriterConfig, "curves for other tools")
 
@@ -246,6 +250,7 @@ class ServiceConfig:
         check(self.max_queued_jobs >= 1, "service.max_queued_jobs", self.max_queued_jobs, "an integer >= 1")
         check(self.max_body_bytes >= 1024, "service.max_body_bytes", self.max_body_bytes, "an integer >= 1024")
         check(self.rank_timeout_seconds > 0, "service.rank_timeout_seconds", self.rank_timeout_seconds, "a number > 0")
+        check(self.guard_seconds > 0, "service.guard_seconds", self.guard_seconds, "a number > 0")
 
 
 class SyncMode(Enum):

@@ -84,8 +84,8 @@ class CheckpointWriter:
         self._served, self._origin = lambda: [own, *served()], folders.origin_of(model_path)
         self._files = _plan_files(checkpoint, {name: local.dtype for name, (_, local) in tensors.items()})
 
-    def save(self, name: str, optimizer: Optimizer, weight_version: int) -> tuple[Path, int]:
-        """Write checkpoint ``name``; returns its folder and size in bytes.
+    def save(self, name: str, optimizer: Optimizer, weight_version: int, kept: Sequence[str] = ()) -> tuple[Path, int]:
+        """Write checkpoint ``name``; returns its folder and size in bytes. Those that are ``kept`` are not removed for it.
 
         Collectives: all-reduces of one flag and all-gathers (see ``_on_rank_0`` and ``_agree``) besides the optimizer's own.
         Raises CheckpointError on the ranks that could not write, RankFailedError on the others; nothing appears then, and
@@ -94,12 +94,12 @@ class CheckpointWriter:
         with contextlib.ExitStack() as stack:
             if self._world.rank == 0:  # renamed by now, unless it failed
                 stack.callback(folders.discard, self._root, name)
-            self._write(name, optimizer, weight_version)
+            self._write(name, optimizer, weight_version, kept)
         final = self._root / name
         folders_of_it = (final, folders.beside_of(final))
         return final, sum(path.stat().st_size for each in folders_of_it for path in each.rglob("*") if path.is_file())
 
-    def _write(self, name: str, optimizer: Optimizer, weight_version: int) -> None:
+    def _write(self, name: str, optimizer: Optimizer, weight_version: int, kept: Sequence[str]) -> None:
         partial = folders.partial_path(self._root, name)
         self._optimizer = optimizer
         self._on_rank_0(lambda: self._prepare(name))
@@ -128,9 +128,9 @@ class CheckpointWriter:
             origin=self._origin,
             trained=self._trained(),
         )
-        self._on_rank_0(lambda: self._complete(name, info, sums))
+        self._on_rank_0(lambda: self._complete(name, info, sums, kept))
 
-    def _complete(self, name: str, info: CheckpointInfo, sums: dict[str, int]) -> None:
+    def _complete(self, name: str, info: CheckpointInfo, sums: dict[str, int], kept: Sequence[str]) -> None:
         partial = folders.partial_path(self._root, name)
         content = {tensor: checksum.text(value) for tensor, value in sorted(sums.items())}
         _write_private(partial / folders.CHECKSUMS_FILE, json.dumps(content, indent=1))
@@ -138,7 +138,8 @@ class CheckpointWriter:
             name, public_name(info.origin), info.weight_version, info.optimizer, info.trained, self._source / CARD_FILE
         )
         _write_private(partial / CARD_FILE, text)
-        folders.complete(self._root, name, info, self._keep, self._served)
+        served = lambda: [*self._served(), *(self._root / each for each in kept)]  # noqa: E731 - what is needed
+        folders.complete(self._root, name, info, self._keep, served)
 
     def _on_rank_0(self, action: Callable[[], object]) -> None:
         """Run ``action`` on rank 0, in a thread, and agree on success. Collective.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -47,10 +48,11 @@ class Services:
         ready.alarm.next_epoch()
         compute_group(ready.mesh.world, ready.mapped.device, ready.config.command_timeout_seconds)
 
-    def save_checkpoint(self, name: str) -> tuple[str, int]:
-        """Write checkpoint ``name``; returns its folder and its size in bytes. Collective."""
+    def save_checkpoint(self, name: str, kept: Sequence[str] = ()) -> tuple[str, int]:
+        """Write checkpoint ``name``; returns its folder and its size in bytes. Those that are ``kept`` are not removed for
+        it. Collective."""
         trainer = self._trainer
-        path, num_bytes = self._writer.save(name, trainer.optimizer, trainer.weight_version)
+        path, num_bytes = self._writer.save(name, trainer.optimizer, trainer.weight_version, kept)
         self._lineage.update(weight_version=trainer.weight_version, checkpoint=str(path))
         return str(path), num_bytes
 

@@ -14,6 +14,7 @@ import logging
 import signal
 import time
 import traceback
+from collections.abc import Sequence
 from dataclasses import asdict, fields
 from typing import NoReturn, Protocol
 
@@ -66,8 +67,9 @@ class Services(Protocol):
     def hello(self, command_id: str = "") -> commands.Hello:
         """Who these ranks are and which step they completed last; the answer to ``command_id``. Local."""
 
-    def save_checkpoint(self, name: str) -> tuple[str, int]:
-        """Write checkpoint ``name``; returns its folder and its size in bytes. Collective."""
+    def save_checkpoint(self, name: str, kept: Sequence[str] = ()) -> tuple[str, int]:
+        """Write checkpoint ``name``; returns its folder and its size in bytes. Those that are ``kept`` are not removed for
+        it. Collective."""
 
     def restore_checkpoint(self, name: str, restore_id: str) -> str:
         """Put checkpoint ``name`` into the served memory and the optimizer; returns its folder. Collective."""
@@ -255,7 +257,7 @@ class RankLoop:
                 )
             case commands.SaveCheckpoint():
                 started = time.monotonic()
-                path, num_bytes = self.services.save_checkpoint(command.name)
+                path, num_bytes = self.services.save_checkpoint(command.name, command.kept)
                 return commands.CheckpointDone(
                     id=command.id,
                     path=path,

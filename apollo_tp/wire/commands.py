@@ -128,9 +128,11 @@ class Score(Command, frozen=True):
 
 
 class SaveCheckpoint(Command, frozen=True):
-    """Write the live weights and the optimizer state to ``name`` below the configured checkpoint folder."""
+    """Write the live weights and the optimizer state to ``name`` below the configured checkpoint folder. Those that are
+    ``kept`` are not removed for it, however old."""
 
     name: str
+    kept: list[str] = []
 
 
 class RestoreCheckpoint(Command, frozen=True):

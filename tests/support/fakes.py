@@ -47,6 +47,7 @@ class FakeRanks:
         self.commands, self.answered, self.scored = [], [], []
         self.learned, self.fail_saves, self.score_seconds = 0.0, False, 0.0
         self.restore_seconds, self.fail_restores = 0.0, False
+        self.saved, self.undone = {}, 0  # steps in the weights by name of the checkpoint; steps that are not any more
         self.replicas, self.lags = [], []
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self.run, daemon=True)
@@ -141,7 +142,10 @@ class FakeRanks:
             self.scored.append(len(self.applied()))
             weights = [sum(sample.weights) for sample in command.samples]
             logprobs = [
-                self.logprob * weight * (1 + 0.01 * sample.token_ids[-1]) * (1 + self.learned * len(self.applied()))
+                self.logprob
+                * weight
+                * (1 + 0.01 * sample.token_ids[-1])
+                * (1 + self.learned * (len(self.applied()) - self.undone))
                 for weight, sample in zip(weights, command.samples, strict=True)
             ]
             return commands.ScoreDone(
@@ -156,10 +160,12 @@ class FakeRanks:
                 return commands.CommandFailed(id=command.id, **error)
             with open(self.journal.with_suffix(".restores"), "a") as file:
                 file.write(f"{command.name} {command.restore_id}\n")
+            self.undone = len(self.applied()) - self.saved.get(command.name, 0)
             path = f"/ckpt/{command.name}"
             return commands.RestoreDone(id=command.id, path=path, seconds=0.2, weight_version=self.version())
         if isinstance(command, commands.SaveCheckpoint):
             version = self.version()
+            self.saved[command.name] = len(self.applied()) - self.undone
             path = f"/ckpt/{command.name}"
             return commands.CheckpointDone(id=command.id, path=path, num_bytes=1, seconds=0.0, weight_version=version)
         if isinstance(command, commands.Shutdown):

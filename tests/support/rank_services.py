@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from apollo_tp.wire import commands
 
@@ -25,7 +25,7 @@ class RecordingServices:
         self.hellos.append(command_id)
         raise NotImplementedError
 
-    def save_checkpoint(self, name: str) -> tuple[str, int]:
+    def save_checkpoint(self, name: str, kept: Sequence[str] = ()) -> tuple[str, int]:
         raise NotImplementedError(name)
 
     def restore_checkpoint(self, name: str, restore_id: str) -> str:

@@ -19,7 +19,7 @@ from apollo_tp.checkpoint.lineage import LineageFile
 from apollo_tp.checkpoint.restore import Restore
 from apollo_tp.launch.arguments import read_arguments
 from apollo_tp.launch.services import Services
-from apollo_tp.launch.stages import bind, join_ranks, map_server, prepare
+from apollo_tp.launch.stages import bind, join_ranks, map_server, prepare, take_place
 from apollo_tp.training.rank_loop import RankLoop
 from apollo_tp.wire import commands
 from tests.support.exactness import samples
@@ -64,8 +64,8 @@ def _command(what: str, argument: str) -> commands.AnyCommand:
 
 def main(arguments: dict[str, Any], options: list[str], say: Callable[[str], None]) -> None:
     with contextlib.ExitStack() as stack:
-        joined = join_ranks(read_arguments(options), stack)  # type: ignore[arg-type]
-        ready = prepare(bind(map_server(joined, lambda error: None)))
+        placed = take_place(join_ranks(read_arguments(options), stack))  # type: ignore[arg-type]
+        ready = prepare(bind(map_server(placed, lambda error: None)))
         say(f"READY {ready.trainer.weight_version} {ready.optimizer.step_count}")
         loop = RankLoop(ready.trainer, Services(ready), ready.control, None)
         for each in arguments["do"]:

@@ -27,7 +27,7 @@ from apollo_tp.coordinator.http.parameters import (
 from apollo_tp.coordinator.http.service import Service, ServiceParts, found, listing
 from apollo_tp.coordinator.http.views import event_stream, events_page, job_view
 from apollo_tp.coordinator.http.work import IsAbandoned, uninterrupted, while_connected
-from apollo_tp.coordinator.jobs.job import Checkpoint, Job, State, new_job, plan_total_steps, spec_of
+from apollo_tp.coordinator.jobs.job import Checkpoint, Job, State, check_guard, new_job, plan_total_steps, spec_of
 from apollo_tp.coordinator.samples.body import read_body
 from apollo_tp.coordinator.samples.sample_file import write_records
 from apollo_tp.coordinator.samples.schema import (
@@ -91,9 +91,14 @@ def _write(service: Service, data: Body, is_abandoned: IsAbandoned) -> tuple[Tra
     job = new_job("train", spec_of(body), State.queued, service.scheduler.model)
     path = store.samples_dir / f"{job.id}.train"
     samples = service.intake(body.truncate, is_abandoned).train_samples(body, given)
+    check_guard(body.guard, body.validation is not None, service.settings.service)
+    held_out = service.intake(body.truncate, is_abandoned).samples(body.validation or [], "validation")
     job.num_samples = write_records(path, samples)
+    if held_out:
+        job.num_validation = write_records(path.with_suffix(".valid"), held_out)
     if is_abandoned():  # nobody takes the job
         path.unlink()
+        path.with_suffix(".valid").unlink(missing_ok=True)
     job.total_steps = plan_total_steps(job.spec, job.num_samples)
     return body, job
 
@@ -103,7 +108,8 @@ async def _store(service: Service, job: Job, key: tuple[str, str, str] | None) -
     store, limit = service.store, service.settings.service.max_queued_jobs
     known = ""
     try:
-        store.disk.count(store.samples_dir / f"{job.id}.train")
+        for part in ("train", "valid")[: 1 + (job.num_validation > 0)]:
+            store.disk.count(store.samples_dir / f"{job.id}.{part}")
         known = await store.add_job(job, max_queued=limit, idempotency=key)
     finally:
         if known != job.id:

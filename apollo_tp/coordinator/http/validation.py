@@ -12,8 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from apollo_tp.coordinator.http.service import Service
-from apollo_tp.coordinator.jobs.job import Job, JobError, State, StoredFile, plan_total_steps
-from apollo_tp.coordinator.jobs.scheduler import model_changed
+from apollo_tp.coordinator.jobs.job import Job, JobError, State, StoredFile, model_changed, plan_total_steps
 from apollo_tp.coordinator.samples.forms import read_line
 from apollo_tp.coordinator.samples.intake import Intake
 from apollo_tp.coordinator.samples.lines import numbered_lines

@@ -8,7 +8,7 @@ import secrets
 import time
 from collections.abc import Callable
 
-from apollo_tp.coordinator.jobs.job import Checkpoint, Job, Restore
+from apollo_tp.coordinator.jobs.job import Checkpoint, Job, Restore, State
 from apollo_tp.coordinator.jobs.rank_link import Ask, RankLink, RanksGoneError
 from apollo_tp.coordinator.jobs.storage_error import StorageError
 from apollo_tp.coordinator.jobs.store import Store
@@ -65,8 +65,8 @@ class Saver:
     ) -> Checkpoint:
         """Store a request for a checkpoint and return its record, or that of the same request that came earlier.
 
-        ``reason`` is "request", "job" or "idle". Client requests share one checkpoint until it is sent to the ranks. Raises
-        StorageError; then nothing was requested.
+        ``reason`` is "request", "job", "guard" or "idle". Client requests share one checkpoint until it is sent to the
+        ranks. Raises StorageError; then nothing was requested.
         """
         now = time.time()
         checkpoint = self._waiting(reason) if reason == "request" else None
@@ -155,7 +155,9 @@ class Saver:
     async def _write(self, checkpoint: Checkpoint) -> ApolloTpError | None:
         failure: ApolloTpError | None = None
         try:
-            done = await self._ask(commands.SaveCheckpoint(id=self._link.new_id("save"), name=checkpoint.name))
+            kept = [each.name for each in map(self._store.checkpoint, self._snapshots()) if each is not None]
+            command = commands.SaveCheckpoint(id=self._link.new_id("save"), name=checkpoint.name, kept=kept)
+            done = await self._ask(command)
             assert isinstance(done, commands.CheckpointDone)
             checkpoint.state, checkpoint.path, checkpoint.num_bytes = "succeeded", done.path, done.num_bytes
             checkpoint.seconds, checkpoint.weight_version = done.seconds, done.weight_version
@@ -227,7 +229,7 @@ class Saver:
         be written under another name, since the ranks may have written the old one, or may still be writing it."""
         if checkpoint.state != "queued":
             return
-        if checkpoint.reason == "job":
+        if checkpoint.reason in ("job", "guard"):
             checkpoint.state, checkpoint.error = "failed", reason
             self._finished(checkpoint)
         else:
@@ -236,6 +238,10 @@ class Saver:
     def _finished(self, checkpoint: Checkpoint) -> None:
         checkpoint.finished_at = time.time()
         self._queue.remove(checkpoint)
+
+    def _snapshots(self) -> list[str]:
+        """The checkpoints that jobs may still be rolled back to."""
+        return [job.guard.snapshot for job in self._store.active.in_states(*State) if job.guard and job.guard.snapshot]
 
     def _waiting(self, reason: str) -> Checkpoint | None:
         sent = self._current[0] if self._current else ""

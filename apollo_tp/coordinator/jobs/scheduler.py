@@ -23,7 +23,9 @@ import msgspec
 from apollo_tp.config import OnCrash
 from apollo_tp.coordinator.jobs.client_requests import ClientRequests
 from apollo_tp.coordinator.jobs.evaluation import Evaluator, Scored, score
-from apollo_tp.coordinator.jobs.job import Job, JobError, State, batch_indices
+from apollo_tp.coordinator.jobs.guard_command import GuardCommand
+from apollo_tp.coordinator.jobs.guarding import Guardian
+from apollo_tp.coordinator.jobs.job import Job, JobError, State, batch_indices, model_changed
 from apollo_tp.coordinator.jobs.progress import Progress
 from apollo_tp.coordinator.jobs.rank_link import RankLink, RanksGoneError
 from apollo_tp.coordinator.jobs.saving import Saver
@@ -64,7 +66,10 @@ class Scheduler:
         self._wake = asyncio.Event()
         self._idle_since = time.monotonic()
         self.saver = Saver(store, link, self.ask, self.live, self.wake, lambda: self.running)
-        self._requests = ClientRequests(self.ask, lambda: self.running is not None, settings.command_timeout_seconds)
+        self._guard_command = GuardCommand(settings.service.guard_command, settings.service.guard_seconds)
+        trains = lambda: self.running is not None and not self._guard_command.runs  # noqa: E731 - it may ask too
+        self._requests = ClientRequests(self.ask, trains, settings.command_timeout_seconds)
+        self._guard_command.on_start = self._requests.job_advanced
         # its own: requests that are rendered keep the threads that all share busy
         self._thread = ThreadPoolExecutor(1, "scheduler")
 
@@ -222,16 +227,21 @@ class Scheduler:
     async def _train(self, job: Job) -> None:
         evaluator = Evaluator(job, self.store, self._ask_for_job, self._in_thread)
         await evaluator.prepare()
+        guard = Guardian(job, evaluator, self._evaluate, self.store, self.saver, self._guard_command)
+        await guard.begin()
         pending: collections.deque[Pending] = collections.deque()
         try:
             while True:
                 self.saver.send()
                 await self.store.room()
-                limit = min(job.total_steps, evaluator.next_evaluation())
+                limit = min(job.total_steps, evaluator.next_evaluation(), guard.next_check())
                 while len(pending) < STEPS_IN_FLIGHT and not job.wanted and job.step + len(pending) < limit:
                     step = job.step + len(pending) + 1
                     pending.append((step, await self._send_step(job, step, evaluator)))
                 if not pending:
+                    if guard.is_due():
+                        await guard.check()
+                        continue
                     if job.wanted or job.step >= job.total_steps:
                         break
                     await self._evaluate(evaluator)
@@ -379,15 +389,6 @@ class Scheduler:
         if error.rank is not None:
             details |= {"rank": error.rank, "traceback": error.traceback}
         self._finish(job, State.failed, f"Job failed: {error.message}", level="error", data=details)
-
-
-def model_changed(model_path: str) -> JobError:
-    """The error of a job that was queued while the served model was replaced by another."""
-    message = (
-        f"got the server of {model_path}, expected the model that this job's samples were made for: its configuration, "
-        "tokenizer or chat template was another. Start the job again"
-    )
-    return JobError(code="model_changed", message=message)
 
 
 class TooManySkipsError(ApolloTpError):

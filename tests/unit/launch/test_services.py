@@ -27,7 +27,7 @@ class Saved:
     def __init__(self, root: Path, *_: Any, **__: Any) -> None:
         self.root = root
 
-    def save(self, name: str, optimizer: object, weight_version: int) -> tuple[Path, int]:
+    def save(self, name: str, optimizer: object, weight_version: int, kept: object) -> tuple[Path, int]:
         return self.root / name, 7
 
 
