@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from apollo_tp.checkpoint import CheckpointWriter
+from apollo_tp.checkpoint.behind import WriteBehind, Written
 from apollo_tp.checkpoint.card import Trained
 from apollo_tp.checkpoint.lineage import Lineage
 from apollo_tp.distributed.tp_group import compute_group
@@ -19,6 +20,9 @@ from apollo_tp.launch.stages import Ready, before_restore
 from apollo_tp.runtime import instance_folder
 from apollo_tp.shards.instance import served_models
 from apollo_tp.wire import commands
+
+WRITE_PATIENCE = 10
+"""The threads that write a checkpoint wait for each other for this many times the deadline of a collective."""
 
 
 class Services:
@@ -41,6 +45,9 @@ class Services:
             trained=lambda: self._lineage.record.trained,
             served=lambda: served_models(instance_folder.base_dir(config.server.runtime_dir)),
         )
+        self.is_saving, seconds = False, WRITE_PATIENCE * config.command_timeout_seconds
+        behind = config.checkpoint.behind
+        self._behind = WriteBehind(self._writer, ready.world.store, seconds) if behind else None
 
     def form_group(self) -> None:
         """Form the compute group of all ranks again. Collective."""
@@ -48,13 +55,26 @@ class Services:
         ready.alarm.next_epoch()
         compute_group(ready.mesh.world, ready.mapped.device, ready.config.command_timeout_seconds)
 
-    def save_checkpoint(self, name: str, kept: Sequence[str] = ()) -> tuple[str, int]:
-        """Write checkpoint ``name``; returns its folder and its size in bytes. Those that are ``kept`` are not removed for
-        it. Collective."""
+    def save_checkpoint(self, name: str, kept: Sequence[str] = ()) -> tuple[str, int] | None:
+        """Write checkpoint ``name``; returns its folder and its size in bytes, or None if it is written while training goes
+        on. Those that are ``kept`` are not removed for it. Collective."""
         trainer = self._trainer
+        if self._behind and self._behind.begin(name, trainer.optimizer, trainer.weight_version, kept):
+            self.is_saving = True
+            return None
         path, num_bytes = self._writer.save(name, trainer.optimizer, trainer.weight_version, kept)
         self._lineage.update(weight_version=trainer.weight_version, checkpoint=str(path))
         return str(path), num_bytes
+
+    def written_checkpoint(self) -> Written | None:
+        """On rank 0: what became of the checkpoint that was written while training went on, once it is known."""
+        return self._behind.written if self._behind and self.is_saving else None
+
+    def checkpoint_written(self, path: str) -> None:
+        """It is complete at ``path``, or has failed ("")."""
+        self.is_saving = False
+        if path:
+            self._lineage.update(checkpoint=path)
 
     def restore_checkpoint(self, name: str, restore_id: str) -> str:
         """Put checkpoint ``name`` into the served memory and the optimizer; returns its folder. Collective."""

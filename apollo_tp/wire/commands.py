@@ -135,6 +135,18 @@ class SaveCheckpoint(Command, frozen=True):
     kept: list[str] = []
 
 
+class CheckpointWritten(Command, frozen=True):
+    """From rank 0 to all ranks: what became of the checkpoint that the command of this ``id`` asked for, and that was
+    written while training went on. ``error`` says why there is none."""
+
+    path: str
+    num_bytes: int
+    seconds: float
+    stopped_seconds: float
+    weight_version: int
+    error: str = ""
+
+
 class RestoreCheckpoint(Command, frozen=True):
     """Put the weights and the optimizer state of checkpoint ``name`` into the served memory and the optimizer, all or
     nothing. ``restore_id`` names the request, and comes back in ``Hello.last_restore_id``."""
@@ -157,7 +169,9 @@ class Identify(Command, frozen=True):
     """
 
 
-AnyCommand = AnyStep | ForwardBackward | Score | SaveCheckpoint | RestoreCheckpoint | Shutdown | Identify
+AnyCommand = (
+    AnyStep | ForwardBackward | Score | SaveCheckpoint | CheckpointWritten | RestoreCheckpoint | Shutdown | Identify
+)
 
 # --- replies and notices, rank 0 -> coordinator --------------------------------------------------------------------
 
@@ -290,12 +304,14 @@ class ScoreDone(Reply, frozen=True):
 
 
 class CheckpointDone(Reply, frozen=True):
-    """The checkpoint folder is complete at ``path``."""
+    """The checkpoint folder is complete at ``path``, ``seconds`` after the ranks began; for ``stopped_seconds`` of these no
+    step could be made. ``weight_version`` is that of the weights in it."""
 
     path: str
     num_bytes: int
     seconds: float
     weight_version: int
+    stopped_seconds: float = 0.0
 
 
 class RestoreDone(Reply, frozen=True):

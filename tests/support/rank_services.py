@@ -31,7 +31,13 @@ class RecordingServices:
     def restore_checkpoint(self, name: str, restore_id: str) -> str:
         raise NotImplementedError(name)
 
-    is_torn = False
+    is_torn = is_saving = False
+
+    def written_checkpoint(self) -> None:
+        return None
+
+    def checkpoint_written(self, path: str) -> None:
+        raise NotImplementedError(path)
 
     def record_step(self, command: commands.AnyStep, figures: commands.StepFigures) -> None:
         self.steps.append((command, figures))

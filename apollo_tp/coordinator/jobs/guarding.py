@@ -127,7 +127,7 @@ class Guardian:
         return (-change if guard.higher_is_better else change) > guard.max_worse
 
     async def _roll_back(self, guard: Guard, state: GuardState) -> None:
-        job, snapshot = self._job, self._store.checkpoint(state.snapshot)
+        job, snapshot = self._job, self._saver.checkpoint(state.snapshot)
         if snapshot is None:
             raise GuardFailedError(f"rollback: got no checkpoint {state.snapshot}, expected the one of before the job")
         if not _is_done(snapshot, state):

@@ -161,7 +161,8 @@ class Restore(msgspec.Struct, kw_only=True):
 
 class Checkpoint(msgspec.Struct, kw_only=True):
     """A requested or written checkpoint. ``state`` is queued, succeeded or failed; ``reason`` is request, job, idle or
-    guard. ``restore`` is the last request to put it back."""
+    guard. Of the ``seconds`` that it took, no step could be made for ``stopped_seconds``. ``restore`` is the last request
+    to put it back."""
 
     id: str
     name: str
@@ -174,6 +175,7 @@ class Checkpoint(msgspec.Struct, kw_only=True):
     path: str = ""
     num_bytes: int = 0
     seconds: float = 0.0
+    stopped_seconds: float = 0.0
     weight_version: int | None = None
     metrics: dict[str, float | None] = {}
     error: str = ""

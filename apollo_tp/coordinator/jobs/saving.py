@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import collections
 import logging
 import secrets
 import time
@@ -16,6 +17,9 @@ from apollo_tp.errors import ApolloTpError
 from apollo_tp.wire import commands
 
 log = logging.getLogger(__name__)
+
+RECENT = 16
+"""Finished requests that are kept in memory."""
 
 
 class Saver:
@@ -49,6 +53,8 @@ class Saver:
         self._current: tuple[str, asyncio.Task[ApolloTpError | None]] | None = None
         self._queue: list[Checkpoint] = []
         """Requests that are not finished, the oldest first."""
+        self._last: collections.OrderedDict[str, Checkpoint] = collections.OrderedDict()
+        """Those that were finished last, by id: they may not be stored yet."""
         self.last_failure = 0.0
 
     @property
@@ -114,6 +120,11 @@ class Saver:
         self._wake()
         return waiting or checkpoint
 
+    def checkpoint(self, checkpoint_id: str) -> Checkpoint | None:
+        """The newest state of a checkpoint, or None if there is none of this id."""
+        waiting = next((each for each in self._queue if each.id == checkpoint_id), None)
+        return waiting or self._last.get(checkpoint_id) or self._store.checkpoint(checkpoint_id)
+
     def recover(self) -> None:
         """At start: requests that were not completed are kept, except those of jobs, which request theirs again."""
         for checkpoint in sorted(self._store.queued_checkpoints(), key=_asked_at):
@@ -161,6 +172,7 @@ class Saver:
             assert isinstance(done, commands.CheckpointDone)
             checkpoint.state, checkpoint.path, checkpoint.num_bytes = "succeeded", done.path, done.num_bytes
             checkpoint.seconds, checkpoint.weight_version = done.seconds, done.weight_version
+            checkpoint.stopped_seconds = done.stopped_seconds
             if done.weight_version == self._link.weight_version:
                 self._store.set_meta("unsaved", "")
             self._finished(checkpoint)
@@ -206,7 +218,7 @@ class Saver:
             log.error("checkpoint %s was not restored: %s", checkpoint.name, error)
             failure, restore.state, restore.error = error, "failed", str(error)
             restore.finished_at = time.time()
-            self._queue.remove(checkpoint)
+            self._take_out(checkpoint)
         finally:
             self._current = None
         await self._store.save_checkpoint(checkpoint)
@@ -216,7 +228,7 @@ class Saver:
     def _restored(self, checkpoint: Checkpoint, restore: Restore, done: commands.RestoreDone) -> None:
         restore.state, restore.finished_at, restore.weight_version = "succeeded", time.time(), done.weight_version
         restore.seconds, restore.paused_seconds = done.seconds, done.paused_seconds
-        self._queue.remove(checkpoint)
+        self._take_out(checkpoint)
         if done.weight_version == self._link.weight_version:
             self._store.set_meta("unsaved", "")
         if (job := self._running()) is not None:
@@ -237,7 +249,13 @@ class Saver:
 
     def _finished(self, checkpoint: Checkpoint) -> None:
         checkpoint.finished_at = time.time()
+        self._take_out(checkpoint)
+
+    def _take_out(self, checkpoint: Checkpoint) -> None:
         self._queue.remove(checkpoint)
+        self._last[checkpoint.id] = checkpoint
+        if len(self._last) > RECENT:
+            self._last.popitem(last=False)
 
     def _snapshots(self) -> list[str]:
         """The checkpoints that jobs may still be rolled back to."""

@@ -307,7 +307,8 @@ class Scheduler:
 
     async def ask(self, command: commands.AnyCommand) -> commands.AnyReply:
         """Send a command and await its reply. Raises RanksGoneError, RankFailedError, DeadlineError."""
-        return await self._reply(await self.link.send(command))
+        patient = isinstance(command, commands.SaveCheckpoint | commands.RestoreCheckpoint)
+        return await self._reply(await self.link.send(command), CHECKPOINT_FACTOR if patient else 1)
 
     async def _ask_for_job(self, command: commands.AnyCommand) -> commands.AnyReply:
         """``ask`` for the running job; clients have their turn after it."""
@@ -316,17 +317,18 @@ class Scheduler:
         finally:
             self._requests.job_advanced()
 
-    async def _reply(self, future: asyncio.Future[commands.AnyReply]) -> commands.AnyReply:
+    async def _reply(self, future: asyncio.Future[commands.AnyReply], patience: int = 1) -> commands.AnyReply:
         # The ranks have a deadline for each collective; this one is for a rank 0 that sends heartbeats but never replies.
         # Rank 0 executes the earlier commands first: the deadline starts again whenever it begins or finishes one.
         usual = STEPS_IN_FLIGHT * self.settings.command_timeout_seconds + self.settings.service.rank_timeout_seconds
-        sent, seconds = time.monotonic(), usual
+        sent, seconds = time.monotonic(), usual * patience
         while (left := max(sent, self.link.progressed_at) + seconds - time.monotonic()) > 0:
             # not wait_for: on Python 3.11 it can swallow a cancellation that comes together with the reply
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(min(left, usual)):
                     return await asyncio.shield(future)
-            seconds = usual * CHECKPOINT_FACTOR if self.link.busy_with.startswith(("save/", "restore/")) else usual
+            is_slow = self.link.busy_with.startswith(("save/", "restore/"))
+            seconds = usual * (CHECKPOINT_FACTOR if is_slow else patience)
         self.link.abandon(future)
         raise DeadlineError(f"rank 0 sent heartbeats but no reply for {seconds:.0f} s; restart the trainer")
 

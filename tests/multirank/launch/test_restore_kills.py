@@ -34,6 +34,7 @@ class Trainers:
             "service.http.port=0", "train.max_micro_batch_tokens=64", "train.max_sequence_tokens=64", "optim.rank=8",
             "optim.lr=1e-3", "optim.max_relative_update=1.0", "server.wait_seconds=5", f"server.runtime_dir='{base}/rt'",
             f"checkpoint.dir='{base}/checkpoints'", f"service.state_dir='{base}/state'", "train.threads=1",
+            "checkpoint.behind=false",
         ]  # fmt: skip
         process = ManagedProcess(command, {"OMP_NUM_THREADS": "1"}, base / f"trainer{self.count}.log")
         try:
