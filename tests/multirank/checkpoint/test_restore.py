@@ -204,3 +204,30 @@ def test_what_broke_off_is_completed_by_the_next_trainer(checkpoints: Path, tmp_
     """The record says so from before the first write until all ranks have written."""
     checkpoint = checkpoints / CASES[CASE].checkpoint
     assert run_ranks(_interrupt, 2, checkpoint, tmp_path / "checkpoints", 7) == [[True] * 4] * 2
+
+
+def _return(world: TPGroup, checkpoint: Path, root: Path) -> list[bool]:
+    """Two replicas, of which one was away while the other completed a restore and went on."""
+    served = _served(world, 1, checkpoint, root)
+    served.step(0)
+    folder = served.save("first")
+    version = served.lineage.record.weight_version
+    if world.rank == 1:
+        served.lineage.update(restoring=str(folder))
+    else:
+        served.lineage.update(weight_version=version + 2, checkpoint=str(folder))
+    weights = served.weights()
+    found = [restoring.complete_restore(served.target)]
+    if world.rank == 0:  # both were writing when their trainer was killed
+        served.lineage.update(weight_version=version, restoring=str(folder))
+    served.mapped.tensors["model.norm.weight"][1].add_(1.0)
+    found.append(restoring.complete_restore(served.target))
+    return [*found, all(torch.equal(local, weights[key]) for key, local in served.weights().items())]
+
+
+def test_a_replica_that_missed_the_completion_does_not_undo_what_was_learned_since(
+    checkpoints: Path, tmp_path: Path
+) -> None:
+    """It is filled, like one that was never trained. Where all were interrupted, all are completed."""
+    checkpoint = checkpoints / CASES[CASE].checkpoint
+    assert run_ranks(_return, 2, checkpoint, tmp_path / "checkpoints") == [[False, True, True]] * 2

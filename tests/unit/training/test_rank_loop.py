@@ -11,6 +11,7 @@ import torch
 from apollo_tp.distributed.control import Control
 from apollo_tp.distributed.mesh import Mesh
 from apollo_tp.distributed.tp_group import TPGroup
+from apollo_tp.errors import RankFailedError
 from apollo_tp.training.rank_loop import RankLoop
 from apollo_tp.wire import codec, commands
 from tests.support.figures import step_figures
@@ -169,3 +170,25 @@ def test_the_loop_ends_once_the_checkpoint_is_written(how: str) -> None:
     assert loop.run() == "enough"
     assert services.order == ["save c1", "written /c"]
     assert link.log[-1] == "CheckpointDone"
+
+
+def test_a_restore_that_failed_in_the_middle_ends_the_trainer() -> None:
+    """Nothing may be computed with parts of two models. The coordinator gets no answer: the request stays, and the next
+    trainer completes it. A checkpoint that was refused before the first write is a failure like others."""
+
+    def torn(name: str, restore_id: str) -> str:
+        services.is_torn = torn_now
+        raise OSError("injected")
+
+    for torn_now in (False, True):
+        restore = codec.encode(commands.RestoreCheckpoint(id="restore/1", name="c", restore_id="r"))
+        link, services = RecordingLink(restore, END), Services()
+        services.restore_checkpoint = torn  # type: ignore[method-assign]
+        loop = _loop(link)
+        loop.services = services
+        if torn_now:
+            with pytest.raises(RankFailedError, match="it completes the restore first"):
+                loop.run()
+        else:
+            assert loop.run() == "enough"
+        assert ("CommandFailed" in link.log) == (not torn_now)
