@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import logging
+import math
 import time
 from collections.abc import Sequence
 
@@ -28,7 +29,8 @@ class RemoteRanks:
         self._store = store.clone()  # a connection of its own: another thread may wait in the first one for long
         self._store.set_timeout(datetime.timedelta(seconds=STORE_SECONDS))
         self._key, self._keys = f"alarm/{rank}", {other: f"alarm/{other}" for other in others}
-        self._count, self._lost = 0, False
+        self._count = 0
+        self._lost_since: float | None = None
         self._heard: dict[int, tuple[bytes, float]] = {}
         self._store.set(self._key, "0 0")
 
@@ -39,9 +41,9 @@ class RemoteRanks:
             self._store.set(self._key, f"{failed} {self._count}")
             rows = dict(zip(self._keys, self._store.multi_get(list(self._keys.values())), strict=True))
         except RuntimeError as error:  # torch's DistError among them
-            if not self._lost:
-                log.warning("the store of the ranks does not answer (%s): the launcher of rank 0 has ended", error)
-            self._lost = True
+            if self._lost_since is None:
+                log.warning("the store of the ranks does not answer (%s): rank 0's launcher or host is gone", error)
+                self._lost_since = time.monotonic()
             return {}
         now = time.monotonic()
         for rank, row in rows.items():
@@ -51,5 +53,10 @@ class RemoteRanks:
 
     def all_run(self) -> bool:
         """Whether all of them have counted on lately, as ``exchange`` found it."""
-        oldest = time.monotonic() - SILENT_SECONDS
-        return not self._lost and all(since > oldest for _, since in self._heard.values())
+        return self.gone_seconds() == 0
+
+    def gone_seconds(self) -> float:
+        """For how long one of them has counted as ended, or the store has not answered; 0 if all run."""
+        silent_since = min((since for _, since in self._heard.values()), default=math.inf)
+        gone_since = min(silent_since + SILENT_SECONDS, math.inf if self._lost_since is None else self._lost_since)
+        return max(0.0, time.monotonic() - gone_since)
