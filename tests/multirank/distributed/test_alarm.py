@@ -5,6 +5,9 @@ from __future__ import annotations
 import datetime
 import gc
 import os
+import signal
+import subprocess
+import sys
 import threading
 import time
 from types import SimpleNamespace
@@ -116,6 +119,36 @@ def test_a_rank_leaves_when_those_of_another_host_are_gone(monkeypatch: pytest.M
     eventually(lambda: left)
     alarm.stop()
     assert "rank 0: got no sign of ranks on another host" in str(left[0])
+
+
+def test_a_store_that_is_out_of_reach_keeps_nobody_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its connection is not closed, and no answer comes, not even to the message that ends a wait. It may come back."""
+    monkeypatch.setattr(remote_ranks, "STORE_SECONDS", 0.5)
+    code = (
+        "import torch.distributed as dist\n"
+        "store = dist.TCPStore('127.0.0.1', 0, 2, is_master=True, wait_for_workers=False)\n"
+        "store.set('alarm/0', '0 0')\n"
+        "print(store.port, flush=True)\n"
+        "input()"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        port = int(process.stdout.readline())
+        ranks = RemoteRanks(dist.TCPStore("127.0.0.1", port, 2, is_master=False, wait_for_workers=False), 1, [0])
+        try:
+            assert ranks.exchange(0) == {0: 0}
+            process.send_signal(signal.SIGSTOP)
+            started = time.monotonic()
+            assert ranks.exchange(0) == {}
+            assert ranks.exchange(0) == {}
+            assert time.monotonic() - started < 5
+            assert not ranks.all_run()
+            process.send_signal(signal.SIGCONT)
+            eventually(lambda: ranks.exchange(0) == {0: 0})
+            assert ranks.all_run()
+        finally:
+            process.send_signal(signal.SIGCONT)
+            process.kill()
 
 
 def test_silence_is_counted_from_when_it_is_too_long(monkeypatch: pytest.MonkeyPatch) -> None:
