@@ -72,7 +72,7 @@ def main(arguments: list[str]) -> int:
 
         gc.freeze()
         gc.enable()
-        run(config, on_server_gone=_leave)
+        run(config, _leave)
     except ApolloTpError as error:
         return _failed(error)
     # Whatever it is, the launcher's report should end with it.
@@ -104,13 +104,13 @@ def _failed(error: ApolloTpError) -> int:
     return EXIT_SERVER_GONE if isinstance(error, ServerGoneError) else EXIT_FAILED
 
 
-def _leave(error: ServerGoneError) -> None:
+def _leave(error: ApolloTpError) -> None:
     """End the process from a thread: the main thread may be in a collective or a kernel for long."""
     message = f"{type(error).__name__}: {error}"
     logging.error("%s", message)
     record_failure(message)
     logging.shutdown()
-    os._exit(EXIT_SERVER_GONE)
+    os._exit(EXIT_SERVER_GONE if isinstance(error, ServerGoneError) else EXIT_FAILED)
 
 
 def _exit(status: int) -> NoReturn:

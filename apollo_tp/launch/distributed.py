@@ -49,6 +49,12 @@ def join(timeout_seconds: float, join_seconds: float = JOIN_SECONDS) -> World:
     return World(place.rank, place.size, store, timeout_seconds)
 
 
+def leave() -> None:
+    """Leave the default process group, if this rank is in one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def renumber(world: World, rank: int, size: int) -> World:
     """Form the default process group again of ``size`` ranks with other numbers; ``rank`` is this one's. One that is not
     below ``size`` is in no group afterwards. Collective over all ranks of ``world``.

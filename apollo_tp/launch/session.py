@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import NoReturn
 
 from apollo_tp.config import Config
-from apollo_tp.errors import ServerGoneError, ServerReturnedError
+from apollo_tp.errors import ApolloTpError, ServerReturnedError
 from apollo_tp.launch.coordinator_process import CoordinatorProcess
 from apollo_tp.launch.hosts import is_up
 from apollo_tp.launch.services import Services
@@ -25,18 +25,18 @@ AWAIT_SECONDS = 1.0
 log = logging.getLogger("apollo_tp")
 
 
-def run(config: Config, on_server_gone: Callable[[ServerGoneError], None]) -> None:
-    """Train one server until stopped. Every rank calls it.
+def run(config: Config, leave: Callable[[ApolloTpError], None]) -> None:
+    """Train until stopped. Every rank calls it.
 
-    ``on_server_gone`` is called in a thread when the server has ended. Raises ApolloTpError with what is wrong and what to
-    do.
+    ``leave`` is called in a thread when the server has ended, or ranks on other hosts are gone. Raises ApolloTpError with
+    what is wrong and what to do.
     """
     with contextlib.ExitStack() as stack:
         placed = take_place(join_ranks(config, stack))
         if placed.own is None:
             await_server(placed)
-        served = map_server(placed, on_server_gone)
-        bound = bind(served)
+        served = map_server(placed, leave)
+        bound = bind(served, leave)
         serve(prepare(bound))
 
 

@@ -16,7 +16,6 @@ from pathlib import Path
 
 import msgspec
 import torch
-import torch.distributed as dist
 from transformers import PretrainedConfig
 
 from apollo_tp.checkpoint import read_info
@@ -28,13 +27,13 @@ from apollo_tp.distributed.control import ComputeControl, Control
 from apollo_tp.distributed.mesh import Mesh
 from apollo_tp.distributed.peer_memory import PeerSums
 from apollo_tp.distributed.tp_group import TPGroup, compute_group
-from apollo_tp.errors import ConfigError, ServerGoneError
+from apollo_tp.errors import ApolloTpError, ConfigError
 from apollo_tp.gpu_sharing import mps, sm_limit
 from apollo_tp.gpu_sharing.pace import Pace
 from apollo_tp.gpu_sharing.product_check import check_products
 from apollo_tp.launch.coordinates import Arrangement, ServedRank, take
 from apollo_tp.launch.coordinator_process import CoordinatorProcess
-from apollo_tp.launch.distributed import World, join, renumber
+from apollo_tp.launch.distributed import World, join, leave, renumber
 from apollo_tp.launch.forwarding import reach_coordinator
 from apollo_tp.launch.histories import History, agree_on_record, partners, source_of
 from apollo_tp.launch.hosts import Hosts, check_shared, find_servers, gather_manifests, meet
@@ -131,7 +130,7 @@ def join_ranks(config: Config, stack: contextlib.ExitStack) -> Joined:
     if config.train.threads:
         torch.set_num_threads(config.train.threads)
     world = join(2 * config.command_timeout_seconds)
-    stack.callback(dist.destroy_process_group)
+    stack.callback(leave)
     control, coordinator = Control(world.rank, world.size), None
     hosts = meet(control, config)
     with control.agree():
@@ -165,7 +164,7 @@ def take_place(joined: Joined) -> Placed:
     return Placed(**vars(joined), own=own, arrangement=arrangement, servers=servers)
 
 
-def map_server(placed: Placed, on_server_gone: Callable[[ServerGoneError], None]) -> Served:
+def map_server(placed: Placed, on_server_gone: Callable[[ApolloTpError], None]) -> Served:
     """Watch the server from now on, and map its memory, which must equal the model's folder unless it has been trained
     since. Collective. Raises what ``map_rank`` and ``verify_against_checkpoint`` raise, on all ranks."""
     joined, own, arrangement, servers = placed, placed.own, placed.arrangement, placed.servers
@@ -211,15 +210,16 @@ def _hold(joined: Joined, folder: Path, own: ServedRank, leads: bool, first: str
         check_shared(joined.control, root)
 
 
-def bind(served: Served) -> Bound:
-    """Form the compute group, bind the model and build its optimizer; load the state. Collective."""
+def bind(served: Served, on_lost: Callable[[ApolloTpError], None]) -> Bound:
+    """Form the compute group, bind the model and build its optimizer; load the state. Collective. ``on_lost`` is called in a
+    thread when ranks on other hosts are gone (``Alarm.watch``)."""
     config, mapped, first = served.config, served.mapped, served.manifests[0]
     is_spread = served.arrangement.spread[served.world.rank // first.tp_size]
     if is_spread and config.train.peer_memory and mapped.device.type == "cuda":
         log.info("sums over tensor-parallel ranks go through NCCL: these are on several hosts (%s)", first.instance_id)
     world = TPGroup(served.world.rank, served.world.size, peers=PeerSums(config.train.peer_memory and not is_spread))
     alarm = Alarm.join(served.control, served.world.store)
-    world.on_leave = alarm.ring
+    world.on_leave, alarm.on_lost = alarm.ring, on_lost
     compute_group(world, mapped.device, config.command_timeout_seconds)
     mesh = Mesh.build(world, first.tp_size)
     served.stack.callback(world.dissolve)

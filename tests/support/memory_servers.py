@@ -54,7 +54,7 @@ try:
         if placed.own is None:
             print(f"SPARE {joined.world.rank}.", flush=True)
             await_server(placed)
-        ready = prepare(bind(map_server(placed, lambda error: None)))
+        ready = prepare(bind(map_server(placed, lambda error: None), lambda error: None))
         loop = RankLoop(ready.trainer, Services(ready), ready.control, None)
         command = commands.Step(id=f"j/{number}", job_id="j", job_step=number, samples=samples(seed=number))
         reply = loop.execute(command)

@@ -128,7 +128,7 @@ def test_training_goes_on_with_the_servers_that_are_up(host: Host) -> None:
     assert "training goes on with a alone: 1 of 2 shards" in output
     assert re.findall(r"VERSION (\d) of (\w) on (\d)\.", output) == [("1", "a", "0")], output
     assert "SPARE 1." in output
-    assert "RAISED ServerReturnedError: server b is up" in output
+    assert "RAISED ServerReturnedError: server b is up" in output, output
     status, output = host.train(2, *options, number=2)
     assert status == 0, output
     assert re.search(r"b on \S+ is filled with the weights of a on", output), output
