@@ -170,10 +170,11 @@ class RankLoop:
             return b""
         frame = self.link.receive(POLL_SECONDS)
         if frame and saving:
+            version = self.trainer.weight_version
             command = codec.decode(frame, commands.AnyCommand)
             if isinstance(command, commands.SaveCheckpoint | commands.RestoreCheckpoint):
                 self._held = frame  # a coordinator that was started again may ask meanwhile
-                self.link.working_on(command.id, self.trainer.weight_version)
+                self.link.working_on(command.id, version)
                 return b""
         return frame
 
