@@ -17,7 +17,10 @@ from apollo_tp.shards.boxes import Box
 
 _MODULUS = 1 << 64
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-_CHUNK_ELEMENTS = 1 << 22
+_CHUNK_ELEMENTS = {"cpu": 1 << 17, "cuda": 1 << 22}
+"""On a CPU, what its cache holds once it is widened."""
+_EXACT = 1 << 52
+"""Integers below this, and sums of them, are exact in fp64."""
 
 
 def of_box(values: Tensor, box: Box, global_shape: Sequence[int]) -> int:
@@ -33,11 +36,17 @@ def of_box(values: Tensor, box: Box, global_shape: Sequence[int]) -> int:
         rows = (rows[:, None] * extent + torch.arange(start, start + count, device=device)).flatten()
     # element i of the flat tensor has the weight 2 i + 1; sums and products of int64 wrap around, as they should
     columns = 2 * torch.arange(offset[-1], offset[-1] + shape[-1], device=device) + 1
+    weights = torch.stack([columns, torch.ones_like(columns)], 1).double()
+    largest = (1 << 8 * bits.element_size() - 1) * (2 * extents[-1] + 1) * shape[-1]
     total = torch.zeros((), dtype=torch.int64, device=device)
-    chunk = max(1, _CHUNK_ELEMENTS // shape[-1])
+    chunk = max(1, _CHUNK_ELEMENTS[device.type] // shape[-1])
     for part, numbers in zip(bits.split(chunk), rows.split(chunk), strict=True):
-        wide = part.long()
-        total += (wide * columns).sum() + (wide.sum(1) * (2 * extents[-1] * numbers)).sum()
+        if largest < _EXACT:  # a product of matrices is much faster, and exact
+            by_row = (part.double() @ weights).long()
+        else:
+            wide = part.long()
+            by_row = torch.stack([(wide * columns).sum(1), wide.sum(1)], 1)
+        total += by_row[:, 0].sum() + (by_row[:, 1] * (2 * extents[-1] * numbers)).sum()
     return int(total.item()) % _MODULUS
 
 
