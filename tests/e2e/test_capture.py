@@ -1,4 +1,4 @@
-"""A real server whose clients let completions be stored: what is recorded at the engine, and what is learned from feedback."""
+"""A real server whose clients let completions be stored: what is recorded, and what is learned from feedback on it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ import httpx
 import openai
 import pytest
 
-from tests.support.chat_model import CHAT_TEMPLATE
 from tests.support.demo_model import make_model, standard_library_text
 from tests.support.processes import ManagedProcess, coordinator_url, free_port, start_server, start_trainer
 from tests.support.servers import START_SECONDS
@@ -31,10 +30,9 @@ class Stack:
         self.runtime_dir.mkdir(mode=0o700)
         make_model(folder / "model", standard_library_text(400, 30), num_layers=1)
         self.url = f"http://127.0.0.1:{free_port()}"
-        (folder / "template.jinja").write_text(CHAT_TEMPLATE)
         self.server = start_server(
             folder / "model", int(self.url.rpartition(":")[2]), self.runtime_dir, folder / "server.log", tensor_parallel=1,
-            extra=["--logprobs-mode", "processed_logprobs", "--chat-template", str(folder / "template.jinja")], forking=True,
+            extra=["--logprobs-mode", "processed_logprobs"], forking=True,
         )  # fmt: skip
         self.server.wait_for(f"{self.url}/health", START_SECONDS)
         self.trainer: ManagedProcess | None = None
