@@ -122,8 +122,10 @@ def test_what_is_served_is_learned_from(stack: Stack) -> None:
         assert httpx.post(f"{stack.url}/feedback", json=body, timeout=60).status_code == 202
     _until(lambda: stack.status()["trainer"]["weight_version"] == before + 2)
     jobs = httpx.get(f"{stack.url}/train/jobs", timeout=60).json()["data"]
-    assert {job["spec"]["loss"]["name"] for job in jobs} == {"ppo", "cross_entropy"}
-    (rewarded,) = [job for job in jobs if job["spec"]["loss"]["name"] == "ppo"]
+    kinds = {job["spec"]["metadata"]["learned_from"].rpartition("/")[2]: job for job in jobs}
+    assert set(kinds) == {"rewards", "corrections"}
+    rewarded = kinds["rewards"]
+    assert rewarded["spec"]["loss"]["name"] == "ppo"
     _until(lambda: httpx.get(f"{stack.url}/train/jobs/{rewarded['id']}", timeout=60).json()["state"] == "succeeded")
     figures = httpx.get(f"{stack.url}/train/jobs/{rewarded['id']}", timeout=60).json()["metrics"]
     assert figures["mismatch_kl"] < 0.01, "the trainer has the log-probabilities with which the tokens were sampled"

@@ -71,9 +71,10 @@ class Learner:
         replayed = await self._captures.learned_before(batch, again) if again else []
         imitated = [_corrected(vote, stored) for vote, stored in [*corrected, *replayed]]
         rewarded = await self._rewarded(batch, votes)
+        # rewards first: each step before theirs would move the weights away from those that sampled
         for kind, samples, loss in (
-            ("corrections", imitated, "cross_entropy"),
             ("rewards", rewarded, self._config.loss),
+            ("corrections", imitated, "cross_entropy"),
         ):
             if samples:
                 await self._store(f"{batch}/{kind}", samples, loss)
