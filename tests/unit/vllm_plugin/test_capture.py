@@ -137,12 +137,13 @@ def test_cumulative_outputs_are_not_added_up() -> None:
     assert sent[0].choices[0].token_ids == [3, 4]
 
 
-@pytest.mark.parametrize("case", ["not asked", "client went", "engine failed"])
+@pytest.mark.parametrize("case", ["not asked", "client went", "engine failed", "cut off"])
 def test_nothing_is_recorded_of_what_is_not_asked_for_or_not_complete(case: str) -> None:
     engine = Engine(
         _outputs([_choice(0, 3)], [_choice(0, 4)]), RuntimeError("boom") if case == "engine failed" else None
     )
     asked = None if case == "not asked" else ASKED
+    engine.outputs[-1].finished = case != "cut off"
     if case == "engine failed":
         with pytest.raises(RuntimeError, match="boom"):
             asyncio.run(_recorded(engine, Parameters(), asked))

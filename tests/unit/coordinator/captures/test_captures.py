@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import collections
 import sqlite3
 import stat
@@ -12,15 +13,18 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import msgspec
 import openai
 import pytest
 
 from apollo_tp.config import CaptureConfig, LearnConfig
 from apollo_tp.coordinator.captures import arrival
 from apollo_tp.coordinator.captures.arrival import Versions, Votes
+from apollo_tp.coordinator.captures.learning import Learner
+from apollo_tp.coordinator.captures.store import Captures
 from apollo_tp.errors import RequestError
 from apollo_tp.wire import commands
-from apollo_tp.wire.capture import CAPTURES_PATH
+from apollo_tp.wire.capture import CAPTURES_PATH, Captured
 from tests.support.chat_model import write_model
 from tests.support.fakes import CoordinatorProcess, FakeRanks, wait_for
 
@@ -201,6 +205,37 @@ def test_a_kill_loses_and_repeats_nothing(tmp_path: Path) -> None:
             assert len(_jobs(now)) == 6
     rewards = collections.Counter(sample.sampled.reward for step in _applied(ranks) for sample in step.samples)
     assert rewards == {float(number): 1 for number in range(12)}
+
+
+def test_a_batch_that_was_begun_is_learned_by_the_next_process(tmp_path: Path) -> None:
+    """A kill may come after it is marked, and before its jobs are stored."""
+
+    async def run() -> list[str]:
+        captures = Captures(tmp_path, CaptureConfig(enabled=True))
+        await captures.add(msgspec.json.decode(msgspec.json.encode(record("chatcmpl-1")), type=Captured), 3)
+        stored = await captures.find("chatcmpl-1")
+        assert stored is not None
+        await captures.vote(stored.seq, 0, 1.0, None)
+        submitted: list[str] = []
+
+        async def never(key: str, body: bytes) -> str:
+            submitted.append(f"lost {key}")
+            return await asyncio.Event().wait() or ""
+
+        async def store(key: str, body: bytes) -> str:
+            submitted.append(key)
+            return "job-1"
+
+        for submit in (never, store):
+            learner = asyncio.create_task(Learner(captures, LearnConfig(every_samples=1), submit).run())
+            await asyncio.sleep(0.5)
+            learner.cancel()
+            await asyncio.wait([learner])
+        captures.close()
+        return submitted
+
+    lost, kept = asyncio.run(run())
+    assert lost == f"lost {kept}"
 
 
 def _jobs(client: httpx.Client) -> list[dict[str, Any]]:
