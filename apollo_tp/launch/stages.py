@@ -34,7 +34,7 @@ from apollo_tp.gpu_sharing.product_check import check_products
 from apollo_tp.launch.coordinates import Arrangement, ServedRank, take
 from apollo_tp.launch.coordinator_process import CoordinatorProcess
 from apollo_tp.launch.distributed import World, join, leave, renumber
-from apollo_tp.launch.forwarding import reach_coordinator
+from apollo_tp.launch.forwarding import reach_coordinator, switch_captures
 from apollo_tp.launch.histories import History, agree_on_record, partners, source_of
 from apollo_tp.launch.hosts import Hosts, check_shared, find_servers, gather_manifests, meet
 from apollo_tp.launch.restoring import Target, complete_restore
@@ -204,6 +204,7 @@ def _hold(joined: Joined, folder: Path, own: ServedRank, leads: bool, first: str
         if own.tp_rank == 0:
             service, stack = joined.config.service, joined.stack
             reach_coordinator(folder, first, joined.hosts, service, stack, has_port=has_port)
+            switch_captures(folder, stack, on=joined.config.capture.enabled)
         if joined.world.rank == 0:
             joined.stack.enter_context(writer_lock(root))
     if joined.hosts.several:

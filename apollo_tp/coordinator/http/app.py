@@ -9,7 +9,16 @@ from fastapi import FastAPI
 from fastapi_offline import FastAPIOffline
 
 from apollo_tp import __version__
-from apollo_tp.coordinator.http import metrics, openai_files, openai_jobs, openai_models, openai_uploads, page, train
+from apollo_tp.coordinator.http import (
+    captures,
+    metrics,
+    openai_files,
+    openai_jobs,
+    openai_models,
+    openai_uploads,
+    page,
+    train,
+)
 from apollo_tp.coordinator.http.auth import Access
 from apollo_tp.coordinator.http.errors import STATUS, ErrorBody, handle_error
 from apollo_tp.coordinator.http.middleware import ServiceMiddleware
@@ -37,7 +46,7 @@ def build_app(service: Service, access: Access, figures: metrics.Metrics, valida
     app.state.uploads = openai_uploads.Uploads(service.store)
     link, limits = service.scheduler.link, service.settings.service
     app.add_middleware(ServiceMiddleware, access=access, limits=limits, weight_version=lambda: link.weight_version)
-    for module in (train, openai_files, openai_uploads, openai_jobs, openai_models, metrics, page):
+    for module in (train, openai_files, openai_uploads, openai_jobs, openai_models, captures, metrics, page):
         app.include_router(module.router)
     app.openapi = lambda: _document(app)  # type: ignore[method-assign]
     return app
@@ -49,7 +58,9 @@ def _document(app: FastAPI) -> dict[str, Any]:
         document = FastAPI.openapi(app)
         document["security"] = [{"token": []}]
         components = document["components"]
-        bodies = (TrainBody, ScoreBody, CheckpointBody, FineTuningBody, UploadBody, CompleteBody)
+        bodies = (
+            TrainBody, ScoreBody, CheckpointBody, FineTuningBody, UploadBody, CompleteBody, captures.FeedbackBody,
+        )  # fmt: skip
         components["schemas"] |= msgspec.json.schema_components(bodies, ref_template=SCHEMA_REF)[1]
         components["securitySchemes"] = {"token": {"type": "http", "scheme": "bearer"}}
         app.openapi_schema = document
