@@ -322,6 +322,9 @@ class LearnConfig:
     replay_share: float = option(
         0.5, "earlier corrected answers, as a share of the new ones, that are trained on again"
     )
+    guard: str | None = option(None, "service.guard_command judges each batch: report | rollback; null: nothing does")
+    max_worse: float = option(0.0, "by how much its number may be worse than before the batch")
+    higher_is_better: bool = option(False, "of that number")
     votes_per_minute: int = option(60, "of one client; further feedback is answered 429")
 
     def __post_init__(self) -> None:
@@ -343,6 +346,8 @@ class LearnConfig:
             0 < self.learning_rate_scale <= 1000, "learn.learning_rate_scale", self.learning_rate_scale, "> 0, <= 1000"
         )
         check(0 <= self.replay_share <= 10, "learn.replay_share", self.replay_share, "a number from 0 to 10")
+        check(self.guard in (None, "report", "rollback"), "learn.guard", self.guard, "report | rollback, or null")
+        check(self.max_worse >= 0, "learn.max_worse", self.max_worse, "a number >= 0")
         check(self.votes_per_minute >= 1, "learn.votes_per_minute", self.votes_per_minute, "an integer >= 1")
 
 
@@ -371,6 +376,8 @@ class Config:
             self.train.gradients.value,
             "stored or auto with server.replicas > 1, since gradients are summed over replicas before any is used",
         )
+        commanded = self.learn.guard is None or bool(self.service.guard_command)
+        check(commanded, "service.guard_command", [], "a program, which learn.guard needs")
         seconds, limit = self.sync.timeout_seconds, self.command_timeout_seconds
         check(0 < limit < math.inf, "command_timeout_seconds", limit, "a number > 0 and finite")
         # the other ranks wait in a collective while rank 0 waits for the server
