@@ -19,6 +19,11 @@ NO_FILTER: dict[str, str] = {}
 _EVENTS = "SELECT id, id, job_id, time, level, type, message, data FROM events WHERE job_id=?"
 
 
+def _field(path: str) -> str:
+    """SQL for a field of a record; NULL in one that is no JSON, over which the whole query would fail."""
+    return f"CASE WHEN json_valid(CAST(data AS TEXT)) THEN json_extract(CAST(data AS TEXT), '{path}') END"
+
+
 class Reader:
     """Reads over a connection of its own. In WAL mode it never waits for a writer.
 
@@ -168,7 +173,7 @@ class Reader:
 
     def checkpoint_named(self, name: str) -> Checkpoint | None:
         """The newest checkpoint of this name, or None."""
-        where = "WHERE json_extract(CAST(data AS TEXT), '$.name')=? ORDER BY seq DESC LIMIT 1"
+        where = f"WHERE {_field('$.name')}=? ORDER BY seq DESC LIMIT 1"
         return next(self._records(Checkpoint, "checkpoints", where, name), None)
 
     def page_of_checkpoints(
@@ -187,7 +192,7 @@ class Reader:
 
     def queued_checkpoints(self) -> list[Checkpoint]:
         """Checkpoints that are to be written or put back and are not yet, newest first. Reads all checkpoints."""
-        restored = "json_extract(CAST(data AS TEXT), '$.restore.state')='queued'"
+        restored = f"{_field('$.restore.state')}='queued'"
         return list(self._records(Checkpoint, "checkpoints", f"WHERE state='queued' OR {restored} ORDER BY seq DESC"))
 
     def file(self, file_id: str) -> StoredFile | None:
