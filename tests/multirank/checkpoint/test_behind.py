@@ -41,9 +41,10 @@ def _until(condition: Callable[[], object]) -> None:
         time.sleep(0.01)
 
 
-def _go_on(tp: TPGroup, checkpoint: Path, root: Path) -> bool:
+def _go_on(tp: TPGroup, tp_size: int, checkpoint: Path, root: Path) -> bool:
     """Two steps, a checkpoint whose disk is slow, two steps meanwhile; the checkpoint is that of before these."""
-    served = Served(Mesh.single(tp), checkpoint, root, root.with_name(f"rt{tp.size}"))
+    mesh = Mesh.build(tp, tp_size)
+    served = Served(mesh, checkpoint, root, root.with_name(f"rt{tp.rank // tp_size}"))
     for seed in range(2):
         served.step(seed)
     weights, state = served.weights(), snapshot(served.trainer.optimizer)
@@ -70,10 +71,8 @@ def _go_on(tp: TPGroup, checkpoint: Path, root: Path) -> bool:
     info = read_info(root / "first")
     assert info is not None
     assert (info.weight_version, info.num_ranks) == (2, tp.size)
-    fresh, tensors = make_trainer(tp, checkpoint)
-    putting = restore.Restore(
-        root / "first", str(checkpoint), served.mapped.manifest.checkpoint, tensors, Mesh.single(tp)
-    )
+    fresh, tensors = make_trainer(mesh.tp, checkpoint, mesh=mesh)
+    putting = restore.Restore(root / "first", str(checkpoint), served.mapped.manifest.checkpoint, tensors, mesh)
     putting.check(fresh.optimizer)
     putting.write()
     optimizer_state.load(fresh.optimizer, optimizer_folder(root / "first"))
@@ -82,9 +81,11 @@ def _go_on(tp: TPGroup, checkpoint: Path, root: Path) -> bool:
     return all(torch.equal(weights[name], local) for name, (_, local) in tensors.items())
 
 
-@pytest.mark.parametrize("size", [1, 2])
-def test_steps_are_made_while_a_checkpoint_is_written(size: int, checkpoints: Path, tmp_path: Path) -> None:
-    assert all(run_ranks(_go_on, size, checkpoints / CASES[CASE].checkpoint, tmp_path / "checkpoints"))
+@pytest.mark.parametrize(("size", "tp_size"), [(1, 1), (2, 2), (2, 1)], ids=["one", "two", "replicas"])
+def test_steps_are_made_while_a_checkpoint_is_written(
+    size: int, tp_size: int, checkpoints: Path, tmp_path: Path
+) -> None:
+    assert all(run_ranks(_go_on, size, tp_size, checkpoints / CASES[CASE].checkpoint, tmp_path / "checkpoints"))
 
 
 def _fail(tp: TPGroup, checkpoint: Path, root: Path) -> list[str]:
