@@ -78,6 +78,7 @@ STEPS = {
     "step": Step(bench("step", "--cases", "1x", "1x-stochastic", "fsdp2-1x-compiled", "--out", "{out}"), 480),
     "baselines": Step(bench("step", "--cases", "fsdp2-1x", "fsdp2-4x-recompute", "--out", "{out}/rest"), 330),
     "replicas-speed": Step(bench("replicas", "--out", "{out}"), 560),
+    "online": Step(bench("online", "--out", "{out}"), 500),
     "aborts": Step(pytest("tests/gpu/test_aborted_collectives.py"), 200, server=False, rehearsal=None),
     "shared": Step(bench_several(), 1000, rehearsal=None),
     "scale": Step(bench("scale", "--tp", "1", "2", "--out", "{out}"), 450, rehearsal=None),
