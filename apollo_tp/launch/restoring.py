@@ -71,6 +71,7 @@ def restore(target: Target, optimizer: Optimizer, folder: Path, restore_id: str,
         optimizer_state.load(optimizer, optimizer_folder(folder))
     optimizer.measure_weights()
     _completed(lineage, lineage.record, info, folder, weight_version, optimizer.step_count)
+    log.info("%s restored, as weight version %d", folder, weight_version + 1)
 
 
 def complete_restore(target: Target) -> bool:
