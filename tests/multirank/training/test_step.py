@@ -96,7 +96,7 @@ def test_gradients_of_norms_are_compared_again_with_the_replicas(checkpoints: Pa
 class _Deaf:
     """A lock whose server does not pause."""
 
-    def pause(self) -> None:
+    def pause(self, patience: float = 1.0) -> None:
         raise DeadlineError("injected")
 
 
@@ -116,7 +116,7 @@ def test_no_rank_writes_if_the_server_could_not_be_paused() -> None:
 class _Noting:
     """A lock that notes when the server is paused."""
 
-    def pause(self) -> None:
+    def pause(self, patience: float = 1.0) -> None:
         self.paused_at = time.time()
 
 

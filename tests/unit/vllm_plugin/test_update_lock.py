@@ -176,6 +176,18 @@ def test_a_pause_that_lasts_too_long_is_given_up(plugin: Plugin, monkeypatch: py
     lock.close()
 
 
+def test_a_restore_may_keep_the_server_paused_for_longer(plugin: Plugin) -> None:
+    """Half of it cannot be given up."""
+    alarm = Alarm(0, [processes.ProcessId.of(os.getpid())], bytearray(4))
+    lock = Lock(plugin.folder, replace(options(SyncMode.step_lock), max_pause_seconds=LEASE_SECONDS / 2), 7, alarm)
+    lock.pause(10.0)
+    time.sleep(1.5 * LEASE_SECONDS)
+    assert not alarm.is_ringing()
+    assert plugin.vllm.paused
+    lock.release(8)
+    lock.close()
+
+
 @pytest.mark.parametrize("cache", CacheMode)
 def test_a_silent_trainer_loses_the_lease_and_may_go_on(
     plugin: Plugin, cache: CacheMode, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
