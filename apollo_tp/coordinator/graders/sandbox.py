@@ -12,6 +12,7 @@ import math
 import os
 import signal
 import sys
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,8 @@ ISOLATED = Path(__file__).with_name("isolated.py")
 MAX_PROCESSES = 2
 MAX_ANSWER_BYTES = 64 * 1024
 SERVER_ERROR, RUNTIME_ERROR = "python_grader_server_error", "python_grader_runtime_error"
-_running: dict[int, asyncio.Semaphore] = {}
+_gates: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Semaphore] = weakref.WeakKeyDictionary()
+"""One for each event loop, of which a coordinator has one."""
 
 
 class _Answer(msgspec.Struct):
@@ -40,7 +42,7 @@ async def run_python(source: str, values: dict[str, Any], seconds: float, memory
         "source": source, "sample": values["sample"], "item": values["item"], "seconds": math.ceil(seconds),
         "memory_bytes": memory_bytes,
     }  # fmt: skip
-    async with _semaphore():
+    async with _gates.setdefault(asyncio.get_running_loop(), asyncio.Semaphore(MAX_PROCESSES)):
         content = await _run(msgspec.json.encode(request), seconds)
     try:
         answer = msgspec.json.decode(content, type=_Answer)
@@ -51,11 +53,6 @@ async def run_python(source: str, values: dict[str, Any], seconds: float, memory
     if answer.reward is None:
         raise GraderError(answer.error or "no reward", RUNTIME_ERROR)
     return answer.reward
-
-
-def _semaphore() -> asyncio.Semaphore:
-    """One for each event loop: tests have several."""
-    return _running.setdefault(id(asyncio.get_running_loop()), asyncio.Semaphore(MAX_PROCESSES))
 
 
 async def _run(request: bytes, seconds: float) -> bytes:

@@ -1,18 +1,17 @@
 """Metrics of text_similarity, from 0 to 1. Words are runs of letters and digits, in lower case.
 
-``fuzzy_match`` is difflib's ratio of matching characters, not RapidFuzz's; ``rouge_N`` and ``rouge_l`` are the F-measures of
-Lin (2004), without stemming; ``gleu`` is that of Wu et al. (2016). Metrics that need models or word lists (cosine, meteor),
-and BLEU, which is made for whole corpora, are not offered.
+``fuzzy_match`` is twice the longest common subsequence of characters divided by both lengths, RapidFuzz's ``ratio``;
+``rouge_N`` and ``rouge_l`` are the F-measures of Lin (2004), without stemming; ``gleu`` is that of Wu et al. (2016). Metrics
+that need models or word lists (cosine, meteor), and BLEU, which is made for whole corpora, are not offered.
 """
 
 from __future__ import annotations
 
 import collections
-import difflib
 import re
 from collections.abc import Sequence
 
-MAX_CHARS, MAX_FUZZY_CHARS = 10_000, 2_000
+MAX_CHARS = 20_000
 """Longer texts are compared up to here: the time grows with the square of the length."""
 GLEU_ORDER = 4
 _WORD = re.compile(r"\w+")
@@ -21,10 +20,9 @@ Ngrams = collections.Counter[tuple[str, ...]]
 
 def similarity(metric: str, text: str, reference: str) -> float:
     """How similar ``text`` is to ``reference`` by a metric of ``schema.SIMILARITIES``."""
-    limit = MAX_FUZZY_CHARS if metric == "fuzzy_match" else MAX_CHARS
-    text, reference = text[:limit], reference[:limit]
+    text, reference = text[:MAX_CHARS], reference[:MAX_CHARS]
     if metric == "fuzzy_match":
-        return difflib.SequenceMatcher(None, text, reference, autojunk=False).ratio()
+        return _f_measure(_longest_common(text, reference), len(text), len(reference))
     given, wanted = (_WORD.findall(each.lower()) for each in (text, reference))
     if metric == "rouge_l":
         return _f_measure(_longest_common(given, wanted), len(given), len(wanted))
@@ -47,10 +45,13 @@ def _f_measure(matches: int, given: int, wanted: int) -> float:
 
 
 def _longest_common(first: Sequence[str], second: Sequence[str]) -> int:
-    """Length of the longest common subsequence."""
-    row = [0] * (len(second) + 1)
-    for word in first:
-        above = 0
-        for index, other in enumerate(second, 1):
-            above, row[index] = row[index], above + 1 if word == other else max(row[index], row[index - 1])
-    return row[-1]
+    """Length of the longest common subsequence. A row of the usual table is one integer, with a zero where it increases
+    (Hyyrö 2004): a client chooses the texts, and this takes milliseconds for any."""
+    places: dict[str, int] = collections.defaultdict(int)
+    for index, symbol in enumerate(first):
+        places[symbol] |= 1 << index
+    full = row = (1 << len(first)) - 1
+    for symbol in second:
+        found = row & places.get(symbol, 0)
+        row = ((row + found) | (row - found)) & full
+    return len(first) - row.bit_count()

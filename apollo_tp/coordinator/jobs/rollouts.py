@@ -132,9 +132,7 @@ class Rollouts:
             api_client(url, rl.server_key_file, rl.sampling_seconds) as server,
             open_grading(rl) as grading,
         ):
-            asking = _Asking(
-                server, grading, job.spec.grader, count, names[0], f"apollo_tp-{self._version()}"
-            )
+            asking = _Asking(server, grading, job.spec.grader, count, names[0], f"apollo_tp-{self._version()}")
             lengths = [min(rl.max_completion_tokens, limit - len(prompt.token_ids)) for prompt in prompts]
             work = [asking.graded(*each) for each in zip(range(len(prompts)), prompts, lengths, strict=True)]
             return [each for group in await _all(work) for each in group]

@@ -3,68 +3,16 @@ asked, what is trained, and what a kill leaves."""
 
 from __future__ import annotations
 
-import contextlib
 import json
 
 import openai
 import pytest
 
-from apollo_tp.config import RlConfig
-from tests.support.chat_model import write_model
 from tests.support.completions import alternating, fake_server
-from tests.support.fakes import CoordinatorProcess, FakeRanks, wait_for
+from tests.support.fakes import FakeRanks, wait_for
+from tests.support.reinforcement import GRADER, LINES, Stack
 
-GRADER = {"type": "string_check", "name": "right", "operation": "eq", "input": "{{sample.output_text}}",
-          "reference": "{{item.answer}}"}  # fmt: skip
 JUDGE = {"type": "score_model", "name": "s", "model": "m", "input": [{"role": "user", "content": "?"}]}
-LINES = [{"messages": [{"role": "user", "content": f"question {i}"}], "answer": "yes"} for i in range(4)]
-
-
-class Stack:
-    def __init__(self, folder, server, **options):
-        self.server = server
-        self.coordinator = CoordinatorProcess(
-            folder, model_path=write_model(folder / "model"), settings={"rl": RlConfig(**{"completions": 4} | options)},
-            server_url=server.url,
-        )  # fmt: skip
-        self.journal = folder / "journal"
-
-    @contextlib.contextmanager
-    def running(self, **ranks):
-        with self.coordinator, self.ranks(**ranks) as fake:
-            yield fake
-
-    @contextlib.contextmanager
-    def ranks(self, **options):
-        with FakeRanks(self.coordinator.ranks_socket, self.journal, **options) as fake:
-            self.connected()
-            yield fake
-
-    def connected(self):
-        with self.coordinator.client() as http:
-            wait_for(lambda: http.get("/health").json()["trainer"])
-
-    @property
-    def client(self):
-        url = f"{self.coordinator.url}/v1"
-        return openai.OpenAI(base_url=url, api_key="unused", max_retries=0, _strict_response_validation=True)
-
-    def create(self, lines=LINES, grader=GRADER, validation=None, **hyperparameters):
-        files = {}
-        for name, each in (("training_file", lines), ("validation_file", validation)):
-            if each:
-                content = "\n".join(map(json.dumps, each)).encode()
-                files[name] = self.client.files.create(file=("a.jsonl", content), purpose="fine-tune").id
-        hyperparameters = {"n_epochs": 2, "batch_size": 2} | hyperparameters
-        method = {"type": "reinforcement", "reinforcement": {"grader": grader, "hyperparameters": hyperparameters}}
-        return self.client.fine_tuning.jobs.create(model="fake", method=method, **files)
-
-    def ended(self, job):
-        jobs = self.client.fine_tuning.jobs
-        return wait_for(lambda: (now := jobs.retrieve(job.id)).finished_at and now, what="the end of the job")
-
-    def events(self, job):
-        return self.client.fine_tuning.jobs.list_events(job.id, limit=100).data[::-1]
 
 
 @pytest.fixture(scope="module")
