@@ -192,14 +192,15 @@ def _plot(curves: dict[str, list[Job]], path: Path) -> None:
     mpl.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
     for mode, jobs in curves.items():
         left.plot(_metric(jobs, "reward_mean"), label=f"sync={mode}", linewidth=1.2)
-        right.semilogy(_metric(jobs, "mismatch_kl"), label=f"sync={mode}", linewidth=1.2)
+        # not a line: samples of the present weights and those of the weights before are orders of magnitude apart
+        right.semilogy(_metric(jobs, "mismatch_kl"), ".", label=f"sync={mode}", markersize=5)
     left.set(xlabel="step", ylabel="mean reward of the sampled answers", ylim=(0, 1.02))
     right.set(xlabel="step", ylabel="mismatch KL (nats per token)")
     left.legend(loc="lower right")
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=90)
     plt.close(figure)
 
 
