@@ -152,6 +152,8 @@ class ServerConfig:
     instance: str | None = option(None, "instance id of the vLLM server; null takes the only live one")
     replicas: int = option(1, "servers of one model that are trained together and stay bit-identical")
     instances: list[str] = option(list, "instance ids of the replicas; [] takes all live servers")
+    min_replicas: int | None = option(None, "train on with as few of them while others are away; null: only with all")
+    replica_wait_seconds: float = option(30.0, "how long to wait for more than server.min_replicas of them")
     runtime_dir: str | None = option(
         None, "folder of manifests and sockets; null: $APOLLO_TP_RUNTIME_DIR or the default"
     )
@@ -166,6 +168,12 @@ class ServerConfig:
             "server.instances",
             names,
             f"{count} ids, as many as server.replicas, all different",
+        )
+        check(
+            self.min_replicas is None or 1 <= self.min_replicas <= count,
+            "server.min_replicas",
+            self.min_replicas,
+            f"null or 1 to {count}, which is server.replicas",
         )
         both = self.instance is not None and (count > 1 or bool(names))
         check(not both, "server.instance", self.instance, "null where server.replicas or server.instances is set")
@@ -305,6 +313,51 @@ class CheckpointConfig:
 
 
 @dataclass(kw_only=True)
+class CaptureConfig:
+    enabled: bool = option(False, "store completions whose clients ask for it: store=true, or a header with a session")
+    max_age_days: float = option(30.0, "older completions are removed")
+    max_count: int = option(100_000, "the oldest beyond so many are removed")
+    max_bytes: int = option(2 * 2**30, "the oldest beyond so many bytes are removed")
+
+    def __post_init__(self) -> None:
+        for name in ("max_age_days", "max_count", "max_bytes"):
+            check(getattr(self, name) > 0, f"capture.{name}", getattr(self, name), "a number > 0")
+
+
+@dataclass(kw_only=True)
+class LearnConfig:
+    every_samples: int | None = option(None, "train once so many completions have new feedback; null: never by number")
+    every_seconds: float | None = option(None, "train once feedback has waited for so long; null: never by time")
+    loss: str = option("ppo", "the loss for rewards: importance_sampling | ppo | cispo | gspo")
+    learning_rate_scale: float = option(1.0, "times optim.lr, for what is learned from feedback")
+    replay_share: float = option(
+        0.5, "earlier corrected answers, as a share of the new ones, that are trained on again"
+    )
+    votes_per_minute: int = option(60, "of one client; further feedback is answered 429")
+
+    def __post_init__(self) -> None:
+        losses = ("importance_sampling", "ppo", "cispo", "gspo")
+        check(
+            self.every_samples is None or self.every_samples >= 1,
+            "learn.every_samples",
+            self.every_samples,
+            "null or >= 1",
+        )
+        check(
+            self.every_seconds is None or self.every_seconds > 0,
+            "learn.every_seconds",
+            self.every_seconds,
+            "null or > 0",
+        )
+        check(self.loss in losses, "learn.loss", self.loss, " | ".join(losses))
+        check(
+            0 < self.learning_rate_scale <= 1000, "learn.learning_rate_scale", self.learning_rate_scale, "> 0, <= 1000"
+        )
+        check(0 <= self.replay_share <= 10, "learn.replay_share", self.replay_share, "a number from 0 to 10")
+        check(self.votes_per_minute >= 1, "learn.votes_per_minute", self.votes_per_minute, "an integer >= 1")
+
+
+@dataclass(kw_only=True)
 class Config:
     server: ServerConfig = option(ServerConfig, "which vLLM server to train")
     model: ModelConfig = option(ModelConfig, "how the served model's folder is read")
@@ -315,6 +368,8 @@ class Config:
     qos: QosConfig = option(QosConfig, "how much of the GPUs is left to inference")
     service: ServiceConfig = option(ServiceConfig, "the coordinator")
     checkpoint: CheckpointConfig = option(CheckpointConfig, "when and where checkpoints are written")
+    capture: CaptureConfig = option(CaptureConfig, "storing completions of the server")
+    learn: LearnConfig = option(LearnConfig, "learning from feedback on stored completions")
     command_timeout_seconds: float = option(600.0, "deadline of one collective between trainer ranks")
 
     def __post_init__(self) -> None:

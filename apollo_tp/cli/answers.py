@@ -51,7 +51,8 @@ class Trainer(Struct):
     model: str = ""
     num_ranks: int = 0
     optimizer: str = ""
-    replicas: list[dict[str, str]] = []
+    num_replicas: int = 1
+    replicas: list[dict[str, Any]] = []
 
 
 class ConnectedTrainer(Struct):

@@ -32,7 +32,9 @@ def show_status(status: Status) -> None:
     dot = "*" if out.options.ascii_only else "●"
     if trainer.connected:
         names = ", ".join(f"{replica['instance_id']} on {replica['host']}" for replica in trainer.replicas)
-        served = f" of {len(trainer.replicas)} replicas ({names})" if len(trainer.replicas) > 1 else ""
+        here, wanted = len(trainer.replicas), trainer.num_replicas
+        count = f"{here}" if here == wanted else f"{here} of {wanted}"
+        served = f" of {count} replicas ({names})" if wanted > 1 else ""
         line = f" {trainer.model} on {trainer.num_ranks} ranks{served}, {trainer.optimizer}"
     else:
         line = f" no trainer: {trainer.reason}"

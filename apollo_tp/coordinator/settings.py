@@ -6,7 +6,7 @@ from pathlib import Path
 
 import msgspec
 
-from apollo_tp.config import RlConfig, ServiceConfig
+from apollo_tp.config import CaptureConfig, LearnConfig, RlConfig, ServiceConfig
 from apollo_tp.errors import DECODE_ERRORS, ConfigError
 from apollo_tp.shards.serving import Serving
 
@@ -48,6 +48,8 @@ class Settings(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     """
 
     service: ServiceConfig = msgspec.field(default_factory=ServiceConfig)
+    capture: CaptureConfig = msgspec.field(default_factory=CaptureConfig)
+    learn: LearnConfig = msgspec.field(default_factory=LearnConfig)
     instance_dir: str
     model_path: str = ""
     serving: Serving = Serving()

@@ -63,6 +63,8 @@ class CoordinatorProcess:
         config = self._config
         settings = Settings(
             service=config.service,
+            capture=config.capture,
+            learn=config.learn,
             instance_dir=str(folder),
             model_path=manifest.model_path if Path(manifest.model_path).is_dir() else "",
             serving=read_serving(folder) or Serving(),

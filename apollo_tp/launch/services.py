@@ -97,6 +97,7 @@ class Services:
             last_job_id=last.last_job_id,
             last_job_step=last.last_job_step,
             replicas=list(map(commands.Replica, ready.arrangement.instances, ready.arrangement.hosts)),
+            num_replicas=config.server.replicas,
         )
 
     def close(self) -> None:

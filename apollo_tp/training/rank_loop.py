@@ -51,6 +51,8 @@ class Verdict(msgspec.Struct, frozen=True):
     peak_memory_bytes: int
     progress: tuple[int, int]
     """Optimizer.progress(): which updates this rank has counted."""
+    ended_at: float
+    """When the command ended on this rank, in seconds since the epoch by its host's clock."""
 
 
 class Services(Protocol):
@@ -150,7 +152,10 @@ class RankLoop:
         elif isinstance(reply, commands.StepDone) and isinstance(command, commands.AnyStep):
             memory = [v.peak_memory_bytes for v in verdicts]
             figures = msgspec.structs.replace(reply.figures, peak_memory_bytes=memory, paused_seconds=paused_seconds)
-            reply = commands.StepDone(id=command.id, figures=figures)
+            lags = _lags([v.ended_at for v in verdicts], self.trainer.mesh.replicas.size)
+            if lags:
+                figures.metrics["replica_skew_seconds"] = max(lags)
+            reply = commands.StepDone(id=command.id, figures=figures, replica_lag_seconds=lags)
             self.services.record_step(command, figures)
         assert reply is not None
         if self.link:
@@ -172,7 +177,8 @@ class RankLoop:
 
     def _agree(self, failure: Failure | None) -> list[Verdict]:
         trainer = self.trainer
-        verdict = Verdict(failure, trainer.weight_version, trainer.peak_memory_bytes(), trainer.optimizer.progress())
+        memory, progress = trainer.peak_memory_bytes(), trainer.optimizer.progress()
+        verdict = Verdict(failure, trainer.weight_version, memory, progress, time.time())
         answers = self.control.gather(msgspec.msgpack.encode(verdict))
         return [msgspec.msgpack.decode(answer, type=Verdict) for answer in answers]
 
@@ -239,6 +245,16 @@ class RankLoop:
                 return self.services.hello(command.id)
             case _:
                 raise TypeError(f"got command {type(command).__name__}, expected one of commands.AnyCommand")
+
+
+def _lags(ended_at: list[float], num_replicas: int) -> list[float]:
+    """Of each replica how many seconds after the first one its last rank ended; nothing for one replica. Ranks are in the
+    order of the mesh."""
+    if num_replicas == 1:
+        return []
+    tp_size = len(ended_at) // num_replicas
+    ends = [max(ended_at[first : first + tp_size]) for first in range(0, len(ended_at), tp_size)]
+    return [end - min(ends) for end in ends]
 
 
 def _unicode(text: str) -> str:

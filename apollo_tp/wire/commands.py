@@ -196,6 +196,8 @@ class Hello(Reply, frozen=True):
     last_job_step: int = 0
     replicas: list[Replica] = []
     """All servers that are trained; ``instance_id`` and what else is said of one server are those of the first."""
+    num_replicas: int = 1
+    """How many there should be: others are away."""
 
 
 class StepFigures(
@@ -246,9 +248,11 @@ class StepFigures(
 
 
 class StepDone(Reply, frozen=True):
-    """An optimizer step ended on all ranks."""
+    """An optimizer step ended on all ranks. ``replica_lag_seconds``: of each replica, by the clocks of their hosts, how much
+    later than the first one it had all new weights; empty for one replica."""
 
     figures: StepFigures
+    replica_lag_seconds: list[float] = []
 
 
 class ForwardBackwardDone(Reply, frozen=True):

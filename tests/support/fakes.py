@@ -46,6 +46,7 @@ class FakeRanks:
         self.logprob, self.save_seconds, self.loss_of_skipped, self.hello_seconds = -0.5, 0.0, 1.0, 0.0
         self.commands, self.answered, self.scored = [], [], []
         self.learned, self.fail_saves, self.score_seconds = 0.0, False, 0.0
+        self.replicas, self.lags = [], []
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self.run, daemon=True)
 
@@ -85,6 +86,8 @@ class FakeRanks:
             ],
             last_job_id=applied[-1][0] if applied else "",
             last_job_step=applied[-1][1] if applied else 0,
+            replicas=self.replicas,
+            num_replicas=3 if self.replicas else 1,
         )
 
     def run(self):
@@ -162,7 +165,7 @@ class FakeRanks:
             loss=loss, num_tokens=tokens, num_loss_tokens=tokens // 2, weight_version=version,
             step_seconds=self.step_seconds, gradients="in_backward", skipped=skipped,
         )  # fmt: skip
-        return commands.StepDone(id=command.id, figures=figures)
+        return commands.StepDone(id=command.id, figures=figures, replica_lag_seconds=self.lags)
 
 
 class CoordinatorProcess:

@@ -10,6 +10,7 @@ from fastapi_offline import FastAPIOffline
 
 from apollo_tp import __version__
 from apollo_tp.coordinator.http import (
+    captures,
     metrics,
     openai_files,
     openai_graders,
@@ -46,7 +47,10 @@ def build_app(service: Service, access: Access, figures: metrics.Metrics, valida
     app.state.uploads = openai_uploads.Uploads(service.store)
     link, limits = service.scheduler.link, service.settings.service
     app.add_middleware(ServiceMiddleware, access=access, limits=limits, weight_version=lambda: link.weight_version)
-    for module in (train, openai_files, openai_uploads, openai_jobs, openai_graders, openai_models, metrics, page):
+    routes = (
+        train, openai_files, openai_uploads, openai_jobs, openai_graders, openai_models, captures, metrics, page,
+    )  # fmt: skip
+    for module in routes:
         app.include_router(module.router)
     app.openapi = lambda: _document(app)  # type: ignore[method-assign]
     return app
@@ -59,15 +63,9 @@ def _document(app: FastAPI) -> dict[str, Any]:
         document["security"] = [{"token": []}]
         components = document["components"]
         bodies = (
-            TrainBody,
-            ScoreBody,
-            CheckpointBody,
-            FineTuningBody,
-            UploadBody,
-            CompleteBody,
-            GraderBody,
-            GraderRunBody,
-        )
+            TrainBody, ScoreBody, CheckpointBody, FineTuningBody, UploadBody, CompleteBody, GraderBody, GraderRunBody,
+            captures.FeedbackBody,
+        )  # fmt: skip
         components["schemas"] |= msgspec.json.schema_components(bodies, ref_template=SCHEMA_REF)[1]
         components["securitySchemes"] = {"token": {"type": "http", "scheme": "bearer"}}
         app.openapi_schema = document

@@ -73,6 +73,18 @@ async def _accept(service: Service, request: Request, data: Body) -> tuple[Train
         return body, await uninterrupted(_store(service, job, key)), {}
 
 
+async def submit(service: Service, key: str, data: bytes) -> str:
+    """Store the job of a POST /train body that this process has made, once for ``key``. Returns its id; raises
+    RequestError."""
+    idempotency_key = ("feedback", key, "")
+    if known := service.store.repeated(*idempotency_key):
+        return known
+    service.store.check_room(service.settings.service.max_queued_jobs)
+    with service.storing(len(data)):
+        _, job = await asyncio.to_thread(_write, service, data, lambda: False)
+        return await uninterrupted(_store(service, job, idempotency_key))
+
+
 async def _answer(
     service: Service, query: TrainQuery, body: TrainBody, job_id: str, headers: dict[str, str]
 ) -> Response:

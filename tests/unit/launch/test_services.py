@@ -96,7 +96,7 @@ def test_steps_and_checkpoints_are_remembered(ready: SimpleNamespace, tmp_path: 
     loop_services = Services(ready)  # type: ignore[arg-type]
     command = commands.Step(id="j/3", job_id="j", job_step=3, samples=[])
     loop_services.record_step(command, step_figures(weight_version=8))
-    ready.lineage.share("a@1.2")  # these weights began with another server
+    ready.lineage.share("a@1.2", {})  # these weights began with another server
     hello = loop_services.hello("identify/1")
     assert hello.server_life == "a@1.2"
     assert (hello.id, hello.last_job_id, hello.last_job_step) == ("identify/1", "j", 3)
