@@ -124,10 +124,27 @@ class RlConfig:
     max_staleness: int | None = option(
         None, "drop samples of weights that are more updates than this behind the current ones; null keeps all"
     )
+    completions: int = option(8, "completions of a prompt in a reinforcement job whose compute_multiplier is 1")
+    max_completion_tokens: int = option(256, "longest completion in a reinforcement job")
+    sampling_seconds: float = option(600.0, "deadline of the completions of one step, and of their grades")
+    server_key_file: str | None = option(None, "file with the API key of service.server_url; null: it needs none")
+    score_model_url: str | None = option(
+        None, "OpenAI-compatible API for graders of type score_model, with its /v1; null refuses them"
+    )
+    score_model_key_file: str | None = option(None, "file with that API's key; null: it needs none")
+    python_graders: bool = option(False, "run graders of type python, code of clients, in isolated processes")
+    python_grader_seconds: float = option(10.0, "deadline of such a grader for one completion")
 
     def __post_init__(self) -> None:
         limit = self.max_staleness
         check(limit is None or limit >= 0, "rl.max_staleness", limit, "an integer >= 0, or null")
+        check(2 <= self.completions <= 1024, "rl.completions", self.completions, "an integer from 2 to 1024")
+        for name in ("max_completion_tokens", "sampling_seconds", "python_grader_seconds"):
+            check(getattr(self, name) > 0, f"rl.{name}", getattr(self, name), "a number > 0")
+        for name, url in (("rl.score_model_url", self.score_model_url),):
+            check(
+                url is None or url.startswith(("http://", "https://")), name, url, "an address with http:// or https://"
+            )
 
 
 @dataclass(kw_only=True)
