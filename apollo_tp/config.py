@@ -256,6 +256,10 @@ class ServiceConfig:
     token_file: str | None = option(None, "file with the bearer token(s); null: $APOLLO_TP_TOKEN, else none")
     rank_timeout_seconds: float = option(30.0, "without a heartbeat of rank 0 for this long, the ranks count as gone")
     on_crash: OnCrash = option(OnCrash.resume, "an interrupted job: resume (from its last completed step) | fail")
+    guard_command: list[str] = option(
+        list, "program and arguments that judge the served weights for a job's guard; [] is none"
+    )
+    guard_seconds: float = option(600.0, "a job whose guard command runs for longer fails")
     server_url: str | None = option(None, "the model server's address, for the page's latency figures")
     writers: WriterConfig = option(WriterConfig, "curves for other tools")
 
@@ -263,6 +267,7 @@ class ServiceConfig:
         check(self.max_queued_jobs >= 1, "service.max_queued_jobs", self.max_queued_jobs, "an integer >= 1")
         check(self.max_body_bytes >= 1024, "service.max_body_bytes", self.max_body_bytes, "an integer >= 1024")
         check(self.rank_timeout_seconds > 0, "service.rank_timeout_seconds", self.rank_timeout_seconds, "a number > 0")
+        check(self.guard_seconds > 0, "service.guard_seconds", self.guard_seconds, "a number > 0")
 
 
 class SyncMode(Enum):
@@ -305,6 +310,7 @@ class QosConfig:
 class CheckpointConfig:
     dir: str = option("apollo_tp_checkpoints", "folder that checkpoints are written below")
     after_idle_seconds: float | None = option(300.0, "write one this long after the last job; null is never")
+    behind: bool = option(True, "stop for a copy to host memory alone, where it fits, and write while training goes on")
     keep: int = option(3, "complete checkpoints of one model kept; older ones are removed")
     resume: bool = option(True, "load the optimizer state of the latest checkpoint of this model at start-up")
 
@@ -333,6 +339,9 @@ class LearnConfig:
     replay_share: float = option(
         0.5, "earlier corrected answers, as a share of the new ones, that are trained on again"
     )
+    guard: str | None = option(None, "service.guard_command judges each batch: report | rollback; null: nothing does")
+    max_worse: float = option(0.0, "by how much its number may be worse than before the batch")
+    higher_is_better: bool = option(False, "of that number")
     votes_per_minute: int = option(60, "of one client; further feedback is answered 429")
 
     def __post_init__(self) -> None:
@@ -354,6 +363,8 @@ class LearnConfig:
             0 < self.learning_rate_scale <= 1000, "learn.learning_rate_scale", self.learning_rate_scale, "> 0, <= 1000"
         )
         check(0 <= self.replay_share <= 10, "learn.replay_share", self.replay_share, "a number from 0 to 10")
+        check(self.guard in (None, "report", "rollback"), "learn.guard", self.guard, "report | rollback, or null")
+        check(self.max_worse >= 0, "learn.max_worse", self.max_worse, "a number >= 0")
         check(self.votes_per_minute >= 1, "learn.votes_per_minute", self.votes_per_minute, "an integer >= 1")
 
 
@@ -382,6 +393,8 @@ class Config:
             self.train.gradients.value,
             "stored or auto with server.replicas > 1, since gradients are summed over replicas before any is used",
         )
+        commanded = self.learn.guard is None or bool(self.service.guard_command)
+        check(commanded, "service.guard_command", [], "a program, which learn.guard needs")
         seconds, limit = self.sync.timeout_seconds, self.command_timeout_seconds
         check(0 < limit < math.inf, "command_timeout_seconds", limit, "a number > 0 and finite")
         # the other ranks wait in a collective while rank 0 waits for the server

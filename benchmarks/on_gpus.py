@@ -72,6 +72,9 @@ STEPS = {
         150, server=False,
     ),
     "optimizer": Step(bench("optimizer", "--steps", "40", "--out", "{out}/optimizer.md"), 110, server=False, rehearsal=()),
+    "restore": Step(
+        ("-m", "torch.distributed.run", "--nproc-per-node", "2", *bench("restore", "--out", "{out}")), 300, server=False
+    ),
     "step": Step(bench("step", "--cases", "1x", "1x-stochastic", "fsdp2-1x-compiled", "--out", "{out}"), 480),
     "baselines": Step(bench("step", "--cases", "fsdp2-1x", "fsdp2-4x-recompute", "--out", "{out}/rest"), 330),
     "replicas-speed": Step(bench("replicas", "--out", "{out}"), 560),

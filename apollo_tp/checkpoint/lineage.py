@@ -35,7 +35,10 @@ class Lineage(msgspec.Struct, frozen=True):
     """``checkpoint`` is the last one written of these weights, or the one that the server was started from; ``step_count``
     is the optimizer's, from which the learning rate follows; ``trained`` counts from the first model of them all. ``life``
     is that of the server (``Manifest.life``) with which this history began, where replicas share it; "" is this server's.
-    ``partners`` are the lives of all servers that have shared it, with where those left that are away (None: with us)."""
+    ``partners`` are the lives of all servers that have shared it, with where those left that are away (None: with us).
+
+    ``restoring`` is the checkpoint that is being written into served memory, which has parts of two models until this is ""
+    again: the next trainer completes that first. ``restore_id`` names the last request to restore one."""
 
     weight_version: int = 0
     step_count: int = 0
@@ -44,6 +47,8 @@ class Lineage(msgspec.Struct, frozen=True):
     last_job_step: int = 0
     trained: Trained = Trained()
     life: str = ""
+    restoring: str = ""
+    restore_id: str = ""
     partners: dict[str, Departure | None] = {}
 
     @property

@@ -72,13 +72,25 @@ class Status(Struct):
     unsaved: bool
 
 
+class Restore(Struct):
+    """The last request to put a checkpoint back."""
+
+    state: str
+    seconds: float = 0.0
+    paused_seconds: float = 0.0
+    weight_version: int | None = None
+    error: str = ""
+
+
 class Checkpoint(Struct):
     """Answer of ``/checkpoint``."""
 
     id: str
     state: str
+    name: str = ""
     path: str | None = None
     error: str | None = None
+    restore: Restore | None = None
 
 
 class Event(Struct):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -36,6 +37,7 @@ from apollo_tp.launch.distributed import World, join, leave, renumber
 from apollo_tp.launch.forwarding import reach_coordinator, switch_captures
 from apollo_tp.launch.histories import History, agree_on_record, partners, source_of
 from apollo_tp.launch.hosts import Hosts, check_shared, find_servers, gather_manifests, meet
+from apollo_tp.launch.restoring import Target, complete_restore
 from apollo_tp.launch.server_watch import ServerWatch
 from apollo_tp.model import BoundModel, bind_model
 from apollo_tp.model.build import as_served, read_model_config
@@ -52,6 +54,9 @@ from apollo_tp.training.trainer import Trainer
 from apollo_tp.training.update_gate import Lock, UpdateGate, needs_lock
 
 log = logging.getLogger("apollo_tp")
+
+RESTORE_PATIENCE = 10.0
+"""A restore may keep the server paused for this many times sync.max_pause_seconds."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,13 +113,13 @@ class Bound(Served):
     """The config in the model's folder."""
     model: BoundModel
     optimizer: Optimizer
+    gate: UpdateGate
 
 
 @dataclass(frozen=True, kw_only=True)
 class Ready(Bound):
     """Steps can be run; their memory is planned."""
 
-    gate: UpdateGate
     trainer: Trainer
     memory: str
     """The memory plan, in one line."""
@@ -221,6 +226,10 @@ def bind(served: Served, on_lost: Callable[[ApolloTpError], None]) -> Bound:
     served.stack.callback(world.dissolve)
     served.stack.callback(alarm.stop)
     alarm.watch(world)
+    gate = _update_gate(served, mesh, alarm)
+    write = functools.partial(before_restore, served.lineage, gate)
+    if complete_restore(Target(mapped, mesh, served.lineage, write)):
+        gate.after_step(served.lineage.record.weight_version)
     compiled = mapped.device.type == "cuda" if config.train.compile is None else config.train.compile
     with served.control.agree():
         trust = config.model.trust_remote_code
@@ -239,7 +248,8 @@ def bind(served: Served, on_lost: Callable[[ApolloTpError], None]) -> Bound:
         unify_replicas(served, mesh.replicas, optimizer)
     with served.control.agree():
         resume(config, optimizer, served.lineage)
-    return Bound(**vars(served), mesh=mesh, alarm=alarm, hf_config=hf_config, model=model, optimizer=optimizer)
+    parts = {"mesh": mesh, "alarm": alarm, "hf_config": hf_config, "model": model, "optimizer": optimizer, "gate": gate}
+    return Bound(**vars(served), **parts)  # type: ignore[arg-type]
 
 
 def unify_replicas(served: Served, replicas: TPGroup, optimizer: Optimizer) -> None:
@@ -251,7 +261,8 @@ def unify_replicas(served: Served, replicas: TPGroup, optimizer: Optimizer) -> N
             lineage.share(lineage.record.life, partners(lineage.record, [served.manifests[0].life]))
         return
     labels = served.arrangement.labels()
-    history = History(lineage.trained_here, lineage.record, served.manifests[0].life)
+    whole = not lineage.record.restoring  # else it missed how others completed a restore
+    history = History(lineage.trained_here and whole, lineage.record, served.manifests[0].life)
     rows = ComputeControl(replicas, optimizer.device).gather(msgspec.json.encode(history))
     histories = [msgspec.json.decode(row, type=History) for row in rows]
     source = source_of(histories, labels)
@@ -306,7 +317,7 @@ def prepare(bound: Bound) -> Ready:
     """Make the trainer, plan its memory, and try the GPU's products. Collective. Raises DeviceMemoryError or DeviceError, on
     all ranks, where a step would not fit or would be computed wrong."""
     config, device, lineage = bound.config, bound.mapped.device, bound.lineage
-    gate = _update_gate(bound)
+    gate = bound.gate
     pace = Pace(config.qos.pace, bound.model.module, bound.mesh.tp, device)
     trainer = Trainer(
         bound.model,
@@ -325,7 +336,7 @@ def prepare(bound: Bound) -> Ready:
     memory = _plan_memory(bound, trainer)
     log.info("memory: %s", memory)
     _check_products(bound, trainer)
-    return Ready(**vars(bound), gate=gate, trainer=trainer, memory=memory)
+    return Ready(**vars(bound), trainer=trainer, memory=memory)
 
 
 def before_write(lineage: LineageFile, gate: UpdateGate, pace: Pace) -> None:
@@ -337,14 +348,21 @@ def before_write(lineage: LineageFile, gate: UpdateGate, pace: Pace) -> None:
         pace.suspend()
 
 
-def _update_gate(bound: Bound) -> UpdateGate:
+def before_restore(lineage: LineageFile, gate: UpdateGate) -> None:
+    """As ``before_write``, before all weights are replaced: half a write cannot be given up, so the pause may be long.
+    Collective."""
+    lineage.before_write()
+    gate.before_write(RESTORE_PATIENCE)
+
+
+def _update_gate(served: Served, mesh: Mesh, alarm: Alarm) -> UpdateGate:
     """The pause of running requests around updates; the first rank of each replica attaches to its server. Collective."""
-    sync, lock = bound.config.sync, None
-    with bound.control.agree():
-        if bound.mesh.tp.rank == 0 and needs_lock(sync):
-            lock = Lock(bound.folder, sync, bound.lineage.record.weight_version, bound.alarm)
-            bound.stack.callback(lock.close)
-    return UpdateGate(sync.mode, bound.mesh.world, bound.mapped.device, lock)
+    sync, lock = served.config.sync, None
+    with served.control.agree():
+        if mesh.tp.rank == 0 and needs_lock(sync):
+            lock = Lock(served.folder, sync, served.lineage.record.weight_version, alarm)
+            served.stack.callback(lock.close)
+    return UpdateGate(sync.mode, mesh.world, served.mapped.device, lock)
 
 
 def _plan_memory(bound: Bound, trainer: Trainer) -> str:

@@ -48,7 +48,7 @@ PATHS = {
     "/v1/chat/completions": ["GET"],
     "/v1/chat/completions/{rest:path}": ["GET", "DELETE"],
     "/checkpoint": ["POST"],
-    "/checkpoint/{rest:path}": ["GET"],
+    "/checkpoint/{rest:path}": ["GET", "POST"],
     "/checkpoints": ["GET"],
     "/v1/files": ["GET", "POST"],
     "/v1/files/{rest:path}": ["GET", "DELETE"],

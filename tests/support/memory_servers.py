@@ -182,6 +182,7 @@ class Host:
             "service.http.port=0", "train.max_micro_batch_tokens=64",
             "train.max_sequence_tokens=64", "optim.rank=8", "optim.lr=1e-3", "optim.max_relative_update=1.0",
             "server.wait_seconds=5", f"server.runtime_dir='{self.base}/rt'", f"checkpoint.dir='{self.base}/checkpoints'",
+            "checkpoint.behind=false",
             f"service.state_dir='{self.base}/state'", *overrides,
         ]  # fmt: skip
         root = Path(__file__).parents[2]

@@ -85,6 +85,11 @@ class Learner:
             "learning_rate_scale": self._config.learning_rate_scale,
             "truncate": "left" if loss == "cross_entropy" else "refuse",
         }  # fmt: skip
+        if self._config.guard is not None:
+            body["guard"] = {
+                "measure": "command", "action": self._config.guard, "max_worse": self._config.max_worse,
+                "higher_is_better": self._config.higher_is_better,
+            }  # fmt: skip
         try:
             job = await self._submit(key, msgspec.json.encode(body))
         except RequestError as error:

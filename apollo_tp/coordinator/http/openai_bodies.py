@@ -11,7 +11,7 @@ from msgspec import Meta
 from apollo_tp.coordinator.graders.grading import offered
 from apollo_tp.coordinator.graders.schema import read_grader
 from apollo_tp.coordinator.jobs.job import JobSpec
-from apollo_tp.coordinator.samples.schema import Metadata
+from apollo_tp.coordinator.samples.schema import Guard, Metadata
 from apollo_tp.coordinator.settings import Settings
 from apollo_tp.errors import refuse
 from apollo_tp.wire.losses import LossConfig, complete
@@ -90,6 +90,8 @@ class FineTuningBody(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     method: Method | None = None
     hyperparameters: Hyperparameters | None = None
     integrations: Any = None
+    guard: Guard | None = None
+    """Not OpenAI's: ``extra_body`` of the SDK."""
 
 
 class ExpiresAfter(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
@@ -150,6 +152,7 @@ def spec_of(body: FineTuningBody, settings: Settings) -> JobSpec:
         beta=float(beta or DEFAULT_BETA),
         seed=body.seed if body.seed is not None else secrets.randbelow(2**31),
         save_at_end=True,
+        guard=body.guard,
         metadata=body.metadata or {},
         model=body.model,
         suffix=body.suffix or "",

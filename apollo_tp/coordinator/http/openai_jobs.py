@@ -26,7 +26,7 @@ from apollo_tp.coordinator.http.parameters import (
 from apollo_tp.coordinator.http.service import Service, ServiceParts, listing, unknown_cursor
 from apollo_tp.coordinator.http.validation import FileValidation
 from apollo_tp.coordinator.http.work import uninterrupted
-from apollo_tp.coordinator.jobs.job import Checkpoint, Event, Job, State, new_job
+from apollo_tp.coordinator.jobs.job import Checkpoint, Event, Job, State, check_guard, new_job
 from apollo_tp.coordinator.jobs.scheduler import Scheduler
 from apollo_tp.errors import refuse
 
@@ -60,6 +60,7 @@ async def create(
         file_id = getattr(body, name)
         if file_id is not None and service.store.file(file_id) is None:
             raise refuse(name, repr(file_id[:80]), "the id of an uploaded file")
+    check_guard(body.guard, body.validation_file is not None, service.settings.service)
     job = new_job("openai", spec_of(body, service.settings), State.validating_files, service.scheduler.model)
     known = await uninterrupted(_store(service, validation, job, key))
     return JSONResponse(job_view(service.find_job(known), service.scheduler))

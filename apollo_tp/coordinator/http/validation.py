@@ -14,8 +14,7 @@ from typing import Any
 
 from apollo_tp.coordinator.graders.schema import Grader, check_item
 from apollo_tp.coordinator.http.service import Service
-from apollo_tp.coordinator.jobs.job import Job, JobError, State, StoredFile, plan_total_steps
-from apollo_tp.coordinator.jobs.scheduler import model_changed
+from apollo_tp.coordinator.jobs.job import Job, JobError, State, StoredFile, model_changed, plan_total_steps
 from apollo_tp.coordinator.samples.forms import read_line
 from apollo_tp.coordinator.samples.intake import Intake
 from apollo_tp.coordinator.samples.lines import numbered_lines

@@ -178,7 +178,7 @@ class RankLink:
             return
         if isinstance(reply, commands.StepDone):
             self.weight_version, self.replica_lag_seconds = reply.figures.weight_version, reply.replica_lag_seconds
-        elif isinstance(reply, commands.CheckpointDone):
+        elif isinstance(reply, commands.RestoreDone):  # a checkpoint's may be older: training went on
             self.weight_version = reply.weight_version
         future = self._waiting.pop(reply.id, None)
         if future is None:

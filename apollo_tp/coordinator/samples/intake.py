@@ -83,9 +83,9 @@ class Intake:
         for index, sample in enumerate(samples):
             yield from self.sequences(sample, f"samples[{index}].")
 
-    def samples(self, bodies: Iterable[SampleBody]) -> list[Sample]:
-        """Validate and tokenise each element of a request's ``samples`` list, one sequence each. Raises RequestError."""
-        return [self.sample(sample, f"samples[{index}].") for index, sample in enumerate(bodies)]
+    def samples(self, bodies: Iterable[SampleBody], field: str = "samples") -> list[Sample]:
+        """Validate and tokenise each element of a request's list ``field``, one sequence each. Raises RequestError."""
+        return [self.sample(sample, f"{field}[{index}].") for index, sample in enumerate(bodies)]
 
     def sequences(self, body: SampleBody, where: str) -> list[Sample]:
         """The sample as one sequence or, if its assistant turns cannot be located or are not shown completely, as one

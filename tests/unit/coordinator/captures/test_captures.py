@@ -48,12 +48,14 @@ def record(identity: str, **changes: Any) -> dict[str, Any]:
 
 
 @contextmanager
-def stack(folder: Path, **learn: Any) -> Iterator[tuple[httpx.Client, FakeRanks, CoordinatorProcess]]:
+def stack(
+    folder: Path, service: dict[str, Any] | None = None, **learn: Any
+) -> Iterator[tuple[httpx.Client, FakeRanks, CoordinatorProcess]]:
     """A coordinator that stores completions, its fake rank 0, and a client."""
     settings = {"capture": CaptureConfig(enabled=True), "learn": LearnConfig(**learn)}
     model = write_model(folder / "model")
     with (
-        CoordinatorProcess(folder, model_path=model, settings=settings) as coordinator,
+        CoordinatorProcess(folder, model_path=model, settings=settings, **(service or {})) as coordinator,
         FakeRanks(coordinator.ranks_socket, folder / "journal") as ranks,
         coordinator.client() as client,
     ):
@@ -147,6 +149,24 @@ def test_each_answer_has_one_vote(tmp_path: Path) -> None:
             assert give(again, "chatcmpl-2", thumb="up").json()["error"]["code"] == "too_much_feedback"
     with sqlite3.connect(tmp_path / "state" / "captures.sqlite3") as db:
         assert db.execute("SELECT reward FROM feedback ORDER BY seq").fetchall() == [(0.0,), (0.5,)]
+
+
+def test_a_batch_that_makes_it_worse_is_undone(tmp_path: Path) -> None:
+    """By the operator's command. It is not learned again; what comes after it is."""
+    judge = tmp_path / "judge"
+    judge.write_text("echo 1; test $APOLLO_TP_STEP -lt 1")
+    service = {"guard_command": ["/bin/sh", str(judge)]}
+    with stack(tmp_path, service, every_samples=1, guard="rollback", replay_share=0.0) as (client, ranks, _):
+        add(client, "chatcmpl-1", "chatcmpl-2")
+        assert give(client, "chatcmpl-1", corrected="no").status_code == 202
+        first = wait_for(lambda: [j for j in client.get("/train/jobs").json()["data"] if j["state"] == "failed"])
+        assert [job["error"]["code"] for job in first] == ["RolledBackError"]
+        assert len(ranks.restores()) == 1
+        judge.write_text("echo 1")
+        assert give(client, "chatcmpl-2", corrected="yes").status_code == 202
+        jobs = wait_for(lambda: len(found := client.get("/train/jobs").json()["data"]) == 2 and found)
+        wait_for(lambda: client.get(f"/train/jobs/{jobs[0]['id']}").json()["state"] == "succeeded")
+        assert len({job["metadata"]["learned_from"] for job in (job["spec"] for job in jobs)}) == 2
 
 
 def test_feedback_becomes_steps_in_the_order_of_its_arrival(tmp_path: Path) -> None:
