@@ -224,18 +224,19 @@ def _join(weight, rest, REMAINDER: tl.constexpr):
 @triton.jit
 def _store(w_pointers, rest_pointers, value, random, inside, REMAINDER: tl.constexpr, STOCHASTIC: tl.constexpr):
     """Write fp32 ``value`` as ``rounding.store``."""
+    # any NaN as torch's: adding to a larger payload would run over into the sign
+    exact = tl.where(value != value, 0x7FC00000, value.to(tl.int32, bitcast=True))
     if REMAINDER:
-        bits = (value.to(tl.int32, bitcast=True) + 0x80) >> 8
+        bits = (exact + 0x80) >> 8
         upper = (bits + 0x80) >> 8
         tl.store(rest_pointers, (bits - (upper << 8)).to(tl.int8), mask=inside)
         tl.store(w_pointers, upper.to(tl.int16).to(tl.bfloat16, bitcast=True), mask=inside)
     elif STOCHASTIC:
-        raised = (value.to(tl.int32, bitcast=True) + random) >> 16
+        raised = (exact + random) >> 16
         tl.store(w_pointers, raised.to(tl.int16).to(tl.bfloat16, bitcast=True), mask=inside)
     elif w_pointers.dtype.element_ty == tl.bfloat16:
         # nearest even, spelled out: the interpreter's own cast cuts off
-        bits = value.to(tl.int32, bitcast=True)
-        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        bits = (exact + 0x7FFF + ((exact >> 16) & 1)) >> 16
         tl.store(w_pointers, bits.to(tl.int16).to(tl.bfloat16, bitcast=True), mask=inside)
     else:
         tl.store(w_pointers, value, mask=inside)

@@ -19,6 +19,7 @@ from apollo_tp.optim.projection import philox4x32
 
 LANES = 8
 """16-bit random numbers per Philox call."""
+_NAN = 0x7FC00000
 
 
 def needs_remainder(dtype: torch.dtype, precision: Precision) -> bool:
@@ -34,9 +35,15 @@ def join(weight: Tensor, remainder: Tensor | None) -> Tensor:
     return (bits << 8).view(torch.float32)
 
 
+def _bits(value: Tensor) -> Tensor:
+    """The int32 bits of fp32 ``value``, of the same shape. Any NaN has those of torch's: with a payload near the largest
+    one, rounding up would run over into the sign, and give minus zero."""
+    return torch.where(value.isnan(), _NAN, value.contiguous().view(torch.int32))
+
+
 def split(value: Tensor) -> tuple[Tensor, Tensor]:
     """fp32 -> (bf16 nearest with ties away from zero, int8 remainder); ``join`` of it is ``value`` to 24 bits."""
-    bits = (value.contiguous().view(torch.int32) + 0x80) >> 8
+    bits = (_bits(value) + 0x80) >> 8
     upper = (bits + 0x80) >> 8
     return upper.to(torch.int16).view(torch.bfloat16), (bits - (upper << 8)).to(torch.int8)
 
@@ -59,7 +66,7 @@ def random_bits(key: tuple[int, int], step: int, rows: Tensor, columns: Tensor) 
 def stochastic(value: Tensor, bits: Tensor) -> Tensor:
     """fp32 -> bf16 of the same shape, up with probability equal to the fraction of an ulp above; ``bits`` are uniform in
     [0, 2**16)."""
-    raised = value.contiguous().view(torch.int32) + bits
+    raised = _bits(value) + bits
     return ((raised >> 16).to(torch.int16)).view(torch.bfloat16)
 
 

@@ -108,7 +108,12 @@ def _refused() -> list[str]:
         "",
         f"- layer types other than {', '.join(f'`{kind}`' for kind in sorted(LAYER_TYPES))}",
         "- recurrent layers whose state would leak into the next packed sequence",
-        "- attention sinks, and attention that transformers does not allow to be exchanged",
+        "- attention sinks, position biases and other keywords that packed attention does not know, and attention that "
+        "transformers does not allow to be exchanged",
+        "- attention masks of a model's own, and windows that a layer leaves to its mask: each layer is tried once with the "
+        "masks that transformers makes",
+        "- final hidden states that depend on another packed sequence or on later tokens, which one backward pass shows",
+        "- norms over the heads of all ranks whose weight is served cut and whose class is not in the table above",
         "- changes of the logits that are not in the table above",
         "- encoder-decoder models",
         "- models whose forward pass over two packed sequences fails",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -11,7 +12,7 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from apollo_tp.distributed.tp_group import TPGroup
 from apollo_tp.errors import UnsupportedModelError
-from apollo_tp.model import bind, bind_model
+from apollo_tp.model import bind, bind_model, regions
 from apollo_tp.model.batch import pack
 from apollo_tp.model.build import build_on_meta, narrow_config, refusing
 from apollo_tp.model.names import NameMap, map_names
@@ -153,6 +154,56 @@ def test_a_fused_tensor_cut_across_its_parts_is_refused(rank: int, got: str, exp
     assert (
         f"model.layers.1.mlp.gate_up_proj.weight: got {got} of 192 along dimension 0, expected {expected}," in message
     )
+
+
+def test_a_norm_over_all_heads_that_the_table_does_not_list_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its weight is served cut, and fits: with this rank's heads alone it would divide by another mean square."""
+    model = build(FAMILIES["olmo2"].config(num_key_value_heads=4))
+    shards = _cut_in_two(model, 0)
+    monkeypatch.setattr(regions, "FULL_WIDTH_NORMS", {})
+    with pytest.raises(UnsupportedModelError) as caught:
+        bind_model(model.config, shards, TPGroup(0, 2))
+    lines = str(caught.value).splitlines()
+    assert lines[0].startswith("rank 0 of 2: got 4 weights cut over ranks whose modules need the channels of all")
+    assert (
+        "  model.layers.0.self_attn.q_norm.weight (Olmo2RMSNorm): cut on dimension 0, over which it normalises" in lines
+    )
+
+
+class _Scale(torch.nn.Module):
+    """A factor for each channel, which may be cut anywhere; ``forward`` is what a test needs."""
+
+    def __init__(self, forward: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(4, 8))
+        self.compute = forward
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.weight * self.compute(x)
+
+
+@pytest.mark.parametrize(
+    ("forward", "dim", "refused"),
+    [
+        (lambda x: x, 0, None),
+        (lambda x: x, 1, None),
+        (lambda x: torch.nn.functional.layer_norm(x, (8,)), 0, None),
+        (lambda x: torch.nn.functional.layer_norm(x, (8,)), 1, "cut on dimension 1, over which it normalises"),
+        (lambda x: x / x.amax((-2, -1), keepdim=True), 0, "cut on dimension 0, over which it normalises"),
+        (lambda x: x @ torch.ones(3, 3), 0, "which is cut on dimension 0, could not be tried: got RuntimeError"),
+    ],
+)
+def test_a_module_is_tried_over_the_dimension_that_is_cut(
+    forward: Callable[[torch.Tensor], torch.Tensor], dim: int, refused: str | None
+) -> None:
+    """Whatever it is called: norms of each head by itself and factors pass."""
+    module = torch.nn.ModuleDict({"any": _Scale(forward)})
+    shards = {"any.weight": Shard("w", ((8, 8), (4, 16))[dim], dim, ((0, (4, 8)[dim]),), (0,))}
+    if refused is None:
+        regions.refuse_mixed_channels(module, shards, TPGroup(0, 2))
+        return
+    with pytest.raises(UnsupportedModelError, match=refused):
+        regions.refuse_mixed_channels(module, shards, TPGroup(0, 2))
 
 
 SAME_FUNCTION = {

@@ -15,12 +15,13 @@ import torch
 
 from apollo_tp.config import OptimizerKind, Precision, Projection
 from apollo_tp.distributed.tp_group import TPGroup
-from apollo_tp.optim import Optimizer, OptimParameter
+from apollo_tp.optim import Optimizer, OptimParameter, rounding
 from apollo_tp.optim.rounding import join
 from apollo_tp.optim.sharding import Decision, DecisionInputs, GradientStats
 from apollo_tp.optim.torch_backend import TorchBackend, decide
 from apollo_tp.shards.boxes import Shard
 from tests.support import optim_model as model
+from tests.unit.optim.test_random_numbers import NOT_FINITE, from_bits
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # The interpreter is chosen when triton is first imported, so it needs a process of its own.
@@ -207,6 +208,26 @@ def test_a_parameter_whose_pieces_differ_in_kernel_is_summed_whole(value):
     assert update == pytest.approx(expected_update, rel=1e-6)
     assert skipped == expected_skipped
     assert ("qkv.bias on rank 0" in skipped) == math.isnan(value)
+
+
+@pytest.mark.skipif(not HERE, reason="run by test_in_the_interpreter")
+@pytest.mark.parametrize("how", ["remainder", "stochastic", "nearest"])
+def test_numbers_at_the_edges_are_stored_as_by_the_twin(how):
+    """Bit for bit: NaNs of all payloads, which stay NaNs; infinities, largest numbers, ties, zeros and subnormal ones."""
+    from tests.support.store_kernel import stored
+
+    edges = [0x7F7FFFFF, 0x7F7F8000, 0x7F800000, 0, 1, 0x00008000, 0x3F808000, 0x3F818000, 0x3F80FF80, 0x3F7FFFFF]
+    value = from_bits([*NOT_FINITE, *edges, *(1 << 31 | bits for bits in edges)]).to(DEVICE)
+    for bits in (0, 0x8000, 0xFFFF):
+        random = torch.full((len(value),), bits, dtype=torch.int32, device=DEVICE)
+        weight, rest = torch.zeros_like(value, dtype=torch.bfloat16), torch.zeros_like(value, dtype=torch.int8)
+        rounding.store(weight, rest if how == "remainder" else None, value, random if how == "stochastic" else None)
+        got, got_rest = stored(value, random, how)
+        nan = weight.isnan()
+        assert torch.equal(nan, value.isnan())
+        assert torch.equal(got.isnan(), nan)
+        assert torch.equal(got.view(torch.int16)[~nan], weight.view(torch.int16)[~nan])
+        assert torch.equal(got_rest, rest)
 
 
 LAYOUTS = {

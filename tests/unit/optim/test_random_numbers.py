@@ -83,6 +83,31 @@ def test_join_undoes_split_to_24_bits():
     assert torch.all((upper.float() - value).abs() <= (nearest - value).abs() + value.abs() * 2.0**-15)
 
 
+# sign and payload of NaNs, from the smallest payload to the largest; then infinity and the largest finite number
+NOT_FINITE = [
+    sign | payload for sign in (0, 1 << 31) for payload in (0x7F800001, 0x7FC00000, 0x7FFFFF7F, 0x7FFFFF80, 0x7FFFFFFF)
+]
+
+
+def from_bits(bits):
+    """fp32 numbers of these 32-bit patterns."""
+    return torch.from_numpy(np.array(bits, dtype=np.uint32).view(np.float32))
+
+
+@pytest.mark.parametrize("how", ["remainder", "stochastic", "nearest"])
+def test_a_nan_stays_one_in_every_precision(how):
+    """The upper payloads ran over into the sign when they were rounded up: minus zero, and training went on."""
+    value = from_bits(NOT_FINITE)
+    weight, rest = torch.zeros(len(value), dtype=torch.bfloat16), torch.zeros(len(value), dtype=torch.int8)
+    bits = torch.full((len(value),), 0xFFFF, dtype=torch.int32) if how == "stochastic" else None
+    rounding.store(weight, rest if how == "remainder" else None, value, bits)
+    assert weight.isnan().all()
+    assert rounding.join(weight, rest).isnan().all()
+    infinite = torch.tensor([torch.inf, -torch.inf])
+    rounding.store(weight[:2], rest[:2] if how == "remainder" else None, infinite, None if bits is None else bits[:2])
+    assert torch.equal(weight[:2].float(), infinite)
+
+
 def test_random_bits_do_not_depend_on_the_cut():
     """Any rows and columns of the whole give the whole's bits, whatever the offset within a block of eight."""
     key = projection.stream_key(0, "w", "rounding")
