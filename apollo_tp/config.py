@@ -49,6 +49,17 @@ class Schedule(Enum):
 
 class Precision(Enum):
     remainder = "remainder"
+    remainder16 = "remainder16"
+    stochastic = "stochastic"
+    nearest = "nearest"
+
+
+class PrecisionChoice(Enum):
+    """``Precision``, or ``auto``: a remainder by the learning rate; see ``optim.rounding.choose``."""
+
+    auto = "auto"
+    remainder = "remainder"
+    remainder16 = "remainder16"
     stochastic = "stochastic"
     nearest = "nearest"
 
@@ -170,7 +181,10 @@ class TrainConfig:
     compile: bool | None = option(None, "compile decoder layers with torch.compile; null: on GPUs only")
     peer_memory: bool = option(True, "two GPUs with access to each other sum through their memory; false: NCCL")
     cuda_graphs: bool = option(True, "record steps of one batch structure and replay them, where GPU memory allows")
-    precision: Precision = option(Precision.remainder, "bf16 writes: remainder | stochastic | nearest")
+    precision: PrecisionChoice = option(
+        PrecisionChoice.auto,
+        "bf16 writes: remainder | remainder16 | stochastic | nearest | auto (a remainder by optim.lr)",
+    )
     threads: int | None = option(None, "CPU threads per rank; null leaves torch's default")
 
     def __post_init__(self) -> None:

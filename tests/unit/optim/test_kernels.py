@@ -39,6 +39,30 @@ def test_in_the_interpreter():
     assert " passed" in done.stdout
 
 
+@pytest.mark.skipif(HERE, reason="in a process without the interpreter")
+@pytest.mark.parametrize("bits", [8, 16])
+def test_the_kernel_with_remainders_compiles_for_a_gpu(bits):
+    """To machine code of compute capability 9.0, which needs none: the interpreter takes more than the compiler does."""
+    import triton.language as tl
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+    from triton.compiler import compile as compile_kernel
+
+    from apollo_tp.optim.kernels import write_kernel
+    from apollo_tp.optim.triton_backend import WRITE_TILE
+
+    rows, columns = WRITE_TILE[True]
+    constants = {
+        "CHANNELS_LAST": False, "EVEN": True, "REMAINDER": bits, "STOCHASTIC": False, "W_TYPE": tl.bfloat16,
+        "G_TYPE": tl.bfloat16, "BLOCK_R": rows, "BLOCK_N": columns,
+    }  # fmt: skip
+    pointers = {"table": "*i64", "addresses": "*i64", "scales": "*fp32", "coefficients": "*fp32", "decay": "fp32"}
+    names = [parameter.name for parameter in write_kernel.params]
+    signature = {name: "constexpr" if name in constants else pointers.get(name, "*i32") for name in names}
+    source = ASTSource(write_kernel, signature=signature, constexprs=constants)
+    assert "cubin" in compile_kernel(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4}).asm
+
+
 def triton_backend(group):
     """The kernels, on whatever device the optimizer is."""
     from apollo_tp.optim import triton_backend as module
@@ -123,6 +147,7 @@ def run(backend: str, size: int, precision: Precision, dtype: torch.dtype, **cha
 
 CASES = {
     "remainder": (2, Precision.remainder, torch.bfloat16, {"max_grad_norm": 0.05}),
+    "remainder16": (2, Precision.remainder16, torch.bfloat16, {"max_grad_norm": 0.05}),
     "stochastic": (2, Precision.stochastic, torch.bfloat16, {}),
     "nearest_rank_40": (1, Precision.nearest, torch.bfloat16, {"max_grad_norm": None, "rank": 40}),
     "float32_gaussian": (2, Precision.remainder, torch.float32, {"rank": 20, "projection": Projection.gaussian}),
@@ -148,7 +173,7 @@ def test_kernels_equal_their_twin(name):
         assert mine.largest_update == pytest.approx(theirs.largest_update, rel=1e-4)
     for key, value in expected_state.items():
         torch.testing.assert_close(state[key], value, rtol=1e-3, atol=float(value.abs().max()) * 1e-5)
-    whole_bits = precision is not Precision.remainder and dtype is torch.bfloat16
+    whole_bits = precision in (Precision.stochastic, Precision.nearest) and dtype is torch.bfloat16
     for key, value in expected.items():
         error = (weights[key] - value).abs()
         if whole_bits:
@@ -157,7 +182,7 @@ def test_kernels_equal_their_twin(name):
             # and so does the fp32 rounding of terms of about 0.1
             excess = float((error - magnitudes[key] * 2.0**-7).max())
             assert excess <= 1e-8, f"{key}: excess {excess}"
-        else:  # 24 bits: the last of 16 of the significand; fp32: rounding
+        else:  # 24 or 32 bits: the last of 16 of the significand; fp32: rounding
             assert bool((error <= value.abs() * 2.0**-14 + 1e-6).all()), key
 
 
@@ -211,7 +236,7 @@ def test_a_parameter_whose_pieces_differ_in_kernel_is_summed_whole(value):
 
 
 @pytest.mark.skipif(not HERE, reason="run by test_in_the_interpreter")
-@pytest.mark.parametrize("how", ["remainder", "stochastic", "nearest"])
+@pytest.mark.parametrize("how", ["remainder", "remainder16", "stochastic", "nearest"])
 def test_numbers_at_the_edges_are_stored_as_by_the_twin(how):
     """Bit for bit: NaNs of all payloads, which stay NaNs; infinities, largest numbers, ties, zeros and subnormal ones."""
     from tests.support.store_kernel import stored
@@ -220,8 +245,11 @@ def test_numbers_at_the_edges_are_stored_as_by_the_twin(how):
     value = from_bits([*NOT_FINITE, *edges, *(1 << 31 | bits for bits in edges)]).to(DEVICE)
     for bits in (0, 0x8000, 0xFFFF):
         random = torch.full((len(value),), bits, dtype=torch.int32, device=DEVICE)
-        weight, rest = torch.zeros_like(value, dtype=torch.bfloat16), torch.zeros_like(value, dtype=torch.int8)
-        rounding.store(weight, rest if how == "remainder" else None, value, random if how == "stochastic" else None)
+        weight = torch.zeros_like(value, dtype=torch.bfloat16)
+        rest = torch.zeros_like(value, dtype=torch.int16 if how == "remainder16" else torch.int8)
+        rounding.store(
+            weight, rest if how.startswith("remainder") else None, value, random if how == "stochastic" else None
+        )
         got, got_rest = stored(value, random, how)
         nan = weight.isnan()
         assert torch.equal(nan, value.isnan())
