@@ -8,16 +8,11 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForImageTextToText,
-    PretrainedConfig,
-    PreTrainedModel,
-)
+from transformers import AutoConfig, PretrainedConfig
+
+from apollo_tp.inspect.copy_trial import build as build  # the reference of the suite, and of --try
 
 VOCAB_SIZE = 1003  # no multiple of 64: vLLM pads it to 1024, so the last of 4 ranks holds 235 rows
-FIRST_SPECIAL_TOKEN = 998  # image tokens of the models with a vision tower
 
 _DENSE: dict[str, Any] = {
     "vocab_size": VOCAB_SIZE,
@@ -190,18 +185,6 @@ CASES = {name: Case(name) for name in FAMILIES} | {
     "tied, its head stored as well": Case("qwen3-tied", stored_head="equal"),
     "tied by its config, another head stored": Case("qwen3-tied", stored_head="other"),
 }
-
-
-def build(config: PretrainedConfig, seed: int = 0) -> PreTrainedModel:
-    """The single-process reference in fp32 with eager attention and random weights, norms and biases included."""
-    torch.manual_seed(seed)
-    kind = AutoModelForCausalLM if config.get_text_config() is config else AutoModelForImageTextToText
-    model = kind.from_config(config, dtype=torch.float32, attn_implementation="eager")
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim == 1:  # norms and biases start at 1 and 0, which would hide a wrong shard
-                parameter.add_(torch.randn_like(parameter) * 0.1)
-    return model.eval()
 
 
 def store_head(folder: Path, rows: slice | None = None) -> None:

@@ -28,6 +28,9 @@ them on any rank: relative for loss and gradients, nats for log-probabilities. "
 runs against real vLLM at TP = 2: change and restore of every parameter, ten training steps, agreement of
 log-probabilities, and a checkpoint that loads in transformers and in vLLM.
 
+A model that is not in the table may be exact as well: `python -m apollo_tp.inspect MODEL --try` runs this comparison on a
+small random copy of its config, without a server.
+
 Sizes are those that vLLM itself accepts: heads, MLP and expert widths must be divisible by the tensor-parallel size;
 key and value heads may be fewer than ranks.
 """

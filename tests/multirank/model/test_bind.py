@@ -12,13 +12,13 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from apollo_tp.distributed.tp_group import TPGroup
 from apollo_tp.errors import UnsupportedModelError
+from apollo_tp.inspect.exactness import reference_gradients, relative_error, samples, train_gradients
 from apollo_tp.model import bind, bind_model, regions
 from apollo_tp.model.batch import pack
 from apollo_tp.model.build import build_on_meta, narrow_config, refusing
 from apollo_tp.model.names import NameMap, map_names
 from apollo_tp.shards.boxes import Shard
 from apollo_tp.wire.commands import Sample
-from tests.support.exactness import reference_gradients, relative_error, samples, train_gradients
 from tests.support.families import FAMILIES, REFUSED, Family, build
 
 WHOLE = TPGroup.single()
