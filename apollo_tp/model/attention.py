@@ -23,6 +23,7 @@ from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface
 
 from apollo_tp.errors import UnsupportedModelError
+from apollo_tp.model.boundaries import BoundariesMissingError
 
 # torch 2.13 has an argument for grouped-query attention; 2.11 has none and accepts fewer key heads without it.
 _VARLEN_NAMES_GQA = "enable_gqa" in inspect.signature(varlen_attn).parameters
@@ -49,9 +50,9 @@ def packed_attention(
     scaling: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
-    cu_seq_lens_q: Tensor,
-    max_length_q: int,
-    sequence_lengths: tuple[int, ...],
+    cu_seq_lens_q: Tensor | None = None,
+    max_length_q: int = 0,
+    sequence_lengths: tuple[int, ...] = (),
     **others: Any,
 ) -> tuple[Tensor, None]:
     """Attention within each packed sequence; local heads only, no collective.
@@ -60,8 +61,10 @@ def packed_attention(
     ``cu_seq_lens_q`` int32 [S + 1] and ``sequence_lengths`` say the same, on the device and (so that nothing waits for it)
     on the host. A token sees itself and the ``sliding_window - 1`` tokens before it (all before it without a window).
     Returns [1, T, q_heads_local, d] in that dtype, and None for the scores. Raises UnsupportedModelError for a mask and for
-    ``others`` that would have an effect.
+    ``others`` that would have an effect, BoundariesMissingError without boundaries.
     """
+    if cu_seq_lens_q is None:
+        raise BoundariesMissingError(type(module))
     refuse_what_would_be_dropped(module, attention_mask, others)
     heads = query[0], key[0], value[0]
     flash = (

@@ -13,7 +13,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from apollo_tp.distributed.tp_group import TPGroup
 from apollo_tp.errors import UnsupportedModelError
 from apollo_tp.model.bound import BoundModel, BoundParameter, Role
-from apollo_tp.model.build import build_on_meta
+from apollo_tp.model.build import build_on_meta, has_whole_heads
 from apollo_tp.model.compiled import CompileOptions, compile_layers, decoder_layers
 from apollo_tp.model.families import logits_transform, refuse_unknown_layers
 from apollo_tp.model.gradients import GradientLocation, GradientSync
@@ -89,7 +89,7 @@ def bind_model(
     return BoundModel(
         module=module,
         parameters=_bound_parameters(leaves, vocabulary, sync),
-        untouched=tuple(names.untouched),
+        untouched=(*names.untouched, *names.untrained.values()),
         attention_window=attention_window,
         is_static=num_compiled == len(decoder_layers(module)) and not gradient_checkpointing,
         tp=tp,
@@ -148,7 +148,10 @@ def _fill(
     """
     problems = [f"{name}: {reason}" for name, reason in names.refused.items()]
     leaves: dict[str, _Leaf] = {}
+    problems += _place_untrained(module, names, shards)
     for name, meta in list(module.named_parameters()):
+        if name in names.untrained:
+            continue
         if vocabulary.tied and name == vocabulary.head:
             continue
         if name not in names.parts:
@@ -158,15 +161,20 @@ def _fill(
         owner, _, attribute = name.rpartition(".")
         if name in vocabulary or isinstance(module.get_submodule(owner), FullWidthRMSNorm):
             expected = (shards[names.parts[name][0][0]][0].local_shape[0], *expected[1:])
+        elif has_whole_heads(module, name):
+            expected = _part_of(names.parts[name], shards, expected)
         leaf = _assemble(names.parts[name], shards, expected)
         if isinstance(leaf, str):
             problems.append(f"{name}: {leaf}")
             continue
         leaves[name] = leaf
-        module.get_submodule(owner).register_parameter(attribute, leaf.parameter)
+        linear = module.get_submodule(owner)
+        linear.register_parameter(attribute, leaf.parameter)
+        if isinstance(linear, nn.Linear) and attribute == "weight":
+            linear.out_features, linear.in_features = leaf.parameter.shape
     if not problems:
         filled = {shard.name for leaf in leaves.values() for shard, _ in leaf.parts}
-        lost = sorted(shards.keys() - filled - set(names.untouched))
+        lost = sorted(shards.keys() - filled - set(names.untouched) - set(names.untrained.values()))
         problems = [f"{name}: got it served, expected a parameter that is trained from it" for name in lost]
     if problems:
         raise UnsupportedModelError(
@@ -174,6 +182,31 @@ def _fill(
             "width; serve a supported model unquantised:\n  " + "\n  ".join(problems)
         )
     return leaves
+
+
+def _part_of(parts: list[list[str]], shards: Shards, whole: tuple[int, ...]) -> tuple[int, ...]:
+    """The local shape of a parameter of which the module has the ``whole`` shape."""
+    shard = shards[parts[0][0]][0]
+    return shard.local_shape if shard.global_shape == whole else whole
+
+
+def _place_untrained(module: PreTrainedModel, names: NameMap, shards: Shards) -> list[str]:
+    """Put the served tensors of ``names.untrained`` in, as views: what the server computes with. Returns what does not
+    fit."""
+    problems = []
+    for name, checkpoint in names.untrained.items():
+        (shard, tensor), owner = shards[checkpoint], module.get_submodule(name.rpartition(".")[0])
+        attribute = name.rpartition(".")[2]
+        expected = tuple(getattr(owner, attribute).shape)
+        if shard.dim is not None or tuple(tensor.shape) != expected:
+            problems.append(
+                f"{name}: got local shape {tuple(tensor.shape)}, expected {expected}, the same on all ranks"
+            )
+        elif attribute in owner._parameters:
+            owner.register_parameter(attribute, nn.Parameter(tensor, requires_grad=False))
+        else:
+            owner.register_buffer(attribute, tensor)
+    return problems
 
 
 def _assemble(parts: list[list[str]], shards: Shards, expected: tuple[int, ...]) -> _Leaf | str:

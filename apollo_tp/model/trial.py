@@ -21,6 +21,7 @@ from apollo_tp.errors import UnsupportedModelError
 from apollo_tp.model.attention import packed_attention
 from apollo_tp.model.batch import PackedBatch, pack
 from apollo_tp.model.bound import final_hidden_states
+from apollo_tp.model.boundaries import BoundariesMissingError, hand_boundaries_to
 from apollo_tp.model.build import refusing
 from apollo_tp.wire.commands import Sample
 
@@ -54,7 +55,11 @@ def try_out(module: PreTrainedModel) -> int:
     embeddings. Raises UnsupportedModelError.
     """
     with refusing(f"{type(module).__name__}: its forward pass over two packed sequences failed"):
-        reached = _gradient_of_embeddings(module, _trial(module, _LENGTHS))
+        try:
+            reached = _gradient_of_embeddings(module, _trial(module, _LENGTHS))
+        except BoundariesMissingError as missing:  # the same on all ranks
+            hand_boundaries_to(module, missing.owner)
+            reached = _gradient_of_embeddings(module, _trial(module, _LENGTHS))
     if reached[: _LENGTHS[0]].any():
         raise UnsupportedModelError(
             f"{type(module).__name__}: got final hidden states that depend on the sequence before in the pack, expected "

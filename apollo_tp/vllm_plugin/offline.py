@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from apollo_tp.shards.manifest import Allocation, CheckpointTensor, Manifest
 from apollo_tp.vllm_plugin.compat import config, one_rank, refusals, release
@@ -57,7 +57,7 @@ def _manifest(vllm_config: Any, header: dict[str, Any], checkpoint: list[Checkpo
         return build_manifest(header, model, vllm_config.model_config, checkpoint, _unshared, error)
 
 
-def _unshared(parameters: Sequence[nn.Parameter]) -> list[tuple[int, Allocation]]:
+def _unshared(parameters: Sequence[Tensor]) -> list[tuple[int, Allocation]]:
     """One allocation for each parameter, by address, which cannot be mapped."""
     return [
         (p.data_ptr(), Allocation(kind="memfd", handle="", num_bytes=p.nbytes))

@@ -92,6 +92,27 @@ def _tolerances() -> str:
 def _differences() -> list[str]:
     rows = [(f"`{row.field}` in the config", row.reason) for row in LOGITS]
     rows += [(f"`{name}`", reason) for name, reason in FULL_WIDTH_NORMS.items()]
+    rows.append(
+        (
+            "`e_score_correction_bias`, and whatever else a model keeps in buffers or without a gradient",
+            "served, left alone, and carried over into checkpoints; a router computes with the server's values",
+        )
+    )
+    rows.append(
+        (
+            "attention whose head size is always `hidden_size / num_attention_heads` (StableLM, GPT-NeoX)",
+            "it is built with the heads of all ranks, and counts those of its own",
+        )
+    )
+    rows.append(
+        (
+            "layers that do not hand the keywords of a forward pass to their attention (Nemotron, StableLM)",
+            "a hook hands it the boundaries of packed sequences; such layers are not compiled",
+        )
+    )
+    rows.append(
+        ("windows of vLLM's layers", "where they are wider than the config says (Cohere 2), the trainer's are too")
+    )
     fused = ", ".join(f"`{name}`" for name in FUSED_TENSORS)
     rows.append((fused, "a rank must hold its share of every part of a fused tensor"))
     rows.append(("gated delta nets", "packed sequences must not share a convolution window or a recurrent state"))
@@ -118,6 +139,8 @@ def _refused() -> list[str]:
         "- final hidden states that depend on another packed sequence or on later tokens, which one backward pass shows",
         "- norms over the heads of all ranks whose weight is served cut and whose class is not in the table above",
         "- changes of the logits that are not in the table above",
+        "- heads with a bias (Phi, PhiMoE with `lm_head_bias`): the loss has none yet, and vLLM's Transformers backend makes "
+        "a new one each time that it loads, where the trace of its loader cannot follow it",
         "- encoder-decoder models",
         "- models whose forward pass over two packed sequences fails",
         "- fused tensors that are served cut across their parts (GLM through vLLM's Transformers backend at TP 2 and more)",

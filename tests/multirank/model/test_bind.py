@@ -15,7 +15,9 @@ from apollo_tp.errors import UnsupportedModelError
 from apollo_tp.inspect.exactness import reference_gradients, relative_error, samples, train_gradients
 from apollo_tp.model import bind, bind_model, regions
 from apollo_tp.model.batch import pack
+from apollo_tp.model.boundaries import needs_hook
 from apollo_tp.model.build import build_on_meta, narrow_config, refusing
+from apollo_tp.model.compiled import CompileOptions
 from apollo_tp.model.names import NameMap, map_names
 from apollo_tp.shards.boxes import Shard
 from apollo_tp.wire.commands import Sample
@@ -103,13 +105,16 @@ def test_a_device_that_is_full_is_no_property_of_the_model() -> None:
         raise torch.OutOfMemoryError("full")
 
 
-def test_a_model_whose_layers_drop_the_boundaries_is_refused() -> None:
-    """StableLM's decoder layer takes the keywords of a forward pass and does not hand them to its attention."""
+def test_layers_that_keep_the_boundaries_to_themselves_are_not_compiled() -> None:
+    """StableLM's decoder layer takes the keywords of a forward pass and does not hand them to its attention: a hook does,
+    and what it keeps is no input of a compiled layer."""
     config = Family("stablelm").config()
-    with pytest.raises(
-        UnsupportedModelError, match=r"StableLmForCausalLM: its forward pass .* TypeError: packed_attention"
-    ):
-        bind_model(config, _shards(build(config)), WHOLE)
+    shards = _shards(build(config))
+    bound = bind_model(config, shards, WHOLE, compiled=CompileOptions(backend="eager"))
+    assert not bound.is_static
+    layers = [module for module in bound.module.modules() if type(module).__name__ == "StableLmDecoderLayer"]
+    assert [needs_hook(layer) for layer in layers] == [True, True]
+    assert not any("forward" in vars(layer) for layer in layers)
 
 
 def test_a_served_tensor_that_nothing_is_trained_from_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -214,6 +219,7 @@ SAME_FUNCTION = {
     "noise in a router": Family(
         "mixtral", {"num_local_experts": 4, "sliding_window": None, "router_jitter_noise": 0.3}
     ),
+    "boundaries that a layer keeps to itself": Family("stablelm", {"use_qkv_bias": True}),
     "dropout": Family("gpt_neox", {"hidden_dropout": 0.3, "attention_dropout": 0.3}),
 }
 
@@ -234,7 +240,7 @@ def test_loss_and_gradients_are_those_of_the_model_that_is_served(case: str, che
         assert relative_error(parameter.grad, whole, whole) < family.tolerance, parameter.name
 
 
-@pytest.mark.parametrize("family", ["qwen3", "mistral-window", "gemma2", "qwen3-next", "qwen3.5"])
+@pytest.mark.parametrize("family", ["qwen3", "mistral-window", "gemma2", "qwen3-next", "qwen3.5", "nemotron"])
 def test_nothing_leaks_between_packed_sequences(family: str) -> None:
     """Log-probabilities of a sequence do not change by a bit when its neighbours in the pack do."""
     config = FAMILIES[family].config()
