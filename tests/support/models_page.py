@@ -139,7 +139,7 @@ def _refused() -> list[str]:
         "- final hidden states that depend on another packed sequence or on later tokens, which one backward pass shows",
         "- norms over the heads of all ranks whose weight is served cut and whose class is not in the table above",
         "- changes of the logits that are not in the table above",
-        "- heads with a bias (Phi, PhiMoE with `lm_head_bias`): the loss has none yet, and vLLM's Transformers backend makes "
+        "- heads with a bias (Phi, PhiMoE with `lm_head_bias`): the loss has none, and vLLM's Transformers backend makes "
         "a new one each time that it loads, where the trace of its loader cannot follow it",
         "- encoder-decoder models",
         "- models whose forward pass over two packed sequences fails",
