@@ -17,10 +17,11 @@ from tests.support import forks
 from tests.support.families import FAMILIES, Family
 from tests.support.processes import FORKING_SERVER
 
-PUBLISHED = sorted({family.model_type for family in FAMILIES.values()} - {"gemma3", "qwen3_5"})
+# but for large towers, and for types that have no number of experts or KV heads by default
+PUBLISHED = sorted({family.model_type for family in FAMILIES.values()} - {"gemma3", "qwen3_5", "dots1", "nemotron"})
 
 
-@pytest.mark.parametrize("model_type", [*PUBLISHED, "cohere2", "deepseek_v3", "glm4_moe", "llama4_text", "phimoe"])
+@pytest.mark.parametrize("model_type", [*PUBLISHED, "deepseek_v3", "llama4_text", "phimoe"])
 def test_a_copy_is_small_and_has_a_layer_of_each_kind(model_type: str) -> None:
     """From the sizes that the type has by default, which are those of a published model."""
     config = AutoConfig.for_model(model_type)
