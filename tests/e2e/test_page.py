@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from apollo_tp.config import CaptureConfig, LearnConfig
+from apollo_tp.wire.capture import CAPTURES_PATH
 from tests.support.completions import fake_server
 from tests.support.fakes import CoordinatorProcess, FakeRanks, wait_for
 from tests.support.reinforcement import Stack
@@ -118,6 +120,38 @@ def test_rewards_and_completions_of_a_job_are_shown(tmp_path):
             assert "<b>no</b>" in shown
             assert re.search(r"mean of step \d+: 0\.500", shown)
             assert_only_asked(driver, stack.coordinator)
+
+
+def test_feedback_is_shown_without_words(tmp_path):
+    """From which session, and when it was learned; the section is there only where completions are stored."""
+    settings = {"capture": CaptureConfig(enabled=True), "learn": LearnConfig(every_samples=2)}
+    with (
+        CoordinatorProcess(tmp_path, settings=settings) as coordinator,
+        coordinator.client() as client,
+        FakeRanks(coordinator.ranks_socket, tmp_path / "journal"),
+        browser(False) as driver,
+    ):
+        wait_for(lambda: client.get("/health").json()["trainer"])
+        choice = {"index": 0, "text": "secret", "token_ids": [5], "logprobs": [-0.5], "finish_reason": "stop"}
+        for number in range(3):
+            record = {
+                "id": f"chatcmpl-{number}", "session": f"<i>{number}</i>", "model": "demo", "created": time.time(),
+                "prompt_ids": [1, 2], "choices": [choice], "temperature": 1.0,
+            }  # fmt: skip
+            assert client.post(CAPTURES_PATH, json=record).status_code == 204
+            body = {"completion_id": f"chatcmpl-{number}", "reward": number / 4}
+            assert client.post("/feedback", json=body).status_code == 202
+        wait_for(lambda: client.get("/train/feedback").json()["waiting"] == 1)
+        driver.get(coordinator.url)
+        shown = "return document.getElementById('feedbackcard').innerText"
+        wait_for(lambda: "chatcmpl-2" in driver.execute_script(shown))
+        text = driver.execute_script(shown)
+        assert "1 not learned yet" in text
+        assert "<i>2</i>" in text
+        assert "not yet" in text
+        assert "learn-" in text
+        assert "secret" not in text
+        assert_only_asked(driver, coordinator)
 
 
 def test_a_lost_coordinator_is_said(stack):
