@@ -88,6 +88,7 @@ def test_it_sees_no_network(tmp_path: Path) -> None:
         "import os\nos.fork()",
         "import os\nos.chroot('/')",
     ],
+    ids=["this file", "a file of the host", "a file of its own", "a signal", "a fork", "another root"],
 )
 def test_it_sees_no_files_and_no_processes(lines: str) -> None:
     _cannot(lines)
