@@ -113,7 +113,8 @@ def traffic(optimizer: Optimizer) -> tuple[int, int]:
     Moments: R written once and read twice, m and v read twice and written once, all fp32.
     """
     elements = sum(w.data.numel() for w in optimizer.weights)
-    floor = elements * (8 + 2 * (optimizer.precision is Precision.remainder))
+    rest = {Precision.remainder: 1, Precision.remainder16: 2}.get(optimizer.precision, 0)
+    floor = elements * (8 + 2 * rest)
     state = sum(g.exp_avg.numel() for g in optimizer.update_group.groups)
     return floor, floor + 4 * state * (3 + 2 * 2 + 2)
 
@@ -287,6 +288,7 @@ def state_rows(size: int, rank: int) -> list[str]:
             (OptimizerKind.adamw, Precision.stochastic),
             (OptimizerKind.apollo, Precision.stochastic),
             (OptimizerKind.apollo, Precision.remainder),
+            (OptimizerKind.apollo, Precision.remainder16),
             (OptimizerKind.apollo_mini, Precision.stochastic),
         ):
             options = OptimConfig(kind=kind, rank=rank)

@@ -156,7 +156,7 @@ def _not_written(folder: Path, causes: str) -> CheckpointError:
 def load(optimizer: Optimizer, folder: Path) -> None:
     """Read the state that any number of ranks wrote below ``folder``. No collective; every rank reads what it holds.
 
-    A remainder is read where both sides have one, else (saved from fp32 weights, say) it stays zero. With
+    A remainder is read where both sides have one, of 8 or 16 bits, else (saved from fp32 weights, say) it stays zero. With
     ``optim.reset_state`` a state that does not fit is left alone and the optimizer starts afresh. Raises CheckpointError
     otherwise, or if boxes are missing.
     """

@@ -30,6 +30,7 @@ from torch.distributed.checkpoint.planner import (
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from apollo_tp.errors import CheckpointError
+from apollo_tp.optim.rounding import convert_remainder
 from apollo_tp.shards.boxes import Box
 
 
@@ -87,6 +88,7 @@ class LoadBoxes(LoadPlanner):
         self.missing = {key: sum(p.box.numel for p in pieces) for key, pieces in self.wanted.items()}
         self.stored: set[str] = set()
         self.metadata: Metadata | None = None
+        self.converted: set[str] = set()
 
     def set_up_planner(self, state_dict: Any, metadata: Metadata | None = None, is_coordinator: bool = False) -> None:
         self.metadata = metadata
@@ -99,7 +101,9 @@ class LoadBoxes(LoadPlanner):
             stored = self.metadata.state_dict_metadata.get(key)
             if isinstance(stored, TensorStorageMetadata):
                 dtype, want = stored.properties.dtype, pieces[0].tensor.dtype
-                if dtype != want:
+                if dtype != want and {dtype, want} == {torch.int8, torch.int16}:
+                    self.converted.add(key)
+                elif dtype != want:
                     raise CheckpointError(f"{key}: got {dtype} saved, expected {want}; the file is of another version")
                 items += create_read_items_for_chunk_list(key, stored, [_chunk(piece) for piece in pieces])
         return LoadPlan(items)
@@ -114,16 +118,26 @@ class LoadBoxes(LoadPlanner):
         raise CheckpointError(f"{read_item.dest_index.fqn}: got bytes, expected a tensor")
 
     def resolve_tensor(self, read_item: ReadItem) -> Tensor:
+        tensor = self._view(read_item)
+        self.missing[read_item.dest_index.fqn] -= tensor.numel()
+        if read_item.dest_index.fqn not in self.converted:
+            return tensor
+        return torch.empty_like(tensor, dtype=torch.int8 if tensor.dtype is torch.int16 else torch.int16)
+
+    def _view(self, read_item: ReadItem) -> Tensor:
+        """The part of a wanted tensor that this item fills."""
         position = read_item.dest_index.index
         assert position is not None
         tensor = self.wanted[read_item.dest_index.fqn][position].tensor
         for dim, (start, length) in enumerate(zip(read_item.dest_offsets, read_item.lengths, strict=True)):
             tensor = tensor.narrow(dim, start, length)
-        self.missing[read_item.dest_index.fqn] -= tensor.numel()
         return tensor
 
     def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
-        """Nothing to do: the reader has copied into the view."""
+        """The reader has copied into the view, or into a remainder of the other size."""
+        if read_item.dest_index.fqn in self.converted:
+            view = self._view(read_item)
+            view.copy_(convert_remainder(tensor, view.dtype))
 
     def clear_what_nobody_saved(self) -> None:
         """Remainders that were not saved are zero."""

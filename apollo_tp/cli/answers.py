@@ -61,6 +61,7 @@ class ConnectedTrainer(Struct):
     served_model_names: Annotated[list[str], Meta(min_length=1)]
     vocab_size: Annotated[int, Meta(ge=2)]
     max_sequence_tokens: int
+    attention_window: int
 
 
 class Status(Struct):

@@ -39,9 +39,20 @@ def random_tokens(count: int, vocab_size: int) -> list[int]:
     return random.Random(0).choices(range(vocab_size // 2), k=count)
 
 
-def score_request(tokens: Sequence[int]) -> dict[str, Any]:
-    """Body of ``POST /train/score``: each token but the first, given those before it."""
-    return {"samples": [{"context_ids": tokens[:i], "continuation_ids": [tokens[i]]} for i in range(1, len(tokens))]}
+def stretch(tokens: int, max_sequence_tokens: int, window: int) -> tuple[int, int]:
+    """(length of the sequence, first token that is compared) so that about ``tokens`` are compared.
+
+    If sequences may be longer than the ``window`` (0: there is none), it lies before all that is compared: within it, a
+    window that one side does not have would change nothing.
+    """
+    before = window if 0 < window < max_sequence_tokens - 1 else 0
+    return min(before + max(2, min(tokens, MAX_TOKENS)), max_sequence_tokens), before + 1
+
+
+def score_request(tokens: Sequence[int], first: int) -> dict[str, Any]:
+    """Body of ``POST /train/score``: each token from number ``first`` on, given those before it."""
+    samples = [{"context_ids": tokens[:i], "continuation_ids": [tokens[i]]} for i in range(first, len(tokens))]
+    return {"samples": samples}
 
 
 class Logprob(msgspec.Struct):

@@ -87,13 +87,15 @@ def inspect(session: Session) -> int:
 def compare(
     session: Session,
     server: Annotated[str, typer.Option(help="vLLM; its API key in $VLLM_API_KEY.")] = "http://127.0.0.1:8000",
-    tokens: Annotated[int, typer.Option(help="How many random tokens to compare.")] = 64,
+    tokens: Annotated[
+        int, typer.Option(help="How many random tokens to compare; attention windows come before them.")
+    ] = 64,
     at_most: Annotated[
         float | None, typer.Option(metavar="NATS", help="Exit with status 1 if the mean gap is larger.")
     ] = None,
 ) -> int:
     """Does the trainer compute what the server serves?"""
-    from apollo_tp.cli.compare import MAX_TOKENS, ask_server, gap, random_tokens, score_request, served_logprobs
+    from apollo_tp.cli.compare import ask_server, gap, random_tokens, score_request, served_logprobs, stretch
 
     check_scheme("--server", server, *HTTP)
     if at_most is not None and math.isnan(at_most):
@@ -102,12 +104,14 @@ def compare(
     if not (shown := read(answer, Status).trainer).connected:
         raise RefusedError(f"no trainer: {shown.reason}")
     trainer = read(answer["trainer"], ConnectedTrainer)
-    ids = random_tokens(max(2, min(tokens, trainer.max_sequence_tokens, MAX_TOKENS)), trainer.vocab_size)
-    scored = session.client.call("POST", "/train/score", json=score_request(ids), timeout=None)
-    served = served_logprobs(ask_server(server, trainer.served_model_names[0], ids), ids)
+    length, first = stretch(tokens, trainer.max_sequence_tokens, trainer.attention_window)
+    ids = random_tokens(length, trainer.vocab_size)
+    scored = session.client.call("POST", "/train/score", json=score_request(ids, first), timeout=None)
+    served = served_logprobs(ask_server(server, trainer.served_model_names[0], ids), ids)[first - 1 :]
     found, version = gap(scored, served), read(scored, Scores).weight_version
+    beyond = f" beyond the window of {trainer.attention_window}" if first > 1 else ""
     line = (
-        f"{found.tokens} log-probabilities of random tokens, weight version {version}: server and trainer "
+        f"{found.tokens} log-probabilities of random tokens{beyond}, weight version {version}: server and trainer "
         f"differ by {found.mean_gap_nats:.4f} nats in the mean, {found.largest_gap_nats:.4f} at most"
     )
     session.show(asdict(found) | {"weight_version": version}, dict[str, Any], lambda _: print(line))

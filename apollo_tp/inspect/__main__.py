@@ -1,7 +1,8 @@
 """``python -m apollo_tp.inspect``: where each checkpoint tensor lives on each rank of a live server, and what is refused.
 
 Without a trainer and without torch. With a Hugging Face folder (a config.json is enough) as MODEL the answer comes without a
-server, from vLLM's own model class and loader, built for one rank after the other in this process.
+server, from vLLM's own model class and loader, built for one rank after the other in this process; with ``--try`` a small
+random copy of its config is also trained both ways, so that one learns before serving whether it would be exact.
 """
 
 from __future__ import annotations
@@ -17,10 +18,10 @@ from rich.console import Console
 from rich.table import Table
 
 from apollo_tp.errors import ApolloTpError, ConfigError, UnsupportedModelError
+from apollo_tp.inspect.verdict import REFUSED, TRAINED, table, verdicts
 from apollo_tp.runtime import instance_folder
 from apollo_tp.shards.instance import wait_for_server
 from apollo_tp.shards.manifest import Manifest
-from apollo_tp.shards.placement import place, second_copies
 
 app = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False, add_completion=False)
 
@@ -39,11 +40,17 @@ def inspect(
         bool, typer.Option("--trust-remote-code", help="Run Python code that is in the folder MODEL.")
     ] = False,
     wait: Annotated[float, typer.Option(help="Seconds to wait for a server.")] = 0.0,
+    try_it: Annotated[
+        bool,
+        typer.Option("--try", help="Compare a small random copy of MODEL's config with transformers, on --tp ranks."),
+    ] = False,
 ) -> None:
-    """Print the layout; exits with status 1 if something cannot be trained."""
+    """Print the layout; exits with status 1 if something cannot be trained, or a copy that was tried is not exact."""
     try:
         if not math.isfinite(wait):
             raise ConfigError(f"--wait: got {wait}, expected a number of seconds")
+        if try_it and model is None:
+            raise ConfigError("--try: got no MODEL, expected a Hugging Face folder: a config.json is enough")
         if model is None:
             base = instance_folder.base_dir(str(runtime_dir) if runtime_dir else None)
             manifests = wait_for_server(base, instance, wait, ready=False)
@@ -52,7 +59,10 @@ def inspect(
         console = Console(width=None if sys.stdout and sys.stdout.isatty() else 200, markup=False, emoji=False)
         console.print(_summary(manifests))
         console.print(layout_table(manifests))
-        raise typer.Exit(_print_verdict(manifests, console))
+        status = _print_verdict(manifests, console)
+        if try_it and model is not None:
+            status = max(status, _try(model, tp, trust_remote_code, console))
+        raise typer.Exit(status)
     except (ApolloTpError, OSError) as error:
         if isinstance(error, BrokenPipeError):
             raise
@@ -131,22 +141,31 @@ def layout_table(manifests: list[Manifest]) -> Table:
     return table
 
 
+def _try(model: str, tp_size: int, trust_remote_code: bool, console: Console) -> int:
+    from apollo_tp.inspect.copy_trial import EXACT, try_copy  # torch and vLLM
+
+    trial = try_copy(model, tp_size, trust_remote_code=trust_remote_code)
+    if trial.refusal:
+        console.print(f"tried, refused: {trial.refusal}")
+    else:
+        verdict = "exact" if trial.exact else "NOT EXACT, do not train it"
+        console.print(
+            f"tried at TP {tp_size} on a small random copy in fp32: {verdict}. The largest error of loss, gradients "
+            f"(relative) and log-probabilities (nats) is {trial.worst:.1e} in {trial.where}; exact is at most {EXACT:.0e}"
+        )
+    return 0 if trial.exact else 1
+
+
 def _print_verdict(manifests: list[Manifest], console: Console) -> int:
-    copies = second_copies(manifests)
-    for copy, original in copies.items():
-        console.print(f"second copy, written into checkpoints with the trained values: {copy} of {original}")
-    not_served = [
-        name for name in manifests[0].not_served if name not in copies and all(name in m.not_served for m in manifests)
-    ]
-    if not_served:
-        console.print(f"not held by the server, carried over into checkpoints: {', '.join(not_served)}")
-    try:
-        placements = place(manifests)
-    except ApolloTpError as error:
-        console.print(f"refused: {error}")
-        return 1
-    console.print(f"all {len(placements[0])} checkpoint tensors that are served can be trained in place")
-    return 0
+    rows = verdicts(manifests)
+    console.print(table(rows))
+    refused = [(name, rule) for name, verdict, rule in rows if verdict == REFUSED]
+    for name, rule in refused:
+        console.print(f"refused: {name}: {rule}")
+    if not refused:
+        trained = sum(verdict == TRAINED for _, verdict, _ in rows)
+        console.print(f"all {trained} checkpoint tensors that are served can be trained in place")
+    return 1 if refused else 0
 
 
 if __name__ == "__main__":

@@ -135,6 +135,7 @@ class Services:
             cache=config.sync.cache.value,
             memory=ready.memory,
             qos=mps.describe(config.qos, trainer.device),
+            attention_window=ready.model.attention_window,
             layout=self._layout(),
             last_job_id=last.last_job_id,
             last_job_step=last.last_job_step,

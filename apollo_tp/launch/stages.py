@@ -42,7 +42,7 @@ from apollo_tp.launch.server_watch import ServerWatch
 from apollo_tp.model import BoundModel, bind_model
 from apollo_tp.model.build import as_served, read_model_config
 from apollo_tp.model.compiled import CompileOptions
-from apollo_tp.optim import Optimizer
+from apollo_tp.optim import Optimizer, rounding
 from apollo_tp.optim.owners import check_equal
 from apollo_tp.runtime import instance_folder
 from apollo_tp.shards.instance import check_agreement, read_instance
@@ -243,7 +243,10 @@ def bind(served: Served, on_lost: Callable[[ApolloTpError], None]) -> Bound:
             compiled=CompileOptions() if compiled else None,
             trust_remote_code=trust,
         )
-        optimizer = Optimizer(config.optim, config.train.precision, model.parameters, mesh.tp, mesh.replicas)
+        precision, chosen = rounding.choose(config.train.precision, config.optim.lr)
+        if chosen and served.world.rank == 0:
+            log.info("%s", chosen)
+        optimizer = Optimizer(config.optim, precision, model.parameters, mesh.tp, mesh.replicas)
     with served.control.agree():
         unify_replicas(served, mesh.replicas, optimizer)
     with served.control.agree():

@@ -4,11 +4,15 @@ transformers builds no mask for an implementation whose masks it does not know; 
 ``cu_seq_lens_q``. On CUDA in bf16 or fp16 this is torch's variable-length FlashAttention, or cuDNN's for a single sequence,
 which takes half the time on Hopper; everything else (CPU, fp32, soft-capped scores, wide heads) goes sequence by sequence
 through scaled_dot_product_attention or plain matrix products.
+
+What a layer asks of its attention beyond that (a mask of its own, attention sinks, a position bias) is refused: it would be
+dropped without a trace. ``trial`` compares the windows with the masks that transformers would make.
 """
 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -18,10 +22,18 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface
 
+from apollo_tp.errors import UnsupportedModelError
+from apollo_tp.model.boundaries import BoundariesMissingError
+
 # torch 2.13 has an argument for grouped-query attention; 2.11 has none and accepts fewer key heads without it.
 _VARLEN_NAMES_GQA = "enable_gqa" in inspect.signature(varlen_attn).parameters
 
 NAME = "apollo_packed"
+_WITHOUT_EFFECT = {
+    "cu_seq_lens_k", "max_length_k", "position_ids", "use_cache", "output_attentions", "output_hidden_states",
+}  # fmt: skip
+"""Keywords that change nothing here: the boundaries once more, positions that rotate queries elsewhere, and what a model
+returns."""
 _MAX_FLASH_HEAD_DIM = 256
 _MAX_CUDNN_HEAD_DIM = 128
 _CUDNN_LENGTH_STEP = 256
@@ -38,18 +50,22 @@ def packed_attention(
     scaling: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
-    cu_seq_lens_q: Tensor,
-    max_length_q: int,
-    sequence_lengths: tuple[int, ...],
-    **_: Any,
+    cu_seq_lens_q: Tensor | None = None,
+    max_length_q: int = 0,
+    sequence_lengths: tuple[int, ...] = (),
+    **others: Any,
 ) -> tuple[Tensor, None]:
     """Attention within each packed sequence; local heads only, no collective.
 
     ``query`` [1, q_heads_local, T, d], ``key`` and ``value`` [1, kv_heads_local, T, d] with head size d, in one dtype;
     ``cu_seq_lens_q`` int32 [S + 1] and ``sequence_lengths`` say the same, on the device and (so that nothing waits for it)
     on the host. A token sees itself and the ``sliding_window - 1`` tokens before it (all before it without a window).
-    Returns [1, T, q_heads_local, d] in that dtype, and None for the scores.
+    Returns [1, T, q_heads_local, d] in that dtype, and None for the scores. Raises UnsupportedModelError for a mask and for
+    ``others`` that would have an effect, BoundariesMissingError without boundaries.
     """
+    if cu_seq_lens_q is None:
+        raise BoundariesMissingError(type(module))
+    refuse_what_would_be_dropped(module, attention_mask, others)
     heads = query[0], key[0], value[0]
     flash = (
         query.is_cuda and query.dtype != torch.float32 and softcap is None and query.shape[-1] <= _MAX_FLASH_HEAD_DIM
@@ -63,6 +79,22 @@ def packed_attention(
         for sequence in zip(*(t.split(sequence_lengths, dim=1) for t in heads), strict=True)
     ]
     return torch.cat(parts, dim=1).transpose(0, 1)[None], None
+
+
+def refuse_what_would_be_dropped(module: nn.Module, mask: Tensor | None, others: Mapping[str, Any]) -> None:
+    """Raise UnsupportedModelError if the layer ``module`` gives its attention a ``mask``, or a keyword that is not known
+    here (``s_aux`` and ``position_bias`` are in use) with a value other than None."""
+    found = [] if mask is None else ["a mask of its own"]
+    for name, value in others.items():
+        harmless = name in _WITHOUT_EFFECT or value is None
+        harmless = harmless or (name == "dropout" and value == 0.0) or (name == "is_causal" and value is True)
+        if not harmless:
+            found.append(f"{name}={value}" if isinstance(value, bool | int | float | str) else name)
+    if found:
+        raise UnsupportedModelError(
+            f"{type(module).__name__}: got {', '.join(found)} for its attention, expected causal attention with at most a "
+            "window, a scale and a soft cap, which is all that packed sequences have here; serve another model"
+        )
 
 
 def _takes_cudnn(query: Tensor, cu_seqlens: Tensor, window: int | None) -> bool:

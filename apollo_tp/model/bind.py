@@ -12,9 +12,8 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from apollo_tp.distributed.tp_group import TPGroup
 from apollo_tp.errors import UnsupportedModelError
-from apollo_tp.model.batch import pack
-from apollo_tp.model.bound import BoundModel, BoundParameter, Role, final_hidden_states
-from apollo_tp.model.build import build_on_meta, refusing
+from apollo_tp.model.bound import BoundModel, BoundParameter, Role
+from apollo_tp.model.build import build_on_meta, has_whole_heads
 from apollo_tp.model.compiled import CompileOptions, compile_layers, decoder_layers
 from apollo_tp.model.families import logits_transform, refuse_unknown_layers
 from apollo_tp.model.gradients import GradientLocation, GradientSync
@@ -28,11 +27,12 @@ from apollo_tp.model.regions import (
     inside,
     install_full_width_norms,
     install_regions,
+    refuse_mixed_channels,
     refuse_wrong_cuts,
 )
 from apollo_tp.model.tp_linear import VocabParallelEmbedding
+from apollo_tp.model.trial import try_out
 from apollo_tp.shards.boxes import Shard
-from apollo_tp.wire.commands import Sample
 
 Shards = dict[str, tuple[Shard, Tensor]]
 Index = tuple[int | slice, ...]
@@ -63,9 +63,9 @@ def bind_model(
     transform = logits_transform(module)
     install_full_width_norms(module, tp)
     leaves = _fill(module, names, shards, vocabulary, tp)
-    refuse_wrong_cuts(
-        module, config, {name: leaf.parts[0][0] for name, leaf in leaves.items() if not leaf.parts[0][1]}, tp
-    )
+    whole = {name: leaf.parts[0][0] for name, leaf in leaves.items() if not leaf.parts[0][1]}
+    refuse_wrong_cuts(module, config, whole, tp)
+    refuse_mixed_channels(module, whole, tp)
     parameter_of = {part.name: name for name, leaf in leaves.items() for part, index in leaf.parts if not index}
     for group in (
         fused_tensors if getattr(module.config, "clip_qkv", None) is None else ()
@@ -77,7 +77,7 @@ def bind_model(
     regions = install_regions(module, _cut_last(leaves), tp)
     _check_cuts_in_regions(leaves, regions, vocabulary, tp)
     module.to(next(iter(leaves.values())).parameter.device)  # buffers: the parameters are there already
-    _try_out(module)
+    attention_window = try_out(module)
     if gradient_checkpointing:
         _enable_checkpointing(module)
     num_compiled = compile_layers(module, compiled) if compiled else 0
@@ -89,7 +89,8 @@ def bind_model(
     return BoundModel(
         module=module,
         parameters=_bound_parameters(leaves, vocabulary, sync),
-        untouched=tuple(names.untouched),
+        untouched=(*names.untouched, *names.untrained.values()),
+        attention_window=attention_window,
         is_static=num_compiled == len(decoder_layers(module)) and not gradient_checkpointing,
         tp=tp,
         head_weight=leaves[vocabulary.embedding if vocabulary.tied else vocabulary.head].parameter,
@@ -147,7 +148,10 @@ def _fill(
     """
     problems = [f"{name}: {reason}" for name, reason in names.refused.items()]
     leaves: dict[str, _Leaf] = {}
+    problems += _place_untrained(module, names, shards)
     for name, meta in list(module.named_parameters()):
+        if name in names.untrained:
+            continue
         if vocabulary.tied and name == vocabulary.head:
             continue
         if name not in names.parts:
@@ -157,15 +161,20 @@ def _fill(
         owner, _, attribute = name.rpartition(".")
         if name in vocabulary or isinstance(module.get_submodule(owner), FullWidthRMSNorm):
             expected = (shards[names.parts[name][0][0]][0].local_shape[0], *expected[1:])
+        elif has_whole_heads(module, name):
+            expected = _part_of(names.parts[name], shards, expected)
         leaf = _assemble(names.parts[name], shards, expected)
         if isinstance(leaf, str):
             problems.append(f"{name}: {leaf}")
             continue
         leaves[name] = leaf
-        module.get_submodule(owner).register_parameter(attribute, leaf.parameter)
+        linear = module.get_submodule(owner)
+        linear.register_parameter(attribute, leaf.parameter)
+        if isinstance(linear, nn.Linear) and attribute == "weight":
+            linear.out_features, linear.in_features = leaf.parameter.shape
     if not problems:
         filled = {shard.name for leaf in leaves.values() for shard, _ in leaf.parts}
-        lost = sorted(shards.keys() - filled - set(names.untouched))
+        lost = sorted(shards.keys() - filled - set(names.untouched) - set(names.untrained.values()))
         problems = [f"{name}: got it served, expected a parameter that is trained from it" for name in lost]
     if problems:
         raise UnsupportedModelError(
@@ -173,6 +182,31 @@ def _fill(
             "width; serve a supported model unquantised:\n  " + "\n  ".join(problems)
         )
     return leaves
+
+
+def _part_of(parts: list[list[str]], shards: Shards, whole: tuple[int, ...]) -> tuple[int, ...]:
+    """The local shape of a parameter of which the module has the ``whole`` shape."""
+    shard = shards[parts[0][0]][0]
+    return shard.local_shape if shard.global_shape == whole else whole
+
+
+def _place_untrained(module: PreTrainedModel, names: NameMap, shards: Shards) -> list[str]:
+    """Put the served tensors of ``names.untrained`` in, as views: what the server computes with. Returns what does not
+    fit."""
+    problems = []
+    for name, checkpoint in names.untrained.items():
+        (shard, tensor), owner = shards[checkpoint], module.get_submodule(name.rpartition(".")[0])
+        attribute = name.rpartition(".")[2]
+        expected = tuple(getattr(owner, attribute).shape)
+        if shard.dim is not None or tuple(tensor.shape) != expected:
+            problems.append(
+                f"{name}: got local shape {tuple(tensor.shape)}, expected {expected}, the same on all ranks"
+            )
+        elif attribute in owner._parameters:
+            owner.register_parameter(attribute, nn.Parameter(tensor, requires_grad=False))
+        else:
+            owner.register_buffer(attribute, tensor)
+    return problems
 
 
 def _assemble(parts: list[list[str]], shards: Shards, expected: tuple[int, ...]) -> _Leaf | str:
@@ -216,16 +250,6 @@ def _stack(parts: list[list[str]], shards: Shards, expected: tuple[int, ...]) ->
             stacked_parts.append((shard, (expert, slice(j * rows, (j + 1) * rows)) if len(parts) > 1 else (expert,)))
     stacked = first.as_strided(expected, (stride, *first.stride()), first.storage_offset())
     return _Leaf(nn.Parameter(stacked), stacked_parts)
-
-
-def _try_out(module: PreTrainedModel) -> None:
-    """Run two short sequences through the module, so that what would fail at each step is refused when it is bound.
-
-    Without gradients and before anything is compiled. Collective: the sums of a forward pass.
-    """
-    trial = pack([Sample([0] * length, [0.0] + [1.0] * (length - 1)) for length in (3, 2)], 5)[0]
-    with torch.no_grad(), refusing(f"{type(module).__name__}: its forward pass over two packed sequences failed"):
-        final_hidden_states(module, trial.to(next(module.parameters()).device))
 
 
 def _enable_checkpointing(module: PreTrainedModel) -> None:

@@ -121,6 +121,8 @@ class BoundModel:
     head_weight: nn.Parameter
     vocab: VocabShard
     gradient_sync: GradientSync
+    attention_window: int = 0
+    """Tokens of the widest window that a layer's attention has; 0 if none has one."""
     is_static: bool = False
     """True if the work on a micro-batch depends only on ``PackedBatch.structure``, so that it can be captured."""
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import accelerate
 import torch
 import torch.distributed as dist
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
@@ -139,8 +140,53 @@ def build_on_meta(
     ):
         narrow = narrow_config(config, tp_size)
         narrow.tie_word_embeddings = False
-        # given, never None: transformers would ask on standard input
-        module = AutoModelForCausalLM.from_config(
-            narrow, dtype=dtype, attn_implementation=attention.NAME, trust_remote_code=trust_remote_code
-        )
+
+        def build(of: PretrainedConfig) -> PreTrainedModel:
+            # given, never None: transformers would ask on standard input
+            return AutoModelForCausalLM.from_config(  # type: ignore[no-any-return]
+                of, dtype=dtype, attn_implementation=attention.NAME, trust_remote_code=trust_remote_code
+            )
+
+        module = build(narrow)
+        if any(_head_size(child) not in (None, narrow.head_dim) for child in module.modules()):
+            module = _with_whole_heads(build, narrow, config.get_text_config())
     return module.eval()
+
+
+def _head_size(module: nn.Module) -> int | None:
+    """That of an attention module, as it has computed it; None of another module."""
+    size = getattr(module, "head_dim", getattr(module, "head_size", None))
+    return size if isinstance(size, int) and hasattr(module, "is_causal") else None
+
+
+def _with_whole_heads(
+    build: Callable[[PretrainedConfig], PreTrainedModel], narrow: PretrainedConfig, whole: PretrainedConfig
+) -> PreTrainedModel:
+    """The module of ``narrow`` with attention as wide as that of ``whole``, whose head size is hidden_size / heads and would
+    be larger with fewer heads (StableLM, GPT-NeoX). It counts this rank's heads, and is ``whole_heads``: its parameters
+    have their global shapes, of which a rank has a part."""
+    counts = {"num_attention_heads": narrow.num_attention_heads, "num_heads": narrow.num_attention_heads}
+    wide = copy.deepcopy(narrow)
+    wide.num_attention_heads = whole.num_attention_heads
+    if (kv := getattr(narrow, "num_key_value_heads", None)) is not None:
+        wide.num_key_value_heads, counts["num_key_value_heads"] = whole.num_key_value_heads, kv
+        counts["num_key_value_groups"] = narrow.num_attention_heads // kv
+    module = build(wide)
+    for child in module.modules():
+        if _head_size(child) is not None:
+            for name in counts.keys() & vars(child).keys():
+                setattr(child, name, counts[name])
+            child.whole_heads = True  # type: ignore[assignment]
+    module.config.num_attention_heads = narrow.num_attention_heads
+    if kv is not None:
+        module.config.num_key_value_heads = kv
+    return module
+
+
+def has_whole_heads(module: nn.Module, name: str) -> bool:
+    """Whether the parameter ``name`` is that of attention with ``_with_whole_heads``."""
+    owner = name
+    while owner := owner.rpartition(".")[0]:
+        if getattr(module.get_submodule(owner), "whole_heads", False):
+            return True
+    return False

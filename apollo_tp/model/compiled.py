@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from apollo_tp.model.attention import cudnn_is_faster
+from apollo_tp.model.boundaries import needs_hook
 from apollo_tp.model.regions import FullWidthRMSNorm
 
 MAX_VARIANTS = 32
@@ -72,8 +73,9 @@ def _has_experts(module: nn.Module) -> bool:
 
 
 def _is_traceable(layer: nn.Module) -> bool:
-    """False with a recurrent mixer: without experts, its convolution has the only parameter of three dimensions."""
-    return all(parameter.ndim <= 2 for parameter in layer.parameters())
+    """False with a recurrent mixer (without experts, its convolution has the only parameter of three dimensions), and where
+    a hook keeps what attention needs."""
+    return all(parameter.ndim <= 2 for parameter in layer.parameters()) and not needs_hook(layer)
 
 
 def decoder_layers(module: nn.Module) -> list[nn.Module]:

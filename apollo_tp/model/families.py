@@ -37,6 +37,11 @@ LOGITS = (
         "Gemma 2 caps its logits with a tanh: the loss must undo it in its own backward pass",
     ),
     LogitsRow(
+        "logit_scale",
+        lambda transform, value: LogitsTransform(transform.scale * value, transform.softcap),
+        "Cohere multiplies its logits by a constant after the head",
+    ),
+    LogitsRow(
         "logits_scaling",
         lambda transform, value: LogitsTransform(transform.scale / value, transform.softcap),
         "Granite divides its logits by a constant after the head",
@@ -47,6 +52,7 @@ FULL_WIDTH_NORMS = {
     "Olmo2RMSNorm": "OLMo-2 normalises queries and keys over all heads: a rank's mean square covers its own heads only",
     "Olmo3RMSNorm": "as OLMo-2",
     "OlmoeRMSNorm": "as OLMo-2",
+    "MiniMaxM2RMSNorm": "as OLMo-2",
 }
 """Norms inside parallel regions whose mean square spans ranks, by class name, and why; see regions.FullWidthRMSNorm."""
 

@@ -9,6 +9,7 @@ A fused tensor has rows that a module splits into parts: a rank must have its sh
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -20,10 +21,14 @@ from transformers import PretrainedConfig, PreTrainedModel
 from apollo_tp.distributed.collectives import copy_to_region, reduce_from_region
 from apollo_tp.distributed.tp_group import TPGroup
 from apollo_tp.errors import UnsupportedModelError
+from apollo_tp.model.build import refusing
 from apollo_tp.model.families import FULL_WIDTH_NORMS, FUSED_TENSORS
 from apollo_tp.model.joined import JoinedPart
 from apollo_tp.model.tp_linear import row_parallel_linear
 from apollo_tp.shards.boxes import Shard, merge_ranges
+
+_PRODUCTS = (nn.Linear, nn.Embedding, nn.Conv1d)
+"""Modules whose cut outputs depend on their own rows alone, or, cut on the last dimension, are summed."""
 
 
 class RowParallelLinear(nn.Module):
@@ -149,6 +154,43 @@ def _leave_hook(tp: TPGroup) -> Any:
         return reduce_from_region(output, tp)
 
     return leave
+
+
+def refuse_mixed_channels(module: nn.Module, shards: Mapping[str, Shard], tp: TPGroup) -> None:
+    """Raise UnsupportedModelError that lists norms among the owners of ``shards`` (by parameter) whose weight is cut and
+    whose output on this rank would need the channels of other ranks, such as a norm over the heads of all ranks that
+    FULL_WIDTH_NORMS does not list.
+
+    Each is tried with a few numbers, whatever it is called: a norm over each head by itself may be cut between heads. No
+    collective.
+    """
+    wrong = []
+    for name, shard in shards.items():
+        owner = module.get_submodule(name.rpartition(".")[0])
+        tried = not isinstance(owner, (*_PRODUCTS, FullWidthRMSNorm)) and not list(owner.children())
+        if shard.dim is None or len(shard.global_shape) > 2 or not tried:
+            continue
+        with refusing(f"{name} ({type(owner).__name__}), which is cut on dimension {shard.dim}, could not be tried"):
+            mixes = _mixes_channels(owner, shard.local_shape, shard.dim)
+        if mixes:
+            wrong.append(f"{name} ({type(owner).__name__}): cut on dimension {shard.dim}, over which it normalises")
+    if wrong:
+        raise UnsupportedModelError(
+            f"rank {tp.rank} of {tp.size}: got {len(wrong)} weights cut over ranks whose modules need the channels of all "
+            "ranks, expected norms within what a rank has, or those that apollo_tp.model.families.FULL_WIDTH_NORMS lists; "
+            "serve at tensor-parallel size 1:\n  " + "\n  ".join(wrong)
+        )
+
+
+def _mixes_channels(owner: nn.Module, shape: tuple[int, ...], dim: int) -> bool:
+    """Whether the output of ``owner`` for an input of this local shape has, at the first index of dimension ``dim``, a
+    gradient with respect to the input at others."""
+    weight = next(owner.parameters())
+    numbers = torch.linspace(-1.0, 2.0, math.prod(shape), device=weight.device, dtype=weight.dtype)
+    values = numbers.view(1, *shape).requires_grad_()
+    with torch.enable_grad():
+        (gradient,) = torch.autograd.grad(owner(values).select(dim + 1, 0).sum(), values)
+    return bool(gradient.narrow(dim + 1, 1, shape[dim] - 1).any())
 
 
 Ranges = tuple[tuple[int, int], ...]

@@ -13,6 +13,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from apollo_tp.optim.rounding_kernels import join, random_bits, store
+
 # Columns (int64) of the table of projected matrices, and of that of written pieces; ``tiles`` says what is in them.
 PROJECT_COLUMNS = tl.constexpr(8)
 WRITE_COLUMNS = tl.constexpr(15)
@@ -186,67 +188,12 @@ def commit_kernel(
 
 
 @triton.jit
-def _random_bits(entry, row, column, column0, step, EVEN: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr):
-    """16-bit numbers of ``rounding.random_bits`` for local ``row`` and ``column`` of a piece; (BLOCK_R, BLOCK_N).
-
-    EVEN: the global column of ``column0`` is a multiple of 8, so that one Philox call serves eight neighbours.
-    """
-    key = tl.load(entry + 14).to(tl.uint64, bitcast=True)
-    c1 = (row + tl.load(entry + 12)).to(tl.uint32)[:, None]
-    first = tl.load(entry + 13)
-    if EVEN:
-        c0 = ((first + column0) // 8 + tl.arange(0, BLOCK_N // 8)).to(tl.uint32)[None, :]
-        c0 = tl.broadcast_to(c0, (BLOCK_R, BLOCK_N // 8))
-    else:
-        c0 = tl.broadcast_to(((first + column) // 8).to(tl.uint32)[None, :], (BLOCK_R, BLOCK_N))
-    zero = tl.zeros_like(c0)
-    w0, w1, w2, w3 = tl.philox(key, c0, zero + c1, zero + step.to(tl.uint32), zero)
-    if EVEN:
-        even = tl.interleave(tl.interleave(w0 & 0xFFFF, w2 & 0xFFFF), tl.interleave(w1 & 0xFFFF, w3 & 0xFFFF))
-        odd = tl.interleave(tl.interleave(w0 >> 16, w2 >> 16), tl.interleave(w1 >> 16, w3 >> 16))
-        bits = tl.interleave(even, odd)
-    else:
-        lane = ((first + column) % 8)[None, :]
-        word = tl.where(lane < 2, w0, tl.where(lane < 4, w1, tl.where(lane < 6, w2, w3)))
-        bits = tl.where(lane % 2 == 0, word & 0xFFFF, word >> 16)
-    return bits.to(tl.int32)
-
-
-@triton.jit
-def _join(weight, rest, REMAINDER: tl.constexpr):
-    """fp32 value of a weight and its int8 remainder, as ``rounding.join``."""
-    if REMAINDER:
-        bits = ((weight.to(tl.int16, bitcast=True).to(tl.int32) << 8) + rest.to(tl.int32)) << 8
-        return bits.to(tl.float32, bitcast=True)
-    return weight.to(tl.float32)
-
-
-@triton.jit
-def _store(w_pointers, rest_pointers, value, random, inside, REMAINDER: tl.constexpr, STOCHASTIC: tl.constexpr):
-    """Write fp32 ``value`` as ``rounding.store``."""
-    if REMAINDER:
-        bits = (value.to(tl.int32, bitcast=True) + 0x80) >> 8
-        upper = (bits + 0x80) >> 8
-        tl.store(rest_pointers, (bits - (upper << 8)).to(tl.int8), mask=inside)
-        tl.store(w_pointers, upper.to(tl.int16).to(tl.bfloat16, bitcast=True), mask=inside)
-    elif STOCHASTIC:
-        raised = (value.to(tl.int32, bitcast=True) + random) >> 16
-        tl.store(w_pointers, raised.to(tl.int16).to(tl.bfloat16, bitcast=True), mask=inside)
-    elif w_pointers.dtype.element_ty == tl.bfloat16:
-        # nearest even, spelled out: the interpreter's own cast cuts off
-        bits = value.to(tl.int32, bitcast=True)
-        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-        tl.store(w_pointers, bits.to(tl.int16).to(tl.bfloat16, bitcast=True), mask=inside)
-    else:
-        tl.store(w_pointers, value, mask=inside)
-
-
-@triton.jit
 def _locate(
     tables,  # tile_piece, tile_row, tile_column, table, addresses: the pointers of write_kernel
     write,  # int32 (parameters,): the parameter has no rows here if its number is below MIN_FLAG
     MIN_FLAG: tl.constexpr,
     EVEN: tl.constexpr,
+    REMAINDER: tl.constexpr,
     W_TYPE: tl.constexpr,
     G_TYPE: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -272,7 +219,8 @@ def _locate(
     wide = row[:, None].to(tl.int64)
     w = tl.load(entry + 3).to(tl.pointer_type(W_TYPE)) + (wide * tl.load(entry + 4) + column[None, :])
     g = tl.load(addresses + piece).to(tl.pointer_type(G_TYPE)) + (wide * tl.load(entry + 5) + column[None, :])
-    rest = tl.load(entry + 6).to(tl.pointer_type(tl.int8)) + (wide * tl.load(entry + 7) + column[None, :])
+    rest_type: tl.constexpr = tl.int16 if REMAINDER == 16 else tl.int8
+    rest = tl.load(entry + 6).to(tl.pointer_type(rest_type)) + (wide * tl.load(entry + 7) + column[None, :])
     if EVEN:
         w = tl.multiple_of(w, (16, 16))
         g = tl.multiple_of(g, (16, 16))
@@ -296,12 +244,12 @@ def _write(
     entry, parameter, row, column, column0, inside, w_at, _, rest_at = target
     weight = tl.load(w_at, mask=inside, other=0.0)
     rest = tl.load(rest_at, mask=inside, other=0) if REMAINDER else weight
-    value = _join(weight, rest, REMAINDER) * decay - change
+    value = join(weight, rest, REMAINDER) * decay - change
     random = weight
     if STOCHASTIC:
         step = tl.load(steps + parameter)
-        random = _random_bits(entry, row, column, column0, step, EVEN, BLOCK_R, BLOCK_N)
-    _store(w_at, rest_at, value, random, inside, REMAINDER, STOCHASTIC)
+        random = random_bits(entry, row, column, column0, step, EVEN, BLOCK_R, BLOCK_N)
+    store(w_at, rest_at, value, random, inside, REMAINDER, STOCHASTIC)
 
 
 @triton.jit
@@ -318,7 +266,7 @@ def write_kernel(
     decay,  # 1 - learning rate * weight decay
     CHANNELS_LAST: tl.constexpr,
     EVEN: tl.constexpr,
-    REMAINDER: tl.constexpr,
+    REMAINDER: tl.constexpr,  # bits of the remainders: 0 (none), 8 or 16
     STOCHASTIC: tl.constexpr,
     W_TYPE: tl.constexpr,
     G_TYPE: tl.constexpr,
@@ -327,7 +275,7 @@ def write_kernel(
 ):
     """W <- round(decay W - coefficient * scale of the channel * G)."""
     tables = (tile_piece, tile_row, tile_column, table, addresses)
-    target = _locate(tables, write, 1, EVEN, W_TYPE, G_TYPE, BLOCK_R, BLOCK_N)
+    target = _locate(tables, write, 1, EVEN, REMAINDER, W_TYPE, G_TYPE, BLOCK_R, BLOCK_N)
     entry, parameter, row, column, _, inside, _, g_at, _ = target
     local = column if CHANNELS_LAST else row
     channel = local + tl.load(entry + 11).to(tl.int32)
@@ -370,7 +318,7 @@ def adamw_kernel(
     """AdamW with fp32 moments in three passes: norm of the gradient, norm of the update, the update."""
     tile = tl.program_id(0)
     tables = (tile_piece, tile_row, tile_column, table, addresses)
-    target = _locate(tables, write, 1 if STAGE == 2 else 0, EVEN, W_TYPE, G_TYPE, BLOCK_R, BLOCK_N)
+    target = _locate(tables, write, 1 if STAGE == 2 else 0, EVEN, REMAINDER, W_TYPE, G_TYPE, BLOCK_R, BLOCK_N)
     entry, parameter, row, column, _, inside, _, g_at, _ = target
     gradient = tl.load(g_at, mask=inside, other=0.0).to(tl.float32)
     if STAGE == 0:

@@ -67,9 +67,9 @@ def leaf_of_complete_gradient(parameter: OptimParameter) -> torch.nn.Parameter |
 class Weight:
     """The local tensor of one trained parameter, and how an fp32 result is written into it.
 
-    ``data`` [R, C] (bf16 or fp32) is a view of the served memory; ``remainder`` [R, C] (int8) is what bf16 cuts off, None
-    if the precision keeps none. ``is_matrix`` is False for tensors of one dimension: they have no weight decay and no limit
-    on the size of a step.
+    ``data`` [R, C] (bf16 or fp32) is a view of the served memory; ``remainder`` [R, C] (int8 or int16) is what bf16 cuts
+    off, None if the precision keeps none. ``is_matrix`` is False for tensors of one dimension: they have no weight decay and
+    no limit on the size of a step.
 
     ``is_owner``: this rank owns the content, but for the ranges that a lower rank holds too. ``owned_ranges``: the global
     ranges (start, stop, owned) of the shard along its cut dimension, in local order, cut where ``owned`` changes.
@@ -89,8 +89,8 @@ class Weight:
         self.is_flat = self.local_2d == tuple(data.shape)
         self.data = data.view(self.local_2d)
         self.remainder: Tensor | None = None
-        if rounding.needs_remainder(data.dtype, precision):
-            self.remainder = torch.zeros(self.local_2d, dtype=torch.int8, device=data.device)
+        if (rest := rounding.remainder_dtype(data.dtype, precision)) is not None:
+            self.remainder = torch.zeros(self.local_2d, dtype=rest, device=data.device)
         self.owned_ranges = _owned_ranges(self.shard, tp.rank)
         self.ownership_mask: Tensor | None = None
         if self.is_owner and not all(owned for _, _, owned in self.owned_ranges):

@@ -220,25 +220,25 @@ def _row(
         data.data_ptr() + skip * data.element_size(),
         data.stride(0),
         gradient.stride(0),
-        0 if rest is None else rest.data_ptr() + rest_skip,
+        0 if rest is None else rest.data_ptr() + rest_skip * rest.element_size(),
         weight.local_2d[1],
         *own,
         piece.global_row,
         piece.global_column,
         key - (1 << 64) if key >> 63 else key,
     ]
-    # 16 elements: the remainder is one byte each
+    # 16 elements: the remainder is one or two bytes each
     widths = (piece.column, piece.columns, piece.global_column, weight.local_2d[1])
-    bf16 = data.dtype is torch.bfloat16
+    bf16, remainder = data.dtype is torch.bfloat16, 0 if rest is None else 8 * rest.element_size()
     options = options | {
         "EVEN": _aligned(data) and _aligned(gradient) and all(width % 16 == 0 for width in widths),
-        "REMAINDER": rest is not None,
+        "REMAINDER": remainder,
         "STOCHASTIC": bf16 and weight.precision is Precision.stochastic,
         "W_TYPE": _TYPES[data.dtype],
         "G_TYPE": _TYPES[gradient.dtype],
     }
     offset = (piece.row * gradient.stride(0) + piece.column) * gradient.element_size()
-    return Row(options, entry, (piece.rows, piece.columns), tiles[rest is not None], index, offset)
+    return Row(options, entry, (piece.rows, piece.columns), tiles[remainder > 0], index, offset)
 
 
 def _aligned(tensor: Tensor) -> bool:

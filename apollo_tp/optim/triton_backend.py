@@ -27,7 +27,7 @@ PROJECT_TILE = (128, 64)
 PROJECT_WARPS, PROJECT_STAGES = 4, 4
 """Two programs of four warps fit an SM of compute capability 9.0: 80 KiB of shared memory and 242 registers each."""
 WRITE_TILE = {False: (4, 1024), True: (2, 2048)}
-"""Rows by columns that a program of an elementwise kernel writes, without and with an int8 remainder."""
+"""Rows by columns that a program of an elementwise kernel writes, without and with a remainder."""
 WRITE_WARPS = 4
 
 
@@ -253,5 +253,5 @@ class TritonBackend:
 
 def _write_options(options: dict[str, Any]) -> dict[str, Any]:
     """The constants of a launch of an elementwise kernel, with those that follow from them."""
-    block_rows, block_columns = WRITE_TILE[options["REMAINDER"]]
+    block_rows, block_columns = WRITE_TILE[options["REMAINDER"] > 0]
     return options | {"BLOCK_R": block_rows, "BLOCK_N": block_columns, "num_warps": WRITE_WARPS}

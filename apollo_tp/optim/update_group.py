@@ -91,7 +91,8 @@ class UpdateGroup:
         self._constants = self._decision_constants()
         self.adamw_index = torch.tensor(list(self.adamw), dtype=torch.int64, device=self.device)
         self.adamw_ownership = self.vector([float(a.weight.is_owner) for a in self.adamw.values()]).float()
-        # few: in plain torch everywhere
+        # few: in plain torch everywhere. Of ``unprojected`` this rank has a copy that is written but not projected
+        self.unprojected = {i: m.weight for i, m in self.matrices.items() if not m.projects_here}
         self.partly_owned = {i: a for i, a in self.adamw.items() if a.weight.ownership_mask is not None}
 
     def _allocate(self) -> None:
@@ -302,6 +303,8 @@ class UpdateGroup:
             sums[self.adamw_index] = self.backend.adamw_square_sums(gradients) * self.adamw_ownership
             for i, state in self.partly_owned.items():
                 sums[i] = state.weight.owned_square_norm(gradients[i])
+        for i, weight in self.unprojected.items():
+            sums[i] += weight.owned_square_norm(gradients[i])  # 0, or NaN: another rank's copy may be finite
         if loss is not None:
             sums[-1] = torch.where(torch.isfinite(loss.detach()), 0.0, torch.nan).to(self.device)
         return sums

@@ -115,7 +115,8 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     device_uuid: str = ""
     max_model_len: int = 0
     config_overrides: dict[str, Any] = {}
-    """Fields of the model's config that server options override, with the values that the server uses."""
+    """Fields of the model's config that server options override, or of which vLLM makes something else (a window), with the
+    values that the server uses."""
     trace_seconds: float = 0.0
     publish_seconds: float = 0.0
     allocations: list[Allocation] = []

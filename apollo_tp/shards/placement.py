@@ -30,6 +30,18 @@ def place(manifests: Sequence[Manifest]) -> list[dict[str, Placement]]:
 
     Raises UnsupportedModelError, listing every tensor with its reason, unless all that the server holds can be trained.
     """
+    result, problems = place_what_fits(manifests)
+    if problems:
+        lines = "\n".join(f"  {name}: {reason}" for name, reason in problems.items())
+        raise UnsupportedModelError(
+            f"server {manifests[0].instance_id}, model {manifests[0].model_path}: got {len(problems)} tensors that cannot "
+            f"be trained in place, expected none; serve a model and options without them:\n{lines}"
+        )
+    return result
+
+
+def place_what_fits(manifests: Sequence[Manifest]) -> tuple[list[dict[str, Placement]], dict[str, str]]:
+    """Placements per rank, by checkpoint tensor name, in checkpoint order; and by name why the rest has none."""
     problems = {r.name: f"rank {m.tp_rank}: {r.reason}" for m in manifests for r in m.refusals}
     by_rank = [_by_checkpoint_name(m) for m in manifests]
     served = [{s.name: s for s in m.served} for m in manifests]
@@ -46,13 +58,7 @@ def place(manifests: Sequence[Manifest]) -> list[dict[str, Placement]]:
             result[rank][tensor.name] = placement
     problems.update(_untraced(manifests))
     problems.update(_on_top_of_another(manifests))
-    if problems:
-        lines = "\n".join(f"  {name}: {reason}" for name, reason in problems.items())
-        raise UnsupportedModelError(
-            f"server {manifests[0].instance_id}, model {manifests[0].model_path}: got {len(problems)} tensors that cannot "
-            f"be trained in place, expected none; serve a model and options without them:\n{lines}"
-        )
-    return result
+    return result, problems
 
 
 def second_copies(manifests: Sequence[Manifest]) -> dict[str, str]:

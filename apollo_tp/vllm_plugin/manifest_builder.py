@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from apollo_tp.runtime import processes
 from apollo_tp.shards.instance import CLAIMED_VARIABLE, ENDPOINTS_VARIABLE, engine_id
@@ -32,7 +32,7 @@ from apollo_tp.vllm_plugin.compat import config, release
 from apollo_tp.vllm_plugin.copies import second_copies
 from apollo_tp.vllm_plugin.trace import Trace, trace_loader
 
-Share = Callable[[Sequence[nn.Parameter]], list[tuple[int, Allocation]]]
+Share = Callable[[Sequence[Tensor]], list[tuple[int, Allocation]]]
 """Makes the memory of parameters reachable: (base address in bytes, allocation), ascending by address."""
 
 
@@ -117,24 +117,29 @@ def build_manifest(
     ``share`` raises.
     """
     started = time.perf_counter()
-    parameters, names = _unique_parameters(model)
+    own, own_names = _unique_parameters(model)
+    buffers = _loaded_buffers(model, checkpoint)
+    parameters, names = [*own, *buffers.values()], [*own_names, *([name] for name in buffers)]
     allocations = share(parameters)
     served = _served_tensors(parameters, names, allocations)
     shared = time.perf_counter()
     traces = trace_checkpoint(model, checkpoint)
     traced = time.perf_counter()
     segments, refusals = segments_of(traces, parameters, served)
+    reached = {segment.served for segment in segments}
+    served = [tensor for tensor in served if tensor.name not in buffers or tensor.name in reached]
     not_served = [t.name for t in traces if not t.served and not t.refusal]
     copies: dict[str, str] = {}
     if header["tp_rank"] == 0:
         ids = config.embedding_parameters(model)
-        holders = [tensor for parameter, tensor in zip(parameters, served, strict=True) if id(parameter) in ids]
+        holders = [tensor for parameter, tensor in zip(own, served[: len(own)], strict=True) if id(parameter) in ids]
         embeddings = {s.checkpoint for s in segments if s.served in {tensor.name for tensor in holders}}
         tied = config.ties_embeddings(model_config) or any(tensor.aliases for tensor in holders)
         copies, unclear = second_copies(Path(header["model_path"]), checkpoint, not_served, embeddings, tied=tied)
         refusals += unclear
+    overrides = header["config_overrides"] | config.window_overrides(model, model_config)
     return Manifest(
-        **header,
+        **header | {"config_overrides": overrides},
         publish_seconds=shared - started,
         trace_seconds=traced - shared,
         allocations=[allocation for _, allocation in allocations],
@@ -165,8 +170,21 @@ def _unique_parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[list[
     return unique, names
 
 
+def _loaded_buffers(model: nn.Module, checkpoint: Sequence[CheckpointTensor]) -> dict[str, Tensor]:
+    """Buffers by name that may hold a checkpoint tensor: modules of transformers that vLLM serves keep there what is loaded
+    and not trained, such as a router's correction of its choice."""
+    stored = {tensor.name.rpartition(".")[2] for tensor in checkpoint}
+    return {
+        f"{prefix}.{name}": buffer
+        for prefix, module in model.named_modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None and buffer.numel() and buffer.is_floating_point()
+        if name in stored and name not in module._non_persistent_buffers_set
+    }
+
+
 def _served_tensors(
-    parameters: list[nn.Parameter], names: list[list[str]], allocations: list[tuple[int, Allocation]]
+    parameters: Sequence[Tensor], names: list[list[str]], allocations: list[tuple[int, Allocation]]
 ) -> list[ServedTensor]:
     """Each parameter (local shape) with the allocation that contains it."""
     bases = [base for base, _ in allocations]
@@ -188,7 +206,7 @@ def _served_tensors(
 
 
 def segments_of(
-    traces: list[Trace], parameters: list[nn.Parameter], served: list[ServedTensor]
+    traces: list[Trace], parameters: Sequence[Tensor], served: list[ServedTensor]
 ) -> tuple[list[SegmentRecord], list[Refusal]]:
     """Turn recorded copies into segments of served tensors. A tensor with a copy into other memory than that of a parameter
     is refused, with all its copies."""

@@ -7,20 +7,20 @@ import os
 from collections.abc import Sequence
 
 import torch
-from torch import nn
+from torch import Tensor
 
 from apollo_tp.shards.manifest import Allocation
 
 ALIGNMENT_BYTES = 64
 
 
-def share(parameters: Sequence[nn.Parameter], device: torch.device) -> list[tuple[int, Allocation]]:
+def share(parameters: Sequence[Tensor], device: torch.device) -> list[tuple[int, Allocation]]:
     """Make the memory of ``parameters`` reachable; returns (base address in bytes, allocation), ascending by address. On a
     CPU the parameters are moved into a new allocation. Raises RuntimeError if CUDA memory cannot be exported."""
     return _share_cuda(parameters) if device.type == "cuda" else [_share_cpu(parameters)]
 
 
-def _share_cpu(parameters: Sequence[nn.Parameter]) -> tuple[int, Allocation]:
+def _share_cpu(parameters: Sequence[Tensor]) -> tuple[int, Allocation]:
     """Move parameters into one memfd: it has no name, needs no space in /dev/shm, and disappears with its last process.
 
     The trainer opens /proc/<pid>/fd/<n>, which the kernel grants to the same user only.
@@ -41,7 +41,7 @@ def _share_cpu(parameters: Sequence[nn.Parameter]) -> tuple[int, Allocation]:
     return storage.data_ptr(), Allocation(kind="memfd", handle=str(fd), num_bytes=total)
 
 
-def _share_cuda(parameters: Sequence[nn.Parameter]) -> list[tuple[int, Allocation]]:
+def _share_cuda(parameters: Sequence[Tensor]) -> list[tuple[int, Allocation]]:
     """One cudaIpc handle per allocation base; nothing moves. Raises RuntimeError if the memory cannot be exported."""
     from cuda.bindings import driver, runtime
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from apollo_tp.shards.manifest import Allocation, CheckpointTensor, Manifest
 from apollo_tp.vllm_plugin.compat import config, one_rank, refusals, release
@@ -39,19 +39,25 @@ def offline_manifests(
     configs = (
         one_rank.engine_config(model, tp_size, dtype, trust_remote_code=trust_remote_code) for _ in range(tp_size)
     )
-    return [_manifest(config, rank, tp_size) for rank, config in enumerate(configs)]
+    checkpoint: list[CheckpointTensor] = []
+    manifests = []
+    for rank, vllm_config in enumerate(configs):
+        header = manifest_header(vllm_config, rank, tp_size)
+        # once, before a model is built: vLLM's Transformers backend changes transformers' classes for this process
+        checkpoint = checkpoint or checkpoint_tensors(vllm_config, header)
+        manifests.append(_manifest(vllm_config, header, checkpoint))
+    return manifests
 
 
-def _manifest(vllm_config: Any, rank: int, size: int) -> Manifest:
-    header = manifest_header(vllm_config, rank, size)
-    checkpoint = checkpoint_tensors(vllm_config, header)
+def _manifest(vllm_config: Any, header: dict[str, Any], checkpoint: list[CheckpointTensor]) -> Manifest:
+    rank, size = header["tp_rank"], header["tp_size"]
     with one_rank.model_of_rank(vllm_config, rank, size) as model:
         _tie_what_a_server_ties(model, vllm_config.model_config, checkpoint, Path(header["model_path"]))
         error = "; ".join(refusals.refusals_of_server(vllm_config, model))
         return build_manifest(header, model, vllm_config.model_config, checkpoint, _unshared, error)
 
 
-def _unshared(parameters: Sequence[nn.Parameter]) -> list[tuple[int, Allocation]]:
+def _unshared(parameters: Sequence[Tensor]) -> list[tuple[int, Allocation]]:
     """One allocation for each parameter, by address, which cannot be mapped."""
     return [
         (p.data_ptr(), Allocation(kind="memfd", handle="", num_bytes=p.nbytes))

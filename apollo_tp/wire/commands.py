@@ -214,6 +214,8 @@ class Hello(Reply, frozen=True):
     memory: str = ""
     """The memory planned for the longest micro-batch, in one line."""
     qos: str = "sm_percent=null low_priority=false pace=1"
+    attention_window: int = 0
+    """Tokens of the widest window that a layer's attention has; 0 if none has one."""
     layout: list[dict[str, str | int | list[int]]] = []
     """Rows for the layout view: checkpoint tensor, rank, served tensor, part; may be empty."""
     last_job_id: str = ""

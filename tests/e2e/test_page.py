@@ -1,13 +1,18 @@
 """The page at /, in a real headless Chromium: a running job's curve moves; dark and light; nothing from another host."""
 
 import json
+import re
 import shutil
 import time
 from pathlib import Path
 
 import pytest
 
+from apollo_tp.config import CaptureConfig, LearnConfig
+from apollo_tp.wire.capture import CAPTURES_PATH
+from tests.support.completions import fake_server
 from tests.support.fakes import CoordinatorProcess, FakeRanks, wait_for
+from tests.support.reinforcement import Stack
 
 selenium = pytest.importorskip("selenium.webdriver")
 BROWSER, DRIVER = shutil.which("chromium") or shutil.which("google-chrome"), shutil.which("chromedriver")
@@ -95,6 +100,57 @@ def test_a_running_jobs_curve_moves(stack, dark):
             "[...document.querySelectorAll('#jobs button')].find(b => b.textContent === 'cancel').click()"
         )
         wait_for(lambda: client.get(f"/train/jobs/{job}").json()["state"] == "cancelled")
+        assert_only_asked(driver, coordinator)
+
+
+def test_rewards_and_completions_of_a_job_are_shown(tmp_path):
+    """The curve of mean rewards, and what was sampled, as text whatever it contains."""
+    with fake_server() as server:
+        server.text = lambda prompt, index: "yes" if index % 2 else "<b>no</b>"
+        stack = Stack(tmp_path, server)
+        with stack.running(step_seconds=0.1), browser(False) as driver:
+            driver.get(stack.coordinator.url)
+            wait_for(lambda: driver.execute_script("return document.getElementById('dot').className") == "dot on")
+            assert driver.execute_script("return document.getElementById('rewards').hidden")
+            stack.create(n_epochs=20)
+            curve = "return document.getElementById('rewardcurve')?.getAttribute('points').split(' ').length"
+            wait_for(lambda: (driver.execute_script(curve) or 0) >= 3, 30, "three points of the rewards")
+            shown = driver.execute_script("return document.getElementById('rewards').innerText")
+            assert "question 0" in shown
+            assert "<b>no</b>" in shown
+            assert re.search(r"mean of step \d+: 0\.500", shown)
+            assert_only_asked(driver, stack.coordinator)
+
+
+def test_feedback_is_shown_without_words(tmp_path):
+    """From which session, and when it was learned; the section is there only where completions are stored."""
+    settings = {"capture": CaptureConfig(enabled=True), "learn": LearnConfig(every_samples=2)}
+    with (
+        CoordinatorProcess(tmp_path, settings=settings) as coordinator,
+        coordinator.client() as client,
+        FakeRanks(coordinator.ranks_socket, tmp_path / "journal"),
+        browser(False) as driver,
+    ):
+        wait_for(lambda: client.get("/health").json()["trainer"])
+        choice = {"index": 0, "text": "secret", "token_ids": [5], "logprobs": [-0.5], "finish_reason": "stop"}
+        for number in range(3):
+            record = {
+                "id": f"chatcmpl-{number}", "session": f"<i>{number}</i>", "model": "demo", "created": time.time(),
+                "prompt_ids": [1, 2], "choices": [choice], "temperature": 1.0,
+            }  # fmt: skip
+            assert client.post(CAPTURES_PATH, json=record).status_code == 204
+            body = {"completion_id": f"chatcmpl-{number}", "reward": number / 4}
+            assert client.post("/feedback", json=body).status_code == 202
+        wait_for(lambda: client.get("/train/feedback").json()["waiting"] == 1)
+        driver.get(coordinator.url)
+        shown = "return document.getElementById('feedbackcard').innerText"
+        wait_for(lambda: "chatcmpl-2" in driver.execute_script(shown))
+        text = driver.execute_script(shown)
+        assert "1 not learned yet" in text
+        assert "<i>2</i>" in text
+        assert "not yet" in text
+        assert "learn-" in text
+        assert "secret" not in text
         assert_only_asked(driver, coordinator)
 
 

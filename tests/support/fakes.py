@@ -92,6 +92,7 @@ class FakeRanks:
             num_parameters=6_000_000,
             optimizer="apollo rank 64",
             gradients="stored",
+            attention_window=40,
             layout=[
                 {"tensor": "model.embed_tokens.weight", "rank": r, "served": "embed", "part": [0, 8]} for r in (0, 1)
             ],

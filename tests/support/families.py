@@ -8,16 +8,11 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForImageTextToText,
-    PretrainedConfig,
-    PreTrainedModel,
-)
+from transformers import AutoConfig, PretrainedConfig
+
+from apollo_tp.inspect.copy_trial import build as build  # the reference of the suite, and of --try
 
 VOCAB_SIZE = 1003  # no multiple of 64: vLLM pads it to 1024, so the last of 4 ranks holds 235 rows
-FIRST_SPECIAL_TOKEN = 998  # image tokens of the models with a vision tower
 
 _DENSE: dict[str, Any] = {
     "vocab_size": VOCAB_SIZE,
@@ -51,6 +46,7 @@ _GDN: dict[str, Any] = {
     "linear_value_head_dim": 16,
     "shared_expert_intermediate_size": 32,
 }
+_COHERE: dict[str, Any] = {"logit_scale": 0.25, "tie_word_embeddings": True, "pad_token_id": 0}
 _GEMMA3 = _GEMMA | {"layer_types": ["sliding_attention", "full_attention"]}
 _QWEN_VISION: dict[str, Any] = {
     "vision_config": {
@@ -105,6 +101,12 @@ class Family:
         return AutoConfig.for_model(self.model_type, **text)
 
 
+_GLM_MOE: dict[str, Any] = {
+    "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "n_shared_experts": 1,
+    "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1,
+}  # fmt: skip
+
+
 FAMILIES = {
     "qwen3": Family("qwen3", {"head_dim": 32}),
     "qwen3-tied": Family("qwen3", {"head_dim": 16, "tie_word_embeddings": True}),
@@ -145,6 +147,27 @@ FAMILIES = {
     "qwen3.5": Family("qwen3_5_text", _GDN, GDN_TOLERANCE),
     "qwen3.5-vision": Family("qwen3_5", _GDN, GDN_TOLERANCE, _QWEN_VISION),
     "qwen3.5-moe": Family("qwen3_5_moe_text", _GDN | _MOE | {"moe_intermediate_size": 32}, GDN_TOLERANCE),
+    # as many KV heads as ranks: vLLM cuts its key norm, a weight for each head, no further
+    "cohere": Family("cohere", _COHERE | {"use_qk_norm": True, "num_key_value_heads": 4}),
+    "cohere2": Family(
+        "cohere2", _COHERE | {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}
+    ),
+    "gpt-neox": Family("gpt_neox", {"attention_bias": True}),
+    "nemotron": Family("nemotron"),
+    "stablelm": Family("stablelm", {"use_qkv_bias": True}),
+    "glm4-moe": Family("glm4_moe", _GLM_MOE | {"head_dim": 16, "use_qk_norm": True}),
+    "dots1": Family("dots1", _GLM_MOE),
+    "minimax-m2": Family(
+        "minimax_m2",
+        {
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "head_dim": 16,
+            "rotary_dim": 8,
+            "scoring_func": "sigmoid",
+            "use_routing_bias": True,
+        },
+    ),
     "gemma3-vision": Family("gemma3", _GEMMA3, wrapper=_GEMMA_VISION),
 }
 
@@ -192,18 +215,6 @@ CASES = {name: Case(name) for name in FAMILIES} | {
 }
 
 
-def build(config: PretrainedConfig, seed: int = 0) -> PreTrainedModel:
-    """The single-process reference in fp32 with eager attention and random weights, norms and biases included."""
-    torch.manual_seed(seed)
-    kind = AutoModelForCausalLM if config.get_text_config() is config else AutoModelForImageTextToText
-    model = kind.from_config(config, dtype=torch.float32, attn_implementation="eager")
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim == 1:  # norms and biases start at 1 and 0, which would hide a wrong shard
-                parameter.add_(torch.randn_like(parameter) * 0.1)
-    return model.eval()
-
-
 def store_head(folder: Path, rows: slice | None = None) -> None:
     """Add a copy of the embedding to the checkpoint of a tied model as its head, with other values in ``rows``."""
     path = folder / "model.safetensors"
@@ -226,14 +237,14 @@ SERVED: dict[str, dict[str, Any]] = {
 
 # Model types that bind_model refuses, and its messages.
 REFUSED = {
-    "cohere": r"CohereForCausalLM: its forward pass changes the logits",
+    "recurrent_gemma": r"RecurrentGemmaForCausalLM: its forward pass changes the logits",
     "gpt_oss": r"self_attn \(GptOssAttention\): attention sinks are not implemented",
     "llama4_text": r"layer type chunked_attention",
     "bamba": r"mamba \(BambaMixer\): its recurrent state would run on",
     "t5": r"t5: got an encoder-decoder model",
     "gpt2": r"GPT2LMHeadModel: its head could not be tried: got AttributeError: .*cross_attentions",
     "gpt_bigcode": r"GPTBigCodeForCausalLM: its head could not be tried: got AttributeError: .*cross_attentions",
-    "opt": r"OPTForCausalLM: its head could not be tried: got TypeError: packed_attention",
+    "opt": r"OPTAttention: got no boundaries of packed sequences",
     "falcon": r"falcon at 1 / 1 of its width: got KeyError: 'apollo_packed'",
     "gptj": r"gptj at 1 / 1 of its width: got KeyError: 'apollo_packed'",
     "gemma4_text": r"gemma4_text at 1 / 1 of its width: got AmbiguousGlobalPerLayerAttributeError: 'head_dim'",

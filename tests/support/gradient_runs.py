@@ -10,12 +10,12 @@ from transformers import AutoConfig
 
 from apollo_tp.config import GradientMode, OptimConfig, Precision
 from apollo_tp.distributed.tp_group import TPGroup
+from apollo_tp.inspect.exactness import map_copy
 from apollo_tp.model import bind_model
 from apollo_tp.optim import Optimizer
 from apollo_tp.optim import in_backward as updates_in_backward
 from apollo_tp.training.trainer import Trainer
 from tests.support.families import CASES
-from tests.support.served import map_case
 
 CONFIG = OptimConfig(
     rank=8, lr=1e-3, max_relative_update=1.0, max_grad_norm=None, refresh_every=2, check_replicas_every=1
@@ -35,7 +35,7 @@ class Run:
             1  # these models would fit in one bucket: a leaf each, so that memory and order show
         )
         case = CASES[name]
-        mapped = map_case(folder / case.checkpoint, tp)
+        mapped = map_copy(folder / case.checkpoint, tp)
         self.tensors = mapped.tensors
         model = bind_model(
             AutoConfig.from_pretrained(folder / case.checkpoint),

@@ -35,7 +35,7 @@ from apollo_tp.launch.stages import bind, join_ranks, map_server, prepare, take_
 from apollo_tp.runtime import processes
 from apollo_tp.training.rank_loop import RankLoop
 from apollo_tp.wire import commands
-from tests.support.exactness import samples
+from apollo_tp.inspect.exactness import samples
 
 seen, machines, number, save = json.loads(sys.argv[1]), json.loads(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
 config = read_arguments(sys.argv[5:])

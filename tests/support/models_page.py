@@ -28,6 +28,9 @@ them on any rank: relative for loss and gradients, nats for log-probabilities. "
 runs against real vLLM at TP = 2: change and restore of every parameter, ten training steps, agreement of
 log-probabilities, and a checkpoint that loads in transformers and in vLLM.
 
+A model that is not in the table may be exact as well: `python -m apollo_tp.inspect MODEL --try` runs this comparison on a
+small random copy of its config, without a server.
+
 Sizes are those that vLLM itself accepts: heads, MLP and expert widths must be divisible by the tensor-parallel size;
 key and value heads may be fewer than ranks.
 """
@@ -89,6 +92,27 @@ def _tolerances() -> str:
 def _differences() -> list[str]:
     rows = [(f"`{row.field}` in the config", row.reason) for row in LOGITS]
     rows += [(f"`{name}`", reason) for name, reason in FULL_WIDTH_NORMS.items()]
+    rows.append(
+        (
+            "`e_score_correction_bias`, and whatever else a model keeps in buffers or without a gradient",
+            "served, left alone, and carried over into checkpoints; a router computes with the server's values",
+        )
+    )
+    rows.append(
+        (
+            "attention whose head size is always `hidden_size / num_attention_heads` (StableLM, GPT-NeoX)",
+            "it is built with the heads of all ranks, and counts those of its own",
+        )
+    )
+    rows.append(
+        (
+            "layers that do not hand the keywords of a forward pass to their attention (Nemotron, StableLM)",
+            "a hook hands it the boundaries of packed sequences; such layers are not compiled",
+        )
+    )
+    rows.append(
+        ("windows of vLLM's layers", "where they are wider than the config says (Cohere 2), the trainer's are too")
+    )
     fused = ", ".join(f"`{name}`" for name in FUSED_TENSORS)
     rows.append((fused, "a rank must hold its share of every part of a fused tensor"))
     rows.append(("gated delta nets", "packed sequences must not share a convolution window or a recurrent state"))
@@ -108,8 +132,15 @@ def _refused() -> list[str]:
         "",
         f"- layer types other than {', '.join(f'`{kind}`' for kind in sorted(LAYER_TYPES))}",
         "- recurrent layers whose state would leak into the next packed sequence",
-        "- attention sinks, and attention that transformers does not allow to be exchanged",
+        "- attention sinks, position biases and other keywords that packed attention does not know, and attention that "
+        "transformers does not allow to be exchanged",
+        "- attention masks of a model's own, and windows that a layer leaves to its mask: each layer is tried once with the "
+        "masks that transformers makes",
+        "- final hidden states that depend on another packed sequence or on later tokens, which one backward pass shows",
+        "- norms over the heads of all ranks whose weight is served cut and whose class is not in the table above",
         "- changes of the logits that are not in the table above",
+        "- heads with a bias (Phi, PhiMoE with `lm_head_bias`): the loss has none, and vLLM's Transformers backend makes "
+        "a new one each time that it loads, where the trace of its loader cannot follow it",
         "- encoder-decoder models",
         "- models whose forward pass over two packed sequences fails",
         "- fused tensors that are served cut across their parts (GLM through vLLM's Transformers backend at TP 2 and more)",

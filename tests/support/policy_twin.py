@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from apollo_tp.inspect.exactness import samples
 from apollo_tp.wire.commands import Sample, Sampled
 from apollo_tp.wire.losses import Loss, LossConfig, LossName, complete
-from tests.support.exactness import samples
 
 
 def loss_of(name: LossName, **config: object) -> Loss:

@@ -12,10 +12,10 @@ import torch
 
 from apollo_tp.distributed.control import Control
 from apollo_tp.distributed.tp_group import TPGroup
+from apollo_tp.inspect.exactness import samples
 from apollo_tp.training.rank_loop import RankLoop
 from apollo_tp.training.trainer import Trainer
 from apollo_tp.wire import commands
-from tests.support.exactness import samples
 from tests.support.rank_services import RecordingServices
 from tests.support.trainers import CONFIG, make_trainer
 

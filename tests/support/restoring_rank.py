@@ -17,12 +17,12 @@ from typing import Any
 
 from apollo_tp.checkpoint.lineage import LineageFile
 from apollo_tp.checkpoint.restore import Restore
+from apollo_tp.inspect.exactness import samples
 from apollo_tp.launch.arguments import read_arguments
 from apollo_tp.launch.services import Services
 from apollo_tp.launch.stages import bind, join_ranks, map_server, prepare, take_place
 from apollo_tp.training.rank_loop import RankLoop
 from apollo_tp.wire import commands
-from tests.support.exactness import samples
 
 
 def _kill_at(place: int) -> list[None]:

@@ -204,6 +204,19 @@ class Captures:
         rows = await self._run(lambda db: db.execute(query, (name, limit)).fetchall())
         return [reward for (reward,) in rows]
 
+    async def mean_rewards(self, limit: int) -> list[float]:
+        """The mean reward of each of the last batches that have some, oldest first."""
+        query = (
+            "SELECT avg(reward) FROM feedback WHERE batch<>'' AND reward IS NOT NULL "
+            "GROUP BY batch ORDER BY min(seq) DESC LIMIT ?"
+        )
+        rows = await self._run(lambda db: db.execute(query, (limit,)).fetchall())
+        return [mean for (mean,) in reversed(rows)]
+
+    async def recent(self, limit: int) -> list[tuple[Vote, Stored]]:
+        """The last feedback, newest first."""
+        return await self._votes("true ORDER BY f.seq DESC LIMIT ?", (limit,))
+
     async def last_batch(self) -> str:
         """The batch that was begun last; "" before the first."""
         query = "SELECT batch FROM feedback WHERE batch<>'' ORDER BY seq DESC LIMIT 1"

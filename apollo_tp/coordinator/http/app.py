@@ -13,6 +13,7 @@ from apollo_tp.coordinator.http import (
     captures,
     metrics,
     openai_files,
+    openai_graders,
     openai_jobs,
     openai_models,
     openai_uploads,
@@ -22,7 +23,7 @@ from apollo_tp.coordinator.http import (
 from apollo_tp.coordinator.http.auth import Access
 from apollo_tp.coordinator.http.errors import STATUS, ErrorBody, handle_error
 from apollo_tp.coordinator.http.middleware import ServiceMiddleware
-from apollo_tp.coordinator.http.openai_bodies import CompleteBody, FineTuningBody, UploadBody
+from apollo_tp.coordinator.http.openai_bodies import CompleteBody, FineTuningBody, GraderBody, GraderRunBody, UploadBody
 from apollo_tp.coordinator.http.parameters import SCHEMA_REF
 from apollo_tp.coordinator.http.service import Service
 from apollo_tp.coordinator.http.validation import FileValidation
@@ -46,7 +47,10 @@ def build_app(service: Service, access: Access, figures: metrics.Metrics, valida
     app.state.uploads = openai_uploads.Uploads(service.store)
     link, limits = service.scheduler.link, service.settings.service
     app.add_middleware(ServiceMiddleware, access=access, limits=limits, weight_version=lambda: link.weight_version)
-    for module in (train, openai_files, openai_uploads, openai_jobs, openai_models, captures, metrics, page):
+    routes = (
+        train, openai_files, openai_uploads, openai_jobs, openai_graders, openai_models, captures, metrics, page,
+    )  # fmt: skip
+    for module in routes:
         app.include_router(module.router)
     app.openapi = lambda: _document(app)  # type: ignore[method-assign]
     return app
@@ -59,7 +63,8 @@ def _document(app: FastAPI) -> dict[str, Any]:
         document["security"] = [{"token": []}]
         components = document["components"]
         bodies = (
-            TrainBody, ScoreBody, CheckpointBody, FineTuningBody, UploadBody, CompleteBody, captures.FeedbackBody,
+            TrainBody, ScoreBody, CheckpointBody, FineTuningBody, UploadBody, CompleteBody, GraderBody, GraderRunBody,
+            captures.FeedbackBody,
         )  # fmt: skip
         components["schemas"] |= msgspec.json.schema_components(bodies, ref_template=SCHEMA_REF)[1]
         components["securitySchemes"] = {"token": {"type": "http", "scheme": "bearer"}}

@@ -22,6 +22,7 @@ from apollo_tp.wire.capture import CAPTURES_PATH, Captured
 
 THUMBS = {"up": 1.0, "down": 0.0}
 CHAT = "/v1/chat/completions"
+MAX_MEANS = 200
 
 
 class FeedbackBody(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
@@ -34,6 +35,12 @@ class FeedbackBody(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     reward: Score | None = None
     thumb: Annotated[str, Meta(pattern="^(up|down)$")] | None = None
     corrected: Annotated[str, Meta(min_length=1, max_length=1_000_000)] | None = None
+
+
+class FeedbackQuery(NoQuery):
+    """Query of the list of feedback."""
+
+    limit: Annotated[int, Field(ge=1, le=100)] = 20
 
 
 class CompletionsQuery(NoQuery):
@@ -88,6 +95,30 @@ async def feedback(request: Request, service: ServiceParts) -> Response:
         raise refuse("feedback", "a second one on this answer", "one on each", status=409, code="already_given")
     answer = {"object": "feedback", "completion_id": stored.captured.id, "choice": body.choice}
     return JSONResponse(answer, status_code=202)
+
+
+@router.get("/train/feedback")
+async def given(query: Annotated[FeedbackQuery, Query()], service: ServiceParts) -> Response:
+    """The last feedback, newest first, without the words of anybody; and the mean reward of each batch, oldest first."""
+    if service.captures is None:
+        return JSONResponse(listing([]) | {"enabled": False, "waiting": 0, "mean_rewards": []})
+    waiting, _ = await service.captures.waiting()
+    votes = await service.captures.recent(query.limit)
+    shown = [
+        {
+            "completion_id": stored.captured.id,
+            "session": stored.captured.session,
+            "choice": vote.choice,
+            "created_at": vote.created,
+            "reward": vote.reward,
+            "corrected": vote.corrected is not None,
+            "weight_version": stored.weight_version,
+            "learned_in": vote.batch or None,
+        }
+        for vote, stored in votes
+    ]
+    means = await service.captures.mean_rewards(MAX_MEANS)
+    return JSONResponse(listing(shown) | {"enabled": True, "waiting": waiting, "mean_rewards": means})
 
 
 @router.get(CHAT)

@@ -46,7 +46,7 @@ def status_view(scheduler: Scheduler, store: Store) -> dict[str, Any]:
             "num_replicas": hello.num_replicas, "replicas": replicas_view(link),
             "num_ranks": hello.num_ranks, "num_parameters": hello.num_parameters, "vocab_size": hello.vocab_size,
             "max_sequence_tokens": hello.max_sequence_tokens, "optimizer": hello.optimizer, "gradients": hello.gradients,
-            "memory": hello.memory,
+            "memory": hello.memory, "attention_window": hello.attention_window,
             "sync": hello.sync, "cache": hello.cache, "qos": hello.qos, "busy_with": link.busy_with,
         }  # fmt: skip
     if not link.connected:

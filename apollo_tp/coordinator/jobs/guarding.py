@@ -118,13 +118,19 @@ class Guardian:
         if guard.measure == "command":
             return await self._command.run(self._job)
         await self._evaluate(self._evaluator)
-        return self._job.valid_loss
+        return self._job.valid_reward if self._of_rewards else self._job.valid_loss
+
+    @property
+    def _of_rewards(self) -> bool:
+        """Whether the validation file gives the mean reward of completions, of which more is better."""
+        guard = self._guard
+        return guard is not None and guard.measure == "validation" and self._job.spec.method == "reinforcement"
 
     def _is_worse(self, guard: Guard, state: GuardState) -> bool:
         if state.value is None or not math.isfinite(state.value):
             return True
         change = state.value - state.baseline
-        return (-change if guard.higher_is_better else change) > guard.max_worse
+        return (-change if guard.higher_is_better or self._of_rewards else change) > guard.max_worse
 
     async def _roll_back(self, guard: Guard, state: GuardState) -> None:
         job, snapshot = self._job, self._saver.checkpoint(state.snapshot)

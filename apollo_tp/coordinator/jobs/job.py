@@ -12,6 +12,7 @@ from enum import Enum
 import msgspec
 
 from apollo_tp.config import ServiceConfig
+from apollo_tp.coordinator.graders.schema import Grader
 from apollo_tp.coordinator.samples.schema import Guard, TrainBody, Truncate
 from apollo_tp.errors import RequestError, refuse
 from apollo_tp.wire.losses import Loss, complete
@@ -35,10 +36,12 @@ TERMINAL = frozenset({State.succeeded, State.failed, State.cancelled})
 class JobSpec(msgspec.Struct, kw_only=True):
     """How to train, as the client requested it.
 
-    ``seed`` shuffles the samples of each epoch; None keeps their order. ``beta`` is the inverse temperature of DPO's loss.
+    ``seed`` shuffles the samples of each epoch; None keeps their order. ``beta`` is the inverse temperature of DPO's loss. A
+    reinforcement job has ``completions`` of each prompt in a step, and every ``eval_interval`` steps ``eval_samples`` of
+    each prompt of its validation file.
     """
 
-    method: str = "supervised"  # or "dpo"
+    method: str = "supervised"  # or "dpo", "reinforcement"
     epochs: int = 1
     batch_size: int = 8
     learning_rate_scale: float = 1.0
@@ -56,6 +59,11 @@ class JobSpec(msgspec.Struct, kw_only=True):
     training_file: str = ""
     validation_file: str = ""
     asked_hyperparameters: dict[str, int | float | str] = {}
+    # of method "reinforcement" only:
+    grader: Grader | None = None
+    completions: int = 8
+    eval_interval: int | None = None
+    eval_samples: int = 1
 
 
 class JobError(msgspec.Struct, kw_only=True, omit_defaults=True):
@@ -109,6 +117,7 @@ class Job(msgspec.Struct, kw_only=True):
     token_accuracy: float | None = None
     valid_loss: float | None = None
     valid_token_accuracy: float | None = None
+    valid_reward: float | None = None
     weight_version: int | None = None
     padding_share: float | None = None
     skipped_steps: int = 0

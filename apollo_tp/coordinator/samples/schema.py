@@ -168,6 +168,15 @@ class PreferenceLine(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     non_preferred_output: Annotated[list[Message], Meta(min_length=1)]
 
 
+class PromptLine(msgspec.Struct, kw_only=True):
+    """A line of a file for method "reinforcement": a conversation that the model is to continue. Further fields are for the
+    grader."""
+
+    messages: Annotated[list[Message], Meta(min_length=1)]
+    tools: list[dict[str, Any]] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+
 def is_absent(value: object) -> bool:
     """Whether a field of this value says nothing: null, empty, or of nothing else."""
     if isinstance(value, dict | list):

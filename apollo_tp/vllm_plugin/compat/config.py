@@ -28,6 +28,18 @@ def config_overrides(model_config: Any) -> dict[str, Any]:
     return {name: getattr(config, name) for name in sorted(names) if hasattr(config, name)}
 
 
+def window_overrides(model: nn.Module, model_config: Any) -> dict[str, int]:
+    """The window that all layers with one have in the server, if the config says another: vLLM gives Cohere 2 one token
+    more than transformers does. Nothing where that cannot be said in one field of the config."""
+    config = model_config.hf_config
+    configured = getattr(config, "sliding_window", None)
+    layers = [m for m in model.modules() if hasattr(m, "sliding_window") and hasattr(m, "impl")]
+    windows = {layer.sliding_window for layer in layers} - {None}
+    if config.get_text_config() is not config or not configured or len(windows) != 1 or windows == {configured}:
+        return {}
+    return {"sliding_window": int(windows.pop())}
+
+
 def tensor_parallel() -> tuple[int, int]:
     """(rank, size) of this worker in vLLM's tensor-parallel group."""
     from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size

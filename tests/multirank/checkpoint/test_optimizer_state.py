@@ -17,7 +17,7 @@ from apollo_tp.config import OptimizerKind, Precision
 from apollo_tp.distributed.mesh import Mesh
 from apollo_tp.distributed.tp_group import TPGroup
 from apollo_tp.errors import CheckpointError
-from apollo_tp.optim import Optimizer
+from apollo_tp.optim import Optimizer, rounding
 from tests.support import optim_model as model
 from tests.support.ranks import run_ranks
 
@@ -186,6 +186,36 @@ def test_state_of_fp32_weights_loads_into_bf16_ones(tmp_path):
     _rename_in_header(path, b"case_a.weight.remainder", b"case_a.weight.elsewhere")
     with pytest.raises(CheckpointError, match=r"missing of 1: case_a.weight.remainder \(\d+ elements\)"):
         single(tmp_path / "bf16")
+
+
+def joined(optimizer: Optimizer) -> dict[str, torch.Tensor]:
+    """The weights with their remainders, fp32."""
+    return {w.name: rounding.join(w.data, w.remainder) for w in optimizer.weights}
+
+
+def save_with(tp: TPGroup, folder: str, precision: Precision) -> None:
+    """Two steps, and their state."""
+    params = model.parameters(tp, torch.bfloat16)
+    optimizer = Optimizer(model.config(refresh_every=3), precision, params, tp)
+    for step in range(2):
+        model.set_gradients(params, model.gradients(step))
+        optimizer.step()
+    optimizer_state.save(optimizer, Path(folder))
+
+
+@pytest.mark.parametrize(
+    ("saved", "loaded"),
+    [(Precision.remainder, Precision.remainder16), (Precision.remainder16, Precision.remainder)],
+)
+def test_remainders_of_either_size_are_read(tmp_path, saved, loaded):
+    """Saved by two ranks with one precision and read with the other: the same numbers, to the 24 bits that both have."""
+    run_ranks(save_with, 2, str(tmp_path), saved)
+    both = [single(tmp_path, precision) for precision in (saved, loaded)]
+    for (name, exact), got in zip(joined(both[0]).items(), joined(both[1]).values(), strict=True):
+        assert bool(both[1].weights[0].remainder.any())
+        assert bool(((got - exact).abs() <= exact.abs() * 2.0**-15).all()), name
+        if saved is Precision.remainder:
+            assert torch.equal(got, exact), name
 
 
 def _rename_in_header(path: Path, key: bytes, other: bytes) -> None:

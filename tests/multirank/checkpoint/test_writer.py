@@ -19,17 +19,16 @@ from apollo_tp.checkpoint.card import public_name
 from apollo_tp.distributed.mesh import Mesh
 from apollo_tp.distributed.tp_group import TPGroup
 from apollo_tp.errors import CheckpointError, RankFailedError
-from tests.support.exactness import local_part, reference_logprobs, samples
+from apollo_tp.inspect.exactness import local_part, map_copy, reference_logprobs, samples
 from tests.support.families import CASES, store_head
 from tests.support.ranks import run_ranks
-from tests.support.served import map_case
 from tests.support.trainers import CASE, make_trainer
 
 
 def _writer(
     tp: TPGroup, checkpoint: Path, root: Path, tensors: dict, served: Path | None = None, mesh: Mesh | None = None
 ) -> CheckpointWriter:
-    mapped, path = replace(map_case(checkpoint, tp), tensors=tensors), str(served or checkpoint)
+    mapped, path = replace(map_copy(checkpoint, tp), tensors=tensors), str(served or checkpoint)
     content = mapped.manifest.checkpoint
     return CheckpointWriter(
         root, path, content, mapped.stored, mesh or Mesh.single(tp), keep=2, save_config=lambda folder: None

@@ -13,13 +13,12 @@ from transformers import AutoConfig
 from apollo_tp.config import GradientMode, OptimConfig, Precision
 from apollo_tp.distributed.tp_group import TPGroup
 from apollo_tp.gpu_sharing.pace import Pace
+from apollo_tp.inspect.exactness import map_copy, samples
 from apollo_tp.model import bind_model
 from apollo_tp.optim import Optimizer
 from apollo_tp.training.trainer import Trainer
-from tests.support.exactness import samples
 from tests.support.families import CASES
 from tests.support.ranks import run_ranks
-from tests.support.served import map_case
 
 CONFIG = OptimConfig(rank=8, lr=1e-3, max_relative_update=1.0, max_grad_norm=None)
 LENGTHS = {GradientMode.stored: (60, 58), GradientMode.in_backward: (20, 11, 17)}
@@ -29,7 +28,7 @@ LENGTHS = {GradientMode.stored: (60, 58), GradientMode.in_backward: (20, 11, 17)
 def _two_steps(tp: TPGroup, folder: Path, name: str, mode: GradientMode, share: float) -> tuple[dict, list[float]]:
     """Weights afterwards, and what was slept (nobody really sleeps here)."""
     case = CASES[name]
-    tensors = map_case(folder / case.checkpoint, tp).tensors
+    tensors = map_copy(folder / case.checkpoint, tp).tensors
     config = AutoConfig.from_pretrained(folder / case.checkpoint)
     model = bind_model(config, tensors, tp, gradient_checkpointing=case.gradient_checkpointing)
     slept: list[float] = []

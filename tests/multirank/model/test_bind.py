@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -11,13 +12,15 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from apollo_tp.distributed.tp_group import TPGroup
 from apollo_tp.errors import UnsupportedModelError
-from apollo_tp.model import bind, bind_model
+from apollo_tp.inspect.exactness import reference_gradients, relative_error, samples, train_gradients
+from apollo_tp.model import bind, bind_model, regions
 from apollo_tp.model.batch import pack
+from apollo_tp.model.boundaries import needs_hook
 from apollo_tp.model.build import build_on_meta, narrow_config, refusing
+from apollo_tp.model.compiled import CompileOptions
 from apollo_tp.model.names import NameMap, map_names
 from apollo_tp.shards.boxes import Shard
 from apollo_tp.wire.commands import Sample
-from tests.support.exactness import reference_gradients, relative_error, samples, train_gradients
 from tests.support.families import FAMILIES, REFUSED, Family, build
 
 WHOLE = TPGroup.single()
@@ -102,13 +105,16 @@ def test_a_device_that_is_full_is_no_property_of_the_model() -> None:
         raise torch.OutOfMemoryError("full")
 
 
-def test_a_model_whose_layers_drop_the_boundaries_is_refused() -> None:
-    """StableLM's decoder layer takes the keywords of a forward pass and does not hand them to its attention."""
+def test_layers_that_keep_the_boundaries_to_themselves_are_not_compiled() -> None:
+    """StableLM's decoder layer takes the keywords of a forward pass and does not hand them to its attention: a hook does,
+    and what it keeps is no input of a compiled layer."""
     config = Family("stablelm").config()
-    with pytest.raises(
-        UnsupportedModelError, match=r"StableLmForCausalLM: its forward pass .* TypeError: packed_attention"
-    ):
-        bind_model(config, _shards(build(config)), WHOLE)
+    shards = _shards(build(config))
+    bound = bind_model(config, shards, WHOLE, compiled=CompileOptions(backend="eager"))
+    assert not bound.is_static
+    layers = [module for module in bound.module.modules() if type(module).__name__ == "StableLmDecoderLayer"]
+    assert [needs_hook(layer) for layer in layers] == [True, True]
+    assert not any("forward" in vars(layer) for layer in layers)
 
 
 def test_a_served_tensor_that_nothing_is_trained_from_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -155,6 +161,56 @@ def test_a_fused_tensor_cut_across_its_parts_is_refused(rank: int, got: str, exp
     )
 
 
+def test_a_norm_over_all_heads_that_the_table_does_not_list_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its weight is served cut, and fits: with this rank's heads alone it would divide by another mean square."""
+    model = build(FAMILIES["olmo2"].config(num_key_value_heads=4))
+    shards = _cut_in_two(model, 0)
+    monkeypatch.setattr(regions, "FULL_WIDTH_NORMS", {})
+    with pytest.raises(UnsupportedModelError) as caught:
+        bind_model(model.config, shards, TPGroup(0, 2))
+    lines = str(caught.value).splitlines()
+    assert lines[0].startswith("rank 0 of 2: got 4 weights cut over ranks whose modules need the channels of all")
+    assert (
+        "  model.layers.0.self_attn.q_norm.weight (Olmo2RMSNorm): cut on dimension 0, over which it normalises" in lines
+    )
+
+
+class _Scale(torch.nn.Module):
+    """A factor for each channel, which may be cut anywhere; ``forward`` is what a test needs."""
+
+    def __init__(self, forward: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(4, 8))
+        self.compute = forward
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.weight * self.compute(x)
+
+
+@pytest.mark.parametrize(
+    ("forward", "dim", "refused"),
+    [
+        (lambda x: x, 0, None),
+        (lambda x: x, 1, None),
+        (lambda x: torch.nn.functional.layer_norm(x, (8,)), 0, None),
+        (lambda x: torch.nn.functional.layer_norm(x, (8,)), 1, "cut on dimension 1, over which it normalises"),
+        (lambda x: x / x.amax((-2, -1), keepdim=True), 0, "cut on dimension 0, over which it normalises"),
+        (lambda x: x @ torch.ones(3, 3), 0, "which is cut on dimension 0, could not be tried: got RuntimeError"),
+    ],
+)
+def test_a_module_is_tried_over_the_dimension_that_is_cut(
+    forward: Callable[[torch.Tensor], torch.Tensor], dim: int, refused: str | None
+) -> None:
+    """Whatever it is called: norms of each head by itself and factors pass."""
+    module = torch.nn.ModuleDict({"any": _Scale(forward)})
+    shards = {"any.weight": Shard("w", ((8, 8), (4, 16))[dim], dim, ((0, (4, 8)[dim]),), (0,))}
+    if refused is None:
+        regions.refuse_mixed_channels(module, shards, TPGroup(0, 2))
+        return
+    with pytest.raises(UnsupportedModelError, match=refused):
+        regions.refuse_mixed_channels(module, shards, TPGroup(0, 2))
+
+
 SAME_FUNCTION = {
     "a head under another name than lm_head": Family("gpt_neox", {"rotary_pct": 0.25}),
     "noise in routers and their input": Family(
@@ -163,6 +219,7 @@ SAME_FUNCTION = {
     "noise in a router": Family(
         "mixtral", {"num_local_experts": 4, "sliding_window": None, "router_jitter_noise": 0.3}
     ),
+    "boundaries that a layer keeps to itself": Family("stablelm", {"use_qkv_bias": True}),
     "dropout": Family("gpt_neox", {"hidden_dropout": 0.3, "attention_dropout": 0.3}),
 }
 
@@ -183,7 +240,7 @@ def test_loss_and_gradients_are_those_of_the_model_that_is_served(case: str, che
         assert relative_error(parameter.grad, whole, whole) < family.tolerance, parameter.name
 
 
-@pytest.mark.parametrize("family", ["qwen3", "mistral-window", "gemma2", "qwen3-next", "qwen3.5"])
+@pytest.mark.parametrize("family", ["qwen3", "mistral-window", "gemma2", "qwen3-next", "qwen3.5", "nemotron"])
 def test_nothing_leaks_between_packed_sequences(family: str) -> None:
     """Log-probabilities of a sequence do not change by a bit when its neighbours in the pack do."""
     config = FAMILIES[family].config()

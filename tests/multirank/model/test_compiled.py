@@ -11,15 +11,14 @@ from torch import nn
 from transformers import AutoConfig, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from apollo_tp.distributed.tp_group import TPGroup
+from apollo_tp.inspect.exactness import map_copy, relative_error, samples, train_gradients
 from apollo_tp.model import BoundModel, bind_model
 from apollo_tp.model.attention import _one_padded_sequence, _one_sequence
 from apollo_tp.model.batch import pack
 from apollo_tp.model.compiled import CompileOptions, compile_layers, decoder_layers
 from apollo_tp.model.joined import JoinedLinear, JoinedPart, stack_rows
-from tests.support.exactness import relative_error, samples, train_gradients
 from tests.support.families import CASES
 from tests.support.ranks import run_ranks
-from tests.support.served import map_case
 
 LENGTHS = ((37, 5, 20), (29, 11))
 """Samples of each step: other lengths and other numbers of sequences than those that were compiled first."""
@@ -27,7 +26,7 @@ LENGTHS = ((37, 5, 20), (29, 11))
 
 def _bound(tp: TPGroup, folder: Path, name: str, compiled: CompileOptions | None = None) -> BoundModel:
     case = CASES[name]
-    mapped = map_case(folder / case.checkpoint, tp)
+    mapped = map_copy(folder / case.checkpoint, tp)
     config = AutoConfig.from_pretrained(folder / case.checkpoint)
     return bind_model(
         config, mapped.tensors, tp, fused_tensors=mapped.fused_tensors,

@@ -11,11 +11,11 @@ from torch import Tensor
 from apollo_tp.config import GradientMode, OptimConfig, OptimizerKind, Precision, SyncMode
 from apollo_tp.distributed.tp_group import TPGroup
 from apollo_tp.errors import CollectiveError
+from apollo_tp.inspect.exactness import samples
 from apollo_tp.optim import Optimizer, in_backward
 from apollo_tp.training.update_gate import UpdateGate
 from tests.support import optim_model as model
 from tests.support.collective_faults import LEAVES, Collectives
-from tests.support.exactness import samples
 from tests.support.gradient_runs import ONE_BATCH, Run
 from tests.support.optim_model import loss_of
 from tests.support.ranks import run_ranks, start_origins

@@ -49,7 +49,7 @@ def test_bits_do_not_depend_on_the_number_of_ranks():
     ``assemble`` checks that all replicas are bit-identical, for the exchanged matrices too.
     """
     results = {size: run_ranks(train, size) for size in (1, 2, 4)}
-    for key in ("remainder", "remainder rest", "stochastic", "nearest"):
+    for key in ("remainder", "remainder rest", "remainder16", "remainder16 rest", "stochastic", "nearest"):
         whole = {size: model.assemble([r[key] for r in ranks]) for size, ranks in results.items()}
         for name, value in whole[1].items():
             for size in (2, 4):

@@ -17,10 +17,10 @@ import torch.distributed as dist
 from apollo_tp.config import GradientMode
 from apollo_tp.distributed.peer_memory import PeerBuffers
 from apollo_tp.distributed.tp_group import TPGroup
+from apollo_tp.inspect.exactness import samples
 from apollo_tp.model import BoundModel
 from apollo_tp.model.batch import PackedBatch, pack
 from apollo_tp.training.cuda_graphs import GraphCache, assign_gradients
-from tests.support.exactness import samples
 from tests.support.figures import without_times
 from tests.support.gradient_runs import CONFIG, Run, differing, state
 from tests.support.ranks import run_ranks

@@ -13,7 +13,7 @@ from torch import Tensor
 from apollo_tp.config import GradientMode
 from apollo_tp.distributed.tp_group import TPGroup
 from apollo_tp.errors import ConfigError
-from tests.support.exactness import samples
+from apollo_tp.inspect.exactness import samples
 from tests.support.gradient_runs import CONFIG, ONE_BATCH, SEVERAL, Run, differing
 from tests.support.ranks import run_ranks
 

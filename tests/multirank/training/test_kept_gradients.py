@@ -15,10 +15,10 @@ from apollo_tp.config import OptimConfig, Schedule
 from apollo_tp.distributed.control import Control
 from apollo_tp.distributed.mesh import Mesh
 from apollo_tp.distributed.tp_group import TPGroup
+from apollo_tp.inspect.exactness import samples
 from apollo_tp.training.rank_loop import RankLoop
 from apollo_tp.wire import codec, commands
 from apollo_tp.wire.commands import Sample
-from tests.support.exactness import samples
 from tests.support.families import CASES
 from tests.support.policy_twin import loss_of, sampled_batch
 from tests.support.rank_services import RecordingServices

@@ -14,11 +14,11 @@ import torch
 from apollo_tp.config import GradientMode
 from apollo_tp.distributed.tp_group import TPGroup
 from apollo_tp.errors import DeviceMemoryError
+from apollo_tp.inspect.exactness import samples
 from apollo_tp.model import LossSums
 from apollo_tp.model.batch import PackedBatch
 from apollo_tp.training.memory_plan import MARGIN, MemoryPlan
 from apollo_tp.training.memory_profiling import plan_memory
-from tests.support.exactness import samples
 from tests.support.figures import without_times
 from tests.support.gradient_runs import CONFIG, ONE_BATCH, SEVERAL, Run, differing, state
 from tests.support.ranks import run_ranks

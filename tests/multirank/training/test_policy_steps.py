@@ -12,9 +12,9 @@ from transformers import AutoModelForCausalLM
 from apollo_tp.config import GradientMode
 from apollo_tp.distributed.mesh import Mesh
 from apollo_tp.distributed.tp_group import TPGroup
+from apollo_tp.inspect.exactness import local_part, relative_error, samples
 from apollo_tp.wire.commands import Sample
 from tests.support import policy_twin
-from tests.support.exactness import local_part, relative_error, samples
 from tests.support.families import CASES
 from tests.support.ranks import run_ranks
 from tests.support.trainers import CASE, CONFIG, make_trainer

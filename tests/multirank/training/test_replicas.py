@@ -16,12 +16,12 @@ from apollo_tp.distributed.control import Control
 from apollo_tp.distributed.mesh import Mesh
 from apollo_tp.distributed.tp_group import TPGroup
 from apollo_tp.errors import ConfigError, RequestError
+from apollo_tp.inspect.exactness import local_part, reference_gradients, relative_error, samples
 from apollo_tp.model.batch import divide
 from apollo_tp.training.rank_loop import RankLoop
 from apollo_tp.training.trainer import Trainer
 from apollo_tp.wire import commands
 from apollo_tp.wire.commands import Sample
-from tests.support.exactness import local_part, reference_gradients, relative_error, samples
 from tests.support.families import CASES
 from tests.support.rank_loops import DEADLINE, in_forward, once
 from tests.support.rank_services import RecordingServices

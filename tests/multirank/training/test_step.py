@@ -14,6 +14,7 @@ from apollo_tp.config import Precision, SyncMode
 from apollo_tp.distributed.control import Control
 from apollo_tp.distributed.tp_group import TPGroup
 from apollo_tp.errors import ApolloTpError, DeadlineError, ReplicaError
+from apollo_tp.inspect.exactness import samples
 from apollo_tp.model.gradients import BUCKET_BYTES
 from apollo_tp.optim import Optimizer
 from apollo_tp.optim import update_group as bundle
@@ -21,7 +22,6 @@ from apollo_tp.training.rank_loop import RankLoop
 from apollo_tp.training.update_gate import UpdateGate
 from apollo_tp.wire import commands
 from tests.support import optim_model
-from tests.support.exactness import samples
 from tests.support.families import CASES
 from tests.support.rank_loops import Loop, in_forward
 from tests.support.rank_services import RecordingServices

@@ -23,10 +23,10 @@ from apollo_tp.coordinator.jobs.writers import Writer
 from apollo_tp.coordinator.settings import Settings
 from apollo_tp.distributed.control import Control
 from apollo_tp.distributed.tp_group import TPGroup
+from apollo_tp.inspect.exactness import samples
 from apollo_tp.training import rank_loop
 from apollo_tp.training.rank_loop import RankLoop
 from apollo_tp.wire import codec, commands
-from tests.support.exactness import samples
 from tests.support.families import CASES
 from tests.support.figures import step_figures
 from tests.support.rank_services import RecordingServices

@@ -18,8 +18,8 @@ from transformers import AutoModelForCausalLM
 from apollo_tp.config import OptimizerKind
 from apollo_tp.distributed.tp_group import TPGroup
 from apollo_tp.errors import ReplicaError
+from apollo_tp.inspect.exactness import local_part, reference_gradients, reference_logprobs, samples
 from apollo_tp.wire.commands import Sample
-from tests.support.exactness import local_part, reference_gradients, reference_logprobs, samples
 from tests.support.families import CASES
 from tests.support.ranks import run_ranks
 from tests.support.reference_optimizer import ReferenceOptimizer

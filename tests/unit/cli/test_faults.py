@@ -14,7 +14,7 @@ from tests.support.http_server import served
 NOBODY = "http://127.0.0.1:9"
 STATUS = {
     "trainer": {"connected": True, "weight_version": 3, "model": "/models/[bold]x[/y]", "num_ranks": 2, "optimizer": "a",
-                "served_model_names": ["m"], "vocab_size": 4, "max_sequence_tokens": 2},
+                "served_model_names": ["m"], "vocab_size": 4, "max_sequence_tokens": 2, "attention_window": 0},
     "running": None, "queue": [], "unsaved": False, "weight_version": 3, "data": [{"logprob": -1.0}],
 }  # fmt: skip
 JOB = {"id": "job-1", "state": "succeeded", "step": 1, "total_steps": 1, "loss": 0.5, "tokens": 3, "wanted": None}

@@ -11,6 +11,7 @@ import typer
 
 import apollo_tp
 from apollo_tp.cli import main
+from apollo_tp.cli.compare import stretch
 from tests.support.chat_model import write_model
 from tests.support.fakes import CoordinatorProcess, FakeRanks, wait_for
 from tests.support.http_server import served
@@ -237,9 +238,31 @@ def test_compare_says_how_far_server_and_trainer_are_apart(stack, completions):
     arguments = ("compare", "--server", completions, "--tokens", 10)
     shown = run(stack, *arguments)
     assert shown.returncode == 0, shown.stderr
-    assert "9 log-probabilities" in shown.stdout
+    assert "9 log-probabilities of random tokens beyond the window of 40," in shown.stdout
+    assert json.loads(run(stack, *arguments, "--json").stdout)["tokens"] == 9
     assert "0.2500 nats in the mean, 0.2500 at most" in shown.stdout
     assert run(stack, *arguments, "--at-most", 0.3).returncode == 0
     assert run(stack, *arguments, "--at-most", 0.2).returncode == 1
-    assert json.loads(run(stack, *arguments, "--json").stdout)["tokens"] == 9
     assert "401" in run(stack, *arguments, env={"VLLM_API_KEY": "wrong"}).stderr
+
+
+@pytest.mark.parametrize(
+    ("tokens", "limit", "window", "expected"),
+    [
+        (64, 2048, 0, (64, 1)),
+        (64, 48, 0, (48, 1)),
+        (1, 48, 0, (2, 1)),
+        (9999, 5000, 0, (1024, 1)),
+        (64, 2048, 512, (576, 513)),
+        (64, 520, 512, (520, 513)),
+        (64, 513, 512, (64, 1)),
+        (64, 512, 512, (64, 1)),
+        (64, 2048, 4096, (64, 1)),
+        (1, 2048, 512, (514, 513)),
+    ],
+)
+def test_compare_looks_beyond_the_window(tokens, limit, window, expected):
+    """Within a window, a side that has none computes the same; where sequences cannot be longer, nothing is lost."""
+    length, first = stretch(tokens, limit, window)
+    assert (length, first) == expected
+    assert length > first

@@ -71,7 +71,7 @@ def test_a_size_below_one_is_refused(model, capsys, size):
         (
             None,
             0,
-            "second copy, written into checkpoints with the trained values: lm_head.weight of model.embed_tokens.weight",
+            "lm_head.weight │ 1 │ second copy │ of model.embed_tokens.weight: written into checkpoints with its trained",
         ),
         (slice(900, 901), 1, "lm_head.weight: got it loaded on ranks [1] alone, expected it on all or none"),
         (slice(None), 0, "lm_head.weight │ 1003x64 │ 1"),

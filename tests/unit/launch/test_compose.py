@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from apollo_tp.config import CacheMode, GradientMode, OptimizerKind, Precision, SyncMode
+from apollo_tp.config import CacheMode, GradientMode, OptimizerKind, PrecisionChoice, SyncMode
 from apollo_tp.errors import ConfigError
 from apollo_tp.launch.compose import groups, help_text, read_config
 
@@ -33,7 +33,7 @@ def test_overrides_reach_the_dataclasses() -> None:
     assert config.optim.kind is OptimizerKind.adamw
     assert config.checkpoint.after_idle_seconds is None
     assert (config.sync.mode, config.sync.cache) == (SyncMode.step_lock, CacheMode.reset)
-    assert config.train.precision is Precision.remainder
+    assert config.train.precision is PrecisionChoice.auto
 
 
 def test_defaults_are_those_promised() -> None:

@@ -48,7 +48,8 @@ def ready(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
         arrangement=Arrangement(["test"], ["h"], [[0]], [False]),
         hf_config=SimpleNamespace(save_pretrained=None),
         model=SimpleNamespace(
-            module=SimpleNamespace(config=text_config), parameters=[SimpleNamespace(name="w", shard=shard)] * 2
+            module=SimpleNamespace(config=text_config), attention_window=8,
+            parameters=[SimpleNamespace(name="w", shard=shard)] * 2
         ),
         gate=SimpleNamespace(after_step=lambda weight_version: 0.5),
         trainer=SimpleNamespace(
@@ -85,7 +86,7 @@ def test_the_ranks_say_all_that_the_coordinator_shows(ready: SimpleNamespace) ->
         server_life=f"{first.instance_id}@{first.pid}.{first.pid_start_ticks}", model_path=first.model_path,
         served_model_names=first.served_model_names, num_ranks=4, vocab_size=100, max_sequence_tokens=512, weight_version=9,
         num_parameters=15, optimizer="apollo", gradients="stored", sync="drain", cache="salt", memory="planned",
-        qos="sm_percent=null low_priority=false pace=0.5",
+        qos="sm_percent=null low_priority=false pace=0.5", attention_window=8,
         layout=[{"checkpoint": "w", "rank": 1, "served": "fused", "offset": [0, 1], "shape": [3, 4]}],
         replicas=[commands.Replica("test", "h"), commands.Replica("other", "h")],
     )  # fmt: skip

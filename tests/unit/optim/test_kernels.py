@@ -15,12 +15,13 @@ import torch
 
 from apollo_tp.config import OptimizerKind, Precision, Projection
 from apollo_tp.distributed.tp_group import TPGroup
-from apollo_tp.optim import Optimizer, OptimParameter
+from apollo_tp.optim import Optimizer, OptimParameter, rounding
 from apollo_tp.optim.rounding import join
 from apollo_tp.optim.sharding import Decision, DecisionInputs, GradientStats
 from apollo_tp.optim.torch_backend import TorchBackend, decide
 from apollo_tp.shards.boxes import Shard
 from tests.support import optim_model as model
+from tests.unit.optim.test_random_numbers import NOT_FINITE, from_bits
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # The interpreter is chosen when triton is first imported, so it needs a process of its own.
@@ -36,6 +37,30 @@ def test_in_the_interpreter():
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280, check=False)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     assert " passed" in done.stdout
+
+
+@pytest.mark.skipif(HERE, reason="in a process without the interpreter")
+@pytest.mark.parametrize("bits", [8, 16])
+def test_the_kernel_with_remainders_compiles_for_a_gpu(bits):
+    """To machine code of compute capability 9.0, which needs none: the interpreter takes more than the compiler does."""
+    import triton.language as tl
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+    from triton.compiler import compile as compile_kernel
+
+    from apollo_tp.optim.kernels import write_kernel
+    from apollo_tp.optim.triton_backend import WRITE_TILE
+
+    rows, columns = WRITE_TILE[True]
+    constants = {
+        "CHANNELS_LAST": False, "EVEN": True, "REMAINDER": bits, "STOCHASTIC": False, "W_TYPE": tl.bfloat16,
+        "G_TYPE": tl.bfloat16, "BLOCK_R": rows, "BLOCK_N": columns,
+    }  # fmt: skip
+    pointers = {"table": "*i64", "addresses": "*i64", "scales": "*fp32", "coefficients": "*fp32", "decay": "fp32"}
+    names = [parameter.name for parameter in write_kernel.params]
+    signature = {name: "constexpr" if name in constants else pointers.get(name, "*i32") for name in names}
+    source = ASTSource(write_kernel, signature=signature, constexprs=constants)
+    assert "cubin" in compile_kernel(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4}).asm
 
 
 def triton_backend(group):
@@ -122,6 +147,7 @@ def run(backend: str, size: int, precision: Precision, dtype: torch.dtype, **cha
 
 CASES = {
     "remainder": (2, Precision.remainder, torch.bfloat16, {"max_grad_norm": 0.05}),
+    "remainder16": (2, Precision.remainder16, torch.bfloat16, {"max_grad_norm": 0.05}),
     "stochastic": (2, Precision.stochastic, torch.bfloat16, {}),
     "nearest_rank_40": (1, Precision.nearest, torch.bfloat16, {"max_grad_norm": None, "rank": 40}),
     "float32_gaussian": (2, Precision.remainder, torch.float32, {"rank": 20, "projection": Projection.gaussian}),
@@ -147,7 +173,7 @@ def test_kernels_equal_their_twin(name):
         assert mine.largest_update == pytest.approx(theirs.largest_update, rel=1e-4)
     for key, value in expected_state.items():
         torch.testing.assert_close(state[key], value, rtol=1e-3, atol=float(value.abs().max()) * 1e-5)
-    whole_bits = precision is not Precision.remainder and dtype is torch.bfloat16
+    whole_bits = precision in (Precision.stochastic, Precision.nearest) and dtype is torch.bfloat16
     for key, value in expected.items():
         error = (weights[key] - value).abs()
         if whole_bits:
@@ -156,7 +182,7 @@ def test_kernels_equal_their_twin(name):
             # and so does the fp32 rounding of terms of about 0.1
             excess = float((error - magnitudes[key] * 2.0**-7).max())
             assert excess <= 1e-8, f"{key}: excess {excess}"
-        else:  # 24 bits: the last of 16 of the significand; fp32: rounding
+        else:  # 24 or 32 bits: the last of 16 of the significand; fp32: rounding
             assert bool((error <= value.abs() * 2.0**-14 + 1e-6).all()), key
 
 
@@ -207,6 +233,29 @@ def test_a_parameter_whose_pieces_differ_in_kernel_is_summed_whole(value):
     assert update == pytest.approx(expected_update, rel=1e-6)
     assert skipped == expected_skipped
     assert ("qkv.bias on rank 0" in skipped) == math.isnan(value)
+
+
+@pytest.mark.skipif(not HERE, reason="run by test_in_the_interpreter")
+@pytest.mark.parametrize("how", ["remainder", "remainder16", "stochastic", "nearest"])
+def test_numbers_at_the_edges_are_stored_as_by_the_twin(how):
+    """Bit for bit: NaNs of all payloads, which stay NaNs; infinities, largest numbers, ties, zeros and subnormal ones."""
+    from tests.support.store_kernel import stored
+
+    edges = [0x7F7FFFFF, 0x7F7F8000, 0x7F800000, 0, 1, 0x00008000, 0x3F808000, 0x3F818000, 0x3F80FF80, 0x3F7FFFFF]
+    value = from_bits([*NOT_FINITE, *edges, *(1 << 31 | bits for bits in edges)]).to(DEVICE)
+    for bits in (0, 0x8000, 0xFFFF):
+        random = torch.full((len(value),), bits, dtype=torch.int32, device=DEVICE)
+        weight = torch.zeros_like(value, dtype=torch.bfloat16)
+        rest = torch.zeros_like(value, dtype=torch.int16 if how == "remainder16" else torch.int8)
+        rounding.store(
+            weight, rest if how.startswith("remainder") else None, value, random if how == "stochastic" else None
+        )
+        got, got_rest = stored(value, random, how)
+        nan = weight.isnan()
+        assert torch.equal(nan, value.isnan())
+        assert torch.equal(got.isnan(), nan)
+        assert torch.equal(got.view(torch.int16)[~nan], weight.view(torch.int16)[~nan])
+        assert torch.equal(got_rest, rest)
 
 
 LAYOUTS = {

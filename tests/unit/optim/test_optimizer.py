@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 from apollo_tp.config import EmbeddingMode, OptimConfig, OptimizerKind, Precision, Schedule
 from apollo_tp.distributed.tp_group import TPGroup
 from apollo_tp.errors import ConfigError, UnsupportedModelError
-from apollo_tp.optim import Optimizer, OptimParameter
+from apollo_tp.optim import Optimizer, OptimParameter, rounding
 from apollo_tp.optim.optimizer import learning_rate
 from apollo_tp.shards.boxes import Shard
 from tests.support import optim_model as model
@@ -71,9 +71,11 @@ def test_embeddings(mode):
     )
 
 
-@pytest.mark.parametrize(("precision", "rest"), [(Precision.remainder, 1), (Precision.stochastic, 0)])
+@pytest.mark.parametrize(
+    ("precision", "rest"), [(Precision.remainder, 1), (Precision.remainder16, 2), (Precision.stochastic, 0)]
+)
 def test_state_bytes_follow_the_formula(precision, rest):
-    """2 x 4 bytes x rank x channels per matrix, 2 x 4 per AdamW element, 1 per bf16 element with remainders."""
+    """2 x 4 bytes x rank x channels per matrix, 2 x 4 per AdamW element, 1 or 2 per bf16 element with remainders."""
     config = model.config()
     _, optimizer = build(config, precision, torch.bfloat16)
     expected = 0
@@ -82,6 +84,31 @@ def test_state_bytes_follow_the_formula(precision, rest):
         numel = torch.Size(spec.shape).numel()
         expected += 8 * (config.rank * max(spec.shape) if projected else numel) + rest * numel
     assert optimizer.state_bytes() == expected
+
+
+@pytest.mark.parametrize("lr", [1e-3, 1e-7])
+def test_a_remainder_of_16_bits_is_an_fp32_run(lr):
+    """bf16 weights with int16 remainders take the very bits of fp32 weights on the same gradients, at any learning rate; an
+    int8 loses what a step changes below its last bit."""
+    ends = {}
+    for precision, dtype in (
+        (Precision.nearest, torch.float32), (Precision.remainder16, torch.bfloat16), (Precision.remainder, torch.bfloat16)
+    ):  # fmt: skip
+        params, optimizer = build(model.config(lr=lr), precision, dtype)
+        for p in params:
+            p.tensor.data.copy_(model.weights()[p.name].bfloat16())
+        optimizer.rejoin()  # norms of the weights that are there now
+        for step in range(6):  # one refresh
+            for p in params:
+                p.tensor.grad = model.gradients(step)[p.name].bfloat16().to(dtype)
+            assert optimizer.step().skipped == ""
+        ends[precision] = {w.name: rounding.join(w.data, w.remainder) for w in optimizer.weights}
+    for name, exact in ends[Precision.nearest].items():
+        assert torch.equal(ends[Precision.remainder16][name], exact), name
+    start = {name: w.bfloat16().float() for name, w in model.weights().items()}
+    moved = sum(float((w.view_as(start[n]) - start[n]).square().sum()) for n, w in ends[Precision.nearest].items())
+    lost = sum(float((w - ends[Precision.nearest][n]).square().sum()) for n, w in ends[Precision.remainder].items())
+    assert (lost > 0.2 * moved) == (lr == 1e-7)
 
 
 @pytest.mark.parametrize("kind", list(OptimizerKind))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from apollo_tp.config import Precision
+from apollo_tp.config import Precision, PrecisionChoice
 from apollo_tp.optim import projection, rounding
 from tests.support.reference_optimizer import projection_matrix
 
@@ -81,6 +81,74 @@ def test_join_undoes_split_to_24_bits():
     nearest = value.bfloat16().float()
     # rounding twice (24 bits, then 16) may miss the nearest bf16 by 2**-8 of its ulp, which is at most 2**-7 |value|
     assert torch.all((upper.float() - value).abs() <= (nearest - value).abs() + value.abs() * 2.0**-15)
+
+
+# sign and payload of NaNs, from the smallest payload to the largest; then infinity and the largest finite number
+NOT_FINITE = [
+    sign | payload for sign in (0, 1 << 31) for payload in (0x7F800001, 0x7FC00000, 0x7FFFFF7F, 0x7FFFFF80, 0x7FFFFFFF)
+]
+
+
+def from_bits(bits):
+    """fp32 numbers of these 32-bit patterns."""
+    return torch.from_numpy(np.array(bits, dtype=np.uint32).view(np.float32))
+
+
+def test_a_remainder_of_16_bits_keeps_all_32():
+    """And the served weight is the nearest bf16, but for ties, which go away from zero."""
+    value = torch.randn(100_000) * torch.logspace(-20, 20, 100_000)
+    value = torch.cat([value, from_bits([0, 1 << 31, 1, 0x007FFFFF, 0x3F7FFFFF, 0x3F807FFF, 0x3F808000, 0x7F000000])])
+    upper, rest = rounding.split(value, torch.int16)
+    assert torch.equal(rounding.join(upper, rest).view(torch.int32), value.view(torch.int32))
+    ties = (value.view(torch.int32) & 0xFFFF) == 0x8000
+    assert torch.equal(upper[~ties], value[~ties].bfloat16())
+
+
+def test_remainders_of_both_sizes_are_read_as_each_other():
+    """From 8 bits a weight stays the same number; from 16 it is the nearest of 24 bits, unless the bf16 would change."""
+    rests = torch.arange(-128, 128, dtype=torch.int16).to(torch.int8)
+    weight = torch.full((256,), 0.0173, dtype=torch.bfloat16)
+    wide = rounding.convert_remainder(rests, torch.int16)
+    assert torch.equal(rounding.join(weight, wide), rounding.join(weight, rests))
+    assert torch.equal(rounding.convert_remainder(wide, torch.int8), rests)
+    all_rests = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32).to(torch.int16)
+    narrow = rounding.convert_remainder(all_rests, torch.int8)
+    wrong = (narrow.int() * 256 - all_rests.int()).abs()
+    assert int(wrong[:-128].max()) <= 128
+    assert int(wrong.max()) <= 255
+
+
+@pytest.mark.parametrize(
+    ("choice", "lr", "expected", "said"),
+    [
+        ("auto", 3e-6, Precision.remainder, "an int8 remainder (1 byte per weight), since optim.lr=3e-06 is not below"),
+        ("auto", 2.9e-6, Precision.remainder16, "an int16 remainder (2 bytes per weight)"),
+        ("auto", 1e-7, Precision.remainder16, "optim.lr is 1e-07"),
+        *((precision.value, 1e-7, precision, "") for precision in Precision),
+    ],
+)
+def test_auto_chooses_the_remainder_by_the_learning_rate(choice, lr, expected, said):
+    """In one sentence for the log; what is asked for by name is not discussed."""
+    precision, sentence = rounding.choose(PrecisionChoice(choice), lr)
+    assert precision is expected
+    assert said in sentence
+    assert bool(said) == bool(sentence)
+
+
+@pytest.mark.parametrize("how", ["remainder", "remainder16", "stochastic", "nearest"])
+def test_a_nan_stays_one_in_every_precision(how):
+    """The upper payloads ran over into the sign when they were rounded up: minus zero, and training went on."""
+    value = from_bits(NOT_FINITE)
+    weight = torch.zeros(len(value), dtype=torch.bfloat16)
+    rest = torch.zeros(len(value), dtype=torch.int16 if how == "remainder16" else torch.int8)
+    bits = torch.full((len(value),), 0xFFFF, dtype=torch.int32) if how == "stochastic" else None
+    rounding.store(weight, rest if how.startswith("remainder") else None, value, bits)
+    assert weight.isnan().all()
+    assert rounding.join(weight, rest).isnan().all()
+    infinite = torch.tensor([torch.inf, -torch.inf])
+    rests = rest[:2] if how.startswith("remainder") else None
+    rounding.store(weight[:2], rests, infinite, None if bits is None else bits[:2])
+    assert torch.equal(weight[:2].float(), infinite)
 
 
 def test_random_bits_do_not_depend_on_the_cut():
