@@ -7,7 +7,7 @@ TORCH := torch==2.13.0+cpu
 TORCH_INDEX := https://download.pytorch.org/whl/cpu
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: setup demo demo-replicas test test-fast mutate hostile check format test-gpu clean
+.PHONY: setup demo demo-replicas demo-rl test test-fast mutate hostile check format test-gpu clean
 
 setup: $(VENV)/.ready
 
@@ -27,6 +27,10 @@ demo: setup
 # Two servers trained as one; one of them is killed and returns.
 demo-replicas: setup
 	$(BIN)/python -m examples.demo.replicas
+
+# A reward is learned from sampled answers, with sync=step_lock and with sync=hogwild.
+demo-rl: setup
+	$(BIN)/python -m examples.demo.rl
 
 # Tests of one process and of several ranks use both cores; a real server takes them by itself.
 test: setup

@@ -20,16 +20,22 @@ from urllib.parse import quote
 import httpx
 import msgspec
 
+from apollo_tp.coordinator.samples.schema import Guard
 from apollo_tp.coordinator.samples.schema import SampleBody as Sample
 from apollo_tp.errors import DECODE_ERRORS, ApolloTpError, DeadlineError
 from apollo_tp.wire.losses import LossConfig, LossName
 
-__all__ = ["AsyncClient", "Client", "Job", "JobError", "Loss", "LossConfig", "RefusedError", "Sample", "Status"]
+__all__ = [
+    "AsyncClient", "Checkpoint", "Client", "Guard", "Job", "JobError", "Loss", "LossConfig", "NotDoneError", "RefusedError",
+    "Sample", "Status",
+]  # fmt: skip
 
 Loss = LossName
 T = TypeVar("T")
 POLL_SECONDS = (0.02, 1.0)
 """Between two looks at a job: at first, and at most."""
+LOOK_SECONDS = 0.2
+"""Between two looks at a checkpoint."""
 ENDED = ("succeeded", "failed", "cancelled")
 
 
@@ -40,6 +46,10 @@ class JobError(ApolloTpError):
         reason = (job.error or {}).get("message", "no reason given")
         super().__init__(f"job {job.id}: got state {job.state} after step {job.step} ({reason}), expected succeeded")
         self.job = job
+
+
+class NotDoneError(ApolloTpError):
+    """A checkpoint could not be written, or not be restored."""
 
 
 class RefusedError(ApolloTpError):
@@ -62,7 +72,32 @@ class Job(msgspec.Struct, kw_only=True):
     weight_version: int | None = None
     skipped_steps: int = 0
     metrics: dict[str, float | None] = {}
+    guard: dict[str, Any] | None = None
     error: dict[str, Any] | None = None
+
+
+class Restore(msgspec.Struct, kw_only=True):
+    """The last request to put a checkpoint back."""
+
+    state: str
+    weight_version: int | None = None
+    seconds: float = 0.0
+    paused_seconds: float = 0.0
+    error: str = ""
+
+
+class Checkpoint(msgspec.Struct, kw_only=True):
+    """A checkpoint. Of the ``seconds`` that it took, no step could be made for ``stopped_seconds``."""
+
+    id: str
+    name: str
+    state: str
+    path: str = ""
+    weight_version: int | None = None
+    seconds: float = 0.0
+    stopped_seconds: float = 0.0
+    restore: Restore | None = None
+    error: str = ""
 
 
 class Trainer(msgspec.Struct, kw_only=True):
@@ -90,6 +125,8 @@ class Options(TypedDict, total=False):
     learning_rate_scale: float
     seed: int | None
     max_steps: int | None
+    validation: Sequence[Sample | dict[str, Any]]
+    guard: Guard | None
     metadata: dict[str, str]
 
 
@@ -134,6 +171,21 @@ def _options(token: str | None) -> dict[str, Any]:
     headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {token}"} if token else {})
     # a step can take minutes: only connecting has a short deadline
     return {"headers": headers, "timeout": httpx.Timeout(120, connect=5), "trust_env": False}
+
+
+def _is_done(checkpoint: Checkpoint, wanted: Checkpoint | Restore | None) -> bool:
+    """Whether what was asked of ``checkpoint`` is done. Raises NotDoneError if it failed."""
+    if wanted is not None and wanted.state == "failed":
+        raise NotDoneError(f"checkpoint {checkpoint.name}: got an error ({wanted.error}), expected it to be done")
+    return wanted is not None and wanted.state == "succeeded"
+
+
+def _late(checkpoint: Checkpoint, seconds: float) -> DeadlineError:
+    return DeadlineError(f"checkpoint {checkpoint.name}: not done after {seconds:g} s; it goes on")
+
+
+def _path(name: str) -> str:
+    return f"/checkpoint/{quote(name, safe='')}"
 
 
 def _is_over(job: Job) -> bool:
@@ -193,6 +245,28 @@ class Client:
         answer = self._http.post("/train/score", content=_encoded(samples, {"per_token": True}))
         return _completions(samples, _parsed(answer, _Scores).data)
 
+    def checkpoint(self, seconds: float = 600.0) -> Checkpoint:
+        """Write a checkpoint of the served weights; returns it once it is complete. Raises NotDoneError, and DeadlineError
+        after ``seconds``."""
+        made, end = _parsed(self._http.post("/checkpoint"), Checkpoint), time.monotonic() + seconds
+        while not _is_done(made, made):
+            if time.monotonic() > end:
+                raise _late(made, seconds)
+            time.sleep(LOOK_SECONDS)
+            made = _parsed(self._http.get(_path(made.id)), Checkpoint)
+        return made
+
+    def restore(self, name: str, seconds: float = 600.0) -> Checkpoint:
+        """Put the checkpoint of this name or id back into the served memory; returns it once that is done. Raises as
+        ``checkpoint``, and RefusedError if there is none."""
+        found, end = _parsed(self._http.post(f"{_path(name)}/restore"), Checkpoint), time.monotonic() + seconds
+        while not _is_done(found, found.restore):
+            if time.monotonic() > end:
+                raise _late(found, seconds)
+            time.sleep(LOOK_SECONDS)
+            found = _parsed(self._http.get(_path(name)), Checkpoint)
+        return found
+
     def close(self) -> None:
         self._http.close()
 
@@ -232,6 +306,26 @@ class AsyncClient:
         """See Client."""
         answer = await self._http.post("/train/score", content=_encoded(samples, {"per_token": True}))
         return _completions(samples, _parsed(answer, _Scores).data)
+
+    async def checkpoint(self, seconds: float = 600.0) -> Checkpoint:
+        """See Client."""
+        made, end = _parsed(await self._http.post("/checkpoint"), Checkpoint), time.monotonic() + seconds
+        while not _is_done(made, made):
+            if time.monotonic() > end:
+                raise _late(made, seconds)
+            await asyncio.sleep(LOOK_SECONDS)
+            made = _parsed(await self._http.get(_path(made.id)), Checkpoint)
+        return made
+
+    async def restore(self, name: str, seconds: float = 600.0) -> Checkpoint:
+        """See Client."""
+        found, end = _parsed(await self._http.post(f"{_path(name)}/restore"), Checkpoint), time.monotonic() + seconds
+        while not _is_done(found, found.restore):
+            if time.monotonic() > end:
+                raise _late(found, seconds)
+            await asyncio.sleep(LOOK_SECONDS)
+            found = _parsed(await self._http.get(_path(name)), Checkpoint)
+        return found
 
     async def close(self) -> None:
         await self._http.aclose()

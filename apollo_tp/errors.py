@@ -90,6 +90,10 @@ class ServerGoneError(ApolloTpError):
     """A vLLM process that owns the weights ended."""
 
 
+class ServerReturnedError(ApolloTpError):
+    """A server that training went on without is up again; ranks must be arranged anew."""
+
+
 class ReplicaError(ApolloTpError):
     """Ranks that hold the same part of a weight hold different bits of it, or different gradients."""
 

@@ -72,9 +72,13 @@ STEPS = {
         150, server=False,
     ),
     "optimizer": Step(bench("optimizer", "--steps", "40", "--out", "{out}/optimizer.md"), 110, server=False, rehearsal=()),
+    "restore": Step(
+        ("-m", "torch.distributed.run", "--nproc-per-node", "2", *bench("restore", "--out", "{out}")), 300, server=False
+    ),
     "step": Step(bench("step", "--cases", "1x", "1x-stochastic", "fsdp2-1x-compiled", "--out", "{out}"), 480),
     "baselines": Step(bench("step", "--cases", "fsdp2-1x", "fsdp2-4x-recompute", "--out", "{out}/rest"), 330),
     "replicas-speed": Step(bench("replicas", "--out", "{out}"), 560),
+    "online": Step(bench("online", "--out", "{out}"), 500),
     "aborts": Step(pytest("tests/gpu/test_aborted_collectives.py"), 200, server=False, rehearsal=None),
     "shared": Step(bench_several(), 1000, rehearsal=None),
     "scale": Step(bench("scale", "--tp", "1", "2", "--out", "{out}"), 450, rehearsal=None),

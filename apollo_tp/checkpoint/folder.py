@@ -5,6 +5,7 @@
     *.safetensors, config.json, tokenizer files ...   a Hugging Face folder, with the original names and file split
     README.md              the model card
     apollo_tp.json         CheckpointInfo
+    apollo_tp.checksums.json   by tensor, the checksum of its values (checksum.py)
   <name>.optimizer/        optimizer state in global coordinates (earlier versions: <name>/optimizer); appears before <name>/
   latest -> <name>
   .writer.lock             held (flock) by the one trainer that writes here
@@ -31,6 +32,7 @@ from apollo_tp.runtime.owned_folder import fsync as fsync
 log = logging.getLogger(__name__)
 
 INFO_FILE = "apollo_tp.json"
+CHECKSUMS_FILE = "apollo_tp.checksums.json"
 OPTIMIZER_DIR = "optimizer"
 LATEST = "latest"
 PARTIAL = "partial"
@@ -64,6 +66,18 @@ def read_info(folder: Path) -> CheckpointInfo | None:
         return None
     except (OSError, *DECODE_ERRORS) as error:
         raise CheckpointError(f"{path}: got an unreadable record ({error}), expected JSON; remove the folder") from None
+
+
+def read_checksums(folder: Path) -> dict[str, str]:
+    """By tensor, the checksum with which it was written; empty for checkpoints of earlier versions. Raises CheckpointError
+    for a file that cannot be read."""
+    path = folder / CHECKSUMS_FILE
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=dict[str, str])
+    except FileNotFoundError:
+        return {}
+    except (OSError, *DECODE_ERRORS) as error:
+        raise CheckpointError(f"{path}: got {error}, expected checksums as JSON; restore another checkpoint") from None
 
 
 def origin_of(model_path: str) -> str:

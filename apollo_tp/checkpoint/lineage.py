@@ -23,10 +23,22 @@ RECORD_BYTES = 16384
 after that."""
 
 
+class Departure(msgspec.Struct, frozen=True):
+    """The last step of a history that a server has had part in."""
+
+    weight_version: int
+    last_job_id: str
+    last_job_step: int
+
+
 class Lineage(msgspec.Struct, frozen=True):
     """``checkpoint`` is the last one written of these weights, or the one that the server was started from; ``step_count``
     is the optimizer's, from which the learning rate follows; ``trained`` counts from the first model of them all. ``life``
-    is that of the server (``Manifest.life``) with which this history began, where replicas share it; "" is this server's."""
+    is that of the server (``Manifest.life``) with which this history began, where replicas share it; "" is this server's.
+    ``partners`` are the lives of all servers that have shared it, with where those left that are away (None: with us).
+
+    ``restoring`` is the checkpoint that is being written into served memory, which has parts of two models until this is ""
+    again: the next trainer completes that first. ``restore_id`` names the last request to restore one."""
 
     weight_version: int = 0
     step_count: int = 0
@@ -35,6 +47,14 @@ class Lineage(msgspec.Struct, frozen=True):
     last_job_step: int = 0
     trained: Trained = Trained()
     life: str = ""
+    restoring: str = ""
+    restore_id: str = ""
+    partners: dict[str, Departure | None] = {}
+
+    @property
+    def here(self) -> Departure:
+        """Where this history is now."""
+        return Departure(self.weight_version, self.last_job_id, self.last_job_step)
 
 
 class LineageFile:
@@ -64,15 +84,16 @@ class LineageFile:
             self.trained_here = True
             self.update()
 
-    def share(self, life: str) -> None:
+    def share(self, life: str, partners: dict[str, Departure | None]) -> None:
         """From now on this is one history with that of other replicas. It is written with the next change, or now if weights
         were changed before."""
-        if life == self.record.life:
+        shared = msgspec.structs.replace(self.record, life=life, partners=partners)
+        if shared == self.record:
             return
         if self.trained_here:
-            self.update(life=life)
+            self.update(life=life, partners=partners)
         else:
-            self.record = msgspec.structs.replace(self.record, life=life)
+            self.record = shared
 
     def count_to(self, weight_version: int) -> None:
         """Record the weight version after a step that failed, which may have written weights."""

@@ -13,59 +13,30 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
-from torch import Tensor
-from torch.distributed.checkpoint.default_planner import create_default_global_save_plan
-from torch.distributed.checkpoint.metadata import (
-    ChunkStorageMetadata,
-    Metadata,
-    MetadataIndex,
-    TensorProperties,
-    TensorStorageMetadata,
-)
-from torch.distributed.checkpoint.planner import (
-    LoadPlan,
-    LoadPlanner,
-    ReadItem,
-    SavePlan,
-    SavePlanner,
-    TensorWriteData,
-    WriteItem,
-    WriteItemType,
-)
-from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
+from apollo_tp.checkpoint import checksum
+from apollo_tp.checkpoint.state_planners import LoadBoxes, Piece, SaveBoxes
 from apollo_tp.distributed.control import ComputeControl
 from apollo_tp.errors import CheckpointError
 from apollo_tp.optim import Optimizer
-from apollo_tp.optim.rounding import convert_remainder
 from apollo_tp.optim.sharding import moment_rank
 from apollo_tp.shards.boxes import Box
 
 SCHEMA_VERSION = 1
 COUNTERS = "optimizer.json"
+PART_BYTES = 256 * 2**20
+"""Read at a time when a state is checked."""
 
 
-@dataclass(frozen=True)
-class _Piece:
-    """A LOCAL view that holds one global box of one key. ``owned`` on one of the ranks with the same content."""
-
-    key: str
-    global_shape: tuple[int, ...]
-    box: Box
-    tensor: Tensor
-    part: int
-    owned: bool
-
-
-def _pieces(optimizer: Optimizer) -> Iterator[_Piece]:
+def _pieces(optimizer: Optimizer) -> Iterator[Piece]:
     """All state tensors of this rank, cut into global boxes."""
     for group in optimizer.update_group.groups:
         for member in group.members:
@@ -75,7 +46,7 @@ def _pieces(optimizer: Optimizer) -> Iterator[_Piece]:
                 rows, box = slice(start, start + last - first), Box((first, 0), (last - first, group.rank))
                 for kind, state in (("exp_avg", group.exp_avg), ("exp_avg_sq", group.exp_avg_sq)):
                     owned = matrix.exchanged or (range_owned and matrix.weight.is_owner)
-                    yield _Piece(f"{matrix.weight.name}.{kind}", shape, box, state[rows], part, owned)
+                    yield Piece(f"{matrix.weight.name}.{kind}", shape, box, state[rows], part, owned)
                 start = rows.stop
     adamw = optimizer.update_group.adamw.values()
     elementwise = [(a.weight, kind, getattr(a, kind)) for a in adamw for kind in ("exp_avg", "exp_avg_sq")]
@@ -84,7 +55,7 @@ def _pieces(optimizer: Optimizer) -> Iterator[_Piece]:
         shard, local = weight.shard, folded.view(weight.shard.local_shape)
         for part, (box, start, owned) in enumerate(weight.boxes()):
             view = local if shard.dim is None else local.narrow(shard.dim, start, box.shape[shard.dim])
-            yield _Piece(f"{weight.name}.{kind}", shard.global_shape, box, view, part, owned)
+            yield Piece(f"{weight.name}.{kind}", shard.global_shape, box, view, part, owned)
 
 
 def _fits(optimizer: Optimizer) -> dict[str, Any]:
@@ -101,10 +72,23 @@ def _fits(optimizer: Optimizer) -> dict[str, Any]:
     }
 
 
-def _counters(optimizer: Optimizer) -> dict[str, Any]:
-    """Of all replicas. Collective over replicas, if there are several: one all-gather."""
+@dataclass(frozen=True)
+class Snapshot:
+    """What one rank writes of a state. ``counters`` are of all ranks and replicas; ``rank`` counts over both."""
+
+    pieces: list[Piece]
+    counters: dict[str, Any]
+    rank: int
+
+
+def snapshot(optimizer: Optimizer, *, on_host: bool) -> Snapshot:
+    """The state as it is now: a copy in host memory, or views. Collective over replicas, if there are several: one
+    all-gather."""
     steps, limiter_norms = optimizer.gather_counters()
-    return {
+    pieces = [p for p in _pieces(optimizer) if p.owned and p.tensor.numel()]
+    if on_host:
+        pieces = [replace(p, tensor=p.tensor.to("cpu", copy=True)) for p in pieces]
+    counters = {
         "schema": SCHEMA_VERSION,
         "ranks": optimizer.tp.size * optimizer.replicas.size,
         "precision": optimizer.precision.value,
@@ -114,37 +98,51 @@ def _counters(optimizer: Optimizer) -> dict[str, Any]:
         "steps": dict(zip(optimizer.names, steps, strict=True)),
         "limiter_norms": dict(zip(optimizer.names, limiter_norms, strict=True)),
     }
+    return Snapshot(pieces, counters, optimizer.replicas.rank * optimizer.tp.size + optimizer.tp.rank)
+
+
+def checksums(pieces: Iterable[Piece]) -> dict[str, int]:
+    """The part of these pieces in the checksums of the state's tensors, by key."""
+    return checksum.add({p.key: checksum.of_box(p.tensor, p.box, p.global_shape)} for p in pieces)
 
 
 def save(optimizer: Optimizer, folder: Path) -> None:
     """Write the state of all ranks below ``folder``, which all ranks see. Replicated boxes are written once.
 
-    Collectives: one all-gather at the end, so that the folder is complete when any rank returns; with several replicas, two
-    more over them. Raises CheckpointError on the ranks that could not write, RankFailedError on the others.
+    Collectives: one all-gather of checksums, one at the end, so that the folder is complete when any rank returns; with
+    several replicas, three more over them. Raises CheckpointError on the ranks that could not write, RankFailedError on the
+    others.
     """
-    counters = _counters(optimizer)
     controls = [ComputeControl(group, optimizer.device) for group in (optimizer.replicas, optimizer.tp)]
+    state = snapshot(optimizer, on_host=False)
+    sums = checksum.over_ranks(checksums(state.pieces), *controls)
     with controls[0].agree(), controls[1].agree():
-        _save_own_part(optimizer, folder, counters)
+        write_part(state, folder)
+        if state.rank == 0:
+            write_counters(state, folder, sums)
 
 
-def _save_own_part(optimizer: Optimizer, folder: Path, counters: dict[str, Any]) -> None:
-    """This rank's part, and on the first rank the counters. Raises CheckpointError."""
-    rank = optimizer.replicas.rank * optimizer.tp.size + optimizer.tp.rank
-    pieces = [p for p in _pieces(optimizer) if p.owned and p.tensor.numel()]
+def write_part(state: Snapshot, folder: Path) -> None:
+    """This rank's part. Local. Raises CheckpointError."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for part in sorted({p.part for p in pieces}):
-            writer = dcp.HuggingFaceStorageWriter(str(_part_folder(folder, rank, part)), save_distributed=True)
-            planner = _SavePlanner([p for p in pieces if p.part == part])
+        for part in sorted({p.part for p in state.pieces}):
+            writer = dcp.HuggingFaceStorageWriter(str(_part_folder(folder, state.rank, part)), save_distributed=True)
+            planner = SaveBoxes([p for p in state.pieces if p.part == part])
             with _no_coordination():
                 dcp.save({}, storage_writer=writer, planner=planner, no_dist=True)
-        if rank == 0:
-            (folder / COUNTERS).write_text(json.dumps(counters, indent=1))
     except dcp.api.CheckpointException as error:  # its own text does not begin with the cause
-        causes = "; ".join(f"{type(cause).__name__}: {cause}" for cause, _ in error.failures.values()) or repr(error)
-        raise _not_written(folder, causes) from error
+        raise _not_written(folder, _causes(error)) from error
     except (OSError, RuntimeError) as error:
+        raise _not_written(folder, f"{type(error).__name__}: {error}") from error
+
+
+def write_counters(state: Snapshot, folder: Path, sums: Mapping[str, int]) -> None:
+    """The counters, with the checksums of all ranks. Local, on one rank. Raises CheckpointError."""
+    content = state.counters | {"checksums": {key: checksum.text(value) for key, value in sums.items()}}
+    try:
+        (folder / COUNTERS).write_text(json.dumps(content, indent=1))
+    except OSError as error:
         raise _not_written(folder, f"{type(error).__name__}: {error}") from error
 
 
@@ -162,31 +160,105 @@ def load(optimizer: Optimizer, folder: Path) -> None:
     ``optim.reset_state`` a state that does not fit is left alone and the optimizer starts afresh. Raises CheckpointError
     otherwise, or if boxes are missing.
     """
-    try:
-        saved = json.loads((folder / COUNTERS).read_text())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{folder / COUNTERS}: got {error}, expected the counters of a saved optimizer"
-        ) from error
+    saved = _read_counters(folder)
     differing = _differences(saved, _fits(optimizer))
     if differing:
         if optimizer.config.reset_state:
             return
-        raise CheckpointError(
-            f"optimizer state in {folder} does not fit: {'; '.join(differing)}; set these options back, or start with "
-            "fresh state by optim.reset_state=true"
-        )
-    planner = _LoadPlanner(p for p in _pieces(optimizer) if p.tensor.numel())
-    for part in sorted(folder.glob("rank-*.part-*")):
-        with _no_coordination():
-            dcp.load({}, storage_reader=dcp.HuggingFaceStorageReader(str(part)), planner=planner, no_dist=True)
-    planner.check_complete(folder)
+        raise _does_not_fit(folder, differing)
+    planner = LoadBoxes(p for p in _pieces(optimizer) if p.tensor.numel())
+    _read(planner, folder)
+    planner.clear_what_nobody_saved()
     optimizer.step_count = saved["step_count"]
     optimizer.use_rounding_stream(saved.get("rounding_stream", 0))
     group = optimizer.update_group
     owned = [weight.name for weight in optimizer.weights]
     group.counters.steps = [saved["steps"][name] for name in owned]
     group.counters.limiter_norms.copy_(group.vector([saved["limiter_norms"][name] for name in owned]))
+
+
+def check(optimizer: Optimizer, folder: Path, world: ComputeControl, controls: Sequence[ComputeControl]) -> None:
+    """Read the state below ``folder`` beside that of the optimizer, which does not change, a part at a time. Raises
+    CheckpointError, on all ranks, if ``load`` would, or if the state is not what was saved.
+
+    Collectives: for each part a gather over each of ``controls``, which lead over ranks and replicas, and two over all.
+    """
+    with world.agree():
+        saved = _read_counters(folder)
+        if differing := _differences(saved, _fits(optimizer)):
+            raise _does_not_fit(folder, differing)
+        parts = _parts(optimizer)
+    count = max(int(n) for n in world.gather(str(len(parts)).encode()))
+    problem, sums = "", saved.get("checksums", {})
+    found: dict[str, int] = {}
+    for number in range(count):
+        own = [replace(p, tensor=torch.empty_like(p.tensor)) for p in (parts[number] if number < len(parts) else ())]
+        try:
+            _read(LoadBoxes(own), folder)
+        except (CheckpointError, OSError, RuntimeError) as error:
+            problem = problem or str(error)
+        found = checksum.add([found, checksum.over_ranks(checksums(own), *controls)])
+    with world.agree():
+        if problem:
+            raise CheckpointError(problem)
+    if damaged := checksum.differing(sums, found):  # the same on all ranks
+        raise CheckpointError(
+            f"optimizer state in {folder}: got {damaged[0]} with another checksum than it was written with, expected the "
+            "values that were written; restore another checkpoint; nothing was written"
+        )
+
+
+def _parts(optimizer: Optimizer) -> list[list[Piece]]:
+    """The pieces that this rank owns and that a checkpoint has, in lists of about PART_BYTES."""
+    parts: list[list[Piece]] = [[]]
+    room = PART_BYTES
+    for piece in _pieces(optimizer):
+        if piece.owned and piece.tensor.numel():
+            if parts[-1] and piece.tensor.nbytes > room:
+                parts.append([])
+                room = PART_BYTES
+            parts[-1].append(piece)
+            room -= piece.tensor.nbytes
+    return parts
+
+
+def step_count(folder: Path) -> int:
+    """The optimizer's completed steps when the state below ``folder`` was saved. Raises CheckpointError."""
+    return int(_read_counters(folder)["step_count"])
+
+
+def _read(planner: LoadBoxes, folder: Path) -> None:
+    """Read what ``planner`` wants. Raises CheckpointError if it is not all there."""
+    try:
+        for part in sorted(folder.glob("rank-*.part-*")):
+            with _no_coordination():
+                dcp.load({}, storage_reader=dcp.HuggingFaceStorageReader(str(part)), planner=planner, no_dist=True)
+    except dcp.api.CheckpointException as error:  # no Exception; its own text does not begin with the cause
+        raise CheckpointError(
+            f"optimizer state in {folder}: got {_causes(error)}, expected a file that can be read"
+        ) from error
+    planner.check_complete(folder)
+
+
+def _causes(error: dcp.api.CheckpointException) -> str:
+    return "; ".join(f"{type(cause).__name__}: {cause}" for cause, _ in error.failures.values()) or repr(error)
+
+
+def _read_counters(folder: Path) -> dict[str, Any]:
+    try:
+        saved: dict[str, Any] = json.loads((folder / COUNTERS).read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{folder / COUNTERS}: got {error}, expected the counters of a saved optimizer"
+        ) from error
+    return saved
+
+
+def _does_not_fit(folder: Path, differing: list[str]) -> CheckpointError:
+    return CheckpointError(
+        f"optimizer state in {folder} does not fit: {'; '.join(differing)}; set these options back, or start with "
+        "fresh state by optim.reset_state=true"
+    )
 
 
 def _differences(saved: dict[str, Any], fits: dict[str, Any]) -> list[str]:
@@ -216,107 +288,3 @@ def _no_coordination() -> Iterator[None]:
 
 def _part_folder(folder: Path, rank: int, part: int) -> Path:
     return folder / f"rank-{rank:05d}.part-{part}"
-
-
-def _chunk(piece: _Piece) -> ChunkStorageMetadata:
-    return ChunkStorageMetadata(offsets=torch.Size(piece.box.offset), sizes=torch.Size(piece.box.shape))
-
-
-class _SavePlanner(SavePlanner):
-    """Writes boxes of plain tensors at global offsets; the default planner knows global offsets of DTensors only."""
-
-    def __init__(self, pieces: Iterable[_Piece]) -> None:
-        self.pieces = {piece.key: piece for piece in pieces}
-
-    def set_up_planner(self, state_dict: Any, storage_meta: Any = None, is_coordinator: bool = False) -> None:
-        """Nothing to prepare."""
-
-    def create_local_plan(self) -> SavePlan:
-        return SavePlan([self._item(piece) for piece in self.pieces.values()])
-
-    def _item(self, piece: _Piece) -> WriteItem:
-        properties = TensorProperties.create_from_tensor(piece.tensor)
-        data = TensorWriteData(chunk=_chunk(piece), properties=properties, size=torch.Size(piece.global_shape))
-        return WriteItem(MetadataIndex(piece.key, piece.box.offset), WriteItemType.SHARD, tensor_data=data)
-
-    def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
-        plans, items = create_default_global_save_plan(all_plans)
-        return plans, Metadata(items)
-
-    def finish_plan(self, new_plan: SavePlan) -> SavePlan:
-        return new_plan
-
-    def resolve_data(self, write_item: WriteItem) -> Tensor:
-        return self.pieces[write_item.index.fqn].tensor.detach().contiguous()
-
-
-class _LoadPlanner(LoadPlanner):
-    """Reads from each folder what intersects the wanted boxes, and counts the elements read."""
-
-    def __init__(self, pieces: Iterable[_Piece]) -> None:
-        self.wanted: dict[str, list[_Piece]] = {}
-        for piece in pieces:
-            self.wanted.setdefault(piece.key, []).append(piece)
-        self.missing = {key: sum(p.box.numel for p in pieces) for key, pieces in self.wanted.items()}
-        self.stored: set[str] = set()
-        self.metadata: Metadata | None = None
-        self.converted: set[str] = set()
-
-    def set_up_planner(self, state_dict: Any, metadata: Metadata | None = None, is_coordinator: bool = False) -> None:
-        self.metadata = metadata
-
-    def create_local_plan(self) -> LoadPlan:
-        assert self.metadata is not None
-        self.stored.update(self.metadata.state_dict_metadata)
-        items: list[ReadItem] = []
-        for key, pieces in self.wanted.items():
-            stored = self.metadata.state_dict_metadata.get(key)
-            if isinstance(stored, TensorStorageMetadata):
-                dtype, want = stored.properties.dtype, pieces[0].tensor.dtype
-                if dtype != want and {dtype, want} == {torch.int8, torch.int16}:
-                    self.converted.add(key)
-                elif dtype != want:
-                    raise CheckpointError(f"{key}: got {dtype} saved, expected {want}; the file is of another version")
-                items += create_read_items_for_chunk_list(key, stored, [_chunk(piece) for piece in pieces])
-        return LoadPlan(items)
-
-    def create_global_plan(self, global_plan: list[LoadPlan]) -> list[LoadPlan]:
-        return global_plan
-
-    def finish_plan(self, central_plan: LoadPlan) -> LoadPlan:
-        return central_plan
-
-    def load_bytes(self, read_item: ReadItem, value: Any) -> None:
-        raise CheckpointError(f"{read_item.dest_index.fqn}: got bytes, expected a tensor")
-
-    def resolve_tensor(self, read_item: ReadItem) -> Tensor:
-        tensor = self._view(read_item)
-        self.missing[read_item.dest_index.fqn] -= tensor.numel()
-        if read_item.dest_index.fqn not in self.converted:
-            return tensor
-        return torch.empty_like(tensor, dtype=torch.int8 if tensor.dtype is torch.int16 else torch.int16)
-
-    def _view(self, read_item: ReadItem) -> Tensor:
-        """The part of a wanted tensor that this item fills."""
-        position = read_item.dest_index.index
-        assert position is not None
-        tensor = self.wanted[read_item.dest_index.fqn][position].tensor
-        for dim, (start, length) in enumerate(zip(read_item.dest_offsets, read_item.lengths, strict=True)):
-            tensor = tensor.narrow(dim, start, length)
-        return tensor
-
-    def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
-        """The reader has copied into the view, or into a remainder of the other size."""
-        if read_item.dest_index.fqn in self.converted:
-            view = self._view(read_item)
-            view.copy_(convert_remainder(tensor, view.dtype))
-
-    def check_complete(self, folder: Path) -> None:
-        """Raise CheckpointError unless every wanted element was read exactly once, but for remainders that nobody saved."""
-        expected = {k: n for k, n in self.missing.items() if k in self.stored or not k.endswith(".remainder")}
-        short = [f"{key} ({count} elements)" for key, count in expected.items() if count]
-        if short:
-            raise CheckpointError(
-                f"optimizer state in {folder}: got an incomplete set of files, expected {len(expected)} tensors; "
-                f"missing of {len(short)}: {', '.join(short[:3])}; copy all rank-* folders or use optim.reset_state=true"
-            )

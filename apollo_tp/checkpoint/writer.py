@@ -7,9 +7,9 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,6 +17,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from apollo_tp.checkpoint import checksum
 from apollo_tp.checkpoint import folder as folders
 from apollo_tp.checkpoint.card import CARD_FILE, Trained, model_card, public_name
 from apollo_tp.checkpoint.folder import CheckpointInfo
@@ -24,6 +25,7 @@ from apollo_tp.checkpoint.safetensors_file import Entry, create, plan, write_box
 from apollo_tp.distributed.control import ComputeControl
 from apollo_tp.distributed.mesh import Mesh
 from apollo_tp.errors import CheckpointError
+from apollo_tp.optim.parameters import boxes_with_owner
 from apollo_tp.runtime.owned_folder import FULL_DISK
 from apollo_tp.shards.boxes import Box, Shard
 from apollo_tp.shards.manifest import CheckpointTensor
@@ -51,6 +53,20 @@ class _File:
     """False if the server holds none of its tensors: the file is linked, not written."""
 
 
+@dataclass(frozen=True)
+class OwnBox:
+    """A box of a tensor that this rank writes into ``file``, with its ``values``, of the box's shape."""
+
+    file: str
+    entry: Entry
+    box: Box
+    values: Tensor
+
+    def on_host(self) -> OwnBox:
+        """The same with a copy of the values in host memory."""
+        return replace(self, values=self.values.to("cpu", copy=True))
+
+
 class CheckpointWriter:
     """Writes checkpoints of one served model. ``tensors``: checkpoint name -> (shard, local served view), second
     copies of a tensor with its view (``MappedRank.stored``). ``trained`` returns what they were trained on, for the card.
@@ -73,7 +89,7 @@ class CheckpointWriter:
         served: Callable[[], Collection[Path]] = tuple,
         trained: Callable[[], Trained] = Trained,
     ) -> None:
-        self._root, self._source, self._tensors, self._mesh, self._keep = root, Path(model_path), tensors, mesh, keep
+        self.root, self._source, self._tensors, self._mesh, self._keep = root, Path(model_path), tensors, mesh, keep
         self._world = mesh.world
         self._save_config, self._trained = save_config, trained
         self._optimizer: Optimizer | None = None
@@ -82,8 +98,8 @@ class CheckpointWriter:
         self._served, self._origin = lambda: [own, *served()], folders.origin_of(model_path)
         self._files = _plan_files(checkpoint, {name: local.dtype for name, (_, local) in tensors.items()})
 
-    def save(self, name: str, optimizer: Optimizer, weight_version: int) -> tuple[Path, int]:
-        """Write checkpoint ``name``; returns its folder and size in bytes.
+    def save(self, name: str, optimizer: Optimizer, weight_version: int, kept: Sequence[str] = ()) -> tuple[Path, int]:
+        """Write checkpoint ``name``; returns its folder and size in bytes. Those that are ``kept`` are not removed for it.
 
         Collectives: all-reduces of one flag and all-gathers (see ``_on_rank_0`` and ``_agree``) besides the optimizer's own.
         Raises CheckpointError on the ranks that could not write, RankFailedError on the others; nothing appears then, and
@@ -91,18 +107,50 @@ class CheckpointWriter:
         """
         with contextlib.ExitStack() as stack:
             if self._world.rank == 0:  # renamed by now, unless it failed
-                stack.callback(folders.discard, self._root, name)
-            self._write(name, optimizer, weight_version)
-        final = self._root / name
-        folders_of_it = (final, folders.beside_of(final))
-        return final, sum(path.stat().st_size for each in folders_of_it for path in each.rglob("*") if path.is_file())
+                stack.callback(folders.discard, self.root, name)
+            self._write(name, optimizer, weight_version, kept)
+        final = self.root / name
+        return final, self.size_of(final)
 
-    def _write(self, name: str, optimizer: Optimizer, weight_version: int) -> None:
-        partial = folders.partial_path(self._root, name)
+    @property
+    def rank(self) -> int:
+        """Of all ranks, as are ``num_ranks``."""
+        return self._world.rank
+
+    @property
+    def num_ranks(self) -> int:
+        return self._world.size
+
+    def partial_path(self, name: str) -> Path:
+        """Where checkpoint ``name`` is written before it is complete."""
+        return folders.partial_path(self.root, name)
+
+    @staticmethod
+    def size_of(checkpoint: Path) -> int:
+        """Bytes on disk, with the optimizer's state."""
+        both = (checkpoint, folders.beside_of(checkpoint))
+        return sum(path.stat().st_size for each in both for path in each.rglob("*") if path.is_file())
+
+    def info(self, optimizer: Optimizer, weight_version: int) -> CheckpointInfo:
+        """The record of a checkpoint of the weights as they are now."""
         self._optimizer = optimizer
-        self._on_rank_0(lambda: self._prepare(name))
+        return CheckpointInfo(
+            weight_version=weight_version,
+            model_path=str(self._source),
+            optimizer=optimizer.describe(),
+            num_ranks=self._world.size,
+            created_at=time.time(),
+            origin=self._origin,
+            trained=self._trained(),
+        )
+
+    def _write(self, name: str, optimizer: Optimizer, weight_version: int, kept: Sequence[str]) -> None:
+        partial = folders.partial_path(self.root, name)
+        self._optimizer = optimizer
+        self._on_rank_0(lambda: self.prepare(name))
         with self._agree():
-            self._write_own_boxes(partial)
+            own = self.write_boxes(self.own_boxes(), partial)
+        sums = checksum.over_ranks(own, ComputeControl(self._mesh.tp, self._device))
         from apollo_tp.checkpoint import (
             optimizer_state,  # takes a second to import, which a run that never saves avoids
         )
@@ -114,25 +162,22 @@ class CheckpointWriter:
             if full is None:
                 raise
             raise CheckpointError(
-                f"rank {self._world.rank}: {self._explain(OSError(full, os.strerror(full)))}"
+                f"rank {self._world.rank}: {self.explain(OSError(full, os.strerror(full)))}"
             ) from error
-        info = CheckpointInfo(
-            weight_version=weight_version,
-            model_path=str(self._source),
-            optimizer=optimizer.describe(),
-            num_ranks=self._world.size,
-            created_at=time.time(),
-            origin=self._origin,
-            trained=self._trained(),
-        )
-        self._on_rank_0(lambda: self._complete(name, info))
+        info = self.info(optimizer, weight_version)
+        self._on_rank_0(lambda: self.complete(name, info, sums, kept))
 
-    def _complete(self, name: str, info: CheckpointInfo) -> None:
+    def complete(self, name: str, info: CheckpointInfo, sums: dict[str, int], kept: Sequence[str]) -> None:
+        """Give what all ranks have written its name. Local, on rank 0."""
+        partial = folders.partial_path(self.root, name)
+        content = {tensor: checksum.text(value) for tensor, value in sorted(sums.items())}
+        _write_private(partial / folders.CHECKSUMS_FILE, json.dumps(content, indent=1))
         text = model_card(
             name, public_name(info.origin), info.weight_version, info.optimizer, info.trained, self._source / CARD_FILE
         )
-        _write_private(folders.partial_path(self._root, name) / CARD_FILE, text)
-        folders.complete(self._root, name, info, self._keep, self._served)
+        _write_private(partial / CARD_FILE, text)
+        served = lambda: [*self._served(), *(self.root / each for each in kept)]  # noqa: E731 - what is needed
+        folders.complete(self.root, name, info, self._keep, served)
 
     def _on_rank_0(self, action: Callable[[], object]) -> None:
         """Run ``action`` on rank 0, in a thread, and agree on success. Collective.
@@ -143,7 +188,7 @@ class CheckpointWriter:
         """
         with ThreadPoolExecutor(1, "checkpoint") as pool:  # waits for the thread, however this ends
             work = [pool.submit(action)] if self._world.rank == 0 else []
-            while self._any_rank(bool(wait(work, STILL_WORKING_SECONDS).not_done)):
+            while self.any_rank(bool(wait(work, STILL_WORKING_SECONDS).not_done)):
                 pass
         with self._agree():
             for done in work:
@@ -156,9 +201,9 @@ class CheckpointWriter:
             try:
                 yield
             except OSError as error:
-                raise CheckpointError(f"rank {self._world.rank}: {self._explain(error)}") from error
+                raise CheckpointError(f"rank {self._world.rank}: {self.explain(error)}") from error
 
-    def _explain(self, error: OSError) -> str:
+    def explain(self, error: OSError) -> str:
         """``error``; of a full disk with what is needed and free, and what helps."""
         if error.errno not in FULL_DISK:
             return str(error)
@@ -166,20 +211,21 @@ class CheckpointWriter:
             len(file.header) + sum(e.num_bytes for e in file.entries.values()) for file in self._files if file.trained
         )
         state = self._optimizer.state_bytes() * self._world.size if self._optimizer else 0
-        free = shutil.disk_usage(self._root).free
+        free = shutil.disk_usage(self.root).free
         return (
-            f"checkpoint.dir {self._root}: got {free:,} bytes free ({error.strerror}), expected about {weights + state:,} "
+            f"checkpoint.dir {self.root}: got {free:,} bytes free ({error.strerror}), expected about {weights + state:,} "
             f"for a checkpoint (weights {weights:,}, optimizer state {state:,}); free space there, lower "
             "checkpoint.keep, or set checkpoint.dir to a folder on a larger disk"
         )
 
-    def _any_rank(self, flag: bool) -> bool:
+    def any_rank(self, flag: bool) -> bool:
         """Whether ``flag`` is set on any rank. One all-reduce."""
         flags = torch.tensor(float(flag), device=self._device)
         return bool(self._world.sum_checked(flags, "agreement on a checkpoint").item())
 
-    def _prepare(self, name: str) -> None:
-        partial = folders.begin(self._root, name)
+    def prepare(self, name: str) -> None:
+        """Make the files of a checkpoint, with all that is not trained. Local, on rank 0."""
+        partial = folders.begin(self.root, name)
         for file in self._files:
             if file.trained:
                 create(partial / file.name, file.header, file.entries)
@@ -205,17 +251,34 @@ class CheckpointWriter:
                     everything = Box((0,) * len(entry.shape), entry.shape)
                     write_box(partial / file.name, entry, everything, source.get_tensor(entry.name))
 
-    def _write_own_boxes(self, partial: Path) -> None:
-        """Write this rank's boxes and flush them, so that little is left for rank 0, which flushes the folder at the end."""
+    def own_boxes(self) -> Iterator[OwnBox]:
+        """What this rank writes of the weights, as views of served memory."""
         for file in self._files:
-            own = [name for name in file.entries if self._writes(name)]
-            for name in own:
-                shard, local = self._tensors[name]
-                for box, start in shard.boxes:
-                    part = local if shard.dim is None else local.narrow(shard.dim, start, box.shape[shard.dim])
-                    write_box(partial / file.name, file.entries[name], box, part)
-            if own:
-                folders.fsync(partial / file.name)
+            for name in file.entries:
+                if self._writes(name):
+                    shard, local = self._tensors[name]
+                    for box, start, is_owner in boxes_with_owner(shard, self._mesh.tp.rank):
+                        if is_owner:
+                            part = local if shard.dim is None else local.narrow(shard.dim, start, box.shape[shard.dim])
+                            yield OwnBox(file.name, file.entries[name], box, part)
+
+    def own_bytes(self) -> int:
+        """The size of ``own_boxes``."""
+        return sum(box.values.nbytes for box in self.own_boxes())
+
+    def write_boxes(self, boxes: Iterable[OwnBox], partial: Path) -> dict[str, int]:
+        """Write boxes and flush them, so that little is left for rank 0, which flushes the folder at the end. Returns their
+        part of the tensors' checksums. Local."""
+        sums: list[dict[str, int]] = []
+        files: set[str] = set()
+        for own in boxes:
+            values = own.values.to(own.entry.dtype)
+            write_box(partial / own.file, own.entry, own.box, values)
+            sums.append({own.entry.name: checksum.of_box(values, own.box, own.entry.shape)})
+            files.add(own.file)
+        for name in sorted(files):
+            folders.fsync(partial / name)
+        return checksum.add(sums)
 
     def _writes(self, name: str) -> bool:
         """Whether this rank writes its part of the tensor: of those that hold it, the first one of the first replica."""

@@ -51,7 +51,8 @@ class Trainer(Struct):
     model: str = ""
     num_ranks: int = 0
     optimizer: str = ""
-    replicas: list[dict[str, str]] = []
+    num_replicas: int = 1
+    replicas: list[dict[str, Any]] = []
 
 
 class ConnectedTrainer(Struct):
@@ -72,13 +73,25 @@ class Status(Struct):
     unsaved: bool
 
 
+class Restore(Struct):
+    """The last request to put a checkpoint back."""
+
+    state: str
+    seconds: float = 0.0
+    paused_seconds: float = 0.0
+    weight_version: int | None = None
+    error: str = ""
+
+
 class Checkpoint(Struct):
     """Answer of ``/checkpoint``."""
 
     id: str
     state: str
+    name: str = ""
     path: str | None = None
     error: str | None = None
+    restore: Restore | None = None
 
 
 class Event(Struct):

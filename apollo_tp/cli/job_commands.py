@@ -44,6 +44,23 @@ def train(
     ] = None,
     max_steps: Annotated[int | None, typer.Option(help="End after this many steps.", show_default="all epochs")] = None,
     truncate: Truncate = None,
+    validation: Annotated[
+        Path | None, typer.Option(metavar="FILE.jsonl", help="Held-out samples, whose loss is measured now and then.")
+    ] = None,
+    guard: Annotated[
+        Literal["report", "pause", "rollback"] | None,
+        typer.Option(help="What to do when that loss is worse than before the job.", show_default="nothing"),
+    ] = None,
+    guard_every: Annotated[int | None, typer.Option(help="Steps between two looks.", show_default="10")] = None,
+    max_worse: Annotated[
+        float | None, typer.Option(help="By how much it may be worse, in nats per token.", show_default="0")
+    ] = None,
+    guard_command: Annotated[
+        bool, typer.Option("--guard-command", help="Guard by the trainer's service.guard_command, not by the loss.")
+    ] = False,
+    higher_is_better: Annotated[
+        bool, typer.Option("--higher-is-better", help="Of the number that the guard's command prints.")
+    ] = False,
 ) -> int:
     """Train on a JSONL file of samples."""
     if learning_rate_scale is not None and not math.isfinite(learning_rate_scale):
@@ -51,6 +68,9 @@ def train(
     options = {
         "epochs": epochs, "batch_size": batch_size, "learning_rate_scale": learning_rate_scale, "seed": seed,
         "max_steps": max_steps, "truncate": truncate,
+        "validation": SampleFile(validation).samples if validation else None,
+        "guard": _guard(guard, every=guard_every, max_worse=max_worse, measure="command" if guard_command else None,
+                        higher_is_better=higher_is_better or None),
     }  # fmt: skip
     source = SampleFile(file)
     body = {name: value for name, value in options.items() if value is not None} | {"samples": source.samples}
@@ -66,6 +86,16 @@ def train(
         return _follow(session, job.id)
     session.show(answer, Job, lambda job: print(job.id))
     return OK
+
+
+def _guard(action: str | None, **options: Any) -> dict[str, Any] | None:
+    """The guard of a job's request. Raises ConfigError for options of a guard that is not asked for."""
+    given = {name: value for name, value in options.items() if value is not None}
+    if action is None:
+        if given:
+            raise ConfigError(f"--guard: got nothing beside {', '.join(given)}, expected report, pause or rollback")
+        return None
+    return {"action": action} | given
 
 
 def score(session: Session, file: Samples, truncate: Truncate = None) -> int:

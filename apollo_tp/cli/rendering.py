@@ -32,7 +32,9 @@ def show_status(status: Status) -> None:
     dot = "*" if out.options.ascii_only else "●"
     if trainer.connected:
         names = ", ".join(f"{replica['instance_id']} on {replica['host']}" for replica in trainer.replicas)
-        served = f" of {len(trainer.replicas)} replicas ({names})" if len(trainer.replicas) > 1 else ""
+        here, wanted = len(trainer.replicas), trainer.num_replicas
+        count = f"{here}" if here == wanted else f"{here} of {wanted}"
+        served = f" of {count} replicas ({names})" if wanted > 1 else ""
         line = f" {trainer.model} on {trainer.num_ranks} ranks{served}, {trainer.optimizer}"
     else:
         line = f" no trainer: {trainer.reason}"
@@ -55,9 +57,9 @@ def show_jobs(jobs: list[Job]) -> None:
 
 
 def show_checkpoints(checkpoints: list[Checkpoint]) -> None:
-    table = Table("checkpoint", "state", "folder", box=None)
+    table = Table("checkpoint", "name", "state", "folder", box=None)
     for each in checkpoints:
-        table.add_row(each.id, each.state, each.path or each.error or "")
+        table.add_row(each.id, each.name, each.state, each.path or each.error or "")
     out.print(table)
 
 
@@ -93,6 +95,17 @@ def show_dry_run(answer: DryRun) -> None:
 def show_checkpoint(checkpoint: Checkpoint) -> None:
     """The folder of a checkpoint, or why there is none."""
     out.print(checkpoint.path or f"{checkpoint.state}: {checkpoint.error}")
+
+
+def show_restore(checkpoint: Checkpoint) -> None:
+    """What became of the request to put a checkpoint back."""
+    restore = checkpoint.restore
+    assert restore is not None
+    if restore.state != "succeeded":
+        out.print(f"{restore.state}: {restore.error}")
+        return
+    took = f" in {restore.seconds:.1f} s, requests held for {restore.paused_seconds:.1f} s" if restore.seconds else ""
+    out.print(f"{checkpoint.path} restored{took}; weight version {restore.weight_version}")
 
 
 def show_event(event: Event) -> None:

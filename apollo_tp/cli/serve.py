@@ -69,12 +69,13 @@ def plan(model: str, options: Sequence[str], overrides: Sequence[str]) -> Plan:
         cores = os.cpu_count() or 1
         environment[CORES_VARIABLE] = "|".join(str(rank % cores) for rank in range(ranks)) if ranks > 1 else "all"
     server = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model, *options]
+    shown = "127.0.0.1" if host in ("0.0.0.0", "::", "") else host
+    url = f"http://{shown}:{port}"
     trainer = [
         sys.executable, "-m", "apollo_tp.launch.torchrun", "--nproc-per-node", str(ranks), f"server.instance={instance}",
-        *overrides,
+        f"service.server_url='{url}'", *overrides,
     ]  # fmt: skip
-    shown = "127.0.0.1" if host in ("0.0.0.0", "::", "") else host
-    return Plan(server, trainer, environment, instance, f"http://{shown}:{port}")
+    return Plan(server, trainer, environment, instance, url)
 
 
 def run(plan: Plan, say: Callable[[str], None]) -> int:

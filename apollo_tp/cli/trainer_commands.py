@@ -5,6 +5,7 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
+from urllib.parse import quote
 
 import typer
 
@@ -56,6 +57,21 @@ def checkpoints(session: Session, limit: Annotated[int, typer.Option(help="How m
     answer = session.client.call("GET", "/checkpoints", params={"limit": limit})
     session.show(read(answer, Page[Any]).data, list[Checkpoint], rendering.show_checkpoints)
     return OK
+
+
+def restore(
+    session: Session,
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Name or id of a checkpoint; see `checkpoints`.")],
+) -> int:
+    """Put a checkpoint's weights and optimizer state back into the served memory, and wait for it."""
+    path = f"/checkpoint/{quote(name, safe='')}"
+    with rendering.waiting("restoring"):
+        answer = session.client.call("POST", f"{path}/restore", json={})
+        while (found := read(answer, Checkpoint).restore) is not None and found.state == "queued":
+            time.sleep(POLL_SECONDS)
+            answer = session.client.call("GET", path)
+    session.show(answer, Checkpoint, rendering.show_restore)
+    return OK if found is not None and found.state == "succeeded" else REFUSED
 
 
 def inspect(session: Session) -> int:

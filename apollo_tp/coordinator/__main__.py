@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import functools
 import gc
 import json
 import logging
@@ -13,17 +14,23 @@ import signal
 import socket
 import sys
 import time
+from collections.abc import Coroutine
 from pathlib import Path
+from typing import Any
 
 import zmq.asyncio
 
+from apollo_tp.coordinator.captures.learning import Learner
+from apollo_tp.coordinator.captures.store import Captures
 from apollo_tp.coordinator.http.app import build_app
 from apollo_tp.coordinator.http.auth import load_access
+from apollo_tp.coordinator.http.captures import prune
 from apollo_tp.coordinator.http.connections import BoundedServer
 from apollo_tp.coordinator.http.curve import CurveListener
 from apollo_tp.coordinator.http.expiry import expire
 from apollo_tp.coordinator.http.metrics import Metrics
 from apollo_tp.coordinator.http.service import Service, model_digest, model_vocab_size
+from apollo_tp.coordinator.http.train import submit
 from apollo_tp.coordinator.http.tunnel import Tunnel
 from apollo_tp.coordinator.http.validation import FileValidation
 from apollo_tp.coordinator.jobs.changes import Changes
@@ -98,13 +105,17 @@ async def serve(settings: Settings, listener: socket.socket | None = None) -> No
     context = zmq.asyncio.Context()
     listener = listener or bind_http(settings.service.http.host, settings.service.http.port)
     scheduler = _build_scheduler(settings, store, context, changes)
+    stack = contextlib.ExitStack()
+    captures = None
+    if settings.capture.enabled:
+        captures = Captures(Path(settings.service.state_dir), settings.capture)
+        stack.callback(captures.close)
     service = Service(
-        settings, store, scheduler, changes, _renderer(settings), model_vocab_size(Path(settings.model_path))
+        settings, store, scheduler, changes, _renderer(settings), model_vocab_size(Path(settings.model_path)), captures
     )
     metrics = Metrics(scheduler, store)
     validation = FileValidation(service)
     app = build_app(service, access, metrics, validation)
-    stack = contextlib.ExitStack()
     for writer in open_writers(settings.service, store):
         stack.enter_context(writer)
         scheduler.on_step.append(writer)
@@ -132,6 +143,7 @@ async def serve(settings: Settings, listener: socket.socket | None = None) -> No
             "storage": store.failed(),
             "upkeep": _keep_up(store),
             "expiry": expire(store, app.state.uploads),
+            **_learning(service),
             "parent": _watch_parent(settings.parent_pid),
             "stop": stop.wait(),
         }.items()
@@ -152,6 +164,14 @@ async def serve(settings: Settings, listener: socket.socket | None = None) -> No
         stack.close()
         await asyncio.to_thread(store.close)
         context.destroy(linger=0)
+
+
+def _learning(service: Service) -> dict[str, Coroutine[Any, Any, None]]:
+    """What runs while completions are stored."""
+    if service.captures is None:
+        return {}
+    learner = Learner(service.captures, service.settings.learn, functools.partial(submit, service))
+    return {"captures": prune(service.captures), "learning": learner.run()}
 
 
 def _build_scheduler(settings: Settings, store: Store, context: zmq.asyncio.Context, changes: Changes) -> Scheduler:

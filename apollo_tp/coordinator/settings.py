@@ -6,7 +6,7 @@ from pathlib import Path
 
 import msgspec
 
-from apollo_tp.config import ServiceConfig
+from apollo_tp.config import CaptureConfig, LearnConfig, RlConfig, ServiceConfig
 from apollo_tp.errors import DECODE_ERRORS, ConfigError
 from apollo_tp.shards.serving import Serving
 
@@ -48,13 +48,15 @@ class Settings(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     """
 
     service: ServiceConfig = msgspec.field(default_factory=ServiceConfig)
+    capture: CaptureConfig = msgspec.field(default_factory=CaptureConfig)
+    learn: LearnConfig = msgspec.field(default_factory=LearnConfig)
     instance_dir: str
     model_path: str = ""
     serving: Serving = Serving()
     max_sequence_tokens: int = 2048
     """Used until rank 0 has reported its own limit."""
     max_skipped_steps: int = 5
-    max_staleness: int | None = None
+    rl: RlConfig = msgspec.field(default_factory=RlConfig)
     command_timeout_seconds: float = 600.0
     checkpoint_after_idle_seconds: float | None = 300.0
     parent_pid: int | None = None

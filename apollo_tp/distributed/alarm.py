@@ -7,14 +7,15 @@ import mmap
 import os
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import msgspec
 import torch.distributed as dist
 
 from apollo_tp.distributed.control import Control
-from apollo_tp.distributed.remote_ranks import RemoteRanks
+from apollo_tp.distributed.remote_ranks import SILENT_SECONDS, RemoteRanks
 from apollo_tp.distributed.tp_group import TPGroup
+from apollo_tp.errors import DeadlineError
 from apollo_tp.runtime import processes
 from apollo_tp.runtime.processes import ProcessId
 
@@ -23,7 +24,14 @@ log = logging.getLogger("apollo_tp")
 POLL_SECONDS = 0.25
 GRACE_SECONDS = 2.0
 """How long ranks have to notice a failure by themselves. What they have launched completely still ends in this time."""
+LEAVE_SECONDS = 10.0
+"""How long ranks have to leave by themselves once those of another host are gone. A connection that is cut is not closed:
+without this, they would wait for each other until the deadline of a collective, also while they are idle."""
 _BYTES = 4
+
+
+def _raise(error: Exception) -> None:
+    raise error
 
 
 class Alarm:
@@ -44,6 +52,7 @@ class Alarm:
         self._rank, self._ranks, self._remote = rank, list(ranks), remote
         self._failed = memoryview(memory).cast("i")
         self._epoch = 1
+        self.on_lost: Callable[[DeadlineError], None] = _raise
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -89,7 +98,8 @@ class Alarm:
         """Start a thread that aborts ``tp`` GRACE_SECONDS after a rank has failed or ended, if this rank still waits in it.
 
         Work that waits on the device then runs on with whatever is in its memory, so what it computes must not be used:
-        see ``TPGroup`` for canaries, and ``PeerBuffers.intact``.
+        see ``TPGroup`` for canaries, and ``PeerBuffers.intact``. Where ranks of other hosts are gone for LEAVE_SECONDS,
+        ``on_lost`` is called in the thread, with the reason why this process must end.
         """
         if tp.size > 1:
             self._thread = threading.Thread(target=self._watch, args=(tp,), name="alarm", daemon=True)
@@ -107,6 +117,14 @@ class Alarm:
             if self._remote is not None:
                 for rank, failed in self._remote.exchange(self._failed[self._rank]).items():
                     self._failed[rank] = failed
+                if self._remote.gone_seconds() > LEAVE_SECONDS:
+                    self.on_lost(
+                        DeadlineError(
+                            f"rank {self._rank}: got no sign of ranks on another host for {SILENT_SECONDS:.0f} s, "
+                            "expected one every second; the host or the network has failed, or their trainer has ended. "
+                            "Start the trainer again, on all hosts; a job goes on at its next step"
+                        )
+                    )
             group, epoch = tp.group, self._epoch
             if group is None or group is aborted or not (self.is_ringing() or not self.all_run()):
                 continue

@@ -13,7 +13,14 @@ import time
 from typing import NoReturn
 
 from apollo_tp.coordinator.json_logging import set_up_logging
-from apollo_tp.errors import ApolloTpError, ConfigError, DeadlineError, RankFailedError, ServerGoneError
+from apollo_tp.errors import (
+    ApolloTpError,
+    ConfigError,
+    DeadlineError,
+    RankFailedError,
+    ServerGoneError,
+    ServerReturnedError,
+)
 from apollo_tp.gpu_sharing.mps import share_gpu
 from apollo_tp.launch.arguments import print_answer, read_arguments
 from apollo_tp.launch.launcher import launched, record_failure
@@ -22,6 +29,7 @@ from apollo_tp.launch.nccl import end_without_abort
 EXIT_FAILED = 1
 EXIT_OPTIONS = 2
 EXIT_SERVER_GONE = 3
+EXIT_SERVER_RETURNED = 4
 LAUNCHED = {"TORCHELASTIC_RUN_ID", "OMPI_COMM_WORLD_RANK", "PMI_RANK"}
 """Variables of which torchrun and mpirun set one for each rank that they start."""
 PR_SET_PDEATHSIG = 1
@@ -64,7 +72,7 @@ def main(arguments: list[str]) -> int:
 
         gc.freeze()
         gc.enable()
-        run(config, on_server_gone=_leave)
+        run(config, _leave)
     except ApolloTpError as error:
         return _failed(error)
     # Whatever it is, the launcher's report should end with it.
@@ -79,6 +87,10 @@ def main(arguments: list[str]) -> int:
 
 def _failed(error: ApolloTpError) -> int:
     """Report a failure with a known cause; returns the exit status."""
+    if isinstance(error, ServerReturnedError):  # no fault: the launcher is to start all ranks again
+        logging.warning("%s", error)
+        record_failure(str(error))
+        return EXIT_SERVER_RETURNED
     if isinstance(error, RankFailedError):  # another rank is the first cause
         time.sleep(2 * LATER_SECONDS)
     elif launched().rank != 0:  # rank 0 has perhaps raised the same
@@ -92,13 +104,13 @@ def _failed(error: ApolloTpError) -> int:
     return EXIT_SERVER_GONE if isinstance(error, ServerGoneError) else EXIT_FAILED
 
 
-def _leave(error: ServerGoneError) -> None:
+def _leave(error: ApolloTpError) -> None:
     """End the process from a thread: the main thread may be in a collective or a kernel for long."""
     message = f"{type(error).__name__}: {error}"
     logging.error("%s", message)
     record_failure(message)
     logging.shutdown()
-    os._exit(EXIT_SERVER_GONE)
+    os._exit(EXIT_SERVER_GONE if isinstance(error, ServerGoneError) else EXIT_FAILED)
 
 
 def _exit(status: int) -> NoReturn:

@@ -56,32 +56,41 @@ class Arrangement(msgspec.Struct, frozen=True):
     spread: list[bool]
 
     @property
+    def flat(self) -> list[int]:
+        """The launcher's ranks in the order of the mesh."""
+        return [each for row in self.ranks for each in row]
+
+    @property
     def is_permuted(self) -> bool:
         """Whether a rank's number is not its place in the mesh."""
-        flat = [each for row in self.ranks for each in row]
-        return flat != sorted(flat)
+        return self.flat != list(range(len(self.flat)))
 
     def labels(self) -> list[str]:
         """The replicas, for messages."""
         return [f"{name} on {host}" for name, host in zip(self.instances, self.hosts, strict=True)]
 
-    def position(self, rank: int) -> int:
-        """The number in the mesh of the launcher's ``rank``: replica * P + tp rank."""
-        return [each for row in self.ranks for each in row].index(rank)
+    def position(self, rank: int, size: int) -> int:
+        """The number of the launcher's ``rank``, of ``size``: replica * P + tp rank in the mesh, and above those of the mesh
+        for a rank without a shard."""
+        spare = [each for each in range(size) if each not in self.flat]
+        return [*self.flat, *spare].index(rank)
 
 
-def take(control: Control, hosts: Hosts, servers: dict[str, list[Manifest]]) -> tuple[ServedRank, Arrangement]:
-    """This rank's shard of the ``servers`` of this host, and the mesh of all ranks. Collective: two gathers over the control
-    group. Raises ConfigError or ManifestError, on all ranks alike."""
+def take(
+    control: Control, hosts: Hosts, servers: dict[str, list[Manifest]], *, spare: bool = False
+) -> tuple[ServedRank | None, Arrangement]:
+    """This rank's shard of the ``servers`` of this host, and the mesh of all ranks. ``spare``: ranks may be left without a
+    shard. Collective: two gathers over the control group. Raises ConfigError or ManifestError, on all ranks alike."""
     host, machine = hosts.names[control.rank], hosts.machines[control.rank]
     offer = Offer(host, machine, _offered(servers))
     offers = [msgspec.json.decode(row, type=Offer) for row in control.gather(msgspec.json.encode(offer))]
-    mine = assign(offers)[control.rank]
+    mine, own = assign(offers, spare=spare)[control.rank], None
     with control.agree():
-        manifest = next(m for m in servers[mine.instance] if m.tp_rank == mine.tp_rank)
-        own = Coordinate(host, machine, mine, manifest.tp_size, facts_of(manifest))
+        if mine is not None:
+            manifest = next(m for m in servers[mine.instance] if m.tp_rank == mine.tp_rank)
+            own = Coordinate(host, machine, mine, manifest.tp_size, facts_of(manifest))
     rows = control.gather(msgspec.json.encode(own))
-    return mine, arrange([msgspec.json.decode(row, type=Coordinate) for row in rows])
+    return mine, arrange([msgspec.json.decode(row, type=Coordinate | None) for row in rows])
 
 
 def _offered(servers: dict[str, list[Manifest]]) -> list[ServedRank]:
@@ -95,9 +104,9 @@ def _offered(servers: dict[str, list[Manifest]]) -> list[ServedRank]:
     )
 
 
-def assign(offers: Sequence[Offer]) -> list[ServedRank]:
+def assign(offers: Sequence[Offer], *, spare: bool = False) -> list[ServedRank | None]:
     """A shard of its own for each rank, in the order of ranks where they have a choice; the same on all ranks. A rank offers
-    shards of its own machine only.
+    shards of its own machine only. ``spare``: with fewer shards than ranks, some have none (None).
 
     Raises ConfigError if two machines have a shard of one name, or if there is none left for a rank, naming it and its host.
     """
@@ -109,13 +118,14 @@ def assign(offers: Sequence[Offer]) -> list[ServedRank]:
                     f"server {shard.instance}: got its tensor-parallel rank {shard.tp_rank} on host {other.host} and on "
                     f"host {offer.host}, expected it once; set $APOLLO_TP_INSTANCE to another name for each server"
                 )
+    wanted = min(len(offers), len(holder)) if spare else len(offers)
     leads = [shard for shard in offers[0].shards if shard.tp_rank == 0]
     for first in leads:  # rank 0 leads its replica: its process has the coordinator
         taken = _matched([[first], *([s for s in offer.shards if s != first] for offer in offers[1:])])
-        if len(taken) == len(offers):
-            return [taken[rank] for rank in range(len(offers))]
+        if len(taken) == wanted:
+            return [taken.get(rank) for rank in range(len(offers))]
     taken = _matched([offer.shards for offer in offers])
-    if len(taken) == len(offers):
+    if len(taken) == wanted:
         raise ConfigError(
             f"trainer rank 0 on {offers[0].host}: got {_names(offers[0].shards)}, expected tensor-parallel rank 0 of a "
             "server among the shards whose device it sees; number the ranks otherwise, or let it see all GPUs"
@@ -175,12 +185,16 @@ def _digest(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()[:16]
 
 
-def arrange(coordinates: Sequence[Coordinate]) -> Arrangement:
-    """The mesh of all ranks. Raises ManifestError, naming replica and host, for holes, for two ranks beside one shard,
-    and for replicas that differ from the first."""
+def arrange(offered: Sequence[Coordinate | None]) -> Arrangement:
+    """The mesh of all ranks, but those without a shard (None).
+
+    Raises ManifestError, naming replica and host, for holes, for two ranks beside one shard, and for replicas that differ
+    from the first.
+    """
     found: dict[str, dict[int, int]] = defaultdict(dict)
     problems = []
-    for rank, c in enumerate(coordinates):
+    coordinates = {rank: c for rank, c in enumerate(offered) if c is not None}
+    for rank, c in coordinates.items():
         if (other := found[c.shard.instance].setdefault(c.shard.tp_rank, rank)) != rank:
             problems.append(f"{_named(c)}: got trainer ranks {other} and {rank} beside it, expected one")
     first = coordinates[0]
@@ -189,7 +203,7 @@ def arrange(coordinates: Sequence[Coordinate]) -> Arrangement:
         c = coordinates[next(iter(found[name].values()))]
         holes = [tp_rank for tp_rank in range(c.tp_size) if tp_rank not in found[name]]
         if holes:
-            several = len({each.machine for each in coordinates}) > 1
+            several = len({each.machine for each in coordinates.values()}) > 1
             hint = " (a server over several hosts needs one $APOLLO_TP_INSTANCE on all of them)" if several else ""
             problems.append(
                 f"{name} on {c.host}: got no trainer rank beside tp ranks {holes} of {c.tp_size}, expected one beside each"
@@ -214,7 +228,7 @@ def arrange(coordinates: Sequence[Coordinate]) -> Arrangement:
 
 
 def _differences(
-    coordinates: Sequence[Coordinate], found: dict[str, dict[int, int]], instances: Sequence[str]
+    coordinates: dict[int, Coordinate], found: dict[str, dict[int, int]], instances: Sequence[str]
 ) -> list[str]:
     """Facts in which a replica is not like the first one, or a rank of that one not like its first, each once."""
     problems: dict[tuple[str, str], str] = {}

@@ -63,12 +63,14 @@ class CoordinatorProcess:
         config = self._config
         settings = Settings(
             service=config.service,
+            capture=config.capture,
+            learn=config.learn,
             instance_dir=str(folder),
             model_path=manifest.model_path if Path(manifest.model_path).is_dir() else "",
             serving=read_serving(folder) or Serving(),
             max_sequence_tokens=config.train.max_sequence_tokens,
             max_skipped_steps=config.optim.max_skipped_steps,
-            max_staleness=config.rl.max_staleness,
+            rl=config.rl,
             command_timeout_seconds=config.command_timeout_seconds,
             checkpoint_after_idle_seconds=config.checkpoint.after_idle_seconds,
             parent_pid=os.getpid(),

@@ -49,8 +49,15 @@ def join(timeout_seconds: float, join_seconds: float = JOIN_SECONDS) -> World:
     return World(place.rank, place.size, store, timeout_seconds)
 
 
-def renumber(world: World, rank: int) -> World:
-    """Form the default process group again with other numbers of ranks; ``rank`` is this one's. Collective.
+def leave() -> None:
+    """Leave the default process group, if this rank is in one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def renumber(world: World, rank: int, size: int) -> World:
+    """Form the default process group again of ``size`` ranks with other numbers; ``rank`` is this one's. One that is not
+    below ``size`` is in no group afterwards. Collective over all ranks of ``world``.
 
     New process groups order their ranks by these numbers, and tensor-parallel ranks must be in the server's order. Raises
     DeadlineError if a rank does not come.
@@ -60,8 +67,9 @@ def renumber(world: World, rank: int) -> World:
     _await_all(store, Launched("torchrun", rank, world.size), JOIN_SECONDS)  # nobody waits in the old group any more
     dist.destroy_process_group()
     timeout = datetime.timedelta(seconds=world.timeout_seconds)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=world.size, timeout=timeout)
-    return World(rank, world.size, store, world.timeout_seconds)
+    if rank < size:
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timeout)
+    return World(rank, size, store, world.timeout_seconds)
 
 
 def _store_of_torchrun(place: Launched, join_seconds: float) -> dist.Store:

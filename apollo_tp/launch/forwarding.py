@@ -60,6 +60,15 @@ def reach_coordinator(
         stack.callback(link.unlink, missing_ok=True)
 
 
+def switch_captures(folder: Path, stack: contextlib.ExitStack, *, on: bool) -> None:
+    """Let the plugin of the server of ``folder`` record completions whose clients ask for it, until ``stack`` ends."""
+    switch = folder / instance_folder.CAPTURE_FILE
+    switch.unlink(missing_ok=True)  # what a killed trainer left
+    if on:
+        private_files.write_private(switch, b"{}")
+        stack.callback(switch.unlink, missing_ok=True)
+
+
 def _address(service: ServiceConfig, host: str) -> CoordinatorAddress:
     """Address and keys for a plugin on another host than ``host``, where the coordinator is."""
     import zmq.auth

@@ -6,9 +6,12 @@ from collections.abc import Sequence
 
 import msgspec
 
-from apollo_tp.checkpoint.lineage import Lineage, LineageFile
+from apollo_tp.checkpoint.lineage import Departure, Lineage, LineageFile
 from apollo_tp.distributed.control import Control
 from apollo_tp.errors import ReplicaError
+
+MAX_AWAY = 32
+"""How many servers that are away a record keeps: it has a size that it must not outgrow."""
 
 
 class History(msgspec.Struct, frozen=True):
@@ -33,8 +36,9 @@ class History(msgspec.Struct, frozen=True):
 def source_of(histories: Sequence[History], labels: Sequence[str]) -> int | None:
     """The replica whose weights the others get; None if all have the same. ``labels`` name the replicas.
 
-    A replica is filled if no trainer has changed its weights (its server was started again), or if its record is the last
-    step behind (the trainer was killed between two records). Raises ReplicaError if one was trained apart.
+    A replica is filled if no trainer has changed its weights (its server was started again), if its record is the last
+    step behind (the trainer was killed between two records), or if it is where it was when the others went on without it.
+    Raises ReplicaError if one was trained apart.
     """
     if all(history.state == histories[0].state for history in histories):
         return None
@@ -43,7 +47,7 @@ def source_of(histories: Sequence[History], labels: Sequence[str]) -> int | None
     )
     newest = histories[source].record
     for history, label in zip(histories, labels, strict=True):
-        if history.trained_here and not _leads_to(history.record, newest):
+        if history.trained_here and not _leads_to(history, newest):
             raise ReplicaError(
                 f"replicas: got weight version {history.record.weight_version} on {label}, last trained by job "
                 f"{history.record.last_job_id or '(none)'} step {history.record.last_job_step}, expected that of "
@@ -51,6 +55,12 @@ def source_of(histories: Sequence[History], labels: Sequence[str]) -> int | None
                 f"{newest.last_job_step}; they were trained apart. Start one of the servers again: it is then filled"
             )
     return source
+
+
+def partners(record: Lineage, present: Sequence[str]) -> dict[str, Departure | None]:
+    """The ``partners`` of a history that goes on with the servers of the lives ``present``: others leave it here."""
+    away = {life: left or record.here for life, left in record.partners.items() if life not in present}
+    return dict(list(away.items())[-MAX_AWAY:]) | dict.fromkeys(present)
 
 
 def agree_on_record(control: Control, lineage: LineageFile, tp_rank: int, tp_size: int) -> None:
@@ -66,8 +76,12 @@ def agree_on_record(control: Control, lineage: LineageFile, tp_rank: int, tp_siz
         lineage.update(**msgspec.structs.asdict(histories[0].record))
 
 
-def _leads_to(record: Lineage, newest: Lineage) -> bool:
-    """Whether ``newest`` is this record, or can be the one that was written after it."""
+def _leads_to(history: History, newest: Lineage) -> bool:
+    """Whether ``newest`` is this replica's record, or can be the one that was written after it; of a replica that the others
+    went on without, whether it is where they left it, or has missed the step before that."""
+    record, left = history.record, newest.partners.get(history.server_life)
+    if left is not None and history.life == newest.life:
+        return record.here == left or record.weight_version + 1 == left.weight_version
     if record.weight_version == newest.weight_version:
-        return msgspec.structs.replace(record, checkpoint=newest.checkpoint) == newest
+        return msgspec.structs.replace(record, checkpoint=newest.checkpoint, partners=newest.partners) == newest
     return record.weight_version + 1 == newest.weight_version and record.checkpoint == newest.checkpoint

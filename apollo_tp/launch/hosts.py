@@ -104,8 +104,8 @@ def find_servers(control: Control, hosts: Hosts, config: ServerConfig, report: R
     if control.rank == 0:
         seconds = config.wait_seconds
         log.info("looking for a vLLM server with VLLM_PLUGINS=apollo in %s, for up to %.0f s", base, seconds)
-    if hosts.several:
-        return _find_on_all(control, hosts, config, base, report)
+    if hosts.several or config.min_replicas is not None:
+        return _find_together(control, hosts, config, base, report)
     with control.agree():
         # on every rank: one that waited for rank 0 in a collective would give up at that collective's deadline
         if config.replicas == 1 and not config.instances:
@@ -130,28 +130,61 @@ def _check_size(size: int, servers: dict[str, list[Manifest]]) -> None:
         )
 
 
-def _find_on_all(
+class _Seen(msgspec.Struct, frozen=True):
+    """What a rank sees on its host: what is missing there, of each server that is up its tensor-parallel size and the ranks
+    of it there, and whether there was time for the others."""
+
+    awaited: str
+    up: dict[str, tuple[int, list[int]]]
+    waited: bool
+
+
+def _find_together(
     control: Control, hosts: Hosts, config: ServerConfig, base: Path, report: Report
 ) -> dict[str, list[Manifest]]:
-    """``find_servers`` for several hosts. They look together, so that no rank waits in a collective for long: two gathers
-    per look."""
+    """``find_servers`` for several hosts, and where not all servers are needed. Ranks look together, so that none waits in a
+    collective for long: two gathers per look."""
     name, count = hosts.names[control.rank], hosts.num_ranks_beside(control.rank)
     names = config.instances or ([config.instance] if config.instance else [])
-    deadline, waiting = time.monotonic() + config.wait_seconds, ""
+    started, waiting = time.monotonic(), ""
     while True:
         with control.agree():
             if waiting:
                 report(waiting)
             servers, awaited = _look(base, names, count, name)
-            if awaited and time.monotonic() > deadline:
+            waited = time.monotonic() - started
+            if awaited and waited > config.wait_seconds:
                 raise NoServerError(
                     f"waited {config.wait_seconds:.0f} s for servers on host {name} in {base}: {awaited}. Start vLLM with "
                     "VLLM_PLUGINS=apollo there, and look for 'apollo_tp' in its log"
                 )
-        waiting = "; ".join(dict.fromkeys(row.decode() for row in control.gather(awaited.encode()) if row))
+        up = {each: (m[0].tp_size, [x.tp_rank for x in m]) for each, m in servers.items() if is_up(base / each, m)}
+        own = _Seen(awaited, up, waited > config.replica_wait_seconds)
+        rows = [msgspec.json.decode(row, type=_Seen) for row in control.gather(msgspec.json.encode(own))]
+        waiting = "; ".join(dict.fromkeys(row.awaited for row in rows if row.awaited))
         if not waiting:
             return servers
+        if rows[0].waited and len(enough := _complete(rows)) >= (config.min_replicas or config.replicas):
+            if control.rank == 0:
+                log.warning("training goes on with %s alone: %s", ", ".join(enough), waiting)
+            return {each: manifests for each, manifests in servers.items() if each in enough}
         time.sleep(LOOK_SECONDS)
+
+
+def _complete(rows: Sequence[_Seen]) -> list[str]:
+    """The servers of which all tensor-parallel ranks are up, on whatever hosts."""
+    ranks: dict[str, set[int]] = {}
+    sizes: dict[str, int] = {}
+    for row in rows:
+        for name, (size, here) in row.up.items():
+            sizes[name] = size
+            ranks.setdefault(name, set()).update(here)
+    return sorted(name for name, size in sizes.items() if ranks[name] == set(range(size)))
+
+
+def is_up(folder: Path, manifests: list[Manifest]) -> bool:
+    """Whether the server of ``folder`` has loaded its model on this host, and its engine is up."""
+    return is_loaded(manifests) and not (manifests[0].endpoints and not read_serving(folder))
 
 
 def _look(base: Path, names: Sequence[str], count: int, host: str) -> tuple[dict[str, list[Manifest]], str]:
@@ -173,7 +206,7 @@ def _look(base: Path, names: Sequence[str], count: int, host: str) -> tuple[dict
     if loaded < count:
         return servers, f"{loaded} of {count} shards on host {host} have loaded their model; waiting for the others"
     for name, manifests in servers.items():
-        if manifests[0].endpoints and not read_serving(base / name):
+        if not is_up(base / name, manifests):
             return servers, f"server {name} on host {host} has loaded its model; waiting for its engine"
     return servers, ""
 

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from apollo_tp.checkpoint import CheckpointWriter
+from apollo_tp.checkpoint.behind import WriteBehind, Written
 from apollo_tp.checkpoint.card import Trained
 from apollo_tp.checkpoint.lineage import Lineage
 from apollo_tp.distributed.tp_group import compute_group
 from apollo_tp.gpu_sharing import mps
 from apollo_tp.launch.progress import StepProgress
-from apollo_tp.launch.stages import Ready
+from apollo_tp.launch.restoring import Target, folder_of, restore
+from apollo_tp.launch.stages import Ready, before_restore
 from apollo_tp.runtime import instance_folder
 from apollo_tp.shards.instance import served_models
 from apollo_tp.wire import commands
+
+WRITE_PATIENCE = 10
+"""The threads that write a checkpoint wait for each other for this many times the deadline of a collective."""
 
 
 class Services:
@@ -26,8 +33,9 @@ class Services:
         self._lineage, self._gate, self._trainer = ready.lineage, ready.gate, ready.trainer
         self._progress = StepProgress() if ready.world.rank == 0 else None
         config, mapped = ready.config, ready.mapped
+        self._root = Path(config.checkpoint.dir).resolve()
         self._writer = CheckpointWriter(
-            Path(config.checkpoint.dir).resolve(),
+            self._root,
             mapped.manifest.model_path,
             mapped.manifest.checkpoint,
             mapped.stored,
@@ -37,6 +45,9 @@ class Services:
             trained=lambda: self._lineage.record.trained,
             served=lambda: served_models(instance_folder.base_dir(config.server.runtime_dir)),
         )
+        self.is_saving, seconds = False, WRITE_PATIENCE * config.command_timeout_seconds
+        behind = config.checkpoint.behind
+        self._behind = WriteBehind(self._writer, ready.world.store, seconds) if behind else None
 
     def form_group(self) -> None:
         """Form the compute group of all ranks again. Collective."""
@@ -44,12 +55,43 @@ class Services:
         ready.alarm.next_epoch()
         compute_group(ready.mesh.world, ready.mapped.device, ready.config.command_timeout_seconds)
 
-    def save_checkpoint(self, name: str) -> tuple[str, int]:
-        """Write checkpoint ``name``; returns its folder and its size in bytes. Collective."""
+    def save_checkpoint(self, name: str, kept: Sequence[str] = ()) -> tuple[str, int] | None:
+        """Write checkpoint ``name``; returns its folder and its size in bytes, or None if it is written while training goes
+        on. Those that are ``kept`` are not removed for it. Collective."""
         trainer = self._trainer
-        path, num_bytes = self._writer.save(name, trainer.optimizer, trainer.weight_version)
+        if self._behind and self._behind.begin(name, trainer.optimizer, trainer.weight_version, kept):
+            self.is_saving = True
+            return None
+        path, num_bytes = self._writer.save(name, trainer.optimizer, trainer.weight_version, kept)
         self._lineage.update(weight_version=trainer.weight_version, checkpoint=str(path))
         return str(path), num_bytes
+
+    def written_checkpoint(self) -> Written | None:
+        """On rank 0: what became of the checkpoint that was written while training went on, once it is known."""
+        return self._behind.written if self._behind and self.is_saving else None
+
+    def checkpoint_written(self, path: str) -> None:
+        """It is complete at ``path``, or has failed ("")."""
+        self.is_saving = False
+        if path:
+            self._lineage.update(checkpoint=path)
+
+    def restore_checkpoint(self, name: str, restore_id: str) -> str:
+        """Put checkpoint ``name`` into the served memory and the optimizer; returns its folder. Collective."""
+        ready, trainer = self._ready, self._trainer
+        target = Target(
+            ready.mapped, ready.mesh, self._lineage, functools.partial(before_restore, self._lineage, self._gate)
+        )
+        with target.control().agree():
+            folder = folder_of(self._root, name)
+        restore(target, trainer.optimizer, folder, restore_id, trainer.weight_version)
+        trainer.weights_replaced()
+        return str(folder)
+
+    @property
+    def is_torn(self) -> bool:
+        """Whether a restore has begun to write, and has not ended."""
+        return bool(self._lineage.record.restoring)
 
     def finish_command(self, weight_version: int) -> float:
         """Resume the server if it was paused; returns for how many seconds it was."""
@@ -97,7 +139,9 @@ class Services:
             layout=self._layout(),
             last_job_id=last.last_job_id,
             last_job_step=last.last_job_step,
+            last_restore_id=last.restore_id,
             replicas=list(map(commands.Replica, ready.arrangement.instances, ready.arrangement.hosts)),
+            num_replicas=config.server.replicas,
         )
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""From options to a trainer that is ready, in four stages: join the ranks, map the server, bind the model, prepare.
+"""From options to a trainer that is ready, in five stages: join the ranks, take a place, map the server, bind, prepare.
 
 Every rank runs each stage at the same time. A stage is a function of the record that the stage before it made, and returns
 the next record, which has all fields of that one too. ``stack`` undoes the stages in reverse order.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,7 +16,6 @@ from pathlib import Path
 
 import msgspec
 import torch
-import torch.distributed as dist
 from transformers import PretrainedConfig
 
 from apollo_tp.checkpoint import read_info
@@ -27,16 +27,17 @@ from apollo_tp.distributed.control import ComputeControl, Control
 from apollo_tp.distributed.mesh import Mesh
 from apollo_tp.distributed.peer_memory import PeerSums
 from apollo_tp.distributed.tp_group import TPGroup, compute_group
-from apollo_tp.errors import ConfigError, ServerGoneError
+from apollo_tp.errors import ApolloTpError, ConfigError
 from apollo_tp.gpu_sharing import mps, sm_limit
 from apollo_tp.gpu_sharing.pace import Pace
 from apollo_tp.gpu_sharing.product_check import check_products
 from apollo_tp.launch.coordinates import Arrangement, ServedRank, take
 from apollo_tp.launch.coordinator_process import CoordinatorProcess
-from apollo_tp.launch.distributed import World, join, renumber
-from apollo_tp.launch.forwarding import reach_coordinator
-from apollo_tp.launch.histories import History, agree_on_record, source_of
+from apollo_tp.launch.distributed import World, join, leave, renumber
+from apollo_tp.launch.forwarding import reach_coordinator, switch_captures
+from apollo_tp.launch.histories import History, agree_on_record, partners, source_of
 from apollo_tp.launch.hosts import Hosts, check_shared, find_servers, gather_manifests, meet
+from apollo_tp.launch.restoring import Target, complete_restore
 from apollo_tp.launch.server_watch import ServerWatch
 from apollo_tp.model import BoundModel, bind_model
 from apollo_tp.model.build import as_served, read_model_config
@@ -53,6 +54,9 @@ from apollo_tp.training.trainer import Trainer
 from apollo_tp.training.update_gate import Lock, UpdateGate, needs_lock
 
 log = logging.getLogger("apollo_tp")
+
+RESTORE_PATIENCE = 10.0
+"""A restore may keep the server paused for this many times sync.max_pause_seconds."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,17 +79,28 @@ class Joined:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Served(Joined):
-    """The servers are found and locked, and the memory of the one's rank that this rank stands beside is mapped."""
+class Placed(Joined):
+    """The servers are found, and each rank knows beside which one it stands."""
 
+    own: ServedRank | None
+    """This rank's shard; None if it has none, while its server is away (``server.min_replicas``)."""
+    arrangement: Arrangement
+    """Which rank stands beside which shard of which replica."""
+    servers: dict[str, list[Manifest]]
+    """The manifests on this host of the servers to train."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Served(Placed):
+    """The servers are locked, and the memory of the one's rank that this rank stands beside is mapped."""
+
+    own: ServedRank
     folder: Path
     """The instance folder of this rank's server, one of the replicas."""
     manifests: list[Manifest]
     """The manifests of all ranks of that server, also of those on other hosts."""
     mapped: MappedRank
     lineage: LineageFile
-    arrangement: Arrangement
-    """Which rank stands beside which shard of which replica."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,13 +113,13 @@ class Bound(Served):
     """The config in the model's folder."""
     model: BoundModel
     optimizer: Optimizer
+    gate: UpdateGate
 
 
 @dataclass(frozen=True, kw_only=True)
 class Ready(Bound):
     """Steps can be run; their memory is planned."""
 
-    gate: UpdateGate
     trainer: Trainer
     memory: str
     """The memory plan, in one line."""
@@ -115,7 +130,7 @@ def join_ranks(config: Config, stack: contextlib.ExitStack) -> Joined:
     if config.train.threads:
         torch.set_num_threads(config.train.threads)
     world = join(2 * config.command_timeout_seconds)
-    stack.callback(dist.destroy_process_group)
+    stack.callback(leave)
     control, coordinator = Control(world.rank, world.size), None
     hosts = meet(control, config)
     with control.agree():
@@ -125,11 +140,35 @@ def join_ranks(config: Config, stack: contextlib.ExitStack) -> Joined:
     return Joined(config=config, stack=stack, world=world, hosts=hosts, control=control, coordinator=coordinator)
 
 
-def map_server(joined: Joined, on_server_gone: Callable[[ServerGoneError], None]) -> Served:
-    """Wait for the server, watch it from then on, and map its memory, which must equal the model's folder unless it has
-    been trained since. Collective. Raises what ``map_rank`` and ``verify_against_checkpoint`` raise, on all ranks."""
-    servers = find_servers(joined.control, joined.hosts, joined.config.server, joined.report)
-    joined, own, arrangement = _take_place(joined, servers)
+def take_place(joined: Joined) -> Placed:
+    """Wait for the servers, and take the shard that this rank stands beside. From then on a rank's number is its place in
+    the mesh of replicas; rank 0 keeps its number. Collective; raises what ``find_servers`` and ``take`` raise."""
+    config = joined.config.server
+    servers = find_servers(joined.control, joined.hosts, config, joined.report)
+    own, arrangement = take(joined.control, joined.hosts, servers, spare=config.min_replicas is not None)
+    names, world = arrangement.instances, joined.world
+    if not (config.min_replicas or config.replicas) <= len(names) <= config.replicas:
+        raise ConfigError(
+            f"server.replicas: got {config.replicas}, expected {len(names)}, since ranks stand beside servers {names}"
+        )
+    if arrangement.is_permuted or len(arrangement.flat) < world.size:
+        position = arrangement.position(world.rank, world.size)
+        if own is not None and position != world.rank:
+            log.info("rank %d of the launcher is rank %d from now on, as its server numbers it", world.rank, position)
+        world = renumber(world, position, len(arrangement.flat))
+        joined = dataclasses.replace(joined, world=world, control=Control(world.rank, world.size))
+    if world.rank == 0:
+        first = next(iter(servers.values()))[0]
+        for instance, host in zip(names, arrangement.hosts, strict=True):
+            log.info("training server %s on %s: %s, TP %d", instance, host, first.model_path, first.tp_size)
+    return Placed(**vars(joined), own=own, arrangement=arrangement, servers=servers)
+
+
+def map_server(placed: Placed, on_server_gone: Callable[[ApolloTpError], None]) -> Served:
+    """Watch the server from now on, and map its memory, which must equal the model's folder unless it has been trained
+    since. Collective. Raises what ``map_rank`` and ``verify_against_checkpoint`` raise, on all ranks."""
+    joined, own, arrangement, servers = placed, placed.own, placed.arrangement, placed.servers
+    assert own is not None
     config, folder = joined.config, instance_folder.base_dir(joined.config.server.runtime_dir) / own.instance
     leads = own.tp_rank == servers[own.instance][0].tp_rank  # the ranks of this server on this host
     _hold(joined, folder, own, leads, arrangement.instances[0], has_port=servers[own.instance][0].endpoints)
@@ -153,30 +192,7 @@ def map_server(joined: Joined, on_server_gone: Callable[[ServerGoneError], None]
         if mapped.device.type == "cuda":
             torch.cuda.set_device(mapped.device)
             sm_limit.limit_sms(mapped.device, config.qos.sm_percent)
-    return Served(
-        **vars(joined), folder=folder, manifests=manifests, mapped=mapped, lineage=lineage, arrangement=arrangement
-    )
-
-
-def _take_place(joined: Joined, servers: dict[str, list[Manifest]]) -> tuple[Joined, ServedRank, Arrangement]:
-    """The shard that this rank stands beside, and those of all. From then on a rank's number is its place in the mesh of
-    replicas; rank 0 keeps its number. Collective."""
-    own, arrangement = take(joined.control, joined.hosts, servers)
-    wanted, names = joined.config.server.replicas, arrangement.instances
-    if len(names) != wanted:
-        raise ConfigError(
-            f"server.replicas: got {wanted}, expected {len(names)}, since ranks stand beside servers {names}"
-        )
-    position, world = arrangement.position(joined.world.rank), joined.world
-    if arrangement.is_permuted:
-        log.info("rank %d of the launcher is rank %d from now on, as its server numbers it", world.rank, position)
-        world = renumber(world, position)
-        joined = dataclasses.replace(joined, world=world, control=Control(world.rank, world.size))
-    if world.rank == 0:
-        first = servers[own.instance][0]
-        for instance, host in zip(names, arrangement.hosts, strict=True):
-            log.info("training server %s on %s: %s, TP %d", instance, host, first.model_path, first.tp_size)
-    return joined, own, arrangement
+    return Served(**vars(placed), folder=folder, manifests=manifests, mapped=mapped, lineage=lineage)
 
 
 def _hold(joined: Joined, folder: Path, own: ServedRank, leads: bool, first: str, *, has_port: bool) -> None:
@@ -188,26 +204,32 @@ def _hold(joined: Joined, folder: Path, own: ServedRank, leads: bool, first: str
         if own.tp_rank == 0:
             service, stack = joined.config.service, joined.stack
             reach_coordinator(folder, first, joined.hosts, service, stack, has_port=has_port)
+            switch_captures(folder, stack, on=joined.config.capture.enabled)
         if joined.world.rank == 0:
             joined.stack.enter_context(writer_lock(root))
     if joined.hosts.several:
         check_shared(joined.control, root)
 
 
-def bind(served: Served) -> Bound:
-    """Form the compute group, bind the model and build its optimizer; load the state. Collective."""
+def bind(served: Served, on_lost: Callable[[ApolloTpError], None]) -> Bound:
+    """Form the compute group, bind the model and build its optimizer; load the state. Collective. ``on_lost`` is called in a
+    thread when ranks on other hosts are gone (``Alarm.watch``)."""
     config, mapped, first = served.config, served.mapped, served.manifests[0]
     is_spread = served.arrangement.spread[served.world.rank // first.tp_size]
     if is_spread and config.train.peer_memory and mapped.device.type == "cuda":
         log.info("sums over tensor-parallel ranks go through NCCL: these are on several hosts (%s)", first.instance_id)
     world = TPGroup(served.world.rank, served.world.size, peers=PeerSums(config.train.peer_memory and not is_spread))
     alarm = Alarm.join(served.control, served.world.store)
-    world.on_leave = alarm.ring
+    world.on_leave, alarm.on_lost = alarm.ring, on_lost
     compute_group(world, mapped.device, config.command_timeout_seconds)
     mesh = Mesh.build(world, first.tp_size)
     served.stack.callback(world.dissolve)
     served.stack.callback(alarm.stop)
     alarm.watch(world)
+    gate = _update_gate(served, mesh, alarm)
+    write = functools.partial(before_restore, served.lineage, gate)
+    if complete_restore(Target(mapped, mesh, served.lineage, write)):
+        gate.after_step(served.lineage.record.weight_version)
     compiled = mapped.device.type == "cuda" if config.train.compile is None else config.train.compile
     with served.control.agree():
         trust = config.model.trust_remote_code
@@ -229,17 +251,21 @@ def bind(served: Served) -> Bound:
         unify_replicas(served, mesh.replicas, optimizer)
     with served.control.agree():
         resume(config, optimizer, served.lineage)
-    return Bound(**vars(served), mesh=mesh, alarm=alarm, hf_config=hf_config, model=model, optimizer=optimizer)
+    parts = {"mesh": mesh, "alarm": alarm, "hf_config": hf_config, "model": model, "optimizer": optimizer, "gate": gate}
+    return Bound(**vars(served), **parts)  # type: ignore[arg-type]
 
 
 def unify_replicas(served: Served, replicas: TPGroup, optimizer: Optimizer) -> None:
     """Fill replicas whose server was started again from one that has the trained weights, and compare all that is served,
     bit for bit. Collective. Raises ReplicaError, on all ranks, if replicas were trained apart or differ."""
-    if optimizer.owners is None:
-        return
     lineage, own = served.lineage, replicas.rank
+    if optimizer.owners is None:
+        if lineage.record.partners:  # those that are away
+            lineage.share(lineage.record.life, partners(lineage.record, [served.manifests[0].life]))
+        return
     labels = served.arrangement.labels()
-    history = History(lineage.trained_here, lineage.record, served.manifests[0].life)
+    whole = not lineage.record.restoring  # else it missed how others completed a restore
+    history = History(lineage.trained_here and whole, lineage.record, served.manifests[0].life)
     rows = ComputeControl(replicas, optimizer.device).gather(msgspec.json.encode(history))
     histories = [msgspec.json.decode(row, type=History) for row in rows]
     source = source_of(histories, labels)
@@ -251,7 +277,8 @@ def unify_replicas(served: Served, replicas: TPGroup, optimizer: Optimizer) -> N
         optimizer.owners.fill(source)
         if behind:
             lineage.update(**msgspec.structs.asdict(histories[source].record))
-    lineage.share(histories[source or 0].life)
+    common = histories[source or 0]
+    lineage.share(common.life, partners(common.record, [history.server_life for history in histories]))
     check_equal({name: local for name, (_, local) in served.mapped.tensors.items()}, replicas, labels)
 
 
@@ -293,7 +320,7 @@ def prepare(bound: Bound) -> Ready:
     """Make the trainer, plan its memory, and try the GPU's products. Collective. Raises DeviceMemoryError or DeviceError, on
     all ranks, where a step would not fit or would be computed wrong."""
     config, device, lineage = bound.config, bound.mapped.device, bound.lineage
-    gate = _update_gate(bound)
+    gate = bound.gate
     pace = Pace(config.qos.pace, bound.model.module, bound.mesh.tp, device)
     trainer = Trainer(
         bound.model,
@@ -312,7 +339,7 @@ def prepare(bound: Bound) -> Ready:
     memory = _plan_memory(bound, trainer)
     log.info("memory: %s", memory)
     _check_products(bound, trainer)
-    return Ready(**vars(bound), gate=gate, trainer=trainer, memory=memory)
+    return Ready(**vars(bound), trainer=trainer, memory=memory)
 
 
 def before_write(lineage: LineageFile, gate: UpdateGate, pace: Pace) -> None:
@@ -324,14 +351,21 @@ def before_write(lineage: LineageFile, gate: UpdateGate, pace: Pace) -> None:
         pace.suspend()
 
 
-def _update_gate(bound: Bound) -> UpdateGate:
+def before_restore(lineage: LineageFile, gate: UpdateGate) -> None:
+    """As ``before_write``, before all weights are replaced: half a write cannot be given up, so the pause may be long.
+    Collective."""
+    lineage.before_write()
+    gate.before_write(RESTORE_PATIENCE)
+
+
+def _update_gate(served: Served, mesh: Mesh, alarm: Alarm) -> UpdateGate:
     """The pause of running requests around updates; the first rank of each replica attaches to its server. Collective."""
-    sync, lock = bound.config.sync, None
-    with bound.control.agree():
-        if bound.mesh.tp.rank == 0 and needs_lock(sync):
-            lock = Lock(bound.folder, sync, bound.lineage.record.weight_version, bound.alarm)
-            bound.stack.callback(lock.close)
-    return UpdateGate(sync.mode, bound.mesh.world, bound.mapped.device, lock)
+    sync, lock = served.config.sync, None
+    with served.control.agree():
+        if mesh.tp.rank == 0 and needs_lock(sync):
+            lock = Lock(served.folder, sync, served.lineage.record.weight_version, alarm)
+            served.stack.callback(lock.close)
+    return UpdateGate(sync.mode, mesh.world, served.mapped.device, lock)
 
 
 def _plan_memory(bound: Bound, trainer: Trainer) -> str:

@@ -104,7 +104,7 @@ class Optimizer:
         self.step_count = self.skipped_in_a_row = self.rounding_stream = self._num_writes = 0
         self.in_backward: InBackwardStep | None = None
         self._doubtful = False
-        self._measure_weights()
+        self.measure_weights()
 
     # --- the step --------------------------------------------------------------------------------------------------
 
@@ -170,7 +170,7 @@ class Optimizer:
             self.owners.publish()  # after all ranks have counted: one that raises here is made up for in ``rejoin``
         if not outcome.skipped:
             if self.step_count % self.config.refresh_every == 0:
-                self._measure_weights()
+                self.measure_weights()
             if self.config.check_replicas_every and self.step_count % self.config.check_replicas_every == 0:
                 check_replicas(self.weights, self.tp)
                 if self.owners is not None:
@@ -204,7 +204,7 @@ class Optimizer:
         if self.is_behind and self.owners is not None:
             self.owners.publish()
         if self._doubtful:
-            self._measure_weights()
+            self.measure_weights()
 
     def resync_replicas(self) -> list[str]:
         """See replicas.resync_replicas: before the first step of a trainer whose predecessor may have been killed. Then all
@@ -273,9 +273,9 @@ class Optimizer:
             f"{relative[largest]:.3g} of its norm in one step, more than optim.max_relative_update={limit:g}; lower optim.lr"
         )
 
-    def _measure_weights(self) -> None:
-        """Norms of all matrices, global, replicas once; infinite where no limit applies. One all-reduce, which is waited
-        for."""
+    def measure_weights(self) -> None:
+        """Norms of all matrices, global, replicas once; infinite where no limit applies. At the start, now and then, and
+        when weights were replaced. One all-reduce, which is waited for."""
         squares = self.tp.sum_checked(self.update_group.local_square_norms(), "norms of the weights")
         self._doubtful = False
         norms = torch.where(squares > 0, squares.double().sqrt(), torch.inf)

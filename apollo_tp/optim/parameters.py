@@ -79,7 +79,7 @@ class Weight:
 
     def __init__(self, parameter: OptimParameter, precision: Precision, seed: int, tp: TPGroup) -> None:
         """No collective. Raises UnsupportedModelError for a dtype, shape or layout that cannot be written in place."""
-        self.parameter, self.precision, self.tp_size = parameter, precision, tp.size
+        self.parameter, self.precision, self.tp_rank, self.tp_size = parameter, precision, tp.rank, tp.size
         self.shard, self.name = parameter.shard, parameter.name
         self.is_owner = tp.rank == min(self.shard.replica_ranks, default=tp.rank)
         data = parameter.tensor.data
@@ -114,15 +114,8 @@ class Weight:
         return math.prod(self.shard.global_shape) * self.data.element_size() * held
 
     def boxes(self) -> Iterator[tuple[Box, int, bool]]:
-        """(global box, local offset along the cut dimension, owned by this rank) of each of ``owned_ranges``."""
-        if self.shard.dim is None:
-            yield *self.shard.boxes[0], self.is_owner
-            return
-        local = 0
-        for start, stop, owned in self.owned_ranges:
-            box, _ = replace(self.shard, ranges=((start, stop),)).boxes[0]
-            yield box, local, owned and self.is_owner
-            local += stop - start
+        """See ``boxes_with_owner``."""
+        return boxes_with_owner(self.shard, self.tp_rank)
 
     def owned_square_norm(self, values: Tensor) -> Tensor:
         """Squared norm (fp32, 0-d) of the elements of local ``values`` [R, C] that this rank owns. No collective."""
@@ -230,6 +223,20 @@ def _owned_ranges(shard: Shard, rank: int) -> tuple[tuple[int, int, bool], ...]:
             ranges.append((a + offset, b + offset, owned))
         local = end
     return tuple(ranges)
+
+
+def boxes_with_owner(shard: Shard, rank: int) -> Iterator[tuple[Box, int, bool]]:
+    """What ``rank`` holds: each global box, its local offset along the cut dimension, and whether this rank owns it. A box
+    is owned as a whole or not at all; over all ranks, the owned ones tile the tensor."""
+    is_owner = rank == min(shard.replica_ranks, default=rank)
+    if shard.dim is None:
+        yield *shard.boxes[0], is_owner
+        return
+    local = 0
+    for start, stop, owned in _owned_ranges(shard, rank):
+        box, _ = replace(shard, ranges=((start, stop),)).boxes[0]
+        yield box, local, owned and is_owner
+        local += stop - start
 
 
 def _ownership_mask(shard: Shard, owned_ranges: Sequence[tuple[int, int, bool]]) -> Tensor:

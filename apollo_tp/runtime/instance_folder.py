@@ -14,6 +14,7 @@
         sync.sock                 a stream, bound by the server's plugin: trainer rank 0 takes the update lock
         coordinator.json          address and process id of the coordinator, for the command line
         coordinator_tcp.json      address and keys of a coordinator on another host, for the plugin
+        capture.json              there while a trainer runs that stores completions, for the plugin
         coordinator_settings.json what trainer rank 0 starts the coordinator with
 
 The base is $APOLLO_TP_RUNTIME_DIR, else $XDG_RUNTIME_DIR/apollo_tp, else /tmp/apollo_tp-<uid>.
@@ -42,6 +43,7 @@ SYNC_SOCKET = "sync.sock"
 ADDRESS_FILE = "coordinator.json"
 TCP_FILE = "coordinator_tcp.json"
 SETTINGS_FILE = "coordinator_settings.json"
+CAPTURE_FILE = "capture.json"
 TRAINER_LOCK = "trainer.lock"
 # sockaddr_un.sun_path holds 108 bytes with its terminating zero
 MAX_SOCKET_PATH_BYTES = 107

@@ -17,7 +17,7 @@ from apollo_tp.runtime import owned_folder
 RUNTIME_DIR_VARIABLE = "APOLLO_TP_RUNTIME_DIR"
 SERVER_LOCK = "apollo_tp_server.lock"
 INSTANCE_FILES = re.compile(
-    r"(?:rank[0-9]+|serving|served_tokenizer|weights|coordinator|coordinator_tcp|coordinator_settings)\.json|(?:apollo_tp_server|trainer)\.lock"
+    r"(?:rank[0-9]+|serving|served_tokenizer|weights|coordinator|coordinator_tcp|coordinator_settings|capture)\.json|(?:apollo_tp_server|trainer)\.lock"
     r"|(?:ranks|coordinator|sync)\.sock|\.[a-z0-9_]+\.json\.[a-z0-9_]{8}"
 )
 """Names of all files in a server's folder. The last alternative matches files that were incomplete when their writer was

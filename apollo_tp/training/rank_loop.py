@@ -14,7 +14,9 @@ import logging
 import signal
 import time
 import traceback
+from collections.abc import Sequence
 from dataclasses import asdict, fields
+from pathlib import Path
 from typing import NoReturn, Protocol
 
 import msgspec
@@ -31,6 +33,8 @@ from apollo_tp.wire import codec, commands
 log = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.5
+HELD_SECONDS = 0.05
+"""Between two looks at a checkpoint that something waits for."""
 
 
 class Failure(msgspec.Struct, frozen=True):
@@ -51,6 +55,20 @@ class Verdict(msgspec.Struct, frozen=True):
     peak_memory_bytes: int
     progress: tuple[int, int]
     """Optimizer.progress(): which updates this rank has counted."""
+    ended_at: float
+    """When the command ended on this rank, in seconds since the epoch by its host's clock."""
+    torn: bool = False
+    """Services.is_torn."""
+
+
+class Written(Protocol):
+    """What became of a checkpoint that was written while training went on; ``error`` is "" if it is complete."""
+
+    path: Path
+    num_bytes: int
+    seconds: float
+    weight_version: int
+    error: str
 
 
 class Services(Protocol):
@@ -62,8 +80,26 @@ class Services(Protocol):
     def hello(self, command_id: str = "") -> commands.Hello:
         """Who these ranks are and which step they completed last; the answer to ``command_id``. Local."""
 
-    def save_checkpoint(self, name: str) -> tuple[str, int]:
-        """Write checkpoint ``name``; returns its folder and its size in bytes. Collective."""
+    def save_checkpoint(self, name: str, kept: Sequence[str] = ()) -> tuple[str, int] | None:
+        """Write checkpoint ``name``; returns its folder and its size in bytes, or None if it is written while training goes
+        on. Those that are ``kept`` are not removed for it. Collective."""
+
+    @property
+    def is_saving(self) -> bool:
+        """Whether a checkpoint is being written while training goes on; the same on all ranks."""
+
+    def written_checkpoint(self) -> Written | None:
+        """On rank 0: what became of it, once it is known; None elsewhere. Local."""
+
+    def checkpoint_written(self, path: str) -> None:
+        """It is written and complete at ``path``, or has failed (""). Local, on all ranks."""
+
+    def restore_checkpoint(self, name: str, restore_id: str) -> str:
+        """Put checkpoint ``name`` into the served memory and the optimizer; returns its folder. Collective."""
+
+    @property
+    def is_torn(self) -> bool:
+        """Whether the served memory has parts of two models, which only the next trainer can complete. Local."""
 
     def finish_command(self, weight_version: int) -> float:
         """A command has ended or failed on all ranks: resume the server if it was paused for an update. Returns for how many
@@ -85,6 +121,9 @@ class RankLoop:
         self.control = control
         self.link = link
         self._stop_reason = ""
+        self._held = b""
+        self._saving = commands.SaveCheckpoint(id="", name="")
+        self._stopped_seconds = 0.0
 
     def stop(self, reason: str) -> None:
         """End ``run`` on all ranks once the command being executed is done. Has an effect on rank 0 only. Signal-safe."""
@@ -106,20 +145,53 @@ class RankLoop:
             if not frame:
                 continue
             command: commands.AnyCommand = codec.decode(frame, commands.AnyCommand)
-            if isinstance(command, commands.Shutdown):
+            if isinstance(command, commands.Shutdown) and not self.services.is_saving:
                 return command.reason
+            if isinstance(command, commands.Shutdown):
+                self._stop_reason = command.reason  # once the checkpoint is written
+                continue
             reply = self.execute(command)
-            if self.link:
+            if self.link and reply is not None:
                 self.link.send(reply)
 
     def _next_frame(self) -> bytes:
         if self.link is None:
             return b""
-        if self._stop_reason:
+        if (written := self.services.written_checkpoint()) is not None:
+            return codec.encode(self._outcome(written))
+        saving = self.services.is_saving
+        if self._stop_reason and not saving:
             return codec.encode(commands.Shutdown(id="stop", reason=self._stop_reason))
-        return self.link.receive(POLL_SECONDS)
+        if self._held and not saving:
+            frame, self._held = self._held, b""
+            return frame
+        if self._held or self._stop_reason:
+            time.sleep(HELD_SECONDS)
+            return b""
+        frame = self.link.receive(POLL_SECONDS)
+        if frame and saving:
+            version = self.trainer.weight_version
+            command = codec.decode(frame, commands.AnyCommand)
+            if isinstance(command, commands.SaveCheckpoint | commands.RestoreCheckpoint):
+                self._held = frame  # a coordinator that was started again may ask meanwhile
+                self.link.working_on(command.id, version)
+                return b""
+        return frame
 
-    def execute(self, command: commands.AnyCommand) -> commands.AnyReply:
+    def _outcome(self, written: Written) -> commands.CheckpointWritten:
+        """The command that ends the writing of a checkpoint on all ranks."""
+        return commands.CheckpointWritten(
+            id=self._saving.id,
+            path="" if written.error else str(written.path),
+            num_bytes=written.num_bytes,
+            seconds=written.seconds,
+            stopped_seconds=self._stopped_seconds,
+            weight_version=written.weight_version,
+            error=written.error,
+        )
+
+    def execute(self, command: commands.AnyCommand) -> commands.AnyReply | None:
+        """Execute a command; returns the reply, or None if it comes later. Collective."""
         if self.link:
             self.link.working_on(command.id, self.trainer.weight_version)
         failure: Failure | None = None
@@ -143,16 +215,22 @@ class RankLoop:
         failures = [v.failure for v in verdicts if v.failure]
         if failures:
             self.services.record_failure(self.trainer.weight_version)
-            self._recover()
             reply = _failed(command, failures)
+            if any(v.torn for v in verdicts):
+                self._end_torn(reply)
+            self._recover()
             if len({v.progress for v in verdicts}) > 1:
                 self._end(reply, [v.progress[0] for v in verdicts])
         elif isinstance(reply, commands.StepDone) and isinstance(command, commands.AnyStep):
             memory = [v.peak_memory_bytes for v in verdicts]
             figures = msgspec.structs.replace(reply.figures, peak_memory_bytes=memory, paused_seconds=paused_seconds)
-            reply = commands.StepDone(id=command.id, figures=figures)
+            lags = _lags([v.ended_at for v in verdicts], self.trainer.mesh.replicas.size)
+            if lags:
+                figures.metrics["replica_skew_seconds"] = max(lags)
+            reply = commands.StepDone(id=command.id, figures=figures, replica_lag_seconds=lags)
             self.services.record_step(command, figures)
-        assert reply is not None
+        elif isinstance(reply, commands.RestoreDone):
+            reply = msgspec.structs.replace(reply, paused_seconds=paused_seconds)
         if self.link:
             self.link.working_on("", self.trainer.weight_version)
         return reply
@@ -172,7 +250,8 @@ class RankLoop:
 
     def _agree(self, failure: Failure | None) -> list[Verdict]:
         trainer = self.trainer
-        verdict = Verdict(failure, trainer.weight_version, trainer.peak_memory_bytes(), trainer.optimizer.progress())
+        memory, progress, torn = trainer.peak_memory_bytes(), trainer.optimizer.progress(), self.services.is_torn
+        verdict = Verdict(failure, trainer.weight_version, memory, progress, time.time(), torn)
         answers = self.control.gather(msgspec.msgpack.encode(verdict))
         return [msgspec.msgpack.decode(answer, type=Verdict) for answer in answers]
 
@@ -198,7 +277,42 @@ class RankLoop:
             traceback=reply.traceback,
         )
 
-    def _dispatch(self, command: commands.AnyCommand) -> commands.AnyReply:
+    def _end_torn(self, reply: commands.CommandFailed) -> NoReturn:
+        """Raise RankFailedError on all ranks: nothing may be computed with the weights as they are."""
+        raise RankFailedError(
+            f"restore: got an error on rank {reply.rank} after the first write ({reply.error}: {reply.message}), expected "
+            "all weights to be written. Start the trainer again: it completes the restore first",
+            rank=reply.rank,
+            traceback=reply.traceback,
+        )
+
+    def _save(self, command: commands.SaveCheckpoint) -> commands.AnyReply | None:
+        started, version = time.monotonic(), self.trainer.weight_version
+        done = self.services.save_checkpoint(command.name, command.kept)
+        seconds = time.monotonic() - started
+        if done is None:
+            self._saving, self._stopped_seconds = command, seconds
+            return None
+        path, size = done
+        return commands.CheckpointDone(
+            id=command.id, path=path, num_bytes=size, seconds=seconds, weight_version=version, stopped_seconds=seconds
+        )
+
+    def _end_saving(self, command: commands.CheckpointWritten) -> commands.AnyReply:
+        self.services.checkpoint_written(command.path)
+        if command.error:
+            kind, _, message = command.error.partition(": ")
+            return commands.CommandFailed(id=command.id, rank=0, error=kind, message=message, traceback="")
+        return commands.CheckpointDone(
+            id=command.id,
+            path=command.path,
+            num_bytes=command.num_bytes,
+            seconds=command.seconds,
+            weight_version=command.weight_version,
+            stopped_seconds=command.stopped_seconds,
+        )
+
+    def _dispatch(self, command: commands.AnyCommand) -> commands.AnyReply | None:
         match command:
             case commands.Step():
                 figures = self.trainer.step(
@@ -226,19 +340,28 @@ class RankLoop:
                     token_logprobs=scores.token_logprobs if command.per_token else [],
                 )
             case commands.SaveCheckpoint():
+                return self._save(command)
+            case commands.CheckpointWritten():
+                return self._end_saving(command)
+            case commands.RestoreCheckpoint():
                 started = time.monotonic()
-                path, num_bytes = self.services.save_checkpoint(command.name)
-                return commands.CheckpointDone(
-                    id=command.id,
-                    path=path,
-                    num_bytes=num_bytes,
-                    seconds=time.monotonic() - started,
-                    weight_version=self.trainer.weight_version,
-                )
+                path = self.services.restore_checkpoint(command.name, command.restore_id)
+                version, seconds = self.trainer.weight_version, time.monotonic() - started
+                return commands.RestoreDone(id=command.id, path=path, seconds=seconds, weight_version=version)
             case commands.Identify():
                 return self.services.hello(command.id)
             case _:
                 raise TypeError(f"got command {type(command).__name__}, expected one of commands.AnyCommand")
+
+
+def _lags(ended_at: list[float], num_replicas: int) -> list[float]:
+    """Of each replica how many seconds after the first one its last rank ended; nothing for one replica. Ranks are in the
+    order of the mesh."""
+    if num_replicas == 1:
+        return []
+    tp_size = len(ended_at) // num_replicas
+    ends = [max(ended_at[first : first + tp_size]) for first in range(0, len(ended_at), tp_size)]
+    return [end - min(ends) for end in ends]
 
 
 def _unicode(text: str) -> str:

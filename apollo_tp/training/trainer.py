@@ -330,6 +330,15 @@ class Trainer:
         self.model.zero_grad()
         self._kept = None
 
+    def weights_replaced(self) -> None:
+        """After all weights and the optimizer's state were replaced, on all ranks: gradients of those before are dropped."""
+        self.weight_version += 1
+        self._progress = self.optimizer.progress()
+        self._has_compared = False
+        self.optimizer.zero_grad()
+        self.model.zero_grad()
+        self._kept = None
+
     def rejoin(self) -> None:
         """After a command that raised on some rank: forget what may not be the same on all ranks. Call it on all of them."""
         self._has_compared = False

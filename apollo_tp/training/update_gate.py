@@ -42,6 +42,7 @@ class Lock:
 
     def __init__(self, folder: Path, config: SyncConfig, weight_version: int, alarm: Alarm) -> None:
         self._timeout, self._max_pause, self._alarm = config.timeout_seconds, config.max_pause_seconds, alarm
+        self._patience = 1.0
         self._paused_at = 0.0
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._socket.settimeout(ANSWER_SECONDS)
@@ -62,8 +63,10 @@ class Lock:
             )
         threading.Thread(target=self._renew, name="update-lock", daemon=True).start()
 
-    def pause(self) -> None:
-        """Pause the server; returns when nothing runs on it any more. Raises ServerGoneError or DeadlineError."""
+    def pause(self, patience: float = 1.0) -> None:
+        """Pause the server; returns when nothing runs on it any more. ``patience`` multiplies how long it may stay paused.
+        Raises ServerGoneError or DeadlineError."""
+        self._patience = patience
         if self._broken:
             raise ServerGoneError(f"the update lock is lost ({self._broken}); restart server and trainer")
         self._paused_at = math.inf
@@ -97,9 +100,10 @@ class Lock:
             if self._socket.fileno() < 0 or not self._alarm.all_run():
                 return  # so that the lease runs out: a rank that waits for a dead one may wait long
             now = time.monotonic()
-            if now - self._paused_at > self._max_pause and not self._alarm.is_ringing():
+            if now - self._paused_at > self._patience * self._max_pause and not self._alarm.is_ringing():
                 log.error(
-                    "the server is paused for %.0f s (sync.max_pause_seconds): the step is given up", self._max_pause
+                    "the server is paused for %.0f s (sync.max_pause_seconds): the write is given up",
+                    now - self._paused_at,
                 )
                 self._alarm.ring()
             rings_since = min(rings_since, now) if self._alarm.is_ringing() else math.inf
@@ -159,8 +163,8 @@ class UpdateGate:
         """Whether the server is paused while an update is written."""
         return self._mode is not SyncMode.hogwild
 
-    def before_write(self) -> None:
-        """Returns when the server is paused, if the mode says so.
+    def before_write(self, patience: float = 1.0) -> None:
+        """Returns when the server is paused, if the mode says so; for at most ``patience`` times sync.max_pause_seconds.
 
         Collective where the mode pauses: two all-gathers over the compute group, each of which also waits for the device.
         Raises on all ranks if the server could not be paused.
@@ -172,7 +176,7 @@ class UpdateGate:
             pass  # the server runs until the slowest rank has its gradients
         with self._control.agree():
             if self._lock:
-                self._lock.pause()
+                self._lock.pause(patience)
             self._paused_at = time.monotonic()
 
     def after_step(self, weight_version: int) -> float:

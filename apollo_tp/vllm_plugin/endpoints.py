@@ -12,6 +12,7 @@ import itertools
 import json
 import logging
 from collections.abc import AsyncIterator
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,11 @@ from starlette.responses import Response, StreamingResponse
 from apollo_tp.errors import ConfigError, FrameError
 from apollo_tp.runtime import instance_folder, processes
 from apollo_tp.shards.instance import engine_folders, num_engines, unclaimed
+from apollo_tp.vllm_plugin.capture import CaptureMiddleware, Recorder
 from apollo_tp.vllm_plugin.update_lock import UpdateLock
 from apollo_tp.wire import codec
 from apollo_tp.wire import tunnel as tunnel_messages
+from apollo_tp.wire.capture import CAPTURES_PATH
 
 logger = logging.getLogger("vllm.apollo_tp")  # vLLM configures the "vllm" logger only
 
@@ -40,9 +43,12 @@ CHUNK_BYTES = 256 * 1024
 HOP_HEADERS = {b"connection", b"keep-alive", b"transfer-encoding", b"upgrade", b"te", b"trailer"}
 PATHS = {
     "/train": ["POST"],
-    "/train/{rest:path}": ["GET", "POST"],
+    "/train/{rest:path}": ["GET", "POST", "DELETE"],
+    "/feedback": ["POST"],
+    "/v1/chat/completions": ["GET"],
+    "/v1/chat/completions/{rest:path}": ["GET", "DELETE"],
     "/checkpoint": ["POST"],
-    "/checkpoint/{rest:path}": ["GET"],
+    "/checkpoint/{rest:path}": ["GET", "POST"],
     "/checkpoints": ["GET"],
     "/v1/files": ["GET", "POST"],
     "/v1/files/{rest:path}": ["GET", "DELETE"],
@@ -183,11 +189,14 @@ class ApolloEndpoints:
     def __init__(self) -> None:
         self._tunnel: Tunnel | None = None
         self._lock: UpdateLock | None = None
+        self._switch: Path | None = None
+        """The file that is there while a trainer runs that stores completions."""
 
     def attach_router(self, app: Any) -> None:
         """Add the forwarded routes to vLLM's application. Raises nothing: the server's start must not depend on us."""
         for path, methods in PATHS.items():
             app.add_route(path, self._forward, methods=methods, include_in_schema=False)
+        app.add_middleware(CaptureMiddleware, is_on=lambda: self._switch is not None and self._switch.exists())
 
     async def init_state(self, engine_client: Any, state: Any, args: Any) -> None:
         """Listen for the trainer's update lock. The tunnel's socket is opened by the first request."""
@@ -212,11 +221,32 @@ class ApolloEndpoints:
             await self._lock.start(path)
         except (ConfigError, OSError) as error:  # serving must not depend on us; the trainer says what is missing
             logger.warning("apollo_tp: updates cannot pause this server: %s", error)
+        mode = getattr(engine_client.vllm_config.model_config, "logprobs_mode", "raw_logprobs")
+        Recorder(self._send_record, mode).attach(engine_client)
         try:
+            self._switch = engine_folders()[0] / instance_folder.CAPTURE_FILE
             for folder in engine_folders():
                 chat.publish_of_client(engine_client, args, folder)
         except (ConfigError, OSError) as error:
             logger.warning("apollo_tp: trainers cannot see that this server is ready: %s", error)
+
+    async def _send_record(self, record: bytes) -> None:
+        """Deliver a captured completion. Raises UnavailableError if the coordinator does not store it."""
+        tunnel = self._find()
+        identity = tunnel.begin()
+        headers = [(b"content-type", b"application/json"), (b"content-length", str(len(record)).encode())]
+        try:
+            await tunnel.send(tunnel_messages.TunnelRequest(identity, "POST", CAPTURES_PATH, b"", headers))
+            for start in range(0, len(record), CHUNK_BYTES):
+                part = record[start : start + CHUNK_BYTES]
+                more = start + CHUNK_BYTES < len(record)
+                await tunnel.send(tunnel_messages.TunnelBody(identity, part, more))
+            while not isinstance(head := await tunnel.next(identity, ALIVE_SECONDS), tunnel_messages.TunnelHead):
+                pass
+            if head.status >= HTTPStatus.BAD_REQUEST:
+                raise UnavailableError(f"the coordinator answered {head.status}")
+        finally:
+            await tunnel.close(identity, finished=True)
 
     def _find(self) -> Tunnel:
         if self._tunnel is None:

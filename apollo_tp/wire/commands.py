@@ -128,9 +128,31 @@ class Score(Command, frozen=True):
 
 
 class SaveCheckpoint(Command, frozen=True):
-    """Write the live weights and the optimizer state to ``name`` below the configured checkpoint folder."""
+    """Write the live weights and the optimizer state to ``name`` below the configured checkpoint folder. Those that are
+    ``kept`` are not removed for it, however old."""
 
     name: str
+    kept: list[str] = []
+
+
+class CheckpointWritten(Command, frozen=True):
+    """From rank 0 to all ranks: what became of the checkpoint that the command of this ``id`` asked for, and that was
+    written while training went on. ``error`` says why there is none."""
+
+    path: str
+    num_bytes: int
+    seconds: float
+    stopped_seconds: float
+    weight_version: int
+    error: str = ""
+
+
+class RestoreCheckpoint(Command, frozen=True):
+    """Put the weights and the optimizer state of checkpoint ``name`` into the served memory and the optimizer, all or
+    nothing. ``restore_id`` names the request, and comes back in ``Hello.last_restore_id``."""
+
+    name: str
+    restore_id: str
 
 
 class Shutdown(Command, frozen=True):
@@ -147,7 +169,9 @@ class Identify(Command, frozen=True):
     """
 
 
-AnyCommand = AnyStep | ForwardBackward | Score | SaveCheckpoint | Shutdown | Identify
+AnyCommand = (
+    AnyStep | ForwardBackward | Score | SaveCheckpoint | CheckpointWritten | RestoreCheckpoint | Shutdown | Identify
+)
 
 # --- replies and notices, rank 0 -> coordinator --------------------------------------------------------------------
 
@@ -196,8 +220,12 @@ class Hello(Reply, frozen=True):
     """Rows for the layout view: checkpoint tensor, rank, served tensor, part; may be empty."""
     last_job_id: str = ""
     last_job_step: int = 0
+    last_restore_id: str = ""
+    """Of the last restore that these ranks began and completed, or that they completed for their predecessors."""
     replicas: list[Replica] = []
     """All servers that are trained; ``instance_id`` and what else is said of one server are those of the first."""
+    num_replicas: int = 1
+    """How many there should be: others are away."""
 
 
 class StepFigures(
@@ -248,9 +276,11 @@ class StepFigures(
 
 
 class StepDone(Reply, frozen=True):
-    """An optimizer step ended on all ranks."""
+    """An optimizer step ended on all ranks. ``replica_lag_seconds``: of each replica, by the clocks of their hosts, how much
+    later than the first one it had all new weights; empty for one replica."""
 
     figures: StepFigures
+    replica_lag_seconds: list[float] = []
 
 
 class ForwardBackwardDone(Reply, frozen=True):
@@ -276,12 +306,24 @@ class ScoreDone(Reply, frozen=True):
 
 
 class CheckpointDone(Reply, frozen=True):
-    """The checkpoint folder is complete at ``path``."""
+    """The checkpoint folder is complete at ``path``, ``seconds`` after the ranks began; for ``stopped_seconds`` of these no
+    step could be made. ``weight_version`` is that of the weights in it."""
 
     path: str
     num_bytes: int
     seconds: float
     weight_version: int
+    stopped_seconds: float = 0.0
+
+
+class RestoreDone(Reply, frozen=True):
+    """All weights and the optimizer state are those of the checkpoint at ``path``. The server was paused for
+    ``paused_seconds`` of the ``seconds``, if its mode says so."""
+
+    path: str
+    seconds: float
+    weight_version: int
+    paused_seconds: float = 0.0
 
 
 class CommandFailed(Reply, frozen=True):
@@ -307,4 +349,14 @@ class Goodbye(Reply, frozen=True):
     failed: bool = False
 
 
-AnyReply = Hello | StepDone | ForwardBackwardDone | ScoreDone | CheckpointDone | CommandFailed | Heartbeat | Goodbye
+AnyReply = (
+    Hello
+    | StepDone
+    | ForwardBackwardDone
+    | ScoreDone
+    | CheckpointDone
+    | RestoreDone
+    | CommandFailed
+    | Heartbeat
+    | Goodbye
+)

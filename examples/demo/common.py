@@ -42,13 +42,14 @@ class Demo:
     outputs: tuple[str, ...]
     run: Callable[[Path, Path, int, list[str]], dict[str, Any]]
     kept: Callable[[dict[str, Any]], bool]
+    num_steps: int = 40
 
     def main(self) -> int:
         """Run it with the arguments of the command line; returns 0 if every promise held."""
         out = Path("out") / self.name.removeprefix("examples.").replace(".", "-")
         parser = argparse.ArgumentParser(prog=f"python -m {self.name}", description=self.purpose)
         parser.add_argument("--out", type=Path, default=out, help="folder of logs, model and result.json")
-        parser.add_argument("--steps", type=int, default=40, help="optimizer steps")
+        parser.add_argument("--steps", type=int, default=self.num_steps, help="optimizer steps")
         parser.add_argument("--server-args", default="", help="further options of the vLLM servers, in one string")
         arguments = parser.parse_args()
         logging.getLogger("httpx").setLevel(logging.WARNING)
@@ -67,9 +68,16 @@ class Demo:
         (arguments.out / "result.json").write_text(json.dumps(result, indent=2) + "\n")
         table = Table(title=self.title, show_header=False)
         for key, value in result.items():
-            table.add_row(key, f"{value:.4f}" if isinstance(value, float) else str(value))
+            table.add_row(key, _shown(value))
         Console().print(table)
         return 0 if self.kept(result) else 1
+
+
+def _shown(value: Any) -> str:
+    """A figure, or one by name."""
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {_shown(each)}" for name, each in value.items())
+    return f"{value:.4f}" if isinstance(value, float) else str(value)
 
 
 def prepare(out: Path, outputs: tuple[str, ...]) -> None:

@@ -155,6 +155,35 @@ def check_cache_after_update(server: Server, trainer: Trainer, *, stale: bool) -
     assert (wrong > 0.02) if stale else (wrong == 0)
 
 
+def check_restore(server: Server, trainer: Trainer) -> None:
+    """A stream goes on over a restore; answers, also from the prefix cache, are those of before the job."""
+    saved = trainer.post("/checkpoint", {"wait": True})
+    before = server.logprobs(TOKENS), answer(server)
+    job = trainer.post("/train", JOB | {"epochs": 3})
+    assert server.logprobs(TOKENS) != before[0]
+    answer(server)  # fills the cache
+    url = f"{server.url}/checkpoint/{saved['name']}/restore"  # vLLM's own port
+    done, streams = stream_during(server, 100, lambda: httpx.post(url, json={"wait": True}, timeout=120).json())
+    restore = done["restore"]
+    assert restore["state"] == "succeeded", restore
+    assert 0 < restore["paused_seconds"] < restore["seconds"]
+    assert 0 < saved["stopped_seconds"] < saved["seconds"]
+    assert restore["weight_version"] == job["weight_version"] + 1
+    assert {len(stream.times) for stream in streams} == {100}
+    assert (server.logprobs(TOKENS), answer(server)) == before
+    assert trainer.post("/train", JOB)["weight_version"] == restore["weight_version"] + 1
+
+
+def check_rollback(server: Server, trainer: Trainer) -> None:
+    """A job whose guard is not content after its second step: what is served is what was before the first one."""
+    before = server.logprobs(TOKENS)
+    guard = {"measure": "command", "every": 2, "action": "rollback"}
+    job = trainer.post("/train", JOB | {"epochs": 6, "guard": guard})
+    assert (job["state"], job["step"], job["error"]["code"]) == ("failed", 2, "RolledBackError"), job
+    assert server.logprobs(TOKENS) == before
+    assert trainer.get("/train/status")["trainer"]["weight_version"] == job["weight_version"]
+
+
 def kill_while_paused(server: Server, trainer: Trainer, rank: int) -> None:
     """kill -9 of one rank while the server is paused for its update: the server answers again within 10 s."""
     order = trainer.state_dir / "order"
@@ -198,9 +227,13 @@ def test_a_cache_reset_between_running_requests_breaks_no_stream(server: Server,
     assert all(step["paused_seconds"] == 0 for step in step_data(trainer, job))
 
 
-def test_step_lock_keeps_a_running_stream_and_reset_makes_answers_fresh(server: Server, start: START) -> None:
+def test_step_lock_keeps_a_running_stream_and_reset_makes_answers_fresh(
+    server: Server, start: START, tmp_path: Path
+) -> None:
     """A stream stands still during the writes and goes on; the cache is emptied; a dead trainer leaves no pause behind."""
-    trainer = start("sync=step_lock", "cache=reset", "qos=paced")
+    (tmp_path / "judge").write_text("echo 1; test $APOLLO_TP_STEP -lt 2")
+    command = f"service.guard_command=[/bin/sh,{tmp_path}/judge]"
+    trainer = start("sync=step_lock", "cache=reset", "qos=paced", command)
     status = httpx.get(f"{server.url}/train/status", timeout=30).json()["trainer"]
     assert (status["sync"], status["qos"]) == ("step_lock", "sm_percent=null low_priority=false pace=0.5")
     check_cache_after_update(server, trainer, stale=False)
@@ -216,6 +249,9 @@ def test_step_lock_keeps_a_running_stream_and_reset_makes_answers_fresh(server: 
     status = httpx.get(f"{server.url}/train/status", timeout=30)
     assert versions[-1] == versions[0] + 1 == job["weight_version"] == status.json()["trainer"]["weight_version"]
     assert status.headers["x-apollo-weight-version"] == str(versions[-1])
+    (trainer.state_dir / "order").unlink()
+    check_restore(server, trainer)
+    check_rollback(server, trainer)
     kill_while_paused(server, trainer, rank=1)
 
 

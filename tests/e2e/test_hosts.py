@@ -14,7 +14,7 @@ import pytest
 from apollo_tp.coordinator.http.curve import create_keys
 from tests.support import played_hosts
 from tests.support.demo_model import make_model, standard_library_text
-from tests.support.played_hosts import ADDRESSES, SHARED, PlayedHost, play_two
+from tests.support.played_hosts import ADDRESSES, SHARED, PlayedHost, connect, play_two
 from tests.support.processes import FORKING_CLI, FORKING_SERVER, ManagedProcess
 
 pytestmark = [
@@ -27,6 +27,8 @@ PORT, COORDINATOR_PORT, ZMQ_PORT, STORE_PORT, VLLM_PORT = 8000, 8300, 8301, 2950
 TOKEN = "t" * 20
 RUNTIME_DIR = "/tmp/apollo_tp-0"
 START_SECONDS = 300.0
+LOST_SECONDS = 60.0
+NUM_STEPS = 100
 PROMPT = [5, 6, 7, 8, 9]
 JOB = {
     "samples": [{"context_ids": [5, 6], "continuation_ids": [6 + i, 7, 8, 9]} for i in range(4)],
@@ -73,7 +75,7 @@ class Hosts:
             ]  # fmt: skip
             environment = {"APOLLO_TP_TOKEN": TOKEN}
             trainers.append(host.start("apollo_tp.launch.torchrun", arguments, environment, f"trainer-{number}.log"))
-        self.processes += trainers
+        self.processes = [process for process in self.processes if process.process.poll() is None] + trainers
         return trainers
 
     def check(self) -> None:
@@ -122,7 +124,8 @@ def _until_answered(hosts: Hosts, host: PlayedHost, port: int, path: str, connec
 
 def test_replicas_on_two_hosts(hosts: Hosts) -> None:
     """They learn the same bits, and the training routes answer on the port of each. One host is cut off from the other's
-    files and processes, so all of it went over the network."""
+    files and processes, so all of it goes over the network. Without that both servers answer, all ranks end, and the job
+    goes on when it is back: nobody has trained alone, since jobs are on one side."""
     near, far = hosts.both
     model = ["--model", f"{SHARED}/model"]
     for host, name in ((near, "first"), (far, "second")):
@@ -142,13 +145,37 @@ def test_replicas_on_two_hosts(hosts: Hosts) -> None:
     assert hosts.digests(near, "first") == hosts.digests(far, "second")
     assert _logprobs(near) == _logprobs(far) != before
     assert _ask(near, "POST", PORT, "/checkpoint", {"wait": True}).json()["state"] == "succeeded"
+    job = _ask(near, "POST", PORT, "/train", JOB | {"epochs": NUM_STEPS, "batch_size": 4, "wait": False}).json()
+    _until_step(near, job["id"], 2)
+    connect(near, up=False)
+    _all_end(trainers)
+    assert _logprobs(near)
+    assert _logprobs(far)
+    connect(near, up=True)
+    trainers = hosts.train("server.replicas=2", "server.min_replicas=1")
+    _until_answered(hosts, near, COORDINATOR_PORT, "/train/status", connected=True)
+    _until_step(near, job["id"], NUM_STEPS)
+    events = _ask(near, "GET", PORT, f"/train/jobs/{job['id']}/events").json()["data"]
+    assert [e["data"]["step"] for e in events if e["type"] == "metrics"] == list(range(1, NUM_STEPS + 1))
+    assert hosts.digests(near, "first") == hosts.digests(far, "second")
     hosts.processes[1].stop()  # the far server
-    deadline = time.monotonic() + 30
-    while any(trainer.process.poll() is None for trainer in trainers):
-        assert time.monotonic() < deadline, "a trainer goes on without a server"
-        time.sleep(0.1)
+    _all_end(trainers)
     assert "server second: got the end of" in trainers[1].log.read_text()
     assert _logprobs(near)
+
+
+def _until_step(host: PlayedHost, job: str, step: int) -> None:
+    deadline = time.monotonic() + 60
+    while _ask(host, "GET", COORDINATOR_PORT, f"/train/jobs/{job}").json()["step"] < step:
+        assert time.monotonic() < deadline, f"step {step} does not come"
+        time.sleep(0.05)
+
+
+def _all_end(trainers: list[ManagedProcess]) -> None:
+    deadline = time.monotonic() + LOST_SECONDS
+    while any(trainer.process.poll() is None for trainer in trainers):
+        assert time.monotonic() < deadline, "a trainer goes on"
+        time.sleep(0.1)
 
 
 def test_a_server_over_two_hosts(hosts: Hosts) -> None:

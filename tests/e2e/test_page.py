@@ -1,13 +1,16 @@
 """The page at /, in a real headless Chromium: a running job's curve moves; dark and light; nothing from another host."""
 
 import json
+import re
 import shutil
 import time
 from pathlib import Path
 
 import pytest
 
+from tests.support.completions import fake_server
 from tests.support.fakes import CoordinatorProcess, FakeRanks, wait_for
+from tests.support.reinforcement import Stack
 
 selenium = pytest.importorskip("selenium.webdriver")
 BROWSER, DRIVER = shutil.which("chromium") or shutil.which("google-chrome"), shutil.which("chromedriver")
@@ -96,6 +99,25 @@ def test_a_running_jobs_curve_moves(stack, dark):
         )
         wait_for(lambda: client.get(f"/train/jobs/{job}").json()["state"] == "cancelled")
         assert_only_asked(driver, coordinator)
+
+
+def test_rewards_and_completions_of_a_job_are_shown(tmp_path):
+    """The curve of mean rewards, and what was sampled, as text whatever it contains."""
+    with fake_server() as server:
+        server.text = lambda prompt, index: "yes" if index % 2 else "<b>no</b>"
+        stack = Stack(tmp_path, server)
+        with stack.running(step_seconds=0.1), browser(False) as driver:
+            driver.get(stack.coordinator.url)
+            wait_for(lambda: driver.execute_script("return document.getElementById('dot').className") == "dot on")
+            assert driver.execute_script("return document.getElementById('rewards').hidden")
+            stack.create(n_epochs=20)
+            curve = "return document.getElementById('rewardcurve')?.getAttribute('points').split(' ').length"
+            wait_for(lambda: (driver.execute_script(curve) or 0) >= 3, 30, "three points of the rewards")
+            shown = driver.execute_script("return document.getElementById('rewards').innerText")
+            assert "question 0" in shown
+            assert "<b>no</b>" in shown
+            assert re.search(r"mean of step \d+: 0\.500", shown)
+            assert_only_asked(driver, stack.coordinator)
 
 
 def test_a_lost_coordinator_is_said(stack):

@@ -1,4 +1,5 @@
-"""Two real vLLM servers of one model, trained together by two ranks; one of them is killed, returns, and is filled."""
+"""Two real vLLM servers of one model, trained together by two ranks; one of them is killed in a job, which goes on with the
+other one; it returns, and is filled."""
 
 from __future__ import annotations
 
@@ -26,6 +27,7 @@ pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]
 
 PROMPT = [5, 6, 7, 8, 9]
 NOTICE_SECONDS = 10.0
+NUM_STEPS = 100
 
 
 class Stack:
@@ -49,19 +51,26 @@ class Stack:
         self.processes.append(process)
         return Server(f"http://127.0.0.1:{port}", self.model, self.runtime_dir, name, process)
 
-    def start_trainer(self, name: str, *overrides: str) -> ManagedProcess:
+    def start_trainer(self, name: str, *overrides: str, max_restarts: int = 0) -> ManagedProcess:
         """Two ranks beside both servers."""
         overrides += ("server.replicas=2", "optim.lr=1e-3", "train.max_sequence_tokens=256")
         overrides += ("optim.check_replicas_every=1", "checkpoint.after_idle_seconds=null")
         folder = self.folder / "trainer"
         folder.mkdir(exist_ok=True)
-        process = start_trainer(self.runtime_dir, folder, folder / f"{name}.log", overrides=overrides, forking=True)
+        process = start_trainer(
+            self.runtime_dir,
+            folder,
+            folder / f"{name}.log",
+            overrides=overrides,
+            forking=True,
+            max_restarts=max_restarts,
+        )
         self.processes.append(process)
         return process
 
-    def train(self, name: str, *overrides: str, first: str = "first") -> Trainer:
+    def train(self, name: str, *overrides: str, first: str = "first", max_restarts: int = 0) -> Trainer:
         """Their coordinator, beside the server ``first``, takes jobs."""
-        process = self.start_trainer(name, *overrides)
+        process = self.start_trainer(name, *overrides, max_restarts=max_restarts)
         url = coordinator_url(self.runtime_dir, process, instance=first, seconds=300)
         return Trainer(url, self.folder / "trainer", process)
 
@@ -94,6 +103,13 @@ def _until(holds: Callable[[], bool], seconds: float) -> None:
         time.sleep(0.05)
 
 
+def _answer(server: Server, path: str) -> dict:
+    """The coordinator's answer on the port of ``server``, or the error while there is no trainer."""
+    answer = httpx.get(f"{server.url}{path}", timeout=60).json()
+    assert isinstance(answer, dict)
+    return answer
+
+
 class Client(threading.Thread):
     """Asks a server all the time. ``answers`` counts; ``error`` is the first failure."""
 
@@ -117,13 +133,13 @@ class Client(threading.Thread):
 
 
 def test_two_servers_stay_identical(stack: Stack) -> None:
-    """While clients ask both. One is killed: the trainer ends soon and says which, the other goes on serving. It returns
-    with the weights on disk, is filled from the other, and both learn on."""
+    """While clients ask both. One is killed in the middle of a job, which goes on with the other one; it returns with the
+    weights on disk, and its port says that it is in step only when it is filled."""
     first, second = stack.serve("first", 0), stack.serve("second", 1)
     stack.wait(first)
     stack.wait(second)
     before = first.logprobs(PROMPT)
-    trainer = stack.train("one")
+    trainer = stack.train("one", "server.min_replicas=1", "server.replica_wait_seconds=1", max_restarts=9)
     clients = [Client(first), Client(second)]
     job = trainer.post("/train", _body(6))
     for client in clients:
@@ -138,7 +154,9 @@ def test_two_servers_stay_identical(stack: Stack) -> None:
     assert first.logprobs(PROMPT) == second.logprobs(PROMPT) != before
     status = trainer.get("/train/status")["trainer"]
     assert [replica["instance_id"] for replica in status["replicas"]] == ["first", "second"]
-    assert status["num_ranks"] == 2
+    assert {replica["weight_version"] for replica in status["replicas"]} == {status["weight_version"]}
+    assert all(0 <= replica["lag_seconds"] < 5 for replica in status["replicas"])
+    assert (status["num_ranks"], status["num_replicas"]) == (2, 2)
     forwarded = httpx.get(f"{second.url}/train/status", timeout=60).raise_for_status()
     assert forwarded.json()["trainer"]["replicas"] == status["replicas"]
     assert forwarded.headers["x-apollo-weight-version"] == str(status["weight_version"])
@@ -151,21 +169,33 @@ def test_two_servers_stay_identical(stack: Stack) -> None:
     assert "2 replicas (first on" in shown
 
     client = Client(first)
+    job = trainer.post("/train", _body(7) | {"epochs": NUM_STEPS, "batch_size": 4, "wait": False})
+    _until(lambda: trainer.get(f"/train/jobs/{job['id']}")["step"] >= 2, 60)
     worker = second.manifests[0].process
     os.kill(worker.pid, signal.SIGKILL)
     _until(lambda: not worker.alive(), 60)  # the kernel frees its memory, for which it needs a turn on a busy core
-    _until(lambda: trainer.process.process.poll() is not None, NOTICE_SECONDS)
-    assert "server second: got the end of" in trainer.process.log.read_text()
+    _until(lambda: "server second: got the end of" in trainer.process.log.read_text(), NOTICE_SECONDS)
     second.process.stop()
+    _until(lambda: _answer(first, "/train/status").get("trainer", {}).get("connected"), 120)
+    alone = _answer(first, "/train/status")["trainer"]
+    assert [replica["instance_id"] for replica in alone["replicas"]] == ["first"]
+    assert (alone["num_replicas"], alone["num_ranks"]) == (2, 1)
+    _until(lambda: _answer(first, f"/train/jobs/{job['id']}").get("state") == "succeeded", 120)
+    events = _answer(first, f"/train/jobs/{job['id']}/events")["data"]
+    assert [e["data"]["step"] for e in events if e["type"] == "metrics"] == list(range(1, NUM_STEPS + 1))
     second = stack.serve("second", 1)
     stack.wait(second)
+    _until(lambda: httpx.get(f"{second.url}/train/status", timeout=60).status_code == 200, 120)
+    assert _equal(first, second)
     client.end()
     assert (client.error, client.answers > 0) == ("", True)
-    assert not _equal(first, second)
+    trained = _answer(first, "/train/status")["trainer"]
+    assert trained["weight_version"] == status["weight_version"] + NUM_STEPS
+    assert (trained["num_ranks"], len(trained["replicas"])) == (2, 2)
+    trainer.process.stop()
+
     trainer = stack.train("two", "sync=step_lock")
-    assert _equal(first, second)
-    version = trainer.get("/train/status")["trainer"]["weight_version"]
-    assert version == status["weight_version"]
+    assert trainer.get("/train/status")["trainer"]["weight_version"] == trained["weight_version"]
     clients = [Client(first), Client(second)]
     job = trainer.post("/train", _body(7))
     for client in clients:
@@ -191,6 +221,7 @@ def test_engines_of_one_server_are_replicas(stack: Stack) -> None:
     assert _equal(*engines)
     answers = [server.logprobs(PROMPT) for _ in range(4)]
     assert all(answer == answers[0] != before for answer in answers)
-    assert httpx.get(f"{server.url}/train/status", timeout=60).json()["trainer"]["replicas"] == [
-        {"instance_id": f"pair.{index}", "host": socket.gethostname()} for index in range(2)
+    replicas = _answer(server, "/train/status")["trainer"]["replicas"]
+    assert [(replica["instance_id"], replica["host"]) for replica in replicas] == [
+        (f"pair.{index}", socket.gethostname()) for index in range(2)
     ]

@@ -46,6 +46,9 @@ class FakeRanks:
         self.logprob, self.save_seconds, self.loss_of_skipped, self.hello_seconds = -0.5, 0.0, 1.0, 0.0
         self.commands, self.answered, self.scored = [], [], []
         self.learned, self.fail_saves, self.score_seconds = 0.0, False, 0.0
+        self.restore_seconds, self.fail_restores = 0.0, False
+        self.saved, self.undone = {}, 0  # steps in the weights by name of the checkpoint; steps that are not any more
+        self.replicas, self.lags = [], []
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self.run, daemon=True)
 
@@ -64,8 +67,16 @@ class FakeRanks:
         lines = self.journal.read_text().splitlines()
         return [(line.split()[0], int(line.split()[1])) for line in lines]
 
+    def restores(self):
+        """(name, restore id) of the checkpoints that were put back."""
+        path = self.journal.with_suffix(".restores")
+        return [tuple(line.split()) for line in path.read_text().splitlines()] if path.exists() else []
+
+    def version(self):
+        return len(self.applied()) + len(self.restores())
+
     def hello(self, identity=""):
-        applied = self.applied()
+        applied, restores = self.applied(), self.restores()
         return commands.Hello(
             id=identity,
             protocol_version=commands.PROTOCOL_VERSION,
@@ -76,7 +87,8 @@ class FakeRanks:
             num_ranks=2,
             vocab_size=VOCAB_SIZE,
             max_sequence_tokens=self.max_tokens,
-            weight_version=len(applied),
+            weight_version=self.version(),
+            last_restore_id=restores[-1][1] if restores else "",
             num_parameters=6_000_000,
             optimizer="apollo rank 64",
             gradients="stored",
@@ -86,6 +98,8 @@ class FakeRanks:
             ],
             last_job_id=applied[-1][0] if applied else "",
             last_job_step=applied[-1][1] if applied else 0,
+            replicas=self.replicas,
+            num_replicas=3 if self.replicas else 1,
         )
 
     def run(self):
@@ -103,7 +117,7 @@ class FakeRanks:
                 now = time.monotonic()
                 if now - beat > HEARTBEAT_SECONDS:
                     beat = now
-                    version = len(self.applied())
+                    version = self.version()
                     self._send(socket, commands.Heartbeat(weight_version=version, busy_with=busy.id if busy else ""))
                 if busy and now >= until:
                     self._send(socket, self._execute(busy))
@@ -114,6 +128,7 @@ class FakeRanks:
                     self.commands.append(busy)
                     seconds = dict.fromkeys((commands.Step, commands.PreferenceStep), self.step_seconds)
                     seconds |= {commands.SaveCheckpoint: self.save_seconds, commands.Score: self.score_seconds}
+                    seconds |= {commands.RestoreCheckpoint: self.restore_seconds}
                     until = now + seconds.get(type(busy), 0.0)
 
     def _send(self, socket, message):
@@ -128,7 +143,10 @@ class FakeRanks:
             self.scored.append(len(self.applied()))
             weights = [sum(sample.weights) for sample in command.samples]
             logprobs = [
-                self.logprob * weight * (1 + 0.01 * sample.token_ids[-1]) * (1 + self.learned * len(self.applied()))
+                self.logprob
+                * weight
+                * (1 + 0.01 * sample.token_ids[-1])
+                * (1 + self.learned * (len(self.applied()) - self.undone))
                 for weight, sample in zip(weights, command.samples, strict=True)
             ]
             return commands.ScoreDone(
@@ -137,8 +155,18 @@ class FakeRanks:
             )  # fmt: skip
         if isinstance(command, commands.SaveCheckpoint) and self.fail_saves:
             return commands.CommandFailed(id=command.id, rank=0, error="OSError", message="no space left", traceback="")
+        if isinstance(command, commands.RestoreCheckpoint):
+            if self.fail_restores:
+                error = {"rank": 1, "error": "CheckpointError", "message": "another checksum", "traceback": ""}
+                return commands.CommandFailed(id=command.id, **error)
+            with open(self.journal.with_suffix(".restores"), "a") as file:
+                file.write(f"{command.name} {command.restore_id}\n")
+            self.undone = len(self.applied()) - self.saved.get(command.name, 0)
+            path = f"/ckpt/{command.name}"
+            return commands.RestoreDone(id=command.id, path=path, seconds=0.2, weight_version=self.version())
         if isinstance(command, commands.SaveCheckpoint):
-            version = len(self.applied())
+            version = self.version()
+            self.saved[command.name] = len(self.applied()) - self.undone
             path = f"/ckpt/{command.name}"
             return commands.CheckpointDone(id=command.id, path=path, num_bytes=1, seconds=0.0, weight_version=version)
         if isinstance(command, commands.Shutdown):
@@ -157,13 +185,13 @@ class FakeRanks:
                 file.flush()
         samples = command.samples if isinstance(command, commands.Step) else [p.preferred for p in command.pairs]
         tokens = sum(len(sample.token_ids) for sample in samples)
-        version = len(self.applied())
+        version = self.version()
         loss = self.loss_of_skipped if skipped else 5.0 / (1 + version)
         figures = step_figures(
             loss=loss, num_tokens=tokens, num_loss_tokens=tokens // 2, weight_version=version,
             step_seconds=self.step_seconds, gradients="in_backward", skipped=skipped,
         )  # fmt: skip
-        return commands.StepDone(id=command.id, figures=figures)
+        return commands.StepDone(id=command.id, figures=figures, replica_lag_seconds=self.lags)
 
 
 class CoordinatorProcess:

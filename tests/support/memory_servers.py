@@ -30,7 +30,8 @@ logging.basicConfig(level=logging.INFO)
 from apollo_tp.launch import coordinates
 from apollo_tp.launch.arguments import read_arguments
 from apollo_tp.launch.services import Services
-from apollo_tp.launch.stages import bind, join_ranks, map_server, prepare
+from apollo_tp.launch.session import await_server
+from apollo_tp.launch.stages import bind, join_ranks, map_server, prepare, take_place
 from apollo_tp.runtime import processes
 from apollo_tp.training.rank_loop import RankLoop
 from apollo_tp.wire import commands
@@ -49,7 +50,11 @@ try:
         if seen:  # as if each rank saw the GPU of one shard alone
             own = coordinates.ServedRank(*seen[joined.world.rank])
             coordinates._offered = lambda servers: [own]
-        ready = prepare(bind(map_server(joined, lambda error: None)))
+        placed = take_place(joined)
+        if placed.own is None:
+            print(f"SPARE {joined.world.rank}.", flush=True)
+            await_server(placed)
+        ready = prepare(bind(map_server(placed, lambda error: None), lambda error: None))
         loop = RankLoop(ready.trainer, Services(ready), ready.control, None)
         command = commands.Step(id=f"j/{number}", job_id="j", job_step=number, samples=samples(seed=number))
         reply = loop.execute(command)
@@ -177,6 +182,7 @@ class Host:
             "service.http.port=0", "train.max_micro_batch_tokens=64",
             "train.max_sequence_tokens=64", "optim.rank=8", "optim.lr=1e-3", "optim.max_relative_update=1.0",
             "server.wait_seconds=5", f"server.runtime_dir='{self.base}/rt'", f"checkpoint.dir='{self.base}/checkpoints'",
+            "checkpoint.behind=false",
             f"service.state_dir='{self.base}/state'", *overrides,
         ]  # fmt: skip
         root = Path(__file__).parents[2]

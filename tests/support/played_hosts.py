@@ -109,6 +109,12 @@ class PlayedHost:
         self._holder.wait(10)
 
 
+def connect(host: PlayedHost, *, up: bool) -> None:
+    """Plug the cable into this host, or pull it out: nothing that is sent then arrives, and no connection is closed."""
+    words = ["ip", "link", "set", CABLE, "up" if up else "down"]
+    subprocess.run([*host.enter()[:3], "--net", *words], check=True)
+
+
 def play_two(shared: Path) -> list[PlayedHost]:
     """Two hosts, i and j, with a cable between them."""
     hosts = [PlayedHost(name, address, shared) for name, address in zip("ij", ADDRESSES, strict=True)]
@@ -116,6 +122,7 @@ def play_two(shared: Path) -> list[PlayedHost]:
     cable = ["type", "veth", "peer", "name", CABLE, "netns", str(far.pid)]
     subprocess.run([*near.enter()[:3], "--net", "ip", "link", "add", CABLE, *cable], check=True)
     for host in hosts:
-        for words in (["address", "add", f"{host.address}/24", "dev", CABLE], ["link", "set", CABLE, "up"]):
-            subprocess.run([*host.enter()[:3], "--net", "ip", *words], check=True)
+        address = ["ip", "address", "add", f"{host.address}/24", "dev", CABLE]
+        subprocess.run([*host.enter()[:3], "--net", *address], check=True)
+        connect(host, up=True)
     return hosts

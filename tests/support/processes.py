@@ -155,6 +155,7 @@ def start_trainer(
     log: Path,
     *,
     num_ranks: int = 2,
+    max_restarts: int = 0,
     overrides: Sequence[str] = (),
     environment: dict[str, str] | None = None,
     forking: bool = False,
@@ -163,7 +164,7 @@ def start_trainer(
     it is ``FORKING_TORCHRUN``."""
     command = [
         sys.executable, "-m", FORKING_TORCHRUN if forking else "torch.distributed.run",
-        "--standalone", "--nproc-per-node", str(num_ranks),
+        "--standalone", "--nproc-per-node", str(num_ranks), "--max-restarts", str(max_restarts),
         "-m", "apollo_tp.launch",
         "service.http.port=0", quoted("service.state_dir", f"{state_dir}/service"),
         quoted("checkpoint.dir", f"{state_dir}/checkpoints"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from apollo_tp.wire import commands
 
@@ -25,8 +25,19 @@ class RecordingServices:
         self.hellos.append(command_id)
         raise NotImplementedError
 
-    def save_checkpoint(self, name: str) -> tuple[str, int]:
+    def save_checkpoint(self, name: str, kept: Sequence[str] = ()) -> tuple[str, int]:
         raise NotImplementedError(name)
+
+    def restore_checkpoint(self, name: str, restore_id: str) -> str:
+        raise NotImplementedError(name)
+
+    is_torn = is_saving = False
+
+    def written_checkpoint(self) -> None:
+        return None
+
+    def checkpoint_written(self, path: str) -> None:
+        raise NotImplementedError(path)
 
     def record_step(self, command: commands.AnyStep, figures: commands.StepFigures) -> None:
         self.steps.append((command, figures))

@@ -15,8 +15,8 @@ VARIABLE = "APOLLO_TP_TEST_SLOW"
 _before_write = UpdateGate.before_write
 
 
-def _slow(self: UpdateGate) -> None:
-    _before_write(self)
+def _slow(self: UpdateGate, patience: float = 1.0) -> None:
+    _before_write(self, patience)
     order = Path(os.environ[VARIABLE])
     if order.exists() and os.environ["RANK"] == "0":
         order.with_suffix(".paused").touch()

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from apollo_tp.client import AsyncClient, Client, Job, JobError, LossConfig, RefusedError, Sample
+from apollo_tp.client import AsyncClient, Client, Guard, Job, JobError, LossConfig, NotDoneError, RefusedError, Sample
 from apollo_tp.errors import DeadlineError
 from tests.support.fakes import CoordinatorProcess, FakeRanks, wait_for
 
@@ -62,6 +62,37 @@ def test_the_same_awaited(stack: Stack) -> None:
 
     job, logprobs = asyncio.run(run())
     assert (job.state, logprobs) == ("succeeded", [[-0.03, -0.04]])
+
+
+def test_a_checkpoint_is_restored_and_a_job_guarded(stack: Stack) -> None:
+    """By the name of the checkpoint; what fails is raised."""
+    coordinator, ranks = stack
+    with Client(coordinator.url, TOKEN) as client:
+        made = client.checkpoint()
+        assert made.state == "succeeded"
+        version = client.status().trainer.weight_version
+        back = client.restore(made.name)
+        assert back.restore is not None
+        assert (back.id, back.restore.weight_version) == (made.id, version + 1)
+        ranks.fail_restores = True
+        with pytest.raises(NotDoneError, match="another checksum"):
+            client.restore(made.id)
+        ranks.fail_restores = False
+        with pytest.raises(RefusedError):
+            client.restore("no/such")
+        held_out = [{"context_ids": [1], "continuation_ids": [7, 8]}]
+        job = client.submit(samples(), loss="ppo", batch_size=2, validation=held_out, guard=Guard(every=1))
+        assert client.wait(job.id, 30).guard == {
+            "baseline": pytest.approx(0.54), "value": pytest.approx(0.54), "step": 2, "verdict": "", "snapshot": "",
+            "restore_id": "",
+        }  # fmt: skip
+
+    async def again() -> str:
+        async with AsyncClient(coordinator.url, TOKEN) as client:
+            made = await client.checkpoint()
+            return (await client.restore(made.id)).state
+
+    assert asyncio.run(again()) == "succeeded"
 
 
 def test_what_goes_wrong_is_raised(stack: Stack) -> None:

@@ -9,11 +9,21 @@ from fastapi import FastAPI
 from fastapi_offline import FastAPIOffline
 
 from apollo_tp import __version__
-from apollo_tp.coordinator.http import metrics, openai_files, openai_jobs, openai_models, openai_uploads, page, train
+from apollo_tp.coordinator.http import (
+    captures,
+    metrics,
+    openai_files,
+    openai_graders,
+    openai_jobs,
+    openai_models,
+    openai_uploads,
+    page,
+    train,
+)
 from apollo_tp.coordinator.http.auth import Access
 from apollo_tp.coordinator.http.errors import STATUS, ErrorBody, handle_error
 from apollo_tp.coordinator.http.middleware import ServiceMiddleware
-from apollo_tp.coordinator.http.openai_bodies import CompleteBody, FineTuningBody, UploadBody
+from apollo_tp.coordinator.http.openai_bodies import CompleteBody, FineTuningBody, GraderBody, GraderRunBody, UploadBody
 from apollo_tp.coordinator.http.parameters import SCHEMA_REF
 from apollo_tp.coordinator.http.service import Service
 from apollo_tp.coordinator.http.validation import FileValidation
@@ -37,7 +47,10 @@ def build_app(service: Service, access: Access, figures: metrics.Metrics, valida
     app.state.uploads = openai_uploads.Uploads(service.store)
     link, limits = service.scheduler.link, service.settings.service
     app.add_middleware(ServiceMiddleware, access=access, limits=limits, weight_version=lambda: link.weight_version)
-    for module in (train, openai_files, openai_uploads, openai_jobs, openai_models, metrics, page):
+    routes = (
+        train, openai_files, openai_uploads, openai_jobs, openai_graders, openai_models, captures, metrics, page,
+    )  # fmt: skip
+    for module in routes:
         app.include_router(module.router)
     app.openapi = lambda: _document(app)  # type: ignore[method-assign]
     return app
@@ -49,7 +62,10 @@ def _document(app: FastAPI) -> dict[str, Any]:
         document = FastAPI.openapi(app)
         document["security"] = [{"token": []}]
         components = document["components"]
-        bodies = (TrainBody, ScoreBody, CheckpointBody, FineTuningBody, UploadBody, CompleteBody)
+        bodies = (
+            TrainBody, ScoreBody, CheckpointBody, FineTuningBody, UploadBody, CompleteBody, GraderBody, GraderRunBody,
+            captures.FeedbackBody,
+        )  # fmt: skip
         components["schemas"] |= msgspec.json.schema_components(bodies, ref_template=SCHEMA_REF)[1]
         components["securitySchemes"] = {"token": {"type": "http", "scheme": "bearer"}}
         app.openapi_schema = document

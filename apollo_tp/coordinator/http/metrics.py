@@ -12,7 +12,9 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 
 from apollo_tp.coordinator.http.parameters import StrictRoute
+from apollo_tp.coordinator.http.views import replicas_view
 from apollo_tp.coordinator.jobs.job import Job
+from apollo_tp.coordinator.jobs.rank_link import RankLink
 from apollo_tp.coordinator.jobs.scheduler import Scheduler
 from apollo_tp.coordinator.jobs.store import Store
 from apollo_tp.wire.commands import StepFigures
@@ -86,8 +88,31 @@ class Metrics:
         yield GaugeMetricFamily(
             "apollo_weight_version", "Completed updates of the served weights", value=link.weight_version or 0
         )
+        yield from _replicas(link)
         speed = self._scheduler.progress.tokens_per_second() if self._scheduler.running else None
         yield GaugeMetricFamily("apollo_tokens_per_second", "Tokens per second of the running job", value=speed or 0.0)
+
+
+def _replicas(link: RankLink) -> Iterator[GaugeMetricFamily]:
+    """Of each served replica whether a trainer keeps it in step, its weight version and its lag; none before a trainer."""
+    if link.hello is None:
+        return
+    labels = ["instance", "host"]
+    in_step = GaugeMetricFamily("apollo_replica_in_step", "1 while a trainer keeps the replica in step", labels=labels)
+    version = GaugeMetricFamily("apollo_replica_weight_version", "Weight version of the replica", labels=labels)
+    lag = GaugeMetricFamily(
+        "apollo_replica_lag_seconds", "How much later than the first the replica had the last weights", labels=labels
+    )
+    for replica in replicas_view(link):
+        names = [replica["instance_id"], replica["host"]]
+        in_step.add_metric(names, float(replica["health"] == "in_step"))
+        version.add_metric(names, replica["weight_version"] or 0)
+        if replica["lag_seconds"] is not None:
+            lag.add_metric(names, replica["lag_seconds"])
+    yield from (in_step, version, lag)
+    yield GaugeMetricFamily(
+        "apollo_replicas_wanted", "Replicas that are to be trained", value=float(link.hello.num_replicas)
+    )
 
 
 router = APIRouter(route_class=StrictRoute)

@@ -21,6 +21,7 @@ from apollo_tp.config import ServiceConfig
 from apollo_tp.coordinator.http.auth import BROWSER_PAGES, Access
 from apollo_tp.coordinator.http.errors import error_response
 from apollo_tp.errors import RequestError, refuse
+from apollo_tp.wire.capture import CAPTURES_PATH
 
 log = logging.getLogger(__name__)
 
@@ -32,7 +33,7 @@ PART_BYTES = 64 * 2**20
 """OpenAI's limit of one part of an upload."""
 SMALL_BODY_BYTES = 2**20
 """Limit of bodies that carry no samples and no file."""
-SAMPLE_ROUTES = ("/train", "/train/score")
+SAMPLE_ROUTES = ("/train", "/train/score", CAPTURES_PATH)
 PART_ROUTE = re.compile(r"/v1/uploads/[^/]*/parts")
 BODY_SECONDS = 30.0
 MIN_BYTES_PER_SECOND = 16 * 1024

@@ -8,15 +8,19 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
+from apollo_tp.coordinator.graders.grading import offered
+from apollo_tp.coordinator.graders.schema import read_grader
 from apollo_tp.coordinator.jobs.job import JobSpec
-from apollo_tp.coordinator.samples.schema import Metadata
+from apollo_tp.coordinator.samples.schema import Guard, Metadata
+from apollo_tp.coordinator.settings import Settings
 from apollo_tp.errors import refuse
+from apollo_tp.wire.losses import LossConfig, complete
 
 DEFAULT_EPOCHS = 3
 DEFAULT_BATCH_SIZE = 8
 DEFAULT_BETA = 0.1
 MIN_EXPIRY_SECONDS, MAX_EXPIRY_SECONDS = 3600, 30 * 24 * 3600
-METHODS = ("supervised", "dpo")
+METHODS = ("supervised", "dpo", "reinforcement")
 
 
 class Hyperparameters(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -34,13 +38,44 @@ class MethodOptions(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     hyperparameters: Hyperparameters | None = None
 
 
+class ReinforcementHyperparameters(Hyperparameters, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    """Numbers, or "auto". ``compute_multiplier`` times rl.completions is how many completions each prompt has in a step;
+    every ``eval_interval`` steps, ``eval_samples`` of each prompt of the validation file are sampled."""
+
+    compute_multiplier: Annotated[float, Meta(gt=0, le=1000)] | str | None = "auto"
+    eval_interval: Annotated[int, Meta(ge=1, le=2**31)] | str | None = "auto"
+    eval_samples: Annotated[int, Meta(ge=1, le=1024)] | str | None = "auto"
+    reasoning_effort: str | None = None
+
+
+class ReinforcementOptions(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """``grader``: one of OpenAI's graders (see graders/schema.py)."""
+
+    grader: dict[str, Any]
+    hyperparameters: ReinforcementHyperparameters | None = None
+    response_format: Any = None
+
+
 class Method(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
-    """How to train. Reinforcement is not offered: ``reinforcement`` must be null."""
+    """How to train: ``type``, and the options of that method alone."""
 
     type: str = "supervised"
     supervised: MethodOptions | None = None
     dpo: MethodOptions | None = None
-    reinforcement: Any = None
+    reinforcement: ReinforcementOptions | None = None
+
+
+class GraderBody(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """Body of POST /v1/fine_tuning/alpha/graders/validate."""
+
+    grader: dict[str, Any]
+
+
+class GraderRunBody(GraderBody, kw_only=True, forbid_unknown_fields=True):
+    """Body of POST /v1/fine_tuning/alpha/graders/run: a grader, a completion, and the line of a file that it belongs to."""
+
+    model_sample: Annotated[str, Meta(max_length=1_000_000)]
+    item: dict[str, Any] | None = None
 
 
 class FineTuningBody(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
@@ -55,6 +90,8 @@ class FineTuningBody(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     method: Method | None = None
     hyperparameters: Hyperparameters | None = None
     integrations: Any = None
+    guard: Guard | None = None
+    """Not OpenAI's: ``extra_body`` of the SDK."""
 
 
 class ExpiresAfter(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
@@ -81,20 +118,18 @@ class CompleteBody(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     md5: str | None = None
 
 
-def spec_of(body: FineTuningBody) -> JobSpec:
+def spec_of(body: FineTuningBody, settings: Settings) -> JobSpec:
     """The job that a request describes, "auto" resolved. Raises RequestError for what would be ignored."""
     if body.integrations:
         raise refuse("integrations", "integrations of one job", "none, or an empty list; curves of all jobs are written by "
                      "the trainer's options service.writers.wandb_project and service.writers.tensorboard_dir")  # fmt: skip
     method = body.method.type if body.method else "supervised"
-    if method not in METHODS or (body.method and body.method.reinforcement is not None):
-        got = repr(method[:40]) if method not in METHODS else "options of 'reinforcement'"
-        field = "method.type" if method not in METHODS else "method.reinforcement"
-        raise refuse(field, got, "'supervised' or 'dpo': a grader's rewards are not trained on here")
+    if method not in METHODS:
+        raise refuse("method.type", repr(method[:40]), f"one of {', '.join(METHODS)}")
     options = getattr(body.method, method) if body.method else None
-    other = "dpo" if method == "supervised" else "supervised"
-    if body.method and getattr(body.method, other) is not None:
-        raise refuse(f"method.{other}", "options", f"only method.{method}, as method.type says")
+    for other in METHODS:
+        if body.method and other != method and getattr(body.method, other) is not None:
+            raise refuse(f"method.{other}", "options", f"only method.{method}, as method.type says")
     own, older = (options.hyperparameters if options else None) or Hyperparameters(), body.hyperparameters
 
     def resolve(name: str, automatic: float) -> Any:
@@ -106,10 +141,10 @@ def spec_of(body: FineTuningBody) -> JobSpec:
         return automatic if chosen is None else chosen
 
     beta = resolve("beta", 0.0)
-    if beta and method == "supervised":
-        raise refuse("hyperparameters.beta", f"{beta:g} for method 'supervised'", "it only for method 'dpo'")
+    if beta and method != "dpo":
+        raise refuse("hyperparameters.beta", f"{beta:g} for method {method!r}", "it only for method 'dpo'")
 
-    return JobSpec(
+    spec = JobSpec(
         method=method,
         epochs=resolve("n_epochs", DEFAULT_EPOCHS),
         batch_size=resolve("batch_size", DEFAULT_BATCH_SIZE),
@@ -117,11 +152,41 @@ def spec_of(body: FineTuningBody) -> JobSpec:
         beta=float(beta or DEFAULT_BETA),
         seed=body.seed if body.seed is not None else secrets.randbelow(2**31),
         save_at_end=True,
+        guard=body.guard,
         metadata=body.metadata or {},
         model=body.model,
         suffix=body.suffix or "",
         training_file=body.training_file,
         validation_file=body.validation_file or "",
+    )
+    return spec if method != "reinforcement" else _reinforced(spec, options, settings)
+
+
+def _reinforced(spec: JobSpec, options: ReinforcementOptions | None, settings: Settings) -> JobSpec:
+    field = "method.reinforcement"
+    if options is None:
+        raise refuse(field, "nothing", "it with a grader, as method.type says")
+    if settings.service.server_url is None:
+        raise refuse("method.type", "'reinforcement'", "service.server_url to be set: the address of the server, which the "
+                     "completions are sampled from")  # fmt: skip
+    if options.response_format is not None:
+        expected = (
+            "none: constrained sampling has other log-probabilities than the trainer; let the grader reward the format"
+        )
+        raise refuse(f"{field}.response_format", "one", expected)
+    own = options.hyperparameters or ReinforcementHyperparameters()
+    if own.reasoning_effort not in (None, "default"):
+        raise refuse(f"{field}.hyperparameters.reasoning_effort", repr(own.reasoning_effort[:40]), "'default'")
+    grader = read_grader(options.grader, offered(settings.rl), f"{field}.grader")
+    multiplier = _number("compute_multiplier", own.compute_multiplier)
+    interval, samples = (_number(name, getattr(own, name)) for name in ("eval_interval", "eval_samples"))
+    return msgspec.structs.replace(
+        spec,
+        loss=complete("ppo", LossConfig()),
+        grader=grader,
+        completions=max(2, round(settings.rl.completions * (multiplier or 1.0))),
+        eval_interval=None if interval is None else int(interval),
+        eval_samples=int(samples or 1),
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from typing import Annotated, Any
 
+import msgspec
 from fastapi import APIRouter, Depends, Query
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -25,7 +26,7 @@ from apollo_tp.coordinator.http.parameters import (
 from apollo_tp.coordinator.http.service import Service, ServiceParts, listing, unknown_cursor
 from apollo_tp.coordinator.http.validation import FileValidation
 from apollo_tp.coordinator.http.work import uninterrupted
-from apollo_tp.coordinator.jobs.job import Checkpoint, Event, Job, State, new_job
+from apollo_tp.coordinator.jobs.job import Checkpoint, Event, Job, State, check_guard, new_job
 from apollo_tp.coordinator.jobs.scheduler import Scheduler
 from apollo_tp.errors import refuse
 
@@ -59,7 +60,8 @@ async def create(
         file_id = getattr(body, name)
         if file_id is not None and service.store.file(file_id) is None:
             raise refuse(name, repr(file_id[:80]), "the id of an uploaded file")
-    job = new_job("openai", spec_of(body), State.validating_files, service.scheduler.model)
+    check_guard(body.guard, body.validation_file is not None, service.settings.service)
+    job = new_job("openai", spec_of(body, service.settings), State.validating_files, service.scheduler.model)
     known = await uninterrupted(_store(service, validation, job, key))
     return JSONResponse(job_view(service.find_job(known), service.scheduler))
 
@@ -130,6 +132,14 @@ def job_view(job: Job, scheduler: Scheduler) -> dict[str, Any]:
     }
     if spec.method == "dpo":
         hyperparameters["beta"] = spec.beta
+    method: dict[str, Any] = {"hyperparameters": hyperparameters}
+    if spec.method == "reinforcement":
+        method["grader"] = msgspec.to_builtins(spec.grader)
+        method["hyperparameters"] = hyperparameters | {
+            "compute_multiplier": spec.completions / scheduler.settings.rl.completions,
+            "eval_interval": spec.eval_interval or "auto",
+            "eval_samples": spec.eval_samples,
+        }
     left = None
     if scheduler.running is job:
         left = scheduler.progress.seconds_left(job.total_steps - job.step)
@@ -150,7 +160,7 @@ def job_view(job: Job, scheduler: Scheduler) -> dict[str, Any]:
         "status": "queued" if paused else job.state.value,
         "paused": paused,
         "hyperparameters": hyperparameters,
-        "method": {"type": spec.method, spec.method: {"hyperparameters": hyperparameters}},
+        "method": {"type": spec.method, spec.method: method},
         "training_file": spec.training_file,
         "validation_file": spec.validation_file or None,
         "result_files": [results_id(job)] if has_results(job) else [],

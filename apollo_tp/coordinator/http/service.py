@@ -16,6 +16,8 @@ import msgspec
 from fastapi import Depends
 from starlette.requests import Request
 
+from apollo_tp.coordinator.captures.arrival import Versions, Votes
+from apollo_tp.coordinator.captures.store import Captures
 from apollo_tp.coordinator.http.bodies import LargeBodies
 from apollo_tp.coordinator.http.parameters import PageQuery
 from apollo_tp.coordinator.http.views import CachedLayout, CachedStatus
@@ -50,6 +52,8 @@ class Service:
     changes: Changes
     renderer: Renderer | str
     model_vocab_size: int | None
+    captures: Captures | None = None
+    """Stored completions; None while none are stored."""
 
     def __post_init__(self) -> None:
         self.status = CachedStatus(self.scheduler, self.store, self.changes)
@@ -59,6 +63,12 @@ class Service:
         self.adding_file = asyncio.Lock()  # held from the check of max_files until the file is stored
         self._promised = 0  # bytes that requests in progress are writing
         self.streams: collections.Counter[str] = collections.Counter()
+        self.votes, self._versions = Votes(self.settings.learn.votes_per_minute), Versions()
+        self.scheduler.on_step.append(lambda _, figures: self._versions.add(figures.weight_version))
+
+    def version_at(self, when: float) -> int | None:
+        """The weight version that was served at a time (in seconds since the epoch)."""
+        return self._versions.at(when, self.scheduler.link.weight_version)
 
     def intake(self, truncate: Truncate, is_abandoned: IsAbandoned = lambda: False) -> Intake:
         """An Intake with the current limits."""

@@ -27,7 +27,7 @@ from apollo_tp.coordinator.http.parameters import (
 from apollo_tp.coordinator.http.service import Service, ServiceParts, found, listing
 from apollo_tp.coordinator.http.views import event_stream, events_page, job_view
 from apollo_tp.coordinator.http.work import IsAbandoned, uninterrupted, while_connected
-from apollo_tp.coordinator.jobs.job import Checkpoint, Job, State, new_job, plan_total_steps, spec_of
+from apollo_tp.coordinator.jobs.job import Checkpoint, Job, State, check_guard, new_job, plan_total_steps, spec_of
 from apollo_tp.coordinator.samples.body import read_body
 from apollo_tp.coordinator.samples.sample_file import write_records
 from apollo_tp.coordinator.samples.schema import (
@@ -73,6 +73,18 @@ async def _accept(service: Service, request: Request, data: Body) -> tuple[Train
         return body, await uninterrupted(_store(service, job, key)), {}
 
 
+async def submit(service: Service, key: str, data: bytes) -> str:
+    """Store the job of a POST /train body that this process has made, once for ``key``. Returns its id; raises
+    RequestError."""
+    idempotency_key = ("feedback", key, "")
+    if known := service.store.repeated(*idempotency_key):
+        return known
+    service.store.check_room(service.settings.service.max_queued_jobs)
+    with service.storing(len(data)):
+        _, job = await asyncio.to_thread(_write, service, data, lambda: False)
+        return await uninterrupted(_store(service, job, idempotency_key))
+
+
 async def _answer(
     service: Service, query: TrainQuery, body: TrainBody, job_id: str, headers: dict[str, str]
 ) -> Response:
@@ -91,9 +103,14 @@ def _write(service: Service, data: Body, is_abandoned: IsAbandoned) -> tuple[Tra
     job = new_job("train", spec_of(body), State.queued, service.scheduler.model)
     path = store.samples_dir / f"{job.id}.train"
     samples = service.intake(body.truncate, is_abandoned).train_samples(body, given)
+    check_guard(body.guard, body.validation is not None, service.settings.service)
+    held_out = service.intake(body.truncate, is_abandoned).samples(body.validation or [], "validation")
     job.num_samples = write_records(path, samples)
+    if held_out:
+        job.num_validation = write_records(path.with_suffix(".valid"), held_out)
     if is_abandoned():  # nobody takes the job
         path.unlink()
+        path.with_suffix(".valid").unlink(missing_ok=True)
     job.total_steps = plan_total_steps(job.spec, job.num_samples)
     return body, job
 
@@ -103,7 +120,8 @@ async def _store(service: Service, job: Job, key: tuple[str, str, str] | None) -
     store, limit = service.store, service.settings.service.max_queued_jobs
     known = ""
     try:
-        store.disk.count(store.samples_dir / f"{job.id}.train")
+        for part in ("train", "valid")[: 1 + (job.num_validation > 0)]:
+            store.disk.count(store.samples_dir / f"{job.id}.{part}")
         known = await store.add_job(job, max_queued=limit, idempotency=key)
     finally:
         if known != job.id:
@@ -240,6 +258,31 @@ async def checkpoint(request: Request, query: Annotated[WaitQuery, Query()], ser
     return JSONResponse(_checkpoint_view(record), status_code=202 if record.state == "queued" else 200)
 
 
+@router.post(
+    "/checkpoint/{checkpoint_id}/restore", status_code=202, openapi_extra=json_body(CheckpointBody, required=False)
+)
+async def restore(
+    request: Request, checkpoint_id: str, query: Annotated[WaitQuery, Query()], service: ServiceParts
+) -> Response:
+    """Put a checkpoint's weights and optimizer state back into the served memory: 202, or 200 once that is done (`wait`)."""
+    data = await request.body()
+    body = await decode_body(data or b"{}", CheckpointBody)
+    record = _find(service, checkpoint_id)
+    if record.state != "succeeded":
+        raise refuse("state", record.state, "a checkpoint that was written", status=409, code="checkpoint_state")
+    key = idempotency(request, f"/checkpoint/{record.id}/restore", data)
+    if not (key and service.store.repeated(*key)):
+        await uninterrupted(service.scheduler.saver.restore(record, idempotency=key))
+    if body.wait or query.wait:
+        await service.wait(lambda: not _is_restoring(_find(service, record.id)), body.wait_seconds)
+    record = _find(service, record.id)
+    return JSONResponse(_checkpoint_view(record), status_code=202 if _is_restoring(record) else 200)
+
+
+def _is_restoring(record: Checkpoint) -> bool:
+    return record.restore is not None and record.restore.state == "queued"
+
+
 @router.get("/checkpoint/{checkpoint_id}")
 async def checkpoint_state(checkpoint_id: str, service: ServiceParts) -> Response:
     """One checkpoint."""
@@ -260,7 +303,9 @@ async def health(service: ServiceParts) -> Response:
 
 
 def _find(service: Service, checkpoint_id: str) -> Checkpoint:
-    return found(service.store.checkpoint(checkpoint_id), "checkpoint", checkpoint_id)
+    """By its id, or by its name."""
+    store = service.store
+    return found(store.checkpoint(checkpoint_id) or store.checkpoint_named(checkpoint_id), "checkpoint", checkpoint_id)
 
 
 def _checkpoint_view(record: Checkpoint) -> dict[str, Any]:

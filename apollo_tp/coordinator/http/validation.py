@@ -10,15 +10,16 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
+from apollo_tp.coordinator.graders.schema import Grader, check_item
 from apollo_tp.coordinator.http.service import Service
-from apollo_tp.coordinator.jobs.job import Job, JobError, State, StoredFile, plan_total_steps
-from apollo_tp.coordinator.jobs.scheduler import model_changed
+from apollo_tp.coordinator.jobs.job import Job, JobError, State, StoredFile, model_changed, plan_total_steps
 from apollo_tp.coordinator.samples.forms import read_line
 from apollo_tp.coordinator.samples.intake import Intake
 from apollo_tp.coordinator.samples.lines import numbered_lines
-from apollo_tp.coordinator.samples.sample_file import Pair, write_records
-from apollo_tp.coordinator.samples.schema import PreferenceLine, SampleBody
+from apollo_tp.coordinator.samples.sample_file import Pair, Prompt, write_records
+from apollo_tp.coordinator.samples.schema import PreferenceLine, PromptLine, SampleBody, decode
 from apollo_tp.errors import ApolloTpError, RequestError
 from apollo_tp.wire.commands import Sample
 
@@ -115,24 +116,26 @@ class FileValidation:
         service.check_disk(file.bytes)
         intake = service.intake(job.spec.truncate, lambda: self._stopped or job.state is not State.validating_files)
         source = service.store.file_path(file.id)
-        convert = functools.partial(_convert, intake, job.spec.method, param, file, source, target)
+        convert = functools.partial(_convert, intake, job.spec.method, job.spec.grader, param, file, source, target)
         count = await asyncio.get_running_loop().run_in_executor(self._threads, convert)
         service.store.disk.count(target)
         return count
 
 
-def _convert(intake: Intake, method: str, param: str, file: StoredFile, source: Path, target: Path) -> int:
+def _convert(
+    intake: Intake, method: str, grader: Grader | None, param: str, file: StoredFile, source: Path, target: Path
+) -> int:
     """Check and render every line of a file into ``target``. Raises BadFileError with line numbers and reasons."""
     problems: list[str] = []
     bad = 0
 
-    def records() -> Iterator[Sample | Pair]:
+    def records() -> Iterator[Sample | Pair | Prompt]:
         nonlocal bad
         with open(source, "rb") as lines:
             for number, line in numbered_lines(lines):
                 intake.check_wanted()
                 try:
-                    yield from _records(intake, method, line)
+                    yield from _records(intake, method, grader, line)
                 except RequestError as error:
                     bad += 1
                     if len(problems) < MAX_REPORTED_LINES:
@@ -149,7 +152,11 @@ def _convert(intake: Intake, method: str, param: str, file: StoredFile, source: 
     return count
 
 
-def _records(intake: Intake, method: str, line: bytes) -> Sequence[Sample | Pair]:
+def _records(intake: Intake, method: str, grader: Grader | None, line: bytes) -> Sequence[Sample | Pair | Prompt]:
     if method == "dpo":
         return [intake.pair(read_line(line, PreferenceLine))]
+    if grader is not None:
+        item = decode(line, dict[str, Any])
+        check_item(grader, item)
+        return [intake.prompt(read_line(line, PromptLine), item)]
     return intake.sequences(read_line(line, SampleBody), "")

@@ -12,6 +12,7 @@ import msgspec
 
 from apollo_tp.coordinator.jobs.changes import Changes
 from apollo_tp.coordinator.jobs.job import Event, Job, State
+from apollo_tp.coordinator.jobs.rank_link import RankLink
 from apollo_tp.coordinator.jobs.reader import Reader
 from apollo_tp.coordinator.jobs.scheduler import Scheduler
 from apollo_tp.coordinator.jobs.store import Store
@@ -42,7 +43,7 @@ def status_view(scheduler: Scheduler, store: Store) -> dict[str, Any]:
         hello = link.hello
         trainer |= {
             "instance_id": hello.instance_id, "model": hello.model_path, "served_model_names": hello.served_model_names,
-            "replicas": msgspec.to_builtins(hello.replicas),
+            "num_replicas": hello.num_replicas, "replicas": replicas_view(link),
             "num_ranks": hello.num_ranks, "num_parameters": hello.num_parameters, "vocab_size": hello.vocab_size,
             "max_sequence_tokens": hello.max_sequence_tokens, "optimizer": hello.optimizer, "gradients": hello.gradients,
             "memory": hello.memory, "attention_window": hello.attention_window,
@@ -74,6 +75,19 @@ def status_view(scheduler: Scheduler, store: Store) -> dict[str, Any]:
         "last_checkpoint": msgspec.to_builtins(checkpoints[0]) if checkpoints else None,
         "unsaved": bool(store.get_meta("unsaved")),
     }
+
+
+def replicas_view(link: RankLink) -> list[dict[str, Any]]:
+    """The servers that are trained as one. All have the same weights between steps; ``lag_seconds`` is how much later than
+    the first one each had those of the last step."""
+    assert link.hello is not None
+    replicas = link.hello.replicas
+    lags = link.replica_lag_seconds if len(link.replica_lag_seconds) == len(replicas) else [None] * len(replicas)
+    health = "in_step" if link.connected else "no_trainer"
+    return [
+        msgspec.to_builtins(replica) | {"weight_version": link.weight_version, "lag_seconds": lag, "health": health}
+        for replica, lag in zip(replicas, lags, strict=True)
+    ]
 
 
 class CachedStatus:

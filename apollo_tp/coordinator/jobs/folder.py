@@ -20,8 +20,9 @@ from apollo_tp.runtime import owned_folder, private_files
 
 log = logging.getLogger(__name__)
 
-PARTS = ("train", "valid", "ref")
-"""Extensions of a job's sample files: training, validation, and reference log-probabilities of preference pairs."""
+PARTS = ("train", "valid", "ref", "batch")
+"""Extensions of a job's sample files: training, validation, reference log-probabilities of preference pairs, and
+the samples of a reinforcement job's step."""
 DATABASE = "jobs.sqlite3"
 _SAMPLES = rf"(?:ftjob|job)-[0-9a-f]{{24}}\.(?:{'|'.join(PARTS)})"
 OWN_SAMPLES = re.compile(rf"{_SAMPLES}|\.{_SAMPLES}\.[0-9]+")

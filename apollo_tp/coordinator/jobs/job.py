@@ -11,8 +11,10 @@ from enum import Enum
 
 import msgspec
 
-from apollo_tp.coordinator.samples.schema import TrainBody, Truncate
-from apollo_tp.errors import RequestError
+from apollo_tp.config import ServiceConfig
+from apollo_tp.coordinator.graders.schema import Grader
+from apollo_tp.coordinator.samples.schema import Guard, TrainBody, Truncate
+from apollo_tp.errors import RequestError, refuse
 from apollo_tp.wire.losses import Loss, complete
 
 
@@ -34,10 +36,12 @@ TERMINAL = frozenset({State.succeeded, State.failed, State.cancelled})
 class JobSpec(msgspec.Struct, kw_only=True):
     """How to train, as the client requested it.
 
-    ``seed`` shuffles the samples of each epoch; None keeps their order. ``beta`` is the inverse temperature of DPO's loss.
+    ``seed`` shuffles the samples of each epoch; None keeps their order. ``beta`` is the inverse temperature of DPO's loss. A
+    reinforcement job has ``completions`` of each prompt in a step, and every ``eval_interval`` steps ``eval_samples`` of
+    each prompt of its validation file.
     """
 
-    method: str = "supervised"  # or "dpo"
+    method: str = "supervised"  # or "dpo", "reinforcement"
     epochs: int = 1
     batch_size: int = 8
     learning_rate_scale: float = 1.0
@@ -47,6 +51,7 @@ class JobSpec(msgspec.Struct, kw_only=True):
     beta: float = 0.1
     loss: Loss = Loss()
     save_at_end: bool = False
+    guard: Guard | None = None
     metadata: dict[str, str] = {}
     # set by the OpenAI routes only:
     model: str = ""
@@ -54,6 +59,11 @@ class JobSpec(msgspec.Struct, kw_only=True):
     training_file: str = ""
     validation_file: str = ""
     asked_hyperparameters: dict[str, int | float | str] = {}
+    # of method "reinforcement" only:
+    grader: Grader | None = None
+    completions: int = 8
+    eval_interval: int | None = None
+    eval_samples: int = 1
 
 
 class JobError(msgspec.Struct, kw_only=True, omit_defaults=True):
@@ -64,6 +74,19 @@ class JobError(msgspec.Struct, kw_only=True, omit_defaults=True):
     param: str | None = None
     rank: int | None = None
     traceback: str = ""
+
+
+class GuardState(msgspec.Struct, kw_only=True):
+    """What the guard of a job has found: the number from before the job, the last one (None if it was not finite), after how
+    many steps, and what follows from it ("" if it is good enough). ``snapshot`` is the checkpoint of before the job, and
+    ``restore_id`` the request that put it back."""
+
+    baseline: float
+    value: float | None
+    step: int = 0
+    verdict: str = ""
+    snapshot: str = ""
+    restore_id: str = ""
 
 
 class Job(msgspec.Struct, kw_only=True):
@@ -94,6 +117,7 @@ class Job(msgspec.Struct, kw_only=True):
     token_accuracy: float | None = None
     valid_loss: float | None = None
     valid_token_accuracy: float | None = None
+    valid_reward: float | None = None
     weight_version: int | None = None
     padding_share: float | None = None
     skipped_steps: int = 0
@@ -102,6 +126,7 @@ class Job(msgspec.Struct, kw_only=True):
     wanted: str = ""
     resumable: bool = False
     server_life: str = ""
+    guard: GuardState | None = None
     error: JobError | None = None
 
     @property
@@ -111,7 +136,8 @@ class Job(msgspec.Struct, kw_only=True):
 
 
 class Event(msgspec.Struct, kw_only=True, dict=True):
-    """Something that happened to a job. ``id`` increases over all jobs. ``type``: state, metrics, message or checkpoint."""
+    """Something that happened to a job. ``id`` increases over all jobs. ``type``: state, metrics, message, checkpoint or
+    guard."""
 
     id: int
     job_id: str
@@ -127,8 +153,25 @@ class Event(msgspec.Struct, kw_only=True, dict=True):
         return msgspec.json.encode(self)
 
 
+class Restore(msgspec.Struct, kw_only=True):
+    """A request to put a checkpoint back into the served memory. ``state`` is queued, succeeded or failed; ``reason`` is
+    request or guard. Of one whose answer was lost, the seconds are 0."""
+
+    id: str
+    state: str
+    reason: str
+    created_at: float
+    finished_at: float | None = None
+    seconds: float = 0.0
+    paused_seconds: float = 0.0
+    weight_version: int | None = None
+    error: str = ""
+
+
 class Checkpoint(msgspec.Struct, kw_only=True):
-    """A requested or written checkpoint. ``state`` is queued, succeeded or failed; ``reason`` is request, job or idle."""
+    """A requested or written checkpoint. ``state`` is queued, succeeded or failed; ``reason`` is request, job, idle or
+    guard. Of the ``seconds`` that it took, no step could be made for ``stopped_seconds``. ``restore`` is the last request
+    to put it back."""
 
     id: str
     name: str
@@ -141,9 +184,11 @@ class Checkpoint(msgspec.Struct, kw_only=True):
     path: str = ""
     num_bytes: int = 0
     seconds: float = 0.0
+    stopped_seconds: float = 0.0
     weight_version: int | None = None
     metrics: dict[str, float | None] = {}
     error: str = ""
+    restore: Restore | None = None
 
 
 class StoredFile(msgspec.Struct, kw_only=True):
@@ -174,14 +219,40 @@ def spec_of(body: TrainBody) -> JobSpec:
         max_steps=body.max_steps,
         truncate=body.truncate,
         loss=complete(body.loss, body.loss_config),
+        guard=body.guard,
         metadata=body.metadata,
     )
+
+
+def check_guard(guard: Guard | None, has_validation: bool, service: ServiceConfig) -> None:
+    """Raise RequestError if there is nothing that the guard could measure."""
+    if guard is None:
+        return
+    if guard.measure == "command" and not service.guard_command:
+        raise refuse(
+            "guard.measure", "'command'", "'validation'; the trainer's options allow no command: service.guard_command"
+        )
+    if guard.measure == "validation" and not has_validation:
+        raise refuse(
+            "guard", "a guard of the validation loss without validation samples", "'validation', or a validation file"
+        )
+    if guard.measure == "validation" and guard.higher_is_better:
+        raise refuse("guard.higher_is_better", "true for a loss", "false, or a command")
 
 
 def plan_total_steps(spec: JobSpec, num_samples: int) -> int:
     """Number of optimizer steps of the whole job. The last batch of an epoch may be smaller than the others."""
     steps = spec.epochs * math.ceil(num_samples / spec.batch_size)
     return steps if spec.max_steps is None else min(steps, spec.max_steps)
+
+
+def model_changed(model_path: str) -> JobError:
+    """The error of a job that was queued while the served model was replaced by another."""
+    message = (
+        f"got the server of {model_path}, expected the model that this job's samples were made for: its configuration, "
+        "tokenizer or chat template was another. Start the job again"
+    )
+    return JobError(code="model_changed", message=message)
 
 
 def batch_indices(spec: JobSpec, num_samples: int, step: int) -> list[int]:

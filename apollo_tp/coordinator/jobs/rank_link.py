@@ -75,6 +75,7 @@ class RankLink:
         self._ids = itertools.count(1)
         self.hello: commands.Hello | None = None
         self.weight_version: int | None = None
+        self.replica_lag_seconds: list[float] = []
         self.last_received = 0.0
         self.progressed_at = 0.0  # when rank 0 last began or finished a command (monotonic)
         self.busy_with = ""
@@ -176,8 +177,8 @@ class RankLink:
             self._lost(f"the trainer ended: {reply.reason}")
             return
         if isinstance(reply, commands.StepDone):
-            self.weight_version = reply.figures.weight_version
-        elif isinstance(reply, commands.CheckpointDone):
+            self.weight_version, self.replica_lag_seconds = reply.figures.weight_version, reply.replica_lag_seconds
+        elif isinstance(reply, commands.RestoreDone):  # a checkpoint's may be older: training went on
             self.weight_version = reply.weight_version
         future = self._waiting.pop(reply.id, None)
         if future is None:

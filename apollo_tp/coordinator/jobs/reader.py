@@ -19,6 +19,11 @@ NO_FILTER: dict[str, str] = {}
 _EVENTS = "SELECT id, id, job_id, time, level, type, message, data FROM events WHERE job_id=?"
 
 
+def _field(path: str) -> str:
+    """SQL for a field of a record; NULL in one that is no JSON, over which the whole query would fail."""
+    return f"CASE WHEN json_valid(CAST(data AS TEXT)) THEN json_extract(CAST(data AS TEXT), '{path}') END"
+
+
 class Reader:
     """Reads over a connection of its own. In WAL mode it never waits for a writer.
 
@@ -166,6 +171,11 @@ class Reader:
         """The checkpoint of this id, or None."""
         return next(self._records(Checkpoint, "checkpoints", "WHERE id=?", checkpoint_id), None)
 
+    def checkpoint_named(self, name: str) -> Checkpoint | None:
+        """The newest checkpoint of this name, or None."""
+        where = f"WHERE {_field('$.name')}=? ORDER BY seq DESC LIMIT 1"
+        return next(self._records(Checkpoint, "checkpoints", where, name), None)
+
     def page_of_checkpoints(
         self, *, after: str | None = None, limit: int = 1000, job_id: str | None = None, state: str | None = None
     ) -> tuple[list[Checkpoint], bool]:
@@ -181,8 +191,9 @@ class Reader:
         return found[:limit], len(found) > limit
 
     def queued_checkpoints(self) -> list[Checkpoint]:
-        """Requests for checkpoints that are not finished, newest first. Reads all checkpoints."""
-        return list(self._records(Checkpoint, "checkpoints", "WHERE state='queued' ORDER BY seq DESC"))
+        """Checkpoints that are to be written or put back and are not yet, newest first. Reads all checkpoints."""
+        restored = f"{_field('$.restore.state')}='queued'"
+        return list(self._records(Checkpoint, "checkpoints", f"WHERE state='queued' OR {restored} ORDER BY seq DESC"))
 
     def file(self, file_id: str) -> StoredFile | None:
         """The file of this id, or None."""

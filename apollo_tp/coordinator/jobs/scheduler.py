@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import collections
 import contextlib
-import functools
 import logging
 import math
 import time
@@ -23,13 +22,16 @@ import msgspec
 from apollo_tp.config import OnCrash
 from apollo_tp.coordinator.jobs.client_requests import ClientRequests
 from apollo_tp.coordinator.jobs.evaluation import Evaluator, Scored, score
-from apollo_tp.coordinator.jobs.job import Job, JobError, State, batch_indices
+from apollo_tp.coordinator.jobs.guard_command import GuardCommand
+from apollo_tp.coordinator.jobs.guarding import Guardian
+from apollo_tp.coordinator.jobs.job import Job, JobError, State, model_changed
 from apollo_tp.coordinator.jobs.progress import Progress
 from apollo_tp.coordinator.jobs.rank_link import RankLink, RanksGoneError
+from apollo_tp.coordinator.jobs.rollouts import Rollouts
 from apollo_tp.coordinator.jobs.saving import Saver
+from apollo_tp.coordinator.jobs.steps import STEPS_IN_FLIGHT, Steps
 from apollo_tp.coordinator.jobs.storage_error import StorageError
 from apollo_tp.coordinator.jobs.store import Store
-from apollo_tp.coordinator.samples.sample_file import read_records
 from apollo_tp.coordinator.settings import Settings
 from apollo_tp.errors import ApolloTpError, DeadlineError, RankFailedError
 from apollo_tp.wire import commands
@@ -37,9 +39,8 @@ from apollo_tp.wire import commands
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
-STEPS_IN_FLIGHT = 2
 CHECKPOINT_FACTOR = 10
-"""The deadline of a checkpoint is this many times that of a step: 140 GB may have to be written to a slow disk."""
+"""The deadline of a checkpoint is this many times that of a step: 140 GB may have to be written to a slow disk, or read."""
 JOB_FAILURES = (ApolloTpError, OSError, msgspec.MsgspecError)
 """Errors that fail one job and leave the coordinator running. The last two: its samples cannot be read."""
 OnStep = Callable[[Job, commands.StepFigures], None]
@@ -63,8 +64,11 @@ class Scheduler:
         self.recent_losses: collections.deque[tuple[str, int, float]] = collections.deque(maxlen=50)
         self._wake = asyncio.Event()
         self._idle_since = time.monotonic()
-        self.saver = Saver(store, link, self.ask, self.live, self.wake)
-        self._requests = ClientRequests(self.ask, lambda: self.running is not None, settings.command_timeout_seconds)
+        self.saver = Saver(store, link, self.ask, self.live, self.wake, lambda: self.running)
+        self._rollouts = Rollouts(settings, store, link, self._in_thread)
+        self._guard_command = GuardCommand(settings.service.guard_command, settings.service.guard_seconds)
+        self._requests = ClientRequests(self.ask, self._is_training, settings.command_timeout_seconds)
+        self._guard_command.on_start = self._requests.job_advanced
         # its own: requests that are rendered keep the threads that all share busy
         self._thread = ThreadPoolExecutor(1, "scheduler")
 
@@ -83,6 +87,11 @@ class Scheduler:
         too many requests wait, RanksGoneError, RankFailedError, DeadlineError."""
         with self._requests.admitted():
             return await score(samples, self._requests.ask, per_token)
+
+    def _is_training(self) -> bool:
+        """Whether a job keeps the ranks busy: not while completions are sampled for it, nor while the guard's command runs,
+        which may ask too."""
+        return self.running is not None and not (self._rollouts.busy or self._guard_command.runs)
 
     # --- start, crash, reconnection -----------------------------------------------------------------------------------
 
@@ -117,6 +126,7 @@ class Scheduler:
         if self.store.get_meta("server_life") != hello.server_life:
             self.store.set_meta("server_life", hello.server_life)
             self.store.set_meta("unsaved", "")
+        self.saver.reconcile(hello)
         for job in self.store.jobs(State.queued, State.paused):
             if not job.resumable:
                 continue
@@ -219,21 +229,23 @@ class Scheduler:
             self.store.on_change(job.id)
 
     async def _train(self, job: Job) -> None:
-        evaluator = Evaluator(job, self.store, self._ask_for_job, self._in_thread)
-        await evaluator.prepare()
+        steps = Steps(job, self.settings, self.store, self._ask_for_job, self._in_thread, self._rollouts)
+        await steps.evaluator.prepare()
+        guard = Guardian(job, steps.evaluator, self._evaluate, self.store, self.saver, self._guard_command)
+        await guard.begin()
         pending: collections.deque[Pending] = collections.deque()
         try:
             while True:
                 self.saver.send()
                 await self.store.room()
-                limit = min(job.total_steps, evaluator.next_evaluation())
-                while len(pending) < STEPS_IN_FLIGHT and not job.wanted and job.step + len(pending) < limit:
-                    step = job.step + len(pending) + 1
-                    pending.append((step, await self._send_step(job, step, evaluator)))
+                await self._send_steps(job, steps, pending, guard.next_check())
                 if not pending:
+                    if guard.is_due():
+                        await guard.check()
+                        continue
                     if job.wanted or job.step >= job.total_steps:
                         break
-                    await self._evaluate(evaluator)
+                    await self._evaluate(steps.evaluator)
                     continue
                 done = await self._reply(pending.popleft()[1])
                 assert isinstance(done, commands.StepDone)
@@ -243,7 +255,17 @@ class Scheduler:
         except JOB_FAILURES:
             await self._drain(job, pending)
             raise
-        await self._end(job, evaluator)
+        await self._end(job, steps.evaluator)
+
+    async def _send_steps(self, job: Job, steps: Steps, pending: collections.deque[Pending], until: int) -> None:
+        """Send what may be in flight, up to the step ``until`` or the next evaluation."""
+        limit = min(job.total_steps, steps.evaluator.next_evaluation(), until)
+        while len(pending) < steps.in_flight and not job.wanted and job.step + len(pending) < limit:
+            step = job.step + len(pending) + 1
+            command = await steps.command(step)
+            if command is None:
+                return
+            pending.append((step, await self.link.send(command)))
 
     async def _evaluate(self, evaluator: Evaluator) -> None:
         if await evaluator.evaluate():
@@ -255,7 +277,8 @@ class Scheduler:
             await self._evaluate(evaluator)
         if not job.wanted and job.spec.save_at_end:
             metrics = {"step": float(job.step), "train_loss": job.loss, "train_mean_token_accuracy": job.token_accuracy,
-                       "valid_loss": job.valid_loss, "valid_mean_token_accuracy": job.valid_token_accuracy}  # fmt: skip
+                       "valid_loss": job.valid_loss, "valid_mean_token_accuracy": job.valid_token_accuracy,
+                       "valid_reward_mean": job.valid_reward}  # fmt: skip
             known: dict[str, float | None] = {name: value for name, value in metrics.items() if value is not None}
             error = await self.saver.written(await self.saver.request("job", job, known))
             if isinstance(error, RanksGoneError):
@@ -268,35 +291,13 @@ class Scheduler:
         else:
             self._finish(job, State.succeeded, "The job has successfully completed")
 
-    async def _send_step(self, job: Job, step: int, evaluator: Evaluator) -> asyncio.Future[commands.AnyReply]:
-        return await self.link.send(await self._in_thread(functools.partial(self._step_command, job, step, evaluator)))
-
-    def _step_command(self, job: Job, step: int, evaluator: Evaluator) -> commands.AnyCommand:
-        """The command of a step. Shuffling an epoch and decoding samples take time: call it on a thread."""
-        indices = batch_indices(job.spec, job.num_samples, step)
-        make: Callable[..., commands.AnyCommand]
-        if job.spec.method == "dpo":
-            pairs = evaluator.pairs("train", indices)
-            make = functools.partial(commands.PreferenceStep, pairs=pairs, beta=job.spec.beta)
-        else:
-            path = self.store.samples_dir / f"{job.id}.train"
-            samples = read_records(path, indices, commands.Sample)
-            staleness = self.settings.max_staleness
-            make = functools.partial(commands.Step, samples=samples, loss=job.spec.loss, max_staleness=staleness)
-        return make(
-            id=f"{job.id}/{step}",
-            job_id=job.id,
-            job_step=step,
-            num_job_steps=job.total_steps,
-            learning_rate_scale=job.spec.learning_rate_scale,
-        )
-
     async def _in_thread(self, function: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._thread, function)
 
     async def ask(self, command: commands.AnyCommand) -> commands.AnyReply:
         """Send a command and await its reply. Raises RanksGoneError, RankFailedError, DeadlineError."""
-        return await self._reply(await self.link.send(command))
+        patient = isinstance(command, commands.SaveCheckpoint | commands.RestoreCheckpoint)
+        return await self._reply(await self.link.send(command), CHECKPOINT_FACTOR if patient else 1)
 
     async def _ask_for_job(self, command: commands.AnyCommand) -> commands.AnyReply:
         """``ask`` for the running job; clients have their turn after it."""
@@ -305,17 +306,18 @@ class Scheduler:
         finally:
             self._requests.job_advanced()
 
-    async def _reply(self, future: asyncio.Future[commands.AnyReply]) -> commands.AnyReply:
+    async def _reply(self, future: asyncio.Future[commands.AnyReply], patience: int = 1) -> commands.AnyReply:
         # The ranks have a deadline for each collective; this one is for a rank 0 that sends heartbeats but never replies.
         # Rank 0 executes the earlier commands first: the deadline starts again whenever it begins or finishes one.
         usual = STEPS_IN_FLIGHT * self.settings.command_timeout_seconds + self.settings.service.rank_timeout_seconds
-        sent, seconds = time.monotonic(), usual
+        sent, seconds = time.monotonic(), usual * patience
         while (left := max(sent, self.link.progressed_at) + seconds - time.monotonic()) > 0:
             # not wait_for: on Python 3.11 it can swallow a cancellation that comes together with the reply
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(min(left, usual)):
                     return await asyncio.shield(future)
-            seconds = usual * CHECKPOINT_FACTOR if self.link.busy_with.startswith("save/") else usual
+            is_slow = self.link.busy_with.startswith(("save/", "restore/"))
+            seconds = usual * (CHECKPOINT_FACTOR if is_slow else patience)
         self.link.abandon(future)
         raise DeadlineError(f"rank 0 sent heartbeats but no reply for {seconds:.0f} s; restart the trainer")
 
@@ -378,15 +380,6 @@ class Scheduler:
         if error.rank is not None:
             details |= {"rank": error.rank, "traceback": error.traceback}
         self._finish(job, State.failed, f"Job failed: {error.message}", level="error", data=details)
-
-
-def model_changed(model_path: str) -> JobError:
-    """The error of a job that was queued while the served model was replaced by another."""
-    message = (
-        f"got the server of {model_path}, expected the model that this job's samples were made for: its configuration, "
-        "tokenizer or chat template was another. Start the job again"
-    )
-    return JobError(code="model_changed", message=message)
 
 
 class TooManySkipsError(ApolloTpError):

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import msgspec
 
 from apollo_tp.coordinator.samples.conversation import UNSUPPORTED_TEMPLATE, Chat
 from apollo_tp.coordinator.samples.messages import meant_role, unknown_role
 from apollo_tp.coordinator.samples.render import Renderer, too_long
-from apollo_tp.coordinator.samples.sample_file import Pair
+from apollo_tp.coordinator.samples.sample_file import Pair, Prompt
 from apollo_tp.coordinator.samples.sampled import Groups, check_fields, is_sampled, sampled_of
-from apollo_tp.coordinator.samples.schema import Message, PreferenceLine, SampleBody, TrainBody, Truncate
+from apollo_tp.coordinator.samples.schema import Message, PreferenceLine, PromptLine, SampleBody, TrainBody, Truncate
 from apollo_tp.errors import ApolloTpError, RequestError, refuse
 from apollo_tp.wire.commands import Sample
 from apollo_tp.wire.losses import Loss, complete
@@ -82,9 +83,9 @@ class Intake:
         for index, sample in enumerate(samples):
             yield from self.sequences(sample, f"samples[{index}].")
 
-    def samples(self, bodies: Iterable[SampleBody]) -> list[Sample]:
-        """Validate and tokenise each element of a request's ``samples`` list, one sequence each. Raises RequestError."""
-        return [self.sample(sample, f"samples[{index}].") for index, sample in enumerate(bodies)]
+    def samples(self, bodies: Iterable[SampleBody], field: str = "samples") -> list[Sample]:
+        """Validate and tokenise each element of a request's list ``field``, one sequence each. Raises RequestError."""
+        return [self.sample(sample, f"{field}[{index}].") for index, sample in enumerate(bodies)]
 
     def sequences(self, body: SampleBody, where: str) -> list[Sample]:
         """The sample as one sequence or, if its assistant turns cannot be located or are not shown completely, as one
@@ -242,6 +243,19 @@ class Intake:
                          "at least one token of the continuation after another token")  # fmt: skip
         self._check_vocabulary(field, ids)
         return Sample(token_ids=ids, weights=weights)
+
+    def prompt(self, line: PromptLine, item: dict[str, Any]) -> Prompt:
+        """The prompt of a line of a reinforcement job, with its fields for the grader."""
+        last = line.messages[-1]
+        if last.role == "assistant":
+            raise refuse(f"messages[{len(line.messages) - 1}].role", "'assistant'", "'user': the model is to answer")
+        chat, limit = Chat(line.messages, line.tools, line.chat_template_kwargs), self._limits.max_sequence_tokens
+        ids = self._text_renderer("messages").generation_prompt(chat, limit)
+        if len(ids) >= limit:
+            raise too_long("messages", f"{len(ids)} tokens and a completion", limit)
+        self._check_vocabulary("messages", ids)
+        parts = last.content if isinstance(last.content, list) else [{"text": last.content or ""}]
+        return Prompt(ids, "".join(str(part.get("text", "")) for part in parts), item)
 
     def pair(self, line: PreferenceLine) -> Pair:
         """The pair of a DPO line: both sides share the input, and only the last assistant message of each is learned."""

@@ -6,7 +6,7 @@ import os
 import struct
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -25,6 +25,15 @@ class Pair(msgspec.Struct, frozen=True):
 
     preferred: Sample
     rejected: Sample
+
+
+class Prompt(msgspec.Struct, frozen=True):
+    """A prompt of a reinforcement job: its tokens with the generation prompt, its last message, and the whole line, of which
+    graders see the fields."""
+
+    token_ids: list[int]
+    last_message: str
+    item: dict[str, Any]
 
 
 class SamplesError(ApolloTpError):

@@ -6,7 +6,7 @@ import codecs
 import mmap
 import re
 from enum import Enum
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
 from msgspec import Meta
@@ -98,6 +98,18 @@ class SampleBody(SampledBody, kw_only=True, forbid_unknown_fields=True, omit_def
     """Part of OpenAI's lines; no template is given it."""
 
 
+class Guard(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    """Watches a number while a job trains: the validation loss in nats, or what the operator's command prints. Every so many
+    steps it may be worse than before the job by at most ``max_worse``."""
+
+    every: Annotated[int, Meta(ge=1, le=2**31)] = 10
+    max_worse: Annotated[float, Meta(ge=0, le=1e9)] = 0.0
+    action: Literal["report", "pause", "rollback"] = "report"
+    measure: Literal["validation", "command"] = "validation"
+    higher_is_better: bool = False
+    """Of the command's number."""
+
+
 class TrainBody(SampleBody, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
     """Body of POST /train: ``samples``, or the fields of one sample, and how to train on them."""
 
@@ -111,6 +123,8 @@ class TrainBody(SampleBody, kw_only=True, forbid_unknown_fields=True, omit_defau
     loss: LossName = "cross_entropy"
     loss_config: LossConfig = LossConfig()
     metadata: Metadata = {}
+    validation: Annotated[list[SampleBody], Meta(min_length=1, max_length=MAX_SCORED)] | None = None
+    guard: Guard | None = None
     wait: bool = False
     wait_seconds: Annotated[float, Meta(gt=0, le=86_400)] = 600.0
 
@@ -152,6 +166,15 @@ class PreferenceLine(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     input: Preference
     preferred_output: Annotated[list[Message], Meta(min_length=1)]
     non_preferred_output: Annotated[list[Message], Meta(min_length=1)]
+
+
+class PromptLine(msgspec.Struct, kw_only=True):
+    """A line of a file for method "reinforcement": a conversation that the model is to continue. Further fields are for the
+    grader."""
+
+    messages: Annotated[list[Message], Meta(min_length=1)]
+    tools: list[dict[str, Any]] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
 
 
 def is_absent(value: object) -> bool:

@@ -5,8 +5,12 @@ from __future__ import annotations
 import datetime
 import gc
 import os
+import signal
+import subprocess
+import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,7 +21,7 @@ from apollo_tp.distributed import remote_ranks, tp_group
 from apollo_tp.distributed.alarm import Alarm
 from apollo_tp.distributed.control import Control
 from apollo_tp.distributed.peer_memory import PeerSums
-from apollo_tp.distributed.remote_ranks import RemoteRanks
+from apollo_tp.distributed.remote_ranks import SILENT_SECONDS, RemoteRanks
 from apollo_tp.distributed.tp_group import TPGroup
 from apollo_tp.errors import DeadlineError
 from apollo_tp.runtime import processes
@@ -98,6 +102,74 @@ def test_ranks_whose_store_has_ended_count_as_ended() -> None:
     gc.collect()
     assert other.exchange(0) == {}
     assert not other.all_run()
+
+
+def test_a_rank_leaves_when_those_of_another_host_are_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also while it is idle; with the reason. Not before they have had time to end by themselves."""
+    monkeypatch.setattr(module, "LEAVE_SECONDS", 0.5)
+    gone = [0.0]
+    remote = SimpleNamespace(exchange=lambda failed: {}, all_run=lambda: not gone[0], gone_seconds=lambda: gone[0])
+    alarm, tp, left = _alarm([ME]), Waiting(), []
+    alarm._remote, alarm.on_lost, tp.group = remote, left.append, None  # type: ignore[assignment]
+    alarm.watch(tp)
+    gone[0] = 0.4
+    time.sleep(0.3)
+    assert not left
+    gone[0] = 0.6
+    eventually(lambda: left)
+    alarm.stop()
+    assert "rank 0: got no sign of ranks on another host" in str(left[0])
+
+
+def test_a_store_that_is_out_of_reach_keeps_nobody_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its connection is not closed, and no answer comes, not even to the message that ends a wait. It may come back."""
+    monkeypatch.setattr(remote_ranks, "STORE_SECONDS", 0.5)
+    code = (
+        "import torch.distributed as dist\n"
+        "store = dist.TCPStore('127.0.0.1', 0, 2, is_master=True, wait_for_workers=False)\n"
+        "store.set('alarm/0', '0 0')\n"
+        "print(store.port, flush=True)\n"
+        "input()"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        port = int(process.stdout.readline())
+        ranks = RemoteRanks(dist.TCPStore("127.0.0.1", port, 2, is_master=False, wait_for_workers=False), 1, [0])
+        try:
+            assert ranks.exchange(0) == {0: 0}
+            process.send_signal(signal.SIGSTOP)
+            started = time.monotonic()
+            assert ranks.exchange(0) == {}
+            assert ranks.exchange(0) == {}
+            assert time.monotonic() - started < 5
+            assert not ranks.all_run()
+            process.send_signal(signal.SIGCONT)
+            eventually(lambda: ranks.exchange(0) == {0: 0})
+            assert ranks.all_run()
+        finally:
+            process.send_signal(signal.SIGCONT)
+            process.kill()
+
+
+def test_silence_is_counted_from_when_it_is_too_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rank may be slow; a store that does not answer is gone at once."""
+    now = [100.0]
+    monkeypatch.setattr(remote_ranks.time, "monotonic", lambda: now[0])
+    store = dist.TCPStore("127.0.0.1", 0, 2, is_master=True, wait_for_workers=False)
+    near, far = RemoteRanks(store, 0, [1]), RemoteRanks(store, 1, [0])
+    near.exchange(0)
+    now[0] += SILENT_SECONDS
+    assert near.gone_seconds() == 0
+    now[0] += 3
+    assert near.gone_seconds() == 3
+    far.exchange(0)
+    near.exchange(0)
+    assert near.gone_seconds() == 0
+    del store, near._store
+    gc.collect()
+    far.exchange(0)
+    now[0] += 2
+    assert far.gone_seconds() == 2
 
 
 class Waiting(TPGroup):

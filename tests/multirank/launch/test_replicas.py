@@ -6,6 +6,8 @@ The servers are this process: it holds their memory and publishes their manifest
 from __future__ import annotations
 
 import re
+import threading
+import time
 
 import pytest
 
@@ -104,3 +106,39 @@ def test_other_weights_are_refused(host: Host) -> None:
     assert re.search(
         rf"RAISED ReplicaError: replicas: got other bits than on a on \S+ in {re.escape(name)} on b on", output
     )
+
+
+def test_training_goes_on_with_the_servers_that_are_up(host: Host) -> None:
+    """With fewer than all if it may: a rank without a server waits for one, and ends when it comes, so that the launcher
+    starts all again. The returned server is filled."""
+    a = host.serve("a")
+    options = ("server.replicas=2", "server.min_replicas=1", "server.replica_wait_seconds=0")
+    returned: list = []
+
+    def start_b() -> None:
+        while not (a.folders[0] / "weights.json").exists() or a.version() < 1:
+            time.sleep(0.05)
+        returned.append(host.serve("b"))
+
+    thread = threading.Thread(target=start_b, daemon=True)
+    thread.start()
+    status, output = host.train(2, *options)
+    thread.join(10)
+    assert status != 0
+    assert "training goes on with a alone: 1 of 2 shards" in output
+    assert re.findall(r"VERSION (\d) of (\w) on (\d)\.", output) == [("1", "a", "0")], output
+    assert "SPARE 1." in output
+    assert "RAISED ServerReturnedError: server b is up" in output, output
+    status, output = host.train(2, *options, number=2)
+    assert status == 0, output
+    assert re.search(r"b on \S+ is filled with the weights of a on", output), output
+    assert (a.version(), returned[0].version()) == (2, 2)
+    assert equal(a.weights(), returned[0].weights())
+
+
+def test_too_few_servers_are_waited_for(host: Host) -> None:
+    host.serve("a")
+    status, output = host.train(3, "server.replicas=3", "server.min_replicas=2", "server.replica_wait_seconds=0")
+    assert status != 0
+    assert "1 of 3 shards on host" in output
+    assert "VERSION" not in output

@@ -129,7 +129,7 @@ def _fail_to_save(tp: TPGroup, checkpoint: Path) -> tuple[bytes, bytes]:
     """The replies to a checkpoint that the last rank could not write its part of, and to a step after it."""
     loop = Loop(tp.rank, tp.size, checkpoint)
 
-    def save(name: str) -> tuple[str, int]:
+    def save(name: str, kept: object = ()) -> tuple[str, int]:
         with ComputeControl(loop.trainer.tp, torch.device("cpu")).agree():
             if tp.rank == tp.size - 1:
                 raise FileNotFoundError(f"no such folder: {NOT_UNICODE}")

@@ -24,6 +24,7 @@ from apollo_tp.coordinator.settings import Settings
 from apollo_tp.distributed.control import Control
 from apollo_tp.distributed.tp_group import TPGroup
 from apollo_tp.inspect.exactness import samples
+from apollo_tp.training import rank_loop
 from apollo_tp.training.rank_loop import RankLoop
 from apollo_tp.wire import codec, commands
 from tests.support.families import CASES
@@ -57,6 +58,17 @@ def _replies(tp: TPGroup, checkpoint: Path) -> list[tuple[bytes, bytes]]:
     ]
     assert [figures for _, figures in services.steps] == [reply.figures for reply in replies]  # type: ignore[union-attr]
     return [(msgspec.msgpack.encode(f), codec.encode(r)) for f, r in zip(returned, replies, strict=True)]
+
+
+@pytest.mark.parametrize(
+    ("ended_at", "num_replicas", "lags"),
+    [([5.0, 7.0], 1, []), ([5.0, 5.5], 2, [0.0, 0.5]), ([9.0, 8.0, 8.5, 8.25, 7.0, 9.5], 3, [0.5, 0.0, 1.0])],
+)
+def test_the_lag_of_a_replica_is_that_of_its_last_rank(
+    ended_at: list[float], num_replicas: int, lags: list[float]
+) -> None:
+    """After the replica that was first."""
+    assert rank_loop._lags(ended_at, num_replicas) == lags
 
 
 def test_the_reply_has_every_figure_of_the_trainer(checkpoints: Path) -> None:
@@ -133,7 +145,7 @@ DISTINCT = step_figures(
 def _recorded(folder: Path, figures: commands.StepFigures) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
     """The event's data, the metrics by name and label, and what a writer gets, of one step with these figures."""
     store = Store(folder)
-    link = SimpleNamespace(connected=True, weight_version=9)
+    link = SimpleNamespace(connected=True, weight_version=9, hello=None)
     scheduler = Scheduler(Settings(instance_dir=""), store, link)  # type: ignore[arg-type]
     metrics = Metrics(scheduler, store)
     written: list[Any] = []

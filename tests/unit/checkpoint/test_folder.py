@@ -17,7 +17,7 @@ from apollo_tp.distributed.control import Control
 from apollo_tp.errors import ConfigError
 from apollo_tp.launch import stages
 from apollo_tp.launch.distributed import World
-from apollo_tp.launch.hosts import find_servers, meet
+from apollo_tp.launch.hosts import meet
 from apollo_tp.runtime import instance_folder
 from apollo_tp.shards.instance import served_models
 from apollo_tp.shards.manifest import publish
@@ -32,7 +32,8 @@ def _find_server(base: Path, name: str, stack: contextlib.ExitStack) -> None:
     control = Control(0, 1)
     hosts = meet(control, config)
     joined = stages.Joined(config=config, stack=stack, world=World(0, 1), hosts=hosts, control=control)
-    joined, own, _ = stages._take_place(joined, find_servers(control, hosts, server, joined.report))
+    own = stages.take_place(joined).own
+    assert own is not None
     stages._hold(joined, base / own.instance, own, True, own.instance, has_port=True)
 
 

@@ -184,6 +184,35 @@ def test_errors_are_sentences(stack, data, tmp_path):
         assert "Traceback" not in done.stderr
 
 
+def test_a_guard_is_asked_for(stack, data, tmp_path):
+    """With held-out samples; its options alone are wrong usage."""
+    held_out = tmp_path / "held_out.jsonl"
+    held_out.write_text('{"text": "Hello"}\n')
+    options = ("--validation", held_out, "--guard", "rollback", "--guard-every", 2, "--max-worse", 0.5)
+    done = run(stack, "train", data, "--follow", "--json", *options)
+    assert done.returncode == 0, done.stderr
+    job = json.loads(run(stack, "jobs", "--json").stdout)[0]
+    assert (job["num_validation"], job["guard"]["snapshot"][:5]) == (1, "ckpt-")
+    assert job["spec"]["guard"] == {"action": "rollback", "every": 2, "max_worse": 0.5}
+    assert run(stack, "train", data, "--max-worse", 1).returncode == 2
+    refused = run(stack, "train", data, "--guard", "pause", "--guard-command")
+    assert (refused.returncode, "service.guard_command" in refused.stderr) == (1, True)
+
+
+def test_a_checkpoint_is_restored(stack):
+    """By its name or id; a failure is said, with exit status 1."""
+    _, ranks = stack
+    made = json.loads(run(stack, "checkpoint", "--json").stdout)
+    done = run(stack, "restore", made["name"])
+    assert (done.returncode, done.stdout.split(" in ")[0]) == (0, f"{made['path']} restored"), done.stderr
+    ranks.fail_restores = True
+    failed = run(stack, "restore", made["id"])
+    ranks.fail_restores = False
+    assert (failed.returncode, failed.stdout) == (1, "failed: rank 1 raised CheckpointError: another checksum\n")
+    assert made["name"] in run(stack, "checkpoints").stdout
+    assert run(stack, "restore", "no/such").returncode == 1
+
+
 def test_checkpoint_waits_until_it_is_written(stack):
     """However often the answer is "queued", which a real coordinator says after 600 s when asked to wait."""
     asked = []

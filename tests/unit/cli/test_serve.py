@@ -34,7 +34,8 @@ def environment(monkeypatch, tmp_path):
 )  # fmt: skip
 def test_there_is_a_rank_for_each_shard(options, ranks):
     plan = serve.plan("model", options, ["optim.lr=1e-5"])
-    assert plan.trainer[-4:] == ["--nproc-per-node", str(ranks), "server.instance=mine", "optim.lr=1e-5"]
+    address = "service.server_url='http://127.0.0.1:8000'"
+    assert plan.trainer[-5:] == ["--nproc-per-node", str(ranks), "server.instance=mine", address, "optim.lr=1e-5"]
     assert plan.server[-len(options) - 2 :] == ["--model", "model", *options]
     assert plan.environment["VLLM_PLUGINS"] == "apollo"
 

@@ -63,6 +63,40 @@ def test_ranks_of_several_machines_have_the_shards_of_their_own() -> None:
         assign([wanted[0], wanted[1], wanted[0], wanted[0]])
 
 
+@pytest.mark.parametrize(
+    ("wanted", "expected"),
+    [
+        ([ALL[:2]] * 4, [A0, A1, None, None]),
+        ([[A0], [], [A1], []], [A0, None, A1, None]),
+        ([[A1, B0], [A1], [], [B1]], [B0, A1, None, B1]),
+        ([ALL] * 4, ALL),
+    ],
+)
+def test_ranks_without_a_server_are_spare(wanted: list[list[ServedRank]], expected: list[ServedRank | None]) -> None:
+    """Where that is allowed, all shards of the servers that are up have a rank, and rank 0 leads one."""
+    assert assign(offers(*wanted), spare=True) == expected
+    if None in expected:
+        with pytest.raises(ConfigError, match="expected a shard of its own"):
+            assign(offers(*wanted))
+
+
+@pytest.mark.parametrize("wanted", [[[], [A0], [A1]], [[A1], [A0], []]])
+def test_rank_0_is_never_spare(wanted: list[list[ServedRank]]) -> None:
+    """The coordinator is beside it."""
+    with pytest.raises(ConfigError, match=r"trainer rank 0 on h: got .*expected"):
+        assign(offers(*wanted), spare=True)
+
+
+def test_spare_ranks_have_the_highest_numbers() -> None:
+    """The others are numbered as if these were not there."""
+    b0, a1, a0, b1 = coordinates(B0, A1, A0, B1)
+    mesh = arrange([b0, None, a1, a0, None, b1])
+    assert (mesh.instances, mesh.ranks) == (["b", "a"], [[0, 5], [3, 2]])
+    assert [mesh.position(rank, 6) for rank in range(6)] == [0, 4, 3, 2, 5, 1]
+    assert not arrange([*coordinates(A0, size=1), None]).is_permuted
+    assert arrange([coordinates(A0)[0], None, coordinates(A1)[0]]).is_permuted
+
+
 def test_two_servers_of_one_name_are_refused() -> None:
     """On two hosts, where each could take the name; nobody knows which is meant."""
     with pytest.raises(ConfigError, match=r"server a: got its tensor-parallel rank 0 on host i and on host j"):
@@ -80,7 +114,7 @@ def test_the_mesh_has_the_servers_order() -> None:
     """Replica 0 is that of rank 0, the others follow by name; tensor-parallel ranks are the server's."""
     mesh = arrange(coordinates(B0, A1, A0, B1))
     assert (mesh.instances, mesh.hosts, mesh.ranks) == (["b", "a"], ["host-b", "host-a"], [[0, 3], [2, 1]])
-    assert [mesh.position(rank) for rank in range(4)] == [0, 3, 2, 1]
+    assert [mesh.position(rank, 4) for rank in range(4)] == [0, 3, 2, 1]
     assert mesh.is_permuted
     assert not arrange(coordinates(*ALL)).is_permuted
     assert mesh.spread == [False, False]

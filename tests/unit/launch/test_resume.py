@@ -147,7 +147,7 @@ def test_weights_that_nobody_has_trained_must_be_those_of_the_folder(
         hosts = meet(control, config)
         joined = Joined(config=config, stack=stack, world=World(0, 1), hosts=hosts, control=control)
         with contextlib.nullcontext() if trained else pytest.raises(MappingError, match="other bits"):
-            stages.map_server(joined, lambda error: None)
+            stages.map_server(stages.take_place(joined), lambda error: None)
 
 
 def test_before_weights_are_written_it_is_recorded_and_the_server_paused() -> None:

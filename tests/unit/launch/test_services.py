@@ -27,7 +27,7 @@ class Saved:
     def __init__(self, root: Path, *_: Any, **__: Any) -> None:
         self.root = root
 
-    def save(self, name: str, optimizer: object, weight_version: int) -> tuple[Path, int]:
+    def save(self, name: str, optimizer: object, weight_version: int, kept: object) -> tuple[Path, int]:
         return self.root / name, 7
 
 
@@ -37,7 +37,7 @@ def ready(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     text_config = SimpleNamespace(get_text_config=lambda: SimpleNamespace(vocab_size=100))
     shard = SimpleNamespace(global_shape=(3, 5))
     config = Config(train=TrainConfig(max_sequence_tokens=512))
-    config.checkpoint.dir = str(tmp_path / "checkpoints")
+    config.checkpoint.dir, config.checkpoint.behind = str(tmp_path / "checkpoints"), False
     return SimpleNamespace(
         config=config,
         world=World(0, 1),
@@ -97,7 +97,7 @@ def test_steps_and_checkpoints_are_remembered(ready: SimpleNamespace, tmp_path: 
     loop_services = Services(ready)  # type: ignore[arg-type]
     command = commands.Step(id="j/3", job_id="j", job_step=3, samples=[])
     loop_services.record_step(command, step_figures(weight_version=8))
-    ready.lineage.share("a@1.2")  # these weights began with another server
+    ready.lineage.share("a@1.2", {})  # these weights began with another server
     hello = loop_services.hello("identify/1")
     assert hello.server_life == "a@1.2"
     assert (hello.id, hello.last_job_id, hello.last_job_step) == ("identify/1", "j", 3)

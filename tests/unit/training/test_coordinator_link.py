@@ -79,7 +79,9 @@ def test_commands_and_replies_keep_their_order(coordinator: Coordinator) -> None
     assert coordinator.next() == commands.Goodbye(reason="got SIGTERM", failed=True)
 
 
-def test_a_thread_that_was_not_scheduled_loses_nothing(coordinator: Coordinator, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_thread_that_was_not_scheduled_loses_nothing(
+    coordinator: Coordinator, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What is sent, and the end, after the thread has last looked and before it goes on, as on a host under load."""
     looked, go_on = threading.Event(), threading.Event()
 

@@ -97,8 +97,8 @@ def test_routes_that_are_not_there_are_refused_with_those_that_are(stack):
     """As the SDK's other calls with the trainer's base URL."""
     client, *_ = stack
     for method, path, status in (
-        ("POST", "/v1/chat/completions", 404), ("DELETE", "/v1/models/fake", 405), ("GET", "/train/", 404),
-        ("POST", "/v1/fine_tuning/alpha/graders/run", 404), ("PUT", "/train", 405),
+        ("POST", "/v1/chat/completions", 405), ("DELETE", "/v1/models/fake", 405), ("GET", "/train/", 404),
+        ("POST", "/v1/fine_tuning/alpha/graders/list", 404), ("PUT", "/train", 405),
     ):  # fmt: skip
         answer = client.request(method, path)
         assert answer.status_code == status

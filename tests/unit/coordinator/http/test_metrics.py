@@ -8,7 +8,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from apollo_tp.coordinator.http.metrics import Metrics
 from apollo_tp.coordinator.jobs.store import Store
-from tests.support.fakes import chat_stack
+from apollo_tp.wire import commands
+from tests.support.fakes import CoordinatorProcess, FakeRanks, chat_stack, wait_for
 from tests.support.jobs import ONE, ends
 
 STEPS = 2
@@ -49,13 +50,39 @@ def test_every_figure_of_a_step_is_in_its_metric(tmp_path):
     assert {name: found[name] for name in expected} == expected
 
 
+def test_each_replica_has_a_version_and_a_lag(tmp_path):
+    """In /metrics and in /train/status, also how many are away; a lag is that of the last step, and none before one."""
+    with CoordinatorProcess(tmp_path) as coordinator, coordinator.client() as client:
+        ranks = FakeRanks(coordinator.ranks_socket, tmp_path / "journal")
+        ranks.replicas, ranks.lags = (
+            [commands.Replica("first", "here"), commands.Replica("second", "there")],
+            [0.0, 0.25],
+        )
+        with ranks:
+            wait_for(lambda: client.get("/health").json()["trainer"])
+            before = client.get("/train/status").json()["trainer"]["replicas"]
+            body = {"samples": [{"context_ids": [5, 6], "continuation_ids": [7, 8]}]}
+            assert ends(client, client.post("/train", json=body).json()["id"])["state"] == "succeeded"
+            after = client.get("/train/status").json()["trainer"]["replicas"]
+            text = client.get("/metrics").text
+    assert before[1] == {
+        "instance_id": "second", "host": "there", "weight_version": 0, "lag_seconds": None, "health": "in_step"
+    }  # fmt: skip
+    assert after[1] == before[1] | {"weight_version": 1, "lag_seconds": 0.25}
+    found = {line.rpartition(" ")[0]: float(line.rpartition(" ")[2]) for line in text.splitlines() if line[0] != "#"}
+    labels = '{host="there",instance="second"}'
+    assert found[f"apollo_replica_lag_seconds{labels}"] == 0.25
+    assert found[f"apollo_replica_weight_version{labels}"] == found[f"apollo_replica_in_step{labels}"] == 1
+    assert found["apollo_replicas_wanted"] == 3
+
+
 @pytest.mark.parametrize(
     ("connected", "version", "running", "speed"),
     [(False, None, None, 12.5), (True, 0, "job", None), (True, 7, "job", 12.5)],
 )
 def test_gauges_are_those_of_the_moment(tmp_path, connected, version, running, speed):
     """Read at each scrape: a trainer that is gone is not shown as connected, nor the speed of a job that is over."""
-    link = SimpleNamespace(connected=connected, weight_version=version)
+    link = SimpleNamespace(connected=connected, weight_version=version, hello=None)
     progress = SimpleNamespace(tokens_per_second=lambda: speed)
     scheduler = SimpleNamespace(link=link, running=running, progress=progress, on_step=[], on_evaluation=[])
     with contextlib.closing(Store(tmp_path)) as store:

@@ -13,12 +13,15 @@ import pytest
 from openai.types import FileObject
 from openai.types.fine_tuning import FineTuningJob
 
+from apollo_tp.coordinator.graders.schema import StringCheck
 from apollo_tp.coordinator.http import openai_jobs
 from apollo_tp.coordinator.jobs.job import JobSpec, State, new_job
+from apollo_tp.coordinator.settings import Settings
 from tests.support.chat_model import write_model
 from tests.support.fakes import CoordinatorProcess, FakeRanks, wait_for
 from tests.support.jobs import CHAT
 
+GRADER = StringCheck(name="right", input="{{sample.output_text}}", reference="yes", operation="eq")
 HOUR = {"anchor": "created_at", "seconds": 3600}
 
 
@@ -49,9 +52,10 @@ def finished(client, job):
 def test_every_state_of_a_job_is_a_value_of_the_type():
     """Whatever we call it; a paused job is told apart by a field of our own."""
     allowed = get_args(FineTuningJob.model_fields["status"].annotation)
-    scheduler = type("Scheduler", (), {"running": None, "link": type("Link", (), {"hello": None})})
-    for state, kind in itertools.product(State, ("supervised", "dpo")):
-        view = openai_jobs.job_view(new_job("openai", JobSpec(method=kind), state), scheduler)
+    link, settings = type("Link", (), {"hello": None}), Settings(instance_dir="i")
+    scheduler = type("Scheduler", (), {"running": None, "link": link, "settings": settings})
+    for state, kind in itertools.product(State, ("supervised", "dpo", "reinforcement")):
+        view = openai_jobs.job_view(new_job("openai", JobSpec(method=kind, grader=GRADER), state), scheduler)
         assert view["status"] in allowed, state
         assert view["paused"] == (state is State.paused)
         FineTuningJob.model_validate(view, strict=True)
@@ -107,9 +111,13 @@ REFUSED = {
         {"hyperparameters": {"n_epochs": 1}} | method("supervised", n_epochs=2), "hyperparameters.n_epochs", "1 beside 2"
     ),
     "integrations": ({"integrations": [{"type": "wandb", "wandb": {}}]}, "integrations", "service.writers"),
-    "reinforcement": ({"method": {"type": "reinforcement"}}, "method.type", "'supervised' or 'dpo'"),
+    "reinforcement": ({"method": {"type": "reinforcement"}}, "method.reinforcement", "it with a grader"),
+    "its server": (
+        {"method": {"type": "reinforcement", "reinforcement": {"grader": {}}}}, "method.type", "service.server_url"
+    ),
+    "another method": ({"method": {"type": "ppo"}}, "method.type", "one of supervised, dpo, reinforcement"),
     "its options": (
-        {"method": {"type": "dpo", "reinforcement": {}}}, "method.reinforcement", "'supervised' or 'dpo'"
+        {"method": {"type": "dpo", "reinforcement": {"grader": {}}}}, "method.reinforcement", "only method.dpo"
     ),
     "lr": ({"hyperparameters": {"lr": 1e-5}}, "hyperparameters.lr", "learning_rate_multiplier"),
     "epochs": ({"hyperparameters": {"epochs": 2}}, "hyperparameters.epochs", "n_epochs"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from apollo_tp.config import RlConfig
 from tests.support.fakes import chat_stack
 
 ONE = {"prompt_ids": [1, 2], "completion_ids": [3, 4], "sampling_logprobs": [-0.5, -1.0]}
@@ -71,7 +72,7 @@ def test_scores_of_tokens(stack):
 
 
 def test_old_samples_are_dropped_where_it_is_set(tmp_path):
-    with chat_stack(tmp_path, settings={"max_staleness": 4}) as (client, ranks, _):
+    with chat_stack(tmp_path, settings={"rl": RlConfig(max_staleness=4)}) as (client, ranks, _):
         job = client.post("/train", json=ONE | {"advantage": 1.0, "loss": "ppo", "wait": True}).json()
         (command,) = _sent(ranks, job)
         assert command.max_staleness == 4

@@ -189,7 +189,7 @@ def test_a_row_that_cannot_be_read_is_set_aside(tmp_path, table, value, caplog):
             (store.samples_dir / f"{job.id}.train").write_bytes(b"x")
             await store.add_file(StoredFile(id=f"file-{number}", filename="a", bytes=1, created_at=1.0))
             await store.save_checkpoint(
-                Checkpoint(id=f"c{number}", name="n-1", state="queued", reason="request", created_at=1.0)
+                Checkpoint(id=f"c{number}", name=f"n-{number}", state="queued", reason="request", created_at=1.0)
             )
         store.close()
         with contextlib.closing(sqlite3.connect(tmp_path / "state" / "jobs.sqlite3", isolation_level=None)) as db:
@@ -203,6 +203,8 @@ def test_a_row_that_cannot_be_read_is_set_aside(tmp_path, table, value, caplog):
         for _ in range(2):
             store = Store(tmp_path / "state")
             store.remove_orphans()
+            assert store.checkpoint_named("n-0").id == "c0"
+            assert len(store.queued_checkpoints()) == 3 - (table == "checkpoints")
             found = {
                 "jobs": len(store.page_of_jobs(after=None, limit=9)[0]),
                 "events": sum(len(store.events(job.id)) for job in jobs),

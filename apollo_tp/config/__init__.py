@@ -6,27 +6,17 @@ No torch here: the launcher reads its options before anything heavy is imported.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import Enum
-from typing import Any
 
-from apollo_tp.errors import ConfigError
-
-MAX_PORT = 65535
-
-
-def option(default: Any, help_text: str) -> Any:
-    """A dataclass field with its ``--help`` line. A callable default is a factory."""
-    metadata = {"help": help_text}
-    if callable(default) and not isinstance(default, Enum):
-        return field(default_factory=default, metadata=metadata)
-    return field(default=default, metadata=metadata)
-
-
-def check(condition: bool, name: str, got: object, expected: str) -> None:
-    """Raise ConfigError naming the option unless ``condition`` holds."""
-    if not condition:
-        raise ConfigError(f"{name}: got {got!r}, expected {expected}")
+from apollo_tp.config.options import check, option
+from apollo_tp.config.service import CaptureConfig as CaptureConfig
+from apollo_tp.config.service import HttpConfig as HttpConfig
+from apollo_tp.config.service import LearnConfig as LearnConfig
+from apollo_tp.config.service import OnCrash as OnCrash
+from apollo_tp.config.service import ServiceConfig as ServiceConfig
+from apollo_tp.config.service import WriterConfig as WriterConfig
+from apollo_tp.config.service import ZmqConfig as ZmqConfig
 
 
 class OptimizerKind(Enum):
@@ -135,10 +125,27 @@ class RlConfig:
     max_staleness: int | None = option(
         None, "drop samples of weights that are more updates than this behind the current ones; null keeps all"
     )
+    completions: int = option(8, "completions of a prompt in a reinforcement job whose compute_multiplier is 1")
+    max_completion_tokens: int = option(256, "longest completion in a reinforcement job")
+    sampling_seconds: float = option(600.0, "deadline of the completions of one step, and of their grades")
+    server_key_file: str | None = option(None, "file with the API key of service.server_url; null: it needs none")
+    score_model_url: str | None = option(
+        None, "OpenAI-compatible API for graders of type score_model, with its /v1; null refuses them"
+    )
+    score_model_key_file: str | None = option(None, "file with that API's key; null: it needs none")
+    python_graders: bool = option(False, "run graders of type python, code of clients, in isolated processes")
+    python_grader_seconds: float = option(10.0, "deadline of such a grader for one completion")
 
     def __post_init__(self) -> None:
         limit = self.max_staleness
         check(limit is None or limit >= 0, "rl.max_staleness", limit, "an integer >= 0, or null")
+        check(2 <= self.completions <= 1024, "rl.completions", self.completions, "an integer from 2 to 1024")
+        for name in ("max_completion_tokens", "sampling_seconds", "python_grader_seconds"):
+            check(getattr(self, name) > 0, f"rl.{name}", getattr(self, name), "a number > 0")
+        for name, url in (("rl.score_model_url", self.score_model_url),):
+            check(
+                url is None or url.startswith(("http://", "https://")), name, url, "an address with http:// or https://"
+            )
 
 
 @dataclass(kw_only=True)
@@ -146,6 +153,8 @@ class ServerConfig:
     instance: str | None = option(None, "instance id of the vLLM server; null takes the only live one")
     replicas: int = option(1, "servers of one model that are trained together and stay bit-identical")
     instances: list[str] = option(list, "instance ids of the replicas; [] takes all live servers")
+    min_replicas: int | None = option(None, "train on with as few of them while others are away; null: only with all")
+    replica_wait_seconds: float = option(30.0, "how long to wait for more than server.min_replicas of them")
     runtime_dir: str | None = option(
         None, "folder of manifests and sockets; null: $APOLLO_TP_RUNTIME_DIR or the default"
     )
@@ -160,6 +169,12 @@ class ServerConfig:
             "server.instances",
             names,
             f"{count} ids, as many as server.replicas, all different",
+        )
+        check(
+            self.min_replicas is None or 1 <= self.min_replicas <= count,
+            "server.min_replicas",
+            self.min_replicas,
+            f"null or 1 to {count}, which is server.replicas",
         )
         both = self.instance is not None and (count > 1 or bool(names))
         check(not both, "server.instance", self.instance, "null where server.replicas or server.instances is set")
@@ -194,64 +209,6 @@ class TrainConfig:
             self.max_sequence_tokens,
             f"2 to train.max_micro_batch_tokens ({self.max_micro_batch_tokens})",
         )
-
-
-@dataclass(kw_only=True)
-class HttpConfig:
-    host: str = option("127.0.0.1", "address of the coordinator's HTTP endpoint")
-    port: int = option(8300, "port of the coordinator's HTTP endpoint; 0 takes a free one")
-
-    def __post_init__(self) -> None:
-        check(0 <= self.port <= MAX_PORT, "service.http.port", self.port, f"an integer from 0 to {MAX_PORT}")
-
-
-@dataclass(kw_only=True)
-class ZmqConfig:
-    host: str = option("127.0.0.1", "address of the coordinator's ZMQ endpoint over TCP")
-    port: int | None = option(None, "its port; null: no ZMQ over TCP, only the private unix sockets")
-    keys_dir: str | None = option(None, "folder of CURVE keys, which TCP needs; `apollo-tp keys DIR` makes them")
-
-    def __post_init__(self) -> None:
-        valid = self.port is None or 0 <= self.port <= MAX_PORT
-        check(valid, "service.zmq.port", self.port, f"an integer from 0 to {MAX_PORT}, or null")
-
-
-class OnCrash(Enum):
-    resume = "resume"
-    fail = "fail"
-
-
-@dataclass(kw_only=True)
-class WriterConfig:
-    tensorboard_dir: str | None = option(None, "folder for TensorBoard event files; null writes none")
-    wandb_project: str | None = option(None, "Weights & Biases project; null writes none")
-    wandb_mode: str = option("offline", "offline | online")
-
-    def __post_init__(self) -> None:
-        mode = self.wandb_mode
-        check(mode in ("offline", "online"), "service.writers.wandb_mode", mode, "offline or online")
-
-
-@dataclass(kw_only=True)
-class ServiceConfig:
-    http: HttpConfig = option(HttpConfig, "the coordinator's HTTP endpoint")
-    zmq: ZmqConfig = option(ZmqConfig, "the coordinator's ZMQ endpoint for other hosts")
-    state_dir: str = option("apollo_tp_state", "folder of jobs, their samples and uploaded files")
-    max_queued_jobs: int = option(64, "further jobs are answered 429")
-    max_body_bytes: int = option(64 * 2**20, "larger request bodies are answered 413")
-    max_file_bytes: int = option(512 * 2**20, "larger uploaded files are answered 413")
-    max_files: int = option(1000, "further uploads are answered 400 until some are deleted")
-    max_state_bytes: int = option(16 * 2**30, "disk use of uploaded files and of jobs' samples, together")
-    token_file: str | None = option(None, "file with the bearer token(s); null: $APOLLO_TP_TOKEN, else none")
-    rank_timeout_seconds: float = option(30.0, "without a heartbeat of rank 0 for this long, the ranks count as gone")
-    on_crash: OnCrash = option(OnCrash.resume, "an interrupted job: resume (from its last completed step) | fail")
-    server_url: str | None = option(None, "the model server's address, for the page's latency figures")
-    writers: WriterConfig = option(WriterConfig, "curves for other tools")
-
-    def __post_init__(self) -> None:
-        check(self.max_queued_jobs >= 1, "service.max_queued_jobs", self.max_queued_jobs, "an integer >= 1")
-        check(self.max_body_bytes >= 1024, "service.max_body_bytes", self.max_body_bytes, "an integer >= 1024")
-        check(self.rank_timeout_seconds > 0, "service.rank_timeout_seconds", self.rank_timeout_seconds, "a number > 0")
 
 
 class SyncMode(Enum):
@@ -294,6 +251,7 @@ class QosConfig:
 class CheckpointConfig:
     dir: str = option("apollo_tp_checkpoints", "folder that checkpoints are written below")
     after_idle_seconds: float | None = option(300.0, "write one this long after the last job; null is never")
+    behind: bool = option(True, "stop for a copy to host memory alone, where it fits, and write while training goes on")
     keep: int = option(3, "complete checkpoints of one model kept; older ones are removed")
     resume: bool = option(True, "load the optimizer state of the latest checkpoint of this model at start-up")
 
@@ -312,6 +270,8 @@ class Config:
     qos: QosConfig = option(QosConfig, "how much of the GPUs is left to inference")
     service: ServiceConfig = option(ServiceConfig, "the coordinator")
     checkpoint: CheckpointConfig = option(CheckpointConfig, "when and where checkpoints are written")
+    capture: CaptureConfig = option(CaptureConfig, "storing completions of the server")
+    learn: LearnConfig = option(LearnConfig, "learning from feedback on stored completions")
     command_timeout_seconds: float = option(600.0, "deadline of one collective between trainer ranks")
 
     def __post_init__(self) -> None:
@@ -324,6 +284,8 @@ class Config:
             self.train.gradients.value,
             "stored or auto with server.replicas > 1, since gradients are summed over replicas before any is used",
         )
+        commanded = self.learn.guard is None or bool(self.service.guard_command)
+        check(commanded, "service.guard_command", [], "a program, which learn.guard needs")
         seconds, limit = self.sync.timeout_seconds, self.command_timeout_seconds
         check(0 < limit < math.inf, "command_timeout_seconds", limit, "a number > 0 and finite")
         # the other ranks wait in a collective while rank 0 waits for the server

@@ -1,0 +1,180 @@
+"""Put a checkpoint back: into the memory that is served, and into the optimizer. Checked in full first, then written.
+
+Both passes read from disk, a box of some megabytes at a time: the new weights need not fit beside the old ones. A checkpoint
+loads at any number of ranks and replicas, since its files are in global coordinates. What makes a write that was interrupted
+complete is the record of the served weights (``lineage``), which the callers in apollo_tp.launch keep.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from apollo_tp.checkpoint import checksum
+from apollo_tp.checkpoint import folder as folders
+from apollo_tp.checkpoint.card import public_name
+from apollo_tp.checkpoint.folder import CheckpointInfo
+from apollo_tp.distributed.control import ComputeControl
+from apollo_tp.distributed.mesh import Mesh
+from apollo_tp.errors import CheckpointError
+from apollo_tp.optim import Optimizer
+from apollo_tp.optim.parameters import boxes_with_owner
+from apollo_tp.shards.boxes import Box, Shard
+from apollo_tp.shards.manifest import CheckpointTensor
+from apollo_tp.shards.mapping import DTYPES, NAMES
+
+CHUNK_BYTES = 32 * 2**20
+"""Read at a time: this much lies beside the served weights."""
+TOGETHER_BYTES = 2**30
+"""Of global tensors between two collectives: all ranks are about as far, and none waits long for another."""
+READ_ERRORS = (OSError, SafetensorError, ValueError)
+
+
+class Restore:
+    """The checkpoint in ``folder``, which is to replace what this rank serves: ``tensors``, by checkpoint name the shard and
+    the local view of served memory. ``origin`` names the model that these weights were trained from, and ``stored`` are the
+    tensors of its folder. Methods are collective over all ranks of the ``mesh``."""
+
+    def __init__(
+        self,
+        folder: Path,
+        origin: str,
+        stored: Sequence[CheckpointTensor],
+        tensors: Mapping[str, tuple[Shard, Tensor]],
+        mesh: Mesh,
+    ) -> None:
+        self.folder, self._origin, self._tensors, self._mesh = folder, public_name(origin), tensors, mesh
+        self._device = next(iter(tensors.values()))[1].device
+        self._dtypes = {
+            t.name: torch.promote_types(DTYPES[t.dtype], tensors[t.name][1].dtype) for t in stored if t.name in tensors
+        }
+        self._controls = [ComputeControl(group, self._device) for group in (mesh.world, mesh.tp, mesh.replicas)]
+        self._files: dict[str, Path] = {}
+        self._sums: dict[str, str] = {}
+
+    def check(self, optimizer: Optimizer | None) -> CheckpointInfo:
+        """Read the checkpoint; with ``optimizer`` its state too, which must fit. Nothing is changed. Raises CheckpointError,
+        on all ranks, if it is not there, of another model, incomplete or damaged."""
+        world, tp, replicas = self._controls
+        with world.agree():
+            info = self._info()
+            self._find_tensors()
+            self._sums = folders.read_checksums(self.folder)
+        problem, damaged = "", []
+        for names in self._together():
+            found: dict[str, int] = {}
+            for name in names:
+                try:
+                    found[name] = sum(
+                        checksum.of_box(values, box, self._tensors[name][0].global_shape)
+                        for box, _, values in self._read(name, owned=True)
+                    )
+                except READ_ERRORS as error:  # the other ranks go on to the next collective
+                    problem = problem or f"{name}: {error}"
+            damaged += checksum.differing(self._sums, checksum.over_ranks(found, tp))
+        with world.agree():
+            if problem:
+                raise self._refusal(problem, "tensors that can be read")
+        with world.agree():
+            if damaged:
+                got = f"{damaged[0]} ({len(damaged)} in all) with another checksum than it was written with"
+                raise self._refusal(got, "the values that were written; restore another checkpoint")
+        if optimizer is not None:
+            from apollo_tp.checkpoint import optimizer_state  # takes a second to import
+
+            state = folders.optimizer_folder(self.folder)
+            optimizer_state.check(optimizer, state, world, [tp, replicas])
+        return info
+
+    def write(self) -> None:
+        """Write the weights that were checked into served memory. What raises here, on any rank, leaves them in part."""
+        for names in self._together():
+            with self._controls[0].agree():
+                for name in names:
+                    local = self._tensors[name][1]
+                    for box, start, values in self._read(name, owned=False):
+                        part = local
+                        for dim, count in enumerate(box.shape):
+                            part = part.narrow(dim, start[dim], count)
+                        part.copy_(values)
+
+    def _info(self) -> CheckpointInfo:
+        info = folders.read_info(self.folder)
+        if info is None:
+            raise self._refusal(
+                "no checkpoint there", "one that apollo_tp wrote and has not removed; see GET /checkpoints"
+            )
+        if (origin := public_name(info.origin or info.model_path)) != self._origin:
+            raise self._refusal(f"one of {origin}", f"one of {self._origin}, whose weights are served")
+        return info
+
+    def _find_tensors(self) -> None:
+        """Which file has which tensor. Raises CheckpointError unless all are there with the shape and dtype that a
+        checkpoint of these weights has."""
+        with ExitStack() as stack:
+            for path in sorted(self.folder.glob("*.safetensors")):
+                try:
+                    file = stack.enter_context(safe_open(path, framework="pt"))
+                    self._files |= {name: path for name in file.keys() if name in self._dtypes}  # noqa: SIM118
+                    for name in file.keys():  # noqa: SIM118 - a safetensors handle is not iterable
+                        self._check_form(name, file.get_slice(name))
+                except READ_ERRORS as error:
+                    raise self._refusal(f"{path.name}: {error}", "a complete safetensors file") from error
+        if missing := sorted(set(self._dtypes) - set(self._files)):
+            raise self._refusal(f"no {missing[0]} ({len(missing)} missing)", f"all {len(self._dtypes)} served tensors")
+
+    def _check_form(self, name: str, stored: Any) -> None:
+        if name not in self._dtypes:
+            return
+        wanted = NAMES[self._dtypes[name]], tuple(self._tensors[name][0].global_shape)
+        if (got := (stored.get_dtype(), tuple(stored.get_shape()))) != wanted:
+            raise self._refusal(f"{name} as {got[0]} {list(got[1])}", f"{wanted[0]} {list(wanted[1])}")
+
+    def _refusal(self, got: str, expected: str) -> CheckpointError:
+        return CheckpointError(f"checkpoint {self.folder}: got {got}, expected {expected}; nothing was written")
+
+    def _together(self) -> Iterator[list[str]]:
+        """The tensors in the same parts on every rank."""
+        names: list[str] = []
+        room = TOGETHER_BYTES
+        for name, dtype in self._dtypes.items():
+            num_bytes = torch.Size(self._tensors[name][0].global_shape).numel() * dtype.itemsize
+            if names and num_bytes > room:
+                yield names
+                names, room = [], TOGETHER_BYTES
+            names.append(name)
+            room -= num_bytes
+        yield names
+
+    def _read(self, name: str, *, owned: bool) -> Iterator[tuple[Box, list[int], Tensor]]:
+        """What this rank holds of a tensor (or owns of it), in boxes of at most CHUNK_BYTES or one row: each box, where it
+        begins in the local tensor, and its values on the device."""
+        shard, rank = self._tensors[name][0], self._mesh.tp.rank
+        with safe_open(self._files[name], framework="pt") as file:
+            stored = file.get_slice(name)
+            for whole, start, is_owner in boxes_with_owner(shard, rank):
+                if not whole.numel or (owned and not is_owner):
+                    continue
+                for box in _rows_of(whole, self._dtypes[name].itemsize):
+                    local = [o - w for o, w in zip(box.offset, whole.offset, strict=True)]
+                    if shard.dim is not None:
+                        local[shard.dim] += start
+                    index = tuple(slice(o, o + n) for o, n in zip(box.offset, box.shape, strict=True))
+                    yield box, local, (stored[index] if index else file.get_tensor(name)).to(self._device)
+
+
+def _rows_of(box: Box, itemsize: int) -> Iterator[Box]:
+    """``box`` in blocks of rows of at most CHUNK_BYTES, or of one row."""
+    if not box.shape:
+        yield box
+        return
+    (count, *rest), (first, *others) = box.shape, box.offset
+    rows = max(1, CHUNK_BYTES // max(1, box.numel // count * itemsize))
+    for start in range(0, count, rows):
+        yield Box((first + start, *others), (min(rows, count - start), *rest))

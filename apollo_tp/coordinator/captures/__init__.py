@@ -1,0 +1,1 @@
+"""Stored completions of the server, feedback on them, and what is learned from it."""
