@@ -203,7 +203,7 @@ def run(config: PretrainedConfig, tokens: int, device: str, tp: TPGroup, options
     torch.manual_seed(0)
     shards, fused_tensors = served_memory(config, device, tp)
     weights = torch.cuda.memory_allocated() if device == "cuda" else 0
-    train = TrainConfig(max_micro_batch_tokens=tokens, max_sequence_tokens=tokens, precision=options.precision)
+    train = TrainConfig(max_micro_batch_tokens=tokens, max_sequence_tokens=tokens)
     in_backward = options.gradients == "in_backward"
     optim = OptimConfig(
         lr=1e-6, max_grad_norm=None if in_backward else 1.0, max_relative_update=1e9, check_replicas_every=0,
@@ -213,7 +213,7 @@ def run(config: PretrainedConfig, tokens: int, device: str, tp: TPGroup, options
         config, shards, tp, fused_tensors=fused_tensors, gradient_checkpointing=options.recompute,
         compiled=compiled if options.compile else None,
     )  # fmt: skip
-    optimizer = Optimizer(optim, train.precision, model.parameters, tp)
+    optimizer = Optimizer(optim, options.precision, model.parameters, tp)
     trainer = Trainer(
         model, optimizer, tp, device=torch.device(device), max_micro_batch_tokens=tokens,
         gradients=GradientMode(options.gradients),
