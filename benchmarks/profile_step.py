@@ -33,7 +33,7 @@ from server_stack import QWEN3_8B, TINY, device_name, write_results
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PretrainedConfig, Qwen3Config
 
-from apollo_tp.config import GradientMode, OptimConfig, Precision, TrainConfig
+from apollo_tp.config import GradientMode, OptimConfig, Precision
 from apollo_tp.distributed.tp_group import TPGroup
 from apollo_tp.gpu_sharing.sm_limit import limit_sms
 from apollo_tp.model import bind_model, joined
@@ -203,7 +203,6 @@ def run(config: PretrainedConfig, tokens: int, device: str, tp: TPGroup, options
     torch.manual_seed(0)
     shards, fused_tensors = served_memory(config, device, tp)
     weights = torch.cuda.memory_allocated() if device == "cuda" else 0
-    train = TrainConfig(max_micro_batch_tokens=tokens, max_sequence_tokens=tokens, precision=options.precision)
     in_backward = options.gradients == "in_backward"
     optim = OptimConfig(
         lr=1e-6, max_grad_norm=None if in_backward else 1.0, max_relative_update=1e9, check_replicas_every=0,
@@ -213,7 +212,7 @@ def run(config: PretrainedConfig, tokens: int, device: str, tp: TPGroup, options
         config, shards, tp, fused_tensors=fused_tensors, gradient_checkpointing=options.recompute,
         compiled=compiled if options.compile else None,
     )  # fmt: skip
-    optimizer = Optimizer(optim, train.precision, model.parameters, tp)
+    optimizer = Optimizer(optim, options.precision, model.parameters, tp)
     trainer = Trainer(
         model, optimizer, tp, device=torch.device(device), max_micro_batch_tokens=tokens,
         gradients=GradientMode(options.gradients),

@@ -11,11 +11,10 @@ from safetensors import safe_open
 from apollo_tp.checkpoint import CheckpointWriter
 from apollo_tp.checkpoint.lineage import LineageFile
 from apollo_tp.distributed.mesh import Mesh
+from apollo_tp.inspect.exactness import local_part, map_copy, samples
 from apollo_tp.launch.restoring import Target
 from apollo_tp.shards.mapping import MappedRank
 from apollo_tp.training.trainer import Trainer
-from tests.support.exactness import local_part, samples
-from tests.support.served import map_case
 from tests.support.trainers import make_trainer
 
 
@@ -27,7 +26,7 @@ class Served:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         self.trainer: Trainer
         self.trainer, tensors = make_trainer(mesh.tp, checkpoint, mesh=mesh)
-        self.mapped: MappedRank = replace(map_case(checkpoint, mesh.tp), tensors=tensors)
+        self.mapped: MappedRank = replace(map_copy(checkpoint, mesh.tp), tensors=tensors)
         self.start_again()
 
     def start_again(self) -> None:
