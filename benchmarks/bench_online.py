@@ -80,7 +80,7 @@ async def rollout(served: Served, prompts: list[list[int]], options: argparse.Na
     """The completions of all prompts, with their tokens and log-probabilities."""
     body = {
         "model": "demo", "n": options.completions, "max_tokens": options.tokens, "ignore_eos": True, "logprobs": 0,
-        "return_token_ids": True, "temperature": 1.0,
+        "return_token_ids": True, "return_tokens_as_token_ids": True, "temperature": 1.0,
     }  # fmt: skip
     limits = httpx.Limits(max_connections=len(prompts))
     async with httpx.AsyncClient(base_url=served.url, timeout=300, limits=limits) as client:
