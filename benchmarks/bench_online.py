@@ -133,8 +133,8 @@ def iteration(
         "update_seconds": statistics.median(step["optimizer_seconds"] for step in steps),
         "paused_seconds": statistics.median(step["paused_seconds"] for step in steps),
         "first_token_seconds": answered - trained,
-        "mismatch_kl": steps[0]["metrics"].get("mismatch_kl"),
-        "mismatch_kl_last_step": steps[-1]["metrics"].get("mismatch_kl"),
+        "mismatch_kl": steps[0].get("mismatch_kl"),
+        "mismatch_kl_last_step": steps[-1].get("mismatch_kl"),
         "train_p50": 1000 * statistics.median(gaps),
         "train_p99": 1000 * sorted(gaps)[int(0.99 * (len(gaps) - 1))],
     }
