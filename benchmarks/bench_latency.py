@@ -232,7 +232,12 @@ def loads(served: Served, folder: Path, name: str, environment: dict[str, str], 
         seen = [(n, asyncio.run(generate(served, [served.process], n, options, seed))) for n in options.streams]
         return [{"case": name, "streams": n} | load.summary() for n, load in seen]
     size = options.step_tokens
-    overrides = [f"train.max_sequence_tokens={size}", f"train.max_micro_batch_tokens={size}", "optim.lr=1e-6"]
+    overrides = [
+        f"train.max_sequence_tokens={size}",
+        f"train.max_micro_batch_tokens={size}",
+        "optim.lr=1e-6",
+        "train.precision=remainder",
+    ]
     rows: list[dict[str, Any]] = []
     with training(
         served, folder / f"state{seed}", tp=options.tp, overrides=[*overrides, *case.overrides],

@@ -144,7 +144,7 @@ def measure(folder: Path, served: Served, mode: str, options: argparse.Namespace
     """Iterations with this ``sync``; the first one, which warms up, is left out."""
     length = options.prompt_tokens + options.tokens
     overrides = [
-        f"sync={mode}", f"cache={'reset' if mode == 'step_lock' else 'none'}", "optim.lr=1e-6",
+        f"sync={mode}", f"cache={'reset' if mode == 'step_lock' else 'none'}", "optim.lr=1e-6", "train.precision=remainder",
         f"train.max_sequence_tokens={length}", f"train.max_micro_batch_tokens={options.micro_batch_tokens}",
         *shlex.split(options.overrides),
     ]  # fmt: skip
