@@ -76,7 +76,8 @@ def measure(folder: Path, cases: list[str], shape: Shape, options: argparse.Name
     config, extra = TINY if options.tiny else QWEN3_8B, shlex.split(options.server_args)
     options.tp = shape.replicas * shape.tp  # the GPUs over which run_job divides the work
     overrides = [
-        f"train.max_sequence_tokens={options.tokens}", f"train.max_micro_batch_tokens={options.tokens}", "optim.lr=1e-6", "train.precision=remainder",
+        f"train.max_sequence_tokens={options.tokens}", f"train.max_micro_batch_tokens={options.tokens}",
+        "optim.lr=1e-6", "train.precision=remainder",
         *([f"server.replicas={shape.replicas}"] if shape.replicas > 1 else []), *shlex.split(options.overrides),
     ]  # fmt: skip
     try:
