@@ -52,7 +52,14 @@ class Stack:
         url = f"{self.coordinator.url}/v1"
         return openai.OpenAI(base_url=url, api_key="unused", max_retries=0, _strict_response_validation=True)
 
-    def create(self, lines: Any = LINES, grader: Any = GRADER, validation: Any = None, **hyperparameters: Any) -> Any:
+    def create(
+        self,
+        lines: Any = LINES,
+        grader: Any = GRADER,
+        validation: Any = None,
+        guard: dict[str, Any] | None = None,
+        **hyperparameters: Any,
+    ) -> Any:
         files = {}
         for name, each in (("training_file", lines), ("validation_file", validation)):
             if each:
@@ -60,7 +67,8 @@ class Stack:
                 files[name] = self.client.files.create(file=("a.jsonl", content), purpose="fine-tune").id
         hyperparameters = {"n_epochs": 2, "batch_size": 2} | hyperparameters
         method = {"type": "reinforcement", "reinforcement": {"grader": grader, "hyperparameters": hyperparameters}}
-        return self.client.fine_tuning.jobs.create(model="fake", method=method, **files)
+        extra = {"guard": guard} if guard else None
+        return self.client.fine_tuning.jobs.create(model="fake", method=method, extra_body=extra, **files)
 
     def ended(self, job: Any) -> Any:
         jobs = self.client.fine_tuning.jobs

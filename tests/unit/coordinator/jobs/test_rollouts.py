@@ -226,3 +226,20 @@ def test_a_killed_trainer_gets_the_step_once(tmp_path, server):
         with stack.ranks() as second:
             assert stack.ended(job).status == "succeeded"
             assert [step for _, step in second.applied()] == [1, 2, 3, 4]
+
+
+def test_a_guard_compares_the_mean_reward(tmp_path):
+    """Of the prompts of the validation file, of which more is better: it falls in the middle of the job, which pauses."""
+    with fake_server() as server:
+        server.text = lambda prompt, index: "yes"
+        stack = Stack(tmp_path, server)
+        with stack.running(step_seconds=0.1) as ranks, stack.coordinator.client() as http:
+            guard = {"every": 2, "max_worse": 0.25, "action": "pause"}
+            job = stack.create(validation=LINES[:2], n_epochs=10, guard=guard)
+            wait_for(lambda: len(ranks.applied()) >= 3)
+            server.text = lambda prompt, index: "no"
+            wait_for(lambda: http.get(f"/train/jobs/{job.id}").json()["state"] == "paused")
+            shown = http.get(f"/train/jobs/{job.id}").json()
+            assert (shown["guard"]["baseline"], shown["guard"]["value"]) == (1.0, 0.0)
+            assert 4 <= shown["step"] < 20
+            assert http.post(f"/train/jobs/{job.id}/cancel").status_code == 200
