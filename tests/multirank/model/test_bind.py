@@ -8,7 +8,6 @@ from dataclasses import replace
 import pytest
 import torch
 from transformers import AutoConfig, PreTrainedModel
-from transformers.core_model_loading import revert_weight_conversion
 
 from apollo_tp.distributed.tp_group import TPGroup
 from apollo_tp.errors import UnsupportedModelError
@@ -22,36 +21,15 @@ from apollo_tp.model.names import NameMap, map_names
 from apollo_tp.shards.boxes import Shard
 from apollo_tp.wire.commands import Sample
 from tests.support.families import FAMILIES, REFUSED, Family, build
+from tests.support.whole_shards import whole_shards
 
 WHOLE = TPGroup.single()
-
-
-def _shards(model: PreTrainedModel) -> dict[str, tuple[Shard, torch.Tensor]]:
-    """Everything of ``model`` on one rank, by checkpoint name; experts are views of the stacked tensor."""
-    state = {name: parameter.detach() for name, parameter in model.named_parameters()}
-    return {
-        name: (
-            Shard(name, tuple(tensor.shape), None, (), (0,)),
-            _expert(name, state) if ".experts." in name else tensor,
-        )
-        for name, tensor in revert_weight_conversion(model, state).items()
-    }
-
-
-def _expert(name: str, state: dict[str, torch.Tensor]) -> torch.Tensor:
-    """The view of a stacked parameter that a checkpoint's ``...experts.<e>.<projection>.weight`` is."""
-    block, _, rest = name.replace(".block_sparse_moe.", ".mlp.").partition(".experts.")
-    expert, projection, _ = rest.split(".")
-    if projection in ("down_proj", "w2"):
-        return state[f"{block}.experts.down_proj"][int(expert)]
-    gate, up = state[f"{block}.experts.gate_up_proj"][int(expert)].chunk(2)
-    return gate if projection in ("gate_proj", "w1") else up
 
 
 def test_one_error_lists_all_that_does_not_fit() -> None:
     """Missing, unknown and ill-shaped tensors are all named at once, with shapes and the cure."""
     config = FAMILIES["llama"].config()
-    shards = _shards(build(config))
+    shards = whole_shards(build(config))
     del shards["model.layers.0.mlp.up_proj.weight"]
     shards["model.layers.0.mlp.side_proj.weight"] = shards["model.layers.0.mlp.gate_proj.weight"]
     norm = "model.layers.1.input_layernorm.weight"
@@ -71,7 +49,7 @@ def test_one_error_lists_all_that_does_not_fit() -> None:
 def test_experts_that_do_not_lie_stacked_are_refused() -> None:
     """One parameter over all experts needs them side by side; a copy would cut the tie to the served memory."""
     config = FAMILIES["qwen3-moe"].config()
-    shards = _shards(build(config))
+    shards = whole_shards(build(config))
     name = "model.layers.0.mlp.experts.2.up_proj.weight"
     shards[name] = (shards[name][0], shards[name][1].clone())
     with pytest.raises(UnsupportedModelError, match=r"experts.2.up_proj.weight .* --moe-backend triton"):
@@ -109,7 +87,7 @@ def test_layers_that_keep_the_boundaries_to_themselves_are_not_compiled() -> Non
     """StableLM's decoder layer takes the keywords of a forward pass and does not hand them to its attention: a hook does,
     and what it keeps is no input of a compiled layer."""
     config = Family("stablelm").config()
-    shards = _shards(build(config))
+    shards = whole_shards(build(config))
     bound = bind_model(config, shards, WHOLE, compiled=CompileOptions(backend="eager"))
     assert not bound.is_static
     layers = [module for module in bound.module.modules() if type(module).__name__ == "StableLmDecoderLayer"]
@@ -120,7 +98,7 @@ def test_layers_that_keep_the_boundaries_to_themselves_are_not_compiled() -> Non
 def test_a_served_tensor_that_nothing_is_trained_from_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two names for one parameter: only one of them is bound."""
     config = FAMILIES["llama"].config()
-    shards = _shards(build(config))
+    shards = whole_shards(build(config))
     shards["alias.weight"] = (Shard("alias.weight", (64,), None, (), (0,)), torch.ones(64))
 
     def with_alias(*args: object) -> NameMap:
@@ -231,7 +209,7 @@ def test_loss_and_gradients_are_those_of_the_model_that_is_served(case: str, che
     family = SAME_FUNCTION[case]
     model = build(family.config())
     loss, expected = reference_gradients(model, samples())
-    bound = bind_model(family.config(), _shards(model), WHOLE, gradient_checkpointing=checkpointing)
+    bound = bind_model(family.config(), whole_shards(model), WHOLE, gradient_checkpointing=checkpointing)
     assert train_gradients(bound, pack(samples(), 256)) == pytest.approx(loss, rel=1e-6)
     assert {parameter.name for parameter in bound.parameters} == set(expected)
     for parameter in bound.parameters:
@@ -244,7 +222,7 @@ def test_loss_and_gradients_are_those_of_the_model_that_is_served(case: str, che
 def test_nothing_leaks_between_packed_sequences(family: str) -> None:
     """Log-probabilities of a sequence do not change by a bit when its neighbours in the pack do."""
     config = FAMILIES[family].config()
-    bound = bind_model(config, _shards(build(config)), WHOLE)
+    bound = bind_model(config, whole_shards(build(config)), WHOLE)
 
     def of_the_middle_one(seed: int) -> torch.Tensor:
         around = samples(seed=seed, lengths=(33, 21, 40))
@@ -263,7 +241,7 @@ def test_nothing_leaks_between_packed_sequences(family: str) -> None:
 def test_an_expert_without_tokens_has_an_exactly_zero_gradient(family: str) -> None:
     """An exactly zero gradient is what tells the optimizer to leave a matrix and its state alone."""
     config = FAMILIES[family].config()
-    bound = bind_model(config, _shards(build(config)), WHOLE)
+    bound = bind_model(config, whole_shards(build(config)), WHOLE)
     train_gradients(bound, pack([Sample([5, 6], [0.0, 1.0])], 64))  # 2 tokens x 2 of 4 experts: some may get none
     routed = {}
     for parameter in bound.parameters:
@@ -282,7 +260,7 @@ def test_fp32_parameters_stay_fp32_in_a_bf16_model() -> None:
     model = build(config).to(torch.bfloat16)
     shards = {
         name: (shard, tensor.float() if name.endswith("A_log") else tensor)
-        for name, (shard, tensor) in _shards(model).items()
+        for name, (shard, tensor) in whole_shards(model).items()
     }
     bound = bind_model(config, shards, WHOLE)
     train_gradients(bound, pack(samples(), 256))
@@ -297,7 +275,7 @@ def test_fp32_parameters_stay_fp32_in_a_bf16_model() -> None:
 def test_writing_a_bound_tensor_changes_the_model() -> None:
     """Parameters are the given memory: a write through one shows in the other, stacked experts included."""
     config = FAMILIES["qwen3-moe"].config()
-    shards = _shards(build(config))
+    shards = whole_shards(build(config))
     bound = bind_model(config, shards, WHOLE)
     for parameter in bound.parameters:
         shards[parameter.name][1].fill_(0.25)

@@ -16,8 +16,8 @@ from apollo_tp.errors import UnsupportedModelError
 from apollo_tp.model import bind_model
 from apollo_tp.model.attention import packed_attention
 from apollo_tp.model.trial import _difference
-from tests.multirank.model.test_bind import _shards
 from tests.support.families import FAMILIES, Family, build
+from tests.support.whole_shards import whole_shards
 
 WHOLE = TPGroup.single()
 _EXPERTS = {"num_local_experts": 4, "lm_head_bias": False}
@@ -44,7 +44,7 @@ def test_what_packed_attention_would_drop_is_refused(case: str) -> None:
         family.config(layer_types=["full_attention", "sliding_attention"]) if "one layer" in case else family.config()
     )
     with pytest.raises(UnsupportedModelError, match=message):
-        bind_model(config, _shards(build(config)), WHOLE)
+        bind_model(config, whole_shards(build(config)), WHOLE)
 
 
 @pytest.mark.parametrize(
@@ -80,7 +80,7 @@ def test_a_layer_that_is_no_attention_is_tried_too(
 ) -> None:
     """By what reaches the hidden states of a token, whatever the layer is called."""
     config = FAMILIES["llama"].config()
-    shards = _shards(build(config))
+    shards = whole_shards(build(config))
     monkeypatch.setattr(modeling_llama.LlamaAttention, "forward", forward)
     with pytest.raises(UnsupportedModelError, match=message):
         bind_model(config, shards, WHOLE)

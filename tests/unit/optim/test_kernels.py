@@ -21,7 +21,7 @@ from apollo_tp.optim.sharding import Decision, DecisionInputs, GradientStats
 from apollo_tp.optim.torch_backend import TorchBackend, decide
 from apollo_tp.shards.boxes import Shard
 from tests.support import optim_model as model
-from tests.unit.optim.test_random_numbers import NOT_FINITE, from_bits
+from tests.support.special_values import NOT_FINITE, from_bits
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # The interpreter is chosen when triton is first imported, so it needs a process of its own.

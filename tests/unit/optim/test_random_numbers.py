@@ -9,6 +9,7 @@ import torch
 from apollo_tp.config import Precision, PrecisionChoice
 from apollo_tp.optim import projection, rounding
 from tests.support.reference_optimizer import projection_matrix
+from tests.support.special_values import NOT_FINITE, from_bits
 
 
 @pytest.mark.parametrize(
@@ -81,17 +82,6 @@ def test_join_undoes_split_to_24_bits():
     nearest = value.bfloat16().float()
     # rounding twice (24 bits, then 16) may miss the nearest bf16 by 2**-8 of its ulp, which is at most 2**-7 |value|
     assert torch.all((upper.float() - value).abs() <= (nearest - value).abs() + value.abs() * 2.0**-15)
-
-
-# sign and payload of NaNs, from the smallest payload to the largest; then infinity and the largest finite number
-NOT_FINITE = [
-    sign | payload for sign in (0, 1 << 31) for payload in (0x7F800001, 0x7FC00000, 0x7FFFFF7F, 0x7FFFFF80, 0x7FFFFFFF)
-]
-
-
-def from_bits(bits):
-    """fp32 numbers of these 32-bit patterns."""
-    return torch.from_numpy(np.array(bits, dtype=np.uint32).view(np.float32))
 
 
 def test_a_remainder_of_16_bits_keeps_all_32():
