@@ -65,7 +65,7 @@ def _command(what: str, argument: str) -> commands.AnyCommand:
 def main(arguments: dict[str, Any], options: list[str], say: Callable[[str], None]) -> None:
     with contextlib.ExitStack() as stack:
         placed = take_place(join_ranks(read_arguments(options), stack))  # type: ignore[arg-type]
-        ready = prepare(bind(map_server(placed, lambda error: None)))
+        ready = prepare(bind(map_server(placed, lambda error: None), lambda error: None))
         say(f"READY {ready.trainer.weight_version} {ready.optimizer.step_count}")
         loop = RankLoop(ready.trainer, Services(ready), ready.control, None)
         for each in arguments["do"]:

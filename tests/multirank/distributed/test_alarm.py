@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -138,6 +139,8 @@ def test_a_store_that_is_out_of_reach_keeps_nobody_waiting(monkeypatch: pytest.M
         try:
             assert ranks.exchange(0) == {0: 0}
             process.send_signal(signal.SIGSTOP)
+            status = Path(f"/proc/{process.pid}/status")
+            eventually(lambda: "State:\tT" in status.read_text())
             started = time.monotonic()
             assert ranks.exchange(0) == {}
             assert ranks.exchange(0) == {}

@@ -84,7 +84,7 @@ class _SlowToPause:
     def __init__(self, clock: list[float], error: Exception | None = None) -> None:
         self.clock, self.error, self.released = clock, error, []  # type: ignore[var-annotated]
 
-    def pause(self) -> None:
+    def pause(self, patience: float) -> None:
         self.clock[0] += 5.0
         if self.error:
             raise self.error
