@@ -5,9 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import re
-import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -68,8 +66,14 @@ class Stack:
 
     def kill_trainer(self) -> None:
         assert self.trainer is not None
-        os.killpg(self.trainer.process.pid, signal.SIGKILL)
+        launcher = psutil.Process(self.trainer.process.pid)
+        processes = [launcher, *launcher.children(recursive=True)]  # a rank has a process group of its own
+        for process in processes:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
         self.trainer.stop()
+        _, left = psutil.wait_procs(processes, timeout=30)
+        assert not left
         self.train()
 
     def stop(self) -> None:
