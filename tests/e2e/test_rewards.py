@@ -25,7 +25,7 @@ from tests.support.servers import START_SECONDS
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
 
 PAGE = Path(__file__).parents[2] / "docs/how-to/rewards.md"
-STEPS, REWARDED = 15, 500
+STEPS, REWARDED = 25, 500
 OVERRIDES = [
     "sync=step_lock", "cache=reset", "rl.max_staleness=8", "optim.lr=3e-3", "optim.max_relative_update=1",
     "train.max_sequence_tokens=256", "checkpoint.after_idle_seconds=null", "rl.max_completion_tokens=4", "rl.completions=16",
@@ -110,7 +110,7 @@ def test_the_loop_of_the_page_raises_the_mean_reward(stack: Stack, capsys: pytes
     print(rewards, mismatches)
     assert len(rewards) == STEPS
     # by 0.17 to 0.39 in five runs; without learning, the difference has a standard deviation of 0.03
-    assert sum(rewards[-3:]) / 3 > sum(rewards[:3]) / 3 + 0.1, rewards
+    assert sum(rewards[-3:]) / 3 > sum(rewards[:3]) / 3 + 0.2, rewards
     assert max(mismatches) < 0.01, mismatches
     _check_versions(stack.url, stack.coordinator)
 

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import asyncio
 import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from apollo_tp.errors import DECODE_ERRORS, ApolloTpError
+from apollo_tp.coordinator.graders.clients import NoAnswerError, ask
+from apollo_tp.errors import ApolloTpError
 
 if TYPE_CHECKING:
     import httpx
 
-ATTEMPTS = 4
-RETRY_SECONDS = 0.5
 WHOLE_DISTRIBUTION = {
     "temperature": 1.0, "top_p": 1.0, "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0,
     "frequency_penalty": 0.0,
@@ -52,7 +50,12 @@ class _Answer(msgspec.Struct):
 async def sample(client: httpx.AsyncClient, prompt: list[int], count: int, options: dict[str, Any]) -> list[Completion]:
     """``count`` completions after the tokens of ``prompt``. Raises SamplingError."""
     body = {"prompt": prompt, "n": count, "logprobs": 0, "return_token_ids": True} | WHOLE_DISTRIBUTION | options
-    answer = await _ask(client, body)
+    try:
+        answer = await ask(client, "v1/completions", body, _Answer)
+    except NoAnswerError as error:
+        raise SamplingError(
+            f"{client.base_url}v1/completions: {error}; is service.server_url the address of the server that is trained?"
+        ) from error
     found = [_completion(choice) for choice in answer.choices]
     if len(found) != count:
         raise SamplingError(f"{client.base_url}: got {len(found)} completions, expected {count}")
@@ -68,33 +71,3 @@ def _completion(choice: _Answer.Choice) -> Completion:
             f"the server: got {got} of a completion, expected one for each token; is it vLLM 0.26 or newer?"
         )
     return Completion(choice.text, ids, values)
-
-
-async def _ask(client: httpx.AsyncClient, body: dict[str, Any]) -> _Answer:
-    """The answer, after some attempts if the server cannot be reached or is busy. The client has the deadline of each."""
-    import httpx  # costs a tenth of a second of start-up
-
-    problem = ""
-    for attempt in range(ATTEMPTS):
-        if attempt:
-            await asyncio.sleep(RETRY_SECONDS * 2**attempt)
-        try:
-            answer = await client.post("v1/completions", json=body)
-        except (httpx.HTTPError, httpx.InvalidURL) as error:
-            problem = f"{type(error).__name__} {error}".strip()
-            continue
-        if answer.status_code == 429 or answer.status_code >= 500:
-            problem = f"status {answer.status_code}: {answer.text[:200]}"
-            continue
-        if answer.is_error:
-            raise SamplingError(
-                f"{client.base_url}v1/completions: got status {answer.status_code}: {answer.text[:300]}"
-            )
-        try:
-            return msgspec.json.decode(answer.content, type=_Answer)
-        except DECODE_ERRORS as error:
-            raise SamplingError(f"{client.base_url}v1/completions: got no completions ({error})") from error
-    raise SamplingError(
-        f"{client.base_url}v1/completions: got {problem} {ATTEMPTS} times, expected completions; is service.server_url the "
-        "address of the server that is trained?"
-    )

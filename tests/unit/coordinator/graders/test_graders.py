@@ -11,6 +11,7 @@ import msgspec
 import pytest
 
 from apollo_tp.config import RlConfig
+from apollo_tp.coordinator.graders.clients import ATTEMPTS
 from apollo_tp.coordinator.graders.formula import Formula
 from apollo_tp.coordinator.graders.grading import Grade, offered, open_grading
 from apollo_tp.coordinator.graders.schema import SIMILARITIES, Offered, check_item, read_grader
@@ -180,7 +181,7 @@ def test_a_model_that_gives_no_score_gives_no_reward(server: FakeServer, judged:
     found = grade(JUDGE, "this", score_model_url=f"{server.url}/v1")
     assert found.reward is None
     assert found.kind == kind
-    assert len(server.asked) == (3 if status == 503 else 1), "a busy server is asked again, a refusal is final"
+    assert len(server.asked) == (ATTEMPTS if status == 503 else 1), "a busy server is asked again, a refusal is final"
 
 
 def test_the_code_of_a_client_is_run_where_it_is_allowed() -> None:
