@@ -48,6 +48,8 @@ class Stack:
             folder / "model", port, self.runtime_dir, log, tensor_parallel=1, extra=options, forking=True
         )
         self.trainer: ManagedProcess | None = None
+        self.untrained = ""
+        """The checkpoint of the weights that no test has trained."""
 
     def train(self) -> None:
         """Start the trainer."""
@@ -88,6 +90,8 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     try:
         stack.server.wait_for(f"{stack.url}/health", START_SECONDS)
         stack.train()
+        with Client(stack.coordinator) as client:
+            stack.untrained = client.checkpoint().name
         yield stack
     finally:
         stack.stop()
@@ -154,6 +158,8 @@ def _until(stack: Stack, job_id: str, step: int, seconds: float = 120) -> dict[s
 
 def test_a_reinforcement_job_raises_its_reward_and_survives_kills(stack: Stack) -> None:
     """Every step is trained once, whoever was killed; its completions, rewards and examples are events of the job."""
+    with Client(stack.coordinator) as trainer:
+        trainer.restore(stack.untrained)  # the test before has taught it other tokens
     before, client = _version(stack), _openai(stack)
     lines = [{"messages": [{"role": "user", "content": each}], "letter": "s"} for each in QUESTIONS]
     file = client.files.create(file=("prompts.jsonl", "\n".join(map(json.dumps, lines)).encode()), purpose="fine-tune")
