@@ -3,10 +3,10 @@
 transformers builds no mask for an implementation whose masks it does not know; the sequence boundaries arrive here as
 ``cu_seq_lens_q``. On CUDA in bf16 or fp16 this is torch's variable-length FlashAttention, or cuDNN's for a single sequence,
 which takes half the time on Hopper; everything else (CPU, fp32, soft-capped scores, wide heads) goes sequence by sequence
-through scaled_dot_product_attention or plain matrix products.
+through scaled_dot_product_attention or plain matrix products. Attention sinks are in ``sinks``.
 
-What a layer asks of its attention beyond that (a mask of its own, attention sinks, a position bias) is refused: it would be
-dropped without a trace. ``trial`` compares the windows with the masks that transformers would make.
+What a layer asks of its attention beyond that (a mask of its own, a position bias) is refused: it would be dropped without
+a trace. ``trial`` compares the windows with the masks that transformers would make.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from transformers import AttentionInterface
 
 from apollo_tp.errors import UnsupportedModelError
 from apollo_tp.model.boundaries import BoundariesMissingError
+from apollo_tp.model.sinks import FlashWithSinks
 
 # torch 2.13 has an argument for grouped-query attention; 2.11 has none and accepts fewer key heads without it.
 _VARLEN_NAMES_GQA = "enable_gqa" in inspect.signature(varlen_attn).parameters
@@ -50,6 +51,7 @@ def packed_attention(
     scaling: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
+    s_aux: Tensor | None = None,
     cu_seq_lens_q: Tensor | None = None,
     max_length_q: int = 0,
     sequence_lengths: tuple[int, ...] = (),
@@ -60,6 +62,7 @@ def packed_attention(
     ``query`` [1, q_heads_local, T, d], ``key`` and ``value`` [1, kv_heads_local, T, d] with head size d, in one dtype;
     ``cu_seq_lens_q`` int32 [S + 1] and ``sequence_lengths`` say the same, on the device and (so that nothing waits for it)
     on the host. A token sees itself and the ``sliding_window - 1`` tokens before it (all before it without a window).
+    ``s_aux`` [q_heads_local] are attention sinks, by transformers' name for them.
     Returns [1, T, q_heads_local, d] in that dtype, and None for the scores. Raises UnsupportedModelError for a mask and for
     ``others`` that would have an effect, BoundariesMissingError without boundaries.
     """
@@ -70,12 +73,12 @@ def packed_attention(
     flash = (
         query.is_cuda and query.dtype != torch.float32 and softcap is None and query.shape[-1] <= _MAX_FLASH_HEAD_DIM
     )
-    if flash and _takes_cudnn(query, cu_seq_lens_q, sliding_window):
+    if flash and s_aux is None and _takes_cudnn(query, cu_seq_lens_q, sliding_window):
         return _one_padded_sequence(query, key, value, scaling), None
     if flash:
-        return _flash(*heads, cu_seq_lens_q, max_length_q, scaling, sliding_window)[None], None
+        return _flash(*heads, s_aux, cu_seq_lens_q, max_length_q, scaling, sliding_window)[None], None
     parts = [
-        _one_sequence(*sequence, scaling, sliding_window, softcap)
+        _one_sequence(*sequence, scaling, sliding_window, softcap, s_aux)
         for sequence in zip(*(t.split(sequence_lengths, dim=1) for t in heads), strict=True)
     ]
     return torch.cat(parts, dim=1).transpose(0, 1)[None], None
@@ -83,7 +86,7 @@ def packed_attention(
 
 def refuse_what_would_be_dropped(module: nn.Module, mask: Tensor | None, others: Mapping[str, Any]) -> None:
     """Raise UnsupportedModelError if the layer ``module`` gives its attention a ``mask``, or a keyword that is not known
-    here (``s_aux`` and ``position_bias`` are in use) with a value other than None."""
+    here (``position_bias`` is in use) with a value other than None."""
     found = [] if mask is None else ["a mask of its own"]
     for name, value in others.items():
         harmless = name in _WITHOUT_EFFECT or value is None
@@ -93,7 +96,7 @@ def refuse_what_would_be_dropped(module: nn.Module, mask: Tensor | None, others:
     if found:
         raise UnsupportedModelError(
             f"{type(module).__name__}: got {', '.join(found)} for its attention, expected causal attention with at most a "
-            "window, a scale and a soft cap, which is all that packed sequences have here; serve another model"
+            "window, a scale, a soft cap and sinks, which is all that packed sequences have here; serve another model"
         )
 
 
@@ -123,10 +126,19 @@ def _one_padded_sequence(query: Tensor, key: Tensor, value: Tensor, scale: float
 
 
 def _flash(
-    query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, longest: int, scale: float | None, window: int | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    sinks: Tensor | None,
+    cu_seqlens: Tensor,
+    longest: int,
+    scale: float | None,
+    window: int | None,
 ) -> Tensor:
     """Causal attention of all sequences through FlashAttention, local: [heads, T, d] to [T, q_heads, d]."""
     query, key, value = (t.transpose(0, 1).contiguous() for t in (query, key, value))
+    if sinks is not None:
+        return FlashWithSinks.apply(query, key, value, sinks, cu_seqlens, longest, scale, window)  # type: ignore[no-any-return]
     return varlen_attn(
         query,
         key,
@@ -142,23 +154,33 @@ def _flash(
 
 
 def _one_sequence(
-    query: Tensor, key: Tensor, value: Tensor, scale: float | None, window: int | None, softcap: float | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float | None,
+    window: int | None,
+    softcap: float | None,
+    sinks: Tensor | None,
 ) -> Tensor:
     """Causal attention of one sequence of t tokens, local: [heads, t, d] to [q_heads, t, d]."""
     length = query.shape[1]
-    windowed = window is not None and length > window
-    if softcap is None and not windowed:
+    windowed, plain = window is not None and length > window, softcap is None and sinks is None
+    if plain and not windowed:
         return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=True)
     visible = torch.ones(length, length, dtype=torch.bool, device=query.device).tril_()
     if windowed:
         visible &= ~torch.ones_like(visible).tril_(-window)  # type: ignore[operator]
-    if softcap is None:
+    if plain:
         return F.scaled_dot_product_attention(query, key, value, attn_mask=visible, scale=scale, enable_gqa=True)
     groups = query.shape[0] // key.shape[0]
     key, value = (t.repeat_interleave(groups, dim=0) for t in (key, value))
     scores = query @ key.transpose(1, 2) * (query.shape[-1] ** -0.5 if scale is None else scale)
-    scores = (softcap * torch.tanh(scores / softcap)).masked_fill(~visible, -torch.inf)
-    return torch.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype) @ value
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    scores = scores.masked_fill(~visible, -torch.inf)
+    if sinks is not None:
+        scores = torch.cat([scores, sinks.to(scores.dtype)[:, None, None].expand(-1, length, 1)], dim=-1)
+    return torch.softmax(scores, dim=-1, dtype=torch.float32)[..., :length].to(query.dtype) @ value
 
 
 AttentionInterface.register(NAME, packed_attention)

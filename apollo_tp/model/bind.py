@@ -15,6 +15,7 @@ from apollo_tp.errors import UnsupportedModelError
 from apollo_tp.model.bound import BoundModel, BoundParameter, Role
 from apollo_tp.model.build import build_on_meta, has_whole_heads
 from apollo_tp.model.compiled import CompileOptions, compile_layers, decoder_layers
+from apollo_tp.model.experts import has_experts
 from apollo_tp.model.families import logits_transform, refuse_unknown_layers
 from apollo_tp.model.gradients import GradientLocation, GradientSync
 from apollo_tp.model.joined import JoinedLinear, JoinedPart, stack_rows
@@ -88,7 +89,7 @@ def bind_model(
     sync = GradientSync(locations[True], locations[False], tp)
     return BoundModel(
         module=module,
-        parameters=_bound_parameters(leaves, vocabulary, sync),
+        parameters=_bound_parameters(module, leaves, vocabulary, sync),
         untouched=(*names.untouched, *names.untrained.values()),
         attention_window=attention_window,
         is_static=num_compiled == len(decoder_layers(module)) and not gradient_checkpointing,
@@ -217,6 +218,10 @@ def _assemble(parts: list[list[str]], shards: Shards, expected: tuple[int, ...])
             return f"got {name} of local shape {tuple(tensor.shape)}, its shard says {shard.local_shape}"
     first_shard, first = shards[parts[0][0]]
     if len(parts) == 1 and len(parts[0]) == 1:
+        if not first_shard.ranges and first_shard.dim == 0 and first_shard.global_shape == expected:
+            # another rank has it, and adds it to a sum over the ranks; the server has zeros here
+            zeros = nn.Parameter(torch.zeros(expected, dtype=first.dtype, device=first.device))
+            return _Leaf(zeros, [(first_shard, (slice(0, 0),))])
         if tuple(first.shape) != expected:
             return f"got local shape {tuple(first.shape)}, expected {expected} (global {first_shard.global_shape})"
         return _Leaf(nn.Parameter(first), [(first_shard, ())])
@@ -341,16 +346,17 @@ def _is_row_parallel_bias(module: PreTrainedModel, name: str) -> bool:
 
 
 def _bound_parameters(
-    leaves: dict[str, _Leaf], vocabulary: _VocabularyNames, sync: GradientSync
+    module: PreTrainedModel, leaves: dict[str, _Leaf], vocabulary: _VocabularyNames, sync: GradientSync
 ) -> list[BoundParameter]:
     """One for each checkpoint tensor, in the order of ``leaves``, which is that of the module on every rank."""
     bound = []
     for name, leaf in leaves.items():
+        is_stack_of_biases = leaf.parameter.ndim == 2 and has_experts(module.get_submodule(name.rpartition(".")[0]))
         for shard, index in leaf.parts:
             role: Role = "other"
             if name in vocabulary:
                 role = "embedding"
-            elif len(shard.global_shape) == 2:
+            elif len(shard.global_shape) == 2 and not is_stack_of_biases:
                 role = "matrix"
             bound.append(BoundParameter(shard.name, shard, role, leaf.parameter, index, shard.name in sync.partial))
     return bound

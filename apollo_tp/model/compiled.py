@@ -15,6 +15,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from apollo_tp.model.attention import cudnn_is_faster
 from apollo_tp.model.boundaries import needs_hook
+from apollo_tp.model.experts import has_experts
 from apollo_tp.model.regions import FullWidthRMSNorm
 
 MAX_VARIANTS = 32
@@ -41,7 +42,7 @@ def compile_layers(module: PreTrainedModel, options: CompileOptions) -> int:
     different experts if two ranks rounded differently. ``deterministic_kernels`` prevents the differences that were
     observed (``tests/gpu/test_replicas.py``); for routers that has not been tried.
     """
-    if any(isinstance(child, FullWidthRMSNorm) or _has_experts(child) for child in module.modules()):
+    if any(isinstance(child, FullWidthRMSNorm) or has_experts(child) for child in module.modules()):
         return 0
     import torch._dynamo  # here: the compiler takes seconds to import
     import torch._functorch.config
@@ -64,12 +65,6 @@ def compile_layers(module: PreTrainedModel, options: CompileOptions) -> int:
     for layer in layers:  # not the call: hooks around it stay as they are
         layer.forward = torch.compile(layer.forward, backend=options.backend)
     return len(layers)
-
-
-def _has_experts(module: nn.Module) -> bool:
-    """True if ``module`` itself has stacked experts: a parameter of three dimensions that is no convolution's."""
-    stacked = any(parameter.ndim == 3 for parameter in module.parameters(recurse=False))
-    return stacked and not isinstance(module, nn.Conv1d)
 
 
 def _is_traceable(layer: nn.Module) -> bool:

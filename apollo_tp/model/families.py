@@ -65,6 +65,7 @@ def _delta_net_parts(config: PretrainedConfig) -> tuple[int, ...]:
 
 FUSED_TENSORS: dict[str, Callable[[PretrainedConfig], tuple[int, ...]]] = {
     "gate_up_proj": lambda _: (1, 1),
+    "gate_up_proj_bias": lambda _: (1, 1),
     "input_linear": lambda _: (1, 1),  # Granite's name for it
     "qkv_proj": lambda config: (
         config.num_attention_heads,
@@ -75,7 +76,8 @@ FUSED_TENSORS: dict[str, Callable[[PretrainedConfig], tuple[int, ...]]] = {
     "conv1d": _delta_net_parts,
 }
 """Parameters that their modules split into consecutive parts, by name: the relative sizes of the parts. What is split head
-by head (``query_key_value``, ``in_proj_qkvz``) is cut as one part, and not listed."""
+by head (``query_key_value``, ``in_proj_qkvz``) is cut as one part, and not listed; so are gate and up where they alternate
+(``experts.interleaves``)."""
 
 
 LAYER_TYPES = {"full_attention", "sliding_attention", "linear_attention"}
@@ -93,8 +95,6 @@ def refuse_unknown_layers(module: PreTrainedModel) -> None:
     for name, layer in module.named_modules():
         if isinstance(getattr(layer, "conv1d", None), nn.Conv1d) and not keeps_boundaries(layer):
             reasons.append(f"{name} ({type(layer).__name__}): its recurrent state would run on into the next sequence")
-        if getattr(layer, "sinks", None) is not None:
-            reasons.append(f"{name} ({type(layer).__name__}): attention sinks are not implemented for packed sequences")
     if reasons:
         raise UnsupportedModelError(
             f"{type(module).__name__} cannot be trained; use one of the families in docs/models.md:\n  "

@@ -22,6 +22,7 @@ from apollo_tp.distributed.collectives import copy_to_region, reduce_from_region
 from apollo_tp.distributed.tp_group import TPGroup
 from apollo_tp.errors import UnsupportedModelError
 from apollo_tp.model.build import refusing
+from apollo_tp.model.experts import has_experts, interleaves
 from apollo_tp.model.families import FULL_WIDTH_NORMS, FUSED_TENSORS
 from apollo_tp.model.joined import JoinedPart
 from apollo_tp.model.tp_linear import row_parallel_linear
@@ -110,9 +111,10 @@ def install_regions(module: nn.Module, cut_last: list[str], tp: TPGroup) -> list
             region_name, _, child = owner_name.rpartition(".")
             region = module.get_submodule(region_name)
             setattr(region, child, RowParallelLinear(owner, tp))
-        elif owner.get_parameter(leaf).ndim == 3:
+        elif has_experts(owner):  # cut before or after their products' sums, by how they are stored: summed once
             region_name, region = owner_name, owner
-            region.register_forward_hook(leave)
+            if region_name not in regions:
+                region.register_forward_hook(leave)
         else:
             raise UnsupportedModelError(
                 f"{name}: got a parameter of {type(owner).__name__} cut on its last dimension, expected that of a linear "
@@ -167,7 +169,8 @@ def refuse_mixed_channels(module: nn.Module, shards: Mapping[str, Shard], tp: TP
     wrong = []
     for name, shard in shards.items():
         owner = module.get_submodule(name.rpartition(".")[0])
-        tried = not isinstance(owner, (*_PRODUCTS, FullWidthRMSNorm)) and not list(owner.children())
+        is_product = isinstance(owner, (*_PRODUCTS, FullWidthRMSNorm)) or has_experts(owner)
+        tried = not is_product and not list(owner.children())
         if shard.dim is None or len(shard.global_shape) > 2 or not tried:
             continue
         with refusing(f"{name} ({type(owner).__name__}), which is cut on dimension {shard.dim}, could not be tried"):
@@ -210,6 +213,8 @@ def refuse_wrong_cuts(
         if kind is None or shard.dim is None:
             continue
         full, local = (FUSED_TENSORS[kind](c) for c in (config.get_text_config(), module.config))
+        if interleaves(module.get_submodule(name.rpartition(".")[0])):
+            full, local = (1,), (1,)
         expected = _shares(shard.global_shape[shard.dim], full, shard.local_shape[shard.dim], local, tp)
         if merge_ranges(shard.ranges) != expected:
             wrong.append(

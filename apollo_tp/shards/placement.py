@@ -49,10 +49,13 @@ def place_what_fits(manifests: Sequence[Manifest]) -> tuple[list[dict[str, Place
     for tensor in manifests[0].checkpoint:
         if tensor.name in problems or all(tensor.name in m.not_served for m in manifests):
             continue
+        if in_part := _loaded_in_part(tensor.name, manifests):
+            problems[tensor.name] = in_part
+            continue
         try:
             parts = _place_one(tensor, [segments[tensor.name] for segments in by_rank], served)
         except (UnsupportedModelError, ValueError) as error:
-            problems[tensor.name] = _tied_in_part(tensor.name, manifests) or str(error)
+            problems[tensor.name] = str(error)
             continue
         for rank, placement in enumerate(parts):
             result[rank][tensor.name] = placement
@@ -86,7 +89,7 @@ def _on_top_of_another(manifests: Sequence[Manifest]) -> dict[str, str]:
     return result
 
 
-def _tied_in_part(name: str, manifests: Sequence[Manifest]) -> str:
+def _loaded_in_part(name: str, manifests: Sequence[Manifest]) -> str:
     """vLLM compares a stored head with the embedding on each rank by itself, and may tie them only on some ranks."""
     loaded = [m.tp_rank for m in manifests if name not in m.not_served]
     if len(loaded) == len(manifests):

@@ -15,8 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from apollo_tp.shards.manifest import Allocation, CheckpointTensor, Manifest
-from apollo_tp.vllm_plugin.compat import config, one_rank, refusals, release
-from apollo_tp.vllm_plugin.compat.cpu import import_image_processors
+from apollo_tp.vllm_plugin.compat import config, cpu, one_rank, refusals, release
 from apollo_tp.vllm_plugin.copies import StoredTensors
 from apollo_tp.vllm_plugin.manifest_builder import (
     build_manifest,
@@ -35,7 +34,7 @@ def offline_manifests(
     for a model that it cannot build.
     """
     release.check_version()
-    import_image_processors()
+    cpu.prepare_offline()
     configs = (
         one_rank.engine_config(model, tp_size, dtype, trust_remote_code=trust_remote_code) for _ in range(tp_size)
     )

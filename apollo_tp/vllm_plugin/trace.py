@@ -39,7 +39,10 @@ class Trace:
     name: str
     copies: list[Copy] = field(default_factory=list)
     served: bool = False
-    """Whether the loader copied it, or a part of it. The part is empty on a rank that has only padding of a vocabulary."""
+    """Whether the loader copied it, or a part of it. The part is empty on a rank that has only padding of a vocabulary, or
+    zeros."""
+    zeroed: bool = False
+    """Whether the loader has set it to zero before it copied it: this rank serves zeros in its place."""
     refusal: str = ""
 
 
@@ -75,6 +78,9 @@ class Probe(Tensor):
             return Probe(probe.meta, probe.root, probe.trace)
         if func in (torch.ops.aten._to_copy.default, torch.ops.aten.clone.default) and _changes_nothing(probe, kwargs):
             return Probe(probe.meta, probe.root, probe.trace)
+        if func._schema.is_mutable:
+            _zero(func, probe)
+            return probe
         out = func(*tree_map(_meta, args), **tree_map(_meta, kwargs))
         if any(not isinstance(leaf, Tensor) or not _is_view(leaf, probe) for leaf in tree_leaves(out)):
             raise TransformedError(f"vLLM's loader applies {func} to it")
@@ -94,12 +100,19 @@ def _changes_nothing(probe: Probe, kwargs: dict[str, Any]) -> bool:
     return kwargs.get("dtype") in (None, probe.dtype)
 
 
+def _zero(func: Any, probe: Probe) -> None:
+    """Note that the checkpoint tensor is set to zero: a bias that is added before a sum over ranks, on all ranks but one."""
+    if func is not torch.ops.aten.zero_.default or probe.meta.numel() != probe.root.numel():
+        raise TransformedError(f"vLLM's loader applies {func} to it")
+    probe.trace.zeroed = True
+
+
 def _record(destination: Tensor, probe: Probe) -> None:
     if destination.shape != probe.shape:
         raise TransformedError(f"vLLM's loader broadcasts {tuple(probe.shape)} into {tuple(destination.shape)}")
     box, order = _box_of(probe)
     probe.trace.served = True
-    if box.numel:  # empty on a rank that has only padding of a vocabulary
+    if box.numel and not probe.trace.zeroed:  # empty on a rank that has only padding of a vocabulary
         stride = tuple(0 if d is None else destination.stride(d) for d in order)
         probe.trace.copies.append(Copy(box, destination.data_ptr(), stride))
 

@@ -168,6 +168,26 @@ FAMILIES = {
             "use_routing_bias": True,
         },
     ),
+    # as many KV heads as ranks: vLLM has no replicas of them for this model
+    "gpt-oss": Family(
+        "gpt_oss",
+        {
+            "head_dim": 32,
+            "num_key_value_heads": 4,
+            "sliding_window": 8,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 150000.0,
+                "factor": 4.0,
+                "beta_fast": 32.0,
+                "beta_slow": 1.0,
+                "truncate": False,
+                "original_max_position_embeddings": 64,
+            },
+        },
+    ),
     "gemma3-vision": Family("gemma3", _GEMMA3, wrapper=_GEMMA_VISION),
 }
 
@@ -238,7 +258,6 @@ SERVED: dict[str, dict[str, Any]] = {
 # Model types that bind_model refuses, and its messages.
 REFUSED = {
     "recurrent_gemma": r"RecurrentGemmaForCausalLM: its forward pass changes the logits",
-    "gpt_oss": r"self_attn \(GptOssAttention\): attention sinks are not implemented",
     "llama4_text": r"layer type chunked_attention",
     "bamba": r"mamba \(BambaMixer\): its recurrent state would run on",
     "t5": r"t5: got an encoder-decoder model",

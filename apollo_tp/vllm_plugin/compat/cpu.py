@@ -30,6 +30,16 @@ def prepare() -> None:
     let_queue_readers_sleep()
 
 
+def prepare_offline() -> None:
+    """What a model needs that is built and not run: its modules must be importable, and sizes of experts that only packed
+    kernels refuse must be accepted."""
+    from vllm.platforms import current_platform
+
+    import_image_processors()
+    if current_platform.is_cpu():
+        serve_plain_experts()
+
+
 def serve_plain_linears() -> None:
     """vLLM's CPU linear layers serve a oneDNN-packed copy and drop the weight; use the weight itself instead."""
     import vllm.model_executor.layers.utils as layer_utils
@@ -138,11 +148,29 @@ def let_queue_readers_sleep() -> None:
     SpinCondition.wait = wait  # type: ignore[method-assign]
 
 
+def _gated(activate: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """Of gate rows, then up rows."""
+
+    def gate(x: Tensor) -> Tensor:
+        gate, up = x.chunk(2, dim=-1)
+        return activate(gate) * up
+
+    return gate
+
+
+def _clamped_swiglu(x: Tensor) -> Tensor:
+    """gpt-oss's, of alternating gate and up rows, with the constants of vLLM's kernel."""
+    gate, up = x[..., ::2].clamp(max=7.0), x[..., 1::2].clamp(min=-7.0, max=7.0)
+    return (up + 1) * gate * torch.sigmoid(1.702 * gate)
+
+
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "silu": _gated(F.silu),
+    "gelu": _gated(F.gelu),
+    "gelu_tanh": _gated(lambda x: F.gelu(x, approximate="tanh")),
+    "swigluoai": _clamped_swiglu,
 }
+"""What is done to the fused product [T, 2 I] of an expert, [T, I] the result, by vLLM's name for it."""
 
 
 def serve_plain_experts() -> None:
@@ -180,13 +208,13 @@ def serve_plain_experts() -> None:
 
 def _not_plain(moe_config: Any) -> str:
     """Why vLLM's packed copy of these experts must be served; empty if the plain weights can be."""
-    activation, has_biases = moe_config.activation.value, moe_config.has_bias
-    if activation in _ACTIVATIONS and not has_biases:
+    activation = moe_config.activation.value
+    if activation in _ACTIVATIONS:
         return ""
     *others, last = _ACTIVATIONS
     return (
-        f"experts: got activation {activation} {'with' if has_biases else 'without'} biases, expected "
-        f"{', '.join(others)} or {last} without, since a CPU serves a packed copy of others; serve this model on GPUs"
+        f"experts: got activation {activation}, expected {', '.join(others)} or {last}, since a CPU serves a packed copy of "
+        "others; serve this model on GPUs"
     )
 
 
@@ -203,18 +231,20 @@ def _apply_plain_experts(
     apply_router_weight_on_input: bool = False,
     **__: Any,
 ) -> None:
-    """Write into ``output`` [T, D] the sum over the chosen experts e of weight * w2[e] (activation(gate) * up), where
-    (gate, up) = w1[e] hidden. The sum is in float32.
+    """Write into ``output`` [T, D] the sum over the chosen experts e of weight * w2[e] activation(w1[e] hidden), with biases
+    after both products if there are any. The sum is in float32.
 
-    Local shapes, I being the intermediate size of this rank: ``hidden_states`` [T, D]; ``w1`` [experts, 2 I, D] (gate rows,
-    then up rows); ``w2`` [experts, D, I]; ``topk_weights`` and ``topk_ids`` [T, chosen]. vLLM sums ``output`` over ranks.
+    Local shapes, I being the intermediate size of this rank: ``hidden_states`` [T, D]; ``w1`` [experts, 2 I, D]; ``w2``
+    [experts, D, I]; ``topk_weights`` and ``topk_ids`` [T, chosen]; biases [experts, 2 I] and [experts, D], the latter zero
+    on all ranks but one. vLLM sums ``output`` over ranks.
     """
     activate = _ACTIVATIONS[activation.value]
+    first, second = (getattr(self, name, None) for name in ("w1_bias", "w2_bias"))
     total = torch.zeros_like(hidden_states, dtype=torch.float32)
     for expert in topk_ids.unique().tolist():
         token, slot = torch.where(topk_ids == expert)
-        gate, up = F.linear(hidden_states[token], w1[expert]).chunk(2, dim=-1)
-        result = F.linear(activate(gate) * up, w2[expert]).float()
+        fused = F.linear(hidden_states[token], w1[expert], None if first is None else first[expert])
+        result = F.linear(activate(fused), w2[expert], None if second is None else second[expert]).float()
         if not apply_router_weight_on_input:
             result = result * topk_weights[token, slot, None]
         total.index_add_(0, token, result)
