@@ -1,4 +1,4 @@
-"""Llama, Gemma 3, Qwen3-MoE and the Qwen3.5 hybrid against real vLLM at TP = 2: change and restore of every parameter, ten
+"""Llama, Gemma 3, Qwen3-MoE, gpt-oss and the Qwen3.5 hybrid against real vLLM at TP = 2: change and restore of every parameter, ten
 training steps, agreement of log-probabilities, and checkpoints that load elsewhere with the same ones."""
 
 from __future__ import annotations
@@ -156,6 +156,8 @@ def test_every_parameter_reaches_inference_and_is_restored_exactly(family: tuple
     mapped = [map_rank(server.manifests, rank) for rank in range(2)]
     for rank, name in itertools.product(range(2), mapped[0].tensors):
         local = mapped[rank].tensors[name][1]
+        if not local.numel():
+            continue  # a bias that another rank adds
         saved = local.clone()
         local.add_(torch.randn(local.shape, generator=generator))
         assert server.logprobs(TOKENS) != before, f"rank {rank}, {name}: a change does not reach inference"

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig
 
+from apollo_tp.vllm_plugin.compat import cpu
 from apollo_tp.vllm_plugin.compat.cpu import serve_plain_convolutions, serve_plain_experts
 from apollo_tp.vllm_plugin.compat.engine import Engine, connector_resets
 from apollo_tp.vllm_plugin.compat.hooks import install_hooks
@@ -212,10 +213,14 @@ def main(folder: Path) -> dict[str, Any]:
     without = {name: serve(engine_config(name))[0].float() for name in configs}
     serve_plain_experts()
     serve_plain_experts()  # vLLM loads plugins more than once
-    experts = {}
-    for name, before in without.items():
+
+    def compare(name: str, before: Tensor) -> list[Any]:
         output, as_loaded, refusals = serve(engine_config(name))
-        experts[name] = [float((output.float() - before).norm() / before.norm()), as_loaded, refusals]
+        return [float((output.float() - before).norm() / before.norm()), as_loaded, refusals]
+
+    experts = {name: compare(name, before) for name, before in without.items()}
+    del cpu._ACTIVATIONS["swigluoai"]
+    experts["unknown"] = compare("gpt-oss", without["gpt-oss"])
     return {
         "experts": experts,
         "convolutions": convolutions(),

@@ -24,6 +24,7 @@ def refusals_of_server(vllm_config: Any, model: nn.Module) -> list[str]:
         *_model_options(vllm_config),
         *yarn_refusals(model, vllm_config.model_config.hf_config),
         *layer_refusals(model),
+        *_copied_sinks(model),
     ]
 
 
@@ -103,6 +104,22 @@ def layer_refusals(model: nn.Module) -> list[str]:
     return sorted(reasons - {""}) + [
         f"mixture-of-experts backend {backend}: it reorders expert weights; serve with --moe-backend triton"
         for backend in sorted(backends - {"TRITON", "CPU", "NONE"})
+    ]
+
+
+def _copied_sinks(model: nn.Module) -> list[str]:
+    """Backends of attention that keep attention sinks in another dtype (FlashInfer), which would go stale."""
+    served = {parameter.data_ptr() for parameter in model.parameters()}
+    found = set()
+    for module in model.modules():
+        sinks = getattr(getattr(module, "impl", None), "sinks", None)
+        # vLLM's CPU backend makes its copy of fp16 sinks at the first request
+        if isinstance(sinks, torch.Tensor) and (sinks.data_ptr() not in served or sinks.dtype == torch.float16):
+            found.add(type(module.impl).__name__)
+    return [
+        f"attention sinks in {name}: it computes with a copy of them in another dtype, which would go stale; serve in bf16 "
+        "with --attention-backend FLASH_ATTN or TRITON_ATTN"
+        for name in sorted(found)
     ]
 
 

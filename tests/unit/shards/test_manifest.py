@@ -348,6 +348,14 @@ def test_layouts_that_cannot_be_trained_are_refused(segments: list[list[SegmentR
         place(_server(segments, [8, 4]))
 
 
+def test_a_tensor_that_a_rank_does_not_load_is_refused() -> None:
+    """Rank 1 may have anything in its place, where a rank that has set it to zero has loaded it."""
+    first, second = _server([[_rows(0, 8, 0)], []], [8, 4])
+    assert place([first, second])[1]["w"].shard.local_shape == (0, 4)
+    with pytest.raises(UnsupportedModelError, match=r"w: got it loaded on ranks \[0\] alone"):
+        place([first, msgspec.structs.replace(second, not_served=["w"])])
+
+
 def test_refusals_of_the_loader_are_listed() -> None:
     """All at once, each with its rank and reason."""
     refusals = [Refusal(name="w", reason="vLLM's loader applies aten.mul to it")]

@@ -74,6 +74,31 @@ def test_a_copy_that_is_not_a_block_of_the_checkpoint_tensor_is_refused(
     assert not trace.copies
 
 
+@pytest.mark.parametrize(
+    ("change", "refusal"),
+    [
+        (lambda probe: probe.zero_(), ""),
+        (lambda probe: probe[:2].zero_(), "applies aten.zero_"),
+        (lambda probe: probe.mul_(2), "applies aten.mul_"),
+        (lambda probe: probe.fill_(1), "applies aten.fill_"),
+    ],
+)
+def test_a_tensor_that_is_set_to_zero_before_its_copy_is_not_on_this_rank(
+    change: Callable[[Tensor], object], refusal: str
+) -> None:
+    """gpt-oss's biases after a sum over ranks, on all ranks but one. Recorded as a copy, they would be trained there."""
+    layer = nn.Linear(4, 4, bias=False)
+
+    def load(weights: Iterable[tuple[str, Tensor]]) -> None:
+        for _, weight in weights:
+            change(weight)
+            layer.weight.data.copy_(weight)
+
+    (trace,) = trace_loader(layer, [("w", (4, 4), torch.float32)], load)
+    assert refusal in trace.refusal
+    assert (trace.served, trace.copies, trace.refusal != "") == (not refusal, [], bool(refusal))
+
+
 def test_copies_of_the_same_dtype_and_shape_are_followed() -> None:
     """Moved to a device, cloned, or cast to the dtype that it has: the values stay."""
     layer = nn.Linear(4, 6, bias=False)

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from torch import nn
 
 from apollo_tp.shards.instance import ENGINES_VARIABLE
@@ -103,6 +104,18 @@ def test_backends_that_reorder_expert_weights_are_refused(backend: str) -> None:
     assert [backend in reason and "--moe-backend triton" in reason for reason in found] == [True] * (
         backend != "triton"
     )
+
+
+@pytest.mark.parametrize(("dtype", "copied"), [("bfloat16", True), ("float16", False), ("bfloat16", False)])
+def test_copies_of_attention_sinks_are_refused(dtype: str, copied: bool) -> None:
+    """FlashInfer has one in float32 from the start, vLLM's CPU backend makes one of float16 sinks later."""
+    layer = nn.Module()
+    layer.sinks = nn.Parameter(torch.zeros(4, dtype=getattr(torch, dtype)))
+    layer.attn = nn.Module()
+    layer.attn.impl = SimpleNamespace(sinks=layer.sinks.float() if copied else layer.sinks)
+    found = refusals_of_server(server(), layer)
+    assert len(found) == (copied or dtype == "float16")
+    assert all("attention sinks in SimpleNamespace: it computes with a copy" in reason for reason in found)
 
 
 def test_engines_that_can_be_told_apart_are_replicas(monkeypatch: pytest.MonkeyPatch) -> None:
