@@ -92,6 +92,8 @@ def _manifests_of_folder(model: str, tp_size: int, trust_remote_code: bool) -> l
 
     try:
         manifests = offline_manifests(model, tp_size, trust_remote_code=trust_remote_code)
+    except ApolloTpError:
+        raise
     except Exception as error:  # whatever vLLM and transformers raise over a config that neither foresaw
         if not trust_remote_code and "trust_remote_code" in str(error):
             raise ConfigError(

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from apollo_tp.errors import UnsupportedModelError
 from apollo_tp.shards.manifest import Allocation, CheckpointTensor, Manifest
 from apollo_tp.vllm_plugin.compat import config, cpu, one_rank, refusals, release
 from apollo_tp.vllm_plugin.copies import StoredTensors
@@ -31,7 +32,7 @@ def offline_manifests(
     """What the ranks of a server of the Hugging Face folder ``model`` at ``tp_size`` would publish, by rank.
 
     Allocations have no memory that could be mapped; a folder with only a config is enough. Raises whatever vLLM raises
-    for a model that it cannot build.
+    for a model that it cannot build, and UnsupportedModelError for one that is refused by its config.
     """
     release.check_version()
     cpu.prepare_offline()
@@ -41,6 +42,8 @@ def offline_manifests(
     checkpoint: list[CheckpointTensor] = []
     manifests = []
     for rank, vllm_config in enumerate(configs):
+        if reasons := list(refusals.model_options(vllm_config)):  # before vLLM looks for kernels of this machine
+            raise UnsupportedModelError(f"{model}: {'; '.join(reasons)}")
         header = manifest_header(vllm_config, rank, tp_size)
         # once, before a model is built: vLLM's Transformers backend changes transformers' classes for this process
         checkpoint = checkpoint or checkpoint_tensors(vllm_config, header)

@@ -40,7 +40,8 @@ _REFUSED_BY_THE_SERVER = """
 
 | what | what would make it work |
 | --- | --- |
-| quantised weights | serve the bf16 checkpoint |
+| quantised weights | serve the bf16 checkpoint (of gpt-oss, a copy by transformers' `Mxfp4Config(dequantize=True)`) |
+| attention backends with a copy of sinks in another dtype (FlashInfer) | bf16, `--attention-backend FLASH_ATTN` |
 | pipeline, expert or prefill context parallelism, EPLB | tensor parallelism alone |
 | data parallelism of a mixture of experts | one server for each engine |
 | LoRA-wrapped layers | serve without `--enable-lora` |
@@ -114,7 +115,21 @@ def _differences() -> list[str]:
         ("windows of vLLM's layers", "where they are wider than the config says (Cohere 2), the trainer's are too")
     )
     fused = ", ".join(f"`{name}`" for name in FUSED_TENSORS)
-    rows.append((fused, "a rank must hold its share of every part of a fused tensor"))
+    rows.append(
+        (fused, "a rank must hold its share of every part of a fused tensor, unless gate and up alternate (gpt-oss)")
+    )
+    rows.append(
+        ("attention sinks (gpt-oss)", "a logit for each head, which takes part in the softmax and has no value")
+    )
+    rows.append(
+        (
+            "biases behind the sum over ranks of experts (gpt-oss)",
+            "the server has them on one rank and zeros on the others, and so has the trainer",
+        )
+    )
+    rows.append(
+        ("experts that a checkpoint stores in one tensor (gpt-oss, Qwen3.5-MoE)", "APOLLO does not project them: AdamW")
+    )
     rows.append(("gated delta nets", "packed sequences must not share a convolution window or a recurrent state"))
     head = [
         "## What differs between families",
@@ -132,8 +147,8 @@ def _refused() -> list[str]:
         "",
         f"- layer types other than {', '.join(f'`{kind}`' for kind in sorted(LAYER_TYPES))}",
         "- recurrent layers whose state would leak into the next packed sequence",
-        "- attention sinks, position biases and other keywords that packed attention does not know, and attention that "
-        "transformers does not allow to be exchanged",
+        "- position biases and other keywords that packed attention does not know, and attention that transformers does "
+        "not allow to be exchanged",
         "- attention masks of a model's own, and windows that a layer leaves to its mask: each layer is tried once with the "
         "masks that transformers makes",
         "- final hidden states that depend on another packed sequence or on later tokens, which one backward pass shows",

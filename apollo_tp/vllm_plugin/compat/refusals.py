@@ -21,7 +21,7 @@ def refusals_of_server(vllm_config: Any, model: nn.Module) -> list[str]:
     return [
         *_parallelism(vllm_config.parallel_config),
         *_memory(vllm_config, model),
-        *_model_options(vllm_config),
+        *model_options(vllm_config),
         *yarn_refusals(model, vllm_config.model_config.hf_config),
         *layer_refusals(model),
         *_copied_sinks(model),
@@ -75,10 +75,12 @@ def _memory(vllm_config: Any, model: nn.Module) -> Iterator[str]:
         yield "weights offloaded to the host's memory: serve without --cpu-offload-gb and other offloading"
 
 
-def _model_options(vllm_config: Any) -> Iterator[str]:
+def model_options(vllm_config: Any) -> Iterator[str]:
+    """Those of ``refusals_of_server`` that are known before the model is built, by its config and options."""
     model_config = vllm_config.model_config
-    if getattr(model_config, "quantization", None):
-        yield f"quantised weights ({model_config.quantization}): serve the bf16 checkpoint"
+    if quantization := getattr(model_config, "quantization", None):
+        copy = "; transformers makes it, with Mxfp4Config(dequantize=True)" if "mxfp4" in str(quantization) else ""
+        yield f"quantised weights ({quantization}): serve the bf16 checkpoint{copy}"
     if vllm_config.lora_config is not None:
         yield "LoRA-wrapped layers: serve without --enable-lora"
     if getattr(model_config, "use_mla", False):

@@ -89,6 +89,16 @@ def test_a_stored_head_is_told_as_a_server_tells_it(tmp_path, rows, status, said
     assert ("second copy" in text) == (rows is None)
 
 
+def test_a_quantised_folder_is_refused_with_the_advice(tmp_path):
+    """Of gpt-oss in MXFP4; on a CPU vLLM itself would list its kernels for GPUs."""
+    config = FAMILIES["gpt-oss"].config(architectures=["GptOssForCausalLM"])
+    config.quantization_config = {"quant_method": "mxfp4"}
+    config.save_pretrained(tmp_path)
+    done = forks.run(FORKING_SERVER, ["apollo_tp.inspect", "--tp", "2", str(tmp_path)], 240)
+    assert done.returncode == 1
+    assert "quantised weights (gpt_oss_mxfp4): serve the bf16 checkpoint; transformers makes it" in done.stderr
+
+
 def test_what_vllm_refuses_is_refused_in_its_words(model, tmp_path):
     """Four heads on three ranks: vLLM's own sentence, without pydantic's frame around it. And configs over which they
     raise anything at all. In a process of its own, which vLLM's import changes, and in one, since that import is slow."""

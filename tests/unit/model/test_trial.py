@@ -49,7 +49,13 @@ def test_what_packed_attention_would_drop_is_refused(case: str) -> None:
 
 @pytest.mark.parametrize(
     "keyword",
-    [{"position_bias": torch.zeros(4)}, {"position_bias": 1.0}, {"anything": "new"}, {"dropout": 0.1}, {"is_causal": False}],
+    [
+        {"position_bias": torch.zeros(4)},
+        {"position_bias": 1.0},
+        {"anything": "new"},
+        {"dropout": 0.1},
+        {"is_causal": False},
+    ],
 )
 def test_a_keyword_that_attention_does_not_know_is_refused(keyword: dict[str, Any]) -> None:
     """Whatever its name, with its name; without a value it is accepted, as are those without an effect."""

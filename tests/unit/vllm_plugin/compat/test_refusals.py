@@ -59,6 +59,11 @@ def server(**changes: Any) -> SimpleNamespace:
         ({"model_config__use_mla": True}, "multi-head latent attention: vLLM serves derived copies of kv_b_proj"),
         ({"model_config__hf_config__is_encoder_decoder": True}, "encoder-decoder model: only decoder-only models"),
         ({"model_config__quantization": "fp8"}, "quantised weights (fp8): serve the bf16 checkpoint"),
+        (
+            {"model_config__quantization": "gpt_oss_mxfp4"},
+            "quantised weights (gpt_oss_mxfp4): serve the bf16 checkpoint; transformers makes it, with "
+            "Mxfp4Config(dequantize=True)",
+        ),
         ({"model_config__enable_sleep_mode": True}, "sleep mode (cumem allocator)"),
         ({"parallel_config__distributed_executor_backend": "ray"}, "serve with --distributed-executor-backend mp"),
         ({"parallel_config__distributed_executor_backend": type("E", (), {"uses_ray": True})}, "Ray: its actors"),
