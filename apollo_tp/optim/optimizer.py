@@ -22,7 +22,7 @@ from apollo_tp.distributed.tp_group import TPGroup
 from apollo_tp.errors import ApolloTpError, CollectiveError, ConfigError
 from apollo_tp.optim.in_backward import InBackwardStep, by_leaf, names_of_complete_leaves
 from apollo_tp.optim.owners import Owners, assign_owners, read_verdicts
-from apollo_tp.optim.parameters import OptimParameter, Weight
+from apollo_tp.optim.parameters import OptimParameter, Weight, in_memory_order
 from apollo_tp.optim.replicas import check_replicas, resync_replicas
 from apollo_tp.optim.sharding import Decision, moment_rank
 from apollo_tp.optim.update_group import UpdateGroup, projects
@@ -86,7 +86,8 @@ class Optimizer:
         self.config, self.precision, self.tp = config, precision, tp
         self.replicas = replicas or TPGroup.single()
         frozen = config.embeddings is EmbeddingMode.frozen
-        trained = [p for p in parameters if not (frozen and p.role == "embedding")]
+        given = [p for p in parameters if not (frozen and p.role == "embedding")]
+        trained = [in_memory_order(p) for p in given]
         self.names = [p.name for p in trained]
         if not trained or len(set(self.names)) < len(trained):
             raise ConfigError(
@@ -99,7 +100,7 @@ class Optimizer:
         self.projected_names = sorted(p.name for p in trained if projects(p, config))
         self.weights = [Weight(trained[i], precision, config.seed, tp) for i in self.owned]
         self.device = self.weights[0].data.device
-        self._leaves = [p.tensor for p in trained if p.tensor.requires_grad]
+        self._leaves = [p.tensor for p in given if p.tensor.requires_grad]
         self.update_group = UpdateGroup(self.weights, config, tp, replicas=self.replicas)
         self.step_count = self.skipped_in_a_row = self.rounding_stream = self._num_writes = 0
         self.in_backward: InBackwardStep | None = None

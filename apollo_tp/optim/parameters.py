@@ -57,6 +57,51 @@ class OptimParameter:
         return self.tensor
 
 
+@dataclass(frozen=True, eq=False)
+class _Transposed:
+    """``of`` with its last two dimensions in the order of memory: vLLM serves gpt-oss's experts transposed."""
+
+    of: OptimParameter
+
+    @property
+    def shard(self) -> Shard:
+        shard = self.of.shard
+        *outer, rows, columns = range(len(shard.global_shape))
+        order = [*outer, columns, rows]
+        dim = None if shard.dim is None else order[shard.dim]
+        return replace(shard, global_shape=tuple(shard.global_shape[d] for d in order), dim=dim)
+
+    @property
+    def tensor(self) -> Tensor:
+        return self.of.tensor.detach().transpose(-1, -2)
+
+    @property
+    def grad(self) -> Tensor | None:
+        gradient = self.of.grad
+        return None if gradient is None else gradient.transpose(-1, -2)
+
+    @property
+    def role(self) -> Literal["matrix", "embedding", "other"]:
+        return self.of.role
+
+    @property
+    def name(self) -> str:
+        return self.of.name
+
+    @property
+    def complete_leaf(self) -> torch.nn.Parameter | None:
+        return self.of.complete_leaf
+
+
+def in_memory_order(parameter: OptimParameter) -> OptimParameter:
+    """``parameter``, or a view of it with its last two dimensions exchanged if its columns are what is contiguous. Elements
+    of its state are addressed in that order."""
+    tensor = parameter.tensor
+    if tensor.ndim < 2 or has_contiguous_rows(tensor) or tensor.stride(-2) != 1:
+        return parameter
+    return _Transposed(parameter)  # type: ignore[return-value]
+
+
 def leaf_of_complete_gradient(parameter: OptimParameter) -> torch.nn.Parameter | None:
     """The leaf in whose hook the gradient of ``parameter`` is complete; None if tensor-parallel ranks hold replicas of it,
     in whole or in part, so that its gradient may still have to be summed over them."""

@@ -1,4 +1,4 @@
-"""Attention sinks against transformers' own attention, and the formulas of the way through FlashAttention against autograd."""
+"""Attention sinks against transformers' attention, and the formulas of the path through FlashAttention against autograd."""
 
 from __future__ import annotations
 

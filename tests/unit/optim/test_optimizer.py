@@ -157,7 +157,7 @@ LAYOUTS = {  # how a server might hold a (96, 64) weight, and whether it can be 
     "columns of a wider tensor": (lambda: torch.zeros(96, 100)[:, 20:84], True),
     "rows of a taller tensor": (lambda: torch.zeros(200, 64)[7:103], True),
     "every second row": (lambda: torch.zeros(192, 64)[::2], True),
-    "transposed": (lambda: torch.zeros(64, 96).t(), False),
+    "transposed": (lambda: torch.zeros(64, 96).t(), True),
     "every second column": (lambda: torch.zeros(96, 128)[:, ::2], False),
     "one row for all": (lambda: torch.zeros(1, 64).expand(96, 64), False),
     "overlapping rows": (lambda: torch.zeros(8000).as_strided((96, 64), (32, 1)), False),
@@ -174,6 +174,25 @@ def test_weights_whose_rows_are_not_contiguous_are_refused(name):
         return
     with pytest.raises(UnsupportedModelError, match=r"w: got weights of shape \(96, 64\) with strides .*last stride 1"):
         Optimizer(model.config(), Precision.remainder, [parameter], TPGroup.single())
+
+
+@pytest.mark.parametrize("shape", [(3, 24, 40), (24, 40)])
+@pytest.mark.parametrize("kind", [OptimizerKind.adamw, OptimizerKind.apollo])
+def test_a_weight_that_is_served_transposed_is_trained_in_its_own_memory(kind, shape):
+    """As vLLM has gpt-oss's experts: exactly as the same weight that is given in the order of that memory."""
+    start, gradient = torch.randn(shape), torch.randn(shape)
+    served = start.transpose(-1, -2).contiguous()
+    twin = served.clone()
+    for tensor, of_tensor in ((served.transpose(-1, -2), gradient), (twin, gradient.transpose(-1, -2).contiguous())):
+        shard = Shard("w", tuple(tensor.shape), None, (), (0,))
+        parameter = OptimParameter(shard, torch.nn.Parameter(tensor), "matrix")
+        optimizer = Optimizer(model.config(kind=kind), Precision.nearest, [parameter], TPGroup.single())
+        parameter.tensor.grad = of_tensor.clone()
+        optimizer.step()
+        optimizer.zero_grad()
+        assert parameter.tensor.grad is None
+    assert not torch.equal(served.transpose(-1, -2), start)
+    assert torch.equal(served, twin)
 
 
 def test_weights_of_more_dimensions_fold_to_evenly_spaced_rows():
