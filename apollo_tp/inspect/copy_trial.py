@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from apollo_tp.distributed.tp_group import TPGroup
@@ -32,6 +32,7 @@ from apollo_tp.errors import ApolloTpError, UnsupportedModelError
 from apollo_tp.inspect.exactness import compare
 from apollo_tp.inspect.shrink import shrink
 from apollo_tp.model.build import read_model_config, refusing
+from apollo_tp.model.towers import auto_class
 from apollo_tp.shards.manifest import publish
 
 EXACT = 1e-4
@@ -82,8 +83,7 @@ def try_copy(model: str, tp_size: int, *, trust_remote_code: bool = False) -> Tr
 def build(config: PretrainedConfig, seed: int = 0) -> PreTrainedModel:
     """The single-process model in fp32 with eager attention and random weights, norms and biases included."""
     torch.manual_seed(seed)
-    kind = AutoModelForCausalLM if config.get_text_config() is config else AutoModelForImageTextToText
-    model = kind.from_config(config, dtype=torch.float32, attn_implementation="eager")  # type: ignore[no-untyped-call]
+    model = auto_class(config).from_config(config, dtype=torch.float32, attn_implementation="eager")
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 1:  # norms and biases start at 1 and 0, which would hide a wrong shard

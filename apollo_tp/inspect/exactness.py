@@ -17,12 +17,13 @@ import msgspec
 import torch
 from safetensors import safe_open
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from apollo_tp.distributed.tp_group import TPGroup
 from apollo_tp.model import BoundModel, bind_model
 from apollo_tp.model.batch import PackedBatch, pack
+from apollo_tp.model.towers import auto_class
 from apollo_tp.shards.boxes import Shard
 from apollo_tp.shards.instance import read_instance
 from apollo_tp.shards.mapping import MappedRank, map_rank, verify_against_checkpoint
@@ -52,7 +53,7 @@ def compare(
     Raises UnsupportedModelError for a model that cannot be bound.
     """
     config = AutoConfig.from_pretrained(checkpoint)
-    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32, attn_implementation="eager")
+    model = auto_class(config).from_pretrained(checkpoint, dtype=torch.float32, attn_implementation="eager")
     mapped = map_copy(checkpoint, tp)
     bound = bind_model(
         config,

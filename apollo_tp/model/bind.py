@@ -59,7 +59,7 @@ def bind_model(
     """
     module = build_on_meta(config, tp.size, _dtype(shards), trust_remote_code=trust_remote_code)
     refuse_unknown_layers(module)
-    names = map_names(module, config, shards)
+    names = map_names(module, shards)
     vocabulary = _VocabularyNames.of(module, names)
     transform = logits_transform(module)
     install_full_width_norms(module, tp)
@@ -69,7 +69,7 @@ def bind_model(
     refuse_mixed_channels(module, whole, tp)
     parameter_of = {part.name: name for name, leaf in leaves.items() for part, index in leaf.parts if not index}
     for group in (
-        fused_tensors if getattr(module.config, "clip_qkv", None) is None else ()
+        fused_tensors if getattr(module.config.get_text_config(), "clip_qkv", None) is None else ()
     ):  # clipped in place: not a view
         _join(module, leaves, [parameter_of[name] for name in group if name in parameter_of])
     embedding = shards[names.parts[vocabulary.embedding][0][0]][0]

@@ -16,6 +16,7 @@ from apollo_tp.model.gradients import GradientSync
 from apollo_tp.model.joined import JoinedLinear
 from apollo_tp.model.loss import VocabShard, logprobs_with_entropy, nll_sum, target_logprobs
 from apollo_tp.model.regions import RowParallelLinear
+from apollo_tp.model.towers import language_model
 from apollo_tp.shards.boxes import Shard
 
 Role = Literal["matrix", "embedding", "other"]
@@ -97,7 +98,7 @@ def final_hidden_states(module: PreTrainedModel, batch: PackedBatch) -> Tensor:
     Collective: the sums of the module's parallel regions.
     """
     longest = max(batch.lengths)
-    output = module.base_model(
+    output = language_model(module)(
         input_ids=batch.token_ids[None],
         position_ids=batch.position_ids[None],
         use_cache=False,

@@ -9,6 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from apollo_tp.errors import UnsupportedModelError
+from apollo_tp.model.towers import language_model
 
 KEYWORDS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "sequence_lengths")
 
@@ -35,7 +36,7 @@ def hand_boundaries_to(module: PreTrainedModel, owner: type[nn.Module]) -> None:
     def add(_attention: nn.Module, arguments: Any, keywords: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         return arguments, kept | keywords
 
-    module.base_model.register_forward_pre_hook(keep, with_kwargs=True)
+    language_model(module).register_forward_pre_hook(keep, with_kwargs=True)
     for attention in module.modules():
         if type(attention) is owner:
             attention.register_forward_pre_hook(add, with_kwargs=True)

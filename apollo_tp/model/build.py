@@ -11,11 +11,11 @@ import accelerate
 import torch
 import torch.distributed as dist
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from apollo_tp.errors import ApolloTpError, ConfigError, UnsupportedModelError
-from apollo_tp.model import attention
+from apollo_tp.model import attention, towers
 
 _DIVIDED_FIELDS = (
     "num_attention_heads",
@@ -96,12 +96,14 @@ def as_served(config: PretrainedConfig, overrides: dict[str, Any], max_model_len
 
 
 def narrow_config(config: PretrainedConfig, tp_size: int) -> PretrainedConfig:
-    """A copy of the text config at 1 / ``tp_size`` of its width; at least one KV head, head size and vocabulary as is.
+    """A copy of the config whose text part has 1 / ``tp_size`` of its width; at least one KV head, head size and vocabulary
+    as is.
 
     Dropout is switched off: gradient checkpointing needs layers in training mode. Raises UnsupportedModelError if a width
     does not divide by ``tp_size``.
     """
-    narrow = copy.deepcopy(config.get_text_config())
+    whole = copy.deepcopy(config)
+    narrow = whole.get_text_config()
     # The head size of some families is hidden_size / heads unless it is set: set it before the number of heads changes.
     if getattr(narrow, "head_dim", None) is None:
         narrow.head_dim = narrow.hidden_size // narrow.num_attention_heads
@@ -120,7 +122,8 @@ def narrow_config(config: PretrainedConfig, tp_size: int) -> PretrainedConfig:
         if "drop" in name and isinstance(value, float):
             setattr(narrow, name, 0.0)
     narrow.use_cache = False
-    return narrow
+    whole.tie_word_embeddings = narrow.tie_word_embeddings = False
+    return whole
 
 
 def build_on_meta(
@@ -128,7 +131,8 @@ def build_on_meta(
 ) -> PreTrainedModel:
     """The causal language model of ``config`` at this width: parameters on meta, buffers real and on the CPU, in
     evaluation mode: dropout and noise in routers would be random, and the server computes without them. The head has a
-    weight of its own, tied or not. Raises UnsupportedModelError for a config of another kind of model.
+    weight of its own, tied or not. What belongs to images is left out (``towers``). Raises UnsupportedModelError for a
+    config of another kind of model.
     """
     if getattr(config, "is_encoder_decoder", False):
         raise UnsupportedModelError(f"{config.model_type}: got an encoder-decoder model, expected a decoder-only one")
@@ -139,16 +143,18 @@ def build_on_meta(
         accelerate.init_empty_weights(include_buffers=False),
     ):
         narrow = narrow_config(config, tp_size)
-        narrow.tie_word_embeddings = False
 
         def build(of: PretrainedConfig) -> PreTrainedModel:
             # given, never None: transformers would ask on standard input
-            return AutoModelForCausalLM.from_config(  # type: ignore[no-any-return]
+            module: PreTrainedModel = towers.auto_class(of).from_config(
                 of, dtype=dtype, attn_implementation=attention.NAME, trust_remote_code=trust_remote_code
             )
+            towers.leave_out(module)
+            return module
 
         module = build(narrow)
-        if any(_head_size(child) not in (None, narrow.head_dim) for child in module.modules()):
+        head_size = narrow.get_text_config().head_dim
+        if any(_head_size(child) not in (None, head_size) for child in module.modules()):
             module = _with_whole_heads(build, narrow, config.get_text_config())
     return module.eval()
 
@@ -165,21 +171,23 @@ def _with_whole_heads(
     """The module of ``narrow`` with attention as wide as that of ``whole``, whose head size is hidden_size / heads and would
     be larger with fewer heads (StableLM, GPT-NeoX). It counts this rank's heads, and is ``whole_heads``: its parameters
     have their global shapes, of which a rank has a part."""
-    counts = {"num_attention_heads": narrow.num_attention_heads, "num_heads": narrow.num_attention_heads}
+    heads, kv = (getattr(narrow.get_text_config(), f"num_{kind}_heads", None) for kind in ("attention", "key_value"))
+    counts = {"num_attention_heads": heads, "num_heads": heads}
     wide = copy.deepcopy(narrow)
-    wide.num_attention_heads = whole.num_attention_heads
-    if (kv := getattr(narrow, "num_key_value_heads", None)) is not None:
-        wide.num_key_value_heads, counts["num_key_value_heads"] = whole.num_key_value_heads, kv
-        counts["num_key_value_groups"] = narrow.num_attention_heads // kv
+    wide.get_text_config().num_attention_heads = whole.num_attention_heads
+    if kv is not None:
+        wide.get_text_config().num_key_value_heads, counts["num_key_value_heads"] = whole.num_key_value_heads, kv
+        counts["num_key_value_groups"] = heads // kv
     module = build(wide)
     for child in module.modules():
         if _head_size(child) is not None:
             for name in counts.keys() & vars(child).keys():
                 setattr(child, name, counts[name])
             child.whole_heads = True  # type: ignore[assignment]
-    module.config.num_attention_heads = narrow.num_attention_heads
+    text = module.config.get_text_config()
+    text.num_attention_heads = heads
     if kv is not None:
-        module.config.num_key_value_heads = kv
+        text.num_key_value_heads = kv
     return module
 
 

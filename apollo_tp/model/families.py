@@ -86,7 +86,7 @@ LAYER_TYPES = {"full_attention", "sliding_attention", "linear_attention"}
 
 def refuse_unknown_layers(module: PreTrainedModel) -> None:
     """Raise UnsupportedModelError, listing all, for layers that would not keep packed sequences apart or run otherwise."""
-    unknown = set(getattr(module.config, "layer_types", None) or ()) - LAYER_TYPES
+    unknown = set(getattr(module.config.get_text_config(), "layer_types", None) or ()) - LAYER_TYPES
     reasons = [
         f"layer type {kind}: it has no version here that keeps packed sequences apart" for kind in sorted(unknown)
     ]
@@ -109,7 +109,7 @@ def logits_transform(module: PreTrainedModel) -> LogitsTransform:
     """
     transform = LogitsTransform()
     for row in LOGITS:
-        value = getattr(module.config, row.field, None)
+        value = getattr(module.config.get_text_config(), row.field, None)
         if value is not None:
             transform = row.apply(transform, float(value))
     probe = torch.linspace(-40.0, 40.0, 9).view(1, 1, 9)
@@ -123,11 +123,19 @@ def logits_transform(module: PreTrainedModel) -> LogitsTransform:
     return transform
 
 
+class _HiddenStates(MoeModelOutputWithPast):
+    """Final hidden states; whatever else a model's output may have (image features, offsets of positions) is None."""
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("_"):
+            raise AttributeError(name)
+
+
 def _logits_of_probe(module: PreTrainedModel, probe: torch.Tensor) -> torch.Tensor:
     """The model's logits [1, 1, n] if its head returns ``probe`` fp32 [1, 1, n]."""
     base, head = module.base_model, module.get_output_embeddings()
     try:
-        base.forward = lambda *_, **__: MoeModelOutputWithPast(last_hidden_state=probe)
+        base.forward = lambda *_, **__: _HiddenStates(last_hidden_state=probe)
         head.forward = lambda _: probe
         return module(input_ids=torch.zeros(1, 1, dtype=torch.int64)).logits  # type: ignore[no-any-return]
     finally:

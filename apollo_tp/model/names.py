@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from torch import Tensor
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     Concatenate,
@@ -16,6 +16,8 @@ from transformers.core_model_loading import (
     dot_natural_key,
     rename_source_key,
 )
+
+from apollo_tp.model.towers import belongs_to_images
 
 
 @dataclass
@@ -35,22 +37,21 @@ class NameMap:
     refused: dict[str, str] = field(default_factory=dict)
 
 
-def map_names(module: PreTrainedModel, config: PretrainedConfig, names: Iterable[str]) -> NameMap:
+def map_names(module: PreTrainedModel, names: Iterable[str]) -> NameMap:
     """Assign every checkpoint tensor name to a parameter or buffer of ``module``, to ``untouched`` or to ``refused``."""
-    wrapped = config.get_text_config() is not config
     transforms = get_model_conversion_mapping(module, add_legacy=False)
     renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
     converters = [t for t in transforms if isinstance(t, WeightConverter)]
     parameters: dict[str, Tensor] = dict(module.named_parameters(remove_duplicate=False))
     parameters |= dict(module.named_buffers(remove_duplicate=False))
+    everything = parameters | module.left_out[1]  # type: ignore[index, operator]
     result = NameMap()
     collected: dict[str, dict[int, list[str]]] = {}
     for name in sorted(names, key=dot_natural_key):
-        text_name = _language_model_name(name) if wrapped else name
-        if text_name is None or text_name.startswith("mtp."):
+        target, pattern = rename_source_key(name, renamings, converters, module.base_model_prefix, everything)
+        if belongs_to_images(module, target) or "mtp" in name.split("."):
             result.untouched.append(name)
             continue
-        target, pattern = rename_source_key(text_name, renamings, converters, module.base_model_prefix, parameters)
         if target not in parameters:
             result.refused[name] = f"{type(module).__name__} has no parameter for it"
             continue
@@ -68,13 +69,6 @@ def map_names(module: PreTrainedModel, config: PretrainedConfig, names: Iterable
         collected.setdefault(target, {}).setdefault(part, []).append(name)
     result.parts = {target: [parts[j] for j in sorted(parts)] for target, parts in collected.items()}
     return result
-
-
-def _language_model_name(name: str) -> str | None:
-    """The name within the language model of a wrapped (multimodal) checkpoint, or None if it belongs to another part."""
-    if "language_model." in name:
-        return name.replace("language_model.", "", 1)
-    return name if name == "lm_head.weight" else None
 
 
 def _only_stacks(converter: WeightConverter) -> bool:

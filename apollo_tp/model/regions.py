@@ -212,7 +212,7 @@ def refuse_wrong_cuts(
         kind = next((kind for kind in name.split(".")[-2:] if kind in FUSED_TENSORS), None)
         if kind is None or shard.dim is None:
             continue
-        full, local = (FUSED_TENSORS[kind](c) for c in (config.get_text_config(), module.config))
+        full, local = (FUSED_TENSORS[kind](c) for c in (config.get_text_config(), module.config.get_text_config()))
         if interleaves(module.get_submodule(name.rpartition(".")[0])):
             full, local = (1,), (1,)
         expected = _shares(shard.global_shape[shard.dim], full, shard.local_shape[shard.dim], local, tp)

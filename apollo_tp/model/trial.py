@@ -161,7 +161,7 @@ def _compare(module: PreTrainedModel, seen: _Seen) -> None:
 
 def _configured_window(module: PreTrainedModel) -> int | None:
     """The window that the config demands of at least one layer, or None."""
-    config = module.config
+    config = module.config.get_text_config()
     types = getattr(config, "layer_types", None)
     if getattr(config, "use_sliding_window", True) is False or (types and "sliding_attention" not in types):
         return None

@@ -79,6 +79,24 @@ _GEMMA_VISION: dict[str, Any] = {
     "eoi_token_index": 999,
     "image_token_index": 1000,
 }
+_IMAGE_TOKENS: dict[str, Any] = {
+    "vision_start_token_id": 998,
+    "vision_end_token_id": 999,
+    "image_token_id": 1000,
+    "video_token_id": 1001,
+    "tie_word_embeddings": False,
+}
+_SMALL_TOWER: dict[str, Any] = {
+    "depth": 1, "hidden_size": 32, "intermediate_size": 64, "num_heads": 4, "out_hidden_size": 64, "patch_size": 4,
+}  # fmt: skip
+
+
+def _multi_rope(*sections: int) -> dict[str, Any]:
+    """Positions in time, height and width, all the same in text; ``sections``: pairs of a head for each."""
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": list(sections)}
+    return {"head_dim": 16, "rope_parameters": rope}
+
+
 GDN_TOLERANCE = 1e-4  # the chunked recurrence multiplies many exponentials; a shard's sums run in another order
 
 
@@ -189,6 +207,36 @@ FAMILIES = {
         },
     ),
     "gemma3-vision": Family("gemma3", _GEMMA3, wrapper=_GEMMA_VISION),
+    "qwen2.5-vl": Family(
+        "qwen2_5_vl",
+        _multi_rope(2, 3, 3),
+        wrapper=_IMAGE_TOKENS | {"vision_config": _SMALL_TOWER | {"window_size": 16, "fullatt_block_indexes": [0]}},
+    ),
+    "qwen3-vl": Family(
+        "qwen3_vl",
+        _multi_rope(2, 3, 3),
+        wrapper=_IMAGE_TOKENS
+        | {"vision_config": _SMALL_TOWER | {"num_position_embeddings": 16, "deepstack_visual_indexes": [0]}},
+    ),
+    "mistral3": Family(
+        "mistral3",
+        {"model_type": "mistral", "head_dim": 16, "sliding_window": None},
+        wrapper={
+            "vision_config": {
+                "model_type": "pixtral", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1,
+                "num_attention_heads": 4, "head_dim": 8, "image_size": 16, "patch_size": 4,
+            },
+            "image_token_index": 1000,
+            "spatial_merge_size": 2,
+            "tie_word_embeddings": False,
+        },
+    ),
+    "glm4v": Family(
+        "glm4v",
+        {"pad_token_id": 0, **_multi_rope(2, 1, 1)},
+        wrapper=_IMAGE_TOKENS
+        | {"vision_config": _SMALL_TOWER | {"image_size": 16, "out_hidden_size": 64, "spatial_merge_size": 2}},
+    ),
 }
 
 
