@@ -19,6 +19,7 @@ from apollo_tp.errors import UnsupportedModelError
 from apollo_tp.model.build import refusing
 from apollo_tp.model.loss import LogitsTransform
 from apollo_tp.model.recurrent import keeps_boundaries
+from apollo_tp.model.towers import language_model
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ def refuse_unknown_layers(module: PreTrainedModel) -> None:
     reasons = [
         f"layer type {kind}: it has no version here that keeps packed sequences apart" for kind in sorted(unknown)
     ]
-    if not hasattr(sys.modules[type(module).__module__], "ALL_ATTENTION_FUNCTIONS"):
+    if not hasattr(sys.modules[type(language_model(module)).__module__], "ALL_ATTENTION_FUNCTIONS"):
         reasons.append("its attention is not exchangeable in transformers: it would see across packed sequences")
     for name, layer in module.named_modules():
         if isinstance(getattr(layer, "conv1d", None), nn.Conv1d) and not keeps_boundaries(layer):

@@ -49,7 +49,7 @@ def map_names(module: PreTrainedModel, names: Iterable[str]) -> NameMap:
     collected: dict[str, dict[int, list[str]]] = {}
     for name in sorted(names, key=dot_natural_key):
         target, pattern = rename_source_key(name, renamings, converters, module.base_model_prefix, everything)
-        if belongs_to_images(module, target) or "mtp" in name.split("."):
+        if belongs_to_images(module, target) or name.startswith("mtp."):
             result.untouched.append(name)
             continue
         if target not in parameters:

@@ -156,8 +156,8 @@ def test_every_parameter_reaches_inference_and_is_restored_exactly(family: tuple
     mapped = [map_rank(server.manifests, rank) for rank in range(2)]
     for rank, name in itertools.product(range(2), mapped[0].tensors):
         local = mapped[rank].tensors[name][1]
-        if not local.numel():
-            continue  # a bias that another rank adds
+        if not local.numel() or (rank and name.endswith("o_proj.bias")):
+            continue  # vLLM adds biases behind a sum over ranks on the first one
         saved = local.clone()
         local.add_(torch.randn(local.shape, generator=generator))
         assert server.logprobs(TOKENS) != before, f"rank {rank}, {name}: a change does not reach inference"

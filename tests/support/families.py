@@ -94,6 +94,7 @@ _SMALL_TOWER: dict[str, Any] = {
 def _multi_rope(*sections: int) -> dict[str, Any]:
     """Positions in time, height and width, all the same in text; ``sections``: pairs of a head for each."""
     rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": list(sections)}
+    rope["partial_rotary_factor"] = sum(sections) / 8
     return {"head_dim": 16, "rope_parameters": rope}
 
 
@@ -223,8 +224,14 @@ FAMILIES = {
         {"model_type": "mistral", "head_dim": 16, "sliding_window": None},
         wrapper={
             "vision_config": {
-                "model_type": "pixtral", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1,
-                "num_attention_heads": 4, "head_dim": 8, "image_size": 16, "patch_size": 4,
+                "model_type": "pixtral",
+                "hidden_size": 32,
+                "intermediate_size": 64,
+                "num_hidden_layers": 1,
+                "num_attention_heads": 4,
+                "head_dim": 8,
+                "image_size": 16,
+                "patch_size": 4,
             },
             "image_token_index": 1000,
             "spatial_merge_size": 2,
@@ -233,7 +240,7 @@ FAMILIES = {
     ),
     "glm4v": Family(
         "glm4v",
-        {"pad_token_id": 0, **_multi_rope(2, 1, 1)},
+        {"pad_token_id": 0, "attention_bias": True, **_multi_rope(2, 1, 1)},
         wrapper=_IMAGE_TOKENS
         | {"vision_config": _SMALL_TOWER | {"image_size": 16, "out_hidden_size": 64, "spatial_merge_size": 2}},
     ),

@@ -35,6 +35,16 @@ Sizes are those that vLLM itself accepts: heads, MLP and expert widths must be d
 key and value heads may be fewer than ranks.
 """
 
+_IMAGES = """
+## Models that see images
+
+Of a model with a vision tower, the language model and its head are trained, on text. Vision towers and projectors stay as
+they are in the served memory, and a checkpoint has them unchanged: it loads in transformers' class of the full model. Which
+module is the language model, and which checkpoint tensors belong to it, is what transformers says (`get_decoder` and its
+renaming rules). Samples with images, audio or video are refused (`messages[0].content[0]`); so are tensors of a tower that
+vLLM's loader transforms. In text, all three positions of Qwen's and GLM's rotary embeddings are the token's place.
+"""
+
 _REFUSED_BY_THE_SERVER = """
 ## Refused by the plugin, in the server's log and the trainer's error
 
@@ -72,7 +82,7 @@ def page(results: dict[int, Results]) -> str:
     for name in [name for name in CASES if name not in FAMILIES]:
         errors = " | ".join(f"{_worst(results[size], name):.0e}" for size in SIZES)
         lines.append(f"| {name} | {CASES[name].family} | {errors} |")
-    lines += ["", _tolerances(), "", *_differences(), _REFUSED_BY_THE_SERVER, *_refused()]
+    lines += ["", _tolerances(), _IMAGES, *_differences(), _REFUSED_BY_THE_SERVER, *_refused()]
     return "\n".join(lines) + "\n"
 
 

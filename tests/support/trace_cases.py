@@ -22,7 +22,8 @@ def trace_cases(folder: Path) -> None:
     for case in {case.checkpoint: case for case in CASES.values()}.values():
         checkpoint = folder / case.checkpoint
         build(case.config()).save_pretrained(checkpoint)
-        _restore_published_names(checkpoint / "model.safetensors")
+        if case.family.startswith("gemma3"):
+            _restore_published_names(checkpoint / "model.safetensors")
         if case.stored_head:
             store_head(checkpoint, slice(None) if case.stored_head == "other" else None)
         for size in SIZES:

@@ -85,6 +85,9 @@ _TORCHVISION_MODULES = (
 _IMAGE_PROCESSORS = (
     "transformers.models.qwen2_vl.image_processing_qwen2_vl",
     "transformers.models.gemma3.image_processing_gemma3",
+    "transformers.models.pixtral.image_processing_pixtral",
+    "transformers.models.glm4v.image_processing_glm4v",
+    "transformers.models.glm4v.video_processing_glm4v",
 )
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from apollo_tp.checkpoint import CheckpointWriter, latest, optimizer_state, read_info, writer
 from apollo_tp.checkpoint import folder as folders
@@ -20,6 +20,7 @@ from apollo_tp.distributed.mesh import Mesh
 from apollo_tp.distributed.tp_group import TPGroup
 from apollo_tp.errors import CheckpointError, RankFailedError
 from apollo_tp.inspect.exactness import local_part, map_copy, reference_logprobs, samples
+from apollo_tp.model.towers import auto_class
 from tests.support.families import CASES, store_head
 from tests.support.ranks import run_ranks
 from tests.support.trainers import CASE, make_trainer
@@ -71,6 +72,45 @@ def test_checkpoint_holds_the_served_bits(size: int, checkpoints: Path, tmp_path
     assert (info.weight_version, info.num_ranks) == (1, size)
     assert info.origin == public_name(str(checkpoints / CASES[CASE].checkpoint))
     assert str(checkpoints) not in (newest / "apollo_tp.json").read_text() + (newest / "README.md").read_text()
+
+
+def _save_with_towers(tp: TPGroup, checkpoint: Path, root: Path) -> dict[str, list[str]]:
+    """What loading the checkpoint of one step in transformers' full class lacks or has too much, and the names of parameters
+    by whether they have changed."""
+    trainer, tensors = make_trainer(tp, checkpoint)
+    trainer.step(samples())
+    path, _ = _writer(tp, checkpoint, root, tensors).save("first", trainer.optimizer, trainer.weight_version)
+    model_class = auto_class(AutoConfig.from_pretrained(checkpoint))
+    after, told = model_class.from_pretrained(path, dtype=torch.float32, output_loading_info=True)
+    before = model_class.from_pretrained(checkpoint, dtype=torch.float32).state_dict()
+    changed: dict[bool, list[str]] = {True: [], False: []}
+    for name, tensor in after.state_dict().items():
+        changed[not torch.equal(tensor, before[name])].append(name)
+    return {"class": [type(after).__name__], "lost": sorted(told["missing_keys"] | told["unexpected_keys"])} | {
+        "changed": changed[True], "same": changed[False],
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("family", "full_class"),
+    [
+        ("gemma3-vision", "Gemma3ForConditionalGeneration"),
+        ("qwen2.5-vl", "Qwen2_5_VLForConditionalGeneration"),
+        ("qwen3-vl", "Qwen3VLForConditionalGeneration"),
+        ("mistral3", "Mistral3ForConditionalGeneration"),
+        ("glm4v", "Glm4vForConditionalGeneration"),
+    ],
+)
+def test_a_model_that_sees_images_keeps_its_towers(
+    family: str, full_class: str, checkpoints: Path, tmp_path: Path
+) -> None:
+    """Its checkpoint is a full model in transformers: the language model is trained, and nothing else has changed."""
+    (found, _) = run_ranks(_save_with_towers, 2, checkpoints / family, tmp_path)
+    assert (found["class"], found["lost"]) == ([full_class], [])
+    assert found["changed"]
+    assert found["same"]
+    assert all("language_model" in name or name == "lm_head.weight" for name in found["changed"])
+    assert not any("language_model" in name for name in found["same"])
 
 
 def _save_replicas(world: TPGroup, checkpoint: Path, root: Path) -> bool:
