@@ -124,12 +124,12 @@ def logits_transform(module: PreTrainedModel) -> LogitsTransform:
     return transform
 
 
+@dataclass
 class _HiddenStates(MoeModelOutputWithPast):
-    """Final hidden states; whatever else a model's output may have (image features, offsets of positions) is None."""
+    """Final hidden states, with what models that see images have beside them: no images, and positions as they are."""
 
-    def __getattr__(self, name: str) -> None:
-        if name.startswith("_"):
-            raise AttributeError(name)
+    image_hidden_states: None = None
+    rope_deltas: None = None
 
 
 def _logits_of_probe(module: PreTrainedModel, probe: torch.Tensor) -> torch.Tensor:
