@@ -137,9 +137,7 @@ def _differences() -> list[str]:
             "the server has them on one rank and zeros on the others, and so has the trainer",
         )
     )
-    rows.append(
-        ("experts that a checkpoint stores in one tensor (gpt-oss, Qwen3.5-MoE)", "APOLLO does not project them: AdamW")
-    )
+    rows.append(("experts that a checkpoint stores in one tensor (gpt-oss)", "APOLLO does not project them: AdamW"))
     rows.append(("gated delta nets", "packed sequences must not share a convolution window or a recurrent state"))
     head = [
         "## What differs between families",

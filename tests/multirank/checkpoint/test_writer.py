@@ -95,6 +95,7 @@ def _save_with_towers(tp: TPGroup, checkpoint: Path, root: Path) -> dict[str, li
     ("family", "full_class"),
     [
         ("gemma3-vision", "Gemma3ForConditionalGeneration"),
+        ("qwen3.5-vision", "Qwen3_5ForConditionalGeneration"),
         ("qwen2.5-vl", "Qwen2_5_VLForConditionalGeneration"),
         ("qwen3-vl", "Qwen3VLForConditionalGeneration"),
         ("mistral3", "Mistral3ForConditionalGeneration"),
