@@ -46,8 +46,10 @@ class Services:
             served=lambda: served_models(instance_folder.base_dir(config.server.runtime_dir)),
         )
         self.is_saving, seconds = False, WRITE_PATIENCE * config.command_timeout_seconds
-        behind = config.checkpoint.behind
-        self._behind = WriteBehind(self._writer, ready.world.store, seconds) if behind else None
+        self._behind: WriteBehind | None = None
+        if config.checkpoint.behind:
+            keep = config.checkpoint.keep_memory
+            self._behind = WriteBehind(self._writer, ready.world.store, seconds, keep_memory=keep)
 
     def form_group(self) -> None:
         """Form the compute group of all ranks again. Collective."""
