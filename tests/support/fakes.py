@@ -187,8 +187,10 @@ class FakeRanks:
         tokens = sum(len(sample.token_ids) for sample in samples)
         version = self.version()
         loss = self.loss_of_skipped if skipped else 5.0 / (1 + version)
+        rewards = [sample.sampled.reward for sample in samples if sample.sampled.reward is not None]
+        metrics = {"reward_mean": sum(rewards) / len(rewards), "mismatch_kl": 0.01 * version} if rewards else {}
         figures = step_figures(
-            loss=loss, num_tokens=tokens, num_loss_tokens=tokens // 2, weight_version=version,
+            metrics=metrics, loss=loss, num_tokens=tokens, num_loss_tokens=tokens // 2, weight_version=version,
             step_seconds=self.step_seconds, gradients="in_backward", skipped=skipped,
         )  # fmt: skip
         return commands.StepDone(id=command.id, figures=figures, replica_lag_seconds=self.lags)
