@@ -149,7 +149,7 @@ class Restore:
         for name in names:
             shard = self._tensors[name][0]
             for whole, start, is_owner in boxes_with_owner(shard, self._mesh.tp.rank):
-                if owned and not is_owner:
+                if not whole.numel or (owned and not is_owner):
                     continue
                 origin = list(whole.offset)
                 if shard.dim is not None:
