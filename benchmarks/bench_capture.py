@@ -16,6 +16,7 @@ import datetime
 import statistics
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,9 @@ from bench_latency import generate
 from rich.console import Console
 from rich.table import Table
 from server_stack import QWEN3_8B, TINY, Served, device_name, serving, training, write_results
+
+from apollo_tp.errors import DeadlineError
+from tests.support.processes import ManagedProcess
 
 FIGURES = ("itl_p50_ms", "itl_p99_ms", "ttft_p50_ms", "ttft_p99_ms", "output_tokens_per_second")
 OFF, QUIET, STORED = "capture.enabled=false", "capture.enabled=true, nothing is stored", "and stored"
@@ -38,17 +42,28 @@ def measure(served: Served, folder: Path, options: argparse.Namespace) -> list[d
         overrides = [f"capture.enabled={str(OFF not in cases).lower()}", "train.max_sequence_tokens=64"]
         with training(served, folder / f"state{number}", tp=1, overrides=overrides) as trainer:
             processes = [served.process, trainer.process]
-            asyncio.run(generate(served, processes, options.streams, options, seed=-1 - number))  # warm
+            extras = {OFF: {}, QUIET: {}, STORED: {"store": True}}
+            for case in dict.fromkeys(cases):  # the first request for log-probabilities compiles what computes them
+                asyncio.run(warm(served, processes, options, extras[case]))
             for index, case in enumerate(cases):
-                extra = {"store": True} if case == STORED else {}
                 seed = 1000 * number + index
-                load = asyncio.run(generate(served, processes, options.streams, options, seed, extra))
+                load = asyncio.run(generate(served, processes, options.streams, options, seed, extras[case]))
                 rows.append({"case": case} | load.summary())
                 print(f"{case}: {load.summary()}", flush=True)
             listed = httpx.get(f"{trainer.url}/v1/chat/completions", timeout=30).json()["data"]
             if bool(listed) != (STORED in cases):
                 raise SystemExit(f"got {len(listed)} stored completions in {cases}")
     return rows
+
+
+async def warm(
+    served: Served, processes: list[ManagedProcess], options: argparse.Namespace, extra: dict[str, Any]
+) -> None:
+    """Loads until one of them has an answer. Raises DeadlineError."""
+    deadline = time.monotonic() + options.case_seconds
+    while not (await generate(served, processes, options.streams, options, -1, extra)).first:
+        if time.monotonic() > deadline:
+            raise DeadlineError(f"got no answer in {options.case_seconds:.0f} s, expected one; raise --case-seconds")
 
 
 def ratios(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:

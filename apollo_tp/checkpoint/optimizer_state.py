@@ -101,6 +101,11 @@ def snapshot(optimizer: Optimizer) -> Snapshot:
     return Snapshot(pieces, counters, optimizer.replicas.rank * optimizer.tp.size + optimizer.tp.rank)
 
 
+def local_tensors(optimizer: Optimizer) -> list[Tensor]:
+    """All state tensors of this rank that a checkpoint would have, as views. Local."""
+    return [piece.tensor for piece in _pieces(optimizer) if piece.tensor.numel()]
+
+
 def checksums(pieces: Iterable[Piece]) -> dict[str, int]:
     """The part of these pieces in the checksums of the state's tensors, by key."""
     return checksum.add({p.key: checksum.of_box(p.tensor, p.box, p.global_shape)} for p in pieces)

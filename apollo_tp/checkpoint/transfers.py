@@ -108,7 +108,7 @@ class HostMemory:
         parts = (
             (tensor[rows], copy[rows])
             for tensor, copy in zip(tensors, copies, strict=True)
-            for rows in _row_slices(tensor)
+            for rows in row_slices(tensor)
         )
         for _ in transfers.run(lambda part: transfers.to_host(*part), parts):
             pass
@@ -133,6 +133,7 @@ def _aligned(num_bytes: int) -> int:
     return -(-num_bytes // ALIGNMENT) * ALIGNMENT
 
 
-def _row_slices(tensor: Tensor) -> Iterator[tuple[slice, ...]]:
+def row_slices(tensor: Tensor) -> Iterator[tuple[slice, ...]]:
+    """``tensor`` in blocks of rows, as ``rows_of``: the index of each."""
     for box in rows_of(Box((0,) * tensor.dim(), tuple(tensor.shape)), tensor.element_size()):
         yield tuple(slice(o, o + n) for o, n in zip(box.offset, box.shape, strict=True))

@@ -311,6 +311,10 @@ async def restore(
     record = _find(service, checkpoint_id)
     if record.state != "succeeded":
         raise refuse("state", record.state, "a checkpoint that was written", status=409, code="checkpoint_state")
+    if record.fallback:
+        raise refuse(
+            "path", "a guard's snapshot in host memory", "a checkpoint on disk", status=409, code="checkpoint_state"
+        )
     key = idempotency(request, f"/checkpoint/{record.id}/restore", data)
     if not (key and service.store.repeated(*key)):
         await uninterrupted(service.scheduler.saver.restore(record, idempotency=key))
