@@ -116,14 +116,17 @@ def percentile(values: Sequence[float], q: float) -> float:
     return sorted(values)[max(math.ceil(len(values) * q / 100) - 1, 0)] if values else math.nan
 
 
-async def client(served: Served, load: Load, vocab_size: int, tokens: int, draw: random.Random) -> None:
-    """One request after the other until cancelled, each with a prompt that no other has: the prefix cache must not help."""
+async def client(
+    served: Served, load: Load, vocab_size: int, tokens: int, draw: random.Random, extra: dict[str, Any]
+) -> None:
+    """One request after the other until cancelled, each with a prompt that no other has: the prefix cache must not help.
+    ``extra`` are further fields of each."""
     host, port = served.url.removeprefix("http://").split(":")
     while True:
         prompt = [draw.randrange(vocab_size) for _ in range(tokens)]
         request = {
             "model": "demo", "prompt": prompt, "max_tokens": tokens, "ignore_eos": True, "temperature": 0, "stream": True,
-            "return_token_ids": True,
+            "return_token_ids": True, **extra,
         }  # fmt: skip
         body = json.dumps(request).encode()
         head = (
@@ -146,7 +149,12 @@ async def client(served: Served, load: Load, vocab_size: int, tokens: int, draw:
 
 
 async def generate(
-    served: Served, processes: list[ManagedProcess], streams: int, options: argparse.Namespace, seed: int
+    served: Served,
+    processes: list[ManagedProcess],
+    streams: int,
+    options: argparse.Namespace,
+    seed: int,
+    extra: dict[str, Any] | None = None,
 ) -> Load:
     """Run ``streams`` clients for ``--seconds``. Raises as soon as one of ``processes`` ends."""
     begin = time.monotonic() + SETTLE_SECONDS
@@ -154,7 +162,14 @@ async def generate(
     async with asyncio.timeout(options.case_seconds), asyncio.TaskGroup() as group:
         clients = [
             group.create_task(
-                client(served, load, options.vocab_size, options.tokens, random.Random(f"{seed} {streams} {i}"))
+                client(
+                    served,
+                    load,
+                    options.vocab_size,
+                    options.tokens,
+                    random.Random(f"{seed} {streams} {i}"),
+                    extra or {},
+                )
             )
             for i in range(streams)
         ]

@@ -31,6 +31,7 @@ from apollo_tp.checkpoint.behind import WriteBehind
 from apollo_tp.checkpoint.folder import optimizer_folder
 from apollo_tp.checkpoint.restore import Restore
 from apollo_tp.config import OptimConfig, Precision
+from apollo_tp.distributed.control import ComputeControl
 from apollo_tp.distributed.mesh import Mesh
 from apollo_tp.distributed.tp_group import TPGroup
 from apollo_tp.optim import Optimizer, OptimParameter
@@ -79,17 +80,23 @@ def measure(tp: TPGroup, root: Path, options: argparse.Namespace) -> dict[str, A
         return result
 
     behind = WriteBehind(writer, store, PATIENCE_SECONDS)
-    if not timed("copy: training stops", lambda: behind.begin("behind", optimizer, 0)):
-        raise SystemExit("got too little host memory for the copies")
-    timed("and until it is complete", behind.join)
+    for name in ("first", "second"):  # which finds the memory of the first
+        if not timed(f"{name} copy: training stops", lambda name=name: behind.begin(name, optimizer, 0)):
+            raise SystemExit("got too little host memory for the copies")
+        timed(f"{name} copy: until it is complete", behind.join)
     timed("all while training stops", lambda: writer.save("blocking", optimizer, 0))
     for _, local in tensors.values():
         local.add_(1.0)
     restore = Restore(root / "blocking", "random weights", stored, tensors, mesh)
-    timed("check weights and state", lambda: restore.check(optimizer))
+    folder, controls = (
+        optimizer_folder(root / "blocking"),
+        [ComputeControl(each, optimizer.device) for each in (tp, mesh.tp, mesh.replicas)],
+    )
+    timed("check weights", lambda: restore.check(None))
+    timed("check the optimizer's state", lambda: optimizer_state.check(optimizer, folder, controls[0], controls[1:]))
     timed("write weights: requests are held", restore.write)
-    timed("load the optimizer's state", lambda: optimizer_state.load(optimizer, optimizer_folder(root / "blocking")))
-    seconds["restore, in all"] = sum(list(seconds.values())[-3:])
+    timed("load the optimizer's state", lambda: optimizer_state.load(optimizer, folder))
+    seconds["restore, in all"] = sum(list(seconds.values())[-4:])
     seconds["equal bits"] = bool(torch.equal(before, digest(tensors)))
     seconds["bytes"] = writer.size_of(root / "blocking")
     return seconds

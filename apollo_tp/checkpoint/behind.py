@@ -10,7 +10,7 @@ import functools
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import msgspec
@@ -18,6 +18,7 @@ import torch.distributed as dist
 
 from apollo_tp.checkpoint import checksum
 from apollo_tp.checkpoint import folder as folders
+from apollo_tp.checkpoint.transfers import HostMemory, Transfers, needed
 from apollo_tp.checkpoint.writer import CheckpointWriter
 from apollo_tp.errors import ApolloTpError, CheckpointError
 from apollo_tp.optim import Optimizer
@@ -48,10 +49,13 @@ class Written:
 
 class WriteBehind:
     """At most one checkpoint at a time. ``store`` is that of all ranks; None for one process. A rank waits for the others'
-    threads for at most ``seconds``."""
+    threads for at most ``seconds``. With ``keep_memory`` that of the copies is kept for the next checkpoint."""
 
-    def __init__(self, writer: CheckpointWriter, store: dist.Store | None, seconds: float) -> None:
-        self._writer, self._seconds = writer, seconds
+    def __init__(
+        self, writer: CheckpointWriter, store: dist.Store | None, seconds: float, *, keep_memory: bool = True
+    ) -> None:
+        self._writer, self._seconds, self._keep_memory = writer, seconds, keep_memory
+        self._memory = HostMemory()
         self._store: dist.Store = store or dist.HashStore()
         self._thread: threading.Thread | None = None
         self.written: Written | None = None
@@ -63,11 +67,16 @@ class WriteBehind:
         from apollo_tp.checkpoint import optimizer_state  # takes a second to import
 
         writer, started = self._writer, time.monotonic()
-        need = writer.own_bytes() + optimizer.state_bytes()
-        if writer.any_rank(need * writer.num_ranks > ROOM_SHARE * host_room()):
+        boxes, state = list(writer.own_boxes()), optimizer_state.snapshot(optimizer)
+        tensors = [*(box.values for box in boxes), *(piece.tensor for piece in state.pieces)]
+        self.join()
+        more = max(0, needed(tensors) - self._memory.num_bytes)
+        if writer.any_rank(more * writer.num_ranks > ROOM_SHARE * host_room()):
             return False
-        boxes = [box.on_host() for box in writer.own_boxes()]
-        state = optimizer_state.snapshot(optimizer, on_host=True)
+        with Transfers(optimizer.device) as transfers:
+            copies = iter(self._memory.copies(tensors, transfers))
+        boxes = [replace(box, values=next(copies)) for box in boxes]
+        state = replace(state, pieces=[replace(piece, tensor=next(copies)) for piece in state.pieces])
         info = writer.info(optimizer, weight_version)
         self.written = None
 
@@ -75,7 +84,10 @@ class WriteBehind:
             partial = writer.partial_path(name)
             part = _Part(weights=writer.write_boxes(boxes, partial))
             optimizer_state.write_part(state, partial / folders.OPTIMIZER_DIR)
-            return msgspec.structs.replace(part, state=optimizer_state.checksums(state.pieces))
+            part = msgspec.structs.replace(part, state=optimizer_state.checksums(state.pieces))
+            if not self._keep_memory:
+                self._memory.release()
+            return part
 
         def complete(parts: Sequence[_Part]) -> None:
             sums = checksum.add(part.state for part in parts)

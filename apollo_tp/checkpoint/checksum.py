@@ -17,7 +17,7 @@ from apollo_tp.shards.boxes import Box
 
 _MODULUS = 1 << 64
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-_CHUNK_ELEMENTS = {"cpu": 1 << 17, "cuda": 1 << 22}
+_CHUNK_ELEMENTS = {"cpu": 1 << 17, "cuda": 1 << 21}
 """On a CPU, what its cache holds once it is widened."""
 _EXACT = 1 << 52
 """Integers below this, and sums of them, are exact in fp64."""

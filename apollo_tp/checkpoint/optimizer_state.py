@@ -15,25 +15,28 @@ import json
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed.checkpoint as dcp
+from torch import Tensor
 
 from apollo_tp.checkpoint import checksum
-from apollo_tp.checkpoint.state_planners import LoadBoxes, Piece, SaveBoxes
+from apollo_tp.checkpoint.state_files import StateFiles
+from apollo_tp.checkpoint.state_planners import Piece, SaveBoxes
+from apollo_tp.checkpoint.transfers import Transfers
 from apollo_tp.distributed.control import ComputeControl
 from apollo_tp.errors import CheckpointError
 from apollo_tp.optim import Optimizer
+from apollo_tp.optim.rounding import convert_remainder
 from apollo_tp.optim.sharding import moment_rank
 from apollo_tp.shards.boxes import Box
 
 SCHEMA_VERSION = 1
 COUNTERS = "optimizer.json"
-PART_BYTES = 256 * 2**20
-"""Read at a time when a state is checked."""
+PART_BYTES = 2**30
+"""Of a rank's state between two collectives when it is checked: none waits long for another."""
 
 
 def _pieces(optimizer: Optimizer) -> Iterator[Piece]:
@@ -81,13 +84,10 @@ class Snapshot:
     rank: int
 
 
-def snapshot(optimizer: Optimizer, *, on_host: bool) -> Snapshot:
-    """The state as it is now: a copy in host memory, or views. Collective over replicas, if there are several: one
-    all-gather."""
+def snapshot(optimizer: Optimizer) -> Snapshot:
+    """The state as it is now, as views. Collective over replicas, if there are several: one all-gather."""
     steps, limiter_norms = optimizer.gather_counters()
     pieces = [p for p in _pieces(optimizer) if p.owned and p.tensor.numel()]
-    if on_host:
-        pieces = [replace(p, tensor=p.tensor.to("cpu", copy=True)) for p in pieces]
     counters = {
         "schema": SCHEMA_VERSION,
         "ranks": optimizer.tp.size * optimizer.replicas.size,
@@ -99,6 +99,11 @@ def snapshot(optimizer: Optimizer, *, on_host: bool) -> Snapshot:
         "limiter_norms": dict(zip(optimizer.names, limiter_norms, strict=True)),
     }
     return Snapshot(pieces, counters, optimizer.replicas.rank * optimizer.tp.size + optimizer.tp.rank)
+
+
+def local_tensors(optimizer: Optimizer) -> list[Tensor]:
+    """All state tensors of this rank that a checkpoint would have, as views. Local."""
+    return [piece.tensor for piece in _pieces(optimizer) if piece.tensor.numel()]
 
 
 def checksums(pieces: Iterable[Piece]) -> dict[str, int]:
@@ -114,7 +119,7 @@ def save(optimizer: Optimizer, folder: Path) -> None:
     others.
     """
     controls = [ComputeControl(group, optimizer.device) for group in (optimizer.replicas, optimizer.tp)]
-    state = snapshot(optimizer, on_host=False)
+    state = snapshot(optimizer)
     sums = checksum.over_ranks(checksums(state.pieces), *controls)
     with controls[0].agree(), controls[1].agree():
         write_part(state, folder)
@@ -166,9 +171,12 @@ def load(optimizer: Optimizer, folder: Path) -> None:
         if optimizer.config.reset_state:
             return
         raise _does_not_fit(folder, differing)
-    planner = LoadBoxes(p for p in _pieces(optimizer) if p.tensor.numel())
-    _read(planner, folder)
-    planner.clear_what_nobody_saved()
+    files, pieces = StateFiles(folder), [piece for piece in _pieces(optimizer) if piece.tensor.numel()]
+    with Transfers(optimizer.device) as transfers:
+        files.read(pieces, transfers, _fill)
+    for piece in pieces:
+        if piece.key not in files:  # a remainder that was not saved
+            piece.tensor.zero_()
     optimizer.step_count = saved["step_count"]
     optimizer.use_rounding_stream(saved.get("rounding_stream", 0))
     group = optimizer.update_group
@@ -177,8 +185,13 @@ def load(optimizer: Optimizer, folder: Path) -> None:
     group.counters.limiter_norms.copy_(group.vector([saved["limiter_norms"][name] for name in owned]))
 
 
+def _fill(piece: Piece, box: Box, values: Tensor) -> None:
+    """Copy ``values`` of ``box`` into the piece, or into a remainder of the other size."""
+    piece.tensor[box.slices(piece.box.offset)].copy_(convert_remainder(values, piece.tensor.dtype))
+
+
 def check(optimizer: Optimizer, folder: Path, world: ComputeControl, controls: Sequence[ComputeControl]) -> None:
-    """Read the state below ``folder`` beside that of the optimizer, which does not change, a part at a time. Raises
+    """Read the state below ``folder`` beside that of the optimizer, which does not change, some megabytes at a time. Raises
     CheckpointError, on all ranks, if ``load`` would, or if the state is not what was saved.
 
     Collectives: for each part a gather over each of ``controls``, which lead over ranks and replicas, and two over all.
@@ -187,21 +200,25 @@ def check(optimizer: Optimizer, folder: Path, world: ComputeControl, controls: S
         saved = _read_counters(folder)
         if differing := _differences(saved, _fits(optimizer)):
             raise _does_not_fit(folder, differing)
-        parts = _parts(optimizer)
+        parts, files = _parts(optimizer), StateFiles(folder)
     count = max(int(n) for n in world.gather(str(len(parts)).encode()))
-    problem, sums = "", saved.get("checksums", {})
-    found: dict[str, int] = {}
-    for number in range(count):
-        own = [replace(p, tensor=torch.empty_like(p.tensor)) for p in (parts[number] if number < len(parts) else ())]
-        try:
-            _read(LoadBoxes(own), folder)
-        except (CheckpointError, OSError, RuntimeError) as error:
-            problem = problem or str(error)
-        found = checksum.add([found, checksum.over_ranks(checksums(own), *controls)])
+    problem, found = "", dict[str, int]()
+    with Transfers(optimizer.device) as transfers:
+        for number in range(count):
+            own: list[dict[str, int]] = []
+
+            def add(piece: Piece, box: Box, values: Tensor, own: list[dict[str, int]] = own) -> None:
+                own.append({piece.key: checksum.of_box(values, box, piece.global_shape)})
+
+            try:
+                files.read(parts[number] if number < len(parts) else (), transfers, add)
+            except (CheckpointError, RuntimeError) as error:  # the other ranks go on to the next collective
+                problem = problem or str(error)
+            found = checksum.add([found, checksum.over_ranks(checksum.add(own), *controls)])
     with world.agree():
         if problem:
             raise CheckpointError(problem)
-    if damaged := checksum.differing(sums, found):  # the same on all ranks
+    if damaged := checksum.differing(saved.get("checksums", {}), found):  # the same on all ranks
         raise CheckpointError(
             f"optimizer state in {folder}: got {damaged[0]} with another checksum than it was written with, expected the "
             "values that were written; restore another checkpoint; nothing was written"
@@ -225,19 +242,6 @@ def _parts(optimizer: Optimizer) -> list[list[Piece]]:
 def step_count(folder: Path) -> int:
     """The optimizer's completed steps when the state below ``folder`` was saved. Raises CheckpointError."""
     return int(_read_counters(folder)["step_count"])
-
-
-def _read(planner: LoadBoxes, folder: Path) -> None:
-    """Read what ``planner`` wants. Raises CheckpointError if it is not all there."""
-    try:
-        for part in sorted(folder.glob("rank-*.part-*")):
-            with _no_coordination():
-                dcp.load({}, storage_reader=dcp.HuggingFaceStorageReader(str(part)), planner=planner, no_dist=True)
-    except dcp.api.CheckpointException as error:  # no Exception; its own text does not begin with the cause
-        raise CheckpointError(
-            f"optimizer state in {folder}: got {_causes(error)}, expected a file that can be read"
-        ) from error
-    planner.check_complete(folder)
 
 
 def _causes(error: dcp.api.CheckpointException) -> str:

@@ -1,16 +1,17 @@
 """Put a checkpoint back: into the memory that is served, and into the optimizer. Checked in full first, then written.
 
-Both passes read from disk, a box of some megabytes at a time: the new weights need not fit beside the old ones. A checkpoint
-loads at any number of ranks and replicas, since its files are in global coordinates. What makes a write that was interrupted
-complete is the record of the served weights (``lineage``), which the callers in apollo_tp.launch keep.
+Both passes read the same open files, some megabytes at a time: the new weights need not fit beside the old ones, and the
+second pass finds them in the page cache. A checkpoint loads at any number of ranks and replicas, since its files are in
+global coordinates. What makes a write that was interrupted complete is the record of the served weights (``lineage``), which
+the callers in apollo_tp.launch keep.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
+import functools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -20,6 +21,7 @@ from apollo_tp.checkpoint import checksum
 from apollo_tp.checkpoint import folder as folders
 from apollo_tp.checkpoint.card import public_name
 from apollo_tp.checkpoint.folder import CheckpointInfo
+from apollo_tp.checkpoint.transfers import Transfers, rows_of
 from apollo_tp.distributed.control import ComputeControl
 from apollo_tp.distributed.mesh import Mesh
 from apollo_tp.errors import CheckpointError
@@ -29,8 +31,6 @@ from apollo_tp.shards.boxes import Box, Shard
 from apollo_tp.shards.manifest import CheckpointTensor
 from apollo_tp.shards.mapping import DTYPES, NAMES
 
-CHUNK_BYTES = 32 * 2**20
-"""Read at a time: this much lies beside the served weights."""
 TOGETHER_BYTES = 2**30
 """Of global tensors between two collectives: all ranks are about as far, and none waits long for another."""
 READ_ERRORS = (OSError, SafetensorError, ValueError)
@@ -55,7 +55,7 @@ class Restore:
             t.name: torch.promote_types(DTYPES[t.dtype], tensors[t.name][1].dtype) for t in stored if t.name in tensors
         }
         self._controls = [ComputeControl(group, self._device) for group in (mesh.world, mesh.tp, mesh.replicas)]
-        self._files: dict[str, Path] = {}
+        self._files: dict[str, Any] = {}
         self._sums: dict[str, str] = {}
 
     def check(self, optimizer: Optimizer | None) -> CheckpointInfo:
@@ -67,20 +67,17 @@ class Restore:
             self._find_tensors()
             self._sums = folders.read_checksums(self.folder)
         problem, damaged = "", []
-        for names in self._together():
-            found: dict[str, int] = {}
-            for name in names:
+        with Transfers(self._device) as transfers:
+            for names in self._together():
                 try:
-                    found[name] = sum(
-                        checksum.of_box(values, box, self._tensors[name][0].global_shape)
-                        for box, _, values in self._read(name, owned=True)
-                    )
-                except READ_ERRORS as error:  # the other ranks go on to the next collective
-                    problem = problem or f"{name}: {error}"
-            damaged += checksum.differing(self._sums, checksum.over_ranks(found, tp))
+                    parts = transfers.run(functools.partial(self._sum_of, transfers), self._parts(names, owned=True))
+                    found = checksum.add({name: value} for name, value in parts)
+                except CheckpointError as error:  # the other ranks go on to the next collective
+                    problem, found = problem or str(error), {}
+                damaged += checksum.differing(self._sums, checksum.over_ranks(found, tp))
         with world.agree():
             if problem:
-                raise self._refusal(problem, "tensors that can be read")
+                raise CheckpointError(problem)
         with world.agree():
             if damaged:
                 got = f"{damaged[0]} ({len(damaged)} in all) with another checksum than it was written with"
@@ -94,15 +91,11 @@ class Restore:
 
     def write(self) -> None:
         """Write the weights that were checked into served memory. What raises here, on any rank, leaves them in part."""
-        for names in self._together():
-            with self._controls[0].agree():
-                for name in names:
-                    local = self._tensors[name][1]
-                    for box, start, values in self._read(name, owned=False):
-                        part = local
-                        for dim, count in enumerate(box.shape):
-                            part = part.narrow(dim, start[dim], count)
-                        part.copy_(values)
+        with Transfers(self._device) as transfers:
+            for names in self._together():
+                with self._controls[0].agree():
+                    for _ in transfers.run(functools.partial(self._put, transfers), self._parts(names, owned=False)):
+                        pass
 
     def _info(self) -> CheckpointInfo:
         info = folders.read_info(self.folder)
@@ -117,15 +110,14 @@ class Restore:
     def _find_tensors(self) -> None:
         """Which file has which tensor. Raises CheckpointError unless all are there with the shape and dtype that a
         checkpoint of these weights has."""
-        with ExitStack() as stack:
-            for path in sorted(self.folder.glob("*.safetensors")):
-                try:
-                    file = stack.enter_context(safe_open(path, framework="pt"))
-                    self._files |= {name: path for name in file.keys() if name in self._dtypes}  # noqa: SIM118
-                    for name in file.keys():  # noqa: SIM118 - a safetensors handle is not iterable
-                        self._check_form(name, file.get_slice(name))
-                except READ_ERRORS as error:
-                    raise self._refusal(f"{path.name}: {error}", "a complete safetensors file") from error
+        for path in sorted(self.folder.glob("*.safetensors")):
+            try:
+                file = safe_open(path, framework="pt")
+                self._files |= {name: file for name in file.keys() if name in self._dtypes}  # noqa: SIM118
+                for name in file.keys():  # noqa: SIM118 - a safetensors handle is not iterable
+                    self._check_form(name, file.get_slice(name))
+            except READ_ERRORS as error:
+                raise self._refusal(f"{path.name}: {error}", "a complete safetensors file") from error
         if missing := sorted(set(self._dtypes) - set(self._files)):
             raise self._refusal(f"no {missing[0]} ({len(missing)} missing)", f"all {len(self._dtypes)} served tensors")
 
@@ -152,29 +144,39 @@ class Restore:
             room -= num_bytes
         yield names
 
-    def _read(self, name: str, *, owned: bool) -> Iterator[tuple[Box, list[int], Tensor]]:
-        """What this rank holds of a tensor (or owns of it), in boxes of at most CHUNK_BYTES or one row: each box, where it
-        begins in the local tensor, and its values on the device."""
-        shard, rank = self._tensors[name][0], self._mesh.tp.rank
-        with safe_open(self._files[name], framework="pt") as file:
-            stored = file.get_slice(name)
-            for whole, start, is_owner in boxes_with_owner(shard, rank):
+    def _parts(self, names: Iterable[str], *, owned: bool) -> Iterator[_Part]:
+        """What this rank holds of tensors (or owns of them), some megabytes or a row at a time."""
+        for name in names:
+            shard = self._tensors[name][0]
+            for whole, start, is_owner in boxes_with_owner(shard, self._mesh.tp.rank):
                 if not whole.numel or (owned and not is_owner):
                     continue
-                for box in _rows_of(whole, self._dtypes[name].itemsize):
-                    local = [o - w for o, w in zip(box.offset, whole.offset, strict=True)]
-                    if shard.dim is not None:
-                        local[shard.dim] += start
-                    index = tuple(slice(o, o + n) for o, n in zip(box.offset, box.shape, strict=True))
-                    yield box, local, (stored[index] if index else file.get_tensor(name)).to(self._device)
+                origin = list(whole.offset)
+                if shard.dim is not None:
+                    origin[shard.dim] -= start
+                for box in rows_of(whole, self._dtypes[name].itemsize):
+                    yield _Part(name, box, tuple(origin))
+
+    def _values(self, transfers: Transfers, part: _Part) -> Tensor:
+        """The values of a part, on the device. Raises CheckpointError."""
+        file, index = self._files[part.name], part.box.slices()
+        try:
+            return transfers.to_device(file.get_slice(part.name)[index] if index else file.get_tensor(part.name))
+        except READ_ERRORS as error:
+            raise self._refusal(f"{part.name}: {error}", "a tensor that can be read") from error
+
+    def _sum_of(self, transfers: Transfers, part: _Part) -> tuple[str, int]:
+        values = self._values(transfers, part)
+        return part.name, checksum.of_box(values, part.box, self._tensors[part.name][0].global_shape)
+
+    def _put(self, transfers: Transfers, part: _Part) -> None:
+        local = self._tensors[part.name][1].detach()
+        local[part.box.slices(part.origin)].copy_(self._values(transfers, part))
 
 
-def _rows_of(box: Box, itemsize: int) -> Iterator[Box]:
-    """``box`` in blocks of rows of at most CHUNK_BYTES, or of one row."""
-    if not box.shape:
-        yield box
-        return
-    (count, *rest), (first, *others) = box.shape, box.offset
-    rows = max(1, CHUNK_BYTES // max(1, box.numel // count * itemsize))
-    for start in range(0, count, rows):
-        yield Box((first + start, *others), (min(rows, count - start), *rest))
+class _Part(NamedTuple):
+    """A box of a tensor in global coordinates; ``origin`` are those of the first element of the local tensor."""
+
+    name: str
+    box: Box
+    origin: tuple[int, ...]

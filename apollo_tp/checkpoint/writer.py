@@ -9,7 +9,7 @@ import shutil
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -61,10 +61,6 @@ class OwnBox:
     entry: Entry
     box: Box
     values: Tensor
-
-    def on_host(self) -> OwnBox:
-        """The same with a copy of the values in host memory."""
-        return replace(self, values=self.values.to("cpu", copy=True))
 
 
 class CheckpointWriter:
@@ -261,10 +257,6 @@ class CheckpointWriter:
                         if is_owner:
                             part = local if shard.dim is None else local.narrow(shard.dim, start, box.shape[shard.dim])
                             yield OwnBox(file.name, file.entries[name], box, part)
-
-    def own_bytes(self) -> int:
-        """The size of ``own_boxes``."""
-        return sum(box.values.nbytes for box in self.own_boxes())
 
     def write_boxes(self, boxes: Iterable[OwnBox], partial: Path) -> dict[str, int]:
         """Write boxes and flush them, so that little is left for rank 0, which flushes the folder at the end. Returns their

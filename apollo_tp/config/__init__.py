@@ -252,6 +252,10 @@ class CheckpointConfig:
     dir: str = option("apollo_tp_checkpoints", "folder that checkpoints are written below")
     after_idle_seconds: float | None = option(300.0, "write one this long after the last job; null is never")
     behind: bool = option(True, "stop for a copy to host memory alone, where it fits, and write while training goes on")
+    keep_memory: bool = option(True, "keep the host memory of such a copy for the next one, which then stops for less")
+    guard_in_memory: bool = option(
+        False, "snapshots of guards stay in host memory, if that has room and there is an older checkpoint on disk"
+    )
     keep: int = option(3, "complete checkpoints of one model kept; older ones are removed")
     resume: bool = option(True, "load the optimizer state of the latest checkpoint of this model at start-up")
 

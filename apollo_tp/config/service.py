@@ -90,6 +90,10 @@ class LearnConfig:
     every_samples: int | None = option(None, "train once so many completions have new feedback; null: never by number")
     every_seconds: float | None = option(None, "train once feedback has waited for so long; null: never by time")
     loss: str = option("ppo", "the loss for rewards: importance_sampling | ppo | cispo | gspo")
+    corrections: str = option(
+        "supervised", "corrected answers: imitated, preferred to the served ones: supervised | dpo | both"
+    )
+    dpo_beta: float = option(0.1, "the inverse temperature of DPO's loss, for corrected answers")
     learning_rate_scale: float = option(1.0, "times optim.lr, for what is learned from feedback")
     replay_share: float = option(
         0.5, "earlier corrected answers, as a share of the new ones, that are trained on again"
@@ -114,6 +118,9 @@ class LearnConfig:
             "null or > 0",
         )
         check(self.loss in losses, "learn.loss", self.loss, " | ".join(losses))
+        ways = ("supervised", "dpo", "both")
+        check(self.corrections in ways, "learn.corrections", self.corrections, " | ".join(ways))
+        check(0 < self.dpo_beta <= 100, "learn.dpo_beta", self.dpo_beta, "a number > 0 and <= 100")
         check(
             0 < self.learning_rate_scale <= 1000, "learn.learning_rate_scale", self.learning_rate_scale, "> 0, <= 1000"
         )

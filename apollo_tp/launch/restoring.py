@@ -17,6 +17,7 @@ import msgspec
 
 from apollo_tp.checkpoint import read_info
 from apollo_tp.checkpoint.folder import OPTIMIZER_DIR, CheckpointInfo, optimizer_folder, origin_of, partial_path
+from apollo_tp.checkpoint.host_snapshot import HostSnapshots
 from apollo_tp.checkpoint.lineage import Lineage, LineageFile
 from apollo_tp.checkpoint.restore import Restore
 from apollo_tp.distributed.control import ComputeControl
@@ -72,6 +73,33 @@ def restore(target: Target, optimizer: Optimizer, folder: Path, restore_id: str,
     optimizer.measure_weights()
     _completed(lineage, lineage.record, info, folder, weight_version, optimizer.step_count)
     log.info("%s restored, as weight version %d", folder, weight_version + 1)
+
+
+def put_back(
+    target: Target, optimizer: Optimizer, snapshot: HostSnapshots, restore_id: str, weight_version: int
+) -> None:
+    """``restore`` of a snapshot in host memory. What a kill leaves in between is completed with its ``fallback``: the record
+    names that one, and has no ``restore_id`` before all is written. Collective; raises as ``restore``."""
+    lineage, control = target.lineage, target.control()
+    target.before_write()
+    try:
+        with control.agree():
+            lineage.update(restoring=str(snapshot.fallback))
+    except (OSError, RankFailedError):  # all ranks have heard of it, so none writes
+        lineage.update(restoring="")
+        raise
+    with control.agree():
+        snapshot.put_back()
+    optimizer.measure_weights()
+    lineage.update(
+        restoring="",
+        restore_id=restore_id,
+        checkpoint=str(snapshot.fallback),
+        weight_version=weight_version + 1,
+        step_count=optimizer.step_count,
+        trained=snapshot.trained,
+    )
+    log.info("the snapshot %s was put back, as weight version %d", snapshot.name, weight_version + 1)
 
 
 def complete_restore(target: Target) -> bool:

@@ -8,14 +8,16 @@ from pathlib import Path
 
 import torch
 
-from apollo_tp.checkpoint import CheckpointWriter
-from apollo_tp.checkpoint.behind import WriteBehind, Written
+from apollo_tp.checkpoint import CheckpointWriter, read_info
+from apollo_tp.checkpoint.behind import ROOM_SHARE, WriteBehind, Written, host_room
 from apollo_tp.checkpoint.card import Trained
+from apollo_tp.checkpoint.folder import optimizer_folder
+from apollo_tp.checkpoint.host_snapshot import HostSnapshots
 from apollo_tp.checkpoint.lineage import Lineage
 from apollo_tp.distributed.tp_group import compute_group
 from apollo_tp.gpu_sharing import mps
 from apollo_tp.launch.progress import StepProgress
-from apollo_tp.launch.restoring import Target, folder_of, restore
+from apollo_tp.launch.restoring import Target, folder_of, put_back, restore
 from apollo_tp.launch.stages import Ready, before_restore
 from apollo_tp.runtime import instance_folder
 from apollo_tp.shards.instance import served_models
@@ -46,8 +48,11 @@ class Services:
             served=lambda: served_models(instance_folder.base_dir(config.server.runtime_dir)),
         )
         self.is_saving, seconds = False, WRITE_PATIENCE * config.command_timeout_seconds
-        behind = config.checkpoint.behind
-        self._behind = WriteBehind(self._writer, ready.world.store, seconds) if behind else None
+        self._snapshots: HostSnapshots | None = None
+        self._behind: WriteBehind | None = None
+        if config.checkpoint.behind:
+            keep = config.checkpoint.keep_memory
+            self._behind = WriteBehind(self._writer, ready.world.store, seconds, keep_memory=keep)
 
     def form_group(self) -> None:
         """Form the compute group of all ranks again. Collective."""
@@ -76,17 +81,42 @@ class Services:
         if path:
             self._lineage.update(checkpoint=path)
 
-    def restore_checkpoint(self, name: str, restore_id: str) -> str:
-        """Put checkpoint ``name`` into the served memory and the optimizer; returns its folder. Collective."""
+    def keep_snapshot(self, name: str) -> tuple[str, int] | None:
+        """Keep weights and optimizer state as ``name`` in host memory; returns the folder of the checkpoint that stands in
+        for it once it is lost, and the bytes. None on all ranks, which do nothing, where that cannot be. Collective."""
+        if not self._ready.config.checkpoint.guard_in_memory:
+            return None
+        if self._snapshots is None:
+            weights = [local for _, local in self._ready.mapped.tensors.values()]
+            self._snapshots = HostSnapshots(weights, self._trainer.optimizer)
+        snapshots, fallback = self._snapshots, Path(self._lineage.record.checkpoint)
+        is_there = (
+            fallback.parent == self._root and read_info(fallback) is not None and optimizer_folder(fallback).is_dir()
+        )
+        no_room = snapshots.more_bytes * self._writer.num_ranks > ROOM_SHARE * host_room()
+        if self._writer.any_rank(no_room or not is_there):
+            return None
+        snapshots.take(name, fallback, self._lineage.record.trained)
+        return str(fallback), snapshots.num_bytes * self._writer.num_ranks
+
+    def restore_checkpoint(self, name: str, restore_id: str, fallback: str = "") -> str:
+        """Put checkpoint ``name`` into the served memory and the optimizer; returns its folder. With ``fallback`` the
+        snapshot in host memory ("" is returned), or if it is not there that checkpoint. Collective."""
         ready, trainer = self._ready, self._trainer
         target = Target(
             ready.mapped, ready.mesh, self._lineage, functools.partial(before_restore, self._lineage, self._gate)
         )
+        snapshots = self._snapshots
+        lost = bool(fallback) and self._writer.any_rank(snapshots is None or snapshots.name != name)
         with target.control().agree():
-            folder = folder_of(self._root, name)
-        restore(target, trainer.optimizer, folder, restore_id, trainer.weight_version)
+            folder = folder_of(self._root, fallback or name)
+        if fallback and not lost and snapshots is not None:
+            put_back(target, trainer.optimizer, snapshots, restore_id, trainer.weight_version)
+        else:
+            identity = restore_id + commands.LOST * lost
+            restore(target, trainer.optimizer, folder, identity, trainer.weight_version)
         trainer.weights_replaced()
-        return str(folder)
+        return str(folder) if lost or not fallback else ""
 
     @property
     def is_torn(self) -> bool:

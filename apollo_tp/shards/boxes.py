@@ -27,6 +27,21 @@ class Box:
     def numel(self) -> int:
         return math.prod(self.shape)
 
+    def slices(self, origin: Sequence[int] | None = None) -> tuple[slice, ...]:
+        """The index of this box in a tensor whose first element is at ``origin``, 0 unless given."""
+        starts = [o - w for o, w in zip(self.offset, origin or (0,) * len(self.offset), strict=True)]
+        return tuple(slice(start, start + n) for start, n in zip(starts, self.shape, strict=True))
+
+    def intersection(self, other: Box) -> Box | None:
+        """The block of elements that both have; None if there is none."""
+        if not self.intersects(other):
+            return None
+        first = tuple(map(max, self.offset, other.offset))
+        ends = (
+            min(a + n, b + m) for a, n, b, m in zip(self.offset, self.shape, other.offset, other.shape, strict=True)
+        )
+        return Box(first, tuple(end - start for end, start in zip(ends, first, strict=True)))
+
     def intersects(self, other: Box) -> bool:
         """True if the two boxes share at least one element."""
         return all(

@@ -94,8 +94,13 @@ class Services(Protocol):
     def checkpoint_written(self, path: str) -> None:
         """It is written and complete at ``path``, or has failed (""). Local, on all ranks."""
 
-    def restore_checkpoint(self, name: str, restore_id: str) -> str:
-        """Put checkpoint ``name`` into the served memory and the optimizer; returns its folder. Collective."""
+    def keep_snapshot(self, name: str) -> tuple[str, int] | None:
+        """Keep weights and optimizer state as ``name`` in host memory; returns the folder of the checkpoint that stands in
+        for it once it is lost, and the bytes. None on all ranks, which do nothing, where that cannot be. Collective."""
+
+    def restore_checkpoint(self, name: str, restore_id: str, fallback: str = "") -> str:
+        """Put checkpoint ``name`` into the served memory and the optimizer; returns its folder. With ``fallback`` the
+        snapshot in host memory ("" is returned), or if it is not there that checkpoint. Collective."""
 
     @property
     def is_torn(self) -> bool:
@@ -288,6 +293,13 @@ class RankLoop:
 
     def _save(self, command: commands.SaveCheckpoint) -> commands.AnyReply | None:
         started, version = time.monotonic(), self.trainer.weight_version
+        if command.snapshot and (held := self.services.keep_snapshot(command.name)) is not None:
+            fallback, size = held
+            seconds = time.monotonic() - started
+            return commands.CheckpointDone(
+                id=command.id, path="", num_bytes=size, seconds=seconds, weight_version=version, stopped_seconds=seconds,
+                fallback=fallback,
+            )  # fmt: skip
         done = self.services.save_checkpoint(command.name, command.kept)
         seconds = time.monotonic() - started
         if done is None:
@@ -345,7 +357,7 @@ class RankLoop:
                 return self._end_saving(command)
             case commands.RestoreCheckpoint():
                 started = time.monotonic()
-                path = self.services.restore_checkpoint(command.name, command.restore_id)
+                path = self.services.restore_checkpoint(command.name, command.restore_id, command.fallback)
                 version, seconds = self.trainer.weight_version, time.monotonic() - started
                 return commands.RestoreDone(id=command.id, path=path, seconds=seconds, weight_version=version)
             case commands.Identify():

@@ -129,10 +129,11 @@ class Score(Command, frozen=True):
 
 class SaveCheckpoint(Command, frozen=True):
     """Write the live weights and the optimizer state to ``name`` below the configured checkpoint folder. Those that are
-    ``kept`` are not removed for it, however old."""
+    ``kept`` are not removed for it, however old. A ``snapshot`` may be kept in host memory in place of that."""
 
     name: str
     kept: list[str] = []
+    snapshot: bool = False
 
 
 class CheckpointWritten(Command, frozen=True):
@@ -149,10 +150,15 @@ class CheckpointWritten(Command, frozen=True):
 
 class RestoreCheckpoint(Command, frozen=True):
     """Put the weights and the optimizer state of checkpoint ``name`` into the served memory and the optimizer, all or
-    nothing. ``restore_id`` names the request, and comes back in ``Hello.last_restore_id``."""
+    nothing. ``restore_id`` names the request, and comes back in ``Hello.last_restore_id``. With ``fallback`` the former is a
+    snapshot in host memory; if that was lost, the checkpoint ``fallback`` is restored, and LOST is behind the id."""
 
     name: str
     restore_id: str
+    fallback: str = ""
+
+
+LOST = "/lost"
 
 
 class Shutdown(Command, frozen=True):
@@ -307,18 +313,20 @@ class ScoreDone(Reply, frozen=True):
 
 class CheckpointDone(Reply, frozen=True):
     """The checkpoint folder is complete at ``path``, ``seconds`` after the ranks began; for ``stopped_seconds`` of these no
-    step could be made. ``weight_version`` is that of the weights in it."""
+    step could be made. ``weight_version`` is that of the weights in it. With ``fallback`` it is a snapshot in host memory
+    alone, in whose place that checkpoint is restored if the memory is lost; ``path`` is "" then."""
 
     path: str
     num_bytes: int
     seconds: float
     weight_version: int
     stopped_seconds: float = 0.0
+    fallback: str = ""
 
 
 class RestoreDone(Reply, frozen=True):
-    """All weights and the optimizer state are those of the checkpoint at ``path``. The server was paused for
-    ``paused_seconds`` of the ``seconds``, if its mode says so."""
+    """All weights and the optimizer state are those of the checkpoint at ``path`` ("": of the snapshot in memory). The
+    server was paused for ``paused_seconds`` of the ``seconds``, if its mode says so."""
 
     path: str
     seconds: float

@@ -89,7 +89,9 @@ def _streamed(stack: Stack, headers: dict[str, str]) -> tuple[str, list[Any]]:
 def test_what_is_served_is_learned_from(stack: Stack) -> None:
     """Only what its client lets be stored, and as it is: the client sees no difference. Feedback on it changes the weights;
     when the trainer ends, nothing is recorded any more."""
-    stack.train("capture.enabled=true", "learn.every_samples=3", "optim.max_relative_update=1")
+    stack.train(
+        "capture.enabled=true", "learn.every_samples=3", "learn.corrections=both", "optim.max_relative_update=1"
+    )
     plain = stack.ask("/v1/chat/completions", CHAT)
     assert "logprobs" not in plain["choices"][0] or plain["choices"][0]["logprobs"] is None
     kept = stack.ask("/v1/chat/completions", CHAT | {"store": True, "metadata": {"topic": "code"}})
@@ -120,10 +122,11 @@ def test_what_is_served_is_learned_from(stack: Stack) -> None:
     ):
         body = {"completion_id": identity} | feedback
         assert httpx.post(f"{stack.url}/feedback", json=body, timeout=60).status_code == 202
-    _until(lambda: stack.status()["trainer"]["weight_version"] == before + 2)
+    _until(lambda: stack.status()["trainer"]["weight_version"] == before + 3)
     jobs = httpx.get(f"{stack.url}/train/jobs", timeout=60).json()["data"]
     kinds = {job["spec"]["metadata"]["learned_from"].rpartition("/")[2]: job for job in jobs}
-    assert set(kinds) == {"rewards", "corrections"}
+    assert set(kinds) == {"rewards", "corrections", "preferences"}
+    assert kinds["preferences"]["spec"]["method"] == "dpo"
     rewarded = kinds["rewards"]
     assert rewarded["spec"]["loss"]["name"] == "ppo"
     _until(lambda: httpx.get(f"{stack.url}/train/jobs/{rewarded['id']}", timeout=60).json()["state"] == "succeeded")
@@ -132,7 +135,7 @@ def test_what_is_served_is_learned_from(stack: Stack) -> None:
     later = stack.ask("/v1/chat/completions", CHAT | {"store": True})
     _until(lambda: len(stack.stored()) == 5)
     assert stack.stored()[-1]["id"] == later["id"]
-    assert stack.stored()[-1]["weight_version"] == before + 2
+    assert stack.stored()[-1]["weight_version"] == before + 3
     assert stack.stored()[0]["weight_version"] == before
 
     assert stack.trainer is not None

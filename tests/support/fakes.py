@@ -47,6 +47,7 @@ class FakeRanks:
         self.commands, self.answered, self.scored = [], [], []
         self.learned, self.fail_saves, self.score_seconds = 0.0, False, 0.0
         self.restore_seconds, self.fail_restores = 0.0, False
+        self.fallback = ""  # of snapshots that are kept in this object, in place of checkpoints
         self.saved, self.undone = {}, 0  # steps in the weights by name of the checkpoint; steps that are not any more
         self.replicas, self.lags = [], []
         self._stop = threading.Event()
@@ -159,16 +160,21 @@ class FakeRanks:
             if self.fail_restores:
                 error = {"rank": 1, "error": "CheckpointError", "message": "another checksum", "traceback": ""}
                 return commands.CommandFailed(id=command.id, **error)
+            lost = command.fallback and command.name not in self.saved
             with open(self.journal.with_suffix(".restores"), "a") as file:
-                file.write(f"{command.name} {command.restore_id}\n")
+                file.write(f"{command.fallback if lost else command.name} {command.restore_id}{'/lost' * bool(lost)}\n")
             self.undone = len(self.applied()) - self.saved.get(command.name, 0)
-            path = f"/ckpt/{command.name}"
+            path = "" if command.fallback and not lost else f"/ckpt/{command.fallback or command.name}"
             return commands.RestoreDone(id=command.id, path=path, seconds=0.2, weight_version=self.version())
         if isinstance(command, commands.SaveCheckpoint):
             version = self.version()
             self.saved[command.name] = len(self.applied()) - self.undone
-            path = f"/ckpt/{command.name}"
-            return commands.CheckpointDone(id=command.id, path=path, num_bytes=1, seconds=0.0, weight_version=version)
+            done = commands.CheckpointDone(
+                id=command.id, path=f"/ckpt/{command.name}", num_bytes=1, seconds=0.0, weight_version=version
+            )
+            if command.snapshot and self.fallback:
+                return msgspec.structs.replace(done, path="", fallback=self.fallback)
+            return done
         if isinstance(command, commands.Shutdown):
             self._stop.set()
             return commands.Goodbye(reason=command.reason)
@@ -187,8 +193,10 @@ class FakeRanks:
         tokens = sum(len(sample.token_ids) for sample in samples)
         version = self.version()
         loss = self.loss_of_skipped if skipped else 5.0 / (1 + version)
+        rewards = [sample.sampled.reward for sample in samples if sample.sampled.reward is not None]
+        metrics = {"reward_mean": sum(rewards) / len(rewards), "mismatch_kl": 0.01 * version} if rewards else {}
         figures = step_figures(
-            loss=loss, num_tokens=tokens, num_loss_tokens=tokens // 2, weight_version=version,
+            metrics=metrics, loss=loss, num_tokens=tokens, num_loss_tokens=tokens // 2, weight_version=version,
             step_seconds=self.step_seconds, gradients="in_backward", skipped=skipped,
         )  # fmt: skip
         return commands.StepDone(id=command.id, figures=figures, replica_lag_seconds=self.lags)

@@ -28,7 +28,10 @@ class RecordingServices:
     def save_checkpoint(self, name: str, kept: Sequence[str] = ()) -> tuple[str, int]:
         raise NotImplementedError(name)
 
-    def restore_checkpoint(self, name: str, restore_id: str) -> str:
+    def keep_snapshot(self, name: str) -> None:
+        return None
+
+    def restore_checkpoint(self, name: str, restore_id: str, fallback: str = "") -> str:
         raise NotImplementedError(name)
 
     is_torn = is_saving = False

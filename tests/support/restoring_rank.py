@@ -1,8 +1,9 @@
 """``python -m tests.support.restoring_rank ARGUMENTS OPTIONS``: a trainer rank without a coordinator, from the manifests to
 a few steps, checkpoints and restores. It tells rank 0's standard output what it has done.
 
-ARGUMENTS is JSON: ``do`` is a list of "step N", "save NAME" and "restore NAME"; ``kill`` the rank that kills itself, at its
-``place``-th event of a restore, counted from 1: a tensor that is read or written, or a record that is changed.
+ARGUMENTS is JSON: ``do`` is a list of "step N", "save NAME", "restore NAME", "hold NAME" (a snapshot in memory) and
+"back NAME FALLBACK"; ``kill`` the rank that kills itself, at its ``place``-th event of a restore, counted from 1: a part of
+a tensor that is read or written, or a record that is changed.
 """
 
 from __future__ import annotations
@@ -12,11 +13,16 @@ import json
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable
 from typing import Any
 
+from torch import Tensor
+
+from apollo_tp.checkpoint import host_snapshot
 from apollo_tp.checkpoint.lineage import LineageFile
 from apollo_tp.checkpoint.restore import Restore
+from apollo_tp.checkpoint.transfers import Transfers
 from apollo_tp.inspect.exactness import samples
 from apollo_tp.launch.arguments import read_arguments
 from apollo_tp.launch.services import Services
@@ -28,24 +34,32 @@ from apollo_tp.wire import commands
 def _kill_at(place: int) -> list[None]:
     """From now on, count the events of restores, and die at this one; returns a list that grows by one with each."""
     events: list[None] = []
+    lock = threading.Lock()
 
     def event() -> None:
-        events.append(None)
-        if len(events) == place:
-            os.kill(os.getpid(), signal.SIGKILL)
+        with lock:  # parts are read by several threads
+            events.append(None)
+            if len(events) == place:
+                os.kill(os.getpid(), signal.SIGKILL)
 
-    read, update = Restore._read, LineageFile.update
+    read, update = Restore._values, LineageFile.update
 
-    def counted_read(self: Restore, name: str, *, owned: bool) -> Any:
+    def counted_read(self: Restore, *arguments: Any) -> Tensor:
         event()
-        yield from read(self, name, owned=owned)
+        return read(self, *arguments)
+
+    class Counted(Transfers):
+        def to_device(self, values: Tensor) -> Tensor:
+            event()
+            return super().to_device(values)
 
     def counted_update(self: LineageFile, **changes: Any) -> None:
         event()
         update(self, **changes)
         event()
 
-    Restore._read = counted_read  # type: ignore[method-assign]
+    Restore._values = counted_read  # type: ignore[method-assign]
+    host_snapshot.Transfers = Counted  # type: ignore[misc]
     LineageFile.update = counted_update  # type: ignore[method-assign]
     return events
 
@@ -58,6 +72,11 @@ def _command(what: str, argument: str) -> commands.AnyCommand:
             return commands.Step(id=f"j/{number}", job_id="j", job_step=number, samples=batch)
         case "save":
             return commands.SaveCheckpoint(id="save", name=argument)
+        case "hold":
+            return commands.SaveCheckpoint(id="save", name=argument, snapshot=True)
+        case "back":
+            name, fallback = argument.split()
+            return commands.RestoreCheckpoint(id="restore", name=name, restore_id=f"of {name}", fallback=fallback)
         case _:
             return commands.RestoreCheckpoint(id="restore", name=argument, restore_id=f"of {argument}")
 
@@ -71,7 +90,7 @@ def main(arguments: dict[str, Any], options: list[str], say: Callable[[str], Non
         for each in arguments["do"]:
             what, _, argument = each.partition(" ")
             events: list[None] = []
-            if what == "restore" and arguments.get("kill") == ready.world.rank:
+            if what in ("restore", "back") and arguments.get("kill") == ready.world.rank:
                 events = _kill_at(arguments["place"])
             reply = loop.execute(_command(what, argument))
             assert not isinstance(reply, commands.CommandFailed), reply

@@ -2,7 +2,7 @@
 
 A batch is begun in the database before its jobs are stored, and each job has an idempotency key that names the batch:
 after a kill the same jobs are stored, or found. A reward is learned from the sampled tokens, by policy gradient; a corrected
-answer by imitation.
+answer by imitation, by preference over the one that was served (DPO), or by both.
 """
 
 from __future__ import annotations
@@ -28,8 +28,9 @@ MAX_BATCH = 4096
 BASELINE_REWARDS = 256
 FIRST_BASELINE = 0.5
 """Between the rewards of a thumb up (1) and down (0), before there is any other."""
-Submit = Callable[[str, bytes], Awaitable[str]]
-"""Stores the job of a POST /train body once for a key; returns its id. Raises RequestError if the body is refused."""
+Submit = Callable[[str, bytes, str], Awaitable[str]]
+"""Stores the job of a POST /train body, or of a PairsBody with the method "dpo", once for a key; returns its id. Raises
+RequestError if the body is refused."""
 
 
 class Learner:
@@ -69,35 +70,33 @@ class Learner:
         corrected = [(vote, stored) for vote, stored in votes if vote.corrected is not None]
         again = math.ceil(self._config.replay_share * len(corrected))
         replayed = await self._captures.learned_before(batch, again) if again else []
-        imitated = [_corrected(vote, stored) for vote, stored in [*corrected, *replayed]]
+        corrected += replayed
         rewarded = await self._rewarded(batch, votes)
         # rewards first: each step before theirs would move the weights away from those that sampled
-        for kind, samples, loss in (
-            ("rewards", rewarded, self._config.loss),
-            ("corrections", imitated, "cross_entropy"),
-        ):
-            if samples:
-                await self._store(f"{batch}/{kind}", samples, loss)
+        if rewarded:
+            await self._store(f"{batch}/rewards", _samples(rewarded, self._config.loss))
+        if corrected and self._config.corrections != "dpo":
+            imitated = [{"messages": [*_asked(stored), _answer(vote.corrected)]} for vote, stored in corrected]
+            await self._store(f"{batch}/corrections", _samples(imitated, "cross_entropy"))
+        pairs = [_pair(vote, stored) for vote, stored in corrected if vote.corrected != _served(vote, stored)]
+        if pairs and self._config.corrections != "supervised":
+            await self._store(f"{batch}/preferences", {"pairs": pairs, "beta": self._config.dpo_beta}, "dpo")
 
-    async def _store(self, key: str, samples: Sequence[dict[str, Any]], loss: str) -> None:
-        body = {
-            "samples": samples, "loss": loss, "batch_size": len(samples), "metadata": {"learned_from": key},
-            "learning_rate_scale": self._config.learning_rate_scale,
-            "truncate": "left" if loss == "cross_entropy" else "refuse",
-        }  # fmt: skip
+    async def _store(self, key: str, body: dict[str, Any], method: str = "supervised") -> None:
+        body |= {"metadata": {"learned_from": key}, "learning_rate_scale": self._config.learning_rate_scale}
         if self._config.guard is not None:
             body["guard"] = {
                 "measure": "command", "action": self._config.guard, "max_worse": self._config.max_worse,
                 "higher_is_better": self._config.higher_is_better,
             }  # fmt: skip
         try:
-            job = await self._submit(key, msgspec.json.encode(body))
+            job = await self._submit(key, msgspec.json.encode(body), method)
         except RequestError as error:
             if error.status != 400:
                 raise
             log.error("%s is left out, since its samples are refused: %s", key, error)  # it would be refused for ever
             return
-        log.info("%s: %d samples become %s", key, len(samples), job)
+        log.info("%s becomes %s", key, job)
 
     async def _rewarded(self, batch: str, votes: Sequence[tuple[Vote, Stored]]) -> list[dict[str, Any]]:
         """Answers with a reward, whose advantage is what it exceeds the mean of the last rewards by, these included."""
@@ -126,9 +125,31 @@ def _sampled(vote: Vote, stored: Stored, advantage: float) -> dict[str, Any] | N
     return sample if stored.weight_version is None else sample | {"weight_version": stored.weight_version}
 
 
-def _corrected(vote: Vote, stored: Stored) -> dict[str, Any]:
-    """The conversation with the corrected answer, or the prompt's text with it."""
+def _samples(samples: Sequence[dict[str, Any]], loss: str) -> dict[str, Any]:
+    """Fields of a POST /train body that makes one step of them."""
+    truncate = "left" if loss == "cross_entropy" else "refuse"
+    return {"samples": samples, "loss": loss, "batch_size": len(samples), "truncate": truncate}
+
+
+def _pair(vote: Vote, stored: Stored) -> dict[str, Any]:
+    """The corrected answer over the served one. Both are rendered by the chat template, so that only words differ."""
+    return {
+        "input": {"messages": _asked(stored)},
+        "preferred_output": [_answer(vote.corrected)],
+        "non_preferred_output": [_answer(_served(vote, stored))],
+    }
+
+
+def _asked(stored: Stored) -> list[dict[str, Any]]:
+    """The conversation before the answer, as context alone."""
     messages = msgspec.json.decode(stored.captured.messages) or []
     kept = [{"role": message["role"], "content": message.get("content")} for message in messages]
-    weighted = [message | {"weight": 0} if message["role"] == "assistant" else message for message in kept]
-    return {"messages": [*weighted, {"role": "assistant", "content": vote.corrected}]}
+    return [message | {"weight": 0} if message["role"] == "assistant" else message for message in kept]
+
+
+def _served(vote: Vote, stored: Stored) -> str:
+    return stored.captured.choices[vote.choice].text
+
+
+def _answer(content: str | None) -> dict[str, Any]:
+    return {"role": "assistant", "content": content}

@@ -130,7 +130,7 @@ async def list_files(query: Annotated[FilesQuery, Query()], service: ServicePart
 async def retrieve(file_id: str, service: ServiceParts) -> Response:
     """One file's record."""
     if job := job_of(service.store, file_id):
-        content = await service.store.in_thread(functools.partial(results_csv, job_id=job.id))
+        content = await service.store.in_thread(functools.partial(results_csv, job=job))
         return JSONResponse(results_view(job, len(content)))
     return JSONResponse(file_view(_find(service, file_id)))
 
@@ -149,9 +149,7 @@ async def delete(file_id: str, service: ServiceParts) -> Response:
 async def content(file_id: str, service: ServiceParts) -> Response:
     """A file's content; of a result file, CSV."""
     if job := job_of(service.store, file_id):
-        return Response(
-            await service.store.in_thread(functools.partial(results_csv, job_id=job.id)), media_type="text/csv"
-        )
+        return Response(await service.store.in_thread(functools.partial(results_csv, job=job)), media_type="text/csv")
     path = service.store.file_path(_find(service, file_id).id)
     return FileResponse(path, media_type="application/octet-stream")
 

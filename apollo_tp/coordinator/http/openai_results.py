@@ -20,6 +20,11 @@ COLUMNS = {
     "valid_mean_token_accuracy": "valid_mean_token_accuracy",
 }
 """OpenAI's columns, and the fields of our events that are in them."""
+FURTHER = {
+    "dpo": ("reward_margin", "reward_accuracy"),
+    "reinforcement": ("reward_mean", "advantage_mean", "mismatch_kl", "clip_fraction", "entropy", "valid_reward_mean"),
+}
+"""Our columns behind these, by a job's method; named as the fields of our events are."""
 PREFIX = "file-results-"
 PAGE = 1000
 
@@ -42,16 +47,17 @@ def job_of(store: Store, file_id: str) -> Job | None:
     return job if job is not None and has_results(job) else None
 
 
-def results_csv(reader: Reader, job_id: str) -> bytes:
+def results_csv(reader: Reader, job: Job) -> bytes:
     """The file: one row per step, as OpenAI's. Call it on a thread (Store.in_thread)."""
     text = io.StringIO()
-    writer = csv.DictWriter(text, list(COLUMNS), lineterminator="\n", extrasaction="ignore")
+    columns = COLUMNS | {name: name for name in FURTHER.get(job.spec.method, ())}
+    writer = csv.DictWriter(text, list(columns), lineterminator="\n", extrasaction="ignore")
     writer.writeheader()
-    writer.writerows(_rows(reader, job_id))
+    writer.writerows(_rows(reader, job.id, columns))
     return text.getvalue().encode()
 
 
-def _rows(reader: Reader, job_id: str) -> Iterator[dict[str, object]]:
+def _rows(reader: Reader, job_id: str, columns: dict[str, str]) -> Iterator[dict[str, object]]:
     row: dict[str, object] = {}
     for data in _metrics(reader, job_id):
         if row and data.get("step") != row["step"]:
@@ -59,7 +65,7 @@ def _rows(reader: Reader, job_id: str) -> Iterator[dict[str, object]]:
             row = {}
         # the validation of a step is an event of its own, which follows the step's; a skipped step has no loss
         if not data.get("skipped"):
-            row |= {column: data[name] for column, name in COLUMNS.items() if data.get(name) is not None}
+            row |= {column: data[name] for column, name in columns.items() if data.get(name) is not None}
     if row:
         yield row
 

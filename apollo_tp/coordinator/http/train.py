@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import logging
 import math
 from typing import Annotated, Any
 
@@ -27,7 +28,16 @@ from apollo_tp.coordinator.http.parameters import (
 from apollo_tp.coordinator.http.service import Service, ServiceParts, found, listing
 from apollo_tp.coordinator.http.views import event_stream, events_page, job_view
 from apollo_tp.coordinator.http.work import IsAbandoned, uninterrupted, while_connected
-from apollo_tp.coordinator.jobs.job import Checkpoint, Job, State, check_guard, new_job, plan_total_steps, spec_of
+from apollo_tp.coordinator.jobs.job import (
+    Checkpoint,
+    Job,
+    JobSpec,
+    State,
+    check_guard,
+    new_job,
+    plan_total_steps,
+    spec_of,
+)
 from apollo_tp.coordinator.samples.body import read_body
 from apollo_tp.coordinator.samples.sample_file import write_records
 from apollo_tp.coordinator.samples.schema import (
@@ -35,12 +45,17 @@ from apollo_tp.coordinator.samples.schema import (
     MAX_SCORED,
     Body,
     CheckpointBody,
+    PairsBody,
     ScoreBody,
     ScoreOptions,
     TrainBody,
+    Truncate,
+    decode,
 )
-from apollo_tp.errors import refuse
+from apollo_tp.errors import RequestError, refuse
 from apollo_tp.wire.commands import Sample, Sampled
+
+log = logging.getLogger(__name__)
 
 STREAMS_PER_CLIENT = 64
 MAX_DRY_RUN_BYTES = 8 * 2**20
@@ -73,15 +88,18 @@ async def _accept(service: Service, request: Request, data: Body) -> tuple[Train
         return body, await uninterrupted(_store(service, job, key)), {}
 
 
-async def submit(service: Service, key: str, data: bytes) -> str:
-    """Store the job of a POST /train body that this process has made, once for ``key``. Returns its id; raises
-    RequestError."""
+async def submit(service: Service, key: str, data: bytes, method: str) -> str:
+    """Store the job of a POST /train body that this process has made, or of a PairsBody (method "dpo"), once for ``key``.
+    Returns its id; raises RequestError."""
     idempotency_key = ("feedback", key, "")
     if known := service.store.repeated(*idempotency_key):
         return known
     service.store.check_room(service.settings.service.max_queued_jobs)
     with service.storing(len(data)):
-        _, job = await asyncio.to_thread(_write, service, data, lambda: False)
+        if method == "dpo":
+            job = await asyncio.to_thread(_write_pairs, service, data)
+        else:
+            _, job = await asyncio.to_thread(_write, service, data, lambda: False)
         return await uninterrupted(_store(service, job, idempotency_key))
 
 
@@ -113,6 +131,29 @@ def _write(service: Service, data: Body, is_abandoned: IsAbandoned) -> tuple[Tra
         path.with_suffix(".valid").unlink(missing_ok=True)
     job.total_steps = plan_total_steps(job.spec, job.num_samples)
     return body, job
+
+
+def _write_pairs(service: Service, data: bytes) -> Job:
+    """Write the pairs of a PairsBody that can be used, and make their job of one step. Runs on a thread."""
+    body = decode(data, PairsBody)
+    spec = JobSpec(
+        method="dpo", batch_size=len(body.pairs), beta=body.beta, learning_rate_scale=body.learning_rate_scale,
+        truncate=Truncate.left, guard=body.guard, metadata=body.metadata,
+    )  # fmt: skip
+    job = new_job("train", spec, State.queued, service.scheduler.model)
+    intake, pairs = service.intake(spec.truncate, lambda: False), []
+    for index, line in enumerate(body.pairs):
+        try:
+            pairs.append(intake.pair(line))
+        except RequestError as error:
+            if error.status != 400:
+                raise
+            log.warning("pair %d of %s is left out: %s", index, body.metadata, error)
+    if not pairs:
+        raise refuse("pairs", "none that can be used", "at least one")
+    job.num_samples = write_records(service.store.samples_dir / f"{job.id}.train", pairs)
+    job.total_steps = plan_total_steps(spec, job.num_samples)
+    return job
 
 
 async def _store(service: Service, job: Job, key: tuple[str, str, str] | None) -> str:
@@ -270,6 +311,10 @@ async def restore(
     record = _find(service, checkpoint_id)
     if record.state != "succeeded":
         raise refuse("state", record.state, "a checkpoint that was written", status=409, code="checkpoint_state")
+    if record.fallback:
+        raise refuse(
+            "path", "a guard's snapshot in host memory", "a checkpoint on disk", status=409, code="checkpoint_state"
+        )
     key = idempotency(request, f"/checkpoint/{record.id}/restore", data)
     if not (key and service.store.repeated(*key)):
         await uninterrupted(service.scheduler.saver.restore(record, idempotency=key))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 
 from apollo_tp.coordinator.jobs.evaluation import Evaluator
 from apollo_tp.coordinator.jobs.guard_command import GuardCommand
@@ -154,12 +155,24 @@ class Guardian:
         shown = "no finite number" if state.value is None else f"{state.value:.4f}"
         raise RolledBackError(
             f"guard: got {_name(guard)}={shown} at step {state.step}, expected at most {guard.max_worse:g} worse than "
-            f"{state.baseline:.4f} before the job; rolled back to checkpoint {snapshot.name} of before it, as weight "
-            f"version {snapshot.restore.weight_version}"
+            f"{state.baseline:.4f} before the job; rolled back to {_place(snapshot)}, as weight version "
+            f"{snapshot.restore.weight_version}"
         )
 
     def _data(self, state: GuardState) -> dict[str, object]:
         return {"step": self._job.step, "baseline": state.baseline, "value": state.value, "verdict": state.verdict}
+
+
+def _place(snapshot: Checkpoint) -> str:
+    """What was put back."""
+    if snapshot.restore is not None and snapshot.restore.lost:
+        return (
+            f"checkpoint {Path(snapshot.fallback).name}, which is older than the job: the snapshot in host memory of before "
+            "it was lost with the trainer, and what was learned in between is undone too"
+        )
+    return (
+        "the snapshot in host memory of before it" if snapshot.fallback else f"checkpoint {snapshot.name} of before it"
+    )
 
 
 def _is_done(snapshot: Checkpoint, state: GuardState) -> bool:

@@ -155,7 +155,8 @@ class Event(msgspec.Struct, kw_only=True, dict=True):
 
 class Restore(msgspec.Struct, kw_only=True):
     """A request to put a checkpoint back into the served memory. ``state`` is queued, succeeded or failed; ``reason`` is
-    request or guard. Of one whose answer was lost, the seconds are 0."""
+    request or guard. Of one whose answer was lost, the seconds are 0. ``lost``: the snapshot in host memory was, and its
+    ``fallback`` was restored."""
 
     id: str
     state: str
@@ -166,12 +167,14 @@ class Restore(msgspec.Struct, kw_only=True):
     paused_seconds: float = 0.0
     weight_version: int | None = None
     error: str = ""
+    lost: bool = False
 
 
 class Checkpoint(msgspec.Struct, kw_only=True):
     """A requested or written checkpoint. ``state`` is queued, succeeded or failed; ``reason`` is request, job, idle or
     guard. Of the ``seconds`` that it took, no step could be made for ``stopped_seconds``. ``restore`` is the last request
-    to put it back."""
+    to put it back. With ``fallback`` it is a snapshot of a guard in the trainer's memory, in whose place that checkpoint is
+    restored if the memory is lost; it has no ``path`` then."""
 
     id: str
     name: str
@@ -182,6 +185,7 @@ class Checkpoint(msgspec.Struct, kw_only=True):
     step: int = 0
     finished_at: float | None = None
     path: str = ""
+    fallback: str = ""
     num_bytes: int = 0
     seconds: float = 0.0
     stopped_seconds: float = 0.0

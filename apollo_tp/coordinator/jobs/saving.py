@@ -8,6 +8,7 @@ import logging
 import secrets
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 from apollo_tp.coordinator.jobs.job import Checkpoint, Job, Restore, State
 from apollo_tp.coordinator.jobs.rank_link import Ask, RankLink, RanksGoneError
@@ -136,9 +137,12 @@ class Saver:
         """A restore whose answer was lost has been done if the ranks say so: once more, it would undo later steps."""
         for checkpoint in list(self._queue):
             restore = checkpoint.restore
-            if restore is not None and restore.state == "queued" and restore.id == hello.last_restore_id:
-                self._restored(checkpoint, restore, commands.RestoreDone(path=checkpoint.path, seconds=0.0,
-                                                                         weight_version=hello.weight_version))  # fmt: skip
+            done = hello.last_restore_id.removesuffix(commands.LOST)
+            if restore is not None and restore.state == "queued" and restore.id == done:
+                lost = hello.last_restore_id != done
+                self._restored(checkpoint, restore, commands.RestoreDone(
+                    path=checkpoint.fallback if lost else checkpoint.path, seconds=0.0, weight_version=hello.weight_version,
+                ))  # fmt: skip
                 self._store.save_checkpoint(checkpoint)
 
     def send(self) -> None:
@@ -166,14 +170,18 @@ class Saver:
     async def _write(self, checkpoint: Checkpoint) -> ApolloTpError | None:
         failure: ApolloTpError | None = None
         try:
-            kept = [each.name for each in map(self._store.checkpoint, self._snapshots()) if each is not None]
-            command = commands.SaveCheckpoint(id=self._link.new_id("save"), name=checkpoint.name, kept=kept)
+            found = [each for each in map(self._store.checkpoint, self._snapshots()) if each is not None]
+            kept = [Path(each.fallback).name or each.name for each in found]
+            is_snapshot = checkpoint.reason == "guard" and not any(each.fallback for each in found)  # there is one
+            command = commands.SaveCheckpoint(
+                id=self._link.new_id("save"), name=checkpoint.name, kept=kept, snapshot=is_snapshot
+            )
             done = await self._ask(command)
             assert isinstance(done, commands.CheckpointDone)
             checkpoint.state, checkpoint.path, checkpoint.num_bytes = "succeeded", done.path, done.num_bytes
             checkpoint.seconds, checkpoint.weight_version = done.seconds, done.weight_version
-            checkpoint.stopped_seconds = done.stopped_seconds
-            if done.weight_version == self._link.weight_version:
+            checkpoint.stopped_seconds, checkpoint.fallback = done.stopped_seconds, done.fallback
+            if done.weight_version == self._link.weight_version and not done.fallback:
                 self._store.set_meta("unsaved", "")
             self._finished(checkpoint)
         except RanksGoneError as error:
@@ -194,7 +202,8 @@ class Saver:
         job = self._live(checkpoint.job_id) if checkpoint.job_id else None
         if job is not None:
             ok = checkpoint.state == "succeeded"
-            message = f"Checkpoint written: {checkpoint.path}" if ok else f"Checkpoint failed: {checkpoint.error}"
+            place = checkpoint.path or f"a snapshot in host memory ({checkpoint.fallback} if that is lost)"
+            message = f"Checkpoint written: {place}" if ok else f"Checkpoint failed: {checkpoint.error}"
             data = {"checkpoint_id": checkpoint.id, "path": checkpoint.path}
             self._store.save_job(job, message, type="checkpoint", level="info" if ok else "warn", data=data)
         self._wake()
@@ -206,8 +215,9 @@ class Saver:
         failure: ApolloTpError | None = None
         try:
             command = commands.RestoreCheckpoint(
-                id=self._link.new_id("restore"), name=checkpoint.name, restore_id=restore.id
-            )
+                id=self._link.new_id("restore"), name=checkpoint.name, restore_id=restore.id,
+                fallback=Path(checkpoint.fallback).name,
+            )  # fmt: skip
             done = await self._ask(command)
             assert isinstance(done, commands.RestoreDone)
             self._restored(checkpoint, restore, done)
@@ -228,11 +238,13 @@ class Saver:
     def _restored(self, checkpoint: Checkpoint, restore: Restore, done: commands.RestoreDone) -> None:
         restore.state, restore.finished_at, restore.weight_version = "succeeded", time.time(), done.weight_version
         restore.seconds, restore.paused_seconds = done.seconds, done.paused_seconds
+        restore.lost = bool(checkpoint.fallback and done.path)
         self._take_out(checkpoint)
-        if done.weight_version == self._link.weight_version:
+        if done.weight_version == self._link.weight_version and done.path:
             self._store.set_meta("unsaved", "")
         if (job := self._running()) is not None:
-            message = f"Checkpoint restored: {checkpoint.path}; the job goes on from its weights and optimizer state"
+            place = done.path or f"snapshot {checkpoint.name}"
+            message = f"Checkpoint restored: {place}; the job goes on from its weights and optimizer state"
             data: dict[str, object] = {"checkpoint_id": checkpoint.id, "path": checkpoint.path, "restored": True}
             self._store.save_job(job, message, type="checkpoint", level="warn", data=data)
 

@@ -168,6 +168,16 @@ class PreferenceLine(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     non_preferred_output: Annotated[list[Message], Meta(min_length=1)]
 
 
+class PairsBody(msgspec.Struct, kw_only=True):
+    """A job of method "dpo" that this process makes by itself."""
+
+    pairs: list[PreferenceLine]
+    beta: float
+    learning_rate_scale: float
+    metadata: Metadata
+    guard: Guard | None = None
+
+
 class PromptLine(msgspec.Struct, kw_only=True):
     """A line of a file for method "reinforcement": a conversation that the model is to continue. Further fields are for the
     grader."""

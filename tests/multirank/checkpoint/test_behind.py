@@ -110,16 +110,23 @@ def _fail(tp: TPGroup, checkpoint: Path, root: Path) -> list[str]:
             writing._store.delete_key("checkpoint/second/1")
         tp.all_reduce_(torch.zeros(1))
     behind.host_room = lambda: 1000.0 if tp.rank == tp.size - 1 else 1e12
-    assert not writing.begin("third", served.trainer.optimizer, 0)
+    assert not _behind(tp, served).begin("third", served.trainer.optimizer, 0)
+    kept = writing._memory.num_bytes
+    assert writing.begin("third", served.trainer.optimizer, 0)  # in the memory that was kept
+    writing.join()
+    assert writing._memory.num_bytes == kept
     return found
 
 
 def test_errors_of_any_rank_are_the_result_and_leave_nothing(checkpoints: Path, tmp_path: Path) -> None:
-    """A checkpoint after it is written. Where one host has no room for the copies, no rank makes any."""
+    """A checkpoint after it is written. Where one host has no room for the copies, no rank makes any, but for copies in
+    memory that was kept."""
     root = tmp_path / "checkpoints"
     full, good, taken = run_ranks(_fail, 2, checkpoints / CASES[CASE].checkpoint, root)[0]
     assert full.startswith("CheckpointError: rank 1: checkpoint.dir"), full
     assert "bytes free (No space left on device), expected about" in full
     assert good == ""
     assert "got a name that is taken" in taken
-    assert sorted(path.name for path in root.iterdir()) == ["latest", "second", "second.optimizer"]
+    assert sorted(path.name for path in root.iterdir()) == [
+        "latest", "second", "second.optimizer", "third", "third.optimizer"
+    ]  # fmt: skip

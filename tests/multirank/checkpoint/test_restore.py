@@ -177,18 +177,18 @@ def _interrupt(tp: TPGroup, checkpoint: Path, root: Path, at: int) -> list[bool]
     torn = restore.Restore.write
     count = 0
 
-    def read(self: restore.Restore, name: str, *, owned: bool):
+    def parts(self: restore.Restore, names: list[str], *, owned: bool):
         nonlocal count
         count += not owned
         if count == at and tp.rank == tp.size - 1:
             raise OSError("injected")
-        yield from original(self, name, owned=owned)
+        yield from original(self, names, owned=owned)
 
-    original, restore.Restore._read = restore.Restore._read, read  # type: ignore[method-assign]
+    original, restore.Restore._parts = restore.Restore._parts, parts  # type: ignore[method-assign]
     with pytest.raises((OSError, RankFailedError)):
         restoring.restore(served.target, served.trainer.optimizer, folder, "r1", 2)
     assert served.lineage.record.restoring == str(folder)
-    restore.Restore._read = original  # type: ignore[method-assign]
+    restore.Restore._parts = original  # type: ignore[method-assign]
     assert restore.Restore.write is torn
     tp.all_reduce_(torch.zeros(1))
     served.start_again()

@@ -34,7 +34,7 @@ class Trainers:
             "service.http.port=0", "train.max_micro_batch_tokens=64", "train.max_sequence_tokens=64", "optim.rank=8",
             "optim.lr=1e-3", "optim.max_relative_update=1.0", "server.wait_seconds=5", f"server.runtime_dir='{base}/rt'",
             f"checkpoint.dir='{base}/checkpoints'", f"service.state_dir='{base}/state'", "train.threads=1",
-            "checkpoint.behind=false",
+            "checkpoint.behind=false", "checkpoint.guard_in_memory=true",
         ]  # fmt: skip
         process = ManagedProcess(command, {"OMP_NUM_THREADS": "1"}, base / f"trainer{self.count}.log")
         try:
@@ -103,6 +103,36 @@ def _kill(trained: tuple[Trainers, dict, dict], points: list[tuple[int, float]])
 def test_a_killed_restore_is_completed(trained: tuple[Trainers, dict, dict]) -> None:
     """In the middle of its writes."""
     assert _kill(trained, [(1, 0.75)]) == {"torn": 1}
+
+
+def test_a_killed_rollback_from_memory_is_completed_with_the_checkpoint(trained: tuple[Trainers, dict, dict]) -> None:
+    """The snapshot is lost with the trainer. The one that does not hold it restores the checkpoint, and says so."""
+    trainers, _, later = trained
+    server, record = trainers.server, trainers.server.record()
+    status, output = trainers.run(["step 4"])
+    assert status == 0, output
+    held = server.weights()
+    _copy(server, later)
+    server.change_record(**record)
+    do = ["step 4", "hold held", "step 5", "back held later"]
+    status, output = trainers.run(do, kill=0, place=0)
+    assert status == 0, output
+    assert equal(server.weights(), held)
+    assert (server.record()["restoring"], server.record()["restore_id"]) == ("", "of held")
+    count = int(re.findall(r"DONE back held later \d+, (\d+) events", output)[0])
+    _copy(server, later)
+    server.change_record(**record)
+    status, output = trainers.run(do, kill=1, place=count // 8)  # weights come before the state
+    assert status != 0, output
+    assert not equal(server.weights(), held)
+    assert not equal(server.weights(), later)
+    folder = str(Path(trainers.host.base / "checkpoints" / "later").resolve())
+    assert (server.record()["restoring"], server.record()["restore_id"]) == (folder, record["restore_id"])
+    status, output = trainers.run(["back held later"])
+    assert status == 0, output
+    assert "that is completed first" in output
+    assert equal(server.weights(), later)
+    assert (server.record()["restoring"], server.record()["restore_id"]) == ("", "of held/lost")
 
 
 @pytest.mark.slow

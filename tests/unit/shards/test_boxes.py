@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
+
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from apollo_tp.shards.boxes import replicated_parts
+from apollo_tp.shards.boxes import Box, replicated_parts
 
 EXTENT = 24
 
@@ -52,3 +54,23 @@ def test_the_key_and_value_rows_of_a_fused_tensor_are_found() -> None:
     merged = [[(0, 16), (32, 48)], [(16, 48)]]
     (part,) = replicated_parts(merged, 1)
     assert (part.start, part.length, part.ranks) == (16, 16, (0, 1))
+
+
+_SPANS = st.tuples(st.integers(0, 5), st.integers(0, 5))
+
+
+@given(st.lists(st.tuples(_SPANS, _SPANS), min_size=1, max_size=3))
+def test_an_intersection_has_what_both_boxes_have(spans: list[tuple[tuple[int, int], tuple[int, int]]]) -> None:
+    first, second = (Box(*map(tuple, zip(*(span[which] for span in spans), strict=True))) for which in (0, 1))
+    common = first.intersection(second)
+    assert _elements(common) == _elements(first) & _elements(second)
+    if common is not None:
+        assert [part.start for part in common.slices(first.offset)] == [
+            a - b for a, b in zip(common.offset, first.offset, strict=True)
+        ]
+
+
+def _elements(box: Box | None) -> set[tuple[int, ...]]:
+    if box is None:
+        return set()
+    return set(itertools.product(*(range(o, o + n) for o, n in zip(box.offset, box.shape, strict=True))))

@@ -176,7 +176,7 @@ def test_a_restore_that_failed_in_the_middle_ends_the_trainer() -> None:
     """Nothing may be computed with parts of two models. The coordinator gets no answer: the request stays, and the next
     trainer completes it. A checkpoint that was refused before the first write is a failure like others."""
 
-    def torn(name: str, restore_id: str) -> str:
+    def torn(name: str, restore_id: str, fallback: str) -> str:
         services.is_torn = torn_now
         raise OSError("injected")
 

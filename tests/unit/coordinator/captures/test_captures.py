@@ -76,6 +76,10 @@ def steps(ranks: FakeRanks) -> list[commands.Step]:
     return [command for command in ranks.commands if isinstance(command, commands.Step)]
 
 
+def _updates(ranks: FakeRanks) -> list[commands.Step | commands.PreferenceStep]:
+    return [each for each in ranks.commands if isinstance(each, commands.Step | commands.PreferenceStep)]
+
+
 def test_nothing_is_stored_unless_it_is_switched_on(tmp_path: Path) -> None:
     with CoordinatorProcess(tmp_path) as coordinator, coordinator.client() as client:
         for answer in (client.post(CAPTURES_PATH, json=record("chatcmpl-1")), give(client, "chatcmpl-1", thumb="up")):
@@ -200,6 +204,39 @@ def test_feedback_becomes_steps_in_the_order_of_its_arrival(tmp_path: Path) -> N
         assert all(job["spec"]["metadata"]["learned_from"].startswith("learn-") for job in jobs)
 
 
+@pytest.mark.parametrize(
+    ("corrections", "kinds"), [("dpo", ["pairs"]), ("both", ["samples", "pairs"])], ids=["pair", "both"]
+)
+def test_a_correction_is_preferred_to_what_was_served(tmp_path: Path, corrections: str, kinds: list[str]) -> None:
+    """As pairs of a DPO job of one step; not where it is what was served. Earlier ones are learned again."""
+    with stack(tmp_path, every_samples=2, replay_share=0.5, corrections=corrections, dpo_beta=0.3) as (
+        client,
+        ranks,
+        _,
+    ):
+        add(client, *(f"chatcmpl-{number}" for number in range(4)))
+        for number, words in enumerate(("no", "an answer", "yes", "perhaps")):
+            assert give(client, f"chatcmpl-{number}", corrected=words).status_code == 202
+            wait_for(lambda number=number: len(_updates(ranks)) == (number + 1) // 2 * len(kinds))
+        made = [{commands.Step: "samples", commands.PreferenceStep: "pairs"}[type(step)] for step in _updates(ranks)]
+        assert made == kinds * 2
+        first, second = (step for step in _updates(ranks) if isinstance(step, commands.PreferenceStep))
+        assert (first.beta, len(first.pairs), len(second.pairs)) in {(0.3, 1, 2), (0.3, 1, 3)}, (
+            "the earlier one may be equal"
+        )
+        chosen, rejected = first.pairs[0].preferred, first.pairs[0].rejected
+        sdk = {
+            "samples": [
+                {"messages": [*QUESTION, {"role": "assistant", "content": words}]} for words in ("no", "an answer")
+            ]
+        }
+        shown = client.post("/train?dry_run=true", json=sdk).json()["samples"]
+        assert [each["token_ids"] for each in shown] == [chosen.token_ids, rejected.token_ids]
+        assert [each["weights"] for each in shown] == [chosen.weights, rejected.weights]
+        metadata = [job["spec"]["metadata"]["learned_from"] for job in client.get("/train/jobs").json()["data"]]
+        assert sum(name.endswith("/preferences") for name in metadata) == 2
+
+
 def test_feedback_that_waits_for_long_is_learned_too(tmp_path: Path) -> None:
     with stack(tmp_path, every_seconds=0.5) as (client, ranks, _):
         add(client, "chatcmpl-1")
@@ -238,11 +275,11 @@ def test_a_batch_that_was_begun_is_learned_by_the_next_process(tmp_path: Path) -
         await captures.vote(stored.seq, 0, 1.0, None)
         submitted: list[str] = []
 
-        async def never(key: str, body: bytes) -> str:
+        async def never(key: str, body: bytes, method: str) -> str:
             submitted.append(f"lost {key}")
             return await asyncio.Event().wait() or ""
 
-        async def store(key: str, body: bytes) -> str:
+        async def store(key: str, body: bytes, method: str) -> str:
             submitted.append(key)
             return "job-1"
 

@@ -97,6 +97,44 @@ def test_a_rollback_outlives_who_was_doing_it(who, tmp_path):
         assert len(ranks.applied()) == 5
 
 
+def test_a_snapshot_in_memory_is_put_back(stack):
+    """Nothing is on disk for it; it is no checkpoint for others. The older checkpoint that stands in for it is kept."""
+    client, ranks, _ = stack
+    older = client.post("/checkpoint", json={"wait": True}).json()
+    ranks.learned, ranks.fallback = 0.09, older["path"]
+    done = ends(client, guarded(client, action="rollback"))
+    assert (done["state"], done["step"], done["error"]["code"]) == ("failed", 5, "RolledBackError")
+    assert "rolled back to the snapshot in host memory of before it, as weight version 6" in done["error"]["message"]
+    snapshot = next(each for each in client.get("/checkpoints").json()["data"] if each["reason"] == "guard")
+    assert (snapshot["path"], snapshot["fallback"], snapshot["restore"]["lost"]) == ("", older["path"], False)
+    assert [name for name, _ in ranks.restores()] == [snapshot["name"]]
+    refused = client.post(f"/checkpoint/{snapshot['id']}/restore")
+    assert (refused.status_code, refused.json()["error"]["code"]) == (409, "checkpoint_state")
+    assert client.get("/train/status").json()["unsaved"], "the weights are nowhere on disk"
+    job = guarded(client, action="rollback", max_worse=100.0)
+    wait_for(lambda: len([c for c in ranks.commands if type(c).__name__ == "SaveCheckpoint"]) == 3)
+    client.post("/checkpoint", json={"wait": True})
+    ends(client, job)
+    saves = [c for c in ranks.commands if type(c).__name__ == "SaveCheckpoint"]
+    assert [save.snapshot for save in saves] == [False, True, True, False]
+
+
+def test_a_snapshot_that_was_lost_is_replaced_by_the_older_checkpoint(tmp_path):
+    """The trainer ends while it puts the snapshot back: the next one restores the checkpoint, and the job says so."""
+    model = write_model(tmp_path / "model")
+    with CoordinatorProcess(tmp_path, model_path=model) as coordinator, coordinator.client() as client:
+        with FakeRanks(coordinator.ranks_socket, tmp_path / "journal") as ranks:
+            wait_for(lambda: client.get("/health").json()["trainer"])
+            ranks.learned, ranks.restore_seconds, ranks.fallback = 0.09, 60.0, "/ckpt/older"
+            job = guarded(client, action="rollback")
+            wait_for(lambda: any(type(c).__name__ == "RestoreCheckpoint" for c in ranks.commands))
+        with FakeRanks(coordinator.ranks_socket, tmp_path / "journal") as ranks:
+            done = ends(client, job)
+            assert [name for name, _ in ranks.restores()] == ["older"]
+        assert (done["state"], done["error"]["code"]) == ("failed", "RolledBackError"), done
+        assert "rolled back to checkpoint older, which is older than the job: the snapshot" in done["error"]["message"]
+
+
 def test_a_rollback_that_fails_is_said(stack):
     client, ranks, _ = stack
     ranks.learned, ranks.fail_restores = 0.09, True

@@ -3,6 +3,8 @@ asked, what is trained, and what a kill leaves."""
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 
 import openai
@@ -65,6 +67,25 @@ def test_completions_are_sampled_graded_and_trained(shared):
     salts = {asked["cache_salt"] for asked in stack.server.asked}
     assert len(salts) == 4, "completions of one step may use cached prompts of another's weights"
     assert not list((stack.coordinator.folder / "state" / "samples").iterdir())
+
+
+def test_result_files_have_the_figures_of_the_loss(shared):
+    """Behind OpenAI's columns; those that the trainer did not report are empty."""
+    stack, _ = shared
+    job = stack.create()
+    assert stack.ended(job).status == "succeeded"
+    content = stack.client.files.content(stack.client.fine_tuning.jobs.retrieve(job.id).result_files[0]).read().decode()
+    assert content.splitlines()[0] == (
+        "step,train_loss,train_accuracy,valid_loss,valid_mean_token_accuracy,"
+        "reward_mean,advantage_mean,mismatch_kl,clip_fraction,entropy,valid_reward_mean"
+    )
+    rows = list(csv.DictReader(io.StringIO(content)))
+    events = {e.data["step"]: e.data for e in stack.events(job) if e.data and "mismatch_kl" in e.data}
+    assert [int(row["step"]) for row in rows] == sorted(events) == [1, 2, 3, 4]
+    for row in rows:
+        data = events[int(row["step"])]
+        assert (float(row["reward_mean"]), float(row["mismatch_kl"])) == (0.5, data["mismatch_kl"])
+        assert row["clip_fraction"] == ""
 
 
 def test_rewards_and_completions_are_events(shared):

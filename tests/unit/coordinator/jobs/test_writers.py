@@ -9,9 +9,13 @@ from tests.support.fakes import CoordinatorProcess, FakeRanks, wait_for
 from tests.support.figures import step_figures
 
 ONE = {"context_ids": [1, 2], "continuation_ids": [3, 4]}
+SAMPLED = {
+    "prompt_ids": [1, 2], "completion_ids": [3, 4], "sampling_logprobs": [-0.5, -0.5], "advantage": 1.0, "reward": 0.25,
+    "loss": "ppo",
+}  # fmt: skip
 
 
-def train(folder, **writers):
+def train(folder, sample=ONE, **writers):
     """Three steps with these writers; the coordinator is stopped after them."""
     with (
         CoordinatorProcess(folder, writers=writers, env={"WANDB_SILENT": "true"}) as coordinator,
@@ -19,7 +23,7 @@ def train(folder, **writers):
         coordinator.client() as client,
     ):
         wait_for(lambda: client.get("/health").json()["trainer"])
-        assert client.post("/train", json=ONE | {"epochs": 3, "wait": True}).json()["state"] == "succeeded"
+        assert client.post("/train", json=sample | {"epochs": 3, "wait": True}).json()["state"] == "succeeded"
 
 
 def test_tensorboard_gets_every_step(tmp_path):
@@ -34,6 +38,16 @@ def test_tensorboard_gets_every_step(tmp_path):
         (3, 1.25),
     ]
     assert [e.value for e in events.Scalars("apollo/tokens")] == [4, 8, 12]
+
+
+def test_tensorboard_gets_the_figures_of_a_loss_over_sampled_tokens(tmp_path):
+    """As they are in the events: rewards, mismatch and the like."""
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    train(tmp_path, SAMPLED, tensorboard_dir=str(tmp_path / "tb"))
+    events = accumulator.EventAccumulator(str(tmp_path / "tb"))
+    events.Reload()
+    assert [e.value for e in events.Scalars("apollo/reward_mean")] == [0.25] * 3
+    assert [e.value for e in events.Scalars("apollo/mismatch_kl")] == pytest.approx([0.01, 0.02, 0.03])
 
 
 def test_tokens_go_on_over_a_restart(tmp_path):
