@@ -150,12 +150,13 @@ class ShownSample(Struct):
 
 
 class DryRun(Struct):
-    """Answer of ``POST /train?dry_run=true``."""
+    """Answer of ``POST /train?dry_run=true``. ``converted``: how many samples were converted, by their format."""
 
     samples: list[ShownSample]
     num_tokens: int
     num_loss_tokens: int
     total_steps: int
+    converted: dict[str, int] = {}
 
 
 class Score(Struct):

@@ -88,6 +88,8 @@ def show_dry_run(answer: DryRun) -> None:
             text = "".join(token for token, _ in run)
             line.append(f"{begin}{text}{end}" if learned else text, "green" if learned else "dim")
         out.print(line)
+    for form, count in answer.converted.items():
+        out.print(f"{count} {'sample' if count == 1 else 'samples'} of {form}'s form converted to messages")
     marked = "" if coloured else f" (between {begin} and {end})"
     out.print(f"{answer.num_tokens} tokens, {answer.num_loss_tokens} learned from{marked}; {answer.total_steps} steps")
 
