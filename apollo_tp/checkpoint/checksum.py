@@ -61,7 +61,7 @@ def add(sums: Iterable[Mapping[str, int]]) -> dict[str, int]:
 
 def over_ranks(own: Mapping[str, int], *controls: ComputeControl) -> dict[str, int]:
     """The sum by name over the ranks of each of ``controls`` in turn. Collective: a gather for each."""
-    total = dict(own)
+    total = add([own])  # one tensor may have several boxes here, whose sum is above what a message can carry
     for control in controls:
         rows = control.gather(msgspec.msgpack.encode(total))
         total = add(msgspec.msgpack.decode(row, type=dict[str, int]) for row in rows)

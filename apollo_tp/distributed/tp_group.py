@@ -133,8 +133,8 @@ class TPGroup:
 
     def form(self, backend: str, timeout: datetime.timedelta) -> None:
         """Join a new process group over the default group, and new ones for the subgroups. Collective."""
+        self.aborted.reset(on_device=backend == "nccl")  # of one rank too: dissolve has set it
         if self.size > 1:
-            self.aborted.reset(on_device=backend == "nccl")
             self._join({"backend": backend, "timeout": timeout})
 
     def _all_rows(self) -> tuple[tuple[int, ...], ...]:

@@ -378,7 +378,8 @@ def _plan_memory(bound: Bound, trainer: Trainer) -> str:
         plan = plan_memory(trainer, CudaMeter(trainer.device), train.max_sequence_tokens)
     keep = plan.needed_with_graphs(keep=True) <= plan.available
     with_graphs = plan.needed_with_graphs(keep=keep)
-    replays = train.cuda_graphs and with_graphs <= plan.available
+    # a replayed pass runs no hooks, so that the sums over replicas would run after it and not beside it
+    replays = train.cuda_graphs and trainer.mesh.replicas.size == 1 and with_graphs <= plan.available
     if replays:
         replays = trainer.record_passes(GraphCache(trainer.model, keep=keep))
     return plan.describe(with_graphs if replays else 0)

@@ -184,9 +184,9 @@ class Owners:
     def _flat_gradients(self, bucket: Bucket) -> Tensor:
         """[R, num_elements + 1] in the gradients' dtype: in row r, those that replica r owns, padded, and a canary of 1."""
         flat = self._rows(bucket, self.replicas.size, extra=1)
-        flat[:, -1] = 1.0
         for row, indices in zip(flat, bucket.indices, strict=True):
             self._pack(row, {i: self.parameters[i].grad for i in indices})
+        flat[:, -1] = 1.0
         return flat
 
     def publish(self) -> None:
@@ -208,23 +208,26 @@ class Owners:
             self._write(bucket, self.replicas.broadcast_(rows, source), list(range(self.replicas.size)))
 
     def _rows(self, bucket: Bucket, count: int, extra: int = 0) -> Tensor:
-        """Zeros [count, num_elements + extra] in the dtype of the bucket's parameters."""
+        """Memory [count, num_elements + extra] in the dtype of the bucket's parameters, in which ``_pack`` leaves nothing
+        undefined but the ``extra`` elements."""
         like = self.parameters[next(i for part in bucket.indices for i in part)].tensor
-        return torch.zeros(count, bucket.num_elements + extra, dtype=like.dtype, device=like.device)
+        return torch.empty(count, bucket.num_elements + extra, dtype=like.dtype, device=like.device)
 
     def _weights(self, bucket: Bucket, replica: int) -> dict[int, Tensor | None]:
         """By index, the local weights in ``bucket`` that ``replica`` owns."""
         return {i: self.parameters[i].tensor.data for i in bucket.indices[replica]}
 
     def _pack(self, row: Tensor, values: Mapping[int, Tensor | None]) -> None:
-        """Copy ``values`` (by index, in local shapes) one after the other into ``row``, where those that are None have their
-        place."""
+        """Copy ``values`` (by index, in local shapes) one after the other into ``row``; those that are None, and the rest of
+        the row, are zeros."""
         start = 0
         for i, value in values.items():
-            stop = start + self.parameters[i].tensor.numel()
-            if value is not None:
-                row[start:stop].view(value.shape).copy_(value)
-            start = stop
+            place = row[start : (start := start + self.parameters[i].tensor.numel())]
+            if value is None:
+                place.zero_()
+            else:
+                place.view(value.shape).copy_(value)
+        row[start:].zero_()
 
     def _write(self, bucket: Bucket, rows: Tensor, owners: Sequence[int]) -> None:
         """Give the weights of these ``owners`` in this bucket what was received in ``rows`` [R, num_elements], but only if

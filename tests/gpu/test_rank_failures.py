@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import datetime
 import os
 import shlex
@@ -135,9 +134,10 @@ def test_the_other_rank_is_woken_and_writes_nothing(place: str, num_sums: int) -
     assert run_ranks(_fail, 2, place, num_sums, deadline_seconds=240) == [[], []]
 
 
-@contextlib.contextmanager
-def _mps() -> Iterator[dict[str, str]]:
-    """A control daemon of its own; yields the variables that its clients need."""
+@pytest.fixture(scope="module")
+def mps() -> Iterator[dict[str, str]]:
+    """A control daemon of its own; yields the variables that its clients need. One for all tests: this process is a client
+    too, from its first look at served weights on, and cannot become one of a second daemon."""
     script = Path(__file__).parents[2] / "launch/mps.sh"
     exports = subprocess.run([script, "start"], capture_output=True, text=True, check=True, timeout=60).stdout
     variables = dict(word.split("=", 1) for word in shlex.split(exports) if "=" in word)
@@ -156,19 +156,20 @@ def _mps() -> Iterator[dict[str, str]]:
 
 @pytest.mark.skipif(shutil.which("nvidia-cuda-mps-control") is None, reason="no MPS on this machine")
 @pytest.mark.parametrize("size", [1, pytest.param(2, marks=pytest.mark.multigpu)], ids=["TP1", "TP2"])
-def test_under_mps_a_rank_that_raises_in_its_optimizer_freezes_nothing(size: int, tmp_path: Path) -> None:
+def test_under_mps_a_rank_that_raises_in_its_optimizer_freezes_nothing(
+    size: int, mps: dict[str, str], tmp_path: Path
+) -> None:
     """The server is another client of the same MPS server, which a process that ends in a running kernel may take along."""
     tmp_path.chmod(0o700)
     make_model(tmp_path / "model", standard_library_text(1000, 30), vocab_size=1003, num_layers=2)
     port = free_port()
-    with _mps() as variables:
-        process = start_server(
-            tmp_path / "model", port, tmp_path, tmp_path / "server.log", tensor_parallel=size, extra=SERVER_ARGS,
-            environment=variables,
-        )  # fmt: skip
-        try:
-            process.wait_for(f"http://127.0.0.1:{port}/health", START_SECONDS)
-            server = Server(f"http://127.0.0.1:{port}", tmp_path / "model", tmp_path, "demo", process)
-            check_raise_in_the_optimizer(server, tmp_path, ["qos.sm_percent=50", "qos.low_priority=true"])
-        finally:
-            process.stop()
+    process = start_server(
+        tmp_path / "model", port, tmp_path, tmp_path / "server.log", tensor_parallel=size, extra=SERVER_ARGS,
+        environment=mps,
+    )  # fmt: skip
+    try:
+        process.wait_for(f"http://127.0.0.1:{port}/health", START_SECONDS)
+        server = Server(f"http://127.0.0.1:{port}", tmp_path / "model", tmp_path, "demo", process)
+        check_raise_in_the_optimizer(server, tmp_path, ["qos.sm_percent=50", "qos.low_priority=true"])
+    finally:
+        process.stop()

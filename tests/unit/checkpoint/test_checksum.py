@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from apollo_tp.checkpoint import checksum
+from apollo_tp.distributed.control import Control
 from apollo_tp.shards.boxes import Box
 
 DTYPES = (torch.bfloat16, torch.float32, torch.int8, torch.float64)
@@ -67,3 +68,10 @@ def test_what_was_saved_without_checksums_is_passed_over() -> None:
     saved = {"a": checksum.text(1), "b": checksum.text(2)}
     assert checksum.differing(saved, {"a": 1, "b": 3, "c": 4}) == ["b"]
     assert checksum.differing({}, {"a": 1}) == []
+
+
+def test_sums_of_many_boxes_can_be_sent() -> None:
+    """A rank's boxes of one tensor add up to more than 64 bits, which a message between ranks cannot carry."""
+    control = Control(0, 1)
+    own = {"a": 3 * ((1 << 64) - 1), "b": 5}
+    assert checksum.over_ranks(own, control, control) == {"a": (1 << 64) - 3, "b": 5}
