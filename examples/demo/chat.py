@@ -26,7 +26,7 @@ DATA = Path(__file__).parent / "data"
 CONVERSATIONS, HELDOUT = DATA / "conversations.jsonl", DATA / "heldout.txt"
 BATCH_SIZE = 8
 MAX_TOKENS = 32
-ASK_EVERY = 3
+ASK_EVERY = 4
 """Steps between two questions while the model is trained."""
 POLL_SECONDS = 0.25
 MAX_PERPLEXITY_RATIO = 1.1
@@ -195,7 +195,7 @@ def _promises_held(result: dict[str, Any]) -> bool:
 
 DEMO = Demo(
     "examples.demo.chat", __doc__, "apollo_tp demo: a chat model, trained in place while it answers", OUTPUTS, run,
-    _promises_held, num_steps=18,
+    _promises_held, num_steps=24,
 )  # fmt: skip
 
 if __name__ == "__main__":
