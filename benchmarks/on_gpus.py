@@ -71,6 +71,11 @@ STEPS = {
         ("-m", "torch.distributed.run", "--nproc-per-node", "2", "benchmarks/profile_step.py", "--kernels", "45"),
         150, server=False,
     ),
+    "profile-replicas": Step(
+        ("-m", "torch.distributed.run", "--nproc-per-node", "2", "benchmarks/profile_step.py", "--replicas", "2",
+         "--kernels", "45"),
+        150, server=False,
+    ),
     "optimizer": Step(bench("optimizer", "--steps", "40", "--out", "{out}/optimizer.md"), 110, server=False, rehearsal=()),
     "restore": Step(
         ("-m", "torch.distributed.run", "--nproc-per-node", "2", *bench("restore", "--out", "{out}")), 300, server=False

@@ -2,11 +2,13 @@
 
     python benchmarks/profile_step.py            # a GPU: the shapes of one rank of an 8.19B Qwen3 at TP = 2
     torchrun --nproc-per-node 2 benchmarks/profile_step.py      # two GPUs: both ranks, with their sums
+    torchrun --nproc-per-node 2 benchmarks/profile_step.py --replicas 2     # each GPU a replica at TP = 1
     python benchmarks/profile_step.py --tiny     # rehearsal on any machine
 
 A model of half the heads, half the feed-forward width and half the vocabulary has exactly the matrices of one rank of two:
 its step is that rank's computation. What one process misses is the sums over ranks (two per layer and direction, and the
-optimizer's). Weights lie in memory as vLLM keeps them: query, key and value rows, and gate and up rows, side by side.
+optimizer's). Weights lie in memory as vLLM keeps them: query, key and value rows, and gate and up rows, side by side. With
+replicas the table has the exchange between them by itself too.
 """
 
 from __future__ import annotations
@@ -34,6 +36,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PretrainedConfig, Qwen3Config
 
 from apollo_tp.config import GradientMode, OptimConfig, Precision
+from apollo_tp.distributed.mesh import Mesh
 from apollo_tp.distributed.tp_group import TPGroup
 from apollo_tp.gpu_sharing.sm_limit import limit_sms
 from apollo_tp.model import bind_model, joined
@@ -151,6 +154,8 @@ def main() -> int:
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--tokens", type=int, help="tokens of a step, in one sequence (default 4096; tiny 64)")
     parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--replicas", type=int, default=1, help="the ranks are divided into so many")
+    parser.add_argument("--micro-batches", type=int, default=1, help="of --tokens each, in a step of each replica")
     parser.add_argument("--precision", type=Precision, choices=list(Precision), default=Precision.remainder)
     parser.add_argument(
         "--gradients", choices=["stored", "in_backward"], default="stored", help="in_backward also stops clipping"
@@ -174,21 +179,22 @@ def main() -> int:
         joined.JoinedLinear.enter = lambda *_: None
     device = "cuda" if torch.cuda.is_available() else "cpu"
     tokens = options.tokens or (64 if options.tiny else 4096)
-    with ranks() as tp:
-        tp.peers.enabled = options.peer_memory
+    with ranks() as world:
+        world.peers.enabled = options.peer_memory
+        mesh = Mesh.build(world, world.size // options.replicas)
         whole = TINY if options.tiny else QWEN3_8B
-        config = Qwen3Config(**(whole if options.tiny or tp.size > 1 else whole | RANK_OF_TWO))
+        config = Qwen3Config(**(whole if options.tiny or world.size > 1 else whole | RANK_OF_TWO))
         if options.sm_percent:
             limit_sms(torch.device("cuda", torch.cuda.current_device()), options.sm_percent)
-        result = run(config, tokens, device, tp, options)
-        if tp.rank == 0:
-            report(result, tp, options)
+        result = run(config, tokens, device, mesh, options)
+        if world.rank == 0:
+            report(result, world, options)
     return 0
 
 
-def report(result: dict[str, Any], tp: TPGroup, options: argparse.Namespace) -> None:
+def report(result: dict[str, Any], world: TPGroup, options: argparse.Namespace) -> None:
     table = Table(
-        title=f"profile_step: {tp.size} x {device_name()}, torch {torch.__version__}, {datetime.date.today()}"
+        title=f"profile_step: {world.size} x {device_name()}, torch {torch.__version__}, {datetime.date.today()}"
     )
     table.add_column("what")
     table.add_column("", justify="right")
@@ -196,11 +202,32 @@ def report(result: dict[str, Any], tp: TPGroup, options: argparse.Namespace) -> 
         table.add_row(key, f"{value:,.2f}" if isinstance(value, float) else str(value))
     Console(width=140).print(table)
     print(json.dumps(result))
-    write_results(options.out, "profile", tp.size, result)
+    write_results(options.out, "profile", world.size, result)
 
 
-def run(config: PretrainedConfig, tokens: int, device: str, tp: TPGroup, options: argparse.Namespace) -> dict[str, Any]:
+def exchange(optimizer: Optimizer, device: str) -> dict[str, float]:
+    """Milliseconds of the sums of gradients, and of the copy of weights, with nothing beside them. Collective."""
+    assert optimizer.owners is not None
+    found = {}
+    for name, part in (
+        ("sums of gradients", optimizer.owners.sum_gradients),
+        ("copy of weights", optimizer.owners.publish),
+    ):
+        seconds = []
+        for _ in range(4):
+            optimizer.replicas.all_reduce_(torch.zeros(1, device=device)).item()
+            begun = time.perf_counter()
+            part()
+            if device == "cuda":
+                torch.cuda.synchronize()
+            seconds.append(time.perf_counter() - begun)
+        found[f"exchange alone ms, {name}"] = statistics.median(seconds[1:]) * 1e3
+    return found
+
+
+def run(config: PretrainedConfig, tokens: int, device: str, mesh: Mesh, options: argparse.Namespace) -> dict[str, Any]:
     torch.manual_seed(0)
+    tp = mesh.tp
     shards, fused_tensors = served_memory(config, device, tp)
     weights = torch.cuda.memory_allocated() if device == "cuda" else 0
     in_backward = options.gradients == "in_backward"
@@ -212,19 +239,21 @@ def run(config: PretrainedConfig, tokens: int, device: str, tp: TPGroup, options
         config, shards, tp, fused_tensors=fused_tensors, gradient_checkpointing=options.recompute,
         compiled=compiled if options.compile else None,
     )  # fmt: skip
-    optimizer = Optimizer(optim, options.precision, model.parameters, tp)
+    optimizer = Optimizer(optim, options.precision, model.parameters, tp, mesh.replicas)
     trainer = Trainer(
-        model, optimizer, tp, device=torch.device(device), max_micro_batch_tokens=tokens,
+        model, optimizer, tp, mesh=mesh, device=torch.device(device), max_micro_batch_tokens=tokens,
         gradients=GradientMode(options.gradients),
     )  # fmt: skip
     if device == "cuda":  # as at a trainer's start: shorter steps come first, and layers are compiled for any length
         plan = plan_memory(trainer, CudaMeter(trainer.device), tokens)
-        if options.graphs:
+        if options.graphs and options.replicas == 1:
             trainer.record_passes(GraphCache(model, keep=plan.needed_with_graphs(keep=True) <= plan.available))
         print(plan.describe())
         planned = (plan.activations + plan.gradients + torch.cuda.memory_allocated() - weights) / 1e9
     ids = torch.randint(0, config.vocab_size, (tokens,)).tolist()
-    samples = [Sample(token_ids=ids, weights=[0.0] + [1.0] * (tokens - 1))]
+    sample = Sample(token_ids=ids, weights=[0.0] + [1.0] * (tokens - 1))
+    samples = [sample] * (options.replicas * options.micro_batches)
+    tokens *= len(samples)
     seconds = []
     begun = time.perf_counter()
     for _ in range(options.steps + 3):
@@ -251,7 +280,7 @@ def run(config: PretrainedConfig, tokens: int, device: str, tp: TPGroup, options
         print(*(lines if tp.rank == 0 else ()), sep="\n")
         for event in longest if tp.rank == 0 else ():
             print(f"{event.self_device_time_total / 1e3:9.2f} ms {event.count:6d} x  {event.key[:150]}")
-    return measured
+    return measured | (exchange(optimizer, device) if options.replicas > 1 else {})
 
 
 if __name__ == "__main__":

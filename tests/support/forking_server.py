@@ -23,6 +23,8 @@ class _Forking:
     def get_context(method: str) -> multiprocessing.context.ForkContext:
         return multiprocessing.get_context("fork")
 
+    current_process = staticmethod(multiprocessing.current_process)
+
 
 def fork_processes() -> None:
     """From here on vLLM forks what it starts; it inspects model classes in this process rather than in another one."""

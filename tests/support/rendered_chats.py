@@ -181,7 +181,9 @@ def _client(model_config: Any, tokenizer: Any, kind: Any = None) -> Any:
 
 
 def _text(render: Any, *args: Any) -> str:
+    from vllm.renderers.hf import ChatTemplateResolutionError  # vLLM release: from 0.33 on it is no ValueError
+
     try:
         return str(render(*args))
-    except (ValueError, RequestError) as error:
+    except (ValueError, RequestError, ChatTemplateResolutionError) as error:
         return f"{type(error).__name__}: {error}"

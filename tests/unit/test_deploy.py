@@ -50,6 +50,36 @@ def test_manifests_name_what_there_is(path, monkeypatch):
     read_arguments(overrides)  # raises for an option that there is not
 
 
+def _check(words: list[str]) -> int:
+    """How many trainer ranks ``apollo-tp serve`` would start with these arguments. Raises for unknown options."""
+    split = words.index("--")
+    plan = serve.plan(words[0], words[1:split], words[split + 1 :])
+    read_arguments(words[split + 1 :])
+    return int(plan.trainer[plan.trainer.index("--nproc-per-node") + 1])
+
+
+@pytest.fixture
+def plain(monkeypatch):
+    monkeypatch.delenv("VLLM_PLUGINS", raising=False)
+    monkeypatch.setenv(instance_folder.INSTANCE_VARIABLE, "mine")
+
+
+def test_the_compose_file_asks_for_what_its_command_needs(plain):
+    (service,) = yaml.safe_load((ROOT / "deploy/compose.yaml").read_text())["services"].values()
+    (device,) = service["deploy"]["resources"]["reservations"]["devices"]
+    assert _check(service["command"]) == device["count"]
+    assert (ROOT / "deploy" / service["build"]["context"] / service["build"]["dockerfile"]).is_file()
+    assert all(port.startswith("127.0.0.1:") for port in service["ports"])
+
+
+def test_the_unit_starts_a_command_that_there_is(plain):
+    text = (ROOT / "deploy/systemd/apollo-tp.service").read_text().replace("\\\n", " ")
+    (start,) = re.findall(r"^ExecStart=(.*)$", text, re.MULTILINE)
+    program, command, *words = shlex.split(start.replace("%S", "/var/lib").replace("${MODEL}", "MODEL"))
+    assert (Path(program).name, command) == ("apollo-tp", "serve")
+    assert _check(words) == 2
+
+
 def test_the_image_has_what_is_installed():
     """Every file that is copied exists, and so do those that the build needs."""
     lines = (ROOT / "deploy/Dockerfile").read_text().splitlines()

@@ -37,6 +37,8 @@ class Engine:
     def __init__(self, client: Any) -> None:
         self._client = client
         self._salt = ""
+        self._admits = asyncio.Event()
+        self._admits.set()
         self._pause, self._resume = client.pause_generation, client.resume_generation
         self._free, self._complete = asyncio.Event(), asyncio.Event()
         self._free.set()
@@ -73,6 +75,9 @@ class Engine:
         either way. Does nothing where others have paused vLLM."""
         if not self._paused_by_others:
             self._paused = True
+            if drain:  # vLLM release: from 0.33 on, vLLM refuses new requests while it finishes the running ones
+                self._wrap_requests()
+                self._admits.clear()
             await self._pause(mode="wait" if drain else "keep", clear_cache=False)
 
     async def resume(self) -> None:
@@ -83,6 +88,7 @@ class Engine:
             if paused:
                 await self._resume()
         finally:
+            self._admits.set()
             self._free.set()
 
     async def reset_prefix_cache(self) -> None:
@@ -114,10 +120,14 @@ class Engine:
     def salt_requests(self, salt: str) -> None:
         """From now on, let requests share prefix-cache entries only with requests of the same ``salt`` ("" for no salt).
 
-        The client's own ``cache_salt`` of a request stays. All requests are sent by ``add_request_async``, however they
-        were made; it is wrapped once.
+        The client's own ``cache_salt`` of a request stays.
         """
         self._salt = salt
+        self._wrap_requests()
+
+    def _wrap_requests(self) -> None:
+        """Have requests wait until they are admitted, and take the salt of that moment. All are sent by
+        ``add_request_async``, however they were made; it is wrapped once."""
         core = self._client.engine_core
         original = core.add_request_async
         if hasattr(original, "apollo_tp"):
@@ -125,6 +135,8 @@ class Engine:
 
         @functools.wraps(original)
         async def add_request_async(request: Any) -> Any:
+            while not self._admits.is_set():  # It may be closed again before this task runs.
+                await self._admits.wait()
             request.cache_salt = request.cache_salt or self._salt or None
             return await original(request)
 

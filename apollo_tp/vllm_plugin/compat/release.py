@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 
-SUPPORTED_VERSIONS = ("0.26", "0.32")
+SUPPORTED_VERSIONS = ("0.26", "0.33")
 """First and last supported minor release, inclusive."""
 
 
