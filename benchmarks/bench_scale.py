@@ -27,7 +27,6 @@ from typing import Any
 
 import httpx
 import torch
-from bench_optimizer import LocalGroup
 from rich.console import Console
 from rich.table import Table
 from server_stack import (
@@ -49,6 +48,7 @@ from transformers import Qwen3_5Config, Qwen3Config
 from apollo_tp.config import OptimConfig, Precision
 from apollo_tp.optim import Optimizer, OptimParameter
 from apollo_tp.shards.placement import place
+from apollo_tp.training.estimate import LocalGroup
 
 LOW_MEMORY = ("train.gradients=in_backward", "optim.max_grad_norm=null", "train.gradient_checkpointing=true")
 """Gradients are freed in the backward pass (which rules out clipping), activations computed again: what lets 27B fit."""

@@ -64,6 +64,36 @@ class ConnectedTrainer(Struct):
     attention_window: int
 
 
+class PlanChoice(Struct):
+    """A choice of the trainer's options, and the bytes that it takes on each GPU, by part."""
+
+    overrides: list[str]
+    bytes: dict[str, int]
+    total: int
+    fits: bool
+    largest_micro_batch_tokens: int
+    tokens_per_second: float | None
+
+
+class Plan(Struct):
+    """What `apollo-tp plan` found; ``overrides`` and ``gpu_memory_utilization`` are those of the first choice that fits."""
+
+    model: str
+    gpus: int
+    gpu: str
+    bytes_per_gpu: int
+    tensor_parallel_size: int
+    tokens: int
+    length: int
+    concurrency: int
+    num_parameters: int
+    fits: bool
+    overrides: list[str] | None
+    gpu_memory_utilization: float | None
+    choices: list[PlanChoice]
+    sources: str
+
+
 class Status(Struct):
     """Answer of ``GET /train/status``."""
 
@@ -120,12 +150,13 @@ class ShownSample(Struct):
 
 
 class DryRun(Struct):
-    """Answer of ``POST /train?dry_run=true``."""
+    """Answer of ``POST /train?dry_run=true``. ``converted``: how many samples were converted, by their format."""
 
     samples: list[ShownSample]
     num_tokens: int
     num_loss_tokens: int
     total_steps: int
+    converted: dict[str, int] = {}
 
 
 class Score(Struct):

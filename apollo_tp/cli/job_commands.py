@@ -16,7 +16,13 @@ from apollo_tp.cli.session import OK, REFUSED, Session
 from apollo_tp.errors import ConfigError
 
 JobId = Annotated[str, typer.Argument(metavar="ID", help="Id of a job, as `train` and `jobs` print it.")]
-Samples = Annotated[Path, typer.Argument(metavar="FILE.jsonl", help="One sample per line; - is standard input.")]
+Samples = Annotated[
+    Path,
+    typer.Argument(
+        metavar="FILE",
+        help="JSON Lines or a JSON array of samples (- is standard input), Parquet, or a folder of Dataset.save_to_disk.",
+    ),
+]
 Truncate = Annotated[
     Literal["refuse", "left", "right"] | None,
     typer.Option(
@@ -45,7 +51,7 @@ def train(
     max_steps: Annotated[int | None, typer.Option(help="End after this many steps.", show_default="all epochs")] = None,
     truncate: Truncate = None,
     validation: Annotated[
-        Path | None, typer.Option(metavar="FILE.jsonl", help="Held-out samples, whose loss is measured now and then.")
+        Path | None, typer.Option(metavar="FILE", help="Held-out samples, whose loss is measured now and then.")
     ] = None,
     guard: Annotated[
         Literal["report", "pause", "rollback"] | None,
@@ -62,7 +68,7 @@ def train(
         bool, typer.Option("--higher-is-better", help="Of the number that the guard's command prints.")
     ] = False,
 ) -> int:
-    """Train on a JSONL file of samples."""
+    """Train on a file of samples."""
     if learning_rate_scale is not None and not math.isfinite(learning_rate_scale):
         raise ConfigError(f"--learning-rate-scale: got {learning_rate_scale}, expected a finite number")
     options = {
@@ -99,7 +105,7 @@ def _guard(action: str | None, **options: Any) -> dict[str, Any] | None:
 
 
 def score(session: Session, file: Samples, truncate: Truncate = None) -> int:
-    """Show the log-probability of each sample of a JSONL file under the weights that are served now."""
+    """Show the log-probability of each sample of a file under the weights that are served now."""
     source = SampleFile(file)
     body = {"samples": source.samples} | ({"truncate": truncate} if truncate else {})
     content, headers = msgspec.json.encode(body), {"Content-Type": "application/json"}

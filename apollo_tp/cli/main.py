@@ -54,7 +54,7 @@ for function in (
     trainer_commands.status, job_commands.train, job_commands.jobs, job_commands.job, job_commands.events,
     job_commands.action("cancel"), job_commands.action("pause"), job_commands.action("resume"), job_commands.score,
     trainer_commands.checkpoint, trainer_commands.checkpoints, trainer_commands.restore, trainer_commands.inspect,
-    trainer_commands.compare, trainer_commands.keys, trainer_commands.end_orphans,
+    trainer_commands.compare, trainer_commands.plan, trainer_commands.keys, trainer_commands.end_orphans,
 ):  # fmt: skip
     app.command(function.__name__.replace("_", "-"))(command(function))
 app.command("serve", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(

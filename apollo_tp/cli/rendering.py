@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from apollo_tp.cli.answers import Checkpoint, DryRun, Event, Job, Scores, Status, read
+from apollo_tp.cli.answers import Checkpoint, DryRun, Event, Job, Plan, Scores, Status, read
 
 # texts of models, jobs and errors are shown as they are: brackets in them are no markup
 out = Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
@@ -88,6 +88,8 @@ def show_dry_run(answer: DryRun) -> None:
             text = "".join(token for token, _ in run)
             line.append(f"{begin}{text}{end}" if learned else text, "green" if learned else "dim")
         out.print(line)
+    for form, count in answer.converted.items():
+        out.print(f"{count} {'sample' if count == 1 else 'samples'} of {form}'s form converted to messages")
     marked = "" if coloured else f" (between {begin} and {end})"
     out.print(f"{answer.num_tokens} tokens, {answer.num_loss_tokens} learned from{marked}; {answer.total_steps} steps")
 
@@ -116,6 +118,32 @@ def show_event(event: Event) -> None:
 def show_action(job: Job) -> None:
     """The state of a job that was asked to do something."""
     out.print(f"{job.id}: {job.state}{f', {job.wanted} asked' if job.wanted else ''}")
+
+
+def show_plan(plan: Plan) -> None:
+    """A row for each choice of options, GB on each GPU; then the commands of the first that fits."""
+    names = list(plan.choices[0].bytes)
+    table = Table("", *names, "total", "", "tokens/s", title=f"GB on each of {plan.gpus} x {plan.gpu}, "
+                  f"{plan.bytes_per_gpu / 1e9:.1f} each: {plan.num_parameters / 1e9:.2f}B parameters")  # fmt: skip
+    for choice in plan.choices:
+        verdict = "fits" if choice.fits else f"{(choice.total - plan.bytes_per_gpu) / 1e9:.1f} too much"
+        if not choice.fits and choice.largest_micro_batch_tokens >= 2:
+            verdict += f"; {choice.largest_micro_batch_tokens} tokens would fit"
+        parts = [f"{choice.bytes[name] / 1e9:.1f}" for name in names]
+        speed = "" if choice.tokens_per_second is None else f"{choice.tokens_per_second:,.0f}"
+        # the first two options say how many tokens, which all rows have
+        table.add_row(
+            "\n".join(choice.overrides[2:]) or "defaults", *parts, f"{choice.total / 1e9:.1f}", verdict, speed
+        )
+    out.print(table, soft_wrap=False)
+    if plan.overrides is None:
+        out.print("it does not fit; try more GPUs, fewer --tokens, or less --length and --concurrency")
+    else:
+        out.print(
+            f"it fits: apollo-tp serve {plan.model} --tensor-parallel-size {plan.tensor_parallel_size} --max-model-len "
+            f"{plan.length} --gpu-memory-utilization {plan.gpu_memory_utilization} -- {' '.join(plan.overrides)}"
+        )
+    out.print(plan.sources)
 
 
 def show_end(job: Job) -> None:

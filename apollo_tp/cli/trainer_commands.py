@@ -11,7 +11,7 @@ import typer
 
 from apollo_tp.cli import rendering
 from apollo_tp.cli.access import HTTP, check_scheme
-from apollo_tp.cli.answers import Checkpoint, ConnectedTrainer, Page, RefusedError, Scores, Status, read
+from apollo_tp.cli.answers import Checkpoint, ConnectedTrainer, Page, Plan, RefusedError, Scores, Status, read
 from apollo_tp.cli.session import OK, REFUSED, Session, errors_as_sentences
 from apollo_tp.errors import ConfigError
 
@@ -33,6 +33,33 @@ def serve(
     with errors_as_sentences():
         status = serving.run(serving.plan(model, context.args, context.obj or []), rendering.show_line)
     raise typer.Exit(status)
+
+
+def plan(
+    session: Session,
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A folder with a config.json, or a name on the hub.")],
+    gpus: Annotated[str, typer.Option(metavar="COUNTxNAME-GB", help="The GPUs, such as 2xH200-141 or 1xH100-80.")],
+    tensor_parallel_size: Annotated[
+        int | None, typer.Option("--tensor-parallel-size", "-tp", help="Of the server.", show_default="all GPUs")
+    ] = None,
+    tokens: Annotated[int, typer.Option(help="The trainer's train.max_micro_batch_tokens.")] = 4096,
+    length: Annotated[int, typer.Option(help="Tokens of a request that is served, prompt and answer.")] = 4096,
+    concurrency: Annotated[int, typer.Option(help="How many requests the KV cache holds at once.")] = 16,
+) -> int:
+    """Does a model fit, to be served and trained? Exits with status 1 if no choice of options makes it fit."""
+    from apollo_tp.cli import plan as planning
+
+    asked = planning.parse_gpus(gpus)
+    size = asked.count if tensor_parallel_size is None else tensor_parallel_size
+    planning.check(asked, size, tokens, length, concurrency)
+    from apollo_tp.training.estimate import Estimate, read_config  # torch, which takes seconds to import
+
+    with rendering.waiting("planning"):
+        estimate = Estimate(read_config(model), size)
+        found = planning.rows(estimate, asked, tokens=tokens, kv_tokens=length * concurrency)
+    answer = planning.answer(model, asked, estimate, found, tokens=tokens, length=length, concurrency=concurrency)
+    session.show(answer, Plan, rendering.show_plan)
+    return OK if answer["fits"] else REFUSED
 
 
 def status(session: Session) -> int:

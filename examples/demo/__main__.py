@@ -11,9 +11,7 @@ import httpx
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from apollo_tp.shards.instance import read_instance
-from apollo_tp.shards.mapping import map_rank
-from examples.demo.common import ENDED, Demo, console, logprobs, mean_logprob, post, texts
+from examples.demo.common import ENDED, Demo, bit_identical, console, logprobs, mean_logprob, post, texts
 from examples.demo.load import GenerationLoad
 from tests.support.demo_model import make_model
 from tests.support.processes import ManagedProcess, coordinator_url, free_port, start_server, start_trainer
@@ -97,28 +95,13 @@ def _figures(
         "heldout_logprob_before": before,
         "heldout_logprob_after": mean_logprob(url, heldout),
         "checkpoint": str(folder),
-        "checkpoint_bit_identical": _bit_identical(folder, runtime_dir / "demo"),
+        "checkpoint_bit_identical": bit_identical(folder, runtime_dir / "demo"),
         "checkpoint_served_logprob_gap": gap,
         "inference_requests_ok": load.ok,
         "inference_requests_failed": load.failed,
         "inference_pauses": load.pauses,
         "inference_longest_gap_s": round(load.longest_gap_seconds, 3),
     }
-
-
-def _bit_identical(folder: Path, instance: Path) -> bool:
-    """Compare every tensor of the folder, as transformers loads it, with the memory that each rank serves from."""
-    state = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").state_dict()
-    manifests = read_instance(instance)
-    for rank in range(len(manifests)):
-        mapped = map_rank(manifests, rank)
-        for name, (shard, local) in mapped.tensors.items():
-            for box, start in shard.boxes:
-                part = state[name][tuple(slice(o, o + n) for o, n in zip(box.offset, box.shape, strict=True))]
-                mine = local if shard.dim is None else local.narrow(shard.dim, start, box.shape[shard.dim])
-                if not torch.equal(part, mine.cpu()):
-                    return False
-    return True
 
 
 @torch.no_grad()

@@ -17,12 +17,16 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import torch
 from rich.console import Console
 from rich.table import Table
+from transformers import AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
 from apollo_tp.errors import ConfigError
 from apollo_tp.runtime import owned_folder
+from apollo_tp.shards.instance import read_instance
+from apollo_tp.shards.mapping import map_rank
 from tests.support.demo_model import standard_library_text
 
 SAMPLE_CHARS = 450
@@ -63,12 +67,16 @@ class Demo:
         signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(f"got {signal.Signals(number).name}"))
         # Unix socket paths are short: the runtime folder cannot lie deep in a checkout.
         with tempfile.TemporaryDirectory(prefix="apollo_tp-") as runtime_dir:
-            result = self.run(arguments.out.resolve(), Path(runtime_dir), arguments.steps, server_args)
+            try:
+                result = self.run(arguments.out.resolve(), Path(runtime_dir), arguments.steps, server_args)
+            except ConfigError as error:
+                raise SystemExit(f"{self.name}: {error}") from error
         result["wall_s"] = round(time.monotonic() - started, 1)
         (arguments.out / "result.json").write_text(json.dumps(result, indent=2) + "\n")
         table = Table(title=self.title, show_header=False)
         for key, value in result.items():
-            table.add_row(key, _shown(value))
+            if not isinstance(value, list):  # lists are for the file
+                table.add_row(key, _shown(value))
         Console().print(table)
         return 0 if self.kept(result) else 1
 
@@ -109,6 +117,22 @@ def logprobs(url: str, text: str) -> list[float]:
 def mean_logprob(url: str, texts: list[str]) -> float:
     values = [value for text in texts for value in logprobs(url, text)]
     return sum(values) / len(values)
+
+
+def bit_identical(folder: Path, instance: Path, dtype: torch.dtype | str = "auto") -> bool:
+    """Compare every tensor of the folder, as transformers loads it in ``dtype``, with the memory that each rank
+    serves from."""
+    state = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).state_dict()
+    manifests = read_instance(instance)
+    for rank in range(len(manifests)):
+        mapped = map_rank(manifests, rank)
+        for name, (shard, local) in mapped.tensors.items():
+            for box, start in shard.boxes:
+                part = state[name][tuple(slice(o, o + n) for o, n in zip(box.offset, box.shape, strict=True))]
+                mine = local if shard.dim is None else local.narrow(shard.dim, start, box.shape[shard.dim])
+                if not torch.equal(part, mine.cpu()):
+                    return False
+    return True
 
 
 def post(url: str, body: dict[str, Any]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import collections
 import functools
 import logging
 import math
@@ -38,7 +39,8 @@ from apollo_tp.coordinator.jobs.job import (
     plan_total_steps,
     spec_of,
 )
-from apollo_tp.coordinator.samples.body import read_body
+from apollo_tp.coordinator.samples.body import Samples, read_body
+from apollo_tp.coordinator.samples.forms import converted_from
 from apollo_tp.coordinator.samples.sample_file import write_records
 from apollo_tp.coordinator.samples.schema import (
     MAX_SAMPLES,
@@ -190,8 +192,14 @@ def _dry_run(service: Service, data: Body, is_abandoned: IsAbandoned) -> bytes:
         "num_tokens": sum(len(sample.token_ids) for sample in samples),
         "num_loss_tokens": sum(weight > 0 for sample in samples for weight in sample.weights),
         "total_steps": plan_total_steps(spec_of(body), len(samples)),
+        "converted": _converted(given),
     }
     return msgspec.json.encode(answer)
+
+
+def _converted(given: Samples | None) -> dict[str, int]:
+    """How many samples, which were accepted, have been converted to messages, by their format."""
+    return collections.Counter(form for each in (given.elements() if given else ()) if (form := converted_from(each)))
 
 
 @router.post("/train/score", openapi_extra=json_body(ScoreBody))

@@ -41,9 +41,13 @@ class Samples:
 
     def __iter__(self) -> Iterator[SampleBody]:
         """Decode each sample. Raises RequestError naming it."""
+        for index, element in enumerate(self.elements()):
+            yield read_sample(element, SampleBody, f"samples[{index}].")
+
+    def elements(self) -> Iterator[bytes]:
+        """Each sample as it is written."""
         for index in range(len(self)):
-            begin, end = self.bounds[2 * index], self.bounds[2 * index + 1]
-            yield read_sample(self.data[begin:end], SampleBody, f"samples[{index}].")
+            yield self.data[self.bounds[2 * index] : self.bounds[2 * index + 1]]
 
 
 def read_body(data: Body, kind: type[B], max_samples: int) -> tuple[B, Samples | None]:

@@ -134,13 +134,22 @@ def _unknown_form(error: RequestError, value: Json, kind: type[msgspec.Struct], 
 
 def _as_messages(value: Json) -> Json:
     """``value`` with ``messages`` in place of those of another format. Raises RequestError if their meaning is ambiguous."""
-    convert: dict[str, Callable[[Json], Json]] = {
-        "conversations": _from_sharegpt, "conversation": _from_sharegpt, "instruction": _from_alpaca, "prompt": _from_trl,
-    }  # fmt: skip
-    for name, converted in convert.items():
-        if name in value and "messages" not in value:
-            return converted(value)
-    return value
+    form = _other_form(value)
+    return _CONVERSIONS[form](value) if form else value
+
+
+def _other_form(value: Json) -> str | None:
+    """The name of the other format that ``value`` has."""
+    if "messages" in value:
+        return None
+    named = {"conversations": "ShareGPT", "conversation": "ShareGPT", "instruction": "Alpaca", "prompt": "TRL"}
+    form = next((form for name, form in named.items() if name in value), None)
+    return None if form == "TRL" and not isinstance(value["prompt"], list) else form
+
+
+def converted_from(sample: bytes) -> str | None:
+    """The format from which a sample that was accepted has been converted to messages: ShareGPT, Alpaca or TRL."""
+    return _other_form(_without_absent(msgspec.json.decode(sample, type=dict), SampleBody))
 
 
 def _from_sharegpt(value: Json) -> Json:
@@ -193,3 +202,8 @@ def _from_trl(value: Json) -> Json:
     context = [m | {"weight": 0} if isinstance(m, dict) and m.get("role") == "assistant" else m for m in prompt]
     rest = {name: field for name, field in value.items() if name not in ("prompt", "completion")}
     return rest | {"messages": [*context, *completion]}
+
+
+_CONVERSIONS: dict[str, Callable[[Json], Json]] = {
+    "ShareGPT": _from_sharegpt, "Alpaca": _from_alpaca, "TRL": _from_trl,
+}  # fmt: skip

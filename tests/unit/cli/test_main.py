@@ -94,6 +94,17 @@ def test_dry_run_checkpoint_inspect_and_stdin(stack, data):
     assert run(stack, "train", "-", "--follow", "--json", text='{"text": "Hello"}\n').returncode == 0
 
 
+def test_a_dry_run_says_what_was_converted(stack, tmp_path):
+    """ShareGPT's and Alpaca's forms, in an array as such files mostly are."""
+    sharegpt = {"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "hello"}]}
+    alpaca = {"instruction": "Say hi.", "input": "", "output": "hello"}
+    (tmp_path / "data.json").write_text(json.dumps([sharegpt, alpaca, sharegpt], indent=1))
+    shown = run(stack, "train", tmp_path / "data.json", "--dry-run").stdout
+    assert (
+        "2 samples of ShareGPT's form converted to messages\n1 sample of Alpaca's form converted to messages\n" in shown
+    )
+
+
 def test_alone_it_shows_what_there_is(stack):
     """The version; without a command the help, with every option of every command explained."""
     assert run(stack, "--version").stdout == f"apollo-tp {apollo_tp.__version__}\n"
