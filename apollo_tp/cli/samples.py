@@ -16,6 +16,8 @@ from apollo_tp.cli.answers import RefusedError
 from apollo_tp.coordinator.samples.lines import EXPECTED, malformed, numbered_lines
 from apollo_tp.errors import RequestError
 
+DATASET_FILES = ("dataset_info.json", "dataset_dict.json")
+"""One of them is in a folder that ``datasets`` has saved."""
 PARQUET = b"PAR1"
 PEEKED_BYTES = 4096
 ROWS_AT_ONCE = 256
@@ -47,7 +49,7 @@ class SampleFile:
 
     def _numbered(self, path: Path) -> Iterator[tuple[int, bytes]]:
         """The samples as JSON, with their numbers in the file."""
-        if path.is_dir():
+        if any((path / name).is_file() for name in DATASET_FILES):
             self._unit = "row"
             yield from enumerate(_rows_of_dataset(path), 1)
             return

@@ -78,12 +78,18 @@ def _without_names(answer: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in answer.items() if key not in ("id", "created")}
 
 
-def _streamed(stack: Stack, headers: dict[str, str]) -> tuple[str, list[Any]]:
-    """The id of a streamed chat completion, and its parts."""
+def _streamed(stack: Stack, headers: dict[str, str]) -> tuple[str, dict[str, Any]]:
+    """The id of a streamed chat completion, and what its parts add up to, with the fields that they have: vLLM sends tokens
+    together when its client or the machine is slow."""
     body = CHAT | {"stream": True}
     with httpx.stream("POST", f"{stack.url}/v1/chat/completions", json=body, headers=headers, timeout=120) as answer:
         parts = [json.loads(line[6:]) for line in answer.iter_lines() if line.startswith("data: {")]
-    return parts[0]["id"], [part["choices"] for part in parts]
+    choices = [choice for part in parts for choice in part["choices"]]
+    return parts[0]["id"], {
+        "content": "".join(choice["delta"].get("content") or "" for choice in choices),
+        "reasons": [choice["finish_reason"] for choice in choices if choice["finish_reason"]],
+        "fields": {field for part in parts for field in part} | {field for choice in choices for field in choice},
+    }
 
 
 def test_what_is_served_is_learned_from(stack: Stack) -> None:

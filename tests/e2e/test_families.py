@@ -35,7 +35,7 @@ TOKENS = [(211 * i) % 990 + 4 for i in range(48)]  # over the vocabulary rows of
 
 # Routing is discontinuous: where two experts are nearly tied, bf16 rounding may send a token to one in vLLM, another in
 # transformers, whose log-probabilities then differ by more than rounding. fp32 rounds 65,536 times finer: held to 1e-3.
-FP32 = {"qwen3-moe"}
+FP32 = {"qwen3-moe", "gpt-oss"}
 
 
 # Tied, and stored with the head as well: vLLM and transformers would take an old head beside a trained embedding.

@@ -305,6 +305,7 @@ SERVED: dict[str, dict[str, Any]] = {
     "llama": {"head_dim": 32},
     "gemma3": {},
     "qwen3-moe": {"head_dim": 32},
+    "gpt-oss": {},
     "qwen3.5": {
         "linear_key_head_dim": 128, "linear_value_head_dim": 128, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
     },

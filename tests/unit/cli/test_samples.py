@@ -61,7 +61,13 @@ def test_without_their_packages_tables_are_refused_with_the_cure(
     (tmp_path / "data.parquet").write_bytes(b"PAR1....PAR1")
     with pytest.raises(RefusedError, match=r"got a Parquet file and no package pyarrow.*pip install pyarrow"):
         SampleFile(tmp_path / "data.parquet")
+    (tmp_path / "dataset_info.json").write_text("{}")
     with pytest.raises(RefusedError, match=r"got a folder and no package datasets.*pip install datasets"):
+        SampleFile(tmp_path)
+
+
+def test_another_folder_is_no_file(tmp_path: Path) -> None:
+    with pytest.raises(IsADirectoryError):
         SampleFile(tmp_path)
 
 
@@ -84,9 +90,9 @@ def test_the_rows_of_a_saved_dataset(tmp_path: Path) -> None:
     with pytest.raises(RefusedError, match=r"several splits, expected one of them: \S+/two/train, \S+/two/test"):
         SampleFile(tmp_path / "two")
     assert _samples(tmp_path / "two" / "train") == [MESSAGES, MESSAGES]
-    (tmp_path / "none").mkdir()
-    with pytest.raises(RefusedError, match=r"none: got a folder .*Dataset\.save_to_disk"):
-        SampleFile(tmp_path / "none")
+    (tmp_path / "one/state.json").unlink()
+    with pytest.raises(RefusedError, match=r"one: got a folder .*Dataset\.save_to_disk"):
+        SampleFile(tmp_path / "one")
 
 
 @pytest.mark.parametrize(
