@@ -92,7 +92,9 @@ class CheckpointWriter:
         self._device = next(iter(tensors.values()))[1].device
         own = self._source.resolve()  # `latest` moves on
         self._served, self._origin = lambda: [own, *served()], folders.origin_of(model_path)
-        self._files = _plan_files(checkpoint, {name: local.dtype for name, (_, local) in tensors.items()})
+        dtypes = {name: local.dtype for name, (_, local) in tensors.items()}
+        self._files = _plan_files(checkpoint, dtypes)
+        self._wider = _wider_dtypes(checkpoint, dtypes)
 
     def save(self, name: str, optimizer: Optimizer, weight_version: int, kept: Sequence[str] = ()) -> tuple[Path, int]:
         """Write checkpoint ``name``; returns its folder and size in bytes. Those that are ``kept`` are not removed for it.
@@ -232,6 +234,8 @@ class CheckpointWriter:
             for path in (*self._source.iterdir(), *self._source.glob(CHAT_TEMPLATES)):
                 if path.is_file() and path.suffix not in OLD_WEIGHTS:
                     _copy_private(path, partial / path.relative_to(self._source))
+            if self._wider and (partial / "config.json").is_file():
+                _restate_dtypes(partial / "config.json", self._wider)
         else:
             self._save_config(partial)
         (partial / folders.INFO_FILE).unlink(missing_ok=True)
@@ -299,6 +303,34 @@ def _plan_files(checkpoint: Sequence[CheckpointTensor], served: dict[str, torch.
         header, entries = plan(specs)
         files.append(_File(name, header, entries, any(tensor.name in served for tensor in tensors)))
     return files
+
+
+def _wider_dtypes(checkpoint: Sequence[CheckpointTensor], served: dict[str, torch.dtype]) -> dict[str, str]:
+    """The name of a dtype on disk -> that of the wider one in which the server holds all its tensors of that dtype, as with
+    ``--dtype float32``. Single tensors that it holds wider (a router's, say) are not what the model's dtype is."""
+    held: dict[torch.dtype, set[torch.dtype]] = {}
+    for tensor in checkpoint:
+        if tensor.name in served:
+            on_disk = DTYPES[tensor.dtype]
+            held.setdefault(on_disk, set()).add(torch.promote_types(on_disk, served[tensor.name]))
+    pairs = ((on_disk, next(iter(wider))) for on_disk, wider in held.items() if len(wider) == 1)
+    return {str(a).removeprefix("torch."): str(b).removeprefix("torch.") for a, b in pairs if a != b}
+
+
+def _restate_dtypes(path: Path, wider: dict[str, str]) -> None:
+    """Let the config at ``path`` say in which dtype the weights are: who loads them in the one it said would round them."""
+
+    def restated(node: object) -> object:
+        if not isinstance(node, dict):
+            return node
+        return {
+            key: wider.get(value, value)
+            if key in ("dtype", "torch_dtype") and isinstance(value, str)
+            else restated(value)
+            for key, value in node.items()
+        }
+
+    path.write_text(json.dumps(restated(json.loads(path.read_text())), indent=2) + "\n")
 
 
 def _split(checkpoint: Sequence[CheckpointTensor]) -> dict[str, list[CheckpointTensor]]:

@@ -111,3 +111,25 @@ def test_second_copies_in_other_files_get_the_trained_values(tmp_path: Path) -> 
         "embedding": True, "kept": False, "head": True, "draft": True,
     }  # fmt: skip
     assert load_file(source / TWO)["head"].equal(old), "the source stays what it was"
+
+
+@pytest.mark.parametrize("router", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("matrix", [torch.bfloat16, torch.float32])
+def test_the_config_says_in_which_dtype_the_weights_are(
+    matrix: torch.dtype, router: torch.dtype, tmp_path: Path
+) -> None:
+    """A bf16 model that is served with --dtype float32 is saved in fp32; one tensor that is held wider changes nothing."""
+    source = tmp_path / "source"
+    source.mkdir()
+    save_file({name: torch.ones(2, 2, dtype=torch.bfloat16) for name in "ab"}, source / "model.safetensors")
+    config = {"dtype": "bfloat16", "text_config": {"torch_dtype": "bfloat16", "layers": [1]}, "name": "bfloat16"}
+    (source / "config.json").write_text(json.dumps(config))
+    listed = [CheckpointTensor(name=name, shape=[2, 2], dtype="BF16", file="model.safetensors") for name in "ab"]
+    held = {"a": matrix, "b": router}
+    served = {name: (Shard(name, (2, 2), None, (), (0,)), torch.ones(2, 2, dtype=held[name])) for name in "ab"}
+    path = _save(source, listed, served)
+    assert {name: value.dtype for name, value in load_file(path / "model.safetensors").items()} == held
+    said = "float32" if matrix == router == torch.float32 else "bfloat16"
+    expected = {"dtype": said, "text_config": {"torch_dtype": said, "layers": [1]}, "name": "bfloat16"}
+    assert json.loads((path / "config.json").read_text()) == expected
+    assert json.loads((source / "config.json").read_text()) == config
