@@ -78,7 +78,11 @@ def _kill(trained: tuple[Trainers, dict, dict], points: list[tuple[int, float]])
         _copy(server, later)
         server.change_record(**record)
         status, output = trainers.run(["restore first"], kill=rank, place=place)
-        assert status != 0, output
+        if status == 0:  # events are counted on rank 0; the other one has fewer
+            assert rank == 1, output
+            assert equal(server.weights(), saved)
+            found["after the end"] += 1
+            continue
         left, restoring = server.weights(), server.record()["restoring"]
         assert restoring in ("", first)
         whole = "old" if equal(left, later) else "new" if equal(left, saved) else "torn"
@@ -142,4 +146,5 @@ def test_kills_at_random_points_of_a_restore(trained: tuple[Trainers, dict, dict
     points = [(draw.randrange(2), draw.random()) for _ in range(20)]
     found = _kill(trained, points)
     assert found.total() == len(points)
+    assert found["after the end"] <= 4
     assert found["torn"] >= 3

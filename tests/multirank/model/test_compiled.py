@@ -162,7 +162,7 @@ def test_padding_behind_a_sequence_changes_nothing(length: int) -> None:
     """What the GPU path does to a single sequence, on the CPU's attention: values and gradients."""
     query = torch.randn(1, 4, length, 16, requires_grad=True)
     key, value = (torch.randn(1, 2, length, 16, requires_grad=True) for _ in range(2))
-    plain = _one_sequence(query[0], key[0], value[0], None, None, None).transpose(0, 1)[None]
+    plain = _one_sequence(query[0], key[0], value[0], None, None, None, None).transpose(0, 1)[None]
     padded = _one_padded_sequence(query, key, value, None)
     torch.testing.assert_close(padded, plain)
     upstream = torch.randn_like(plain)

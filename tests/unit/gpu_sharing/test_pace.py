@@ -113,4 +113,4 @@ def test_full_speed_hooks_nothing() -> None:
 def test_every_family_has_its_layers_found(name: str) -> None:
     """As many as the model has, whatever they are called."""
     module = build_on_meta(FAMILIES[name].config(), 1, torch.float32)
-    assert len(decoder_layers(module)) == module.config.num_hidden_layers
+    assert len(decoder_layers(module)) == module.config.get_text_config().num_hidden_layers
