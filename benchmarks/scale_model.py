@@ -41,17 +41,21 @@ def main() -> None:
 
 
 def check(machine: Machine) -> None:
-    """Measured steps beside the predicted ones."""
+    """Measured steps beside the predicted ones: of bench_scale.py (results/2026-11-26_scale_qwen3-8b.json), and of
+    bench_replicas.py before sums ran beside the backward pass (results/2026-11-29_replicas.json)."""
     table = Table(title="8.19B, 4,096 tokens, remainder: predicted and measured")
     for column in ("replicas x TP", "predicted ms", "measured ms", "predicted GB", "measured GB"):
         table.add_column(column)
-    for tp, step, memory in ((1, 0.3546, 16.38 + 27.66), (2, 0.1962, 8.19 + 15.41)):
-        found = predict(MODELS["8b"], Layout(1, tp, 4096, machine.nvlink), machine)
+    measured = ((1, 1, 0.3546, 16.38 + 27.66), (1, 2, 0.1962, 8.19 + 15.41), (2, 1, 0.5049, 16.38 + 28.04))
+    for replicas, tp, step, memory in measured:
+        found = predict(MODELS["8b"], Layout(replicas, tp, 4096, machine.nvlink), machine)
         table.add_row(
-            f"1 x {tp}", f"{1e3 * found.step:.0f}", f"{1e3 * step:.0f}", f"{found.memory / 1e9:.1f}", f"{memory:.1f}"
+            f"{replicas} x {tp}",
+            f"{1e3 * found.step:.0f}",
+            f"{1e3 * step:.0f}",
+            f"{found.memory / 1e9:.1f}",
+            f"{memory:.1f}",
         )
-    found = predict(MODELS["8b"], Layout(2, 1, 4096, machine.nvlink), machine)
-    table.add_row("2 x 1", f"{1e3 * found.step:.0f}", "505", f"{found.memory / 1e9:.1f}", "44.4")
     Console(width=100).print(table)
 
 
