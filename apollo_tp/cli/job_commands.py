@@ -30,6 +30,8 @@ Truncate = Annotated[
     ),
 ]
 INTERRUPTED = 130
+MAX_NAME = 512
+"""The longest value in a job's metadata."""
 
 
 def train(
@@ -79,6 +81,8 @@ def train(
                         higher_is_better=higher_is_better or None),
     }  # fmt: skip
     source = SampleFile(file)
+    if str(file) != "-":
+        options["metadata"] = {"name": file.resolve().name[:MAX_NAME]}
     body = {name: value for name, value in options.items() if value is not None} | {"samples": source.samples}
     content, headers = msgspec.json.encode(body), {"Content-Type": "application/json"}
     query = {"dry_run": "true"} if dry_run else {}

@@ -144,6 +144,7 @@ async def serve(settings: Settings, listener: socket.socket | None = None) -> No
             "upkeep": _keep_up(store),
             "expiry": expire(store, app.state.uploads),
             **_learning(service),
+            **({"latency": service.latency.run()} if service.latency.url else {}),
             "parent": _watch_parent(settings.parent_pid),
             "stop": stop.wait(),
         }.items()

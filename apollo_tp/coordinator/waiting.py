@@ -22,7 +22,7 @@ import msgspec
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
-from starlette.routing import Route
+from starlette.routing import Mount, Route
 
 from apollo_tp.config import ServiceConfig
 from apollo_tp.coordinator.http import page
@@ -114,6 +114,7 @@ def _app(waiting: Waiting, service: ServiceConfig) -> ServiceMiddleware:
     routes = [
         Route("/train/status", waiting.status, methods=["GET"]),
         Route("/", waiting.page, methods=["GET"]),
+        Mount(page.PREFIX, page.files()),
         Route("/{rest:path}", waiting.refuse, methods=METHODS),
     ]
     return ServiceMiddleware(Starlette(routes=routes), load_access(service), service, lambda: None)

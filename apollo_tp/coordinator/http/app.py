@@ -11,6 +11,8 @@ from fastapi_offline import FastAPIOffline
 from apollo_tp import __version__
 from apollo_tp.coordinator.http import (
     captures,
+    job_samples,
+    latency,
     metrics,
     openai_files,
     openai_graders,
@@ -48,10 +50,12 @@ def build_app(service: Service, access: Access, figures: metrics.Metrics, valida
     link, limits = service.scheduler.link, service.settings.service
     app.add_middleware(ServiceMiddleware, access=access, limits=limits, weight_version=lambda: link.weight_version)
     routes = (
-        train, openai_files, openai_uploads, openai_jobs, openai_graders, openai_models, captures, metrics, page,
+        train, job_samples, openai_files, openai_uploads, openai_jobs, openai_graders, openai_models, captures, metrics,
+        latency, page,
     )  # fmt: skip
     for module in routes:
         app.include_router(module.router)
+    app.mount(page.PREFIX, page.files())
     app.openapi = lambda: _document(app)  # type: ignore[method-assign]
     return app
 

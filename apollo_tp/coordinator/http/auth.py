@@ -31,7 +31,7 @@ FORWARDED_PREFIXES = (
     "x-amzn-", "x-arr-", "x-vercel-", "x-nf-",
 )  # fmt: skip
 """What proxies and the networks of cloud providers add to the requests that they pass on."""
-BROWSER_PAGES = ("/", "/docs")
+BROWSER_PAGES = ("/", "/docs", "/train/page/")
 """Pages without data of their own; the data that they show is asked for by requests of their own."""
 
 

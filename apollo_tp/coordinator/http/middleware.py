@@ -20,6 +20,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from apollo_tp.config import ServiceConfig
 from apollo_tp.coordinator.http.auth import BROWSER_PAGES, Access
 from apollo_tp.coordinator.http.errors import error_response
+from apollo_tp.coordinator.http.page import PREFIX
 from apollo_tp.errors import RequestError, refuse
 from apollo_tp.wire.capture import CAPTURES_PATH
 
@@ -27,6 +28,15 @@ log = logging.getLogger(__name__)
 
 WEIGHT_VERSION_HEADER = b"x-apollo-weight-version"
 FRAMES_HEADER = (b"content-security-policy", b"frame-ancestors 'none'")
+PAGE_HEADERS = [
+    (
+        b"content-security-policy",
+        b"default-src 'none'; style-src 'self'; script-src 'self'; connect-src 'self'; img-src data:; "
+        b"frame-ancestors 'none'; base-uri 'none'; form-action 'none'",
+    ),
+    (b"cache-control", b"no-cache"),  # after an upgrade, files of different releases must not come together
+    (b"x-content-type-options", b"nosniff"),
+]
 MULTIPART_BYTES = 64 * 1024
 """What a multipart body may have in addition to its file."""
 PART_BYTES = 64 * 2**20
@@ -78,7 +88,9 @@ class ServiceMiddleware:
                 log.error("a response broke off", exc_info=error)
                 return
             response = error_response(error)
-            if response.status_code == 401 and scope["path"] in BROWSER_PAGES:
+            # on vLLM's port the page is at another path than what it asks for, so that browsers do not add the token at once
+            asked_by_page = scope["path"] in BROWSER_PAGES or headers.get("sec-fetch-site") == "same-origin"
+            if response.status_code == 401 and asked_by_page:
                 response.headers["WWW-Authenticate"] = 'Basic realm="apollo_tp: any user, the token as password"'
             await response(scope, receive, watched_send)
 
@@ -101,7 +113,9 @@ class ServiceMiddleware:
         headers = list(message.get("headers", []))
         if (version := self._weight_version()) is not None:
             headers.append((WEIGHT_VERSION_HEADER, str(version).encode()))
-        if path.startswith("/docs"):  # the page at / has a policy of its own
+        if path == "/" or path.startswith(f"{PREFIX}/"):
+            headers += PAGE_HEADERS
+        elif path.startswith("/docs"):
             headers.append(FRAMES_HEADER)
         return {**message, "headers": headers}
 

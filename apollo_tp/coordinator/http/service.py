@@ -20,6 +20,7 @@ from apollo_tp.coordinator.captures.arrival import Versions, Votes
 from apollo_tp.coordinator.captures.store import Captures
 from apollo_tp.coordinator.http.bodies import LargeBodies
 from apollo_tp.coordinator.http.parameters import PageQuery
+from apollo_tp.coordinator.http.server_metrics import LatencyHistory
 from apollo_tp.coordinator.http.views import CachedLayout, CachedStatus
 from apollo_tp.coordinator.http.work import IsAbandoned, Workers
 from apollo_tp.coordinator.jobs.changes import Changes
@@ -59,6 +60,7 @@ class Service:
         self.status = CachedStatus(self.scheduler, self.store, self.changes)
         self.samples, self.dry_runs = Workers("samples", 2, MAX_SAMPLES), Workers("dry runs", 1, MAX_DRY_RUNS)
         self.layout = CachedLayout()
+        self.latency = LatencyHistory(self.settings.service.server_url, lambda: self.scheduler.running is not None)
         self.large_bodies = LargeBodies(self.store.disk.files_dir)
         self.adding_file = asyncio.Lock()  # held from the check of max_files until the file is stored
         self._promised = 0  # bytes that requests in progress are writing

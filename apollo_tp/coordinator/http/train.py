@@ -17,6 +17,7 @@ from starlette.types import Receive, Scope, Send
 
 from apollo_tp.coordinator.http.bodies import decode_body
 from apollo_tp.coordinator.http.job_routes import add_job_routes
+from apollo_tp.coordinator.http.job_samples import sample_view
 from apollo_tp.coordinator.http.parameters import (
     EventsQuery,
     PageQuery,
@@ -55,7 +56,7 @@ from apollo_tp.coordinator.samples.schema import (
     decode,
 )
 from apollo_tp.errors import RequestError, refuse
-from apollo_tp.wire.commands import Sample, Sampled
+from apollo_tp.wire.commands import Sample
 
 log = logging.getLogger(__name__)
 
@@ -177,18 +178,11 @@ def _dry_run(service: Service, data: Body, is_abandoned: IsAbandoned) -> bytes:
     if len(data) > MAX_DRY_RUN_BYTES:
         raise refuse("body", f"{len(data)} bytes in a dry run", f"at most {MAX_DRY_RUN_BYTES} to be shown", status=413,
                      code="body_too_large")  # fmt: skip
-    renderer = service.renderer
     body, given = read_body(data, TrainBody, MAX_SAMPLES)
     samples = list(service.intake(body.truncate, is_abandoned).train_samples(body, given))
-    shown = [
-        {"token_ids": sample.token_ids, "weights": sample.weights,
-         "tokens": None if isinstance(renderer, str) else renderer.decode(sample.token_ids)}
-        | ({"sampled": sample.sampled} if sample.sampled != Sampled() else {})
-        for sample in samples
-    ]  # fmt: skip
     answer = {
         "object": "train.dry_run",
-        "samples": shown,
+        "samples": [sample_view(service, sample) for sample in samples],
         "num_tokens": sum(len(sample.token_ids) for sample in samples),
         "num_loss_tokens": sum(weight > 0 for sample in samples for weight in sample.weights),
         "total_steps": plan_total_steps(spec_of(body), len(samples)),

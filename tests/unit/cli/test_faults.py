@@ -108,7 +108,8 @@ def test_a_sample_that_the_coordinator_refuses_is_named_by_its_line(tmp_path, ca
             fields.append(field)
             assert main(["train", str(path), "--url", url, "--epochs", "2"]) == 1
             assert where in capsys.readouterr().err
-    assert bodies[0] == {"epochs": 2, "samples": [{"text": "x"}, {"text": 10000000000000000000000000.10}]}
+    samples = [{"text": "x"}, {"text": 10000000000000000000000000.10}]
+    assert bodies[0] == {"epochs": 2, "metadata": {"name": "data.jsonl"}, "samples": samples}
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252", "utf-16", "utf-8"])

@@ -13,7 +13,7 @@ from apollo_tp.coordinator.http.app import build_app
 from apollo_tp.coordinator.http.auth import Access
 from apollo_tp.coordinator.http.errors import error_response
 from apollo_tp.coordinator.http.metrics import Metrics
-from apollo_tp.coordinator.http.page import parse_server_metrics
+from apollo_tp.coordinator.http.server_metrics import Figures, Mean, parse_server_metrics
 from apollo_tp.coordinator.http.service import Service
 from apollo_tp.coordinator.http.validation import FileValidation
 from apollo_tp.coordinator.jobs.changes import Changes
@@ -325,12 +325,8 @@ def test_latency_of_the_server_from_its_metrics():
     )
     text += f"# TYPE vllm:num_requests_running gauge\nvllm:num_requests_running{{{labels.format(0)}}} 2.0\n"
     figures = parse_server_metrics(text)
-    assert figures == {
-        "requests_running": 2.0,
-        "inter_token_seconds": {"sum": pytest.approx(0.3), "count": 7.0},
-        "first_token_seconds": {"sum": pytest.approx(0.3), "count": 7.0},
-    }
-    assert parse_server_metrics("")["requests_running"] is None
+    assert figures == Figures(2.0, Mean(0.3, 7.0), Mean(0.3, 7.0))
+    assert parse_server_metrics("") == Figures(None)
     with pytest.raises(ValueError, match="html"):
         parse_server_metrics("<html>not found</html>")
 
