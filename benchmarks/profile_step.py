@@ -170,6 +170,9 @@ def main() -> int:
     parser.add_argument("--same-kernels", action=argparse.BooleanOptionalAction, default=True, help="on every GPU")
     parser.add_argument("--graphs", action=argparse.BooleanOptionalAction, default=True, help="replay recorded passes")
     parser.add_argument("--sm-percent", type=int, help="of the GPU's multiprocessors, as qos.sm_percent")
+    parser.add_argument(
+        "--late", action=argparse.BooleanOptionalAction, default=True, help="weights beside the next step"
+    )
     parser.add_argument("--kernels", type=int, default=0, help="also print this many of the longest kernels")
     parser.add_argument("--out", type=Path, help="folder for the JSON file")
     options = parser.parse_args()
@@ -244,6 +247,8 @@ def run(config: PretrainedConfig, tokens: int, device: str, mesh: Mesh, options:
         model, optimizer, tp, mesh=mesh, device=torch.device(device), max_micro_batch_tokens=tokens,
         gradients=GradientMode(options.gradients),
     )  # fmt: skip
+    if options.late:
+        trainer.publish_late()
     if device == "cuda":  # as at a trainer's start: shorter steps come first, and layers are compiled for any length
         plan = plan_memory(trainer, CudaMeter(trainer.device), tokens)
         if options.graphs and options.replicas == 1:
