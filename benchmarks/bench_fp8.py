@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from apollo_tp.distributed.products import ScaledProduct
 from apollo_tp.model import fp8
 
 SHAPES = {
@@ -97,16 +98,15 @@ def products(rows: int, columns: int, tokens: int, device: str) -> dict[str, Any
             g8 = values(g, dtype, per_row)
             of: dict[str, Any] = {}
             for fast in (True, False):
-                how = "fast" if fast else "exact sums"
-                of[f"forward, {how}"] = guarded(
-                    lambda: fp8.multiply(x8.rows, w8.rows, x8.row_inverse, w8.row_inverse, fast=fast)  # noqa: B023
-                )
-                of[f"input gradient, {how}"] = guarded(
-                    lambda: fp8.multiply(g8.rows, w8.columns, g8.row_inverse, w8.column_inverse, fast=fast)  # noqa: B023
-                )
-                of[f"weight gradient, {how}"] = guarded(
-                    lambda: fp8.multiply(g8.columns, x8.columns, g8.column_inverse, x8.column_inverse, fast=fast)  # noqa: B023
-                )
+                made = {
+                    "forward": ScaledProduct(x8.rows, w8.rows, x8.row_inverse, w8.row_inverse, fast),
+                    "input gradient": ScaledProduct(g8.rows, w8.columns, g8.row_inverse, w8.column_inverse, fast),
+                    "weight gradient": ScaledProduct(
+                        g8.columns, x8.columns, g8.column_inverse, x8.column_inverse, fast
+                    ),
+                }
+                for what, product in made.items():
+                    of[f"{what}, {'fast' if fast else 'exact sums'}"] = guarded(product.new)
             found[f"{'rowwise' if per_row else 'tensorwise'}, gradients {name}"] = of
     return found
 
@@ -212,7 +212,7 @@ def agrees(device: str) -> dict[str, Any]:
             same = all(
                 torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in zip(fused[:2], plain[:2], strict=True)
             )
-            product = fp8.multiply(fused.rows, second.rows, fused.row_inverse, second.row_inverse, fast=False).float()
+            product = ScaledProduct(fused.rows, second.rows, fused.row_inverse, second.row_inverse, False).new().float()
             exact = m.float() @ other.float().T
             error = float((product - exact).norm() / exact.norm())
             found[f"{'rowwise' if per_row else 'tensorwise'}, {dtype}"] = {

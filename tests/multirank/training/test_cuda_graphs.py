@@ -153,7 +153,7 @@ def _check_a_broken_recording(tp: TPGroup, folder: Path, sums_before_failure: in
     right = []
     for _ in range(4):
         a, b = torch.randn(8, 32), torch.randn(32, 16)
-        right.append(torch.equal(buffers.summed_products([(a, b)], None), tp.all_reduce_(a @ b)))
+        right.append(torch.equal(buffers.sum_product(SumOfProducts([(a, b)]), None), tp.all_reduce_(a @ b)))
     return right
 
 
