@@ -1,51 +1,85 @@
-"""FP8 products against bf16 ones: their rates.
+"""FP8 products against bf16 ones: rates of single products and casts, errors of gradients, and loss curves.
 
-    python benchmarks/bench_fp8.py --products                # one GPU, shapes of the 8.19B model at TP = 1 and 2
-    python benchmarks/bench_fp8.py --products --tiny         # rehearsal on any machine
+    python benchmarks/bench_fp8.py --products       # one GPU, shapes of the 8.19B model at TP = 1 and 2
+    python benchmarks/bench_fp8.py --curve --error  # one GPU, a byte-level model of 113M parameters
+    python benchmarks/bench_fp8.py --products --curve --error --tiny    # rehearsal on any machine
 
-Times are medians of calls with the L2 cache flushed between them. "Whole layer" adds up the products and casts of
-the linear layers of one decoder layer, forward and backward, as ``apollo_tp.model.fp8`` makes them: largest magnitudes are
-found by kernels of their own here, and in compiled layers mostly by those that write the matrix.
+--products: medians of calls with the L2 cache flushed between them; times below some 60 us are the host's. "Whole layer"
+adds up what the linear layers of a decoder layer take, forward and backward.
+
+--curve trains the same model from the same weights on the same text, in bf16 and in FP8, AdamW, ``--steps`` steps of 16 x
+1,024 bytes: Python's documentation (``pydoc_data.topics``) and the docstrings of its standard library, which are on every
+machine; the last tenth is held out. --error then compares gradients over the weights that bf16 has trained.
 """
 
 from __future__ import annotations
 
 import argparse
+import ast
+import dataclasses
 import datetime
 import functools
 import json
+import pydoc_data.topics
 import statistics
 import sys
+import sysconfig
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from profile_step import served_memory
 from torch import Tensor
+from transformers import Qwen3Config
 
+from apollo_tp.config import OptimConfig, OptimizerKind, Precision, Schedule
 from apollo_tp.distributed.products import ScaledProduct
-from apollo_tp.model import fp8
+from apollo_tp.distributed.tp_group import TPGroup
+from apollo_tp.model import BoundModel, bind_model, fp8
+from apollo_tp.model.batch import PackedBatch, pack
+from apollo_tp.model.compiled import CompileOptions
+from apollo_tp.optim import Optimizer
+from apollo_tp.training.trainer import Trainer
+from apollo_tp.wire.commands import Sample
 
 SHAPES = {
     2: {"qkv": (3072, 4096), "o": (4096, 2048), "gate_up": (12288, 4096), "down": (4096, 6144)},
     1: {"qkv": (6144, 4096), "o": (4096, 4096), "gate_up": (24576, 4096), "down": (4096, 12288)},
 }
 """Rows and columns of the weights of a decoder layer of the 8.19B model, on one rank of so many."""
-TINY = {1: {"qkv": (96, 64), "down": (64, 128)}}
+TINY_SHAPES = {1: {"qkv": (96, 64), "down": (64, 128)}}
 LAYERS = 36
-TILES = [
-    ((64, 64), 4),
-    ((128, 64), 4),
-    ((64, 128), 4),
-    ((128, 128), 8),
-    ((128, 128), 4),
-    ((32, 128), 4),
-    ((128, 32), 4),
-]
-LAYOUTS = {"rows": (True, False), "columns": (False, True), "both": (True, True)}
-COMPARED = ((4096, 4096), (4096, 6144), (12288, 4096))
-"""Matrices on which tiles of the cast are compared."""
+TILES = [((64, 64), 4), ((128, 64), 4), ((64, 128), 4), ((128, 128), 8), ((64, 64), 8)]
+MODEL = {
+    "vocab_size": 256, "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12,
+    "num_key_value_heads": 12, "head_dim": 64, "max_position_embeddings": 1024, "tie_word_embeddings": False,
+    "dtype": "bfloat16",
+}  # fmt: skip
+TINY_MODEL = MODEL | {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
+                      "num_key_value_heads": 4, "head_dim": 16}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """A kind of products: bf16, or FP8 with these constants of ``apollo_tp.model.fp8``."""
+
+    in_fp8: bool = False
+    per_row: bool = fp8.PER_ROW
+    gradients: torch.dtype = fp8.GRADIENTS
+
+    def choose(self) -> None:
+        """From now on, FP8 products are of this kind; nothing is compiled yet."""
+        fp8.PER_ROW, fp8.GRADIENTS = self.per_row, self.gradients
+        torch._dynamo.reset()
+
+
+VARIANTS = {"bf16": Variant()} | {
+    f"fp8, scales of {'rows' if per_row else 'matrices'}, gradients {name}": Variant(True, per_row, dtype)
+    for per_row in (True, False)
+    for name, dtype in (("e5m2", torch.float8_e5m2), ("e4m3", torch.float8_e4m3fn))
+}
 
 
 def seconds_of(call: Callable[[], Any]) -> float:
@@ -62,211 +96,243 @@ def seconds_of(call: Callable[[], Any]) -> float:
     return statistics.median(times)
 
 
-def guarded(call: Callable[[], Any]) -> float | str:
-    """``seconds_of``, or the first line of the error of what does not run here."""
-    try:
-        return seconds_of(call)
-    except Exception as error:  # noqa: BLE001 - a benchmark of what this machine may not have
-        return f"{type(error).__name__}: {error}".splitlines()[0][:200]
-
-
-def matrix(rows: int, columns: int, device: str) -> Tensor:
-    return torch.randn(rows, columns, device=device).bfloat16()
-
-
-def values(matrix: Tensor, dtype: torch.dtype, per_row: bool) -> fp8.Cast:
-    """Both layouts of ``matrix`` in ``dtype``."""
-    of_rows = fp8.scales(fp8.largest_of([matrix], per_row=per_row), dtype)
-    of_columns = fp8.scales(fp8.largest_of([matrix], columns=True, per_row=per_row), dtype)
-    rows, columns = fp8.fp8_cast([matrix], of_rows.scale, of_columns.scale, dtype, True, True)
-    return fp8.Cast(rows, columns, of_rows.inverse, of_columns.inverse)
-
-
-def products(rows: int, columns: int, tokens: int, device: str) -> dict[str, Any]:
+def products(rows: int, columns: int, tokens: int, device: str) -> dict[str, dict[str, float]]:
     """Seconds of the three products of a weight [rows, columns] with ``tokens`` tokens, by kind."""
-    x, w, g = (matrix(*shape, device) for shape in ((tokens, columns), (rows, columns), (tokens, rows)))
-    found: dict[str, Any] = {
-        "bf16": {
-            "forward": guarded(lambda: x @ w.T),
-            "input gradient": guarded(lambda: g @ w),
-            "weight gradient": guarded(lambda: g.T @ x),
-        }
+    x, w, g = (torch.randn(*s, device=device).bfloat16() for s in ((tokens, columns), (rows, columns), (tokens, rows)))
+    calls: dict[str, dict[str, Callable[[], Any]]] = {
+        "bf16": {"forward": lambda: x @ w.T, "input gradient": lambda: g @ w, "weight gradient": lambda: g.T @ x}
     }
-    for per_row in (False, True):
-        x8, w8 = (values(m, fp8.VALUES, per_row) for m in (x, w))
-        for name, dtype in (("e4m3", fp8.VALUES), ("e5m2", fp8.GRADIENTS)):
-            g8 = values(g, dtype, per_row)
-            of: dict[str, Any] = {}
+    for per_row in (True, False):
+        for name, dtype in (("e4m3", fp8.VALUES), ("e5m2", torch.float8_e5m2)):
+            fp8.PER_ROW = per_row
+            x8, w8, g8 = fp8.cast([x], fp8.VALUES), fp8.cast([w], fp8.VALUES), fp8.cast([g], dtype)
             for fast in (True, False):
                 made = {
                     "forward": ScaledProduct(x8.rows, w8.rows, x8.row_inverse, w8.row_inverse, fast),
-                    "input gradient": ScaledProduct(g8.rows, w8.columns, g8.row_inverse, w8.column_inverse, fast),
-                    "weight gradient": ScaledProduct(
-                        g8.columns, x8.columns, g8.column_inverse, x8.column_inverse, fast
-                    ),
+                    "input gradient": ScaledProduct(g8.rows, w8.columns, g8.row_inverse, w8.inverse, fast),
+                    "weight gradient": ScaledProduct(g8.columns, x8.columns, g8.inverse, x8.inverse, fast),
                 }
-                for what, product in made.items():
-                    of[f"{what}, {'fast' if fast else 'exact sums'}"] = guarded(product.new)
-            found[f"{'rowwise' if per_row else 'tensorwise'}, gradients {name}"] = of
-    return found
+                kind = f"scales of {'rows' if per_row else 'matrices'}, gradients {name}, {'fast' if fast else 'exact'} sums"
+                calls[kind] = {what: product.new for what, product in made.items()}
+    fp8.PER_ROW = Variant().per_row
+    return {kind: {what: seconds_of(call) for what, call in of.items()} for kind, of in calls.items()}
 
 
-def casts(shape: tuple[int, int], device: str) -> dict[str, Any]:
-    """Seconds of largest magnitudes, and of casts by the Triton kernel, of a matrix of this shape."""
-    m, found = matrix(*shape, device), {}
-    for per_row in (False, True):
-        kind = "rowwise" if per_row else "tensorwise"
-        scales = []
-        for columns, of in ((False, "largest of rows"), (True, "largest of columns")):
-
-            def largest(columns: bool = columns, per_row: bool = per_row) -> Tensor:
-                return fp8.largest_of([m], columns=columns, per_row=per_row)
-
-            found[f"{kind}, {of}"] = guarded(largest)
-            scales.append(fp8.scales(largest(), fp8.VALUES).scale)
-        for what, layouts in LAYOUTS.items():
-            found[f"{kind}, cast to {what}"] = guarded(
-                lambda: fp8.fp8_cast([m], *scales, fp8.VALUES, *layouts)  # noqa: B023
-            )
-    found["copy in bf16"] = guarded(m.clone)
-    return found
+def casts(shape: tuple[int, int], device: str) -> dict[str, float]:
+    """Seconds of the casts of a matrix of this shape, and of what they consist of."""
+    m = torch.randn(*shape, device=device).bfloat16()
+    of_rows = fp8.largest_of_rows([m])
+    rows, one = fp8.scales(of_rows, fp8.VALUES).scale, fp8.scales(of_rows.amax(), fp8.VALUES).scale
+    calls: dict[str, Callable[[], Any]] = {
+        "largest": lambda: fp8.largest_of_rows([m]),
+        "largest and rows, one pass": lambda: fp8.fp8_cast_rows(m, fp8.VALUES),
+        "rows": lambda: fp8.fp8_cast([m], one, one, fp8.VALUES, True, False),
+        "transpose": lambda: fp8.fp8_cast([m], one, one, fp8.VALUES, False, True),
+        "both": lambda: fp8.fp8_cast([m], rows, one, fp8.VALUES, True, True),
+        "copy in bf16": m.clone,
+    }
+    return {what: seconds_of(call) for what, call in calls.items()}
 
 
-def compiled_cast(rows: bool, columns: bool, device: str) -> Callable[[Tensor, Tensor], Any]:
-    """The tensorwise cast in plain torch, compiled."""
-
-    def cast(m: Tensor, scale: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        out = (m.float() * scale).clamp(-448, 448).to(fp8.VALUES)
-        return out if rows else None, out.t().contiguous() if columns else None
-
-    return torch.compile(cast, dynamic=False) if device == "cuda" else cast
-
-
-def tiles(device: str, shapes: tuple[tuple[int, int], ...]) -> dict[str, Any]:
-    """Seconds of the tensorwise cast by tile, by torch.compile, and of what only reads and writes as much."""
+def tiles(shapes: list[tuple[int, int]], device: str) -> dict[str, dict[str, float]]:
+    """Seconds of the cast to both layouts and to the transpose by tile."""
     found, before = {}, (fp8.TILE, fp8.WARPS)
     for shape in shapes:
-        m = matrix(*shape, device)
-        scale = fp8.scales(fp8.largest_of([m], per_row=False), fp8.VALUES).scale
-        for tile, warps in TILES:
-            fp8.TILE, fp8.WARPS = tile, warps
-            found[f"{shape}, tile {tile}, {warps} warps"] = {
-                what: guarded(lambda: fp8.fp8_cast([m], scale, scale, fp8.VALUES, *layouts))  # noqa: B023
-                for what, layouts in LAYOUTS.items()
+        m = torch.randn(*shape, device=device).bfloat16()
+        one = fp8.scales(m.abs().amax(), fp8.VALUES).scale
+        for fp8.TILE, fp8.WARPS in TILES:
+            found[f"{shape}, tile {fp8.TILE}, {fp8.WARPS} warps"] = {
+                what: seconds_of(lambda: fp8.fp8_cast([m], one, one, fp8.VALUES, *layouts))  # noqa: B023
+                for what, layouts in (("both", (True, True)), ("transpose", (False, True)))
             }
-        fp8.TILE, fp8.WARPS = before
-        found[f"{shape}, compiled"] = {}
-        for what, layouts in LAYOUTS.items():
-            compiled = compiled_cast(*layouts, device)
-            found[f"{shape}, compiled"][what] = guarded(lambda: compiled(m, scale))  # noqa: B023
-        found[f"{shape}, largest"] = {
-            "of the matrix": guarded(lambda: fp8.largest_of([m], per_row=False)),  # noqa: B023
-            "of the matrix, compiled": guarded(lambda: compiled_largest(m, device)),  # noqa: B023
-        }
+    fp8.TILE, fp8.WARPS = before
     return found
 
 
-@functools.cache
-def _compiled_largest() -> Callable[[Tensor], Tensor]:
-    return torch.compile(lambda m: fp8.largest_of([m], per_row=False), dynamic=False)
-
-
-def compiled_largest(m: Tensor, device: str) -> Tensor:
-    return _compiled_largest()(m) if device == "cuda" else fp8.largest_of([m], per_row=False)
-
-
-def whole_layer(rows: dict[str, Any]) -> dict[str, Any]:
-    """Milliseconds of a decoder layer's products and casts, by kind; casts are those of ``casts`` for each matrix."""
-    total: dict[str, float] = {}
-    for entry in rows.values():
-        for kind, of in entry["products"].items():
-            if any(isinstance(t, str) for t in of.values()):
-                continue
-            chosen = {
-                name: t
-                for name, t in of.items()
-                if kind == "bf16" or name.endswith("fast" if name.startswith("forward") else "exact sums")
-            }
-            total[f"{kind}: products"] = total.get(f"{kind}: products", 0) + 1e3 * sum(chosen.values())
-        for kind in ("tensorwise", "rowwise"):
-            times = []
-            for what, layouts in (("x", ("both",)), ("g", ("both",)), ("w", ("rows", "columns"))):
-                of = entry["casts"][what]
-                times += [of[f"{kind}, cast to {one}"] for one in layouts] + [of[f"{kind}, largest of rows"]]
-                times += [of["rowwise, largest of columns"]] if kind == "rowwise" else []
-            spent = sum(t if isinstance(t, float) else float("nan") for t in times)
-            total[f"{kind}: casts"] = total.get(f"{kind}: casts", 0) + 1e3 * spent
-    return total | {f"{name}, x {LAYERS}": ms * LAYERS for name, ms in total.items()}
-
-
-def agrees(device: str) -> dict[str, Any]:
-    """Whether the fused cast has the bits of the one by torch, and how far products are from exact ones, by kind."""
-    m, other = matrix(300, 208, device), matrix(96, 208, device)
-    m[0, 0], found = 1000.0, {}
-    for per_row in (False, True):
-        for dtype in (fp8.VALUES, fp8.GRADIENTS):
-            fused = values(m, dtype, per_row)
-            fp8.FUSED_CAST = False
-            plain, second = values(m, dtype, per_row), values(other, fp8.VALUES, per_row)
-            fp8.FUSED_CAST = True
-            same = all(
-                torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in zip(fused[:2], plain[:2], strict=True)
-            )
-            product = ScaledProduct(fused.rows, second.rows, fused.row_inverse, second.row_inverse, False).new().float()
-            exact = m.float() @ other.float().T
-            error = float((product - exact).norm() / exact.norm())
-            found[f"{'rowwise' if per_row else 'tensorwise'}, {dtype}"] = {
-                "same bits": same,
-                "error of a product": error,
-            }
-    return found
+def layer_ms(rows: dict[str, Any]) -> dict[str, float]:
+    """Milliseconds of a decoder layer: products by kind, and the casts of ``fp8_linear`` as they are alone."""
+    kinds = next(iter(rows.values()))["products"]
+    total = {kind: 1e3 * sum(sum(entry["products"][kind].values()) for entry in rows.values()) for kind in kinds}
+    needed = {"x": ("largest", "both"), "g": ("largest", "both"), "w": ("largest and rows, one pass", "transpose")}
+    spent = (entry["casts"][what][one] for entry in rows.values() for what, ones in needed.items() for one in ones)
+    total["casts"] = 1e3 * sum(spent)
+    return total
 
 
 def compare_products(options: argparse.Namespace, device: str) -> dict[str, Any]:
-    tokens = 48 if options.tiny else 4096
-    print(checked := agrees(device), flush=True)
-    result: dict[str, Any] = {"checked": checked, "tiles": tiles(device, ((48, 64),) if options.tiny else COMPARED)}
+    tokens, all_shapes = (48, TINY_SHAPES) if options.tiny else (4096, SHAPES)
+    result: dict[str, Any] = {"tiles": tiles([(48, 64)] if options.tiny else [(4096, 6144), (12288, 4096)], device)}
     show("tiles", result["tiles"])
-    for tp, shapes in (TINY if options.tiny else SHAPES).items():
+    for tp, shapes in all_shapes.items():
         rows: dict[str, Any] = {}
         for name, (n, k) in shapes.items():
-            flops = 2 * tokens * n * k
-            entry: dict[str, Any] = {"products": products(n, k, tokens, device)}
-            entry["casts"] = {w: casts(s, device) for w, s in (("x", (tokens, k)), ("g", (tokens, n)), ("w", (n, k)))}
-            rows[name] = entry
-            for kind, of in entry["products"].items():
-                rates = {what: t if isinstance(t, str) else f"{flops / t / 1e12:.0f}" for what, t in of.items()}
+            of = products(n, k, tokens, device)
+            found = {w: casts(s, device) for w, s in (("x", (tokens, k)), ("g", (tokens, n)), ("w", (n, k)))}
+            rows[name] = {"products": of, "casts": found}
+            for kind, times in of.items():
+                rates = {what: f"{2 * tokens * n * k / t / 1e12:.0f}" for what, t in times.items()}
                 print(f"TP {tp} {name} ({n} x {k}), TFLOP/s, {kind}: {rates}", flush=True)
-            show(f"TP {tp} {name} ({n} x {k}) casts", entry["casts"])
-        result[f"TP {tp}"] = rows | {"whole layer, ms": whole_layer(rows)}
-        for name, ms in result[f"TP {tp}"]["whole layer, ms"].items():
-            print(f"TP {tp} whole layer, ms: {name}: {ms:.3f}", flush=True)
+            show(f"TP {tp} {name} ({n} x {k}) casts", found)
+        result[f"TP {tp}"] = rows | {"whole layer, ms": layer_ms(rows)}
+        for kind, ms in result[f"TP {tp}"]["whole layer, ms"].items():
+            print(f"TP {tp}, whole layer, {kind}: {ms:.3f} ms, x {LAYERS}: {ms * LAYERS:.1f} ms", flush=True)
     return result
 
 
-def show(title: str, entries: dict[str, Any]) -> None:
-    """One line an entry, in microseconds."""
+def show(title: str, entries: dict[str, dict[str, float]]) -> None:
     for name, of in entries.items():
-        cells = {what: t if isinstance(t, str) else f"{t * 1e6:.0f} us" for what, t in of.items()}
-        print(f"{title}, {name}: {cells}", flush=True)
+        print(f"{title}, {name}: { {what: f'{t * 1e6:.0f} us' for what, t in of.items()} }", flush=True)
+
+
+@functools.cache
+def text() -> bytes:
+    """Python's documentation and the docstrings of its standard library, in the order of their files."""
+    found = list(pydoc_data.topics.topics.values())
+    for path in sorted(Path(sysconfig.get_paths()["stdlib"]).rglob("*.py")):
+        if "site-packages" in path.parts or "pydoc_data" in path.parts:
+            continue
+        try:
+            tree = ast.parse(path.read_bytes())
+        except (SyntaxError, ValueError):  # files that test the parser
+            continue
+        documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+        found += [doc for node in ast.walk(tree) if isinstance(node, documented) and (doc := ast.get_docstring(node))]
+    return "\n\n".join(found).encode()
+
+
+class Batches:
+    """Samples of ``length`` bytes each: of a step by its number, and held-out ones."""
+
+    def __init__(self, count: int, length: int) -> None:
+        self.count, self.length, self.split = count, length, len(text()) * 9 // 10
+
+    def _samples(self, starts: Tensor) -> list[Sample]:
+        weights = [0.0] + [1.0] * (self.length - 1)
+        return [Sample(list(text()[start : start + self.length]), weights) for start in starts.tolist()]
+
+    def step(self, number: int) -> list[Sample]:
+        generator = torch.Generator().manual_seed(number)
+        return self._samples(torch.randint(self.split - self.length, (self.count,), generator=generator))
+
+    def held_out(self) -> list[Sample]:
+        return self._samples(torch.linspace(self.split, len(text()) - self.length, 4 * self.count).long())
+
+
+class Run:
+    """One training run, from the same weights as the others. ``weights``: of another run, which this one takes over."""
+
+    def __init__(self, variant: Variant, options: argparse.Namespace, device: str, weights: Any = None) -> None:
+        variant.choose()
+        torch.manual_seed(0)
+        config, tp = Qwen3Config(**(TINY_MODEL if options.tiny else MODEL)), TPGroup.single()
+        self.batches = Batches(2, 64) if options.tiny else Batches(16, 1024)
+        self.weights = served_memory(config, device, tp) if weights is None else weights
+        self.device, tokens = torch.device(device), self.batches.count * self.batches.length
+        self.model: BoundModel = bind_model(
+            config, self.weights[0], tp, fused_tensors=self.weights[1], fp8=variant.in_fp8,
+            compiled=CompileOptions() if device == "cuda" else None,
+        )  # fmt: skip
+        optim = OptimConfig(
+            kind=OptimizerKind.adamw, lr=6e-4, warmup_steps=min(50, options.steps // 2), schedule=Schedule.cosine,
+            total_steps=options.steps, max_relative_update=1e9, check_replicas_every=0, betas=(0.9, 0.95),
+        )  # fmt: skip
+        optimizer = Optimizer(optim, Precision.remainder, self.model.parameters, tp)
+        self.trainer = Trainer(self.model, optimizer, tp, device=self.device, max_micro_batch_tokens=tokens)
+        self.tokens = tokens
+
+    def train(self, steps: int) -> list[float]:
+        """The loss of each step, nats a byte."""
+        losses = []
+        for number in range(steps):
+            result = self.trainer.step(self.batches.step(number))
+            assert not result.skipped, result.skipped
+            losses.append(result.loss)
+        return losses
+
+    def packed(self, samples: list[Sample]) -> list[PackedBatch]:
+        return [batch.to(self.device) for batch in pack(samples, self.tokens)]
+
+    @torch.no_grad()
+    def held_out_loss(self) -> float:
+        batches = self.packed(self.batches.held_out())
+        count = sum(float(batch.weights.sum()) for batch in batches)
+        return sum(float(self.model.forward_loss(batch).loss) for batch in batches) / count
+
+    def gradients(self) -> dict[str, Tensor]:
+        """Of the first held-out samples, by checkpoint tensor, fp32."""
+        self.model.forward_loss(self.packed(self.batches.held_out())[0]).loss.backward()
+        found = {p.name: p.grad.float().clone() for p in self.model.parameters if p.grad is not None}
+        self.model.zero_grad()
+        return found
+
+
+def compare_curves(options: argparse.Namespace, device: str) -> tuple[dict[str, Any], Any]:
+    """Losses by kind of products, and the weights that bf16 has trained."""
+    result, weights = {}, None
+    for name in options.variants or list(VARIANTS):
+        run = Run(VARIANTS[name], options, device)
+        begun = time.perf_counter()
+        losses = run.train(options.steps)
+        last = statistics.mean(losses[-20:])
+        result[name] = {"losses": losses, "last 20": last, "held out": run.held_out_loss()}
+        if name == "bf16":
+            weights, parameters = run.weights, sum(p.tensor.numel() for p in run.model.parameters)
+            print(f"{parameters / 1e6:.1f}M parameters, {len(text()) / 1e6:.2f} MB of text", flush=True)
+        base = result.get("bf16", result[name])
+        apart = {key: f"{100 * (result[name][key] / base[key] - 1):+.2f} %" for key in ("last 20", "held out")}
+        print(
+            f"{options.steps} steps, {name}: last 20 steps {last:.4f} ({apart['last 20']}), held out "
+            f"{result[name]['held out']:.4f} ({apart['held out']}), {time.perf_counter() - begun:.0f} s; every tenth: "
+            f"{[round(loss, 3) for loss in losses[:: max(1, options.steps // 10)]]}",
+            flush=True,
+        )
+        del run
+    return result, weights
+
+
+def compare_gradients(options: argparse.Namespace, device: str, weights: Any) -> dict[str, Any]:
+    """By kind and tensor: the norm of the difference to bf16's gradient by the norm of that."""
+    base = Run(Variant(), options, device, weights)
+    weights, expected, result = base.weights, base.gradients(), {}
+    for name, variant in VARIANTS.items():
+        got = Run(variant, options, device, weights).gradients()
+        result[name] = {n: float((got[n] - g).norm() / g.norm()) for n, g in expected.items()}
+    owners = sorted({n.split(".", 3)[3] for n in expected if ".layers." in n and "norm" not in n})
+    for name, errors in result.items():
+        print(f"error of gradients against bf16, {name}:", flush=True)
+        for owner in owners:
+            row = [f"{e:.3f}" for n, e in errors.items() if n.endswith(owner)]
+            print(f"    {owner}, by layer: {' '.join(row)}", flush=True)
+        rest = {n: round(e, 3) for n, e in errors.items() if ".layers." not in n}
+        print(f"    {rest}", flush=True)
+    return result
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--products", action="store_true", help="rates of single products and casts")
+    parser.add_argument("--curve", action="store_true", help="losses of a small model")
+    parser.add_argument("--error", action="store_true", help="errors of gradients, after --curve over its weights")
+    parser.add_argument("--steps", type=int, help="of --curve (default 500; tiny 4)")
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, help="of --curve, bf16 first (default: all)")
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--out", type=Path, help="folder for the JSON file")
     options = parser.parse_args()
+    options.steps = options.steps or (4 if options.tiny else 500)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     machine = torch.cuda.get_device_name() if device == "cuda" else "CPU"
     print(f"bench_fp8: {machine}, torch {torch.__version__}, {datetime.date.today()}", flush=True)
     result: dict[str, Any] = {"machine": machine, "torch": torch.__version__}
+    weights = None
     if options.products:
         result["products"] = compare_products(options, device)
+    if options.curve:
+        result["curves"], weights = compare_curves(options, device)
+    if options.error:
+        result["errors of gradients"] = compare_gradients(options, device, weights)
     if options.out:
         options.out.mkdir(parents=True, exist_ok=True)
-        path = options.out / f"{datetime.date.today()}_fp8.json"
-        path.write_text(json.dumps(result, indent=1))
+        (options.out / f"{datetime.date.today()}_fp8.json").write_text(json.dumps(result, indent=1))
     return 0
 
 
