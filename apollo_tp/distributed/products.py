@@ -1,4 +1,4 @@
-"""Products that are summed over ranks: what ``TPGroup.sum_product`` writes where it is summed, whole or some rows at a time."""
+"""Products that are summed over ranks: ``TPGroup.sum_product`` writes them where they are summed, at once or in blocks."""
 
 from __future__ import annotations
 
@@ -64,10 +64,10 @@ class SumOfProducts:
 
 @dataclass(frozen=True)
 class ScaledProduct:
-    """``a @ b.T`` in bf16, of FP8 ``a`` [m, k] and ``b`` [n, k], both contiguous, times the inverses of their scales.
+    """``a @ b.T`` in bf16, of FP8 ``a`` [m, k] and ``b`` [n, k], contiguous, times the inverses of their scales.
 
-    Inverse scales fp32: 0-d or [m], and 0-d or [n]. ``fast``: partial sums are kept by the tensor cores alone, which on Hopper have
-    fewer bits than fp32, as torchao has it for forward passes.
+    Inverse scales fp32: 0-d or [m], and 0-d or [n]. ``fast``: partial sums are kept by the tensor cores alone, which on
+    Hopper have fewer bits than fp32, as torchao has it for forward passes.
     """
 
     a: Tensor

@@ -297,8 +297,8 @@ class TPGroup:
         alongside: Callable[[], None] | None = None,
         residual: Tensor | None = None,
     ) -> Tensor:
-        """``sum_product`` of the sum of ``a @ b`` over ``pairs``: a [m, k] and b [k, n], local and of one dtype; k may differ
-        between pairs."""
+        """``sum_product`` of the sum of ``a @ b`` over ``pairs``: a [m, k] and b [k, n], local and of one dtype; k may
+        differ between pairs."""
         return self.sum_product(SumOfProducts(pairs), alongside, residual)
 
     def sum_product(
@@ -307,8 +307,8 @@ class TPGroup:
         """``product`` [m, n], summed over the ranks, plus ``residual``. One all-reduce.
 
         ``residual`` [m, n] is the same on all ranks. Returns [m, n] in the product's dtype, the same on all ranks, rounded
-        before and after the residual is added. ``alongside`` launches work that runs during the all-reduce; it excludes a
-        residual.
+        before and after the residual is added. ``alongside`` launches work that runs during the all-reduce; it excludes
+        a residual.
         """
         assert alongside is None or residual is None, "no product needs both"
         pending = None

@@ -56,8 +56,9 @@ def bind_model(
     ``shards`` maps checkpoint names to the shard record and the local tensor (shape ``shard.local_shape``, a view of the
     served memory; vocabulary-parallel tensors without padding rows). ``fused_tensors`` lists names that share a served
     tensor: where their rows follow each other, they run as one product. ``compiled``: how decoder layers are compiled; not
-    at all if None. ``fp8``: linear layers of decoder layers multiply in FP8 (``install_fp8``). Collective over ``tp``: the sums of a forward pass, and those of GradientSync. Raises
-    UnsupportedModelError that lists every tensor and parameter that does not fit.
+    at all if None. ``fp8``: linear layers of decoder layers multiply in FP8 (``install_fp8``). Collective over ``tp``: the
+    sums of a forward pass, and those of GradientSync. Raises UnsupportedModelError that lists every tensor and parameter
+    that does not fit.
     """
     module = build_on_meta(config, tp.size, _dtype(shards), trust_remote_code=trust_remote_code)
     refuse_unknown_layers(module)

@@ -71,8 +71,8 @@ def scales(largest: Tensor, dtype: torch.dtype) -> Scales:
 
 
 def largest_of_rows(parts: Sequence[Tensor]) -> Tensor:
-    """The largest magnitude of each row of a matrix [M, K], given as ``parts`` [M, columns of the part]: [M]; NaN where there
-    is one. The compiler adds this to the kernel that writes the rows."""
+    """The largest magnitude of each row of a matrix [M, K], given as ``parts`` [M, columns of the part]: [M]; NaN where
+    there is one. The compiler adds this to the kernel that writes the rows."""
     found = torch.linalg.vector_norm(parts[0], torch.inf, dim=1)
     for part in parts[1:]:
         found = torch.maximum(found, torch.linalg.vector_norm(part, torch.inf, dim=1))
@@ -120,8 +120,8 @@ def _(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
 def fp8_cast(
     parts: list[Tensor], row_scales: Tensor, scale: Tensor, dtype: torch.dtype, rows: bool, columns: bool
 ) -> tuple[Tensor, Tensor]:
-    """The matrix [M, K] of ``parts`` [M, columns of the part] in ``dtype``: times ``row_scales`` (fp32 [M] or 0-d) [M, K], if
-    ``rows``; times ``scale`` (fp32 0-d) its transpose [K, M padded], if ``columns``; else [0]. Local."""
+    """The matrix [M, K] of ``parts`` [M, columns of the part] in ``dtype``: times ``row_scales`` (fp32 [M] or 0-d) [M, K],
+    if ``rows``; times ``scale`` (fp32 0-d) its transpose [K, M padded], if ``columns``; else [0]. Local."""
     out, transposed = _outputs(parts, dtype, rows, columns)
     start = 0
     for part in parts:
@@ -160,7 +160,7 @@ def _launch(part: Tensor, row_scales: Tensor, scale: Tensor, out: Tensor | None,
     first, second = (some if matrix is None else matrix for matrix in (out, transposed))
     cast_kernel[grid](
         part, part.stride(0), row_scales, scale, first, first.stride(0), second, second.stride(0),
-        rows, padded(rows), columns, LIMIT=torch.finfo(some.dtype).max, PER_ROW=row_scales.ndim > 0,
+        rows, padded(rows), columns, LIMIT=torch.finfo(some.dtype).max, PER_ROW=row_scales.ndim,
         ROWS=out is not None, COLUMNS=transposed is not None, BLOCK_M=block_m, BLOCK_K=block_k, num_warps=WARPS,
     )  # fmt: skip
 

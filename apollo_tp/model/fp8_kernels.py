@@ -1,4 +1,4 @@
-"""``fp8``'s casts in Triton: one pass over a matrix for its rows and their largest magnitudes, or for both of its layouts."""
+"""The casts of ``fp8`` in Triton: of a matrix's rows with scales of their own in one pass, or of both layouts in one."""
 
 from __future__ import annotations
 
@@ -56,8 +56,8 @@ def cast_kernel(
     LIMIT: tl.constexpr, PER_ROW: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Write ``x`` [M, K] times ``row_scales`` (PER_ROW: fp32 [M], else one) to ``out`` [M, K] (ROWS), and times ``scale``
-    (fp32, one) to ``transposed`` [K, M_PADDED] (COLUMNS), whose columns from M on become 0. Strides are those of the first
+    """Write ``x`` [M, K] times ``row_scales`` (fp32: [M] with PER_ROW 1, one with 0) to ``out`` [M, K] (ROWS), and times
+    ``scale`` (fp32, one) to ``transposed`` [K, M_PADDED] (COLUMNS), whose columns from M on become 0. Strides are those of the first
     dimension. Values are held to +-LIMIT, the largest of the FP8 dtype; a NaN may become anything: see ``fp8.scales``.
     """
     m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -66,10 +66,7 @@ def cast_kernel(
     m64, k64 = m.to(tl.int64), k.to(tl.int64)
     tile = tl.load(x + m64[:, None] * x_stride + k[None, :], mask=inside, other=0.0).to(tl.float32)
     if ROWS:
-        if PER_ROW:
-            scaled = tile * tl.load(row_scales + m, mask=m < M, other=0.0)[:, None]
-        else:
-            scaled = tile * tl.load(row_scales)
+        scaled = tile * tl.load(row_scales + m * PER_ROW, mask=m < M, other=0.0)[:, None]
         tl.store(
             out + m64[:, None] * out_stride + k[None, :], held(scaled, LIMIT).to(out.dtype.element_ty), mask=inside
         )

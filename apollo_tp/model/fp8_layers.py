@@ -16,8 +16,8 @@ from apollo_tp.model.fp8 import MULTIPLE
 from apollo_tp.model.fp8_linear import column_parallel_fp8_linear
 from apollo_tp.model.joined import JoinedLinear
 from apollo_tp.model.regions import RowParallelLinear
-from apollo_tp.model.tp_linear import ALONE
 from apollo_tp.model.towers import language_model
+from apollo_tp.model.tp_linear import ALONE
 
 log = logging.getLogger(__name__)
 

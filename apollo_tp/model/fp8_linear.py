@@ -23,6 +23,9 @@ KEEP_COLUMN_INPUTS, KEEP_ROW_INPUTS = True, False
 takes a byte for each value. Otherwise it is cast from the input again, which compiled code recomputes where that is cheap
 and keeps where it is needed anyway, as attention's output is."""
 
+FAST_FORWARD, FAST_GRADIENTS = True, False
+"""``ScaledProduct.fast`` of the forward pass and of gradients, as in torchao's recipes."""
+
 
 @operator("fp8_product(Tensor a, Tensor b, Tensor a_inverse, Tensor b_inverse, bool fast) -> Tensor")
 def fp8_product(a: Tensor, b: Tensor, a_inverse: Tensor, b_inverse: Tensor, fast: bool) -> Tensor:
@@ -49,15 +52,15 @@ def column_backward_fp8(
     after: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """As ``tp_linear.column_backward``, from FP8 values of the product's gradient, local [T, R], of the transposes
-    [R, T padded], [C, T padded] and [C, R padded], and the four inverses of their scales. Returns bf16 [T, C], the same on all
-    ranks, and [R, C], local. One all-reduce of [T, C], while the weight's gradient is computed."""
+    [R, T padded], [C, T padded] and [C, R], and the four inverses of their scales. Returns bf16 [T, C], the same on
+    all ranks, and [R, C], local. One all-reduce of [T, C], while the weight's gradient is computed."""
     of_grad, of_grad_columns, of_x, of_weight = inverses
     found: list[Tensor] = []
 
     def multiply_weight() -> None:
-        found.append(ScaledProduct(grad_columns, x_columns, of_grad_columns, of_x, fast=False).new())
+        found.append(ScaledProduct(grad_columns, x_columns, of_grad_columns, of_x, FAST_GRADIENTS).new())
 
-    product = ScaledProduct(grad, weight_columns, of_grad, of_weight, fast=False)
+    product = ScaledProduct(grad, weight_columns, of_grad, of_weight, FAST_GRADIENTS)
     return group_of(number).sum_product(product, alongside=multiply_weight), found[0]
 
 
@@ -84,7 +87,7 @@ def row_parallel_fp8(
 ) -> Tensor:
     """``fp8_product`` of local [T, C_local] and [R, C_local], summed over the group with this number: bf16 [T, R], the same
     on all ranks. One all-reduce of [T, R]."""
-    return group_of(number).sum_product(ScaledProduct(x, weight, x_inverse, weight_inverse, fast=True))
+    return group_of(number).sum_product(ScaledProduct(x, weight, x_inverse, weight_inverse, FAST_FORWARD))
 
 
 @torch.library.register_fake("apollo_tp::row_parallel_fp8")
@@ -108,7 +111,7 @@ def row_parallel_add_fp8(
     after: Tensor | None = None,
 ) -> Tensor:
     """``residual`` [T, R], the same on all ranks, plus what ``row_parallel_fp8`` returns. Used only in compiled code."""
-    product = ScaledProduct(x, weight, x_inverse, weight_inverse, fast=True)
+    product = ScaledProduct(x, weight, x_inverse, weight_inverse, FAST_FORWARD)
     return group_of(number).sum_product(product, residual=residual)
 
 
@@ -130,8 +133,8 @@ SUMS = (column_backward_fp8, row_parallel_fp8, row_parallel_add_fp8)
 
 
 def _enter(ctx: Any, x: Tensor, weight: Tensor, keep: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """FP8 rows of ``x`` [T, C] and ``weight`` [R, C], and the inverses of their scales: what ``fp8_product`` takes. Saves for
-    ``_leave`` what the backward pass needs: with ``keep`` the FP8 transpose of ``x``, else ``x``."""
+    """FP8 rows of ``x`` [T, C] and ``weight`` [R, C], and the inverses of their scales: what ``fp8_product`` takes. Saves
+    for ``_leave`` what the backward pass needs: with ``keep`` the FP8 transpose of ``x``, else ``x``."""
     weight8, weight_inverse, weight_largest = fp8.cast_rows(weight, VALUES)
     if keep:
         x8, columns, x_inverse, saved = fp8.cast([x], VALUES)
@@ -158,7 +161,7 @@ class _ColumnParallelFp8(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor, rows: tuple[int, ...], number: int, keep: bool
     ) -> tuple[Tensor, ...]:
         ctx.number = number
-        return fp8_product(*_enter(ctx, x, weight, keep), True).split(rows, dim=-1)
+        return fp8_product(*_enter(ctx, x, weight, keep), FAST_FORWARD).split(rows, dim=-1)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
@@ -177,8 +180,8 @@ class _RowParallelFp8(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, given: Tensor) -> tuple[Tensor, Tensor, None, None]:
         grad, (x, x_inverse), (weight, weight_inverse) = _leave(ctx, [given])
-        grad_x = fp8_product(grad.rows, weight, grad.row_inverse, weight_inverse, False)
-        return grad_x, fp8_product(grad.columns, x, grad.inverse, x_inverse, False), None, None
+        grad_x = fp8_product(grad.rows, weight, grad.row_inverse, weight_inverse, FAST_GRADIENTS)
+        return grad_x, fp8_product(grad.columns, x, grad.inverse, x_inverse, FAST_GRADIENTS), None, None
 
 
 def column_parallel_fp8_linear(

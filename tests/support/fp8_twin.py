@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, Qwen3Config
@@ -58,7 +57,7 @@ def bound(tp: TPGroup, *, in_fp8: bool = True, compiled: CompileOptions | None =
         else:
             share = values.shape[dim] // tp.size
             shard = Shard(name, tuple(values.shape), dim, ((tp.rank * share, (tp.rank + 1) * share),), (tp.rank,))
-            values = values.narrow(dim, tp.rank * share, share)  # noqa: PLW2901
+            values = values.narrow(dim, tp.rank * share, share)
         shards[name] = (shard, values.bfloat16().contiguous())
     fused = [[name.replace(f".{group[0]}.", f".{part}.") for part in group]
              for group in FUSED for name in whole if f".{group[0]}.weight" in name]  # fmt: skip

@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 from apollo_tp.config import GradientMode
 from apollo_tp.distributed.peer_memory import PeerBuffers
+from apollo_tp.distributed.products import SumOfProducts
 from apollo_tp.distributed.tp_group import TPGroup
 from apollo_tp.inspect.exactness import samples
 from apollo_tp.model import BoundModel
