@@ -70,7 +70,7 @@ STEPS = {
     ),
     "replicas": Step(pytest("tests/gpu/test_replicas.py"), 200, server=False, rehearsal=None),
     "shares": Step(bench("shares", "--out", "{out}"), 300, server=False),
-    "graphs": Step(pytest("tests/gpu/test_cuda_graphs.py"), 150, server=False, rehearsal=None),
+    "graphs": Step(pytest("tests/gpu/test_cuda_graphs.py"), 300, server=False, rehearsal=None),
     "gdn": Step(pytest("tests/gpu/test_gated_delta_net.py"), 400, server=False, rehearsal=None),
     "memory": Step(pytest("tests/gpu/test_memory_plan.py"), 300, server=False, rehearsal=None),
     "profile": Step(

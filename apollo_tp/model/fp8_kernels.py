@@ -57,8 +57,9 @@ def cast_kernel(
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Write ``x`` [M, K] times ``row_scales`` (fp32: [M] with PER_ROW 1, one with 0) to ``out`` [M, K] (ROWS), and times
-    ``scale`` (fp32, one) to ``transposed`` [K, M_PADDED] (COLUMNS), whose columns from M on become 0. Strides are those of the first
-    dimension. Values are held to +-LIMIT, the largest of the FP8 dtype; a NaN may become anything: see ``fp8.scales``.
+    ``scale`` (fp32, one) to ``transposed`` [K, M_PADDED] (COLUMNS), whose columns from M on become 0. Strides are those of
+    the first dimension. Values are held to +-LIMIT, the largest of the FP8 dtype. A NaN may become anything: see
+    ``fp8.scales``.
     """
     m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
@@ -67,9 +68,8 @@ def cast_kernel(
     tile = tl.load(x + m64[:, None] * x_stride + k[None, :], mask=inside, other=0.0).to(tl.float32)
     if ROWS:
         scaled = tile * tl.load(row_scales + m * PER_ROW, mask=m < M, other=0.0)[:, None]
-        tl.store(
-            out + m64[:, None] * out_stride + k[None, :], held(scaled, LIMIT).to(out.dtype.element_ty), mask=inside
-        )
+        values = held(scaled, LIMIT).to(out.dtype.element_ty)
+        tl.store(out + m64[:, None] * out_stride + k[None, :], values, mask=inside)
     if COLUMNS:
         turned = tl.trans(held(tile * tl.load(scale), LIMIT).to(transposed.dtype.element_ty))
         within = (k < K)[:, None] & (m < M_PADDED)[None, :]

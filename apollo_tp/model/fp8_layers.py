@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from apollo_tp.errors import UnsupportedModelError
+from apollo_tp.model import fp8_linear
 from apollo_tp.model.compiled import decoder_layers
 from apollo_tp.model.experts import has_experts
 from apollo_tp.model.fp8 import MULTIPLE
-from apollo_tp.model.fp8_linear import column_parallel_fp8_linear
 from apollo_tp.model.joined import JoinedLinear
 from apollo_tp.model.regions import RowParallelLinear
 from apollo_tp.model.towers import language_model
@@ -26,7 +26,8 @@ CAPABILITY = (8, 9)
 
 
 class Fp8Linear(nn.Module):
-    """``x @ weight.T + bias`` in FP8, local. ``weight`` bf16 [R, C], ``bias`` [R]."""
+    """``x @ weight.T + bias`` in FP8, local. ``weight`` bf16 [R, C], ``bias`` [R]. With one rank, what would be row-parallel
+    is one of these."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
@@ -35,7 +36,8 @@ class Fp8Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``x`` bf16 [..., C] to [..., R]."""
-        return column_parallel_fp8_linear(x, self.weight, self.bias, (self.out_features,), ALONE)[0]
+        keep = fp8_linear.KEEP_ROW_INPUTS
+        return fp8_linear.column_parallel_fp8_linear(x, self.weight, self.bias, (self.out_features,), ALONE, keep)[0]
 
 
 def install_fp8(module: PreTrainedModel) -> int:

@@ -110,9 +110,10 @@ def row_parallel_add_fp8(
     number: int,
     after: Tensor | None = None,
 ) -> Tensor:
-    """``residual`` [T, R], the same on all ranks, plus what ``row_parallel_fp8`` returns. Used only in compiled code."""
+    """``residual`` [..., R], T rows, the same on all ranks, plus what ``row_parallel_fp8`` returns, in the residual's shape.
+    Used only in compiled code."""
     product = ScaledProduct(x, weight, x_inverse, weight_inverse, FAST_FORWARD)
-    return group_of(number).sum_product(product, residual=residual)
+    return group_of(number).sum_product(product, residual=residual.flatten(0, -2)).view(residual.shape)
 
 
 @torch.library.register_fake("apollo_tp::row_parallel_add_fp8")
@@ -185,16 +186,16 @@ class _RowParallelFp8(torch.autograd.Function):
 
 
 def column_parallel_fp8_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, rows: tuple[int, ...], tp: TPGroup
+    x: Tensor, weight: Tensor, bias: Tensor | None, rows: tuple[int, ...], tp: TPGroup, keep: bool | None = None
 ) -> tuple[Tensor, ...]:
     """``tp_linear.column_parallel_linear`` in FP8: ``x`` bf16 [..., C], the same on all ranks, ``weight`` bf16, local
     [R_local, C], both dimensions multiples of fp8.MULTIPLE.
 
     A rank casts the whole input, its rows of the weight, and its part of the gradient, each by scales of its own. Since
     scales are powers of two, ranks together have the values of one process, but for those that are near the smallest that
-    FP8 has in either.
+    FP8 has in either. ``keep``: instead of KEEP_COLUMN_INPUTS.
     """
-    keep = KEEP_COLUMN_INPUTS and torch.is_grad_enabled()
+    keep = (KEEP_COLUMN_INPUTS if keep is None else keep) and torch.is_grad_enabled()
     parts = _ColumnParallelFp8.apply(x.flatten(0, -2), weight, rows, tp.number, keep)
     parts = tuple(part.view(*x.shape[:-1], -1) for part in parts)
     if bias is None:

@@ -23,6 +23,9 @@ ADDING = {
 """Row-parallel products, and the operators that add a residual to them: before the last argument, the group."""
 
 
+_VIEWS = (torch.ops.aten.view.default, torch.ops.aten.reshape.default)
+
+
 class JoinResiduals(CustomGraphPass):
     """Turn ``residual + row_parallel(x, weight)`` into ``row_parallel_add(x, weight, residual)``, with the same rounding.
 
@@ -34,19 +37,28 @@ class JoinResiduals(CustomGraphPass):
             if add.kwargs:  # alpha, a factor
                 continue
             for product, residual in (add.args, add.args[::-1]):
-                if _has_one_use(product) and _match(product, residual):
+                shaped, product = product, _viewed(product)
+                if _has_one_use(product) and _match(shaped, residual):
                     with graph.inserting_before(add):
                         *operands, number = product.args
                         joined = graph.call_function(ADDING[product.target], (*operands, residual, number))
                     joined.meta.update(add.meta)
                     add.replace_all_uses_with(joined)
                     graph.erase_node(add)
+                    if shaped is not product:
+                        graph.erase_node(shaped)
                     graph.erase_node(product)
                     break
 
     def uuid(self) -> bytes:
         """The key of this pass in caches of compiled code: change it whenever the pass changes."""
         return b"apollo_tp.model.sum_passes.JoinResiduals 3"
+
+
+def _viewed(node: object) -> object:
+    """What ``node`` is the only view of, as of a product that was flattened to a matrix; else ``node``."""
+    is_view = isinstance(node, fx.Node) and node.target in _VIEWS and len(node.users) == 1
+    return node.args[0] if is_view else node  # type: ignore[union-attr]
 
 
 def _has_one_use(node: object) -> bool:

@@ -136,15 +136,16 @@ def test_scales_are_the_powers_of_two_that_bring_values_below_the_largest(values
 
 
 def test_a_residual_is_added_by_the_operator_that_sums() -> None:
-    """In traced code, with the same bits; sums in FP8 keep their order."""
+    """In traced code, with the same bits, also where the product is a matrix and the residual is not."""
     x, weight, _ = _operands(21)
     operands = fp8_linear._enter(_Context(), x, weight, False)
-    residual = torch.randn(21, 48).bfloat16()
+    residual = torch.randn(1, 21, 48).bfloat16()
     graph = fx.Graph()
     inputs = [graph.placeholder(name) for name in ("x", "weight", "x_inverse", "weight_inverse", "residual")]
     product = graph.call_function(fp8_linear.row_parallel_fp8, (*inputs[:4], ALONE.number))
-    product.meta["val"] = inputs[4].meta["val"] = residual
-    graph.output(graph.call_function(torch.ops.aten.add.Tensor, (inputs[4], product)))
+    viewed = graph.call_function(torch.ops.aten.view.default, (product, list(residual.shape)))
+    viewed.meta["val"] = inputs[4].meta["val"] = residual
+    graph.output(graph.call_function(torch.ops.aten.add.Tensor, (inputs[4], viewed)))
     expected = fx.GraphModule(torch.nn.Module(), graph)(*operands, residual)
     JoinResiduals()(graph)
     OrderSums()(graph)
