@@ -219,7 +219,8 @@ class Batches:
 
 
 class Run:
-    """One training run, from the same weights as the others. ``weights``: of another run, which this one takes over."""
+    """One training run, from the same weights as the others. ``weights``: of another run, which this one takes over, not
+    compiled: for a few gradients."""
 
     def __init__(self, variant: Variant, options: argparse.Namespace, device: str, weights: Any = None) -> None:
         variant.choose()
@@ -230,7 +231,7 @@ class Run:
         self.device, tokens = torch.device(device), self.batches.count * self.batches.length
         self.model: BoundModel = bind_model(
             config, self.weights[0], tp, fused_tensors=self.weights[1], fp8=variant.in_fp8,
-            compiled=CompileOptions() if device == "cuda" else None,
+            compiled=CompileOptions() if device == "cuda" and weights is None else None,
         )  # fmt: skip
         optim = OptimConfig(
             kind=OptimizerKind.adamw, lr=6e-4, warmup_steps=min(50, options.steps // 2), schedule=Schedule.cosine,
@@ -292,8 +293,8 @@ def compare_curves(options: argparse.Namespace, device: str) -> tuple[dict[str, 
 
 def compare_gradients(options: argparse.Namespace, device: str, weights: Any) -> dict[str, Any]:
     """By kind and tensor: the norm of the difference to bf16's gradient by the norm of that."""
-    base = Run(Variant(), options, device, weights)
-    weights, expected, result = base.weights, base.gradients(), {}
+    weights = Run(Variant(), options, device).weights if weights is None else weights
+    expected, result = Run(Variant(), options, device, weights).gradients(), {}
     for name, variant in VARIANTS.items():
         got = Run(variant, options, device, weights).gradients()
         result[name] = {n: float((got[n] - g).norm() / g.norm()) for n, g in expected.items()}

@@ -29,6 +29,8 @@ GRACE_SECONDS = 45
 """Between the request to end and SIGKILL: two processes are stopped in it, for up to 20 s each."""
 MPS = "MPS idle,MPS,MPS 75 % low,MPS 50 % low,MPS 25 % low,MPS 50 %"
 
+FP8_VARIANTS = ("bf16", "fp8, scales of rows, gradients e5m2", "fp8, scales of rows, gradients e4m3")
+
 
 @dataclass(frozen=True)
 class Step:
@@ -84,7 +86,9 @@ STEPS = {
     ),
     "fp8-casts": Step(pytest("tests/unit/model/test_fp8.py"), 120, server=False, rehearsal=None),
     "fp8-products": Step(bench("fp8", "--products", "--out", "{out}/products"), 240, server=False),
-    "fp8-curve": Step(bench("fp8", "--curve", "--error", "--out", "{out}/curve"), 560, server=False),
+    "fp8-curve": Step(
+        bench("fp8", "--curve", "--error", "--variants", *FP8_VARIANTS, "--out", "{out}/curve"), 560, server=False,
+    ),
     "fp8-profile": Step(profile_fp8(), 150, server=False),
     "fp8-profile-e4m3": Step(profile_fp8("--fp8", "GRADIENTS=float8_e4m3fn", "FAST_GRADIENTS=True"), 150, server=False),
     "fp8-profile-tensor": Step(profile_fp8("--fp8", "PER_ROW=False"), 150, server=False),

@@ -130,8 +130,8 @@ def _compiled(tp: TPGroup) -> tuple[list[str], list[int]]:
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [1, 2])
 def test_compiled_layers_have_the_same_gradients(size: int) -> None:
-    """Bit for bit, without inductor's own kernels. One graph for the layer, whose residuals are added by the kernel that sums
-    over ranks if there is one, and no sum is repeated."""
+    """Bit for bit, without inductor's own kernels. One graph for the layer, whose residuals are added by the kernel that
+    sums over ranks if there is one, and no sum is repeated."""
     for wrong, joined in run_ranks(_compiled, size, deadline_seconds=280):
         assert not wrong
         assert joined == [2 if size > 1 else 0]
