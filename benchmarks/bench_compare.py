@@ -36,7 +36,7 @@ WRONG = ("self_attn.o_proj.weight", "mlp.down_proj.weight")
 
 
 def scored(trainer: Training, tokens: list[int]) -> dict[str, Any]:
-    answer = httpx.post(f"{trainer.url}/train/score", json=score_request(tokens), timeout=300)
+    answer = httpx.post(f"{trainer.url}/train/score", json=score_request(tokens, 1), timeout=300)
     return answer.raise_for_status().json()  # type: ignore[no-any-return]
 
 

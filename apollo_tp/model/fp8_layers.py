@@ -86,9 +86,7 @@ def _misfit(layer: nn.Linear | RowParallelLinear | JoinedLinear) -> str | None:
 
 
 def _check_device(device: torch.device) -> None:
-    if device.type != "cuda" or torch.version.hip:
-        return
-    if (found := torch.cuda.get_device_capability(device)) < CAPABILITY:
+    if device.type == "cuda" and (found := torch.cuda.get_device_capability(device)) < CAPABILITY:
         raise UnsupportedModelError(
             f"train.matmul=fp8: got a GPU of compute capability {found[0]}.{found[1]}, expected {CAPABILITY[0]}."
             f"{CAPABILITY[1]} or later, which have FP8 products; set train.matmul=served"
