@@ -64,7 +64,7 @@ def packed_attention(
     the same, on the device and (so that nothing waits for it) on the host. A token sees itself and the
     ``sliding_window - 1`` tokens before it (all before it without a window). ``s_aux`` [q_heads_local] are attention sinks,
     by transformers' name for them.
-    Returns [1, T, q_heads_local, v] in that dtype, and None for the scores. Raises UnsupportedModelError for a mask and for
+    Returns [1, T, q_heads_local, v], contiguous, in that dtype, and None for the scores. Raises UnsupportedModelError for a mask and for
     ``others`` that would have an effect, BoundariesMissingError without boundaries.
     """
     if cu_seq_lens_q is None:
@@ -75,14 +75,15 @@ def packed_attention(
     if query.is_cuda and query.dtype != torch.float32 and softcap is None and widest <= _MAX_FLASH_HEAD_DIM:
         query, key, value, scaling = of_one_width(query, key, value, scaling)
         if s_aux is None and _takes_cudnn(query, cu_seq_lens_q, sliding_window):
-            return _one_padded_sequence(query, key, value, scaling)[..., :width], None
+            return _one_padded_sequence(query, key, value, scaling)[..., :width].contiguous(), None
         heads = query[0], key[0], value[0]
-        return _flash(*heads, s_aux, cu_seq_lens_q, max_length_q, scaling, sliding_window)[None, ..., :width], None
+        out = _flash(*heads, s_aux, cu_seq_lens_q, max_length_q, scaling, sliding_window)
+        return out[None, ..., :width].contiguous(), None
     parts = [
         _one_sequence(*sequence, scaling, sliding_window, softcap, s_aux)
         for sequence in zip(*(t[0].split(sequence_lengths, dim=1) for t in (query, key, value)), strict=True)
     ]
-    return torch.cat(parts, dim=1).transpose(0, 1)[None], None
+    return torch.cat(parts, dim=1).transpose(0, 1)[None].contiguous(), None
 
 
 def refuse_what_would_be_dropped(module: nn.Module, mask: Tensor | None, others: Mapping[str, Any]) -> None:

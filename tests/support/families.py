@@ -188,16 +188,13 @@ FAMILIES = {
     "stablelm": Family("stablelm", {"use_qkv_bias": True}),
     "glm4-moe": Family("glm4_moe", _GLM_MOE | {"head_dim": 16, "use_qk_norm": True}),
     "dots1": Family("dots1", _GLM_MOE),
-    "deepseek-v2-lite": Family(
+    "deepseek-v2": Family(
         "deepseek_v2",
         _GLM_MOE
         | _LATENT
+        | _GROUPS
         | _deepseek_yarn(mscale=0.707, mscale_all_dim=0.707)
-        | {"q_lora_rank": None, "n_shared_experts": 2, "topk_method": "greedy", "norm_topk_prob": False},
-    ),
-    "deepseek-v2": Family(
-        "deepseek_v2",
-        _GLM_MOE | _LATENT | _GROUPS | {"topk_method": "group_limited_greedy", "routed_scaling_factor": 16.0},
+        | {"q_lora_rank": None, "topk_method": "group_limited_greedy", "routed_scaling_factor": 16.0},
     ),
     "deepseek-v3": Family(
         "deepseek_v3",
@@ -208,6 +205,30 @@ FAMILIES = {
         | {"topk_method": "noaux_tc", "scoring_func": "sigmoid", "routed_scaling_factor": 2.5, "norm_topk_prob": True},
     ),
     "glm4-moe-lite": Family("glm4_moe_lite", _GLM_MOE | _LATENT),
+    "minicpm3": Family("minicpm3", _LATENT | {"dim_model_base": 16, "scale_emb": 12, "scale_depth": 1.4}),
+    "hyperclovax": Family(
+        "hyperclovax",
+        {"head_dim": 16, "attention_multiplier": 0.25, "logits_scaling": 0.5, "embedding_multiplier": 2.0}
+        | {"residual_multiplier": 0.7, "use_post_norm": True},
+    ),
+    "helium": Family("helium", {"head_dim": 16}),
+    "flex-olmo": Family("flex_olmo", {"num_key_value_heads": 4, "num_experts": 4, "num_experts_per_tok": 2}),
+    "granite-moe-shared": Family(
+        "granitemoeshared", {"num_local_experts": 4, "num_experts_per_tok": 2, "shared_intermediate_size": 32}
+    ),
+    "afmoe": Family(
+        "afmoe",
+        {"num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+        | {"num_dense_layers": 1, "num_shared_experts": 1, "sliding_window": 8, "global_attn_every_n_layers": 2}
+        | {
+            "head_dim": 16,
+            "score_func": "sigmoid",
+            "route_norm": True,
+            "route_scale": 2.0,
+            "n_group": 1,
+            "topk_group": 1,
+        },
+    ),
     "minimax-m2": Family(
         "minimax_m2",
         {

@@ -8,7 +8,7 @@ import tempfile
 import textwrap
 from pathlib import Path
 
-from apollo_tp.model.families import FULL_WIDTH_NORMS, FUSED_TENSORS, LAYER_TYPES, LOGITS
+from apollo_tp.model.families import FULL_WIDTH_NORMS, FUSED_TENSORS, LAYER_TYPES
 from tests.support.exactness import Results, run_cases
 from tests.support.families import CASES, FAMILIES, REFUSED, SERVED, SIZES, Family
 from tests.support.ranks import run_ranks
@@ -101,7 +101,16 @@ def _tolerances() -> str:
 
 
 def _differences() -> list[str]:
-    rows = [(f"`{row.field}` in the config", row.reason) for row in LOGITS]
+    rows = [
+        (
+            "multipliers before or after the head (Cohere, Granite, MiniCPM 3, HyperCLOVA X)",
+            "the loss is computed without the model's own head: they are measured with a probe when the model is bound",
+        ),
+        (
+            "`final_logit_softcapping` in the config",
+            "Gemma 2 caps its logits with a tanh: the loss must undo it in its own backward pass",
+        ),
+    ]
     rows += [(f"`{name}`", reason) for name, reason in FULL_WIDTH_NORMS.items()]
     rows.append(
         (
@@ -161,7 +170,7 @@ def _refused() -> list[str]:
         "masks that transformers makes",
         "- final hidden states that depend on another packed sequence or on later tokens, which one backward pass shows",
         "- norms over the heads of all ranks whose weight is served cut and whose class is not in the table above",
-        "- changes of the logits that are not in the table above",
+        "- changes of the logits other than multipliers and soft caps",
         "- heads with a bias (Phi, PhiMoE with `lm_head_bias`): the loss has none, and vLLM's Transformers backend makes "
         "a new one each time that it loads, where the trace of its loader cannot follow it",
         "- encoder-decoder models",
