@@ -64,8 +64,8 @@ def packed_attention(
     the same, on the device and (so that nothing waits for it) on the host. A token sees itself and the
     ``sliding_window - 1`` tokens before it (all before it without a window). ``s_aux`` [q_heads_local] are attention sinks,
     by transformers' name for them.
-    Returns [1, T, q_heads_local, v], contiguous, in that dtype, and None for the scores. Raises UnsupportedModelError for a mask and for
-    ``others`` that would have an effect, BoundariesMissingError without boundaries.
+    Returns [1, T, q_heads_local, v], contiguous, in that dtype, and None for the scores. Raises UnsupportedModelError for a
+    mask and for ``others`` that would have an effect, BoundariesMissingError without boundaries.
     """
     if cu_seq_lens_q is None:
         raise BoundariesMissingError(type(module))

@@ -51,11 +51,10 @@ _REFUSED_BY_THE_SERVER = """
 | what | what would make it work |
 | --- | --- |
 | quantised weights | serve the bf16 checkpoint (of gpt-oss, a copy by transformers' `Mxfp4Config(dequantize=True)`) |
-| attention backends with a copy of sinks in another dtype (FlashInfer) | bf16, `--attention-backend FLASH_ATTN` |
+| attention backends with a copy of a weight (FlashInfer's sinks) | bf16, `--attention-backend FLASH_ATTN` |
 | pipeline, expert or prefill context parallelism, EPLB | tensor parallelism alone |
 | data parallelism of a mixture of experts | one server for each engine |
 | LoRA-wrapped layers | serve without `--enable-lora` |
-| multi-head latent attention | nothing yet: vLLM serves derived copies of `kv_b_proj` |
 | MoE backends that reorder weights | `--moe-backend triton` (on CPU the plugin takes care of it) |
 | tensors that the loader transforms | nothing in general; each is listed with the operation |
 | sleep mode, expandable segments | serve without them |
@@ -136,6 +135,13 @@ def _differences() -> list[str]:
     fused = ", ".join(f"`{name}`" for name in FUSED_TENSORS)
     rows.append(
         (fused, "a rank must hold its share of every part of a fused tensor, unless gate and up alternate (gpt-oss)")
+    )
+    rows.append(
+        (
+            "latent attention (DeepSeek, GLM-4-MoE-Lite, MiniCPM 3)",
+            "heads of keys and of values have different sizes; the matrices that vLLM makes of `kv_b_proj` are views of it, "
+            "and follow it",
+        )
     )
     rows.append(
         ("attention sinks (gpt-oss)", "a logit for each head, which takes part in the softmax and has no value")
