@@ -1,5 +1,6 @@
-"""Llama, Gemma 3, mixtures of experts, latent attention and the Qwen3.5 hybrid against real vLLM at TP = 2: change and restore of every
-parameter, ten training steps, agreement of log-probabilities, and checkpoints that load elsewhere with the same ones."""
+"""Llama, Gemma 3, mixtures of experts, latent attention and the Qwen3.5 hybrid against real vLLM at TP = 2: change and
+restore of every parameter, ten training steps, agreement of log-probabilities, and checkpoints that load elsewhere with the
+same ones."""
 
 from __future__ import annotations
 
