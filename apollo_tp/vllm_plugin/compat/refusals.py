@@ -114,8 +114,10 @@ def _copied_weights(model: nn.Module) -> list[str]:
     are copies are refused later, since nothing is loaded into them."""
     modules, found = dict(model.named_modules()), set()
     for name, module in modules.items():
+        if not hasattr(module, "impl"):
+            continue
         weights = [p for p in modules[name.rpartition(".")[0]].parameters() if p.numel()]
-        for attribute, tensor in held_tensors(module) if hasattr(module, "impl") else ():
+        for attribute, tensor in held_tensors(module):
             # vLLM's CPU backend makes its copy of fp16 sinks at the first request
             late = attribute == "sinks" and tensor.dtype == torch.float16
             served = any(tensor is weight or is_view(tensor, weight) for weight in weights)
