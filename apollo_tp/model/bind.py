@@ -167,8 +167,8 @@ def _fill(
         owner, _, attribute = name.rpartition(".")
         if name in vocabulary or isinstance(module.get_submodule(owner), FullWidthRMSNorm):
             expected = (shards[names.parts[name][0][0]][0].local_shape[0], *expected[1:])
-        elif has_whole_heads(module, name):
-            expected = _part_of(names.parts[name], shards, expected)
+        elif has_whole_heads(module, name) or isinstance(module.get_submodule(owner), nn.Linear):
+            expected = _part_of(names.parts[name], shards, expected, rows=has_whole_heads(module, name))
         leaf = _assemble(names.parts[name], shards, expected)
         if isinstance(leaf, str):
             problems.append(f"{name}: {leaf}")
@@ -190,10 +190,11 @@ def _fill(
     return leaves
 
 
-def _part_of(parts: list[list[str]], shards: Shards, whole: tuple[int, ...]) -> tuple[int, ...]:
-    """The local shape of a parameter of which the module has the ``whole`` shape."""
+def _part_of(parts: list[list[str]], shards: Shards, whole: tuple[int, ...], *, rows: bool) -> tuple[int, ...]:
+    """The local shape of a parameter of which the module has the ``whole`` shape, cut in its columns (of linear layers whose
+    width is not that of the heads by the config, as in Helium) or, if ``rows``, in any dimension."""
     shard = shards[parts[0][0]][0]
-    return shard.local_shape if shard.global_shape == whole else whole
+    return shard.local_shape if shard.global_shape == whole and (rows or shard.dim == 1) else whole
 
 
 def _place_untrained(module: PreTrainedModel, names: NameMap, shards: Shards) -> list[str]:
