@@ -38,6 +38,8 @@ def build(config: Qwen3Config, device: torch.device, options: argparse.Namespace
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa")
     if options.recompute:
         model.gradient_checkpointing_enable({"use_reentrant": False})
+    if options.matmul != "served":
+        multiply_in_fp8(model, device, gather=options.matmul == "fp8-gather")
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     for block in model.model.layers:
         if options.compile:
@@ -45,6 +47,21 @@ def build(config: Qwen3Config, device: torch.device, options: argparse.Namespace
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
     return model.train()
+
+
+def multiply_in_fp8(model: PreTrainedModel, device: torch.device, *, gather: bool) -> None:
+    """torchao's tensorwise recipe for the linear layers of the blocks; ``gather``: FSDP gathers their weights in FP8."""
+    from torchao.float8 import Float8LinearConfig, convert_to_float8_training  # here: the other rows do without
+
+    config = Float8LinearConfig(enable_fsdp_float8_all_gather=gather, emulate=device.type != "cuda")
+    convert_to_float8_training(model, config=config, module_filter_fn=lambda _, name: ".layers." in name)
+
+
+def precompute_scales(model: PreTrainedModel) -> None:
+    """One reduction for the scales of all weights, as torchao recommends after a step where weights are gathered in FP8."""
+    from torchao.float8 import precompute_float8_dynamic_scale_for_fsdp
+
+    precompute_float8_dynamic_scale_for_fsdp(model)
 
 
 def measure(model: PreTrainedModel, device: torch.device, options: argparse.Namespace) -> dict[str, float]:
@@ -64,6 +81,8 @@ def measure(model: PreTrainedModel, device: torch.device, options: argparse.Name
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
+        if options.matmul == "fp8-gather":
+            precompute_scales(model)
         if cuda:
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)
@@ -102,6 +121,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--recompute", action="store_true")
+    parser.add_argument("--matmul", choices=["served", "fp8", "fp8-gather"], default="served", help="fp8: by torchao")
     options = parser.parse_args()
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")

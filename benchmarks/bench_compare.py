@@ -36,7 +36,7 @@ WRONG = ("self_attn.o_proj.weight", "mlp.down_proj.weight")
 
 
 def scored(trainer: Training, tokens: list[int]) -> dict[str, Any]:
-    answer = httpx.post(f"{trainer.url}/train/score", json=score_request(tokens), timeout=300)
+    answer = httpx.post(f"{trainer.url}/train/score", json=score_request(tokens, 1), timeout=300)
     return answer.raise_for_status().json()  # type: ignore[no-any-return]
 
 
@@ -81,12 +81,13 @@ def main() -> int:
     parser.add_argument("--tp", type=int, default=2)
     parser.add_argument("--tokens", type=int, default=64, help="as many log-probabilities, less one")
     parser.add_argument("--server-args", default="", help="further options of the vLLM server, in one string")
+    parser.add_argument("--overrides", default="", help="further options of the trainer, in one string")
     parser.add_argument("--out", type=Path, help="folder for the JSON file")
     options = parser.parse_args()
     config = TINY if options.tiny else QWEN3_8B
     options.vocab_size, options.layers = config["vocab_size"], config["num_hidden_layers"]
     overrides = ["train.max_sequence_tokens=256", "train.max_micro_batch_tokens=256", "checkpoint.resume=false",
-                 f"optim.lr={LEARNING_RATE}"]  # fmt: skip
+                 f"optim.lr={LEARNING_RATE}", *shlex.split(options.overrides)]  # fmt: skip
     with tempfile.TemporaryDirectory(prefix="apollo_tp-") as name:
         folder = Path(name)
         with serving(folder, config, tp=options.tp, extra=shlex.split(options.server_args)) as served:

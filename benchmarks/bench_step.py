@@ -52,11 +52,13 @@ BASELINE_SECONDS = 150
 
 @dataclass(frozen=True)
 class Case:
-    """One row: ``sequences`` of a step, with or without recomputation; the baseline may compile its blocks."""
+    """One row: ``sequences`` of a step, with or without recomputation; the baseline may compile its blocks, and multiply
+    in FP8 by torchao (``matmul`` fp8, or fp8-gather, which gathers weights in FP8 too)."""
 
     sequences: int
     recompute: bool = False
     precision: str = "remainder"
+    matmul: str = "served"
     baseline: bool = False
     compiled: bool = False
 
@@ -69,10 +71,14 @@ CASES = {
     "1x": Case(1),
     "4x": Case(4),
     "1x-stochastic": Case(1, precision="stochastic"),
+    "1x-fp8": Case(1, matmul="fp8"),
+    "1x-stochastic-fp8": Case(1, precision="stochastic", matmul="fp8"),
     "1x-recompute": Case(1, recompute=True),
     "4x-recompute": Case(4, recompute=True),
     "fsdp2-1x": Case(1, baseline=True),
     "fsdp2-1x-compiled": Case(1, baseline=True, compiled=True),
+    "fsdp2-1x-fp8": Case(1, baseline=True, compiled=True, matmul="fp8"),
+    "fsdp2-1x-fp8-gather": Case(1, baseline=True, compiled=True, matmul="fp8-gather"),
     "fsdp2-4x-recompute": Case(4, baseline=True, recompute=True),
 }
 
@@ -109,8 +115,8 @@ def by_trainer(names: list[str]) -> list[list[str]]:
     return [list(group) for _, group in itertools.groupby(ours, key=_trainer)]
 
 
-def _trainer(name: str) -> tuple[bool, str]:
-    return CASES[name].recompute, CASES[name].precision
+def _trainer(name: str) -> tuple[bool, str, str]:
+    return CASES[name].recompute, CASES[name].precision, CASES[name].matmul
 
 
 def measure(state: Path, served: Served, options: argparse.Namespace, names: list[str]) -> list[dict[str, Any]]:
@@ -118,7 +124,8 @@ def measure(state: Path, served: Served, options: argparse.Namespace, names: lis
     overrides = [
         f"train.max_sequence_tokens={options.tokens}", f"train.max_micro_batch_tokens={options.tokens}", "optim.lr=1e-6",
         f"train.gradient_checkpointing={str(CASES[names[0]].recompute).lower()}",
-        f"train.precision={CASES[names[0]].precision}", *shlex.split(options.overrides),
+        f"train.precision={CASES[names[0]].precision}", f"train.matmul={CASES[names[0]].matmul}",
+        *shlex.split(options.overrides),
     ]  # fmt: skip
     try:
         with training(served, state, tp=options.tp, overrides=overrides) as trainer:
@@ -142,6 +149,7 @@ def run_job(trainer: Training, case: Case, served: Served, options: argparse.Nam
     return {
         "sequences": case.sequences,
         "recompute": case.recompute,
+        "matmul": case.matmul,
         "tokens_per_step": num_tokens,
         "tokens_per_rank": num_tokens,
         "tokens_per_second": num_tokens / seconds,
@@ -166,9 +174,16 @@ def baseline(folder: Path, name: str, options: argparse.Namespace) -> dict[str, 
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(options.tp),
         str(Path(__file__).with_name("baseline_fsdp2.py")), "--sequences", str(case.sequences_per_rank(options.tp)),
-        "--tokens", str(options.tokens), "--steps", str(options.steps), *(s for s, on in switches.items() if on),
+        "--tokens", str(options.tokens), "--steps", str(options.steps), "--matmul", case.matmul,
+        *(s for s, on in switches.items() if on),
     ]  # fmt: skip
-    row = {"case": name, "sequences": case.sequences, "recompute": case.recompute, "compiled": case.compiled}
+    row = {
+        "case": name,
+        "sequences": case.sequences,
+        "recompute": case.recompute,
+        "compiled": case.compiled,
+        "matmul": case.matmul,
+    }
     process = ManagedProcess(command, {}, folder / f"{name}.log")
     try:
         status = process.process.wait(BASELINE_SECONDS)

@@ -29,6 +29,8 @@ GRACE_SECONDS = 45
 """Between the request to end and SIGKILL: two processes are stopped in it, for up to 20 s each."""
 MPS = "MPS idle,MPS,MPS 75 % low,MPS 50 % low,MPS 25 % low,MPS 50 %"
 
+FP8_VARIANTS = ("bf16", "fp8, scales of rows, gradients e5m2", "fp8, scales of rows, gradients e4m3")
+
 
 @dataclass(frozen=True)
 class Step:
@@ -52,6 +54,12 @@ def bench_several() -> tuple[str, ...]:
     return ("benchmarks/run_benchmarks.py", steps, latency, "hogwild", "--seconds", "480", "--out", "{out}")
 
 
+def profile_fp8(*words: str) -> tuple[str, ...]:
+    """Both ranks, FP8 products."""
+    return ("-m", "torch.distributed.run", "--nproc-per-node", "2", "benchmarks/profile_step.py", "--matmul", "fp8",
+            "--precision", "stochastic", "--kernels", "45", "--out", "{out}", *words)  # fmt: skip
+
+
 def pytest(*words: str) -> tuple[str, ...]:
     return ("-m", "pytest", "-p", "no:cacheprovider", "-q", "-s", *words)
 
@@ -64,7 +72,7 @@ STEPS = {
     ),
     "replicas": Step(pytest("tests/gpu/test_replicas.py"), 200, server=False, rehearsal=None),
     "shares": Step(bench("shares", "--out", "{out}"), 300, server=False),
-    "graphs": Step(pytest("tests/gpu/test_cuda_graphs.py"), 150, server=False, rehearsal=None),
+    "graphs": Step(pytest("tests/gpu/test_cuda_graphs.py"), 300, server=False, rehearsal=None),
     "gdn": Step(pytest("tests/gpu/test_gated_delta_net.py"), 400, server=False, rehearsal=None),
     "memory": Step(pytest("tests/gpu/test_memory_plan.py"), 300, server=False, rehearsal=None),
     "profile": Step(
@@ -76,6 +84,25 @@ STEPS = {
          "--kernels", "45"),
         150, server=False,
     ),
+    "fp8-casts": Step(pytest("tests/unit/model/test_fp8.py"), 120, server=False, rehearsal=None),
+    "fp8-products": Step(bench("fp8", "--products", "--out", "{out}/products"), 240, server=False),
+    "fp8-curve": Step(
+        bench("fp8", "--curve", "--error", "--variants", *FP8_VARIANTS, "--out", "{out}/curve"), 560, server=False,
+    ),
+    "fp8-profile": Step(profile_fp8(), 150, server=False),
+    "fp8-profile-e4m3": Step(profile_fp8("--fp8", "GRADIENTS=float8_e4m3fn", "FAST_GRADIENTS=True"), 150, server=False),
+    "fp8-profile-tensor": Step(profile_fp8("--fp8", "PER_ROW=False"), 150, server=False),
+    "fp8-profile-keep": Step(profile_fp8("--fp8", "KEEP_ROW_INPUTS=True"), 150, server=False),
+    "fp8-profile-torch": Step(profile_fp8("--fp8", "FUSED_CAST=False"), 150, server=False),
+    "fp8-step": Step(
+        bench("step", "--cases", "1x-stochastic", "1x-fp8", "1x-stochastic-fp8", "fsdp2-1x-compiled", "fsdp2-1x-fp8",
+              "fsdp2-1x-fp8-gather", "--out", "{out}/fp8"),
+        580,
+    ),
+    "fp8-step-tp1": Step(
+        bench("step", "--tp", "1", "--cases", "1x-stochastic", "1x-stochastic-fp8", "--out", "{out}/fp8-tp1"), 400
+    ),
+    "fp8-compare": Step(bench("compare", "--overrides", "train.matmul=fp8", "--out", "{out}/fp8"), 300),
     "optimizer": Step(bench("optimizer", "--steps", "40", "--out", "{out}/optimizer.md"), 110, server=False, rehearsal=()),
     "restore": Step(
         ("-m", "torch.distributed.run", "--nproc-per-node", "2", *bench("restore", "--out", "{out}")), 300, server=False

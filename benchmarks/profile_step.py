@@ -14,6 +14,7 @@ replicas the table has the exchange between them by itself too.
 from __future__ import annotations
 
 import argparse
+import ast
 import contextlib
 import datetime
 import json
@@ -35,11 +36,11 @@ from server_stack import QWEN3_8B, TINY, device_name, write_results
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PretrainedConfig, Qwen3Config
 
-from apollo_tp.config import GradientMode, OptimConfig, Precision
+from apollo_tp.config import GradientMode, Matmul, OptimConfig, Precision
 from apollo_tp.distributed.mesh import Mesh
 from apollo_tp.distributed.tp_group import TPGroup
 from apollo_tp.gpu_sharing.sm_limit import limit_sms
-from apollo_tp.model import bind_model, joined
+from apollo_tp.model import bind_model, fp8, fp8_linear, joined
 from apollo_tp.model.compiled import CompileOptions
 from apollo_tp.optim import Optimizer
 from apollo_tp.shards.boxes import Shard
@@ -55,6 +56,7 @@ CUT_COLUMNS = ("o_proj", "down_proj")
 FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 CATEGORIES = (
+    ("casts to FP8", ("cast_kernel", "cast_rows_kernel")),
     ("sums over ranks", ("nccl",)),
     ("attention", ("flash", "fmha")),
     ("matrix products", ("gemm", "nvjet", "cutlass", "sm90_xmma", "cublas")),
@@ -161,6 +163,13 @@ def main() -> int:
         "--gradients", choices=["stored", "in_backward"], default="stored", help="in_backward also stops clipping"
     )
     parser.add_argument("--recompute", action="store_true")
+    parser.add_argument("--matmul", type=Matmul, choices=list(Matmul), default=Matmul.served)
+    parser.add_argument(
+        "--fp8",
+        nargs="+",
+        default=[],
+        help="constants of fp8.py and fp8_linear.py: PER_ROW=False, GRADIENTS=float8_e4m3fn",
+    )
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument(
         "--inductor", nargs="+", default=[], help="settings to switch on: coordinate_descent_tuning, ..."
@@ -170,9 +179,13 @@ def main() -> int:
     parser.add_argument("--same-kernels", action=argparse.BooleanOptionalAction, default=True, help="on every GPU")
     parser.add_argument("--graphs", action=argparse.BooleanOptionalAction, default=True, help="replay recorded passes")
     parser.add_argument("--sm-percent", type=int, help="of the GPU's multiprocessors, as qos.sm_percent")
+    parser.add_argument(
+        "--late", action=argparse.BooleanOptionalAction, default=True, help="weights beside the next step"
+    )
     parser.add_argument("--kernels", type=int, default=0, help="also print this many of the longest kernels")
     parser.add_argument("--out", type=Path, help="folder for the JSON file")
     options = parser.parse_args()
+    set_constants(options.fp8)
     for name in options.inductor:
         setattr(torch._inductor.config, name, True)
     if not options.overlap:
@@ -190,6 +203,14 @@ def main() -> int:
         if world.rank == 0:
             report(result, world, options)
     return 0
+
+
+def set_constants(pairs: list[str]) -> None:
+    """``NAME=VALUE``: a literal, or the name of one of torch's dtypes."""
+    for name, _, text in (pair.partition("=") for pair in pairs):
+        value = getattr(torch, text) if text.startswith("float8") else ast.literal_eval(text)
+        (module,) = (module for module in (fp8, fp8_linear) if hasattr(module, name))
+        setattr(module, name, value)
 
 
 def report(result: dict[str, Any], world: TPGroup, options: argparse.Namespace) -> None:
@@ -237,13 +258,15 @@ def run(config: PretrainedConfig, tokens: int, device: str, mesh: Mesh, options:
     compiled = CompileOptions(deterministic_kernels=options.same_kernels)
     model = bind_model(
         config, shards, tp, fused_tensors=fused_tensors, gradient_checkpointing=options.recompute,
-        compiled=compiled if options.compile else None,
+        compiled=compiled if options.compile else None, fp8=options.matmul is Matmul.fp8,
     )  # fmt: skip
     optimizer = Optimizer(optim, options.precision, model.parameters, tp, mesh.replicas)
     trainer = Trainer(
         model, optimizer, tp, mesh=mesh, device=torch.device(device), max_micro_batch_tokens=tokens,
         gradients=GradientMode(options.gradients),
     )  # fmt: skip
+    if options.late:
+        trainer.publish_late()
     if device == "cuda":  # as at a trainer's start: shorter steps come first, and layers are compiled for any length
         plan = plan_memory(trainer, CudaMeter(trainer.device), tokens)
         if options.graphs and options.replicas == 1:
@@ -264,6 +287,7 @@ def run(config: PretrainedConfig, tokens: int, device: str, mesh: Mesh, options:
     parameters = sum(p.tensor.numel() for p in model.parameters)
     measured: dict[str, Any] = {
         "tokens": tokens, "gradients": result.gradients, "precision": options.precision.value,
+        "matmul": " ".join([options.matmul.value, *options.fp8]),
         "step ms": step * 1e3, "first step s": seconds[0], "all steps s": first, "tokens/s": tokens / step,
         "TFLOP/s (6 x parameters x tokens)": 6 * parameters * tokens / step / 1e12,
         "host ms": {k: round(getattr(result, f"{k}_seconds") * 1e3, 1) for k in ("forward", "backward", "optimizer")},

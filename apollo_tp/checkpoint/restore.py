@@ -11,16 +11,16 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from apollo_tp.checkpoint import checksum
 from apollo_tp.checkpoint import folder as folders
 from apollo_tp.checkpoint.card import public_name
 from apollo_tp.checkpoint.folder import CheckpointInfo
+from apollo_tp.checkpoint.open_file import READ_ERRORS, OpenFile
 from apollo_tp.checkpoint.transfers import Transfers, rows_of
 from apollo_tp.distributed.control import ComputeControl
 from apollo_tp.distributed.mesh import Mesh
@@ -33,7 +33,6 @@ from apollo_tp.shards.mapping import DTYPES, NAMES
 
 TOGETHER_BYTES = 2**30
 """Of global tensors between two collectives: all ranks are about as far, and none waits long for another."""
-READ_ERRORS = (OSError, SafetensorError, ValueError)
 
 
 class Restore:
@@ -55,7 +54,7 @@ class Restore:
             t.name: torch.promote_types(DTYPES[t.dtype], tensors[t.name][1].dtype) for t in stored if t.name in tensors
         }
         self._controls = [ComputeControl(group, self._device) for group in (mesh.world, mesh.tp, mesh.replicas)]
-        self._files: dict[str, Any] = {}
+        self._files: dict[str, OpenFile] = {}
         self._sums: dict[str, str] = {}
 
     def check(self, optimizer: Optimizer | None) -> CheckpointInfo:
@@ -112,21 +111,19 @@ class Restore:
         checkpoint of these weights has."""
         for path in sorted(self.folder.glob("*.safetensors")):
             try:
-                file = safe_open(path, framework="pt")
-                self._files |= {name: file for name in file.keys() if name in self._dtypes}  # noqa: SIM118
-                for name in file.keys():  # noqa: SIM118 - a safetensors handle is not iterable
-                    self._check_form(name, file.get_slice(name))
+                file = OpenFile(path)
+                self._files |= {name: file for name in file if name in self._dtypes}
+                for name in self._dtypes.keys() & set(file):
+                    self._check_form(name, *file.form(name))
             except READ_ERRORS as error:
                 raise self._refusal(f"{path.name}: {error}", "a complete safetensors file") from error
         if missing := sorted(set(self._dtypes) - set(self._files)):
             raise self._refusal(f"no {missing[0]} ({len(missing)} missing)", f"all {len(self._dtypes)} served tensors")
 
-    def _check_form(self, name: str, stored: Any) -> None:
-        if name not in self._dtypes:
-            return
-        wanted = NAMES[self._dtypes[name]], tuple(self._tensors[name][0].global_shape)
-        if (got := (stored.get_dtype(), tuple(stored.get_shape()))) != wanted:
-            raise self._refusal(f"{name} as {got[0]} {list(got[1])}", f"{wanted[0]} {list(wanted[1])}")
+    def _check_form(self, name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+        wanted = self._dtypes[name], tuple(self._tensors[name][0].global_shape)
+        if (dtype, shape) != wanted:
+            raise self._refusal(f"{name} as {NAMES[dtype]} {list(shape)}", f"{NAMES[wanted[0]]} {list(wanted[1])}")
 
     def _refusal(self, got: str, expected: str) -> CheckpointError:
         return CheckpointError(f"checkpoint {self.folder}: got {got}, expected {expected}; nothing was written")
@@ -159,9 +156,8 @@ class Restore:
 
     def _values(self, transfers: Transfers, part: _Part) -> Tensor:
         """The values of a part, on the device. Raises CheckpointError."""
-        file, index = self._files[part.name], part.box.slices()
         try:
-            return transfers.to_device(file.get_slice(part.name)[index] if index else file.get_tensor(part.name))
+            return transfers.read(self._files[part.name], part.name, part.box)
         except READ_ERRORS as error:
             raise self._refusal(f"{part.name}: {error}", "a tensor that can be read") from error
 

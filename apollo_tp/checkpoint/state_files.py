@@ -6,27 +6,24 @@ import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from apollo_tp.checkpoint.open_file import READ_ERRORS, OpenFile
 from apollo_tp.checkpoint.state_planners import Piece
 from apollo_tp.checkpoint.transfers import Transfers, rows_of
 from apollo_tp.errors import CheckpointError
 from apollo_tp.shards.boxes import Box
-from apollo_tp.shards.mapping import DTYPES
 
 SHARDS = "DCP_SHARDING_INFO"
 """The entry of a file's metadata with the offset of each of its tensors."""
 REMAINDERS = {torch.int8, torch.int16}
-READ_ERRORS = (OSError, SafetensorError, ValueError, KeyError)
 
 
 @dataclass(frozen=True)
 class _Stored:
-    file: Any
+    file: OpenFile
     box: Box
     dtype: torch.dtype
 
@@ -40,12 +37,12 @@ class StateFiles:
         self._folder, self._stored = folder, dict[str, list[_Stored]]()
         for path in sorted(folder.glob("rank-*.part-*/*.safetensors")):
             try:
-                file = safe_open(path, framework="pt")
-                offsets = json.loads((file.metadata() or {})[SHARDS])
-                for key in file.keys():  # noqa: SIM118 - a safetensors handle is not iterable
-                    stored, offset = file.get_slice(key), tuple(offsets[key]["saved_offsets"])
-                    box = Box(offset, tuple(stored.get_shape()))
-                    self._stored.setdefault(key, []).append(_Stored(file, box, DTYPES[stored.get_dtype()]))
+                file = OpenFile(path)
+                offsets = json.loads(file.metadata[SHARDS])
+                for key in file:
+                    dtype, shape = file.form(key)
+                    box = Box(tuple(offsets[key]["saved_offsets"]), shape)
+                    self._stored.setdefault(key, []).append(_Stored(file, box, dtype))
             except READ_ERRORS as error:
                 raise self._unreadable(f"{path.relative_to(folder)}: {type(error).__name__}: {error}") from error
 
@@ -89,7 +86,8 @@ class StateFiles:
 
     def _values(self, piece: Piece, stored: _Stored, box: Box, transfers: Transfers) -> Tensor:
         try:
-            return transfers.to_device(stored.file.get_slice(piece.key)[box.slices(stored.box.offset)])
+            local = Box(tuple(o - first for o, first in zip(box.offset, stored.box.offset, strict=True)), box.shape)
+            return transfers.read(stored.file, piece.key, local)
         except READ_ERRORS as error:
             raise self._unreadable(f"{piece.key}: {type(error).__name__}: {error}") from error
 

@@ -6,6 +6,7 @@ pinned memory; on a CPU nothing is between. Work on the device is queued on the 
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -16,6 +17,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from apollo_tp.checkpoint.open_file import OpenFile
 from apollo_tp.shards.boxes import Box
 
 CHUNK_BYTES = 8 * 2**20
@@ -47,18 +49,21 @@ class Transfers:
         """The results of ``action``, in the order of ``items``, which are taken at once. Raises what it raises."""
         return self._pool.map(action, items)
 
-    def to_device(self, values: Tensor) -> Tensor:
-        """``values``, in a file or host memory, on the device. In one of the threads; the copy has ended when it returns."""
+    def read(self, file: OpenFile, name: str, box: Box) -> Tensor:
+        """The values in ``box`` of a tensor in ``file``, on the device. In one of the threads, on a CPU until its next call;
+        a copy to the device has ended when this returns. Raises READ_ERRORS."""
+        values = self._buffer(box.shape, file.form(name)[0])
+        file.read_into(values, name, box)
         if self._stream is None:
             return values
-        staged = self._buffer(values).copy_(values).to(self._device, non_blocking=True)
+        copy = values.to(self._device, non_blocking=True)
         self._stream.record_event().synchronize()
-        return staged
+        return copy
 
     def to_host(self, values: Tensor, target: Tensor) -> None:
         """Copy ``values``, on the device, into ``target``, of that shape and dtype in host memory. In one of the threads."""
         if self._stream is not None:
-            values = self._buffer(values).copy_(values, non_blocking=True)
+            values = self._buffer(values.shape, values.dtype).copy_(values, non_blocking=True)
             self._stream.record_event().synchronize()
         target.copy_(values)
 
@@ -67,13 +72,15 @@ class Transfers:
         if self._stream is not None:
             torch.cuda.set_stream(self._stream)
 
-    def _buffer(self, like: Tensor) -> Tensor:
-        """This thread's pinned memory, contiguous, with the shape and dtype of ``like``."""
+    def _buffer(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """This thread's memory, contiguous, pinned where there is a device."""
+        num_bytes = math.prod(shape) * dtype.itemsize
         memory: Tensor | None = getattr(self._own, "memory", None)
-        if memory is None or memory.numel() < like.nbytes:
-            memory = torch.empty(max(CHUNK_BYTES, like.nbytes), dtype=torch.uint8, pin_memory=True)
+        if memory is None or memory.numel() < num_bytes:
+            pinned = self._stream is not None
+            memory = torch.empty(max(CHUNK_BYTES, num_bytes), dtype=torch.uint8, pin_memory=pinned)
             self._own.memory = memory
-        return memory[: like.nbytes].view(like.dtype).view(like.shape)
+        return memory[:num_bytes].view(dtype).view(shape)
 
 
 def rows_of(box: Box, itemsize: int) -> Iterator[Box]:

@@ -61,6 +61,11 @@ class GradientMode(Enum):
     fused = "in_backward"  # noqa: PIE796 - an alias: the name of earlier releases
 
 
+class Matmul(Enum):
+    served = "served"
+    fp8 = "fp8"
+
+
 class Projection(Enum):
     rademacher = "rademacher"
     gaussian = "gaussian"
@@ -194,6 +199,10 @@ class TrainConfig:
         GradientMode.auto, "in_backward (update in the backward pass) | stored | auto (by step)"
     )
     compile: bool | None = option(None, "compile decoder layers with torch.compile; null: on GPUs only")
+    matmul: Matmul = option(
+        Matmul.served,
+        "products of linear layers: served (in the weights' dtype) | fp8 (of bf16 weights; faster, rougher)",
+    )
     peer_memory: bool = option(True, "two GPUs with access to each other sum through their memory; false: NCCL")
     cuda_graphs: bool = option(True, "record steps of one batch structure and replay them, where GPU memory allows")
     precision: PrecisionChoice = option(

@@ -7,13 +7,15 @@ as a ring all-reduce sends, without its steps. torch's symmetric memory maps the
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from apollo_tp.distributed.products import Product
 
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import _SymmetricMemory
@@ -137,16 +139,6 @@ def reach_each_other(group: dist.ProcessGroup, device: torch.device) -> bool:
     return bool(reached.item())
 
 
-def add_products(pairs: Sequence[tuple[Tensor, Tensor]], out: Tensor) -> Tensor:
-    """Write the sum of ``a @ b`` over ``pairs`` (a [m, k], b [k, n]) to ``out`` [m, n] and return it. Local."""
-    for position, (a, b) in enumerate(pairs):
-        if position == 0:
-            torch.mm(a, b, out=out)
-        else:
-            out.addmm_(a, b)
-    return out
-
-
 def first_rows(rows: int, contracted: int, columns: int) -> int:
     """How many rows of a product [rows, contracted] @ [contracted, columns] to copy while the others are multiplied.
 
@@ -202,44 +194,41 @@ class PeerBuffers:
         mine, theirs = self._pads[channel]
         self._barrier(mine, theirs, self._aborted, self.intact)
 
-    def summed_products(
+    def sum_product(
         self,
-        pairs: Sequence[tuple[Tensor, Tensor]],
+        product: Product,
         alongside: Callable[[], None] | None,
         residual: Tensor | None = None,
     ) -> Tensor:
-        """``TPGroup.summed_products`` of at most ``num_bytes``. Two collective barriers at most, no NCCL.
+        """``TPGroup.sum_product`` of at most ``num_bytes``. Two collective barriers at most, no NCCL.
 
         With ``alongside``, a copy engine reads the other rank's product while that work runs: a kernel would take
         multiprocessors from it.
         """
-        (a, b), *_ = pairs
-        mine, other = self._next_half(a.shape[0], b.shape[1], a.dtype)
+        mine, other = self._next_half(*product.shape, product.dtype)
         if alongside is None:
-            return self._sum_in_blocks(pairs, mine, other, residual)
-        add_products(pairs, mine)
+            return self._sum_in_blocks(product, mine, other, residual)
+        product.write(mine)
         copy = torch.empty_like(mine)
         self._start_copy(other, copy)
         alongside()
         torch.cuda.current_stream().wait_stream(self._copies)
         return mine.add(copy)
 
-    def _sum_in_blocks(
-        self, pairs: Sequence[tuple[Tensor, Tensor]], mine: Tensor, other: Tensor, residual: Tensor | None
-    ) -> Tensor:
-        """The sum over ``pairs`` and both ranks, where ``mine`` and ``other`` [m, n] are the ranks' buffers.
+    def _sum_in_blocks(self, product: Product, mine: Tensor, other: Tensor, residual: Tensor | None) -> Tensor:
+        """The sum of ``product`` over both ranks, where ``mine`` and ``other`` [m, n] are the ranks' buffers.
 
         In captured work the first rows are copied from the other rank while the other rows are multiplied. Otherwise
         the host's five further calls would cost more than that saves.
         """
         rows, columns = mine.shape
         captured = mine.is_cuda and torch.cuda.is_current_stream_capturing()
-        first = first_rows(rows, pairs[0][0].shape[1], columns) if captured else 0
+        first = first_rows(rows, product.contracted, columns) if captured else 0
         copy = torch.empty_like(mine[:first])
         if first:
-            add_products([(a[:first], b) for a, b in pairs], mine[:first])
+            product.write(mine[:first])
             self._start_copy(other[:first], copy)
-        add_products([(a[first:], b) for a, b in pairs], mine[first:])
+        product.write(mine[first:], first)
         self._meet(0)
         if first:
             torch.cuda.current_stream().wait_stream(self._copies)

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import datetime
 import itertools
+import math
 import threading
 import weakref
 from collections import Counter
@@ -25,7 +26,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from apollo_tp.distributed.peer_memory import PeerSums, add_products
+from apollo_tp.distributed.peer_memory import PeerSums
+from apollo_tp.distributed.products import Product, SumOfProducts
 from apollo_tp.errors import CollectiveError, DeadlineError
 
 _groups: weakref.WeakValueDictionary[int, TPGroup] = weakref.WeakValueDictionary()
@@ -295,29 +297,35 @@ class TPGroup:
         alongside: Callable[[], None] | None = None,
         residual: Tensor | None = None,
     ) -> Tensor:
-        """The sum of ``a @ b`` over ``pairs`` and over the ranks, plus ``residual``. One all-reduce.
+        """``sum_product`` of the sum of ``a @ b`` over ``pairs``: a [m, k] and b [k, n], local and of one dtype; k may
+        differ between pairs."""
+        return self.sum_product(SumOfProducts(pairs), alongside, residual)
 
-        ``a`` [m, k] and ``b`` [k, n] are local and of one dtype; k may differ between pairs. ``residual`` [m, n] is the same
-        on all ranks. Returns [m, n] in that dtype, the same on all ranks, rounded before and after the residual is added.
-        ``alongside`` launches work that runs during the all-reduce; it excludes a residual.
+    def sum_product(
+        self, product: Product, alongside: Callable[[], None] | None = None, residual: Tensor | None = None
+    ) -> Tensor:
+        """``product`` [m, n], summed over the ranks, plus ``residual``. One all-reduce.
+
+        ``residual`` [m, n] is the same on all ranks. Returns [m, n] in the product's dtype, the same on all ranks, rounded
+        before and after the residual is added. ``alongside`` launches work that runs during the all-reduce; it excludes
+        a residual.
         """
         assert alongside is None or residual is None, "no product needs both"
-        (a, b), *_ = pairs
         pending = None
         if self.size > 1:
-            num_bytes = a.dtype.itemsize * a.shape[0] * b.shape[1]
+            num_bytes = product.dtype.itemsize * math.prod(product.shape)
             self.traffic["all_reduce"] += num_bytes
-            buffers = self.peers.buffers_for(self.rank, self.size, self.group, a.device, num_bytes)
+            buffers = self.peers.buffers_for(self.rank, self.size, self.group, product.device, num_bytes)
             if buffers is not None:
-                return buffers.summed_products(pairs, alongside, residual)
-        product = add_products(pairs, torch.empty(a.shape[0], b.shape[1], dtype=a.dtype, device=a.device))
+                return buffers.sum_product(product, alongside, residual)
+        out = product.write(torch.empty(product.shape, dtype=product.dtype, device=product.device))
         if self.size > 1:
-            pending = dist.all_reduce(product, group=self.group, async_op=True)
+            pending = dist.all_reduce(out, group=self.group, async_op=True)
         if alongside is not None:
             alongside()
         if pending is not None:
             pending.wait()
-        return product if residual is None else product.add_(residual)
+        return out if residual is None else out.add_(residual)
 
 
 def _poisoned(like: Tensor, rows: int) -> Tensor:

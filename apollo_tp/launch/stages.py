@@ -21,7 +21,7 @@ from transformers import PretrainedConfig
 from apollo_tp.checkpoint import read_info
 from apollo_tp.checkpoint.folder import OPTIMIZER_DIR, optimizer_folder, writer_lock
 from apollo_tp.checkpoint.lineage import LineageFile
-from apollo_tp.config import Config
+from apollo_tp.config import Config, Matmul
 from apollo_tp.distributed.alarm import Alarm
 from apollo_tp.distributed.control import ComputeControl, Control
 from apollo_tp.distributed.mesh import Mesh
@@ -241,6 +241,7 @@ def bind(served: Served, on_lost: Callable[[ApolloTpError], None]) -> Bound:
             fused_tensors=mapped.fused_tensors,
             gradient_checkpointing=config.train.gradient_checkpointing,
             compiled=CompileOptions() if compiled else None,
+            fp8=config.train.matmul is Matmul.fp8,
             trust_remote_code=trust,
         )
         precision, chosen = rounding.choose(config.train.precision, config.optim.lr)
@@ -334,6 +335,8 @@ def prepare(bound: Bound) -> Ready:
         before_write=lambda: before_write(lineage, gate, pace),
         pace=pace,
     )
+    if not needs_lock(config.sync):
+        trainer.publish_late()
     how = (bound.optimizer.describe(), trainer.gradients.value, mps.describe(config.qos, device))
     log.info("optimizer: %s; gradients: %s; qos: %s", *how)
     memory = _plan_memory(bound, trainer)

@@ -59,29 +59,31 @@ def packed_attention(
 ) -> tuple[Tensor, None]:
     """Attention within each packed sequence; local heads only, no collective.
 
-    ``query`` [1, q_heads_local, T, d], ``key`` and ``value`` [1, kv_heads_local, T, d] with head size d, in one dtype;
-    ``cu_seq_lens_q`` int32 [S + 1] and ``sequence_lengths`` say the same, on the device and (so that nothing waits for it)
-    on the host. A token sees itself and the ``sliding_window - 1`` tokens before it (all before it without a window).
-    ``s_aux`` [q_heads_local] are attention sinks, by transformers' name for them.
-    Returns [1, T, q_heads_local, d] in that dtype, and None for the scores. Raises UnsupportedModelError for a mask and for
-    ``others`` that would have an effect, BoundariesMissingError without boundaries.
+    ``query`` [1, q_heads_local, T, d], ``key`` [1, kv_heads_local, T, d] and ``value`` [1, kv_heads_local, T, v] in one
+    dtype; the head sizes d and v differ in latent attention. ``cu_seq_lens_q`` int32 [S + 1] and ``sequence_lengths`` say
+    the same, on the device and (so that nothing waits for it) on the host. A token sees itself and the
+    ``sliding_window - 1`` tokens before it (all before it without a window). ``s_aux`` [q_heads_local] are attention sinks,
+    by transformers' name for them.
+    Returns [1, T, q_heads_local, v], contiguous, in that dtype, and None for the scores. Raises UnsupportedModelError for a
+    mask and for ``others`` that would have an effect, BoundariesMissingError without boundaries.
     """
     if cu_seq_lens_q is None:
         raise BoundariesMissingError(type(module))
     refuse_what_would_be_dropped(module, attention_mask, others)
-    heads = query[0], key[0], value[0]
-    flash = (
-        query.is_cuda and query.dtype != torch.float32 and softcap is None and query.shape[-1] <= _MAX_FLASH_HEAD_DIM
-    )
-    if flash and s_aux is None and _takes_cudnn(query, cu_seq_lens_q, sliding_window):
-        return _one_padded_sequence(query, key, value, scaling), None
-    if flash:
-        return _flash(*heads, s_aux, cu_seq_lens_q, max_length_q, scaling, sliding_window)[None], None
+    width = value.shape[-1]
+    widest = max(query.shape[-1], width)
+    if query.is_cuda and query.dtype != torch.float32 and softcap is None and widest <= _MAX_FLASH_HEAD_DIM:
+        query, key, value, scaling = of_one_width(query, key, value, scaling)
+        if s_aux is None and _takes_cudnn(query, cu_seq_lens_q, sliding_window):
+            return _one_padded_sequence(query, key, value, scaling)[..., :width].contiguous(), None
+        heads = query[0], key[0], value[0]
+        out = _flash(*heads, s_aux, cu_seq_lens_q, max_length_q, scaling, sliding_window)
+        return out[None, ..., :width].contiguous(), None
     parts = [
         _one_sequence(*sequence, scaling, sliding_window, softcap, s_aux)
-        for sequence in zip(*(t.split(sequence_lengths, dim=1) for t in heads), strict=True)
+        for sequence in zip(*(t[0].split(sequence_lengths, dim=1) for t in (query, key, value)), strict=True)
     ]
-    return torch.cat(parts, dim=1).transpose(0, 1)[None], None
+    return torch.cat(parts, dim=1).transpose(0, 1)[None].contiguous(), None
 
 
 def refuse_what_would_be_dropped(module: nn.Module, mask: Tensor | None, others: Mapping[str, Any]) -> None:
@@ -98,6 +100,18 @@ def refuse_what_would_be_dropped(module: nn.Module, mask: Tensor | None, others:
             f"{type(module).__name__}: got {', '.join(found)} for its attention, expected causal attention with at most a "
             "window, a scale, a soft cap and sinks, which is all that packed sequences have here; serve another model"
         )
+
+
+def of_one_width(
+    query: Tensor, key: Tensor, value: Tensor, scale: float | None
+) -> tuple[Tensor, Tensor, Tensor, float | None]:
+    """Queries, keys and values [..., d], [..., d] and [..., v] as kernels with one head size take them, and the scale:
+    zeros are added up to the larger size, which change no score, and no result before column v."""
+    size, width = query.shape[-1], value.shape[-1]
+    if size == width:
+        return query, key, value, scale
+    query, key = (F.pad(t, (0, max(0, width - size))) for t in (query, key))
+    return query, key, F.pad(value, (0, max(0, size - width))), size**-0.5 if scale is None else scale
 
 
 def _takes_cudnn(query: Tensor, cu_seqlens: Tensor, window: int | None) -> bool:

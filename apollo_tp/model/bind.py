@@ -17,6 +17,7 @@ from apollo_tp.model.build import build_on_meta, has_whole_heads
 from apollo_tp.model.compiled import CompileOptions, compile_layers, decoder_layers
 from apollo_tp.model.experts import has_experts
 from apollo_tp.model.families import logits_transform, refuse_unknown_layers
+from apollo_tp.model.fp8_layers import install_fp8
 from apollo_tp.model.gradients import GradientLocation, GradientSync
 from apollo_tp.model.joined import JoinedLinear, JoinedPart, stack_rows
 from apollo_tp.model.loss import VocabShard
@@ -47,6 +48,7 @@ def bind_model(
     fused_tensors: Iterable[Sequence[str]] = (),
     gradient_checkpointing: bool = False,
     compiled: CompileOptions | None = None,
+    fp8: bool = False,
     trust_remote_code: bool = False,
 ) -> BoundModel:
     """Put this rank's ``shards`` in as the parameters of the model of ``config``, without a copy.
@@ -54,8 +56,9 @@ def bind_model(
     ``shards`` maps checkpoint names to the shard record and the local tensor (shape ``shard.local_shape``, a view of the
     served memory; vocabulary-parallel tensors without padding rows). ``fused_tensors`` lists names that share a served
     tensor: where their rows follow each other, they run as one product. ``compiled``: how decoder layers are compiled; not
-    at all if None. Collective over ``tp``: the sums of a forward pass, and those of GradientSync. Raises
-    UnsupportedModelError that lists every tensor and parameter that does not fit.
+    at all if None. ``fp8``: linear layers of decoder layers multiply in FP8 (``install_fp8``). Collective over ``tp``: the
+    sums of a forward pass, and those of GradientSync. Raises UnsupportedModelError that lists every tensor and parameter
+    that does not fit.
     """
     module = build_on_meta(config, tp.size, _dtype(shards), trust_remote_code=trust_remote_code)
     refuse_unknown_layers(module)
@@ -79,6 +82,8 @@ def bind_model(
     _check_cuts_in_regions(leaves, regions, vocabulary, tp)
     module.to(next(iter(leaves.values())).parameter.device)  # buffers: the parameters are there already
     attention_window = try_out(module)
+    if fp8:
+        install_fp8(module)
     if gradient_checkpointing:
         _enable_checkpointing(module)
     num_compiled = compile_layers(module, compiled) if compiled else 0
@@ -162,8 +167,8 @@ def _fill(
         owner, _, attribute = name.rpartition(".")
         if name in vocabulary or isinstance(module.get_submodule(owner), FullWidthRMSNorm):
             expected = (shards[names.parts[name][0][0]][0].local_shape[0], *expected[1:])
-        elif has_whole_heads(module, name):
-            expected = _part_of(names.parts[name], shards, expected)
+        elif has_whole_heads(module, name) or isinstance(module.get_submodule(owner), nn.Linear):
+            expected = _part_of(names.parts[name], shards, expected, rows=has_whole_heads(module, name))
         leaf = _assemble(names.parts[name], shards, expected)
         if isinstance(leaf, str):
             problems.append(f"{name}: {leaf}")
@@ -185,10 +190,11 @@ def _fill(
     return leaves
 
 
-def _part_of(parts: list[list[str]], shards: Shards, whole: tuple[int, ...]) -> tuple[int, ...]:
-    """The local shape of a parameter of which the module has the ``whole`` shape."""
+def _part_of(parts: list[list[str]], shards: Shards, whole: tuple[int, ...], *, rows: bool) -> tuple[int, ...]:
+    """The local shape of a parameter of which the module has the ``whole`` shape, cut in its columns (of linear layers whose
+    width is not that of the heads by the config, as in Helium) or, if ``rows``, in any dimension."""
     shard = shards[parts[0][0]][0]
-    return shard.local_shape if shard.global_shape == whole else whole
+    return shard.local_shape if shard.global_shape == whole and (rows or shard.dim == 1) else whole
 
 
 def _place_untrained(module: PreTrainedModel, names: NameMap, shards: Shards) -> list[str]:

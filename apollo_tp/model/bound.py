@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from apollo_tp.distributed.tp_group import TPGroup
 from apollo_tp.model.batch import PackedBatch
+from apollo_tp.model.compiled import decoder_layers
 from apollo_tp.model.gradients import GradientSync
 from apollo_tp.model.joined import JoinedLinear
 from apollo_tp.model.loss import VocabShard, logprobs_with_entropy, nll_sum, target_logprobs
@@ -126,6 +127,12 @@ class BoundModel:
     """Tokens of the widest window that a layer's attention has; 0 if none has one."""
     is_static: bool = False
     """True if the work on a micro-batch depends only on ``PackedBatch.structure``, so that it can be captured."""
+
+    def reading_order(self) -> tuple[nn.Module, list[nn.Module], Tensor | None]:
+        """The module that every forward pass calls, its decoder layers in order, and the head, which is read behind them;
+        None if it is the embedding."""
+        tied = self.head_weight.data_ptr() == self.module.get_input_embeddings().weight.data_ptr()
+        return language_model(self.module), decoder_layers(self.module), None if tied else self.head_weight
 
     def _loss_tokens(self, batch: PackedBatch) -> tuple[Tensor, Tensor, Tensor]:
         """Hidden states [N, D], head [V_local, D] and targets int64 [N] of the N loss tokens: the head never sees others."""

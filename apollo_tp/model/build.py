@@ -22,6 +22,7 @@ _DIVIDED_FIELDS = (
     "intermediate_size",
     "moe_intermediate_size",
     "shared_expert_intermediate_size",
+    "shared_intermediate_size",
     "linear_num_key_heads",
     "linear_num_value_heads",
 )

@@ -1,7 +1,7 @@
 """What differs between architectures and cannot be read off the shards: one table, a reason per row.
 
 Everything else (which layers exist, where collectives go, what is replicated) follows from the checkpoint's config and the
-shards. The head's row is checked against the model's own forward pass when a model is bound.
+shards. What is done to the logits is measured in the model's own forward pass when it is bound.
 """
 
 from __future__ import annotations
@@ -21,38 +21,11 @@ from apollo_tp.model.loss import LogitsTransform
 from apollo_tp.model.recurrent import keeps_boundaries
 from apollo_tp.model.towers import language_model
 
-
-@dataclass(frozen=True)
-class LogitsRow:
-    """A config field that changes the logits, what it does, and why it must be named here."""
-
-    field: str
-    apply: Callable[[LogitsTransform, float], LogitsTransform]
-    reason: str
-
-
-LOGITS = (
-    LogitsRow(
-        "final_logit_softcapping",
-        lambda transform, value: LogitsTransform(transform.scale, value),
-        "Gemma 2 caps its logits with a tanh: the loss must undo it in its own backward pass",
-    ),
-    LogitsRow(
-        "logit_scale",
-        lambda transform, value: LogitsTransform(transform.scale * value, transform.softcap),
-        "Cohere multiplies its logits by a constant after the head",
-    ),
-    LogitsRow(
-        "logits_scaling",
-        lambda transform, value: LogitsTransform(transform.scale / value, transform.softcap),
-        "Granite divides its logits by a constant after the head",
-    ),
-)
-
 FULL_WIDTH_NORMS = {
     "Olmo2RMSNorm": "OLMo-2 normalises queries and keys over all heads: a rank's mean square covers its own heads only",
     "Olmo3RMSNorm": "as OLMo-2",
     "OlmoeRMSNorm": "as OLMo-2",
+    "FlexOlmoRMSNorm": "as OLMo-2",
     "MiniMaxM2RMSNorm": "as OLMo-2",
 }
 """Norms inside parallel regions whose mean square spans ranks, by class name, and why; see regions.FullWidthRMSNorm."""
@@ -104,22 +77,21 @@ def refuse_unknown_layers(module: PreTrainedModel) -> None:
 
 
 def logits_transform(module: PreTrainedModel) -> LogitsTransform:
-    """What ``module`` does to the output of its head.
+    """What ``module`` does to final hidden states before its head and to logits after it: multipliers, whatever their names
+    (Cohere, Granite, MiniCPM 3, HyperCLOVA X), are measured, a soft cap is ``final_logit_softcapping`` in the config.
 
-    Raises UnsupportedModelError if the table LOGITS does not reproduce the model's own forward pass on a probe.
+    Raises UnsupportedModelError if these two do not reproduce the model's own forward pass on a probe.
     """
-    transform = LogitsTransform()
-    for row in LOGITS:
-        value = getattr(module.config.get_text_config(), row.field, None)
-        if value is not None:
-            transform = row.apply(transform, float(value))
     probe = torch.linspace(-40.0, 40.0, 9).view(1, 1, 9)
+    small = torch.full((1, 1, 1), 2.0**-10)
     with refusing(f"{type(module).__name__}: its head could not be tried"):
-        logits = _logits_of_probe(module, probe)
-    if not torch.allclose(logits, transform(probe), rtol=1e-4):
+        logits, scale = (_logits_of_probe(module, tensor).double() for tensor in (probe, small))
+    softcap = getattr(module.config.get_text_config(), "final_logit_softcapping", None)
+    transform = LogitsTransform(float((scale / small).mean()), None if softcap is None else float(softcap))
+    if logits.shape != probe.shape or not torch.allclose(logits, transform(probe.double()), rtol=1e-4):
         raise UnsupportedModelError(
-            f"{type(module).__name__}: its forward pass changes the logits in a way that apollo_tp.model.families.LOGITS "
-            "does not know; add a row for it"
+            f"{type(module).__name__}: its forward pass changes the logits in a way that is neither a multiplier nor the "
+            "final_logit_softcapping of its config; serve another model"
         )
     return transform
 
@@ -133,11 +105,11 @@ class _HiddenStates(MoeModelOutputWithPast):
 
 
 def _logits_of_probe(module: PreTrainedModel, probe: torch.Tensor) -> torch.Tensor:
-    """The model's logits [1, 1, n] if its head returns ``probe`` fp32 [1, 1, n]."""
+    """The model's logits [1, 1, n] if final hidden states are ``probe`` fp32 [1, 1, n], and its head gives them back."""
     base, head = module.base_model, module.get_output_embeddings()
     try:
         base.forward = lambda *_, **__: _HiddenStates(last_hidden_state=probe)
-        head.forward = lambda _: probe
+        head.forward = lambda hidden: hidden
         return module(input_ids=torch.zeros(1, 1, dtype=torch.int64)).logits  # type: ignore[no-any-return]
     finally:
         del base.forward, head.forward

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from apollo_tp.distributed.tp_group import TPGroup
+from apollo_tp.model.fp8_linear import column_parallel_fp8_linear
 from apollo_tp.model.tp_linear import ALONE, MIN_PART_ROWS, column_parallel_linear
 
 
@@ -31,6 +32,7 @@ class JoinedLinear(nn.Module):
         self.weight, self.bias = weight, bias
         self.rows = tuple(rows)
         self.min_part_rows = min_part_rows
+        self.is_fp8 = False
         self.last_input: Tensor | None = None
         self.outputs: tuple[Tensor, ...] = ()
         self.entry: tuple[Tensor, Tensor, TPGroup] | None = None
@@ -47,6 +49,8 @@ class JoinedLinear(nn.Module):
         tp = ALONE
         if self.entry is not None and self.entry[1] is x:
             x, _, tp = self.entry
+        if self.is_fp8:
+            return column_parallel_fp8_linear(x, self.weight, self.bias, self.rows, tp)
         return column_parallel_linear(x, self.weight, self.bias, self.rows, tp, self.min_part_rows)
 
     def part(self, position: int, x: Tensor) -> Tensor:

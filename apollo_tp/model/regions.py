@@ -24,6 +24,7 @@ from apollo_tp.errors import UnsupportedModelError
 from apollo_tp.model.build import refusing
 from apollo_tp.model.experts import has_experts, interleaves
 from apollo_tp.model.families import FULL_WIDTH_NORMS, FUSED_TENSORS
+from apollo_tp.model.fp8_linear import row_parallel_fp8_linear
 from apollo_tp.model.joined import JoinedPart
 from apollo_tp.model.tp_linear import row_parallel_linear
 from apollo_tp.shards.boxes import Shard, merge_ranges
@@ -43,10 +44,12 @@ class RowParallelLinear(nn.Module):
         self.weight = linear.weight
         self.bias = linear.bias
         self.tp = tp
+        self.is_fp8 = False
 
     def forward(self, x: Tensor) -> Tensor:
         """``x`` local [..., C_local] to [..., R], the same on all ranks."""
-        out = row_parallel_linear(x, self.weight, self.tp)
+        multiply = row_parallel_fp8_linear if self.is_fp8 else row_parallel_linear
+        out = multiply(x, self.weight, self.tp)
         return out if self.bias is None else out + self.bias
 
 

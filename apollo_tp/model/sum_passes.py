@@ -14,7 +14,16 @@ from torch import fx
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
 from apollo_tp.distributed import collectives
-from apollo_tp.model import tp_linear
+from apollo_tp.model import fp8_linear, tp_linear
+
+ADDING = {
+    tp_linear.row_parallel: tp_linear.row_parallel_add,
+    fp8_linear.row_parallel_fp8: fp8_linear.row_parallel_add_fp8,
+}
+"""Row-parallel products, and the operators that add a residual to them: before the last argument, the group."""
+
+
+_VIEWS = (torch.ops.aten.view.default, torch.ops.aten.reshape.default)
 
 
 class JoinResiduals(CustomGraphPass):
@@ -28,23 +37,32 @@ class JoinResiduals(CustomGraphPass):
             if add.kwargs:  # alpha, a factor
                 continue
             for product, residual in (add.args, add.args[::-1]):
-                if _has_one_use(product) and _match(product, residual):
+                shaped, product = product, _viewed(product)
+                if _has_one_use(product) and _match(shaped, residual):
                     with graph.inserting_before(add):
-                        x, weight, number = product.args
-                        joined = graph.call_function(tp_linear.row_parallel_add, (x, weight, residual, number))
+                        *operands, number = product.args
+                        joined = graph.call_function(ADDING[product.target], (*operands, residual, number))
                     joined.meta.update(add.meta)
                     add.replace_all_uses_with(joined)
                     graph.erase_node(add)
+                    if shaped is not product:
+                        graph.erase_node(shaped)
                     graph.erase_node(product)
                     break
 
     def uuid(self) -> bytes:
         """The key of this pass in caches of compiled code: change it whenever the pass changes."""
-        return b"apollo_tp.model.sum_passes.JoinResiduals 2"
+        return b"apollo_tp.model.sum_passes.JoinResiduals 3"
+
+
+def _viewed(node: object) -> object:
+    """What ``node`` is the only view of, as of a product that was flattened to a matrix; else ``node``."""
+    is_view = isinstance(node, fx.Node) and node.target in _VIEWS and len(node.users) == 1
+    return node.args[0] if is_view else node  # type: ignore[union-attr]
 
 
 def _has_one_use(node: object) -> bool:
-    return isinstance(node, fx.Node) and node.target == tp_linear.row_parallel and len(node.users) == 1
+    return isinstance(node, fx.Node) and node.target in ADDING and len(node.users) == 1
 
 
 def _match(product: fx.Node, residual: object) -> bool:
@@ -65,16 +83,16 @@ class OrderSums(CustomGraphPass):
     def __call__(self, graph: fx.Graph) -> None:
         before: fx.Node | None = None
         for node in list(graph.nodes):
-            if node.target not in (collectives.all_reduce, *tp_linear.SUMS):
+            if node.target not in (collectives.all_reduce, *tp_linear.SUMS, *fp8_linear.SUMS):
                 continue
             if before is not None:
                 node.kwargs = {**node.kwargs, "after": before}
             before = node
-            if node.target == tp_linear.column_backward:  # which has two results
+            if node.target in (tp_linear.column_backward, fp8_linear.column_backward_fp8):  # which has two results
                 with graph.inserting_after(node):
                     before = graph.call_function(operator.getitem, (node, 0))
                 before.meta["val"] = node.meta["val"][0]
 
     def uuid(self) -> bytes:
         """See JoinResiduals.uuid."""
-        return b"apollo_tp.model.sum_passes.OrderSums 1"
+        return b"apollo_tp.model.sum_passes.OrderSums 2"

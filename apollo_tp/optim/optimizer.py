@@ -21,6 +21,7 @@ from apollo_tp.distributed.control import ComputeControl
 from apollo_tp.distributed.tp_group import TPGroup
 from apollo_tp.errors import ApolloTpError, CollectiveError, ConfigError
 from apollo_tp.optim.in_backward import InBackwardStep, by_leaf, names_of_complete_leaves
+from apollo_tp.optim.late_weights import LateWeights
 from apollo_tp.optim.owners import Owners, assign_owners, read_verdicts
 from apollo_tp.optim.parameters import OptimParameter, Weight, in_memory_order
 from apollo_tp.optim.replicas import check_replicas, resync_replicas
@@ -71,8 +72,9 @@ class Optimizer:
     ``owners``). ``update_group`` holds the parameters that this replica owns (all, if there is one replica) with their
     state, and ``weights`` are the same; ``names`` are of all. ``step_count`` counts completed steps over all jobs;
     ``rounding_stream`` is set by ``use_rounding_stream``. Both are saved with the state. ``in_backward`` is set by
-    ``attach_in_backward``. Raises ConfigError if there is nothing to train, a name occurs twice or a replica would own
-    nothing, UnsupportedModelError for a dtype, shape or layout that cannot be written in place.
+    ``attach_in_backward``; with ``late_weights``, a step returns before its weights have reached other replicas. Raises
+    ConfigError if there is nothing to train, a name occurs twice or a replica would own nothing, UnsupportedModelError for
+    a dtype, shape or layout that cannot be written in place.
     """
 
     def __init__(
@@ -104,6 +106,7 @@ class Optimizer:
         self.update_group = UpdateGroup(self.weights, config, tp, replicas=self.replicas)
         self.step_count = self.skipped_in_a_row = self.rounding_stream = self._num_writes = 0
         self.in_backward: InBackwardStep | None = None
+        self.late_weights: LateWeights | None = None
         self._doubtful = False
         self.measure_weights()
 
@@ -168,15 +171,28 @@ class Optimizer:
         outcome = self._conclude(decisions, lr)
         self.step_count += not outcome.skipped
         if self.owners is not None and outcome.num_updated:
-            self.owners.publish()  # after all ranks have counted: one that raises here is made up for in ``rejoin``
+            self._publish(self.owners)  # after all ranks have counted: ``rejoin`` makes up for one that raises here
         if not outcome.skipped:
             if self.step_count % self.config.refresh_every == 0:
                 self.measure_weights()
             if self.config.check_replicas_every and self.step_count % self.config.check_replicas_every == 0:
                 check_replicas(self.weights, self.tp)
                 if self.owners is not None:
+                    self.await_weights()
                     self.owners.check_equal()
         return outcome
+
+    def _publish(self, owners: Owners) -> None:
+        if self.late_weights is not None:
+            self.late_weights.start()
+        else:
+            owners.publish()
+
+    def await_weights(self) -> None:
+        """Before weights are read or written by anything but a forward pass: let the current stream wait for those of other
+        owners. Local; the host does not wait."""
+        if self.late_weights is not None:
+            self.late_weights.wait()
 
     def _sum_over_replicas(self, received: Tensor | None) -> tuple[list[Tensor] | None, Tensor | None]:
         """The gradients [R, C] of what this replica owns, summed over replicas, and ``received`` (fp32 [1]), 0 if a sum did
@@ -203,6 +219,7 @@ class Optimizer:
     def catch_up(self) -> None:
         """What ``rejoin`` left to do, if anything. Collective, as ``Owners.publish`` and one all-reduce."""
         if self.is_behind and self.owners is not None:
+            self.await_weights()
             self.owners.publish()
         if self._doubtful:
             self.measure_weights()

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
+
+import msgspec
 
 from apollo_tp.errors import UnsupportedModelError
 from apollo_tp.shards.boxes import Box, Shard, cut_dim, merge_ranges, replicated_parts, uncovered
@@ -124,6 +127,7 @@ def _place_one(
 
     Raises UnsupportedModelError or ValueError if it cannot be trained.
     """
+    segments = [stack_experts(mine) for mine in segments]
     boxes = [[Box(tuple(s.box_offset), tuple(s.box_shape)) for s in mine] for mine in segments]
     shape = tuple(tensor.shape)
     missing = uncovered(shape, [box for mine in boxes for box in mine])
@@ -155,6 +159,27 @@ def _place_one(
         )
         for rank in range(len(segments))
     ]
+
+
+def stack_experts(segments: list[SegmentRecord]) -> list[SegmentRecord]:
+    """Segments of a tensor of three dimensions, the first being the expert, of which the loader has copied one expert after
+    the other (Granite): those that hold the same box of consecutive experts, at equal distances, as one."""
+    groups: dict[tuple[Any, ...], list[SegmentRecord]] = defaultdict(list)
+    for s in segments:
+        if len(s.box_shape) != 3 or s.box_shape[0] != 1:
+            return segments
+        groups[s.served, *s.box_offset[1:], *s.box_shape[1:], *s.view_stride[1:]].append(s)
+    stacked = []
+    for group in groups.values():
+        group.sort(key=lambda s: s.box_offset[0])
+        first, count = group[0], len(group)
+        step = group[1].view_offset - first.view_offset if count > 1 else 0
+        places = [(first.box_offset[0] + i, first.view_offset + i * step) for i in range(count)]
+        if [(s.box_offset[0], s.view_offset) for s in group] != places:
+            return segments
+        shape, stride = [count, *first.box_shape[1:]], [step, *first.view_stride[1:]]
+        stacked.append(msgspec.structs.replace(first, box_shape=shape, view_stride=stride))
+    return stacked
 
 
 def _placement(

@@ -21,9 +21,9 @@ class Clock:
         self._marks.append((phase, self._now()))
 
     def total(self) -> float:
-        """Wait for the device; returns the host's seconds since the clock was made, and fills ``seconds``."""
+        """Wait for the current stream; returns the host's seconds since the clock was made, and fills ``seconds``."""
         if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
+            torch.cuda.current_stream(self._device).synchronize()
         total = time.perf_counter() - self._start
         for phase, now in self._marks:
             self.seconds[phase] += _elapsed(self._last, now)

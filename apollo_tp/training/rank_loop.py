@@ -35,6 +35,8 @@ log = logging.getLogger(__name__)
 POLL_SECONDS = 0.5
 HELD_SECONDS = 0.05
 """Between two looks at a checkpoint that something waits for."""
+FORWARD_PASSES = commands.Step | commands.PreferenceStep | commands.ForwardBackward | commands.Score
+"""Commands that begin with a forward pass, whose layers wait for their weights."""
 
 
 class Failure(msgspec.Struct, frozen=True):
@@ -202,6 +204,8 @@ class RankLoop:
         failure: Failure | None = None
         reply: commands.AnyReply | None = None
         try:
+            if not isinstance(command, FORWARD_PASSES):
+                self.trainer.optimizer.await_weights()
             reply = self._dispatch(command)
         # Whatever a model, kernel or collective raises must become the job's failure on all ranks, not their end.
         except Exception as error:  # noqa: BLE001

@@ -23,6 +23,7 @@ from apollo_tp.model import BoundModel
 from apollo_tp.model.batch import PackedBatch, empty_share, pack
 from apollo_tp.model.loss import unit
 from apollo_tp.optim import Optimizer
+from apollo_tp.optim.late_weights import LateWeights
 from apollo_tp.training.clock import Clock
 from apollo_tp.training.cuda_graphs import GraphCache
 from apollo_tp.training.objectives import (
@@ -95,6 +96,12 @@ class Trainer:
         self._has_compared = False
         self._progress = optimizer.progress()
         self._kept: _Passes | None = None
+
+    def publish_late(self) -> None:
+        """From now on, with several replicas, a step returns while the weights of other owners still arrive, beside the next
+        forward pass. For updates during which the server is not paused."""
+        if self.optimizer.owners is not None:
+            self.optimizer.late_weights = LateWeights(self.optimizer.owners, *self.model.reading_order())
 
     def record_passes(self, replays: GraphCache) -> bool:
         """From now on, replay consecutive steps of one batch structure. Returns False, and changes nothing, if that is never
@@ -206,6 +213,7 @@ class Trainer:
         clock.mark("backward")
         if not in_backward and not writes_already:
             self._before_write()
+        sums = self._over_replicas(loss_sum, correct, batches)  # first: collectives wait for those launched before them
         outcome = self.optimizer.step(learning_rate_scale, loss_sum, received)
         if not outcome.skipped or outcome.num_updated:  # an update in the backward pass may stop after some matrices
             self.weight_version += 1
@@ -213,7 +221,7 @@ class Trainer:
         self.model.zero_grad()
         self._pace.give_way()
         clock.mark("optimizer")
-        loss, num_correct, num_tokens, num_loss_tokens, num_batches = self._over_replicas(loss_sum, correct, batches)
+        loss, num_correct, num_tokens, num_loss_tokens, num_batches = _read(sums)
         return StepFigures(
             loss=loss,
             num_tokens=num_tokens,
@@ -260,7 +268,7 @@ class Trainer:
             batches = objective.begin([batch.to(self.device) for batch in objective.batches])
             passes = self._run(objective, batches, clock, keeps=True)
             metrics = objective.metrics()
-        figures = self._over_replicas(passes.loss, passes.correct, passes.batches)
+        figures = _read(self._over_replicas(passes.loss, passes.correct, passes.batches))
         num_passes = kept.num_passes + 1
         self._kept = _Passes(
             kept.loss + passes.loss, kept.correct + passes.correct, kept.batches + passes.batches, num_passes
@@ -282,19 +290,13 @@ class Trainer:
         with options.applied_to(self.optimizer.config):
             return self._update(kept, 1.0, clock)
 
-    def _over_replicas(
-        self, loss: Tensor, correct: Tensor, batches: Sequence[PackedBatch]
-    ) -> tuple[float, float, int, int, int]:
-        """Loss, correct tokens, tokens, tokens with a weight, and micro-batches of all replicas. Waits for the device.
-
-        Collective over replicas, if there are several: one all-reduce of fp64 [5].
-        """
+    def _over_replicas(self, loss: Tensor, correct: Tensor, batches: Sequence[PackedBatch]) -> Tensor:
+        """Loss, correct tokens, tokens, tokens with a weight, micro-batches of all replicas: fp64 [5]. One all-reduce."""
         counts = [sum(b.num_tokens for b in batches), sum(b.num_loss_tokens for b in batches), len(batches)]
         sums = torch.stack(
             [loss.double(), correct.double(), *torch.tensor(counts, dtype=torch.float64, device=self.device)]
         )
-        total, hits, *counts = self.replicas.all_reduce_(sums).tolist()
-        return total, hits, *(int(count) for count in counts)  # type: ignore[return-value]
+        return self.replicas.all_reduce_(sums)
 
     def _catch_up(self) -> bool:
         """After a command that failed, copy the owners' weights into the memory of replicas that may lack some, before these
@@ -391,3 +393,8 @@ class Trainer:
     def _make_room(self) -> None:
         if self._replays is not None:
             self._replays.release()
+
+
+def _read(sums: Tensor) -> tuple[float, float, int, int, int]:
+    loss, correct, *counts = sums.tolist()
+    return loss, correct, *(int(count) for count in counts)  # type: ignore[return-value]

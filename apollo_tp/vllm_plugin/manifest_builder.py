@@ -7,7 +7,7 @@ import bisect
 import os
 import socket
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +31,11 @@ from apollo_tp.vllm_plugin import checkpoint_index
 from apollo_tp.vllm_plugin.compat import config, release
 from apollo_tp.vllm_plugin.copies import second_copies
 from apollo_tp.vllm_plugin.trace import Trace, trace_loader
+from apollo_tp.vllm_plugin.views import held_tensors, without_views
 
-Share = Callable[[Sequence[Tensor]], list[tuple[int, Allocation]]]
-"""Makes the memory of parameters reachable: (base address in bytes, allocation), ascending by address."""
+Share = Callable[[Sequence[Tensor], Iterable[Tensor]], list[tuple[int, Allocation]]]
+"""Makes the memory of parameters reachable: (base address in bytes, allocation), ascending by address. The second argument
+are all tensors of the model, of which views of parameters stay views."""
 
 
 def manifest_header(vllm_config: Any, rank: int, size: int) -> dict[str, Any]:
@@ -120,7 +122,8 @@ def build_manifest(
     own, own_names = _unique_parameters(model)
     buffers = _loaded_buffers(model, checkpoint)
     parameters, names = [*own, *buffers.values()], [*own_names, *([name] for name in buffers)]
-    allocations = share(parameters)
+    held = (tensor for module in model.modules() for _, tensor in held_tensors(module))
+    allocations = share(parameters, held)
     served = _served_tensors(parameters, names, allocations)
     shared = time.perf_counter()
     traces = trace_checkpoint(model, checkpoint)
@@ -154,20 +157,16 @@ def build_manifest(
 
 
 def _unique_parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[list[str]]]:
-    """Distinct parameters in order, and all names of each (tied weights have several). Empty ones are left out: they have no
-    memory that could be shared."""
-    index: dict[int, int] = {}
+    """Distinct parameters in order, and all names of each (tied weights have several). Left out are empty ones, which have
+    no memory that could be shared, and those that are views of another one (``views``)."""
+    names: dict[int, list[str]] = {}
     unique: list[nn.Parameter] = []
-    names: list[list[str]] = []
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        if not parameter.numel():
-            continue
-        if id(parameter) not in index:
-            index[id(parameter)] = len(unique)
+        if parameter.numel() and id(parameter) not in names:
             unique.append(parameter)
-            names.append([])
-        names[index[id(parameter)]].append(name)
-    return unique, names
+        names.setdefault(id(parameter), []).append(name)
+    unique = without_views(unique)
+    return unique, [names[id(parameter)] for parameter in unique]
 
 
 def _loaded_buffers(model: nn.Module, checkpoint: Sequence[CheckpointTensor]) -> dict[str, Tensor]:

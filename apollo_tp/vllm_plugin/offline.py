@@ -59,7 +59,7 @@ def _manifest(vllm_config: Any, header: dict[str, Any], checkpoint: list[Checkpo
         return build_manifest(header, model, vllm_config.model_config, checkpoint, _unshared, error)
 
 
-def _unshared(parameters: Sequence[Tensor]) -> list[tuple[int, Allocation]]:
+def _unshared(parameters: Sequence[Tensor], _held: object) -> list[tuple[int, Allocation]]:
     """One allocation for each parameter, by address, which cannot be mapped."""
     return [
         (p.data_ptr(), Allocation(kind="memfd", handle="", num_bytes=p.nbytes))

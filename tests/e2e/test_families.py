@@ -1,5 +1,6 @@
-"""Llama, Gemma 3, Qwen3-MoE and the Qwen3.5 hybrid against real vLLM at TP = 2: change and restore of every
-parameter, ten training steps, agreement of log-probabilities, and checkpoints that load elsewhere with the same ones."""
+"""Llama, Gemma 3, mixtures of experts, latent attention and the Qwen3.5 hybrid against real vLLM at TP = 2: change and
+restore of every parameter, ten training steps, agreement of log-probabilities, and checkpoints that load elsewhere with the
+same ones."""
 
 from __future__ import annotations
 
@@ -35,7 +36,7 @@ TOKENS = [(211 * i) % 990 + 4 for i in range(48)]  # over the vocabulary rows of
 
 # Routing is discontinuous: where two experts are nearly tied, bf16 rounding may send a token to one in vLLM, another in
 # transformers, whose log-probabilities then differ by more than rounding. fp32 rounds 65,536 times finer: held to 1e-3.
-FP32 = {"qwen3-moe", "gpt-oss"}
+FP32 = {"qwen3-moe", "gpt-oss", "deepseek-v3"}
 
 
 # Tied, and stored with the head as well: vLLM and transformers would take an old head beside a trained embedding.
@@ -213,6 +214,7 @@ def test_ten_steps_and_a_checkpoint_with_the_served_log_probabilities(
     assert (job["state"], job["step"]) == ("succeeded", 10), job
     assert server.mean_logprob(TOKENS) > before + 0.1
     live, manifest = server.logprobs(TOKENS), server.manifests[0]
+    _decodes_as_it_reads(server, 1e-3 if name in FP32 else 0.05)
     saved = trainer.post("/checkpoint", {"wait": True})["path"]
     trainer.process.stop()  # neither is needed any more, and their memory is
     server.process.stop()
@@ -237,6 +239,14 @@ def test_ten_steps_and_a_checkpoint_with_the_served_log_probabilities(
     finally:
         process.stop()
     assert again == live, "the same bits in the same program"
+
+
+def _decodes_as_it_reads(server: Server, at_most: float) -> None:
+    """Sampled tokens have the log-probabilities that the same tokens have in a prompt. In latent attention only sampling
+    computes with the absorbed matrices, which must have followed ten changes of the weight."""
+    tokens, sampled = server.sample(TOKENS[:8], 8)
+    read = server.logprobs([*TOKENS[:8], *tokens])[-8:]
+    assert max(abs(a - b) for a, b in zip(sampled, read, strict=True)) < at_most
 
 
 def _goes_on(folder: Path, saved: Path, sample: dict) -> None:

@@ -12,10 +12,12 @@ import torch
 from transformers import Qwen3Config
 
 from apollo_tp.config import OptimConfig, Precision
+from apollo_tp.distributed.mesh import Mesh
 from apollo_tp.distributed.tp_group import TPGroup
 from apollo_tp.model import bind_model
 from apollo_tp.model.compiled import CompileOptions
 from apollo_tp.optim import Optimizer
+from apollo_tp.optim.replicas import checksums
 from apollo_tp.training.trainer import Trainer
 from apollo_tp.wire.commands import Sample
 from tests.support.ranks import run_ranks
@@ -75,3 +77,43 @@ def test_replicas_stay_equal_whatever_the_compiler_chose_on_each_gpu(by_timing: 
     assert found[0] == found[1]
     assert found[0][1] > 0
     assert by_timing or found[0][0] == 0
+
+
+def _train_late(world: TPGroup, late: bool) -> tuple[list[float], list[list[int]]]:
+    """Losses, and checksums of the weights at the end, of two replicas of which one is slow to copy weights."""
+    torch.cuda.set_device(world.rank)
+    world = TPGroup.world("nccl", datetime.timedelta(seconds=60))
+    sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+    from profile_step import served_memory
+
+    mesh = Mesh.build(world, 1)
+    torch.manual_seed(0)
+    config = Qwen3Config(**CONFIG)
+    shards, side_by_side = served_memory(config, "cuda", mesh.tp)
+    model = bind_model(config, shards, mesh.tp, fused_tensors=side_by_side, compiled=CompileOptions())
+    optim = OptimConfig(lr=1e-4, max_relative_update=1.0)
+    optimizer = Optimizer(optim, Precision.remainder, model.parameters, mesh.tp, mesh.replicas)
+    device = torch.device("cuda", torch.cuda.current_device())
+    trainer = Trainer(model, optimizer, mesh.tp, mesh=mesh, device=device, max_micro_batch_tokens=TOKENS)
+    if late:
+        trainer.publish_late()
+        publish = optimizer.owners.publish
+
+        def slowly(numbers: list[int] | None = None) -> None:
+            torch.cuda._sleep(20_000_000)  # some milliseconds for each bucket: no layer finds its weights by chance
+            publish(numbers)
+
+        optimizer.owners.publish = slowly
+    draw, losses = random.Random(0), []
+    for _ in range(8):
+        samples = [Sample(draw.choices(range(config.vocab_size), k=TOKENS), [0.0] + [1.0] * (TOKENS - 1)) for _ in "ab"]
+        losses.append(trainer.step(samples).loss)
+    optimizer.await_weights()
+    optimizer.owners.check_equal()
+    return losses, [checksums([p.tensor.data]).tolist() for p in model.parameters]
+
+
+def test_weights_that_arrive_beside_the_next_pass_are_waited_for() -> None:
+    early, late = (run_ranks(_train_late, 2, late, deadline_seconds=140) for late in (False, True))
+    assert early[0][1] == early[1][1]
+    assert late == early

@@ -9,7 +9,7 @@ from apollo_tp.distributed.tp_group import TPGroup
 from apollo_tp.inspect.exactness import compare
 from tests.support.families import CASES, Case
 
-UNTRAINED = ("e_score_correction_bias",)
+UNTRAINED = ("e_score_correction_bias", "expert_bias")
 """Tensors that the model computes with and nobody trains."""
 Results = list[dict[str, dict[str, float] | str]]
 """Per rank and case: errors by tensor, or a traceback."""

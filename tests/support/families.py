@@ -125,6 +125,18 @@ _GLM_MOE: dict[str, Any] = {
     "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1,
 }  # fmt: skip
 
+_LATENT: dict[str, Any] = {
+    "num_key_value_heads": 4, "q_lora_rank": 32, "kv_lora_rank": 32, "qk_nope_head_dim": 24, "qk_rope_head_dim": 8,
+    "v_head_dim": 16,
+}  # fmt: skip
+_GROUPS: dict[str, Any] = {"n_routed_experts": 8, "n_shared_experts": 2, "n_group": 4, "topk_group": 2}
+
+
+def _deepseek_yarn(**scales: float) -> dict[str, Any]:
+    """Stretched positions, which scale the softmax as well."""
+    rope = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "beta_fast": 32.0, "beta_slow": 1.0}
+    return {"rope_parameters": rope | {"original_max_position_embeddings": 64, **scales}}
+
 
 FAMILIES = {
     "qwen3": Family("qwen3", {"head_dim": 32}),
@@ -176,6 +188,47 @@ FAMILIES = {
     "stablelm": Family("stablelm", {"use_qkv_bias": True}),
     "glm4-moe": Family("glm4_moe", _GLM_MOE | {"head_dim": 16, "use_qk_norm": True}),
     "dots1": Family("dots1", _GLM_MOE),
+    "deepseek-v2": Family(
+        "deepseek_v2",
+        _GLM_MOE
+        | _LATENT
+        | _GROUPS
+        | _deepseek_yarn(mscale=0.707, mscale_all_dim=0.707)
+        | {"q_lora_rank": None, "topk_method": "group_limited_greedy", "routed_scaling_factor": 16.0},
+    ),
+    "deepseek-v3": Family(
+        "deepseek_v3",
+        _GLM_MOE
+        | _LATENT
+        | _GROUPS
+        | _deepseek_yarn(mscale=1.0, mscale_all_dim=1.0)
+        | {"topk_method": "noaux_tc", "scoring_func": "sigmoid", "routed_scaling_factor": 2.5, "norm_topk_prob": True},
+    ),
+    "glm4-moe-lite": Family("glm4_moe_lite", _GLM_MOE | _LATENT),
+    "minicpm3": Family("minicpm3", _LATENT | {"dim_model_base": 16, "scale_emb": 12, "scale_depth": 1.4}),
+    "hyperclovax": Family(
+        "hyperclovax",
+        {"head_dim": 16, "attention_multiplier": 0.25, "logits_scaling": 0.5, "embedding_multiplier": 2.0}
+        | {"residual_multiplier": 0.7, "use_post_norm": True},
+    ),
+    "helium": Family("helium", {"head_dim": 16}),
+    "flex-olmo": Family("flex_olmo", {"num_key_value_heads": 4, "num_experts": 4, "num_experts_per_tok": 2}),
+    "granite-moe-shared": Family(
+        "granitemoeshared", {"num_local_experts": 4, "num_experts_per_tok": 2, "shared_intermediate_size": 32}
+    ),
+    "afmoe": Family(
+        "afmoe",
+        {"num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+        | {"num_dense_layers": 1, "num_shared_experts": 1, "sliding_window": 8, "global_attn_every_n_layers": 2}
+        | {
+            "head_dim": 16,
+            "score_func": "sigmoid",
+            "route_norm": True,
+            "route_scale": 2.0,
+            "n_group": 1,
+            "topk_group": 1,
+        },
+    ),
     "minimax-m2": Family(
         "minimax_m2",
         {
@@ -306,6 +359,7 @@ SERVED: dict[str, dict[str, Any]] = {
     "gemma3": {},
     "qwen3-moe": {"head_dim": 32},
     "gpt-oss": {},
+    "deepseek-v3": {"kv_lora_rank": 512, "qk_rope_head_dim": 64, "n_routed_experts": 4, "n_group": 2, "topk_group": 1},
     "qwen3.5": {
         "linear_key_head_dim": 128, "linear_value_head_dim": 128, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
     },

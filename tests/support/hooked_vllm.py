@@ -16,12 +16,19 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig
 
+from apollo_tp.vllm_plugin import memory
 from apollo_tp.vllm_plugin.compat import cpu
-from apollo_tp.vllm_plugin.compat.cpu import serve_plain_convolutions, serve_plain_experts
+from apollo_tp.vllm_plugin.compat.cpu import (
+    choose_plain_latent_attention,
+    serve_plain_convolutions,
+    serve_plain_experts,
+)
 from apollo_tp.vllm_plugin.compat.engine import Engine, connector_resets
 from apollo_tp.vllm_plugin.compat.hooks import install_hooks
 from apollo_tp.vllm_plugin.compat.one_rank import pretended_rank
 from apollo_tp.vllm_plugin.compat.refusals import layer_refusals, refusals_of_server
+from apollo_tp.vllm_plugin.manifest_builder import _unique_parameters
+from apollo_tp.vllm_plugin.views import held_tensors
 from tests.support import rendered_chats
 from tests.support.families import FAMILIES
 
@@ -195,18 +202,56 @@ def emptied_connectors() -> dict[str, bool]:
     }
 
 
+def followed_weight(config: Any) -> dict[str, Any]:
+    """Whether what vLLM makes of ``kv_b_proj`` is what it would make of it again, once the weight is shared and changed."""
+    from vllm.model_executor.model_loader.utils import initialize_model, process_weights_after_loading
+    from vllm.utils.torch_utils import set_default_torch_dtype
+
+    with pretended_rank(config, 0, 1), set_default_torch_dtype(torch.bfloat16), torch.no_grad():
+        model = initialize_model(config)
+        for parameter in model.parameters():
+            parameter.normal_()
+        process_weights_after_loading(model, config.model_config, torch.device("cpu"))
+        parameters, names = _unique_parameters(model)
+        held = [tensor for module in model.modules() for _, tensor in held_tensors(module)]
+        memory.share(parameters, held, device=torch.device("cpu"))
+        layer = next(module for module in model.modules() if hasattr(module, "W_UV"))
+        layer.kv_b_proj.weight.normal_()
+        found = [layer.W_UV, layer.W_UK_T]
+        del layer.W_UV, layer.W_UK_T
+        layer.process_weights_after_loading(torch.bfloat16)
+        again = [layer.W_UV, layer.W_UK_T]
+    served = [name for group in names for name in group if "W_U" in name]
+    same = [torch.equal(*pair) for pair in zip(found, again, strict=True)]
+    return {"same": same, "served": served, "refusals": refusals_of_server(config, model)}
+
+
+def backend_with_amx(model: Path) -> str:
+    """The backend of latent attention that the plugin chooses on a CPU with AMX, pretended here."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    own, torch.cpu._is_amx_tile_supported = torch.cpu._is_amx_tile_supported, lambda: True
+    arguments = EngineArgs(model=str(model))
+    choose_plain_latent_attention(arguments)
+    torch.cpu._is_amx_tile_supported = own
+    return arguments.attention_backend.name if arguments.attention_backend else ""
+
+
 def main(folder: Path) -> dict[str, Any]:
     from vllm.engine.arg_utils import EngineArgs
 
     def engine_config(name: str) -> Any:
-        return EngineArgs(
+        arguments = EngineArgs(
             model=str(folder / name),
             dtype="bfloat16",
             enforce_eager=True,
             load_format="dummy",
             skip_tokenizer_init=True,
-        ).create_engine_config()
+        )
+        choose_plain_latent_attention(arguments)
+        return arguments.create_engine_config()
 
+    FAMILIES["deepseek-v3"].config(architectures=["DeepseekV3ForCausalLM"]).save_pretrained(folder / "deepseek")
     configs = {"gpt-oss": gpt_oss(), "qwen3-moe": FAMILIES["qwen3-moe"].config(architectures=["Qwen3MoeForCausalLM"])}
     for name, config in configs.items():
         config.save_pretrained(folder / name)
@@ -223,6 +268,8 @@ def main(folder: Path) -> dict[str, Any]:
     experts["unknown"] = compare("gpt-oss", without["gpt-oss"])
     return {
         "experts": experts,
+        "latent attention": followed_weight(engine_config("deepseek")),
+        "backend with AMX": backend_with_amx(folder / "deepseek"),
         "convolutions": convolutions(),
         "salts": asyncio.run(sent_requests(engine_config("qwen3-moe"))),
         "loaders": followed_loaders(),

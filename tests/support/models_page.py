@@ -8,7 +8,7 @@ import tempfile
 import textwrap
 from pathlib import Path
 
-from apollo_tp.model.families import FULL_WIDTH_NORMS, FUSED_TENSORS, LAYER_TYPES, LOGITS
+from apollo_tp.model.families import FULL_WIDTH_NORMS, FUSED_TENSORS, LAYER_TYPES
 from tests.support.exactness import Results, run_cases
 from tests.support.families import CASES, FAMILIES, REFUSED, SERVED, SIZES, Family
 from tests.support.ranks import run_ranks
@@ -51,11 +51,10 @@ _REFUSED_BY_THE_SERVER = """
 | what | what would make it work |
 | --- | --- |
 | quantised weights | serve the bf16 checkpoint (of gpt-oss, a copy by transformers' `Mxfp4Config(dequantize=True)`) |
-| attention backends with a copy of sinks in another dtype (FlashInfer) | bf16, `--attention-backend FLASH_ATTN` |
+| attention backends with a copy of a weight (FlashInfer's sinks) | bf16, `--attention-backend FLASH_ATTN` |
 | pipeline, expert or prefill context parallelism, EPLB | tensor parallelism alone |
 | data parallelism of a mixture of experts | one server for each engine |
 | LoRA-wrapped layers | serve without `--enable-lora` |
-| multi-head latent attention | nothing yet: vLLM serves derived copies of `kv_b_proj` |
 | MoE backends that reorder weights | `--moe-backend triton` (on CPU the plugin takes care of it) |
 | tensors that the loader transforms | nothing in general; each is listed with the operation |
 | sleep mode, expandable segments | serve without them |
@@ -101,7 +100,16 @@ def _tolerances() -> str:
 
 
 def _differences() -> list[str]:
-    rows = [(f"`{row.field}` in the config", row.reason) for row in LOGITS]
+    rows = [
+        (
+            "multipliers before or after the head (Cohere, Granite, MiniCPM 3, HyperCLOVA X)",
+            "the loss is computed without the model's own head: they are measured with a probe when the model is bound",
+        ),
+        (
+            "`final_logit_softcapping` in the config",
+            "Gemma 2 caps its logits with a tanh: the loss must undo it in its own backward pass",
+        ),
+    ]
     rows += [(f"`{name}`", reason) for name, reason in FULL_WIDTH_NORMS.items()]
     rows.append(
         (
@@ -127,6 +135,13 @@ def _differences() -> list[str]:
     fused = ", ".join(f"`{name}`" for name in FUSED_TENSORS)
     rows.append(
         (fused, "a rank must hold its share of every part of a fused tensor, unless gate and up alternate (gpt-oss)")
+    )
+    rows.append(
+        (
+            "latent attention (DeepSeek, GLM-4-MoE-Lite, MiniCPM 3)",
+            "heads of keys and of values have different sizes; the matrices that vLLM makes of `kv_b_proj` are views of it, "
+            "and follow it",
+        )
     )
     rows.append(
         ("attention sinks (gpt-oss)", "a logit for each head, which takes part in the softmax and has no value")
@@ -161,7 +176,7 @@ def _refused() -> list[str]:
         "masks that transformers makes",
         "- final hidden states that depend on another packed sequence or on later tokens, which one backward pass shows",
         "- norms over the heads of all ranks whose weight is served cut and whose class is not in the table above",
-        "- changes of the logits that are not in the table above",
+        "- changes of the logits other than multipliers and soft caps",
         "- heads with a bias (Phi, PhiMoE with `lm_head_bias`): the loss has none, and vLLM's Transformers backend makes "
         "a new one each time that it loads, where the trace of its loader cannot follow it",
         "- encoder-decoder models",

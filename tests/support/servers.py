@@ -44,6 +44,14 @@ class Server:
         entries = answer["choices"][0]["prompt_logprobs"][1:]
         return [entry[str(token)]["logprob"] for entry, token in zip(entries, token_ids[1:], strict=True)]
 
+    def sample(self, token_ids: list[int], count: int) -> tuple[list[int], list[float]]:
+        """The ``count`` most likely next tokens, one after the other, and their log-probabilities."""
+        body = {"model": "demo", "prompt": token_ids, "max_tokens": count, "temperature": 0, "logprobs": 0}
+        body |= {"return_token_ids": True, "ignore_eos": True, "cache_salt": json.dumps(id(body))}
+        answer = httpx.post(f"{self.url}/v1/completions", json=body, timeout=120).raise_for_status().json()
+        (choice,) = answer["choices"]
+        return choice["token_ids"], choice["logprobs"]["token_logprobs"]
+
     def mean_logprob(self, token_ids: list[int]) -> float:
         values = self.logprobs(token_ids)
         return sum(values) / len(values)

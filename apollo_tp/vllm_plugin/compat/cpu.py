@@ -151,6 +151,24 @@ def let_queue_readers_sleep() -> None:
     SpinCondition.wait = wait  # type: ignore[method-assign]
 
 
+def choose_plain_latent_attention(arguments: Any) -> None:
+    """Have ``arguments`` (vLLM's EngineArgs) name the backend of latent attention that computes with the weight as loaded.
+
+    On CPUs with AMX, vLLM's choice packs ``kv_b_proj`` and drops it. Attention of other kinds does not look at this.
+    """
+    from vllm.platforms import current_platform
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    # vLLM release: not all have this backend (0.32 has), or one for AMX.
+    plain = AttentionBackendEnum.__members__.get("CPU_MLA")
+    if current_platform.is_cpu() and plain and arguments.attention_backend is None and _has_amx():
+        arguments.attention_backend = plain
+
+
+def _has_amx() -> bool:
+    return bool(getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)())
+
+
 def _gated(activate: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     """Of gate rows, then up rows."""
 

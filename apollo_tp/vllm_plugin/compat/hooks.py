@@ -80,13 +80,15 @@ def is_draft(vllm_config: Any, model_config: Any) -> bool:
 
 def _record_engine_count() -> None:
     """Write the number of engines, and whether an API server comes up, into the environment of the processes that vLLM
-    starts after it has made its configuration: to each engine of a dense model vLLM says that it is the only one."""
+    starts after it has made its configuration: to each engine of a dense model vLLM says that it is the only one. Before,
+    the backend of latent attention is chosen where it matters."""
     from vllm.engine.arg_utils import EngineArgs
 
     original = EngineArgs.create_engine_config
 
     @functools.wraps(original)
     def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
+        cpu.choose_plain_latent_attention(self)
         config = original(self, *args, **kwargs)
         os.environ[ENGINES_VARIABLE] = str(config.parallel_config.data_parallel_size)
         os.environ[ENDPOINTS_VARIABLE] = "1" if has_endpoints(*args, **kwargs) else ""

@@ -10,6 +10,8 @@ from typing import Any
 
 from torch import nn
 
+from apollo_tp.vllm_plugin.compat import cpu
+
 
 def engine_config(model: str, tp_size: int, dtype: str, *, trust_remote_code: bool = False) -> Any:
     """A new ``VllmConfig`` of an eager server of the folder ``model``. It remembers the layers that are built with it, so
@@ -19,7 +21,7 @@ def engine_config(model: str, tp_size: int, dtype: str, *, trust_remote_code: bo
 
     # vLLM inspects a model class in a subprocess (10 s each) to keep CUDA out of the parent; nothing uses CUDA here.
     registry._run_in_subprocess = lambda function: function()
-    return EngineArgs(
+    arguments = EngineArgs(
         model=model,
         tensor_parallel_size=tp_size,
         dtype=dtype,
@@ -27,7 +29,9 @@ def engine_config(model: str, tp_size: int, dtype: str, *, trust_remote_code: bo
         load_format="auto" if any(Path(model).glob("*.safetensors")) else "dummy",
         skip_tokenizer_init=True,
         trust_remote_code=trust_remote_code,
-    ).create_engine_config()
+    )
+    cpu.choose_plain_latent_attention(arguments)
+    return arguments.create_engine_config()
 
 
 @contextlib.contextmanager

@@ -11,8 +11,9 @@ import torch
 from torch import nn
 
 from apollo_tp.shards.instance import num_engines
+from apollo_tp.vllm_plugin.views import held_tensors, is_view
 
-SCALED_ROTARY_CLASSES = ("YaRNScalingRotaryEmbedding", "MRotaryEmbedding")
+SCALED_ROTARY_CLASSES = ("YaRNScalingRotaryEmbedding", "MRotaryEmbedding", "DeepseekScalingRotaryEmbedding")
 """Class names of vLLM's modules that scale cosines and sines by ``mscale``."""
 
 
@@ -24,7 +25,7 @@ def refusals_of_server(vllm_config: Any, model: nn.Module) -> list[str]:
         *model_options(vllm_config),
         *yarn_refusals(model, vllm_config.model_config.hf_config),
         *layer_refusals(model),
-        *_copied_sinks(model),
+        *_copied_weights(model),
     ]
 
 
@@ -83,8 +84,6 @@ def model_options(vllm_config: Any) -> Iterator[str]:
         yield f"quantised weights ({quantization}): serve the bf16 checkpoint{copy}"
     if vllm_config.lora_config is not None:
         yield "LoRA-wrapped layers: serve without --enable-lora"
-    if getattr(model_config, "use_mla", False):
-        yield "multi-head latent attention: vLLM serves derived copies of kv_b_proj, which would go stale"
     overrides = getattr(model_config, "hf_overrides", None) or {}
     if callable(overrides) or any(name.endswith("_config") for name in overrides):
         yield "--hf-overrides by a function, or of a part's config: only fields of the model's own are passed on"
@@ -109,20 +108,34 @@ def layer_refusals(model: nn.Module) -> list[str]:
     ]
 
 
-def _copied_sinks(model: nn.Module) -> list[str]:
-    """Backends of attention that keep attention sinks in another dtype (FlashInfer), which would go stale."""
-    served = {parameter.data_ptr() for parameter in model.parameters()}
-    found = set()
-    for module in model.modules():
-        sinks = getattr(getattr(module, "impl", None), "sinks", None)
-        # vLLM's CPU backend makes its copy of fp16 sinks at the first request
-        if isinstance(sinks, torch.Tensor) and (sinks.data_ptr() not in served or sinks.dtype == torch.float16):
-            found.add(type(module.impl).__name__)
+def _copied_weights(model: nn.Module) -> list[str]:
+    """What layers of attention compute with and have from a weight, in memory of its own, where it would go stale: attention
+    sinks in another dtype (FlashInfer), absorbed matrices of multi-head latent attention that are no views. Parameters that
+    are copies are refused later, since nothing is loaded into them."""
+    modules, found = dict(model.named_modules()), set()
+    for name, module in modules.items():
+        if not hasattr(module, "impl"):
+            continue
+        weights = [p for p in modules[name.rpartition(".")[0]].parameters() if p.numel()]
+        for attribute, tensor in held_tensors(module):
+            # vLLM's CPU backend makes its copy of fp16 sinks at the first request
+            late = attribute == "sinks" and tensor.dtype == torch.float16
+            served = any(tensor is weight or is_view(tensor, weight) for weight in weights)
+            if late or (not served and any(_has_values_of(tensor, weight) for weight in weights)):
+                found.add(f"{attribute} in {type(module.impl).__name__}")
     return [
-        f"attention sinks in {name}: it computes with a copy of them in another dtype, which would go stale; serve in bf16 "
-        "with --attention-backend FLASH_ATTN or TRITON_ATTN"
-        for name in sorted(found)
+        f"{where}: attention computes with a copy of weights, which would go stale; serve in bf16 with --attention-backend "
+        "FLASH_ATTN or TRITON_ATTN (latent attention: another of its backends)"
+        for where in sorted(found)
     ]
+
+
+def _has_values_of(tensor: torch.Tensor, weight: torch.Tensor, count: int = 64) -> bool:
+    """Whether the first numbers of ``tensor``, if they are not all the same, are among those of ``weight``."""
+    if not tensor.is_floating_point() or tensor.numel() == 1:
+        return False
+    values = tensor.detach().flatten()[:count].float()
+    return len(values.unique()) > 1 and bool(torch.isin(values, weight.detach().float()).all())
 
 
 def yarn_refusals(model: nn.Module, config: Any) -> list[str]:

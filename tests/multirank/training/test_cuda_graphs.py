@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 from apollo_tp.config import GradientMode
 from apollo_tp.distributed.peer_memory import PeerBuffers
+from apollo_tp.distributed.products import SumOfProducts
 from apollo_tp.distributed.tp_group import TPGroup
 from apollo_tp.inspect.exactness import samples
 from apollo_tp.model import BoundModel
@@ -153,7 +154,7 @@ def _check_a_broken_recording(tp: TPGroup, folder: Path, sums_before_failure: in
     right = []
     for _ in range(4):
         a, b = torch.randn(8, 32), torch.randn(32, 16)
-        right.append(torch.equal(buffers.summed_products([(a, b)], None), tp.all_reduce_(a @ b)))
+        right.append(torch.equal(buffers.sum_product(SumOfProducts([(a, b)]), None), tp.all_reduce_(a @ b)))
     return right
 
 

@@ -18,6 +18,8 @@ from apollo_tp.distributed.tp_group import TPGroup
 from apollo_tp.errors import ConfigError, RequestError
 from apollo_tp.inspect.exactness import local_part, reference_gradients, relative_error, samples
 from apollo_tp.model.batch import divide
+from apollo_tp.optim.late_weights import LateWeights
+from apollo_tp.optim.owners import Owners
 from apollo_tp.training.rank_loop import RankLoop
 from apollo_tp.training.trainer import Trainer
 from apollo_tp.wire import commands
@@ -130,6 +132,47 @@ def test_five_steps_equal_the_single_process_run(num_replicas, tp_size, config, 
         assert not wrong, f"rank {rank}: {wrong}"
         of_first = results[rank % tp_size][1]
         assert all((of_first[name] == value).all() for name, value in whole.items())
+
+
+class _AsLateAsPossible(LateWeights):
+    """In place of a stream: a bucket is copied when somebody waits for it. Fails if nobody waits long enough."""
+
+    def start(self) -> None:
+        self.wait()
+        self._events, self._copied = [None] * len(self._order), 0
+        assert len(self._order) > 4
+
+    def _await(self, count: int) -> None:
+        self._owners.publish(self._order[self._copied : count])
+        self._copied = max(self._copied, count)
+
+
+def _late_steps(world: TPGroup, tp_size: int, checkpoint: Path, late: bool) -> tuple[list, dict, list[int]]:
+    """Losses, the last weights, and how many of the owners' buckets had been copied when a forward pass was over."""
+    mesh, copied = Mesh.build(world, tp_size), []
+    trainer, tensors = make_trainer(mesh.tp, checkpoint, replace(CONFIG, check_replicas_every=2), mesh)
+    optimizer = trainer.optimizer
+    if late:
+        owners = Owners(optimizer.owners.parameters, optimizer.owners.owner, mesh.replicas, bucket_bytes=4096)
+        optimizer.late_weights = _AsLateAsPossible(owners, *trainer.model.reading_order())
+        for layer in trainer.model.reading_order()[1]:
+            layer.register_forward_pre_hook(lambda *_: copied.append(getattr(optimizer.late_weights, "_copied", 0)))
+    losses = [trainer.step(samples(seed=step)).loss for step in range(STEPS)]
+    losses += list(trainer.score(samples()[:2]).logprobs)
+    optimizer.await_weights()
+    optimizer.owners.check_equal()
+    return losses, {name: local.numpy() for name, (_, local) in tensors.items()}, copied
+
+
+@pytest.mark.parametrize(("num_replicas", "tp_size"), [(2, 1), (2, 2)])
+def test_each_layer_waits_for_its_weights(num_replicas: int, tp_size: int, checkpoints: Path) -> None:
+    """Weights that arrive beside the next forward pass, at the last moment: the same bits as those that arrive before."""
+    checkpoint = checkpoints / CASES[CASE].checkpoint
+    runs = [run_ranks(_late_steps, num_replicas * tp_size, tp_size, checkpoint, late) for late in (False, True)]
+    for (losses, whole, _), (late_losses, late_whole, copied) in zip(*runs, strict=True):
+        assert late_losses == losses
+        assert all((late_whole[name] == value).all() for name, value in whole.items())
+        assert len(set(copied)) > 2, "some arrive while the layers run"
 
 
 def _uneven(world: TPGroup, checkpoint: Path) -> list:

@@ -41,7 +41,9 @@ def _benchmark(name: str) -> ModuleType:
 def test_cases_share_trainers_and_smaller_steps_come_first(bench_step: ModuleType) -> None:
     """A trainer's peak memory is that of its life so far: a small step after a large one would report the large one's."""
     assert bench_step.by_trainer(list(bench_step.CASES)[::-1]) == [
+        ["1x-fp8"],
         ["1x", "4x"],
+        ["1x-stochastic-fp8"],
         ["1x-stochastic"],
         ["1x-recompute", "4x-recompute"],
     ]

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from apollo_tp.checkpoint import transfers
+from apollo_tp.checkpoint.open_file import OpenFile
 from apollo_tp.checkpoint.transfers import HostMemory, Transfers, needed, rows_of
 from apollo_tp.shards.boxes import Box
 
@@ -47,3 +52,30 @@ def test_copies_are_equal_and_in_memory_that_is_kept(monkeypatch: pytest.MonkeyP
 def test_an_error_in_a_thread_is_raised_by_who_waits() -> None:
     with Transfers(torch.device("cpu")) as threads, pytest.raises(ZeroDivisionError):
         list(threads.run(lambda number: 1 // number, [1, 0, 2]))
+
+
+def test_any_box_of_a_file_is_read(tmp_path: Path) -> None:
+    """Whole rows, parts of rows, matrices of matrices, a number and nothing, of several dtypes."""
+    matrix = torch.arange(600, dtype=torch.float32).view(20, 30)
+    tensors = {"m": matrix, "s": matrix.bfloat16().view(5, 4, 30), "b": matrix.to(torch.int8), "n": torch.tensor(3.0)}
+    save_file(tensors | {"e": torch.empty(0, 4)}, tmp_path / "t.safetensors", metadata={"some": "words"})
+    file = OpenFile(tmp_path / "t.safetensors")
+    boxes = [
+        ("m", Box((3, 0), (9, 30))),
+        ("m", Box((0, 4), (20, 5))),
+        ("m", Box((7, 2), (1, 3))),
+        ("s", Box((2, 1, 0), (2, 2, 30))),
+    ]
+    boxes += [
+        ("s", Box((1, 0, 0), (3, 4, 30))),
+        ("b", Box((19, 0), (1, 30))),
+        ("n", Box((), ())),
+        ("e", Box((0, 0), (0, 4))),
+    ]
+    with Transfers(torch.device("cpu")) as threads:
+        read = threads.run(lambda each: threads.read(file, *each).clone(), boxes)
+        for (name, box), values in zip(boxes, read, strict=True):
+            assert torch.equal(values, ({"e": torch.empty(0, 4)} | tensors)[name][box.slices()]), (name, box)
+    os.truncate(tmp_path / "t.safetensors", os.path.getsize(tmp_path / "t.safetensors") - 900)
+    with Transfers(torch.device("cpu")) as threads, pytest.raises(OSError, match=r"s: got .* bytes .*, expected .*cut"):
+        threads.read(file, "s", Box((0, 0, 0), (5, 4, 30)))

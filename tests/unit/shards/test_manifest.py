@@ -328,6 +328,24 @@ def test_replicas_are_recognised() -> None:
     assert [r["w"].shard.replica_ranks for r in ranks] == [(0, 1), (0, 1), (2, 3), (2, 3)]
 
 
+def _rows_of_expert(expert: int, start: int, view_offset: int) -> SegmentRecord:
+    """Two of four rows of three experts, [3, 4, 2]."""
+    place, shape = [expert, start, 0], [1, 2, 2]
+    return msgspec.structs.replace(_rows(0, 0, view_offset), box_offset=place, box_shape=shape, view_stride=[0, 2, 1])
+
+
+def test_experts_that_are_copied_one_after_the_other_are_cut_in_their_rows_only() -> None:
+    """A rank has rows of all experts, which lie at equal distances; at others, or in part, they are no one view."""
+    ranks = [[_rows_of_expert(e, start, 8 * e) for e in (2, 0, 1)] for start in (0, 2)]
+    placed = place(_server(ranks, [3, 4, 2]))
+    assert [(r["w"].shard.dim, r["w"].shard.ranges, r["w"].stride) for r in placed] == [
+        (1, ((start, start + 2),), (8, 2, 1)) for start in (0, 2)
+    ]
+    for wrong in (_rows_of_expert(2, 0, 20), _rows_of_expert(1, 0, 16)):
+        with pytest.raises(UnsupportedModelError):
+            place(_server([[wrong, *ranks[0][1:]], ranks[1]], [3, 4, 2]))
+
+
 def test_a_small_vocabulary_may_leave_a_rank_empty() -> None:
     """All rows on rank 0: rank 1 holds an empty shard of the same cut."""
     ranks = place(_server([[_rows(0, 6, 0)], []], [6, 4]))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
@@ -11,6 +13,7 @@ from apollo_tp.shards.manifest import Refusal, ServedTensor
 from apollo_tp.vllm_plugin import memory
 from apollo_tp.vllm_plugin.manifest_builder import _served_tensors, _unique_parameters, segments_of
 from apollo_tp.vllm_plugin.trace import Copy, Trace
+from apollo_tp.vllm_plugin.views import held_tensors, is_view
 
 ROWS, GAP = 4, 2
 
@@ -72,6 +75,29 @@ def test_an_empty_parameter_has_no_memory_to_share() -> None:
     model["c"] = nn.Parameter(torch.full((2, 2), 7.0))
     parameters, names = _unique_parameters(model)
     assert names == [["a"], ["c"]]
-    allocations = memory.share(parameters, torch.device("cpu"))
+    allocations = memory.share(parameters, device=torch.device("cpu"))
     served = _served_tensors(parameters, names, allocations)
     assert [(t.name, t.allocation, t.offset_bytes) for t in served] == [("a", 0, 0), ("c", 0, memory.ALIGNMENT_BYTES)]
+
+
+def test_views_of_a_parameter_follow_it_into_shared_memory() -> None:
+    """What vLLM makes of a loaded weight, registered or not: a write to the shared weight reaches it, and it is not served
+    by itself."""
+    layer = nn.Module()
+    layer.weight = nn.Parameter(torch.arange(24.0).view(6, 4))
+    layer.attn = nn.Module()
+    by_head = layer.weight.detach().T.view(4, 2, 3)
+    layer.attn.absorbed = nn.Parameter(by_head[..., 1:].transpose(0, 1), requires_grad=False)
+    layer.attn.impl = SimpleNamespace(plain=by_head[..., :1].permute(1, 2, 0), own=torch.ones(3))
+    expected = [layer.attn.absorbed.clone(), layer.attn.impl.plain.clone()]
+    parameters, names = _unique_parameters(layer)
+    assert names == [["weight"]]
+    held = [tensor for module in layer.modules() for _, tensor in held_tensors(module)]
+    memory.share(parameters, held, device=torch.device("cpu"))
+    views = [layer.attn.absorbed, layer.attn.impl.plain]
+    assert all(is_view(view, layer.weight) for view in views)
+    assert all(torch.equal(view, values) for view, values in zip(views, expected, strict=True))
+    with torch.no_grad():
+        layer.weight.neg_()
+    assert all(torch.equal(view, -values) for view, values in zip(views, expected, strict=True))
+    assert torch.equal(layer.attn.impl.own, torch.ones(3))

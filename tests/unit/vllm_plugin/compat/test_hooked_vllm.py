@@ -31,6 +31,12 @@ def test_experts_on_a_cpu_are_served_plain_or_as_vllm_serves_them(hooked: dict[s
     assert "got activation swigluoai, expected silu, gelu or gelu_tanh, since" in refusal
 
 
+def test_what_vllm_makes_of_a_weight_follows_it_into_shared_memory(hooked: dict[str, Any]) -> None:
+    """The absorbed matrices of DeepSeek-V3's latent attention, which are not served by themselves."""
+    assert hooked["latent attention"] == {"same": [True, True], "served": [], "refusals": []}
+    assert hooked["backend with AMX"] == "CPU_MLA"
+
+
 def test_convolutions_on_a_cpu_take_the_weight_as_loaded(hooked: dict[str, Any]) -> None:
     """vLLM tells its kernels that the weight is packed. They are told otherwise, and compute the same bits."""
     found = hooked["convolutions"]

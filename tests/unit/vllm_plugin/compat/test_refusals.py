@@ -38,7 +38,6 @@ from tests.support.vllm_configs import server
             {"parallel_config__enable_expert_parallel": True},
             "expert parallelism: serve without --enable-expert-parallel",
         ),
-        ({"model_config__use_mla": True}, "multi-head latent attention: vLLM serves derived copies of kv_b_proj"),
         ({"model_config__hf_config__is_encoder_decoder": True}, "encoder-decoder model: only decoder-only models"),
         ({"model_config__quantization": "fp8"}, "quantised weights (fp8): serve the bf16 checkpoint"),
         (
@@ -71,7 +70,7 @@ def test_weights_in_the_hosts_memory_are_refused_on_a_gpu() -> None:
 
 def test_reasons_are_listed_together(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
-    found = refusals_of_server(server(lora_config=object(), model_config__use_mla=True), nn.Module())
+    found = refusals_of_server(server(lora_config=object(), model_config__quantization="fp8"), nn.Module())
     assert len(found) == 3
 
 
@@ -97,12 +96,23 @@ def test_backends_that_reorder_expert_weights_are_refused(backend: str) -> None:
 def test_copies_of_attention_sinks_are_refused(dtype: str, copied: bool) -> None:
     """FlashInfer has one in float32 from the start, vLLM's CPU backend makes one of float16 sinks later."""
     layer = nn.Module()
-    layer.sinks = nn.Parameter(torch.zeros(4, dtype=getattr(torch, dtype)))
+    layer.sinks = nn.Parameter(torch.arange(4, dtype=getattr(torch, dtype)))
     layer.attn = nn.Module()
-    layer.attn.impl = SimpleNamespace(sinks=layer.sinks.float() if copied else layer.sinks)
+    layer.attn.impl = SimpleNamespace(sinks=layer.sinks.float() if copied else layer.sinks, workspace=torch.zeros(9))
     found = refusals_of_server(server(), layer)
     assert len(found) == (copied or dtype == "float16")
-    assert all("attention sinks in SimpleNamespace: it computes with a copy" in reason for reason in found)
+    assert all("sinks in SimpleNamespace: attention computes with a copy" in reason for reason in found)
+
+
+@pytest.mark.parametrize("copied", [False, True])
+def test_absorbed_matrices_that_are_no_views_are_refused(copied: bool) -> None:
+    """vLLM has views of the weight, platforms of others have copies, which a write to the weight would not reach."""
+    layer = nn.ModuleDict({"kv_b_proj": nn.Linear(8, 6, bias=False), "attn": nn.Module()})
+    absorbed = layer["kv_b_proj"].weight.detach().T.view(8, 2, 3)[..., 1:].transpose(0, 1)
+    layer["attn"].impl = SimpleNamespace()
+    layer["attn"].W_UV = absorbed.contiguous() if copied else absorbed
+    found = refusals_of_server(server(), layer)
+    assert found == [] if not copied else "W_UV in SimpleNamespace: attention computes with a copy" in found[0]
 
 
 def test_engines_that_can_be_told_apart_are_replicas(monkeypatch: pytest.MonkeyPatch) -> None:
