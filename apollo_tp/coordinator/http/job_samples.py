@@ -9,27 +9,16 @@ from typing import Annotated, Any
 
 import msgspec
 from fastapi import APIRouter, Query
-from pydantic import Field
 from starlette.requests import Request
 from starlette.responses import Response
 
-from apollo_tp.coordinator.http.parameters import NoQuery, StrictRoute
+from apollo_tp.coordinator.http.parameters import SamplesQuery, StrictRoute
 from apollo_tp.coordinator.http.service import Service, ServiceParts
 from apollo_tp.coordinator.jobs.job import Job
 from apollo_tp.coordinator.samples.sample_file import Pair, read_records
 from apollo_tp.wire.commands import Sample, Sampled
 
-MAX_SHOWN = 8
-"""The tokens of a sample are decoded one by one, and are several times as large as their ids."""
-
 router = APIRouter(route_class=StrictRoute)
-
-
-class SamplesQuery(NoQuery):
-    """Query of GET /train/jobs/{job_id}/samples: which ones, counted from 0."""
-
-    first: Annotated[int, Field(ge=0, le=2**31)] = 0
-    limit: Annotated[int, Field(ge=1, le=MAX_SHOWN)] = 1
 
 
 @router.get("/train/jobs/{job_id}/samples")

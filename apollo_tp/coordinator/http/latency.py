@@ -6,20 +6,13 @@ from typing import Annotated, Any
 
 import msgspec
 from fastapi import APIRouter, Query
-from pydantic import Field
 from starlette.responses import JSONResponse, Response
 
-from apollo_tp.coordinator.http.parameters import NoQuery, StrictRoute
+from apollo_tp.coordinator.http.parameters import LatencyQuery, StrictRoute
 from apollo_tp.coordinator.http.server_metrics import server_figures
 from apollo_tp.coordinator.http.service import ServiceParts
 
 router = APIRouter(route_class=StrictRoute)
-
-
-class LatencyQuery(NoQuery):
-    """Query of GET /train/latency."""
-
-    after: Annotated[float, Field(ge=0, le=1e12)] = 0.0
 
 
 @router.get("/train/latency")

@@ -82,6 +82,20 @@ class EventsQuery(NoQuery):
     limit: Annotated[int, Field(ge=1, le=10_000), _or(1000)] = 1000
 
 
+class SamplesQuery(NoQuery):
+    """Query of GET /train/jobs/{job_id}/samples: which ones, counted from 0. Their tokens are decoded one by one, and are
+    several times as large as their ids."""
+
+    first: Annotated[int, Field(ge=0, le=2**31), _or(0)] = 0
+    limit: Annotated[int, Field(ge=1, le=8), _or(1)] = 1
+
+
+class LatencyQuery(NoQuery):
+    """Query of GET /train/latency."""
+
+    after: Annotated[float, Field(ge=0, le=1e12), _or(0.0)] = 0.0
+
+
 class PageQuery(NoQuery):
     """One page of a list: ``after`` is the last id of the page before."""
 

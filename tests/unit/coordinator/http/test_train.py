@@ -194,7 +194,7 @@ def test_an_empty_query_parameter_is_the_default(stack):
 def test_documented_query_parameters_are_taken(stack):
     """Each that /openapi.json names; what has no route is 404 or 405 whatever its query."""
     client, _ = stack
-    values = {"limit": "2", "after": "", "order": "asc", "purpose": "fine-tune", "metadata": None}
+    values = {"limit": "2", "after": "", "order": "asc", "purpose": "fine-tune", "metadata": None, "first": "1"}
     for path, operations in client.get("/openapi.json").json()["paths"].items():
         for parameter in operations.get("get", {}).get("parameters", []):
             if parameter["in"] == "query":
