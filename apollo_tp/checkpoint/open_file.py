@@ -46,8 +46,8 @@ class OpenFile:
     def read_into(self, values: Tensor, name: str, box: Box) -> None:
         """Fill ``values``, contiguous in host memory, with those in ``box`` of a tensor, whose shape and dtype it has.
 
-        A copy out of mapped memory takes half as long again as a read, since each page has to be found first; it is for
-        parts of rows, which would be many reads."""
+        A copy out of mapped memory takes longer than a read, since each page has to be found first; it is for parts of
+        rows, which would be many reads."""
         _, shape = self.form(name)
         if not box.shape or not box.numel or box.shape[1:] != shape[1:]:
             mapped = self._library.get_slice(name)[box.slices()] if box.shape else self._library.get_tensor(name)

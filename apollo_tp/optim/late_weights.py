@@ -23,6 +23,9 @@ class LateWeights:
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._order, self._needed = stages(owners, layers, head)
         self._events: list[torch.cuda.Event] = []
+        self._copy: tuple[torch.cuda.Event, torch.cuda.Event] | None = None
+        self.seconds = 0.0
+        """How long the copy before the last one took."""
         module.register_forward_pre_hook(lambda *_: self.wait(0))
         for number, layer in enumerate(layers, 1):
             layer.register_forward_pre_hook(lambda *_, number=number: self.wait(number))
@@ -35,11 +38,16 @@ class LateWeights:
         if self._stream is None:
             self._owners.publish(self._order)
             return
+        if self._copy is not None and self._copy[1].query():
+            self.seconds = self._copy[0].elapsed_time(self._copy[1]) / 1e3
+        self._copy = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
+            self._copy[0].record()
             for bucket in self._order:
                 self._owners.publish([bucket])
                 self._events.append(self._stream.record_event())
+            self._copy[1].record()
 
     def wait(self, stage: int | None = None) -> None:
         """Let the current stream wait until the weights have arrived which are read before the layers (stage 0), up to the

@@ -235,7 +235,8 @@ class RankLoop:
             figures = msgspec.structs.replace(reply.figures, peak_memory_bytes=memory, paused_seconds=paused_seconds)
             lags = _lags([v.ended_at for v in verdicts], self.trainer.mesh.replicas.size)
             if lags:
-                figures.metrics["replica_skew_seconds"] = max(lags)
+                late = self.trainer.optimizer.late_weights
+                figures.metrics["replica_skew_seconds"] = max(lags) + (late.seconds if late else 0.0)
             reply = commands.StepDone(id=command.id, figures=figures, replica_lag_seconds=lags)
             self.services.record_step(command, figures)
         elif isinstance(reply, commands.RestoreDone):
