@@ -23,6 +23,7 @@ class LateWeights:
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._order, self._needed = stages(owners, layers, head)
         self._events: list[torch.cuda.Event] = []
+        self._is_due = False
         self._copy: tuple[torch.cuda.Event, torch.cuda.Event] | None = None
         self.seconds = 0.0
         """How long the copy before the last one took."""
@@ -31,10 +32,21 @@ class LateWeights:
             layer.register_forward_pre_hook(lambda *_, number=number: self.wait(number))
         layers[-1].register_forward_hook(lambda *_: self.wait())
 
-    def start(self) -> None:
-        """As ``Owners.publish``, in the order in which a forward pass reads. What reads weights later, other than a forward
-        pass of the module, calls ``wait`` first."""
+    def announce(self) -> None:
+        """The owners have new weights, of which ``launch``, or else ``wait``, will start the copy. Local."""
         self.wait()
+        self._is_due = True
+
+    def forget(self) -> None:
+        """What was announced is not to be copied: only some ranks may have announced it. Local."""
+        self._is_due = False
+
+    def launch(self) -> None:
+        """As ``Owners.publish``, in the order in which a forward pass reads, of what was announced. Later collectives over
+        the replicas wait for it, so those whose results are needed soon come first."""
+        if not self._is_due:
+            return
+        self._is_due = False
         if self._stream is None:
             self._owners.publish(self._order)
             return
@@ -51,7 +63,8 @@ class LateWeights:
 
     def wait(self, stage: int | None = None) -> None:
         """Let the current stream wait until the weights have arrived which are read before the layers (stage 0), up to the
-        layer of this number, or all. Local; the host does not wait."""
+        layer of this number, or all. The host does not wait. Local, unless a copy is still to be launched."""
+        self.launch()
         if not self._events:
             return
         count = len(self._order) if stage is None else self._needed[stage]

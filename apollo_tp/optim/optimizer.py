@@ -182,15 +182,20 @@ class Optimizer:
                     self.owners.check_equal()
         return outcome
 
+    def launch_late(self) -> None:
+        """After a step with ``late_weights``: start the copy. Collective as ``Owners.publish``."""
+        if self.late_weights is not None:
+            self.late_weights.launch()
+
     def _publish(self, owners: Owners) -> None:
         if self.late_weights is not None:
-            self.late_weights.start()
+            self.late_weights.announce()
         else:
             owners.publish()
 
     def await_weights(self) -> None:
         """Before weights are read or written by anything but a forward pass: let the current stream wait for those of other
-        owners. Local; the host does not wait."""
+        owners. The host does not wait. Local once ``launch_late`` was called."""
         if self.late_weights is not None:
             self.late_weights.wait()
 
@@ -210,6 +215,8 @@ class Optimizer:
         """On all ranks, once one has raised: only some may have measured the weights, or copied those of other owners. The
         next step does both (``catch_up``)."""
         self._doubtful = True
+        if self.late_weights is not None:
+            self.late_weights.forget()
 
     @property
     def is_behind(self) -> bool:

@@ -213,8 +213,9 @@ class Trainer:
         clock.mark("backward")
         if not in_backward and not writes_already:
             self._before_write()
-        sums = self._over_replicas(loss_sum, correct, batches)  # first: collectives wait for those launched before them
         outcome = self.optimizer.step(learning_rate_scale, loss_sum, received)
+        sums = self._over_replicas(loss_sum, correct, batches)
+        self.optimizer.launch_late()
         if not outcome.skipped or outcome.num_updated:  # an update in the backward pass may stop after some matrices
             self.weight_version += 1
         self._progress = self.optimizer.progress()
@@ -293,10 +294,8 @@ class Trainer:
     def _over_replicas(self, loss: Tensor, correct: Tensor, batches: Sequence[PackedBatch]) -> Tensor:
         """Loss, correct tokens, tokens, tokens with a weight, micro-batches of all replicas: fp64 [5]. One all-reduce."""
         counts = [sum(b.num_tokens for b in batches), sum(b.num_loss_tokens for b in batches), len(batches)]
-        sums = torch.stack(
-            [loss.double(), correct.double(), *torch.tensor(counts, dtype=torch.float64, device=self.device)]
-        )
-        return self.replicas.all_reduce_(sums)
+        host = torch.tensor(counts, dtype=torch.float64, device=self.device)
+        return self.replicas.all_reduce_(torch.stack([loss.double(), correct.double(), *host]))
 
     def _catch_up(self) -> bool:
         """After a command that failed, copy the owners' weights into the memory of replicas that may lack some, before these
