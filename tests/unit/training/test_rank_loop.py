@@ -22,6 +22,7 @@ HELLO = commands.Hello(
     served_model_names=["m"], num_ranks=1, vocab_size=9, max_sequence_tokens=9, weight_version=7, num_parameters=1,
     optimizer="apollo", gradients="stored",
 )  # fmt: skip
+_OPTIMIZER = SimpleNamespace(progress=lambda: (0, 0), await_weights=lambda: None, late_weights=None)
 
 
 class Services(RecordingServices):
@@ -58,7 +59,7 @@ def _loop(link: RecordingLink) -> RankLoop:
     trainer = SimpleNamespace(
         step=step, mesh=Mesh.single(TPGroup.single()), weight_version=7, device=torch.device("cpu"),
         peak_memory_bytes=lambda: 0,
-        abandon_step=lambda: None, rejoin=lambda: None, optimizer=SimpleNamespace(progress=lambda: (0, 0)),
+        abandon_step=lambda: None, rejoin=lambda: None, optimizer=_OPTIMIZER,
     )  # fmt: skip
     return RankLoop(trainer, Services(), Control(0, 1), link)  # type: ignore[arg-type]
 
