@@ -179,9 +179,7 @@ def main() -> int:
     parser.add_argument("--same-kernels", action=argparse.BooleanOptionalAction, default=True, help="on every GPU")
     parser.add_argument("--graphs", action=argparse.BooleanOptionalAction, default=True, help="replay recorded passes")
     parser.add_argument("--sm-percent", type=int, help="of the GPU's multiprocessors, as qos.sm_percent")
-    parser.add_argument(
-        "--late", action=argparse.BooleanOptionalAction, default=True, help="weights beside the next step"
-    )
+    parser.add_argument("--late", action="store_true", help="replicas: copy weights beside the next step")
     parser.add_argument("--kernels", type=int, default=0, help="also print this many of the longest kernels")
     parser.add_argument("--out", type=Path, help="folder for the JSON file")
     options = parser.parse_args()

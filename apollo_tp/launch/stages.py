@@ -335,8 +335,6 @@ def prepare(bound: Bound) -> Ready:
         before_write=lambda: before_write(lineage, gate, pace),
         pace=pace,
     )
-    if not needs_lock(config.sync):
-        trainer.publish_late()
     how = (bound.optimizer.describe(), trainer.gradients.value, mps.describe(config.qos, device))
     log.info("optimizer: %s; gradients: %s; qos: %s", *how)
     memory = _plan_memory(bound, trainer)

@@ -25,7 +25,7 @@ from apollo_tp.optim.sharding import Decision, DecisionInputs
 
 BUCKET_BYTES = 256 * 2**20
 """Of one owner's gradients or weights in one collective; a larger one has its own. The exchange of an 8B model over two GPUs
-takes 18 % longer with 64 MiB (``profile_step.py --replicas 2``)."""
+takes 22 % longer with 64 MiB (``profile_step.py --replicas 2``)."""
 MAX_UNDER_WAY = 2
 """Sums of gradients at a time: one that runs while the next is packed. Each takes R + 1 times BUCKET_BYTES."""
 

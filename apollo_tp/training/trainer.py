@@ -99,7 +99,8 @@ class Trainer:
 
     def publish_late(self) -> None:
         """From now on, with several replicas, a step returns while the weights of other owners still arrive, beside the next
-        forward pass. For updates during which the server is not paused."""
+        forward pass. For updates during which the server is not paused. Launched trainers do not call it yet: its
+        streams have not been tried on GPUs (tests/gpu/test_replicas.py)."""
         if self.optimizer.owners is not None:
             self.optimizer.late_weights = LateWeights(self.optimizer.owners, *self.model.reading_order())
 
