@@ -54,11 +54,13 @@ class Transfers:
         a copy to the device has ended when this returns. Raises READ_ERRORS."""
         values = self._buffer(box.shape, file.form(name)[0])
         file.read_into(values, name, box)
+        return self._from_pinned(values)
+
+    def to_device(self, values: Tensor) -> Tensor:
+        """``values``, in host memory, on the device; on a CPU themselves. In one of the threads."""
         if self._stream is None:
             return values
-        copy = values.to(self._device, non_blocking=True)
-        self._stream.record_event().synchronize()
-        return copy
+        return self._from_pinned(self._buffer(values.shape, values.dtype).copy_(values))
 
     def to_host(self, values: Tensor, target: Tensor) -> None:
         """Copy ``values``, on the device, into ``target``, of that shape and dtype in host memory. In one of the threads."""
@@ -66,6 +68,14 @@ class Transfers:
             values = self._buffer(values.shape, values.dtype).copy_(values, non_blocking=True)
             self._stream.record_event().synchronize()
         target.copy_(values)
+
+    def _from_pinned(self, values: Tensor) -> Tensor:
+        """A copy of ``values`` on the device, which has ended; on a CPU themselves."""
+        if self._stream is None:
+            return values
+        copy = values.to(self._device, non_blocking=True)
+        self._stream.record_event().synchronize()
+        return copy
 
     def _begin(self) -> None:
         torch.set_grad_enabled(False)

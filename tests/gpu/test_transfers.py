@@ -44,3 +44,8 @@ def test_values_go_to_the_device_and_back(monkeypatch: pytest.MonkeyPatch, tmp_p
             each.add_(1)
         copies = HostMemory().copies([*there, there[0].t()], threads)
         assert all(torch.equal(copy, each.cpu()) for copy, each in zip(copies, [*there, there[0].t()], strict=True))
+        for copy in copies:
+            copy.add_(1)
+        back = list(threads.run(threads.to_device, copies))
+        assert all(each.device == device for each in back)
+        assert all(torch.equal(copy, each.cpu()) for copy, each in zip(copies, back, strict=True))
