@@ -51,7 +51,7 @@ mutate: setup
 
 # An hour of damaged requests and frames, kills and small disks.
 hostile: setup
-	$(BIN)/python -m pytest tests/hostile tests/e2e/test_crash.py --hostile-long
+	$(BIN)/python -m pytest tests/hostile tests/e2e/test_crash.py tests/multirank/launch/test_restore_kills.py --hostile-long
 
 check: setup
 	$(BIN)/python scripts/check_sizes.py

@@ -84,7 +84,7 @@ def served(folder: Path, *, ranks: float | None = None, **options: object) -> It
     """A coordinator over ``folder``; with a fake rank 0 whose steps take ``ranks`` seconds (it keeps no journal)."""
     options = {"max_queued_jobs": 10**6} | options
     with contextlib.ExitStack() as stack:
-        coordinator = CoordinatorProcess(folder, **options)
+        coordinator = CoordinatorProcess(folder, forked=False, **options)
         stack.callback(coordinator.stop)
         coordinator.start(deadline_seconds=60.0)
         if ranks is not None:

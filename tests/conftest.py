@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from tests.support.checkpoint_folder import CheckpointFolder
 
 SLOW_FOLDERS = {"e2e", "gpu", "hostile"}
 SLOW_FIXTURES = {"checkpoints"}
@@ -57,3 +62,24 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         fixtures = set(getattr(item, "fixturenames", ()))
         if path.parts[0] in SLOW_FOLDERS or fixtures & SLOW_FIXTURES or path.as_posix() in SLOW_FILES:
             item.add_marker(pytest.mark.slow)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def checkpoint_folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> CheckpointFolder:
+    """Begun before the first test if a later one needs it: it takes one core a minute."""
+    from tests.support.checkpoint_folder import CheckpointFolder  # imports torch, as does the next one
+
+    base = tmp_path_factory.getbasetemp()
+    found = CheckpointFolder(base.parent if "PYTEST_XDIST_WORKER" in os.environ else base)
+    if any("checkpoints" in getattr(item, "fixturenames", ()) for item in request.session.items):
+        found.begin()
+    return found
+
+
+@pytest.fixture(scope="session")
+def checkpoints(checkpoint_folder: CheckpointFolder) -> Path:
+    """Tiny checkpoints of every family with the manifests that real vLLM's loader gives. Nobody writes into it."""
+    from tests.support.ranks import start_origins
+
+    start_origins(4)
+    return checkpoint_folder.complete()

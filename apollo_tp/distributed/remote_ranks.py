@@ -28,7 +28,8 @@ class RemoteRanks:
 
     def __init__(self, store: dist.Store, rank: int, others: Sequence[int]) -> None:
         """Raises RuntimeError if the store does not answer."""
-        self._store = store.clone()  # a connection of its own: another thread may wait in the first one for long
+        # a connection of its own: another thread may wait in the first one for long. torch's stub does not list it
+        self._store: dist.Store = store.clone()  # type: ignore[attr-defined]
         self._store.set_timeout(datetime.timedelta(seconds=STORE_SECONDS))
         self._key, self._keys = f"alarm/{rank}", {other: f"alarm/{other}" for other in others}
         self._count = 0

@@ -8,6 +8,8 @@ docs/decisions/sharing-gpus.md).
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from apollo_tp.errors import DeviceError
@@ -40,7 +42,7 @@ def limit_sms(device: torch.device, percent: int | None) -> int:
     from torch.cuda import green_contexts
 
     try:
-        context = green_contexts.GreenContext.create(num_sms=count, device_id=device.index)
+        context: Any = green_contexts.GreenContext.create(num_sms=count, device_id=device.index)
         stream = context.Stream()
     except (RuntimeError, AttributeError) as error:
         raise DeviceError(

@@ -80,8 +80,8 @@ def packed_attention(
         out = _flash(*heads, s_aux, cu_seq_lens_q, max_length_q, scaling, sliding_window)
         return out[None, ..., :width].contiguous(), None
     parts = [
-        _one_sequence(*sequence, scaling, sliding_window, softcap, s_aux)
-        for sequence in zip(*(t[0].split(sequence_lengths, dim=1) for t in (query, key, value)), strict=True)
+        _one_sequence(q, k, v, scaling, sliding_window, softcap, s_aux)
+        for q, k, v in zip(*(t[0].split(sequence_lengths, dim=1) for t in (query, key, value)), strict=True)
     ]
     return torch.cat(parts, dim=1).transpose(0, 1)[None].contiguous(), None
 

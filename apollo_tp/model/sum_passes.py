@@ -8,6 +8,7 @@ over memory.
 from __future__ import annotations
 
 import operator
+from typing import Any
 
 import torch
 from torch import fx
@@ -55,13 +56,13 @@ class JoinResiduals(CustomGraphPass):
         return b"apollo_tp.model.sum_passes.JoinResiduals 3"
 
 
-def _viewed(node: object) -> object:
+def _viewed(node: Any) -> Any:
     """What ``node`` is the only view of, as of a product that was flattened to a matrix; else ``node``."""
     is_view = isinstance(node, fx.Node) and node.target in _VIEWS and len(node.users) == 1
-    return node.args[0] if is_view else node  # type: ignore[union-attr]
+    return node.args[0] if is_view else node
 
 
-def _has_one_use(node: object) -> bool:
+def _has_one_use(node: Any) -> bool:
     return isinstance(node, fx.Node) and node.target in ADDING and len(node.users) == 1
 
 

@@ -26,11 +26,13 @@ from apollo_tp.config import HttpConfig, ServiceConfig, WriterConfig
 from apollo_tp.coordinator.settings import Settings
 from apollo_tp.shards.serving import Serving
 from apollo_tp.wire import codec, commands
+from tests.support import forks
 from tests.support.chat_model import write_model
 from tests.support.figures import step_figures
 
 VOCAB_SIZE = 1000
 HEARTBEAT_SECONDS = 0.1
+COORDINATOR = "apollo_tp.coordinator.__main__"
 
 
 class FakeRanks:
@@ -204,10 +206,13 @@ class FakeRanks:
 
 class CoordinatorProcess:
     """A real coordinator process over a temporary folder. After ``kill``, ``start`` uses the same state and sockets.
-    ``prefix`` is a command that runs it, with limits for example."""
+    ``prefix`` is a command that runs it, with limits for example; without one it is forked from a process that has imported
+    it, unless ``forked`` is false."""
 
-    def __init__(self, folder, *, model_path="", env=None, settings=None, writers=None, prefix=(), **service):
-        self.folder, self.prefix = Path(folder), prefix
+    def __init__(
+        self, folder, *, model_path="", env=None, settings=None, writers=None, prefix=(), forked=True, **service
+    ):
+        self.folder, self.prefix, self.forked = Path(folder), prefix, forked and not prefix
         self.instance_dir = self.folder / "i"
         self.instance_dir.mkdir(mode=0o700, exist_ok=True)
         if not model_path:
@@ -246,8 +251,11 @@ class CoordinatorProcess:
         address = self.instance_dir / "coordinator.json"
         address.unlink(missing_ok=True)
         with open(self.log_path, "ab") as log:
-            arguments = [*self.prefix, sys.executable, "-m", "apollo_tp.coordinator", "--config", str(config)]
-            self.process = subprocess.Popen(arguments, stderr=log, env=self.env)
+            command = ["apollo_tp.coordinator", "--config", str(config)]
+            if self.forked:
+                self.process = forks.origin(COORDINATOR).start(command, self.env, 1, log.fileno())
+            else:
+                self.process = subprocess.Popen([*self.prefix, sys.executable, "-m", *command], stderr=log, env=self.env)
         end = time.monotonic() + deadline_seconds
         while not address.exists():
             assert self.process.poll() is None, self.log_path.read_text()

@@ -23,7 +23,7 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NoReturn
 
 READY_SECONDS = 300.0
@@ -72,17 +72,17 @@ def status_of_child(pid: int) -> int | None:
     return os.waitstatus_to_exitcode(status) if ended else None
 
 
-def become(command: Sequence[str], environment: dict[str, str], outputs: Sequence[int]) -> NoReturn:
-    """In a forked process: run ``MODULE ARGUMENTS`` as ``python -m`` would, with ``outputs`` for stdout and stderr, in a
-    session of its own."""
+def become(command: Sequence[str], environment: dict[str, str], streams: Sequence[int]) -> NoReturn:
+    """In a forked process: run ``MODULE ARGUMENTS`` as ``python -m`` would, with ``streams`` for stdout, stderr and, if there
+    is a third one, stdin, in a session of its own."""
     status = 1
     try:
         os.setsid()
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):
             if signal.getsignal(number) is not signal.SIG_IGN:
                 signal.signal(number, signal.SIG_DFL)
-        for descriptor, output in zip((1, 2), outputs, strict=True):
-            os.dup2(output, descriptor)
+        for descriptor, stream in zip((1, 2, 0), streams, strict=False):
+            os.dup2(stream, descriptor)
         for descriptor in [int(name) for name in os.listdir("/proc/self/fd")]:
             with contextlib.suppress(OSError):  # the folder's own
                 if descriptor > 2 and not os.get_inheritable(descriptor):  # as exec does
@@ -138,9 +138,9 @@ class _Origin:
         self._ended: dict[int, int] = {}
         self._connection.settimeout(READY_SECONDS)
 
-    def start(self, command: Sequence[str], environment: dict[str, str], stdout: int, stderr: int) -> Fork:
-        """``python -m COMMAND``, whose output goes to the given descriptors."""
-        socket.send_fds(self._connection, [json.dumps([list(command), environment]).encode()], [stdout, stderr])
+    def start(self, command: Sequence[str], environment: Mapping[str, str], *streams: int) -> Fork:
+        """``python -m COMMAND`` with these descriptors for stdout, stderr and, if it is to read anything, stdin."""
+        socket.send_fds(self._connection, [json.dumps([list(command), dict(environment)]).encode()], streams)
         while "started" not in (message := self._receive()):
             pass
         return Fork(message["started"], self._status)
@@ -170,10 +170,15 @@ def origin(module: str) -> _Origin:
     return _Origin(module)
 
 
-def run(module: str, command: Sequence[str], seconds: float) -> subprocess.CompletedProcess[str]:
-    """``subprocess.run`` of ``python -m COMMAND`` with captured output, forked from the origin of ``module``."""
-    with tempfile.TemporaryFile() as stdout, tempfile.TemporaryFile() as stderr:
-        process = origin(module).start(command, dict(os.environ), stdout.fileno(), stderr.fileno())
+def run(
+    module: str, command: Sequence[str], seconds: float, environment: Mapping[str, str] = os.environ, text: str = ""
+) -> subprocess.CompletedProcess[str]:
+    """``subprocess.run`` of ``python -m COMMAND`` with captured output, forked from the origin of ``module``; it reads
+    ``text``."""
+    with tempfile.TemporaryFile() as stdin, tempfile.TemporaryFile() as stdout, tempfile.TemporaryFile() as stderr:
+        stdin.write(text.encode())
+        stdin.seek(0)
+        process = origin(module).start(command, environment, stdout.fileno(), stderr.fileno(), stdin.fileno())
         try:
             status = process.wait(seconds)
         finally:
@@ -200,7 +205,7 @@ def _serve(module: str, connection: socket.socket) -> None:
                 children.discard(pid)
                 connection.send(json.dumps({"ended": pid, "status": status}).encode())
         try:
-            call, descriptors, *_ = socket.recv_fds(connection, 1 << 20, 2)
+            call, descriptors, *_ = socket.recv_fds(connection, 1 << 20, 3)
         except TimeoutError:
             continue
         if not call:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import random
-import subprocess
-import sys
 import time
 
+from tests.support import forks
 from tests.support.fakes import FakeRanks, wait_for
 from tests.support.jobs import ONE
 
@@ -23,7 +23,8 @@ class RanksProcess:
         self.process = None
 
     def start(self):
-        self.process = subprocess.Popen([sys.executable, "-m", "tests.support.fakes", *self.arguments])
+        command = ["tests.support.fakes", *self.arguments]
+        self.process = forks.origin("tests.support.fakes").start(command, os.environ, 1, 2)
 
     def kill(self):
         self.process.kill()

@@ -8,8 +8,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,52 +21,8 @@ from apollo_tp.runtime import instance_folder, processes
 from apollo_tp.shards.instance import read_instance
 from apollo_tp.shards.manifest import Manifest, publish
 from apollo_tp.shards.mapping import map_rank
-
-RANK = """
-import contextlib, json, logging, os, socket, sys, msgspec
-logging.basicConfig(level=logging.INFO)
-from apollo_tp.launch import coordinates
-from apollo_tp.launch.arguments import read_arguments
-from apollo_tp.launch.services import Services
-from apollo_tp.launch.session import await_server
-from apollo_tp.launch.stages import bind, join_ranks, map_server, prepare, take_place
-from apollo_tp.runtime import processes
-from apollo_tp.training.rank_loop import RankLoop
-from apollo_tp.wire import commands
-from apollo_tp.inspect.exactness import samples
-
-seen, machines, number, save = json.loads(sys.argv[1]), json.loads(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
-config = read_arguments(sys.argv[5:])
-if machines:  # as if it ran on that one, with a runtime folder and a name of its own
-    machine = machines[int(os.environ["RANK"])]
-    processes.machine = lambda: f"machine {machine}"
-    socket.gethostname = lambda: f"host-{machine}"
-    config.server.runtime_dir += f"-{machine}"
-try:
-    with contextlib.ExitStack() as stack:
-        joined = join_ranks(config, stack)
-        if seen:  # as if each rank saw the GPU of one shard alone
-            own = coordinates.ServedRank(*seen[joined.world.rank])
-            coordinates._offered = lambda servers: [own]
-        placed = take_place(joined)
-        if placed.own is None:
-            print(f"SPARE {joined.world.rank}.", flush=True)
-            await_server(placed)
-        ready = prepare(bind(map_server(placed, lambda error: None), lambda error: None))
-        loop = RankLoop(ready.trainer, Services(ready), ready.control, None)
-        command = commands.Step(id=f"j/{number}", job_id="j", job_step=number, samples=samples(seed=number))
-        reply = loop.execute(command)
-        assert isinstance(reply, commands.StepDone), reply
-        if save:
-            reply = loop.execute(commands.SaveCheckpoint(id="c", name=save))
-            assert isinstance(reply, commands.CheckpointDone), reply
-        print(f"PEERS {ready.mesh.tp.peers.enabled}.", flush=True)
-        print(f"VERSION {ready.trainer.weight_version} of {ready.folder.name} on {ready.world.rank}.", flush=True)
-except Exception as error:
-    print(f"RAISED {type(error).__name__}: {error}", flush=True)
-    raise
-"""
-
+from tests.support import forks
+from tests.support.processes import FORKING_TORCHRUN
 
 @dataclass
 class Server:
@@ -174,24 +128,17 @@ class Host:
     ) -> tuple[int, str]:
         """Exit status and output of ``num_ranks`` ranks that make one step, beside the shards that each has ``seen``, on
         these ``machines``."""
-        script = self.base / "rank.py"
-        script.write_text(RANK)
         command = [
-            sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_ranks), str(script),
+            "--standalone", "--nproc-per-node", str(num_ranks), "-m", "tests.support.memory_rank",
             json.dumps(seen), json.dumps(machines), str(number), save,
             "service.http.port=0", "train.max_micro_batch_tokens=64",
             "train.max_sequence_tokens=64", "optim.rank=8", "optim.lr=1e-3", "optim.max_relative_update=1.0",
-            "server.wait_seconds=5", f"server.runtime_dir='{self.base}/rt'", f"checkpoint.dir='{self.base}/checkpoints'",
+            "server.wait_seconds=2", f"server.runtime_dir='{self.base}/rt'", f"checkpoint.dir='{self.base}/checkpoints'",
             "checkpoint.behind=false",
             f"service.state_dir='{self.base}/state'", *overrides,
         ]  # fmt: skip
-        root = Path(__file__).parents[2]
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
-        done = subprocess.run(
-            command, env=environment, cwd=root, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=200,
-            check=False,
-        )  # fmt: skip
-        return done.returncode, done.stdout
+        done = forks.run(FORKING_TORCHRUN, [FORKING_TORCHRUN, *command], 200)
+        return done.returncode, done.stdout + done.stderr
 
 
 def equal(left: dict, right: dict) -> bool:

@@ -1,4 +1,6 @@
-"""Checkpoints of tiny models and what real vLLM would publish for them: ``python -m tests.support.trace_cases FOLDER``.
+"""Checkpoints of tiny models and what real vLLM would publish for them.
+
+``python -m tests.support.trace_cases FOLDER STATUS``: the file STATUS says in the end whether FOLDER is complete.
 
 Below FOLDER, per config: the Hugging Face checkpoint, and ``tp<p>/rank<r>.json`` manifests traced from vLLM's own loader.
 Runs in a process of its own, because importing vLLM changes much of a process.
@@ -41,5 +43,16 @@ def _restore_published_names(path: Path) -> None:
         save_file(published, path, {"format": "pt"})
 
 
+def _main(folder: Path, status: Path) -> None:
+    outcome = "failed"
+    try:
+        trace_cases(folder)
+        outcome = "complete"
+    finally:
+        written = status.with_suffix(".part")
+        written.write_text(outcome)
+        written.rename(status)  # whoever waits for it finds its text
+
+
 if __name__ == "__main__":
-    trace_cases(Path(sys.argv[1]))
+    _main(*map(Path, sys.argv[1:]))

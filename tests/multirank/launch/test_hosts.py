@@ -95,7 +95,7 @@ def test_two_servers_over_two_machines(host: Host) -> None:
         ),
         (
             [("a", 1, "i")], "ij", ("server.replicas=2",),
-            r"NoServerError: waited 5 s for servers on host host-j in \S+: 0 of 1 shards on host host-j have loaded",
+            r"NoServerError: waited 2 s for servers on host host-j in \S+: 0 of 1 shards on host host-j have loaded",
         ),
         (
             [("a", 2, "ij")], None, ("server.runtime_dir='{base}/rt-i'",),

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import played_hosts
+from tests.support import forks, played_hosts
 from tests.support.launchers import LAUNCHERS, MPIRUN
+from tests.support.processes import FORKING_TORCHRUN
 
 RANK = """
 import logging, os, sys
@@ -43,15 +44,22 @@ def launch(
     **environment: str,
 ) -> tuple[int, str, list[tuple[int, ...]]]:
     """(exit status, output, (rank, size, sum) of each rank that joined) of two ranks."""
-    script = tmp_path / "rank.py"
-    script.write_text(RANK.format(before=before, after=after, seconds=seconds))
-    done = subprocess.run(
-        [*LAUNCHERS[launcher], *options, str(script)], env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
-        cwd=Path(__file__).parents[3], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=timeout,
-        check=False,
-    )  # fmt: skip
-    joined = re.findall(r"JOINED rank=(\d+) size=(\d+) sum=(\d+)", done.stdout)
-    return done.returncode, done.stdout, sorted(tuple(map(int, found)) for found in joined)
+    code = RANK.format(before=before, after=after, seconds=seconds)
+    all_variables = os.environ | {"OMP_NUM_THREADS": "1"} | environment
+    if launcher == "torchrun":
+        ranks = ["--standalone", "--nproc-per-node", "2", *options, "-m", "tests.support.run_code", code]
+        done = forks.run(FORKING_TORCHRUN, [FORKING_TORCHRUN, *ranks], timeout, all_variables)
+    else:
+        script = tmp_path / "rank.py"
+        script.write_text(code)
+        done = subprocess.run(
+            [*LAUNCHERS[launcher], *options, str(script)], env=all_variables,
+            cwd=Path(__file__).parents[3], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, timeout=timeout,
+            check=False,
+        )  # fmt: skip
+    output = done.stdout + done.stderr
+    joined = re.findall(r"JOINED rank=(\d+) size=(\d+) sum=(\d+)", output)
+    return done.returncode, output, sorted(tuple(map(int, found)) for found in joined)
 
 
 @pytest.mark.parametrize(

@@ -141,10 +141,13 @@ def test_a_killed_rollback_from_memory_is_completed_with_the_checkpoint(trained:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_kills_at_random_points_of_a_restore(trained: tuple[Trainers, dict, dict]) -> None:
+def test_kills_at_random_points_of_a_restore(
+    trained: tuple[Trainers, dict, dict], request: pytest.FixtureRequest
+) -> None:
+    """A few of them; 40 with ``--hostile-long``."""
     draw = random.Random("restore")
-    points = [(draw.randrange(2), draw.random()) for _ in range(20)]
-    found = _kill(trained, points)
-    assert found.total() == len(points)
-    assert found["after the end"] <= 4
-    assert found["torn"] >= 3
+    count = 40 if request.config.getoption("--hostile-long") else 5
+    found = _kill(trained, [(draw.randrange(2), draw.random()) for _ in range(count)])
+    assert found.total() == count
+    assert found["after the end"] <= count / 5
+    assert found["torn"] >= count / 7

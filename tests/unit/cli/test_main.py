@@ -12,6 +12,7 @@ import typer
 import apollo_tp
 from apollo_tp.cli import main
 from apollo_tp.cli.compare import stretch
+from tests.support import forks
 from tests.support.chat_model import write_model
 from tests.support.fakes import CoordinatorProcess, FakeRanks, wait_for
 from tests.support.http_server import served
@@ -33,7 +34,10 @@ def stack(tmp_path_factory):
 def run(stack, *arguments, env=None, text=None):
     folder = str(stack[0].folder)  # the coordinator is found through the runtime folder
     environment = os.environ | {"APOLLO_TP_RUNTIME_DIR": folder, "TERM": "dumb", "COLUMNS": "200"} | (env or {})
-    command = [sys.executable, "-m", "apollo_tp.cli.main", *map(str, arguments)]
+    command = ["apollo_tp.cli.main", *map(str, arguments)]
+    if not any(name.startswith("PYTHON") for name in env or {}):  # which the interpreter reads when it starts
+        return forks.run("apollo_tp.cli.main", command, 30, environment, text or "")
+    command = [sys.executable, "-m", *command]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=30, input=text)
 
 
