@@ -26,10 +26,11 @@ from profile_step import ranks, served_memory
 from server_stack import QWEN3_8B, TINY, write_results
 from transformers import Qwen3Config
 
-from apollo_tp.checkpoint import CheckpointWriter, optimizer_state
+from apollo_tp.checkpoint import optimizer_state
 from apollo_tp.checkpoint.behind import WriteBehind
 from apollo_tp.checkpoint.folder import optimizer_folder
 from apollo_tp.checkpoint.restore import Restore
+from apollo_tp.checkpoint.writer import CheckpointWriter
 from apollo_tp.config import OptimConfig, Precision
 from apollo_tp.distributed.control import ComputeControl
 from apollo_tp.distributed.mesh import Mesh

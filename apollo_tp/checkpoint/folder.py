@@ -1,7 +1,7 @@
 """The layout of the checkpoints' folder. A checkpoint appears in it complete or not at all.
 
 <checkpoint.dir>/
-  <name>/                  0700; appears by one rename; what one uploads
+  <name>/                  0700; appears by one rename; what `apollo-tp push` uploads, without our records (publishing.py)
     *.safetensors, config.json, tokenizer files ...   a Hugging Face folder, with the original names and file split
     README.md              the model card
     apollo_tp.json         CheckpointInfo
@@ -41,7 +41,7 @@ PARTIAL = "partial"
 
 class CheckpointInfo(msgspec.Struct, frozen=True, kw_only=True):
     """What was saved. ``weight_version`` counts updates since the model was first served. Models are named by
-    ``card.public_name``: the file is uploaded with the model. Records of older versions have paths."""
+    ``card.public_name``: the folder may be given to others. Records of older versions have paths."""
 
     weight_version: int
     model_path: str

@@ -124,6 +124,25 @@ class Checkpoint(Struct):
     restore: Restore | None = None
 
 
+class PushedFile(Struct):
+    """A file by its path in the folder, and in the repository."""
+
+    path: str
+    bytes: int
+
+
+class Push(Struct):
+    """What `apollo-tp push` uploaded, or would upload (then without ``url``); ``removed``: weights of earlier uploads."""
+
+    folder: str
+    repo_id: str
+    revision: str
+    files: list[PushedFile]
+    bytes: int
+    url: str | None = None
+    removed: list[str] = []
+
+
 class Event(Struct):
     """One event of a job."""
 

@@ -10,7 +10,7 @@ import typer
 from typer.core import TyperGroup
 
 from apollo_tp import __version__
-from apollo_tp.cli import job_commands, trainer_commands
+from apollo_tp.cli import job_commands, push, trainer_commands
 from apollo_tp.cli.session import USAGE, command, say
 
 HELP = """The coordinator from a shell.
@@ -53,7 +53,7 @@ def _alone(
 for function in (
     trainer_commands.status, job_commands.train, job_commands.jobs, job_commands.job, job_commands.events,
     job_commands.action("cancel"), job_commands.action("pause"), job_commands.action("resume"), job_commands.score,
-    trainer_commands.checkpoint, trainer_commands.checkpoints, trainer_commands.restore, trainer_commands.inspect,
+    trainer_commands.checkpoint, trainer_commands.checkpoints, trainer_commands.restore, push.push, trainer_commands.inspect,
     trainer_commands.compare, trainer_commands.plan, trainer_commands.keys, trainer_commands.end_orphans,
 ):  # fmt: skip
     app.command(function.__name__.replace("_", "-"))(command(function))

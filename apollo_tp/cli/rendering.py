@@ -11,10 +11,10 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
-from apollo_tp.cli.answers import Checkpoint, DryRun, Event, Job, Plan, Scores, Status, read
+from apollo_tp.cli.answers import Checkpoint, DryRun, Event, Job, Plan, Push, Scores, Status, read
 
 # texts of models, jobs and errors are shown as they are: brackets in them are no markup
 out = Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
@@ -108,6 +108,19 @@ def show_restore(checkpoint: Checkpoint) -> None:
         return
     took = f" in {restore.seconds:.1f} s, requests held for {restore.paused_seconds:.1f} s" if restore.seconds else ""
     out.print(f"{checkpoint.path} restored{took}; weight version {restore.weight_version}")
+
+
+def show_push(push: Push) -> None:
+    """Each file with its size, what was removed, and where it is now."""
+    table = Table("file", Column("bytes", justify="right"), box=None)
+    for file in push.files:
+        table.add_row(file.path, f"{file.bytes:,}")
+    out.print(table)
+    for name in push.removed:
+        out.print(f"removed from the repository: {name}, weights of an earlier upload")
+    what = f"{len(push.files)} files, {push.bytes:,} bytes of {push.folder}"
+    where = f"{push.repo_id}, revision {push.revision}"
+    out.print(f"{what} uploaded to {where}: {push.url}" if push.url else f"{what} would be uploaded to {where}")
 
 
 def show_event(event: Event) -> None:

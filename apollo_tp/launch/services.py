@@ -8,12 +8,13 @@ from pathlib import Path
 
 import torch
 
-from apollo_tp.checkpoint import CheckpointWriter, read_info
+from apollo_tp.checkpoint import read_info
 from apollo_tp.checkpoint.behind import ROOM_SHARE, WriteBehind, Written, host_room
 from apollo_tp.checkpoint.card import Trained
 from apollo_tp.checkpoint.folder import optimizer_folder
 from apollo_tp.checkpoint.host_snapshot import HostSnapshots
 from apollo_tp.checkpoint.lineage import Lineage
+from apollo_tp.checkpoint.writer import CheckpointWriter
 from apollo_tp.distributed.tp_group import compute_group
 from apollo_tp.gpu_sharing import mps
 from apollo_tp.launch.progress import StepProgress

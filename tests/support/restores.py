@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
-from apollo_tp.checkpoint import CheckpointWriter
 from apollo_tp.checkpoint.lineage import LineageFile
+from apollo_tp.checkpoint.writer import CheckpointWriter
 from apollo_tp.distributed.mesh import Mesh
 from apollo_tp.inspect.exactness import local_part, map_copy, samples
 from apollo_tp.launch.restoring import Target

@@ -13,9 +13,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from apollo_tp.checkpoint import CheckpointWriter, latest, optimizer_state, read_info, writer
 from apollo_tp.checkpoint import folder as folders
+from apollo_tp.checkpoint import latest, optimizer_state, read_info, writer
 from apollo_tp.checkpoint.card import public_name
+from apollo_tp.checkpoint.writer import CheckpointWriter
 from apollo_tp.distributed.mesh import Mesh
 from apollo_tp.distributed.tp_group import TPGroup
 from apollo_tp.errors import CheckpointError, RankFailedError

@@ -12,9 +12,10 @@ import torch
 from huggingface_hub import ModelCard
 from safetensors.torch import save_file
 
-from apollo_tp.checkpoint import CheckpointWriter, optimizer_state, read_info
 from apollo_tp.checkpoint import folder as folders
+from apollo_tp.checkpoint import optimizer_state, read_info
 from apollo_tp.checkpoint.card import Trained, public_name
+from apollo_tp.checkpoint.writer import CheckpointWriter
 from apollo_tp.distributed.mesh import Mesh
 from apollo_tp.distributed.tp_group import TPGroup
 from apollo_tp.errors import CheckpointError

@@ -11,7 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from apollo_tp.checkpoint import CheckpointWriter, optimizer_state
+from apollo_tp.checkpoint import optimizer_state
+from apollo_tp.checkpoint.writer import CheckpointWriter
 from apollo_tp.distributed.mesh import Mesh
 from apollo_tp.distributed.tp_group import TPGroup
 from apollo_tp.shards.boxes import Shard
