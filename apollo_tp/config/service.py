@@ -40,10 +40,16 @@ class WriterConfig:
     tensorboard_dir: str | None = option(None, "folder for TensorBoard event files; null writes none")
     wandb_project: str | None = option(None, "Weights & Biases project; null writes none")
     wandb_mode: str = option("offline", "offline | online")
+    mlflow_uri: str | None = option(None, "MLflow tracking server (http://HOST:PORT) or store; null writes none")
+    mlflow_experiment: str = option("apollo_tp", "its experiment")
+    otlp_endpoint: str | None = option(None, "OpenTelemetry collector (http://HOST:4318, OTLP over HTTP); null: none")
 
     def __post_init__(self) -> None:
         mode = self.wandb_mode
         check(mode in ("offline", "online"), "service.writers.wandb_mode", mode, "offline or online")
+        endpoint = self.otlp_endpoint
+        is_http = endpoint is None or endpoint.startswith(("http://", "https://"))
+        check(is_http, "service.writers.otlp_endpoint", endpoint, "an address that begins with http:// or https://")
 
 
 @dataclass(kw_only=True)

@@ -113,7 +113,7 @@ async def serve(settings: Settings, listener: socket.socket | None = None) -> No
     service = Service(
         settings, store, scheduler, changes, _renderer(settings), model_vocab_size(Path(settings.model_path)), captures
     )
-    metrics = Metrics(scheduler, store)
+    metrics = Metrics(scheduler, store, service.latency)
     validation = FileValidation(service)
     app = build_app(service, access, metrics, validation)
     for writer in open_writers(settings.service, store):

@@ -18,8 +18,8 @@ PYTHONS = ("3.11", "3.12", "3.13", "3.14")
 LEFT_OUT = {"torchvision", "torchaudio", "torchcodec"}
 
 
-def locked():
-    lines = (ROOT / "requirements-cpu.lock").read_text().splitlines()
+def locked(file="requirements-cpu.lock"):
+    lines = (ROOT / file).read_text().splitlines()
     pinned = dict(line.split("==") for line in lines if line and not line.startswith("#"))
     pinned["torch"] = "2.13.0+cpu"  # from the Makefile
     return {canonicalize_name(name): version for name, version in pinned.items()}
@@ -52,6 +52,15 @@ def test_the_lock_has_what_its_packages_ask_for(python):
     assert [problem for distribution in found for problem in missing(distribution, lock, python)] == []
     needs = {d.name: d.metadata["Requires-Python"] for d in found if d.metadata["Requires-Python"]}
     assert [name for name, versions in needs.items() if not SpecifierSet(versions).contains(f"{python}.9")] == []
+
+
+@pytest.mark.parametrize("python", PYTHONS)
+def test_the_lock_of_mlflow_has_what_it_asks_for(python):
+    """Over the other lock: what both have is taken from it."""
+    own = locked("requirements-mlflow.lock")
+    found = list(importlib.metadata.distributions(path=[str(Path(sys.prefix) / "mlflow")]))
+    assert {canonicalize_name(d.name) for d in found} == own.keys() - {"torch"}, "`make setup` installs them"
+    assert [problem for distribution in found for problem in missing(distribution, locked() | own, python)] == []
 
 
 def script(path, text):

@@ -7,13 +7,14 @@ from collections.abc import Iterator
 
 from fastapi import APIRouter
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.core import GaugeMetricFamily, SummaryMetricFamily
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 
 from apollo_tp.coordinator.http.parameters import StrictRoute
+from apollo_tp.coordinator.http.server_metrics import Figures, LatencyHistory
 from apollo_tp.coordinator.http.views import replicas_view
-from apollo_tp.coordinator.jobs.job import Job
+from apollo_tp.coordinator.jobs.job import Checkpoint, Job
 from apollo_tp.coordinator.jobs.rank_link import RankLink
 from apollo_tp.coordinator.jobs.scheduler import Scheduler
 from apollo_tp.coordinator.jobs.store import Store
@@ -23,10 +24,10 @@ STEP_BUCKETS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300)
 
 
 class Metrics:
-    """All metric names begin with ``apollo_``. Times are seconds, sizes bytes."""
+    """All metric names begin with ``apollo_``. Times are seconds, sizes bytes. Counters begin with this process."""
 
-    def __init__(self, scheduler: Scheduler, store: Store) -> None:
-        self._scheduler, self._store = scheduler, store
+    def __init__(self, scheduler: Scheduler, store: Store, latency: LatencyHistory) -> None:
+        self._scheduler, self._store, self._latency = scheduler, store, latency
         self.registry = registry = CollectorRegistry()
         self._loss = Gauge("apollo_loss_nats", "Training loss of the last step", registry=registry)
         self._valid = Gauge("apollo_validation_loss_nats", "Validation loss of the last evaluation", registry=registry)
@@ -47,11 +48,25 @@ class Metrics:
         self._memory = Gauge(
             "apollo_peak_memory_bytes", "Peak memory of the last step, by rank", ["rank"], registry=registry
         )
+        self._checkpoints = Counter("apollo_checkpoints", "Checkpoints by outcome", ["outcome"], registry=registry)
+        self._checkpoint_seconds = Gauge(
+            "apollo_checkpoint_seconds", "How long the last checkpoint took to write", registry=registry
+        )
+        for outcome in ("completed", "skipped"):  # from zero: a rate would miss the first one otherwise
+            self._steps.labels(outcome)
+        for outcome in ("succeeded", "failed"):
+            self._checkpoints.labels(outcome)
         registry.register(self)
+        scheduler.saver.on_finished.append(self.on_checkpoint)
         scheduler.on_step.append(self.on_step)
         scheduler.on_evaluation.append(
             lambda job: self._valid.set(math.nan if job.valid_loss is None else job.valid_loss)
         )
+
+    def on_checkpoint(self, checkpoint: Checkpoint) -> None:
+        self._checkpoints.labels(checkpoint.state).inc()
+        if checkpoint.state == "succeeded":
+            self._checkpoint_seconds.set(checkpoint.seconds)
 
     def on_step(self, job: Job, figures: StepFigures) -> None:
         self._steps.labels("skipped" if figures.skipped else "completed").inc()
@@ -77,7 +92,7 @@ class Metrics:
         for rank, size in enumerate(figures.peak_memory_bytes):
             self._memory.labels(str(rank)).set(size)
 
-    def collect(self) -> Iterator[GaugeMetricFamily]:
+    def collect(self) -> Iterator[GaugeMetricFamily | SummaryMetricFamily]:
         """Metrics that are read at scrape time (prometheus_client's collector protocol)."""
         jobs = GaugeMetricFamily("apollo_jobs", "Jobs by state", labels=["state"])
         for state, count in self._store.count_jobs().items():
@@ -88,7 +103,10 @@ class Metrics:
         yield GaugeMetricFamily(
             "apollo_weight_version", "Completed updates of the served weights", value=link.weight_version or 0
         )
+        unsaved = bool(self._store.get_meta("unsaved"))
+        yield GaugeMetricFamily("apollo_unsaved", "1 while no checkpoint has the served weights", value=float(unsaved))
         yield from _replicas(link)
+        yield from _clients(self._latency.last)
         speed = self._scheduler.progress.tokens_per_second() if self._scheduler.running else None
         yield GaugeMetricFamily("apollo_tokens_per_second", "Tokens per second of the running job", value=speed or 0.0)
 
@@ -113,6 +131,21 @@ def _replicas(link: RankLink) -> Iterator[GaugeMetricFamily]:
     yield GaugeMetricFamily(
         "apollo_replicas_wanted", "Replicas that are to be trained", value=float(link.hello.num_replicas)
     )
+
+
+def _clients(figures: Figures | None) -> Iterator[GaugeMetricFamily | SummaryMetricFamily]:
+    """The server's own figures at the last look at them, since it started; none without a look."""
+    if figures is None:
+        return
+    if figures.requests_running is not None:
+        running = figures.requests_running
+        yield GaugeMetricFamily("apollo_client_requests_running", "Requests that the server answers", value=running)
+    for name, text, mean in (
+        ("inter_token", "Time between tokens of the server's answers", figures.inter_token_seconds),
+        ("first_token", "Time to the first token of the server's answers", figures.first_token_seconds),
+    ):
+        if mean is not None:
+            yield SummaryMetricFamily(f"apollo_client_{name}_seconds", text, count_value=mean.count, sum_value=mean.sum)
 
 
 router = APIRouter(route_class=StrictRoute)

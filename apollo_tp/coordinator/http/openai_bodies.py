@@ -122,7 +122,7 @@ def spec_of(body: FineTuningBody, settings: Settings) -> JobSpec:
     """The job that a request describes, "auto" resolved. Raises RequestError for what would be ignored."""
     if body.integrations:
         raise refuse("integrations", "integrations of one job", "none, or an empty list; curves of all jobs are written by "
-                     "the trainer's options service.writers.wandb_project and service.writers.tensorboard_dir")  # fmt: skip
+                     "the trainer's options service.writers")  # fmt: skip
     method = body.method.type if body.method else "supervised"
     if method not in METHODS:
         raise refuse("method.type", repr(method[:40]), f"one of {', '.join(METHODS)}")

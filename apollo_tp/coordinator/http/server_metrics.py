@@ -64,6 +64,11 @@ class LatencyHistory:
         self.reason = "no look at the server's metrics yet" if url else "service.server_url is not set"
         self._before: tuple[Figures, bool] | None = None
 
+    @property
+    def last(self) -> Figures | None:
+        """What the server said at the last look; None if that was not possible."""
+        return self._before[0] if self._before else None
+
     async def run(self) -> None:
         """Look at the server's metrics now and then."""
         while True:

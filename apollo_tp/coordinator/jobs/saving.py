@@ -57,6 +57,8 @@ class Saver:
         self._last: collections.OrderedDict[str, Checkpoint] = collections.OrderedDict()
         """Those that were finished last, by id: they may not be stored yet."""
         self.last_failure = 0.0
+        self.on_finished: list[Callable[[Checkpoint], None]] = []
+        """Called with each checkpoint that was written, or failed."""
 
     @property
     def busy(self) -> bool:
@@ -262,6 +264,8 @@ class Saver:
     def _finished(self, checkpoint: Checkpoint) -> None:
         checkpoint.finished_at = time.time()
         self._take_out(checkpoint)
+        for listener in self.on_finished:
+            listener(checkpoint)
 
     def _take_out(self, checkpoint: Checkpoint) -> None:
         self._queue.remove(checkpoint)

@@ -1,4 +1,4 @@
-"""Figures of each step for other tools, if configured: TensorBoard event files and Weights & Biases."""
+"""Figures of each step for other tools, if configured: TensorBoard, Weights & Biases, MLflow and OpenTelemetry."""
 
 from __future__ import annotations
 
@@ -8,25 +8,23 @@ import queue
 import threading
 import time
 from collections.abc import Callable
-from importlib import import_module
-from pathlib import Path
-from typing import Any
 
 from apollo_tp.config import ServiceConfig
+from apollo_tp.coordinator.jobs import writer_tools
 from apollo_tp.coordinator.jobs.job import Job
 from apollo_tp.coordinator.jobs.store import Store
-from apollo_tp.errors import ConfigError
+from apollo_tp.coordinator.jobs.writer_tools import Figures
 from apollo_tp.wire.commands import StepFigures
 
 log = logging.getLogger(__name__)
-
-Figures = tuple[str, int, float, dict[str, float]]  # job id, weight version, Unix time, name -> value
 
 
 class Writer:
     """Calls ``write`` with the figures of each step on a thread, so that neither disk nor network delays the event loop."""
 
-    def __init__(self, name: str, write: Callable[[Figures], None], close: Callable[[], None], tokens: int = 0) -> None:
+    def __init__(
+        self, name: str, write: Callable[[Figures], None], close: Callable[[], object], tokens: int = 0
+    ) -> None:
         self._name, self._write, self._close = name, write, close
         self._tokens = tokens
         """Of all jobs: the axis, the weight version, goes on over jobs and restarts of this process too."""
@@ -74,60 +72,17 @@ class Writer:
             log.exception("the %s writer stopped", self._name)
 
 
+TOOLS = {
+    "tensorboard": ("tensorboard_dir", writer_tools.tensorboard),
+    "wandb": ("wandb_project", writer_tools.wandb),
+    "mlflow": ("mlflow_uri", writer_tools.mlflow),
+    "otlp": ("otlp_endpoint", writer_tools.otlp),
+}
+"""By name of the writer: the option that asks for it, and the tool."""
+
+
 def open_writers(service: ServiceConfig, store: Store) -> list[Writer]:
-    """The configured writers. Raises ConfigError if a tool is asked for that is not installed."""
-    if service.writers.tensorboard_dir is None and service.writers.wandb_project is None:
-        return []
-    tokens = store.count_tokens()
-    writers = []
-    if service.writers.tensorboard_dir is not None:
-        writers.append(_tensorboard(Path(service.writers.tensorboard_dir), tokens))
-    if service.writers.wandb_project is not None:
-        writers.append(_wandb(service, tokens))
-    return writers
-
-
-def _tensorboard(folder: Path, tokens: int) -> Writer:
-    try:
-        event_pb2 = import_module("tensorboard.compat.proto.event_pb2")
-        summary_pb2 = import_module("tensorboard.compat.proto.summary_pb2")
-        event_file_writer = import_module("tensorboard.summary.writer.event_file_writer")
-    except ImportError as error:
-        raise ConfigError(
-            f"service.writers.tensorboard_dir: got a folder, but {error}; pip install tensorboard"
-        ) from error
-    try:
-        events = event_file_writer.EventFileWriter(str(folder))
-    except OSError as error:
-        raise ConfigError(
-            f"service.writers.tensorboard_dir: got {folder} ({error.strerror or error}), expected a writable folder"
-        ) from error
-
-    def write(figures: Figures) -> None:
-        _, version, now, values = figures
-        value = [summary_pb2.Summary.Value(tag=f"apollo/{name}", simple_value=v) for name, v in values.items()]
-        summary = summary_pb2.Summary(value=value)
-        events.add_event(event_pb2.Event(wall_time=now, step=version, summary=summary))
-
-    return Writer("tensorboard", write, events.close, tokens)
-
-
-def _wandb(service: ServiceConfig, tokens: int) -> Writer:
-    try:
-        wandb = import_module("wandb")
-    except ImportError as error:
-        raise ConfigError(f"service.writers.wandb_project: got a project, but {error}; pip install wandb") from error
-    settings: dict[str, Any] = {"project": service.writers.wandb_project, "mode": service.writers.wandb_mode}
-    try:
-        run = wandb.init(dir=service.state_dir, **settings)
-    except (OSError, wandb.Error) as error:
-        raise ConfigError(
-            f"service.writers.wandb_project: got {service.writers.wandb_project!r}, which wandb refuses ({error}), expected "
-            "a project that it can open; see service.writers.wandb_mode"
-        ) from error
-
-    def write(figures: Figures) -> None:
-        job_id, version, _, values = figures
-        run.log(values | {"job": job_id}, step=version)
-
-    return Writer("wandb", write, run.finish, tokens)
+    """The configured writers. Raises ConfigError for a tool that is not installed, or that refuses its options."""
+    asked = [(name, tool) for name, (option, tool) in TOOLS.items() if getattr(service.writers, option) is not None]
+    tokens = store.count_tokens() if asked else 0
+    return [Writer(name, *tool(service), tokens) for name, tool in asked]

@@ -16,6 +16,7 @@ from prometheus_client.samples import Sample as Measured
 from transformers import AutoModelForCausalLM
 
 from apollo_tp.coordinator.http.metrics import Metrics
+from apollo_tp.coordinator.http.server_metrics import LatencyHistory
 from apollo_tp.coordinator.jobs.job import JobSpec, State, new_job
 from apollo_tp.coordinator.jobs.scheduler import Scheduler
 from apollo_tp.coordinator.jobs.store import Store
@@ -147,7 +148,7 @@ def _recorded(folder: Path, figures: commands.StepFigures) -> tuple[dict[str, An
     store = Store(folder)
     link = SimpleNamespace(connected=True, weight_version=9, hello=None)
     scheduler = Scheduler(Settings(instance_dir=""), store, link)  # type: ignore[arg-type]
-    metrics = Metrics(scheduler, store)
+    metrics = Metrics(scheduler, store, LatencyHistory(None, lambda: False))
     written: list[Any] = []
     with Writer("test", written.append, lambda: None) as writer:
         scheduler.on_step.append(writer)

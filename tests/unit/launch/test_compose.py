@@ -77,6 +77,7 @@ def test_defaults_are_those_promised() -> None:
         ("service.http.port=65536", r"service\.http\.port: got 65536, expected an integer from 0 to 65535"),
         ("service.http.port=-1", r"service\.http\.port: got -1"),
         ("service.zmq.port=65536", r"service\.zmq\.port: got 65536, expected an integer from 0 to 65535, or null"),
+        ("service.writers.otlp_endpoint=host:4318", r"otlp_endpoint: got 'host:4318', expected an address that begins"),
         ("service.writers.wandb_mode=foo", r"wandb_mode: got 'foo', expected offline or online"),
         ("checkpoint.dir=", r"checkpoint\.dir: got '', expected the path of a folder"),
         ("command_timeout_seconds=0", "command_timeout_seconds: got 0.0, expected a number > 0 and finite"),

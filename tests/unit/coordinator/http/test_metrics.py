@@ -7,6 +7,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from apollo_tp.coordinator.http.metrics import Metrics
+from apollo_tp.coordinator.http.server_metrics import LatencyHistory
 from apollo_tp.coordinator.jobs.store import Store
 from apollo_tp.wire import commands
 from tests.support.fakes import CoordinatorProcess, FakeRanks, chat_stack, wait_for
@@ -76,6 +77,31 @@ def test_each_replica_has_a_version_and_a_lag(tmp_path):
     assert found["apollo_replicas_wanted"] == 3
 
 
+def test_checkpoints_are_counted_by_outcome(tmp_path):
+    """From zero on; a written one ends that the served weights are not saved."""
+    names = (
+        'apollo_checkpoints_total{outcome="succeeded"}',
+        'apollo_checkpoints_total{outcome="failed"}',
+        "apollo_unsaved",
+    )
+
+    def found(client):
+        lines = client.get("/metrics").text.splitlines()
+        values = {line.rpartition(" ")[0]: float(line.rpartition(" ")[2]) for line in lines if line[0] != "#"}
+        return [values[name] for name in names]
+
+    with chat_stack(tmp_path) as (client, ranks, _):
+        assert found(client) == [0, 0, 0]
+        assert ends(client, client.post("/train", json=ONE).json()["id"])["state"] == "succeeded"
+        assert found(client)[2] == 1
+        ranks.fail_saves = True
+        assert client.post("/checkpoint", json={"wait": True}).json()["state"] == "failed"
+        ranks.fail_saves = False
+        before = found(client)
+        assert client.post("/checkpoint", json={"wait": True}).json()["state"] == "succeeded"
+        assert found(client) == [before[0] + 1, 1, 0]
+
+
 @pytest.mark.parametrize(
     ("connected", "version", "running", "speed"),
     [(False, None, None, 12.5), (True, 0, "job", None), (True, 7, "job", 12.5)],
@@ -84,9 +110,13 @@ def test_gauges_are_those_of_the_moment(tmp_path, connected, version, running, s
     """Read at each scrape: a trainer that is gone is not shown as connected, nor the speed of a job that is over."""
     link = SimpleNamespace(connected=connected, weight_version=version, hello=None)
     progress = SimpleNamespace(tokens_per_second=lambda: speed)
-    scheduler = SimpleNamespace(link=link, running=running, progress=progress, on_step=[], on_evaluation=[])
+    saver = SimpleNamespace(on_finished=[])
+    scheduler = SimpleNamespace(
+        link=link, running=running, progress=progress, on_step=[], on_evaluation=[], saver=saver
+    )
+    latency = LatencyHistory(None, lambda: False)
     with contextlib.closing(Store(tmp_path)) as store:
-        families = list(Metrics(scheduler, store).registry.collect())
+        families = list(Metrics(scheduler, store, latency).registry.collect())
     found = {sample.name: sample.value for family in families for sample in family.samples if not sample.labels}
     assert found["apollo_trainer_connected"] == connected
     assert found["apollo_weight_version"] == (version or 0)

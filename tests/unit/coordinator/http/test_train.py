@@ -268,9 +268,10 @@ def test_an_unforeseen_error_has_an_id_that_the_log_has(tmp_path, caplog):
             return await client.get(path)
 
     store = Store(tmp_path)
-    scheduler = SimpleNamespace(link=SimpleNamespace(weight_version=7), on_step=[], on_evaluation=[])
+    saver = SimpleNamespace(on_finished=[])
+    scheduler = SimpleNamespace(link=SimpleNamespace(weight_version=7), on_step=[], on_evaluation=[], saver=saver)
     service = Service(Settings(instance_dir=""), store, scheduler, Changes(), "", None)
-    app = build_app(service, Access([]), Metrics(scheduler, store), FileValidation(service))
+    app = build_app(service, Access([]), Metrics(scheduler, store, service.latency), FileValidation(service))
     store.files = lambda: 1 / 0
     answer = asyncio.run(get("/v1/files"))
     error = answer.json()["error"]
