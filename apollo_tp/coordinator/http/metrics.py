@@ -145,7 +145,9 @@ def _clients(figures: Figures | None) -> Iterator[GaugeMetricFamily | SummaryMet
         ("first_token", "Time to the first token of the server's answers", figures.first_token_seconds),
     ):
         if mean is not None:
-            yield SummaryMetricFamily(f"apollo_client_{name}_seconds", text, count_value=mean.count, sum_value=mean.sum)
+            yield SummaryMetricFamily(
+                f"apollo_client_{name}_seconds", text, count_value=int(mean.count), sum_value=mean.sum
+            )
 
 
 router = APIRouter(route_class=StrictRoute)
