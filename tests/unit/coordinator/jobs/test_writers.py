@@ -76,7 +76,7 @@ def test_a_missing_tool_is_a_sentence(tmp_path, monkeypatch):
     (tmp_path / "block").mkdir()
     (tmp_path / "block" / "tensorboard.py").write_text("raise ImportError('No module named tensorboard')")
     env = {"PYTHONPATH": str(tmp_path / "block")}
-    coordinator = CoordinatorProcess(tmp_path, writers={"tensorboard_dir": str(tmp_path / "tb")}, env=env)
+    coordinator = CoordinatorProcess(tmp_path, forked=False, writers={"tensorboard_dir": str(tmp_path / "tb")}, env=env)
     with pytest.raises(AssertionError, match="pip install tensorboard"):
         coordinator.start()
 
