@@ -7,7 +7,7 @@ TORCH := torch==2.13.0+cpu
 TORCH_INDEX := https://download.pytorch.org/whl/cpu
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: setup demo demo-chat demo-replicas demo-rl test test-fast mutate hostile check format test-gpu clean
+.PHONY: setup demo demo-chat demo-replicas demo-rl test test-fast mutate hostile check docs format test-gpu clean
 
 setup: $(VENV)/.ready
 
@@ -61,6 +61,11 @@ check: setup
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+# The documents as a site in site/; a broken link or anchor fails it, but not with --quiet, which hides warnings from `strict`.
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build
+	@echo "site/index.html; with a search that works: $(BIN)/python -m http.server -d site -b 127.0.0.1 8080"
+
 format: setup
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
@@ -70,4 +75,4 @@ test-gpu:
 	$(PYTHON) -m pytest tests/gpu -p no:cacheprovider
 
 clean:
-	rm -rf $(VENV) out build dist *.egg-info
+	rm -rf $(VENV) out site build dist *.egg-info

@@ -64,9 +64,8 @@ def compare(
     )
     batch = samples(config.get_text_config().vocab_size)
     _insert(batch, _like_padding(config, bound, tp))
-    loss, gradients = reference_gradients(model, batch)
-    with torch.no_grad():
-        logprobs = reference_logprobs(model, batch)
+    logprobs = reference_logprobs(model, batch)
+    loss, gradients = reference_gradients(model, batch, logprobs)
     batches = pack(batch, max_tokens)
     got = train_gradients(bound, batches)
     errors = {"loss": abs(got - loss) / abs(loss), "logprobs": _logprob_error(bound, batches, batch, logprobs)}
@@ -126,12 +125,14 @@ def reference_logprobs(model: PreTrainedModel, batch: list[Sample]) -> list[Tens
     return result
 
 
-def reference_gradients(model: PreTrainedModel, batch: list[Sample]) -> tuple[float, dict[str, Tensor]]:
-    """Weighted mean loss, and its gradient by checkpoint tensor name."""
+def reference_gradients(
+    model: PreTrainedModel, batch: list[Sample], of_samples: list[Tensor] | None = None
+) -> tuple[float, dict[str, Tensor]]:
+    """Weighted mean loss, and its gradient by checkpoint tensor name; ``of_samples`` are the ``reference_logprobs``."""
     model.zero_grad()
     total = sum(sum(sample.weights) for sample in batch)
     loss = torch.zeros(())
-    for sample, logprobs in zip(batch, reference_logprobs(model, batch), strict=True):
+    for sample, logprobs in zip(batch, of_samples or reference_logprobs(model, batch), strict=True):
         loss = loss - (torch.tensor(sample.weights[1:]) * logprobs).sum() / total
     loss.backward()  # type: ignore[no-untyped-call]
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
@@ -188,7 +189,7 @@ def _logprob_error(bound: BoundModel, batches: list[PackedBatch], batch: list[Sa
         for s, index in enumerate(packed.sample_index):
             start, stop = int(packed.cu_seqlens[s]), int(packed.cu_seqlens[s + 1])
             weights = torch.tensor(batch[index].weights[1:])
-            tokens = expected[index] * (weights != 0)
+            tokens = expected[index].detach() * (weights != 0)
             worst = max(worst, float((got.tokens[start : stop - 1] - tokens).abs().max()))
             worst = max(worst, abs(float(got.sequences[s] - (weights * tokens).sum())) / len(weights))
     return worst

@@ -59,7 +59,7 @@ def register_schema() -> None:
 
 def known_keys() -> set[str]:
     """The dotted names of all options."""
-    return {name for name, _ in _leaves(Config)}
+    return {name for name, _ in options_of(Config)}
 
 
 def read_config(overrides: list[str], source: Source = Source()) -> Config:
@@ -114,7 +114,7 @@ def _compose(read: Hydra, name: str, overrides: list[str]) -> DictConfig:
 def _checked(overrides: list[str]) -> list[str]:
     """The overrides, with the value of an option that is a text quoted: ``server.instance=1e5`` is no number. Raises
     ConfigError for keys that are no options."""
-    leaves = dict(_leaves(Config))
+    leaves = dict(options_of(Config))
     checked = []
     for text in overrides:
         override = _parsed(text)
@@ -195,18 +195,18 @@ def _explain(error: Exception) -> str:
         return text
     if "Key '" in text:  # in a file: an override's key has been checked
         return f"{key[1]}: got an unknown option; {_nearest(key[1])}"
-    expected = dict(_leaves(Config)).get(key[1])
+    expected = dict(options_of(Config)).get(key[1])
     wanted = f"; expected {expected[0]}: {expected[1]}" if expected else ""
     return f"{key[1]}: {text.split(' full_key:')[0]}{wanted}"
 
 
-def _leaves(schema: type, prefix: str = "") -> Iterator[tuple[str, tuple[str, str, Any]]]:
+def options_of(schema: type, prefix: str = "") -> Iterator[tuple[str, tuple[str, str, Any]]]:
     """(dotted key, (type, help, default)) of every option."""
     hints = get_type_hints(schema)
     for field in dataclasses.fields(schema):
         kind, name = hints[field.name], f"{prefix}{field.name}"
         if dataclasses.is_dataclass(kind):
-            yield from _leaves(kind, f"{name}.")  # type: ignore[arg-type]
+            yield from options_of(kind, f"{name}.")  # type: ignore[arg-type]
             continue
         default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
         yield name, (_type_name(kind), field.metadata.get("help", ""), default)
@@ -238,16 +238,17 @@ def help_text() -> str:
     lines += [f"  {name}={'|'.join(choices)}" for name, choices in groups().items()]
     titles = {field.name: field.metadata["help"] for field in dataclasses.fields(Config) if "." not in field.name}
     section = ""
-    for key, (_, text, default) in _leaves(Config):
+    for key, (_, text, default) in options_of(Config):
         owner = key.split(".")[0] if "." in key else ""
         if owner != section:
             section = owner
             lines += ["", f"{section}: {titles[section]}" if section else "others:"]
-        lines.append(f"  {f'{key}={_shown(default)}':<44} {text}")
+        lines.append(f"  {f'{key}={shown(default)}':<44} {text}")
     return "\n".join(lines)
 
 
-def _shown(default: Any) -> str:
+def shown(default: Any) -> str:
+    """A default as it is written on the command line."""
     if default is None:
         return "null"
     if isinstance(default, Enum):

@@ -380,10 +380,9 @@ class Optimizer:
     def state_bytes(self) -> int:
         """Bytes of optimizer state on this rank: moments and int8 remainders."""
         group = self.update_group
-        tensors = [t for g in group.groups for t in (g.exp_avg, g.exp_avg_sq)]
-        tensors += [t for g in group.adamw.values() for t in (g.exp_avg, g.exp_avg_sq)]
-        tensors += [w.remainder for w in self.weights if w.remainder is not None]
-        return sum(t.nbytes for t in tensors)
+        moments = sum(g.exp_avg.nbytes + g.exp_avg_sq.nbytes for g in group.groups)
+        moments += sum(g.exp_avg.nbytes + g.exp_avg_sq.nbytes for g in group.adamw.values())
+        return moments + sum(w.remainder.nbytes for w in self.weights if w.remainder is not None)
 
     def describe(self) -> str:
         """One line for status pages and logs."""

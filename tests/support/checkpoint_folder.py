@@ -16,7 +16,11 @@ class CheckpointFolder:
     """``folder`` below ``base``, a folder that all workers share. Nobody but ``trace_cases`` writes into it."""
 
     def __init__(self, base: Path) -> None:
-        self.folder, self._log, self._status = base / "checkpoints", base / "checkpoints.log", base / "checkpoints.status"
+        self.folder, self._log, self._status = (
+            base / "checkpoints",
+            base / "checkpoints.log",
+            base / "checkpoints.status",
+        )
         self._process: forks.Fork | None = None
 
     def begin(self) -> None:

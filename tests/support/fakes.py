@@ -255,7 +255,9 @@ class CoordinatorProcess:
             if self.forked:
                 self.process = forks.origin(COORDINATOR).start(command, self.env, 1, log.fileno())
             else:
-                self.process = subprocess.Popen([*self.prefix, sys.executable, "-m", *command], stderr=log, env=self.env)
+                self.process = subprocess.Popen(
+                    [*self.prefix, sys.executable, "-m", *command], stderr=log, env=self.env
+                )
         end = time.monotonic() + deadline_seconds
         while not address.exists():
             assert self.process.poll() is None, self.log_path.read_text()

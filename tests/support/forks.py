@@ -73,8 +73,8 @@ def status_of_child(pid: int) -> int | None:
 
 
 def become(command: Sequence[str], environment: dict[str, str], streams: Sequence[int]) -> NoReturn:
-    """In a forked process: run ``MODULE ARGUMENTS`` as ``python -m`` would, with ``streams`` for stdout, stderr and, if there
-    is a third one, stdin, in a session of its own."""
+    """In a forked process: run ``MODULE ARGUMENTS`` as ``python -m`` would, with ``streams`` for stdout, stderr and,
+    if there is a third one, stdin, in a session of its own."""
     status = 1
     try:
         os.setsid()

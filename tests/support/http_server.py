@@ -6,6 +6,14 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 
+def vllm_metrics(handler, body):
+    """What vLLM's ``/metrics`` says of its clients, for ``served``."""
+    lines = ["# TYPE vllm:num_requests_running gauge", 'vllm:num_requests_running{engine="0"} 3']
+    for name in ("vllm:inter_token_latency_seconds", "vllm:time_to_first_token_seconds"):
+        lines += [f"# TYPE {name} histogram", f'{name}_bucket{{le="+Inf"}} 40', f"{name}_sum 1.5", f"{name}_count 40"]
+    return 200, "\n".join([*lines, ""]).encode()
+
+
 @contextmanager
 def served(respond):
     """Yields the URL. ``respond`` takes the handler and the parsed body, and returns the status and the answer.

@@ -46,9 +46,7 @@ def train(config: Config, seen: Sequence[tuple[str, int]] | None, number: int, s
             await_server(placed)
         ready = prepare(bind(map_server(placed, lambda error: None), lambda error: None))
         loop = RankLoop(ready.trainer, Services(ready), ready.control, None)
-        reply = loop.execute(
-            commands.Step(id=f"j/{number}", job_id="j", job_step=number, samples=samples(seed=number))
-        )
+        reply = loop.execute(commands.Step(id=f"j/{number}", job_id="j", job_step=number, samples=samples(seed=number)))
         assert isinstance(reply, commands.StepDone), reply
         if save:
             reply = loop.execute(commands.SaveCheckpoint(id="c", name=save))

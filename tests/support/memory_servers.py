@@ -24,6 +24,7 @@ from apollo_tp.shards.mapping import map_rank
 from tests.support import forks
 from tests.support.processes import FORKING_TORCHRUN
 
+
 @dataclass
 class Server:
     """A served model in memory of this process, its ranks spread over hosts. ``descriptors`` keep the memory."""

@@ -54,8 +54,7 @@ def launch(
         script.write_text(code)
         done = subprocess.run(
             [*LAUNCHERS[launcher], *options, str(script)], env=all_variables,
-            cwd=Path(__file__).parents[3], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, timeout=timeout,
-            check=False,
+            cwd=Path(__file__).parents[3], capture_output=True, text=True, timeout=timeout, check=False,
         )  # fmt: skip
     output = done.stdout + done.stderr
     joined = re.findall(r"JOINED rank=(\d+) size=(\d+) sum=(\d+)", output)

@@ -11,7 +11,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from apollo_tp.wire import commands
 from tests.support.fakes import CoordinatorProcess, FakeRanks, wait_for
-from tests.support.http_server import served
+from tests.support.http_server import served, vllm_metrics
 from tests.support.jobs import ends
 
 DASHBOARD = json.loads((Path(__file__).parents[4] / "deploy/grafana/dashboard.json").read_text())
@@ -22,14 +22,6 @@ SAMPLED = {
     "prompt_ids": [1, 2], "completion_ids": [3, 4], "sampling_logprobs": [-0.5, -0.5], "advantage": 1.0, "reward": 0.25,
     "loss": "ppo",
 }  # fmt: skip
-
-
-def vllm_metrics(handler, _):
-    """As vLLM prints them."""
-    lines = ["# TYPE vllm:num_requests_running gauge", 'vllm:num_requests_running{engine="0"} 3']
-    for name in ("vllm:inter_token_latency_seconds", "vllm:time_to_first_token_seconds"):
-        lines += [f"# TYPE {name} histogram", f'{name}_bucket{{le="+Inf"}} 40', f"{name}_sum 1.5", f"{name}_count 40"]
-    return 200, "\n".join([*lines, ""]).encode()
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,8 @@
-"""What /metrics says after some steps: every figure of a step in its metric."""
+"""What /metrics says after some steps: every figure of a step in its metric; and that the page of metrics has each."""
 
 import contextlib
+import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -11,10 +13,30 @@ from apollo_tp.coordinator.http.server_metrics import LatencyHistory
 from apollo_tp.coordinator.jobs.store import Store
 from apollo_tp.wire import commands
 from tests.support.fakes import CoordinatorProcess, FakeRanks, chat_stack, wait_for
+from tests.support.http_server import served, vllm_metrics
 from tests.support.jobs import ONE, ends
 
+PAGE = Path(__file__).parents[4] / "docs/reference/metrics.md"
 STEPS = 2
 STEP_SECONDS = 0.5
+
+
+def metrics_of(text: str) -> dict[str, tuple[str, str, set[str]]]:
+    """Type, help and labels by name, as a scrape has them."""
+    helps = dict(re.findall(r"^# HELP (\w+) (.*)$", text, re.MULTILINE))
+    kinds = dict(re.findall(r"^# TYPE (\w+) (.*)$", text, re.MULTILINE))
+    labels = {
+        name: set(re.findall(r'(\w+)="', found)) for name, found in re.findall(r"^(\w+)\{(.*)\}", text, re.MULTILINE)
+    }
+    labels |= {"apollo_step_figure": {"name"}}  # this step has none
+    return {
+        name: (kinds[name], helps[name], labels.get(name, set())) for name in helps if not name.endswith("_created")
+    }
+
+
+def metrics_of_the_page() -> dict[str, tuple[str, str, set[str]]]:
+    rows = re.findall(r"^\| `(\w+)` \| (\w+) \| (.*?) ?\| (.*) \|$", PAGE.read_text(), re.MULTILINE)
+    return {name: (kind, text, set(re.findall(r"\w+", labels))) for name, kind, labels, text in rows}
 
 
 def test_every_figure_of_a_step_is_in_its_metric(tmp_path):
@@ -52,8 +74,13 @@ def test_every_figure_of_a_step_is_in_its_metric(tmp_path):
 
 
 def test_each_replica_has_a_version_and_a_lag(tmp_path):
-    """In /metrics and in /train/status, also how many are away; a lag is that of the last step, and none before one."""
-    with CoordinatorProcess(tmp_path) as coordinator, coordinator.client() as client:
+    """In /metrics and in /train/status, also how many are away; a lag is that of the last step, and none before one. All
+    metrics are there then, as docs/reference/metrics.md has them."""
+    with (
+        served(vllm_metrics) as url,
+        CoordinatorProcess(tmp_path, server_url=url) as coordinator,
+        coordinator.client() as client,
+    ):
         ranks = FakeRanks(coordinator.ranks_socket, tmp_path / "journal")
         ranks.replicas, ranks.lags = (
             [commands.Replica("first", "here"), commands.Replica("second", "there")],
@@ -65,6 +92,7 @@ def test_each_replica_has_a_version_and_a_lag(tmp_path):
             body = {"samples": [{"context_ids": [5, 6], "continuation_ids": [7, 8]}]}
             assert ends(client, client.post("/train", json=body).json()["id"])["state"] == "succeeded"
             after = client.get("/train/status").json()["trainer"]["replicas"]
+            wait_for(lambda: "apollo_client_" in client.get("/metrics").text)
             text = client.get("/metrics").text
     assert before[1] == {
         "instance_id": "second", "host": "there", "weight_version": 0, "lag_seconds": None, "health": "in_step"
@@ -75,6 +103,11 @@ def test_each_replica_has_a_version_and_a_lag(tmp_path):
     assert found[f"apollo_replica_lag_seconds{labels}"] == 0.25
     assert found[f"apollo_replica_weight_version{labels}"] == found[f"apollo_replica_in_step{labels}"] == 1
     assert found["apollo_replicas_wanted"] == 3
+    assert (found["apollo_client_inter_token_seconds_sum"], found["apollo_client_inter_token_seconds_count"]) == (
+        1.5,
+        40,
+    )
+    assert metrics_of_the_page() == metrics_of(text)
 
 
 def test_checkpoints_are_counted_by_outcome(tmp_path):

@@ -64,9 +64,7 @@ def test_scores_beyond_the_limit_are_answered_429(tmp_path):
         contextlib.ExitStack() as stack,
     ):
         ranks.score_seconds = 5.0
-        connections = [
-            stack.enter_context(abandoned(client, "/train/score", SCORE)) for _ in range(MAX_REQUESTS + 8)
-        ]
+        connections = [stack.enter_context(abandoned(client, "/train/score", SCORE)) for _ in range(MAX_REQUESTS + 8)]
         answered = wait_for(lambda: len(ready := select.select(connections, [], [], 0.1)[0]) >= 8 and ready)
         heads = [connection.recv(1000).split(b"\r\n")[0] for connection in answered]
         assert len([head for head in heads if head == b"HTTP/1.1 429 Too Many Requests"]) == 8

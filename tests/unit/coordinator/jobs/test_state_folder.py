@@ -253,7 +253,7 @@ def test_of_an_upload_that_fails_nothing_stays(tmp_path: Path, monkeypatch: pyte
         "tests.support.fakes.subprocess.Popen",
         lambda command, **options: popen([sys.executable, "-c", FULL, command[-1]], **options),
     )
-    with CoordinatorProcess(tmp_path) as coordinator:
+    with CoordinatorProcess(tmp_path, forked=False) as coordinator:
         part = {"file": ("train.jsonl", b'{"messages": []}\n')}
         answer = httpx.post(f"{coordinator.url}/v1/files", files=part, data={"purpose": "fine-tune"}, timeout=30)
         assert answer.status_code == 507
