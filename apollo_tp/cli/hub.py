@@ -46,7 +46,7 @@ def upload(
             "token: got none, expected one that may write to the hub; log in with `hf auth login`, or set HF_TOKEN"
         )
     api = HfApi(token=token, library_name="apollo_tp")
-    with _failures(api.endpoint, repo_id, revision):
+    with _failures(folder, api.endpoint, repo_id, revision):
         api.create_repo(repo_id, private=private or None, exist_ok=True)
         if private and not api.repo_info(repo_id).private:
             raise RefusedError(
@@ -68,7 +68,7 @@ def upload(
 
 
 @contextmanager
-def _failures(endpoint: str, repo_id: str, revision: str | None) -> Iterator[None]:
+def _failures(folder: Path, endpoint: str, repo_id: str, revision: str | None) -> Iterator[None]:
     """Raise RefusedError for what the hub, the way to it and the transfer of the files may answer."""
     import httpx
     from huggingface_hub import errors
@@ -81,18 +81,21 @@ def _failures(endpoint: str, repo_id: str, revision: str | None) -> Iterator[Non
         raise RefusedError(_explained(error, endpoint, repo_id)) from None
     except errors.OfflineModeIsEnabled:
         raise RefusedError("HF_HUB_OFFLINE: got a value that forbids the network, expected none; unset it") from None
-    except FileNotFoundError as error:
+    # ValueError: a model card that the hub refuses; RuntimeError: a transfer that broke
+    except (httpx.HTTPError, OSError, ValueError, RuntimeError) as error:
+        if not folder.is_dir():
+            raise RefusedError(
+                f"{folder}: got a checkpoint that was removed, expected it to stay during its upload; push a newer "
+                "one, or raise checkpoint.keep"
+            ) from None
+        if isinstance(error, (httpx.HTTPError, OSError)):
+            raise RefusedError(
+                f"{endpoint}: got no answer ({type(error).__name__}: {error}), expected the hub; check the network and "
+                "HF_ENDPOINT, then push again: what is there already is not sent again"
+            ) from None
         raise RefusedError(
-            f"{error.filename or error}: got a file that disappeared, expected the checkpoint to stay during its "
-            "upload; push a newer one, or raise checkpoint.keep"
+            f"{repo_id}: got {error}, expected an upload that the hub takes; mend that, or push again"
         ) from None
-    except (httpx.HTTPError, OSError) as error:
-        raise RefusedError(
-            f"{endpoint}: got no answer ({type(error).__name__}: {error}), expected the hub; check the network and "
-            "HF_ENDPOINT, then push again: what is there already is not sent again"
-        ) from None
-    except (ValueError, RuntimeError) as error:  # a model card that the hub refuses; a transfer that broke
-        raise RefusedError(f"{repo_id}: got {error}, expected an upload that the hub takes; push again") from None
 
 
 def _explained(error: Exception, endpoint: str, repo_id: str) -> str:

@@ -26,6 +26,7 @@ class Hub:
         self.branches: dict[str, dict[str, dict[str, bytes]]] = {}
         self.private: dict[str, bool] = {}
         self.messages: list[str] = []
+        self.card_errors: list[dict[str, str]] = []
         self.seen: list[str] = []
         self.objects: dict[str, bytes] = {}
         self.large = large
@@ -44,7 +45,7 @@ class Hub:
         if path == "/api/repos/create":
             return self._create(json.loads(body))
         if path == "/api/validate-yaml":
-            return 200, {"errors": [], "warnings": []}
+            return 400 if self.card_errors else 200, {"errors": self.card_errors, "warnings": []}
         if found := re.fullmatch(r"/([^/]+/[^/]+)\.git/info/lfs/objects/batch", path):
             return 200, {
                 "transfer": "basic",

@@ -186,6 +186,35 @@ def test_a_repository_that_disappears(
     assert "me/model: got no such repository or owner" in err
 
 
+def test_a_checkpoint_that_is_removed_meanwhile(
+    checkpoint: Path, hub: Hub, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As one is when newer ones are written."""
+    create = hub._create
+
+    def remove_first(asked):
+        checkpoint.rename(checkpoint.with_name(".step-12.partial"))
+        return create(asked)
+
+    monkeypatch.setattr(hub, "_create", remove_first)
+    status, _, err = _push(capsys, checkpoint, "me/model")
+    assert status == 1
+    assert f"{checkpoint}: got a checkpoint that was removed, expected it to stay during its upload" in err
+    assert hub.branches["me/model"]["main"] == {}
+
+
+def test_a_card_that_the_hub_refuses(
+    checkpoint: Path, hub: Hub, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after an edit; nothing is uploaded."""
+    monkeypatch.setattr(hub, "card_errors", [{"message": "license: unknown"}])
+    status, _, err = _push(capsys, checkpoint, "me/model")
+    assert status == 1
+    assert "me/model: got Invalid metadata in README.md" in err
+    assert "license: unknown" in err
+    assert hub.branches["me/model"]["main"] == {}
+
+
 @pytest.mark.parametrize(
     ("damage", "said"),
     [
