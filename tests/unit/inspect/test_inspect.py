@@ -65,6 +65,7 @@ def test_a_size_below_one_is_refused(model, capsys, size):
     assert f"--tp: got {size}, expected an integer >= 1" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("rows", "status", "said"),
     [
@@ -99,6 +100,7 @@ def test_a_quantised_folder_is_refused_with_the_advice(tmp_path):
     assert "quantised weights (gpt_oss_mxfp4): serve the bf16 checkpoint; transformers makes it" in done.stderr
 
 
+@pytest.mark.slow
 def test_what_vllm_refuses_is_refused_in_its_words(model, tmp_path):
     """Four heads on three ranks: vLLM's own sentence, without pydantic's frame around it. And configs over which they
     raise anything at all. In a process of its own, which vLLM's import changes, and in one, since that import is slow."""

@@ -9,7 +9,7 @@ import zmq.asyncio
 from apollo_tp.coordinator.jobs.rank_link import RankLink
 from tests.support.fakes import FakeRanks
 
-TIMEOUT_SECONDS = 0.8
+TIMEOUT_SECONDS = 0.5
 
 
 @pytest.mark.parametrize("mute", [False, True])
@@ -25,7 +25,7 @@ def test_a_busy_coordinator_does_not_count_rank_zero_as_lost(tmp_path, mute):
             with FakeRanks(tmp_path / "ranks.sock", tmp_path / "journal") as ranks:
                 await asyncio.wait_for(link.ready(), 10)
                 ranks.mute = mute
-                for _ in range(3):
+                for _ in range(2):
                     time.sleep(2 * TIMEOUT_SECONDS)  # noqa: ASYNC251 - the loop is busy with something else
                     for _ in range(20):
                         await asyncio.sleep(0)
