@@ -126,14 +126,15 @@ def reference_logprobs(model: PreTrainedModel, batch: list[Sample]) -> list[Tens
 
 
 def reference_gradients(
-    model: PreTrainedModel, batch: list[Sample], of_samples: list[Tensor] | None = None
+    model: PreTrainedModel, batch: list[Sample], logprobs: list[Tensor] | None = None
 ) -> tuple[float, dict[str, Tensor]]:
-    """Weighted mean loss, and its gradient by checkpoint tensor name; ``of_samples`` are the ``reference_logprobs``."""
+    """Weighted mean loss, and its gradient by checkpoint tensor name; ``logprobs``: ``reference_logprobs`` of it, if
+    they were computed before, with their graph."""
     model.zero_grad()
     total = sum(sum(sample.weights) for sample in batch)
     loss = torch.zeros(())
-    for sample, logprobs in zip(batch, of_samples or reference_logprobs(model, batch), strict=True):
-        loss = loss - (torch.tensor(sample.weights[1:]) * logprobs).sum() / total
+    for sample, of_sample in zip(batch, logprobs or reference_logprobs(model, batch), strict=True):
+        loss = loss - (torch.tensor(sample.weights[1:]) * of_sample).sum() / total
     loss.backward()  # type: ignore[no-untyped-call]
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     return float(loss.detach()), revert_weight_conversion(model, gradients)
